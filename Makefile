@@ -1,0 +1,29 @@
+# make demo   train a small multimodal model through both stages, test it, write out/demo/report.html
+# make test   run every test
+# make lint   check style
+PYTHON ?= python3
+PY := .venv/bin/python
+
+demo: .venv/installed
+	$(PY) -m torch.distributed.run train.py
+	$(PY) evaluate.py --model out/demo --task world --data out/demo/world/benchmark
+	$(PY) evaluate.py --model out/demo --task world --data out/demo/world/benchmark --blank
+	$(PY) report.py out/demo
+
+test: .venv/installed
+	$(PY) -m pytest
+
+lint: .venv/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf .venv out .pytest_cache .ruff_cache
+
+# Installed again only when what to install has changed.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[dev]"
+	touch $@
+
+.PHONY: demo test lint clean

@@ -1,0 +1,30 @@
+"""What several test files share: where the reference data lies, and how to run a script as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+torch.set_num_threads(2)
+
+
+def shared(path: str) -> Path:
+    """A file of the reference data that lies beside the repository where it is developed; skips without it."""
+    if not SHARED.is_dir():
+        pytest.skip("the reference data folder ../shared is not on this machine")
+    return SHARED / path
+
+
+def run(*command, ok: bool = True, **env) -> subprocess.CompletedProcess:
+    """Run `python ...` in the repository root; a failure shows its output."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done

@@ -1,0 +1,207 @@
+"""The models against the reference implementation's outputs (../shared/golden) and against themselves."""
+
+import json
+
+import pytest
+import torch
+from conftest import shared
+from safetensors.torch import load_file
+
+import weights
+from model import IMAGE_TOKEN, LanguageModel, LLaVA, LLaVAConfig, init_weights, lm_config
+from templates import load_tokenizer
+
+CASES = ["tinyllama-clip-mlp2x_gelu", "qwen2-siglip-linear", "qwen2-clip-mlp-cls_patch"]
+
+TEXT = {
+    "model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "initializer_range": 0.3,
+}  # fmt: skip
+VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "patch_size": 4, "image_size": 12, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def small_model(seed: int = 0, text: dict | None = None, **config) -> LLaVA:
+    torch.manual_seed(seed)
+    model = LLaVA(LLaVAConfig(TEXT | (text or {}), VISION, {}, **config))
+    init_weights(model, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    folder = shared("golden") / request.param
+    return LLaVA.from_pretrained(folder), load_file(folder / "io.safetensors"), folder
+
+
+def close(got, want, atol=1e-4):
+    assert got.shape == want.shape
+    assert (got - want).abs().max().item() <= atol
+
+
+def test_golden_features_logits_loss_and_gradients(case):
+    model, io, folder = case
+    close(model.vision_tower(io["images"]), io["vision_features"])
+    close(model.encode_images(io["images"]), io["connector_features"])
+    out = model(io["input_ids"], io["images"], io["attention_mask"], io["labels"])
+    lengths = [(row != 0).sum().item() for row in io["attention_mask"]]
+    for b, ids in enumerate(io["input_ids"]):
+        n = lengths[b] + (model.image_tokens - 1) * int((ids == IMAGE_TOKEN).sum())
+        close(out.logits[b, :n], io["logits"][b, :n])
+    assert abs(out.loss.item() - io["loss"].item()) <= 1e-5
+    out.loss.backward()
+    norms = json.loads((folder / "grad_norms.json").read_text())
+    tables, checked = model.rename_tables(), 0
+    prefixes = {"language_model": "language_model.", "vision_tower": "vision_tower._vision_tower.",
+                "connector": "connector._connector."}  # fmt: skip
+    for part, prefix in prefixes.items():
+        for name, p in getattr(model, part).named_parameters():
+            key = prefix + weights.rename(name, weights.reverse(tables.get(part, ())))
+            want = norms.get(key)
+            assert want is not None, key
+            # A key bias does not change the softmax: its gradient is rounding noise around zero.
+            assert p.grad.norm().item() == pytest.approx(want, rel=1e-3, abs=1e-5), key
+            checked += 1
+    assert checked == sum(n is not None for n in norms.values())
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_golden_generation(case, use_cache):
+    model, io, _ = case
+    prompt = io["input_ids"][:1]
+    new = model.generate(prompt, io["images"][:1], max_new_tokens=24, use_cache=use_cache)
+    assert new[0].tolist() == io["generated"].tolist()
+
+
+def test_stories_continues_as_documented():
+    folder = shared("assets/weights/stories260K-hf")
+    model = LanguageModel.from_pretrained(folder)
+    golden = json.loads(shared("assets/weights/karpathy--tinyllamas-stories260K/golden_greedy.json").read_text())
+    ids = [1]
+    for _ in range(40):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    assert ids[1:] == golden["greedy_ids_from_bos"][:40]
+    text = load_tokenizer(folder).decode(ids)
+    story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    assert text.strip().startswith(story)
+
+
+def test_packed_samples_do_not_see_each_other():
+    model = small_model()
+    rows = [torch.randint(0, 61, (n,)) for n in (7, 1, 12, 3)]
+    rows[0][2], rows[2][0] = IMAGE_TOKEN, IMAGE_TOKEN
+    images = torch.randn(2, 3, 12, 12)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(r)) for r in rows], batch_first=True)
+    together = model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), images, mask).logits
+    for b, (row, image) in enumerate(zip(rows, (images[:1], None, images[1:], None), strict=True)):
+        alone = model(row[None], image).logits[0]
+        close(together[b, : len(alone)], alone, 1e-5)
+
+
+def test_images_and_placeholders_must_agree():
+    model = small_model()
+    with pytest.raises(ValueError, match="2 image placeholders but 1 images"):
+        model(torch.tensor([[1, IMAGE_TOKEN, IMAGE_TOKEN, 4]]), torch.randn(1, 3, 12, 12))
+
+
+def test_several_images_in_one_prompt_go_in_their_order():
+    model = small_model()
+    images = torch.randn(2, 3, 12, 12)
+    ids = torch.tensor([[5, IMAGE_TOKEN, 9, IMAGE_TOKEN, 3]])
+    x = model.embed(model._expand(ids[0]), images)
+    features = model.encode_images(images)
+    close(x[1 : 1 + model.image_tokens], features[0], 0)
+    close(x[2 + model.image_tokens : 2 + 2 * model.image_tokens], features[1], 0)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_ragged_batch_generates_what_each_prompt_generates_alone(beams):
+    model = small_model()
+    rows = [torch.randint(0, 61, (n,)) for n in (4, 9, 2)]
+    rows[1][0] = IMAGE_TOKEN
+    images = torch.randn(1, 3, 12, 12)
+    options = {"max_new_tokens": 8, "num_beams": beams, "eos_token_id": 7}
+    together = model.generate(rows, images, **options)
+    for b, row in enumerate(rows):
+        alone = model.generate([row], images if b == 1 else None, **options)[0]
+        assert together[b, : len(alone)].tolist() == alone.tolist()
+        assert set(together[b, len(alone) :].tolist()) <= {7}
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"temperature": 0.9, "top_p": 0.8}])
+def test_cache_changes_nothing(options):
+    model = small_model()
+    rows = [torch.randint(0, 61, (n,)) for n in (4, 9)]
+    seeded = lambda: {"generator": torch.Generator().manual_seed(3)} if "top_p" in options else {}  # noqa: E731
+    with_cache = model.generate(rows, max_new_tokens=9, **options, **seeded())
+    without = model.generate(rows, max_new_tokens=9, use_cache=False, **options, **seeded())
+    assert with_cache.tolist() == without.tolist()
+
+
+def test_beam_search_finds_the_most_probable_sequence():
+    """With as many beams as there are prefixes, beam search is exhaustive: no sequence of 2 tokens scores higher."""
+    model = small_model(text={"vocab_size": 11})
+    prompt = torch.tensor([[1, 2, 3]])
+    best = model.generate(prompt, max_new_tokens=2, num_beams=11)[0].tolist()
+    score = {}
+    for a in range(11):
+        p = model(torch.tensor([[1, 2, 3, a]])).logits[0].log_softmax(-1)
+        for b in range(11):
+            score[a, b] = (p[2, a] + p[3, b]).item()
+    assert max(score, key=score.get) == tuple(best)
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+    from generation import choose
+
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, -1)
+    seen = set(choose(logits, 1.0, 0.6, torch.Generator().manual_seed(0)).tolist())
+    assert seen == {0, 1}
+
+
+def test_stream_gets_every_token_and_eos_ends():
+    model = small_model()
+    tokens = []
+    new = model.generate(torch.tensor([[1, 2]]), max_new_tokens=6, stream=tokens.append)
+    assert [t[0] for t in tokens] == new[0].tolist()
+    eos = new[0, 2].item()
+    short = model.generate(torch.tensor([[1, 2]]), max_new_tokens=6, eos_token_id=eos)[0].tolist()
+    assert short == new[0, : new[0].tolist().index(eos) + 1].tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_is_bit_exact_and_tied_weights_are_stored_once(tmp_path, tied):
+    model = small_model(text={"tie_word_embeddings": tied}, template="phi", feature_layer=-1)
+    model.save(tmp_path)
+    again = LLaVA.from_pretrained(tmp_path)
+    assert ("language_model.lm_head.weight" in weights.Checkpoint(tmp_path)) == (not tied)
+    assert (again.language_model.lm_head.weight is again.language_model.model.embed_tokens.weight) == tied
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert again.config.template == "phi" and again.config.feature_layer == -1
+
+
+def test_spare_tensors_go_out_as_they_came_in(case, tmp_path):
+    model, _, folder = case
+    model.save(tmp_path)
+    before, after = weights.Checkpoint(folder), weights.Checkpoint(tmp_path)
+    assert len(before) == len(after)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "lama"}, "no language model known"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_a_config_that_would_change_the_arithmetic_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        lm_config(TEXT | change)
+
+
