@@ -262,12 +262,18 @@ def help_table() -> str:
 
 
 def cli(main, doc: str, fields_help: bool = False):
-    """Run a script: `--help` prints its docstring, a UserError ends it with one line and exit code 1."""
+    """Run a script: `--help` prints its docstring, and a mistake of the user ends it with one line and exit code 1.
+
+    A mistake of the user is a ValueError that says its fix (UserError, or what templates.py raises); any other
+    exception is one of ours and keeps its traceback.
+    """
     if {"-h", "--help"} & set(sys.argv[1:]) and fields_help:
         print(doc.strip() + "\n" + help_table())
         return
     try:
         main(sys.argv[1:])
-    except UserError as e:
+    except ValueError as e:
+        if "; fix: " not in str(e):
+            raise
         sys.stdout.flush()
         sys.exit(f"error: {e}")

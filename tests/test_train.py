@@ -1,0 +1,308 @@
+"""The training loop: equal to the reference's trajectory, to itself however it is split, and to itself killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run, shared
+from safetensors.torch import load_file
+
+import config
+import train
+import world as demo_world
+from config import Stage, Tune
+from model import LLaVA
+
+RECIPE = """
+[model]
+connector = "linear"
+tokenizer = "{world}/tokenizer"
+feature_layer = -1
+feature_select = "cls_patch"
+[model.llm_config]
+model_type = "llama"
+vocab_size = 512
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+num_attention_heads = 2
+[model.vision_config]
+model_type = "siglip_vision_model"
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+num_attention_heads = 2
+patch_size = 16
+image_size = 48
+[train]
+output = "{out}"
+precision = "fp32"
+workers = 1
+log_every = 1
+save_every = 4
+[stage.pretrain]
+data = "{world}/pretrain.json"
+images = "{world}/images"
+template = "pretrain"
+tune = {{ llm = "full", vision = "full" }}
+steps = 6
+global_batch = 12
+[stage.finetune]
+data = "{world}/finetune.json"
+images = "{world}/images"
+validation = "{world}/val.json"
+template = "plain"
+tune = {{ llm = "partial:1", vision = "frozen" }}
+steps = 14
+global_batch = 12
+weight_decay = 0.1
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "world"
+    demo_world.write(folder, scenes=240)
+    rows = folder / "finetune.json"  # some rows without a picture, so that micro-batches differ in kind
+    table = json.loads(rows.read_text())
+    for row in table[::5]:
+        del row["image"]
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>\n", "")
+    rows.write_text(json.dumps(table))
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny_world, tmp_path):
+    """Writes the recipe for an output folder of the given name, returns both."""
+
+    def write(name: str):
+        file, out = tmp_path / f"{name}.toml", tmp_path / name
+        file.write_text(RECIPE.format(world=tiny_world, out=out))
+        return file, out
+
+    return write
+
+
+def torchrun(ranks: int, *arguments):
+    return run("-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", 29000 + os.getpid() % 2000,
+               "train.py", *arguments)  # fmt: skip
+
+
+def losses(out) -> list[float]:
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["event"] == "step"]
+
+
+# ------------------------------------------------------------------------------------------ against the reference
+
+
+def test_trajectory_of_the_reference():
+    """20 steps through make_optimizer, schedule and update: loss, gradient norm and rate of each, to 1e-4."""
+    golden = json.loads(shared("golden/trajectories.json").read_text())
+    known = [t for t in golden if t["case"] == "tinyllama-clip-mlp2x_gelu"]
+    assert known
+    for run_ in known:
+        folder = shared("golden") / run_["case"]
+        model, io = LLaVA.from_pretrained(folder), load_file(folder / "io.safetensors")
+        tune = Tune(
+            connector="full" if "c" in run_["tune"] else "frozen",
+            llm="full" if "l" in run_["tune"] else "frozen",
+            vision="partial:2" if "v" in run_["tune"] else "frozen",
+        )
+        stage = Stage(tune=tune, learning_rate=run_["learning_rate"], weight_decay=run_["weight_decay"],
+                      warmup_ratio=run_["warmup_ratio"], max_grad_norm=run_["max_grad_norm"])  # fmt: skip
+        train.set_trainable(model, stage.tune)
+        optimizer = train.make_optimizer(model, stage)
+        for step in range(run_["steps"]):
+            loss = model(io["input_ids"], io["images"], io["attention_mask"], io["labels"]).loss
+            loss.backward()
+            norm = train.update(optimizer, stage, step, run_["steps"])
+            assert loss.item() == pytest.approx(run_["loss"][step], rel=1e-4)
+            assert norm == pytest.approx(run_["grad_norm"][step], rel=1e-3)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(run_["lr"][step], rel=1e-9, abs=1e-15)
+
+
+# ------------------------------------------------------------------------------------------------- against itself
+
+
+def test_ranks_packing_and_accumulation_change_nothing(recipe):
+    file, out = recipe("one")
+    run("train.py", file)
+    want = losses(out)
+    assert len(want) == 20 and all(map(math.isfinite, want))
+    assert want[5] < want[0]
+    budgets = {"accumulate": 250, "unpacked": 0}  # 12 samples of ~75 tokens: about four micro-batches, and twelve
+    for name, budget in budgets.items():
+        file, out = recipe(name)
+        run("train.py", file, *(f"stage.{s}.micro_batch_tokens={budget}" for s in ("pretrain", "finetune")))
+        assert losses(out) == pytest.approx(want, rel=1e-5), name
+    file, out = recipe("ranks")
+    torchrun(2, file, "stage.finetune.micro_batch_tokens=0")
+    assert losses(out) == pytest.approx(want, rel=1e-5)
+
+
+def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
+    file, out = recipe("whole")
+    run("train.py", file)
+    whole = (out / "model.safetensors").read_bytes()
+    for when in (2, 9, 17):  # in the first stage before any checkpoint, in the second, near the end
+        file, out = recipe(f"killed{when}")
+        process = subprocess.Popen([sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not (out / "log.jsonl").exists() or len(losses_so_far(out)) < when):
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (out / "model.safetensors").exists()
+        again = run("train.py", file).stdout
+        assert ("resumed" in again) == (when > 4)
+        assert (out / "model.safetensors").read_bytes() == whole
+        assert len(losses(out)) == 20  # no step is logged twice
+        assert not (out / "checkpoints").exists()
+
+
+def losses_so_far(out) -> list[str]:
+    return [line for line in (out / "log.jsonl").read_text().splitlines() if '"event": "step"' in line]
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe):
+    file, out = recipe("damaged")
+    run("train.py", file)
+    whole = (out / "model.safetensors").read_bytes()
+    file, out = recipe("cut")
+    process = subprocess.Popen([sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not (out / "log.jsonl").exists() or len(losses_so_far(out)) < 16):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    tensors = newest / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    said = run("train.py", file).stdout
+    assert f"passing over {newest}" in said
+    assert (out / "model.safetensors").read_bytes() == whole
+
+
+def test_finished_run_says_so_and_another_recipe_is_refused(recipe):
+    file, out = recipe("done")
+    run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert "finished" in run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1").stdout
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert "another recipe" in run("train.py", file, ok=False).stderr
+
+
+# ------------------------------------------------------------------------------------------------ what it trains
+
+
+def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):
+    file, out = recipe("frozen")
+    run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=3")
+    short, out1 = recipe("first")
+    run("train.py", short, "stage.pretrain.steps=1", "stage.finetune.steps=1", "stage.finetune.learning_rate=0.0")
+    after, before = load_file(out / "model.safetensors"), load_file(out1 / "model.safetensors")
+    moved = {k for k in after if not torch.equal(after[k], before[k])}
+    assert moved, "nothing trained"
+    assert all(not k.startswith("vision_tower.") and ".layers.0." not in k and "embed" not in k for k in moved)
+    must = ("language_model.model.layers.1.mlp.up_proj.weight", "language_model.model.norm.weight",
+            "language_model.lm_head.weight", "connector.weight")  # fmt: skip
+    assert set(must) <= moved
+
+
+def test_a_part_that_does_not_move_is_reported(recipe):
+    file, _ = recipe("still")
+    said = run("train.py", file, "stage.pretrain.rate.vision=1e-30", "stage.finetune.steps=1").stdout
+    assert "warning: pretrain: tune.vision is trainable but has not moved" in said
+    assert "tune.llm is trainable" not in said
+
+
+def test_log_holds_what_a_reader_wants(recipe):
+    file, out = recipe("log")
+    run("train.py", file)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in rows if r["event"] in ("start", "end")] == ["start", "end"] * 2
+    step = next(r for r in rows if r["event"] == "step" and r["stage"] == "finetune")
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_s", "images_per_s", "data_wait", "memory_gb"} <= set(step)
+    assert set(step["grad_norms"]) == {"llm", "connector"}
+    norm = math.hypot(*step["grad_norms"].values())
+    assert norm == pytest.approx(step["grad_norm"], rel=1e-4)
+    assert any(r["event"] == "validation" and r["stage"] == "finetune" for r in rows)
+
+
+def test_what_comes_out_opens(recipe):
+    file, out = recipe("opens")
+    run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
+    assert LLaVA.from_pretrained(out).config.template == "plain"
+    again, _ = config.load([str(out / "recipe.toml")], file)
+    assert again.stage["finetune"].tune.llm == "partial:1"
+
+
+def test_bf16_learns(recipe):
+    file, out = recipe("bf16")
+    run("train.py", file, "train.precision=bf16", "train.gradient_checkpointing=true")
+    got = losses(out)
+    file, out = recipe("fp32")
+    run("train.py", file)
+    want = losses(out)
+    assert got == pytest.approx(want, rel=2e-2) and got != want
+
+
+# ---------------------------------------------------------------------------------------------------- its errors
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["stage.pretrain.learnin_rate=1"], 'learnin_rate: unknown key; fix: did you mean "learning_rate"?'),
+        (["stage.pretrain.data=nowhere.json"], "no such file nowhere.json"),
+        (["stage.pretrain.tune.llm=frosen"], "'frosen' is not a way to tune"),
+        (["stage.pretrain.tune.vision=partial:2"], "partial:2, but there are 2 blocks"),
+        (["model.llm=nowhere/at/all", "model.llm_config={}"], "no such folder"),
+        (["model.tokenizer=nowhere/at/all"], "nowhere/at/all"),
+        (["model.connector=mlp2x_gleu"], "mlp2x_gleu"),
+        (["stage.pretrain.template=lama"], "lama"),
+        (["train.device=cuda"], "no GPU") if not torch.cuda.is_available() else (["train.device=tpu"], "tpu"),
+    ],
+)
+def test_a_mistake_is_one_line(recipe, overrides, message):
+    file, out = recipe("wrong")
+    done = run("train.py", file, *overrides, ok=False)
+    last = done.stderr.strip().splitlines()
+    assert len(last) == 1 and last[0].startswith("error: ") and "; fix: " in last[0], done.stderr
+    assert message in last[0]
+    assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '[{"id": 1'])
+def test_an_empty_or_broken_data_file_is_one_line(recipe, tmp_path, text):
+    file, _ = recipe("empty")
+    (tmp_path / "rows.json").write_text(text)
+    done = run("train.py", file, f"stage.pretrain.data={tmp_path / 'rows.json'}", ok=False)
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):
+    file, out = recipe("base")
+    run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
+    folder = tmp_path / "llm"
+    folder.mkdir()
+    state = load_file(out / "model.safetensors")
+    prefix = "language_model."
+    from safetensors.torch import save_file
+
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 31)
+    save_file(state, folder / "model.safetensors")
+    text = json.loads((out / "config.json").read_text())["text_config"]
+    (folder / "config.json").write_text(json.dumps(text))
+    file, _ = recipe("shape")
+    done = run("train.py", file, f"model.llm={folder}", "model.llm_config={}", ok=False)
+    assert "up_proj.weight: shape [48, 31], the config needs [48, 32]; fix: " in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
