@@ -6,8 +6,8 @@ PY := .venv/bin/python
 
 demo: .venv/installed
 	$(PY) -m torch.distributed.run train.py
-	$(PY) evaluate.py --model out/demo --task world --data out/demo/world/benchmark
-	$(PY) evaluate.py --model out/demo --task world --data out/demo/world/benchmark --blank
+	$(PY) evaluate.py --model out/demo --task world --data out/demo/world
+	$(PY) evaluate.py --model out/demo --task world --data out/demo/world --blank
 	$(PY) report.py out/demo
 
 test: .venv/installed

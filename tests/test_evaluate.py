@@ -1,0 +1,314 @@
+"""evaluate.py, evals/world.py and report.py: scores, resuming, order, and the page made of them."""
+
+import json
+import os
+import random
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+import evaluate
+import report
+import world as demo_world
+from config import Model, UserError
+from evals import world
+from model import LLaVA
+from templates import load_tokenizer
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ("yes", "yes"),
+        ("No", "no"),
+        ("no, there is none", "no"),
+        ("There is not a circle.", "no"),
+        ("Yes. No circle is blue, though.", "yes"),  # only the first sentence counts
+        ("NO", "yes"),  # POPE knows these three spellings and no other
+        ("nothing to see", "yes"),
+        ("", "yes"),
+    ],
+)
+def test_existence_is_read_as_pope_reads_it(answer, said):
+    assert world.yes_or_no(answer) == said
+
+
+def example(i, kind="colour", label="red", choices=("red", "green", "blue", "yellow"), **more):
+    split = kind if kind.startswith("existence") else "attributes"
+    kind = kind.split("_")[0]
+    row = {"id": f"q{i}", "split": split, "kind": kind, "label": label, "choices": choices, "image": f"{i}.png"}
+    return row | {"prompt": f"question {'x' * (i * 7 % 5)} {i}"} | more
+
+
+def test_scores():
+    examples = [
+        example(0, "existence_random", "yes", ("yes", "no")),
+        example(1, "existence_random", "no", ("yes", "no")),
+        example(2),
+        example(3),
+        example(4, "count", "two", ("one", "two", "three")),
+        example(5, "count", "zero", ("zero", "one", "two", "three")),
+    ]
+    scores = world.score(examples, ["yes", "Yes.", " Red.", "reddish", "two", "one"])
+    assert scores["existence_random"] == {"score": 50.0, "chance": 50.0, "n": 2}
+    assert scores["colour"] == {"score": 50.0, "chance": 25.0, "n": 2}
+    assert scores["count"] == {"score": 50.0, "chance": 29.17, "n": 2}
+    assert scores["attributes"] == {"score": 50.0, "chance": 27.08, "n": 4}
+    assert set(scores) == {"existence_random", "attributes", "colour", "count"}
+
+
+class Oracle:
+    """Answers from the question, remembers what it was asked, and can be killed after some batches."""
+
+    def __init__(self, batches=99):
+        self.asked, self.batches = [], batches
+
+    def __call__(self, examples):
+        if not self.batches:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        self.asked += [example["id"] for example in examples]
+        return [example["prompt"][::-1] for example in examples]
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_file(tmp_path):
+    examples = [example(i) for i in range(23)]
+    whole, killed = Oracle(), Oracle(batches=2)
+    answers = evaluate.evaluate(examples, examples, whole, tmp_path / "whole.jsonl", batch=4)
+    assert answers == [e["prompt"][::-1] for e in examples]
+    lengths = [len(examples[int(name[1:])]["prompt"]) for name in whole.asked]
+    assert lengths == sorted(lengths)  # no batch is ragged
+
+    file = tmp_path / "killed.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(examples, examples, killed, file, batch=4)
+    assert file.read_text().count("\n") == 8  # written while running
+    with open(file, "a") as lines:
+        lines.write('{"id": "q22", "answ')  # killed while writing
+    again = Oracle()
+    assert evaluate.evaluate(examples, examples, again, file, batch=3) == answers
+    assert len(again.asked) == 15 and not set(again.asked) & set(killed.asked)
+    assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_each_batch_is_on_disk_before_the_next(tmp_path):
+    examples, file, seen = [example(i) for i in range(6)], tmp_path / "a.jsonl", []
+
+    def answer(batch):
+        seen.append(file.read_text().count("\n"))
+        return ["red"] * len(batch)
+
+    evaluate.evaluate(examples, examples, answer, file, batch=2)
+    assert seen == [0, 2, 4]
+
+
+def test_answers_to_other_questions_are_not_taken_over(tmp_path):
+    examples = [example(i) for i in range(6)]
+    file = tmp_path / "a.jsonl"
+    evaluate.evaluate(examples, examples, Oracle(), file)
+    examples[2]["prompt"], examples[4]["image"] = "another question", "other.png"
+    second = Oracle()
+    assert evaluate.evaluate(examples, examples, second, file)[2] == "noitseuq rehtona"
+    assert sorted(second.asked) == ["q2", "q4"]
+
+
+def test_a_limited_run_keeps_the_other_answers(tmp_path):
+    examples = [example(i) for i in range(6)]
+    file = tmp_path / "a.jsonl"
+    evaluate.evaluate(examples, examples, Oracle(), file)
+    assert evaluate.evaluate(examples, examples[::3], Oracle(0), file) == [e["prompt"][::-1] for e in examples[::3]]
+    assert len(file.read_text().splitlines()) == 6
+
+
+def test_ranks_share_the_work_and_rank_0_puts_it_in_order(tmp_path):
+    examples = [example(i) for i in range(11)]
+    one = evaluate.evaluate(examples, examples, Oracle(), tmp_path / "one.jsonl")
+    file, ranks = tmp_path / "three.jsonl", [Oracle(), Oracle(), Oracle()]
+    for rank in (2, 1):
+        assert evaluate.evaluate(examples, examples, ranks[rank], file, 2, rank, 3) is None
+    # Rank 0 has read before the others wrote: here it finds their files, and asks nothing of theirs either way.
+    assert evaluate.evaluate(examples, examples, ranks[0], file, 2, 0, 3) == one
+    assert [{int(name[1:]) % 3 for name in r.asked} for r in ranks] == [{0}, {1}, {2}]
+    assert sum(len(r.asked) for r in ranks) == 11
+    assert file.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert [f.name for f in sorted(tmp_path.iterdir())] == ["one.jsonl", "three.jsonl"]
+
+
+# ------------------------------------------------------------------------------------- with a data set
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluate") / "data"
+    demo_world.write(out, seed=0, scenes=20)
+    return out
+
+
+def test_the_model_is_given_pictures_and_prompts_in_order(data):
+    tok, seen = load_tokenizer(data / "tokenizer"), []
+
+    def generate(rows, images, max_new_tokens, eos_token_id):
+        assert len(rows) == len(images) and [(row == -200).sum().item() for row in rows] == [1] * len(rows)
+        seen.append((rows, images))
+        words = [tok.encode(word)[0] + [tok.eos_id] for word in (" yes", " a circle", " no", "")]
+        longest = max(map(len, words))
+        filler = tok.encode(" red")[0]  # nothing after the end counts, whatever it is
+        return torch.tensor([ids + filler * (longest - len(ids)) for ids in words])
+
+    def transform(image, mode):
+        assert mode == "square"
+        return torch.tensor(np.array(image)).permute(2, 0, 1).float()
+
+    model = SimpleNamespace(
+        vision_tower=SimpleNamespace(transform=transform),
+        config=SimpleNamespace(template="plain", image_mode="square"),
+        generate=generate,
+    )
+    examples = world.examples(data)[:4]
+    assert evaluate.answerer(model, tok, data, 5)(examples) == ["yes", "a circle", "no", ""]
+    rows, images = seen[0]
+    for i, e in enumerate(examples):
+        assert torch.equal(images[i], transform(Image.open(data / e["image"]), "square"))
+        text = tok.decode(rows[i].tolist())
+        assert text.startswith("USER: ") and e["prompt"] in text and text.endswith(" ASSISTANT:")
+
+    colour = evaluate.mean_colour(world.examples(data), data)
+    evaluate.answerer(model, tok, data, 5, blank=colour)(examples)
+    blank = seen[1][1]
+    assert (blank == torch.tensor(colour).view(3, 1, 1)).all() and min(colour) > 150
+
+    examples[1]["image"] = "images/benchmark/none.png"
+    with pytest.raises(UserError, match="none.png: no such file.*; fix:"):
+        evaluate.answerer(model, tok, data, 5)(examples)
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory):
+    """A folder with an untrained model of the demo's kind."""
+    folder = tmp_path_factory.mktemp("model")
+    tok = load_tokenizer(data / "tokenizer")
+    width = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "llama", "vocab_size": tok.vocab_size} | width
+    vision = {"model_type": "siglip_vision_model", "image_size": 48, "patch_size": 16} | width
+    LLaVA.from_parts(Model(llm_config=text, vision_config=vision), "plain").save(folder)
+    tok.save(folder)
+    return folder
+
+
+def test_one_rank_and_two_write_the_same_and_a_newer_model_starts_afresh(model, data, capsys):
+    options = ["--model", model, "--task", "world", "--data", data, "--limit", 60, "--batch", 16]
+    options = [str(option) for option in options]
+    file = model / "eval" / "world.jsonl"
+    evaluate.main(options)
+    printed, one = capsys.readouterr().out, file.read_bytes()
+    result = json.loads((model / "eval" / "world.json").read_text())
+    assert len(one.splitlines()) == 60 and result["scores"]["attributes"]["n"] + 36 == 60
+    assert result["scores"]["colour"]["text_only"] == 25 and result["data"] == str(data)
+    assert "text only" in printed and "existence_popular" in printed and "60/60" in printed
+    evaluate.main(options)
+    assert "60/60" not in capsys.readouterr().out  # nothing is asked twice
+
+    file.write_text(file.read_text().replace('"answer": "', '"answer": "stale'))
+    saved = next(model.glob("*.safetensors"))
+    os.utime(saved, (file.stat().st_mtime + 5,) * 2)
+    evaluate.main(options)
+    assert "starting afresh" in capsys.readouterr().out and file.read_bytes() == one
+    os.utime(saved, (1, 1))
+
+    file.unlink()
+    run("-m", "torch.distributed.run", "--nproc-per-node", 2, "evaluate.py", *options, OMP_NUM_THREADS="1")
+    assert file.read_bytes() == one and not list((model / "eval").glob("*.rank*"))
+
+
+def test_a_folder_without_the_benchmark(tmp_path):
+    with pytest.raises(UserError, match=r"existence_random.jsonl: no such file; fix: write the data set with"):
+        evaluate.main(["--model", str(tmp_path), "--task", "world", "--data", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture
+def finished(data, tmp_path):
+    """The files of a run whose model is wrong in one answer of ten, at random."""
+    rng, examples = random.Random(0), world.examples(data)
+    (tmp_path / "eval").mkdir()
+    for name in ("world", "world-blank"):
+        wrong = [rng.random() < 0.1 for _ in examples]
+        other = [next(c for c in e["choices"] if c != e["label"]) for e in examples]
+        answers = [o if w else e["label"] for e, w, o in zip(examples, wrong, other, strict=True)]
+        if name == "world-blank":
+            answers = ["no"] * len(examples)
+        rows = [{"id": e["id"], "answer": a} for e, a in zip(examples, answers, strict=True)]
+        (tmp_path / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scores = world.score(examples, answers)
+        for key, value in world.text_only(data).items():
+            scores[key]["text_only"] = value
+        result = {"task": "world", "data": str(data), "seconds": 7.0, "scores": scores}
+        (tmp_path / "eval" / f"{name}.json").write_text(json.dumps(result))
+    sizes = {"llm": 800_000, "vision": 300_000, "connector": 12_345}
+    log = []
+    for stage, trainable in (("pretrain", {"llm": 0, "vision": 300_000, "connector": 12_345}), ("finetune", sizes)):
+        log.append({"event": "start", "stage": stage, "parameters": sizes, "trainable": trainable})
+        for step in (10, 20, 20, 30):  # 20 twice: a run that was resumed
+            speed = {"tokens_per_s": 20_000, "images_per_s": 200, "data_wait": 0.02, "memory_gb": 0.5}
+            log.append({"event": "step", "stage": stage, "step": step, "steps": 30, "loss": 3 / step} | speed)
+        log.append({"event": "validation", "stage": stage, "step": 30, "loss": 0.1234})
+        log.append({"event": "end", "stage": stage, "seconds": 75})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (tmp_path / "recipe.toml").write_text("[train]\nseed = 0 # <b>\n")
+    return tmp_path
+
+
+def test_report(finished, data, capsys):
+    report.main([str(finished)])
+    html, printed = (finished / "report.html").read_text(), capsys.readouterr().out
+    scores = json.loads((finished / "eval" / "world.json").read_text())["scores"]
+    for name, s in scores.items():
+        assert f"{s['score']:.1f}" in html and name in printed and f"{s['score']:.1f}" in printed
+    assert "src=" in html and not re.findall(r'(?:src|href)="(?!data:)|https?://|<script|@import|url\(', html)
+    assert html.count("<polyline") == 4 and html.count("validation loss 0.123") == 4  # a point and a caption per stage
+    assert "1,112,345" not in html and "12,345" in html and "frozen" in html and "1 min 15 s" in html
+    assert "2 min 30 s" in html and "&lt;b&gt;" in html and "[train]" in html
+
+    cards = html.split("<h2>What it sees</h2>")[1].split("<details>")[0]
+    assert cards.count("<img") == 24 == cards.count("✓") + cards.count("✗")
+    assert 1 <= cards.count("✗") <= 4  # a tenth of 24
+    assert cards.count("truth: ") == cards.count("✗")
+    text = re.sub(r"<[^>]+>", "", cards)
+    for kind in ("existence, random", "existence, popular", "existence, adversarial", "count", "relation"):
+        assert kind in text
+
+
+def test_samples_are_wrong_as_often_as_the_model(data):
+    examples = world.examples(data)
+    for share in (0.0, 0.05, 0.3, 1.0):
+        rng = random.Random(1)
+        right = {e["id"]: rng.random() >= share for e in examples}
+        samples, mistakes = report.choose_samples(examples, right)
+        assert len(samples) == 24 == len({e["id"] for e in samples})
+        assert abs(sum(not right[e["id"]] for e in samples) - 24 * share) <= 1.5
+        assert not any(right[e["id"]] for e in mistakes)
+        assert not {e["id"] for e in samples} & {e["id"] for e in mistakes}
+
+
+def test_report_names_a_missing_file(finished):
+    for name in ("world-blank.jsonl", "world.json", "../log.jsonl", "../recipe.toml"):
+        (finished / "eval" / name).unlink()
+        with pytest.raises(UserError, match=f"{name.removeprefix('../')}: no such file; fix: "):
+            report.main([str(finished)])
+    failed = run("report.py", finished, ok=False)
+    assert re.fullmatch(r"error: \S+/recipe.toml: no such file; fix: .+\n", failed.stderr)
+    assert not (finished / "report.html").exists()
+
+
+def test_report_refuses_an_unfinished_stage(finished):
+    lines = (finished / "log.jsonl").read_text().splitlines()
+    (finished / "log.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(UserError, match="log.jsonl:finetune: this stage did not finish; fix:"):
+        report.main([str(finished)])
