@@ -257,14 +257,21 @@ def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
 
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float):
-    """Normal(0, std) for matrices and embeddings, zero for biases, one for norms: what Llama's own code does."""
+    """Random weights: Normal(0, std) for matrices and embeddings, zero biases, unit norms, as Llama's own code has it.
+
+    Patches are normalised by their fan-in and positions by the width, as in SigLIP: with one std for both, pixels
+    would drown the positions.
+    """
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Embedding, nn.Conv2d)):
-            m.weight.normal_(0.0, std)
+            m.weight.normal_(0.0, m.weight[0].numel() ** -0.5 if isinstance(m, nn.Conv2d) else std)
             if getattr(m, "bias", None) is not None:
                 m.bias.zero_()
-        elif isinstance(m, nn.Module) and getattr(m, "class_embedding", None) is not None:
-            m.class_embedding.normal_(0.0, std)
+    for m in module.modules():
+        if isinstance(m, VisionEncoder):
+            for p in (m.embeddings.position_embedding.weight, m.embeddings.class_embedding):
+                if p is not None:
+                    p.normal_(0.0, m.config.width**-0.5)
 
 
 # ------------------------------------------------------------------------------------------------- LLaVA
@@ -534,7 +541,8 @@ def part_configs(c: Model) -> tuple[dict, dict, dict]:
     """The language model's, the encoder's and the image processor's config dicts of a recipe's [model] section."""
     text = c.llm_config or weights.read_json(weights.resolve(c.llm, "model.llm") / "config.json")
     if c.vision_config:
-        return text, c.vision_config, {}
+        vision = dict(c.vision_config)
+        return text, vision, vision.pop("preprocessor", {})
     folder = weights.resolve(c.vision, "model.vision")
     preprocessor = weights.read_json(folder / "preprocessor_config.json", optional=True)
     return text, weights.read_json(folder / "config.json"), preprocessor

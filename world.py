@@ -42,12 +42,12 @@ GRID = 3
 SCALE = 4  # drawn four times larger and averaged down, for clean edges
 COLOURS = {"red": (214, 40, 40), "green": (46, 150, 60), "blue": (40, 80, 210), "yellow": (240, 190, 20)}
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"large": 14, "small": 9}  # pixels across
+SIZES = {"large": 13, "small": 8}  # pixels across
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 # Drawn twice as often as the others, so that "popular" negatives mean something.
 POPULAR = [("red", "circle"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle")]
 REPEAT = 0.5  # how often a further object takes the first one's colour or shape: counts and confusions need it
-IN_LINE = 0.6  # how often all objects stand in one row or column: questions about relations need it
+IN_LINE = 0.75  # how often all objects stand in one row or column: questions about relations need it
 LINES = [[3 * i + j for j in range(3)] for i in range(3)] + [[3 * i + j for i in range(3)] for j in range(3)]
 NUMBERS = ("zero", "one", "two", "three")
 POSITIONS = (
@@ -57,12 +57,14 @@ POSITIONS = (
 )
 
 SCENES = 24_000  # training scenes, half with captions and half with questions
-EASY_SHARE = 0.25  # the first captions show one object each, for a curriculum
+EASY_SHARE = 0.15  # captions of scenes with a single object: the easiest to learn from
 VAL_SCENES = 300
 EXISTENCE_QUESTIONS = 300  # per split
 ATTRIBUTE_QUESTIONS = 150  # per kind
 TURNS = (6, 8)  # questions per picture, at least and at most
-OBJECTS = (1, 2, 3)  # weights of one, two and three objects: with one there is little to ask
+NOTES = (8, 12)  # the same, for the notes of a caption
+LISTED = 1 / 3  # share of the captions that list the objects instead
+OBJECTS = (1, 3, 4)  # weights of one, two and three objects: with one there is little to ask
 BENCHMARK_PERCENT, VAL_PERCENT = 12, 4  # of all compositions; the rest is for training
 SALT = 1970  # of the hash that deals them out; chosen so that every answer to every question can be held out
 
@@ -75,6 +77,7 @@ class Question(NamedTuple):
     text: str
     answer: str
     choices: tuple  # every answer that this text can have
+    note: str  # what a caption says before the answer
     about: tuple = ()  # the objects whose colour, shape or relation it tells
 
 
@@ -111,11 +114,11 @@ def draw_scene(rng, split, count=None):
 
 
 def place(rng, pair, cell):
-    """One object, moved about inside its cell by quarters of a pixel without touching the edges."""
+    """One object, moved from the middle of its cell by up to a pixel, in quarters."""
     size = rng.choice(list(SIZES))
     width = SIZES[size] * SCALE
-    room = IMAGE_SIZE // GRID * SCALE - width
-    top, left = (IMAGE_SIZE // GRID * SCALE * c + rng.randint(1, room - 1) for c in cell)
+    margin = (IMAGE_SIZE // GRID * SCALE - width) // 2
+    top, left = (IMAGE_SIZE // GRID * SCALE * c + margin + rng.randint(-SCALE, SCALE) for c in cell)
     box = [edge / SCALE for edge in (left, top, left + width, top + width)]
     return {"colour": pair[0], "shape": pair[1], "size": size, "cell": list(cell), "box": box}
 
@@ -139,14 +142,21 @@ def render(scene, background):
 # ------------------------------------------------------------------------------------ words about a scene
 
 
-def caption(scene):
-    """Every object in reading order, with all that can be said of it."""
-    things = [
-        "a {size} {colour} {shape} ".format(**thing) + POSITIONS[thing["cell"][0]][thing["cell"][1]] for thing in scene
-    ]
-    if len(things) == 1:
-        return f"There is one object: {things[0]}."
-    return f"There are {NUMBERS[len(things)]} objects: {', '.join(things[:-1])} and {things[-1]}."
+def caption(scene, rng, balance):
+    """What pretraining says of a scene: one time in three a sentence that lists the objects, else notes.
+
+    A list in random order, so that each word must be looked up by what was said before it, not by counting along.
+    Notes are the answers to questions in fewer words than a question takes. Never both: notes behind a list could
+    be copied from the text, and nothing would be learned about the picture.
+    """
+    if rng.random() < LISTED:
+        things = [
+            "a {size} {colour} {shape} ".format(**thing) + POSITIONS[thing["cell"][0]][thing["cell"][1]]
+            for thing in rng.sample(scene, len(scene))
+        ]
+        listed = f"{', '.join(things[:-1])} and {things[-1]}" if len(things) > 1 else things[0]
+        return f"There {'is' if len(things) == 1 else 'are'} {NUMBERS[len(things)]}: {listed}."
+    return ". ".join(f"{q.note}: {q.answer}" for q in interview(scene, rng, balance, NOTES)) + "."
 
 
 def questions(scene):
@@ -155,25 +165,26 @@ def questions(scene):
     colours, shapes = (Counter(thing[key] for thing in scene) for key in ("colour", "shape"))
     for colour, shape in PAIRS:
         there = "yes" if (colour, shape) in pairs else "no"
-        asked.append(Question("existence", existence_text((colour, shape)), there, ("yes", "no")))
+        asked.append(Question("existence", existence_text((colour, shape)), there, ("yes", "no"), f"{colour} {shape}"))
     for i, thing in enumerate(scene):
         colour, shape = thing["colour"], thing["shape"]
         if shapes[shape] == 1:
-            asked.append(Question("colour", f"What colour is the {shape}?", colour, tuple(COLOURS), (i,)))
+            text, note = f"What colour is the {shape}?", f"{shape} colour"
+            asked.append(Question("colour", text, colour, tuple(COLOURS), note, (i,)))
         if colours[colour] == 1:
-            asked.append(Question("shape", f"What shape is the {colour} object?", shape, SHAPES, (i,)))
-    asked.append(Question("count", "How many objects are there?", NUMBERS[len(scene)], NUMBERS[1:]))
-    for colour in COLOURS:
-        asked.append(Question("count", f"How many {colour} objects are there?", NUMBERS[colours[colour]], NUMBERS))
-    for shape in SHAPES:
-        asked.append(Question("count", f"How many {shape}s are there?", NUMBERS[shapes[shape]], NUMBERS))
+            text, note = f"What shape is the {colour} object?", f"{colour} shape"
+            asked.append(Question("shape", text, shape, SHAPES, note, (i,)))
+    counts = {"objects": len(scene)} | {f"{c} objects": colours[c] for c in COLOURS} | {f"{s}s": shapes[s] for s in SHAPES}
+    for what, n in counts.items():
+        choices = NUMBERS if what != "objects" else NUMBERS[1:]
+        asked.append(Question("count", f"How many {what} are there?", NUMBERS[n], choices, what))
     unique = [i for i, thing in enumerate(scene) if pairs[thing["colour"], thing["shape"]] == 1]
     for i, j in itertools.permutations(unique, 2):
         answer = relation(scene[i]["cell"], scene[j]["cell"])
         if answer:
             a, b = ("the {colour} {shape}".format(**scene[k]) for k in (i, j))
             text, choices = f"Where is {a} relative to {b}?", ("left", "right", "above", "below")
-            asked.append(Question("relation", text, answer, choices, (min(i, j), max(i, j))))
+            asked.append(Question("relation", text, answer, choices, f"{a[4:]} from {b[4:]}", (min(i, j), max(i, j))))
     return asked
 
 
@@ -232,16 +243,16 @@ class Balance:
         return max(sorted(counts), key=counts.get)
 
 
-def interview(scene, rng, balance):
-    """The 6-8 questions asked about one training scene, in random order."""
+def interview(scene, rng, balance, turns=TURNS):
+    """The questions asked about one training scene, `turns` at least and at most, in random order."""
     by_kind = defaultdict(list)
     for question in questions(scene):
         by_kind[question.kind].append(question)
-    least, most = TURNS
+    least, most = turns
     # One existence question per distinct object, each "yes" or "no" by a fair coin: then the answers to the
     # earlier ones say nothing about the next (with more, the objects that can be a "yes" would run out).
     plan = ["existence"] * len(set(composition(scene)))
-    plan += ["relation", "colour", "shape", "count", "relation", "colour", "shape"] + ["count"] * least
+    plan += ["relation", "relation", "colour", "shape", "count", "relation", "colour", "shape"] + ["count"] * least
     chosen = []
     for i, kind in enumerate(plan):
         # Nothing is asked again in other words: the answer would be found in the text, not in the picture.
@@ -271,8 +282,8 @@ def make_row(name, image, scene, turns):
     return {"id": name, "image": image, "objects": len(scene), "conversations": conversations, "scene": scene}
 
 
-def caption_row(name, image, scene):
-    return make_row(name, image, scene, [("Describe the scene.", caption(scene))])
+def caption_row(name, image, scene, rng, balance):
+    return make_row(name, image, scene, [("Describe the scene.", caption(scene, rng, balance))])
 
 
 def question_row(name, image, scene, rng, balance):
@@ -382,7 +393,7 @@ def write(out, seed=0, scenes=SCENES):
 def fill_folder(out, seed, scenes):
     # One stream of random numbers per file, so that changing one's size leaves the others as they were.
     streams = {name: random.Random(f"{seed}/{name}") for name in ("pretrain", "finetune", "val", "benchmark")}
-    balance, val_balance = Balance(), Balance()
+    balance, notes, val_balance, val_notes = Balance(), Balance(), Balance(), Balance()
     pretrain, finetune, val, val_pretrain = [], [], [], []
     started, done = time.monotonic(), 0
     for name in streams:
@@ -406,7 +417,8 @@ def fill_folder(out, seed, scenes):
     n_pretrain = scenes // 2
     for i in range(n_pretrain):
         scene = draw_scene(streams["pretrain"], "train", 1 if i < EASY_SHARE * n_pretrain else None)
-        pretrain.append(caption_row(f"pretrain-{i:05d}", picture("pretrain", i, scene), scene))
+        image = picture("pretrain", i, scene)
+        pretrain.append(caption_row(f"pretrain-{i:05d}", image, scene, streams["pretrain"], notes))
     for i in range(scenes - n_pretrain):
         scene = draw_scene(streams["finetune"], "train")
         image = picture("finetune", i, scene)
@@ -415,7 +427,7 @@ def fill_folder(out, seed, scenes):
         scene = draw_scene(streams["val"], "val")
         image = picture("val", i, scene)
         val.append(question_row(f"val-{i:05d}", image, scene, streams["val"], val_balance))
-        val_pretrain.append(caption_row(f"val-pretrain-{i:05d}", image, scene))
+        val_pretrain.append(caption_row(f"val-pretrain-{i:05d}", image, scene, streams["val"], val_notes))
 
     benchmark, number = make_benchmark(streams["benchmark"]), 0
     for name, rows in benchmark.items():
