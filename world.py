@@ -3,7 +3,7 @@
     python world.py out/world                       # the demo's data set: 24,000 training scenes
     python world.py out/world --seed 1 --scenes 2000
 
-A scene is one to three objects (colour, shape, size) on a 3 x 3 grid. Its *composition* is the multiset of
+A scene is one to three objects (colour, shape, size) on a 2 x 2 grid. Its *composition* is the multiset of
 (colour, shape), and a hash of it decides where the scene may appear, so nothing that is measured was trained
 on: the benchmark asks about combinations of objects the model has never seen together. Written to OUT:
 
@@ -37,24 +37,19 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-IMAGE_SIZE = 48  # pixels: a cell of the grid is 16, two patches of 8
-GRID = 3
+IMAGE_SIZE = 48  # pixels: a cell of the grid is 24, one patch of the demo's encoder
+GRID = 2
 SCALE = 4  # drawn four times larger and averaged down, for clean edges
 COLOURS = {"red": (214, 40, 40), "green": (46, 150, 60), "blue": (40, 80, 210), "yellow": (240, 190, 20)}
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"large": 13, "small": 8}  # pixels across
+SIZES = {"large": 19, "small": 12}  # pixels across
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 # Drawn twice as often as the others, so that "popular" negatives mean something.
 POPULAR = [("red", "circle"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle")]
 REPEAT = 0.5  # how often a further object takes the first one's colour or shape: counts and confusions need it
-IN_LINE = 0.75  # how often all objects stand in one row or column: questions about relations need it
-LINES = [[3 * i + j for j in range(3)] for i in range(3)] + [[3 * i + j for i in range(3)] for j in range(3)]
 NUMBERS = ("zero", "one", "two", "three")
-POSITIONS = (
-    ("at the top left", "at the top", "at the top right"),
-    ("on the left", "in the middle", "on the right"),
-    ("at the bottom left", "at the bottom", "at the bottom right"),
-)
+DIRECTIONS = (("above", "below"), ("left", "right"))  # of rows, of columns
+POSITIONS = (("at the top left", "at the top right"), ("at the bottom left", "at the bottom right"))
 
 SCENES = 24_000  # training scenes, half with captions and half with questions
 EASY_SHARE = 0.15  # captions of scenes with a single object: the easiest to learn from
@@ -109,7 +104,7 @@ def draw_scene(rng, split, count=None):
                 pairs[i] = (pairs[0][0], shape) if rng.random() < 0.5 else (colour, pairs[0][1])
         if split_of([{"colour": colour, "shape": shape} for colour, shape in pairs]) == split:
             break
-    cells = sorted(rng.sample(rng.choice(LINES) if rng.random() < IN_LINE else range(GRID * GRID), n))
+    cells = sorted(rng.sample(range(GRID * GRID), n))
     return [place(rng, pair, divmod(cell, GRID)) for pair, cell in zip(pairs, cells, strict=True)]
 
 
@@ -180,26 +175,18 @@ def questions(scene):
         asked.append(Question("count", f"How many {what} are there?", NUMBERS[n], choices, what))
     unique = [i for i, thing in enumerate(scene) if pairs[thing["colour"], thing["shape"]] == 1]
     for i, j in itertools.permutations(unique, 2):
-        answer = relation(scene[i]["cell"], scene[j]["cell"])
-        if answer:
-            a, b = ("the {colour} {shape}".format(**scene[k]) for k in (i, j))
-            text, choices = f"Where is {a} relative to {b}?", ("left", "right", "above", "below")
-            asked.append(Question("relation", text, answer, choices, f"{a[4:]} from {b[4:]}", (min(i, j), max(i, j))))
+        a, b = ("{colour} {shape}".format(**scene[k]) for k in (i, j))
+        for axis, words in enumerate(DIRECTIONS):
+            at, of = scene[i]["cell"][axis], scene[j]["cell"][axis]
+            if at != of:
+                ask = f"{a} {words[0]} or {words[1]}"
+                text, note = f"Is the {ask} of the {b}?" if axis else f"Is the {ask} the {b}?", f"{ask} {b}"
+                asked.append(Question("relation", text, words[at > of], words, note, (axis, min(i, j), max(i, j))))
     return asked
 
 
 def existence_text(pair):
     return f"Is there a {pair[0]} {pair[1]}?"
-
-
-def relation(a, b):
-    """Where cell `a` lies seen from `b`; None unless they share a row or a column: no diagonal is both."""
-    (row_a, column_a), (row_b, column_b) = a, b
-    if row_a == row_b and column_a != column_b:
-        return "left" if column_a < column_b else "right"
-    if column_a == column_b and row_a != row_b:
-        return "above" if row_a < row_b else "below"
-    return None
 
 
 def negatives(scene):
