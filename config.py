@@ -9,6 +9,7 @@ the nearest known one, and the resolved recipe (every field, defaults included) 
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import sys
@@ -259,6 +260,17 @@ def help_table() -> str:
     for section, cls in (("model", Model), ("train", Train), ("stage.NAME", Stage)):
         walk(cls, section)
     return "\n".join(rows)
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """argparse with the script's docstring as its help, and its complaints in the one-line form."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+
+    def error(message: str):
+        sys.exit(f"error: command line: {message}; fix: see python {made.prog} --help")
+
+    made.error = error
+    return made
 
 
 def cli(main, doc: str, fields_help: bool = False):

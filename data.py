@@ -13,7 +13,6 @@ positions, labels hold IGNORE where nothing is learned.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -527,7 +526,7 @@ def check(rows: Rows, spec: SampleSpec) -> int:
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = config.parser(__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("recipe", nargs="*", help="recipe.toml [section.key=value ...]")
     parser.add_argument("--data", help="instead of a recipe: a .json or .jsonl file of rows")
@@ -536,14 +535,9 @@ def main(argv: list[str]):
     parser.add_argument("--template", default="phi")
     parser.add_argument("--image-tokens", type=int, default=576)
     parser.add_argument("--max-tokens", type=int)
-
-    def usage(message: str):
-        raise UserError("command line", message, "see python data.py --help")
-
-    parser.error = usage
     args = parser.parse_args(argv)
     if bool(args.data) == bool(args.recipe):
-        usage("name a recipe, or rows with --data")
+        parser.error("name a recipe, or rows with --data")
     jobs = []  # (name, rows, spec): all are opened before any is read to the end
     if args.data:
         limit = args.max_tokens or (2048 if args.tokenizer else sys.maxsize)

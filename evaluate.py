@@ -14,7 +14,6 @@ A task is a file of evals/ with
     MAX_NEW_TOKENS
 """
 
-import argparse
 import json
 import os
 import sys
@@ -151,7 +150,7 @@ def table(scores):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--task", required=True, choices=TASKS, help="the benchmark")
     parser.add_argument("--data", required=True, help="folder of the benchmark's files")

@@ -9,7 +9,6 @@ is printed as it is made, then how long it took. Folders and Hugging Face ids bo
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
@@ -88,7 +87,7 @@ class Chat:
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser("generate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = config.parser(__doc__)
     parser.add_argument("--model", required=True, help="folder or Hugging Face id of a trained model")
     parser.add_argument("--image", action="append", default=[], help="a picture; may be given several times")
     parser.add_argument("--prompt", help="the question; without it a chat starts")

@@ -64,7 +64,7 @@ class Cache:
 
 
 class Decoding:
-    """The state of B x beams sequences: after construction and after each step, logits (B x beams, V) of what is next."""
+    """The state of B x beams sequences; logits (B x beams, V) are always those of the next token."""
 
     def __init__(self, model, rows: list[Tensor], images, beams: int, new: int, use_cache: bool):
         self.lm, self.use_cache = model.language_model, use_cache

@@ -319,7 +319,8 @@ def _factory(c: dict) -> LLaVAConfig:
     templates = {"llama": "llama", "qwen2": "qwen2_base"}
     return LLaVAConfig(
         c["text_config"], c["vision_config"], {}, c["connector_type"], c["vision_feature_layer"],
-        c["vision_feature_select_strategy"], c["image_aspect_ratio"], templates.get(c["text_config"]["model_type"], "phi"),
+        c["vision_feature_select_strategy"], c["image_aspect_ratio"],
+        templates.get(c["text_config"]["model_type"], "phi"),
     )  # fmt: skip
 
 
@@ -501,9 +502,10 @@ class LLaVA(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, input_ids, images: Tensor | None = None, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
-        temperature: float = 0.0, top_p: float = 1.0, num_beams: int = 1, eos_token_id: int | None = None,
-        use_cache: bool = True, generator: torch.Generator | None = None, stream: Callable[[list[int]], None] | None = None,
+        self, input_ids, images: Tensor | None = None, attention_mask: Tensor | None = None,
+        max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, num_beams: int = 1,
+        eos_token_id: int | None = None, use_cache: bool = True, generator: torch.Generator | None = None,
+        stream: Callable[[list[int]], None] | None = None,
     ) -> Tensor:  # fmt: skip
         """Continue prompts: (B, T) with attention_mask, or a list of B ragged (T,) tensors -> (B, new) tokens.
 

@@ -405,9 +405,11 @@ run.</p>
 
 
 def main(argv):
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("command line", "expected one folder", "python report.py out/demo")
-    folder = Path(argv[0])
+    parser = config.parser(__doc__)
+    parser.add_argument(
+        "folder", help="a run's folder: its log, and the answers of evaluate.py with and without --blank"
+    )
+    folder = Path(parser.parse_args(argv).folder)
     run = read_run(folder)
     weights.write_file(folder / "report.html", page(run))
     print(f"{'':24}{'score':>8}{'blanked':>9}{'text only':>11}{'chance':>8}{'n':>7}")

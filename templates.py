@@ -11,7 +11,6 @@ labels by looking where each token starts. Nothing is tokenised twice and counte
 Every ValueError reads "<where>: <what>; fix: <action>"; a caller only has to put file and row before it.
 """
 
-import argparse
 import difflib
 import json
 import os
@@ -24,6 +23,8 @@ import sentencepiece
 import tokenizers
 from tokenizers.normalizers import Sequence
 from tokenizers.pre_tokenizers import Metaspace
+
+import config
 
 IMAGE = "<image>"
 IMAGE_TOKEN = -200  # TinyLLaVA's id for "an image goes here"; negative, so no vocabulary can contain it
@@ -393,8 +394,7 @@ def read_rows(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: templates.py:arguments: {message}; fix: see --help")
+    parser = config.parser(__doc__)
     parser.add_argument("rows", help="LLaVA rows, .json or .jsonl")
     parser.add_argument("--model", required=True, help="folder with tokenizer.json or tokenizer.model")
     parser.add_argument("--template", default="phi", help=", ".join(TEMPLATES))

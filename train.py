@@ -245,8 +245,9 @@ def train_stage(model: LLaVA, name: str, index: int, recipe: Recipe, world: Worl
         (loss,) = parallel.total([loss.item()], world)
         if not math.isfinite(norm):
             rows = sorted(r for b in part.batches for r in b.rows)
-            raise UserError(f"{stage.data}:rows {rows}", f"loss {loss} and gradient norm {norm} at {name} step {step + 1}",
-                            "lower the learning rate or look at these rows; the last checkpoint is good")  # fmt: skip
+            what = f"loss {loss} and gradient norm {norm} at {name} step {step + 1}"
+            fix = "lower the learning rate or look at these rows; the last checkpoint is good"
+            raise UserError(f"{stage.data}:rows {rows}", what, fix)
         for message in part.skipped:
             watch.write("skipped", step=step + 1, row=message)
             print(f"skipped {message}", flush=True)

@@ -170,7 +170,7 @@ def load(
                 raise UserError(f"{file(key)}:{key}", f"a second tensor for {ours}", "remove one of the two")
             tensor, want = source[key], wanted[ours]
             if tensor.shape != want.shape:
-                raise UserError(f"{file(key)}:{key}", f"shape {list(tensor.shape)}, the config needs {list(want.shape)}",
+                raise UserError(f"{file(key)}:{key}", f"shape {[*tensor.shape]}, the config needs {[*want.shape]}",
                                 "use the config.json that belongs to these weights")  # fmt: skip
             keep = dtype is None or not tensor.is_floating_point()
             found[ours] = tensor.to(device=device, dtype=tensor.dtype if keep else dtype)

@@ -8,7 +8,7 @@ A scene is one to three objects (colour, shape, size) on a 2 x 2 grid. Its *comp
 on: the benchmark asks about combinations of objects the model has never seen together. Written to OUT:
 
     images/{pretrain,finetune,val,benchmark}/*.png
-    pretrain.json                  captions: where a model learns to see; the first quarter has one object each
+    pretrain.json                  dense captions, where a model learns to see: lists of objects, and notes
     finetune.json                  6-8 questions per picture with short answers
     val.json  val_pretrain.json    held-out rows of both sorts, for the validation loss
     tokenizer/                     a byte-level BPE of 512 entries, trained on the rows above
@@ -21,7 +21,6 @@ Every row keeps its objects under "scene" (colour, shape, size, cell [row, colum
 seed writes the same bytes.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -36,6 +35,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import config
 
 IMAGE_SIZE = 48  # pixels: a cell of the grid is 24, one patch of the demo's encoder
 GRID = 2
@@ -169,7 +170,9 @@ def questions(scene):
         if colours[colour] == 1:
             text, note = f"What shape is the {colour} object?", f"{colour} shape"
             asked.append(Question("shape", text, shape, SHAPES, note, (i,)))
-    counts = {"objects": len(scene)} | {f"{c} objects": colours[c] for c in COLOURS} | {f"{s}s": shapes[s] for s in SHAPES}
+    counts = (
+        {"objects": len(scene)} | {f"{c} objects": colours[c] for c in COLOURS} | {f"{s}s": shapes[s] for s in SHAPES}
+    )
     for what, n in counts.items():
         choices = NUMBERS if what != "objects" else NUMBERS[1:]
         asked.append(Question("count", f"How many {what} are there?", NUMBERS[n], choices, what))
@@ -227,6 +230,7 @@ class Balance:
     def majority(self, question):
         """What a reader of the training rows who never sees a picture would answer."""
         counts = self.answers.get(question.text) or self.kinds[question.kind]
+        counts = {answer: n for answer, n in counts.items() if answer in question.choices}
         return max(sorted(counts), key=counts.get)
 
 
@@ -440,7 +444,7 @@ def fill_folder(out, seed, scenes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.parser(__doc__)
     parser.add_argument("out", metavar="OUT", help="new folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another data set (default 0)")
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"training scenes (default {SCENES})")

@@ -1,8 +1,8 @@
 """MNIST's test set as LLaVA rows, and the score of a model on the rows that were held out.
 
-    python tests/mnist.py write out/mnist-data            # 9,000 rows to train, 1,000 held out, and their pictures
-    torchrun train.py tests/mnist.toml
-    python tests/mnist.py score out/mnist out/mnist-data  # exact digit on the held-out rows
+python tests/mnist.py write out/mnist-data            # 9,000 rows to train, 1,000 held out, and their pictures
+torchrun train.py tests/mnist.toml
+python tests/mnist.py score out/mnist out/mnist-data  # exact digit on the held-out rows
 """
 
 import gzip

@@ -203,5 +203,3 @@ def test_spare_tensors_go_out_as_they_came_in(case, tmp_path):
 def test_a_config_that_would_change_the_arithmetic_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         lm_config(TEXT | change)
-
-
