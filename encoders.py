@@ -180,7 +180,7 @@ def vision_config(hf: dict, preprocessor: dict | None = None, where: object = "v
     if config.activation not in ACTIVATIONS:
         raise UserError(f"{where}:hidden_act", repr(config.activation), f"one of {', '.join(ACTIVATIONS)}")
     if config.transform.side != config.image:
-        raise UserError(f"{where}:image_size", f"{config.image}, but the processor makes {config.transform.side} pixels",
+        raise UserError(f"{where}:image_size", f"{config.image}, but the processor makes {config.transform.side}",
                         "use the preprocessor_config.json that belongs to this encoder")  # fmt: skip
     return config
 

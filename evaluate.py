@@ -21,10 +21,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 import config
 import weights
@@ -35,17 +33,17 @@ from model import LLaVA
 from templates import encode_prompt, load_tokenizer, stop_id
 
 TASKS = {"world": world}
-COLOUR_SAMPLE = 64  # pictures whose mean colour a blank one has
+MEAN_OF = 64  # pictures whose mean a blanked one is
 
 
 def answerer(model, tok, data_dir, max_new_tokens, blank=None):
-    """A function from a list of examples to the model's answers. `blank`: a colour that every picture becomes."""
+    """A function from a list of examples to the model's answers. `blank`: pixels that stand for every picture."""
     transform, mode, template = model.vision_tower.transform, model.config.image_mode, model.config.template
     stop = stop_id(tok, template)
 
     def pixels(example):
         if blank is not None:
-            return transform(Image.new("RGB", (64, 64), blank), mode)
+            return blank
         try:
             return transform(load_image(Path(data_dir) / example["image"]), mode)
         except ValueError as error:
@@ -65,12 +63,15 @@ def answerer(model, tok, data_dir, max_new_tokens, blank=None):
     return answer
 
 
-def mean_colour(examples, data_dir):
-    """The mean colour of the pictures, the same for all: each one's own mean would tell what is in it."""
+def mean_picture(examples, data_dir, model):
+    """The mean of some pictures as the encoder gets them, (3, H, W): the same for all, so it tells nothing of any.
+
+    Not one plain colour: that is a picture of an empty scene, and a model that sees it rightly answers "zero".
+    """
     paths = [example["image"] for example in examples if example["image"]]
-    paths = paths[:: max(1, len(paths) // COLOUR_SAMPLE)][:COLOUR_SAMPLE]
-    colours = [np.asarray(load_image(Path(data_dir) / path)).mean((0, 1)) for path in paths]
-    return tuple(int(round(value)) for value in np.mean(colours, 0)) if colours else (128, 128, 128)
+    paths = paths[:: max(1, len(paths) // MEAN_OF)][:MEAN_OF]
+    pictures = [load_image(Path(data_dir) / path) for path in paths]
+    return torch.stack([model.vision_tower.transform(p, model.config.image_mode) for p in pictures]).mean(0)
 
 
 def read_answers(file, examples):
@@ -154,7 +155,7 @@ def arguments(argv):
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--task", required=True, choices=TASKS, help="the benchmark")
     parser.add_argument("--data", required=True, help="folder of the benchmark's files")
-    parser.add_argument("--blank", action="store_true", help="replace every picture by one colour, as a control")
+    parser.add_argument("--blank", action="store_true", help="replace every picture by the mean of many, as a control")
     parser.add_argument("--limit", type=int, help="only so many examples, spread evenly over all")
     parser.add_argument("--batch", type=int, default=64, help="questions answered at once (default 64)")
     parser.add_argument("--out", help="file of the answers (default MODEL/eval/TASK.jsonl, or TASK-blank.jsonl)")
@@ -184,7 +185,7 @@ def main(argv):
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, tok = LLaVA.from_pretrained(folder, dtype=dtype, device=device), load_tokenizer(folder)
-    blank = mean_colour(examples, args.data) if args.blank else None
+    blank = mean_picture(examples, args.data, model) if args.blank else None
     answer = answerer(model.eval(), tok, args.data, task.MAX_NEW_TOKENS, blank)
     answers = evaluate(examples, chosen, answer, file, args.batch, rank, world_size, barrier)
     if rank == 0:

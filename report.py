@@ -372,7 +372,7 @@ its possible answers, so whoever answers from the words alone gets what chance g
 
 <h2>Scores</h2>
 <p class="dim">Percent right on held-out pictures, with the 95 % interval. <em>Blanked</em>: the same questions with
-every picture replaced by one plain colour. <em>Text only</em>: the answer that the training rows give most often to
+every picture replaced by the mean of many. <em>Text only</em>: the answer that the training rows give most often to
 the same words.</p>
 <div>{key('<svg width="22" height="10"><rect class="score" width="22" height="10" rx="1"/></svg>', "model")}
 {key('<svg width="22" height="5"><rect class="blank" width="22" height="5" rx="1"/></svg>', "pictures blanked")}

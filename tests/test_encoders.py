@@ -29,7 +29,8 @@ def test_pixels_equal_the_published_processors():
         if case["processor"] not in PROCESSORS:
             continue
         folder = shared("assets/configs") / PROCESSORS[case["processor"]]
-        config = vision_config(*(json.loads((folder / f).read_text()) for f in ("config.json", "preprocessor_config.json")))
+        files = ("config.json", "preprocessor_config.json")
+        config = vision_config(*(json.loads((folder / name).read_text()) for name in files))
         image = Image.open(shared("assets/images") / case["image"]).convert("RGB")
         pixels = config.transform(image, "pad" if case["pad"] else "square")
         assert list(pixels.shape) == case["shape"], case["image"]

@@ -177,10 +177,12 @@ def test_the_model_is_given_pictures_and_prompts_in_order(data):
         text = tok.decode(rows[i].tolist())
         assert text.startswith("USER: ") and e["prompt"] in text and text.endswith(" ASSISTANT:")
 
-    colour = evaluate.mean_colour(world.examples(data), data)
-    evaluate.answerer(model, tok, data, 5, blank=colour)(examples)
+    mean = evaluate.mean_picture(world.examples(data), data, model)
+    evaluate.answerer(model, tok, data, 5, blank=mean)(examples)
     blank = seen[1][1]
-    assert (blank == torch.tensor(colour).view(3, 1, 1)).all() and min(colour) > 150
+    assert all(torch.equal(picture, mean) for picture in blank)
+    one = evaluate.mean_picture(examples[:1], data, model)
+    assert not torch.equal(mean, one) and mean.shape == one.shape
 
     examples[1]["image"] = "images/benchmark/none.png"
     with pytest.raises(UserError, match="none.png: no such file.*; fix:"):

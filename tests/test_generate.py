@@ -1,0 +1,81 @@
+"""generate.py as a user runs it, on a small untrained model that still must obey the rules."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run
+from PIL import Image
+
+import world as demo_world
+from config import Model
+from generate import Chat
+from model import LLaVA
+from templates import load_tokenizer
+
+TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "initializer_range": 0.3}  # fmt: skip
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "patch_size": 16, "image_size": 48}  # fmt: skip
+OPTIONS = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "num_beams": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("generate")
+    demo_world.write(out / "world", scenes=60)
+    LLaVA.from_parts(Model(llm_config=TEXT, vision_config=VISION), "plain").save(out)
+    load_tokenizer(out / "world" / "tokenizer").save(out)
+    Image.new("RGB", (60, 40), (200, 30, 30)).save(out / "red.png")
+    Image.new("RGB", (60, 40), (30, 30, 200)).save(out / "blue.png")
+    return out
+
+
+def chat(folder) -> Chat:
+    return Chat(LLaVA.from_pretrained(folder), load_tokenizer(folder), OPTIONS)
+
+
+def test_one_shot_prints_the_answer_and_its_speed(folder):
+    picture = folder / "red.png"
+    said = run(
+        "generate.py", "--model", folder, "--image", picture, "--prompt", "How many?", "--max-new-tokens", 6
+    ).stdout
+    talk = chat(folder)
+    talk.add_image(str(picture))
+    answer = talk.ask("How many?", show=lambda text: None)
+    assert answer and answer in said and "tokens/s]" in said
+
+
+def test_the_stream_is_the_answer_and_turns_are_kept(folder):
+    talk, shown = chat(folder), []
+    talk.add_image(str(folder / "red.png"))
+    first = talk.ask("What?", show=shown.append)
+    assert "".join(shown[:-1]).strip() == first
+    talk.add_image(str(folder / "blue.png"))
+    talk.ask("And <image> this?", show=shown.append)
+    assert [t["value"].count("<image>") for t in talk.turns[::2]] == [1, 1] and len(talk.images) == 2
+    assert talk.turns[1]["value"] == first
+
+
+def test_the_picture_matters(folder):
+    model = LLaVA.from_pretrained(folder)
+    pixels = [model.vision_tower.preprocess(Image.open(folder / f)) for f in ("red.png", "blue.png")]
+    ids = torch.tensor([5, -200, 9])
+    logits = [model(ids[None], p[None]).logits[0, -1] for p in pixels]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+def test_the_chat_goes_on_after_a_mistake(folder):
+    lines = "/image nowhere.png\n/help\nhello\n/reset\n/quit\nnever\n"
+    done = subprocess.run([sys.executable, "generate.py", "--model", folder, "--max-new-tokens", "4"], cwd=ROOT,
+                          input=lines, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "error: nowhere.png: no such file" in done.stdout and "commands: /image" in done.stdout
+    assert done.stdout.count("tokens/s]") == 1
+
+
+def test_a_wrong_model_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    wrong = run("generate.py", "--model", tmp_path, "--prompt", "x", ok=False).stderr.strip().splitlines()
+    assert len(wrong) == 1 and "'llava_next' is no layout known here; fix: " in wrong[0]
