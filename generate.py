@@ -63,12 +63,11 @@ class Chat:
         start = time.perf_counter()
         new = self.model.generate([ids], images, eos_token_id=eos, stream=stream, **self.options)
         seconds = time.perf_counter() - start
-        if self.options["num_beams"] > 1:  # nothing to stream: which beam wins is known at the end
-            made = [t for t in new[0].tolist() if t != eos]
-            show(self.tokenizer.decode(made))
+        answer = self.tokenizer.decode([t for t in new[0].tolist() if t != eos])
+        show(answer[len(shown) :])  # beam search has streamed nothing; a last half character is shown as it is
         show(f"\n[{new.size(1)} tokens, {new.size(1) / seconds:.1f} tokens/s]\n")
-        self.turns[-1]["value"] = self.tokenizer.decode(made).strip()
-        return self.turns[-1]["value"]
+        self.turns[-1]["value"] = answer.strip()
+        return answer.strip()
 
     def command(self, line: str) -> bool:
         """One line of the interactive chat; False ends it."""

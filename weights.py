@@ -34,7 +34,7 @@ def resolve(name: str, where: str = "command line") -> Path:
     Raises UserError when none of the three has it.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     local_only = name.count("/") != 1 or name.startswith((".", "/", "~"))
     if not name or local_only:

@@ -529,7 +529,7 @@ def test_the_command_line_ends_with_one_line(folder):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "; fix: " in done.stderr
     with pytest.raises(SystemExit, match="error: command line: .*; fix: see python .* --help"):
         data.main(["chekc"])
-    with pytest.raises(UserError, match="command line: name a recipe, or rows with --data"):
+    with pytest.raises(SystemExit, match="command line: name a recipe, or rows with --data"):
         data.main(["check"])
 
 

@@ -620,7 +620,7 @@ def test_command_line_errors(tiny, rows, tmp_path):
         ((rows, "--row", 7), r"rows.json:7: there are only 7 rows; fix: a --row from 0 to 6"),
         ((rows, "--template", "fi"), r"templates.py:--template: 'fi' is unknown, did you mean 'phi'\?; fix: "),
         ((rows, "--model", tmp_path / "absent"), r"absent:tokenizer: no such folder or file; fix: "),
-        ((), r"templates.py:arguments: .*rows.*; fix: "),
+        ((), r"command line: .*rows.*; fix: "),
     ]
     for arguments, what in cases:
         done = run("--model", tiny, *arguments)
