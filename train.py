@@ -321,7 +321,8 @@ def open_output(recipe: Recipe, world: World) -> bool:
     """Claim the output folder; False if this very run is finished. Raises UserError if another recipe lives there."""
     output, text = Path(recipe.train.output), config.dumps(recipe)
     saved = output / "recipe.toml"
-    if saved.exists() and saved.read_text() != text:
+    begun = (output / "log.jsonl").exists()  # a start that failed on a mistake has claimed nothing
+    if begun and saved.exists() and saved.read_text() != text:
         odd = next(
             (b for a, b in zip(saved.read_text().splitlines(), text.splitlines(), strict=False) if a != b), "its length"
         )

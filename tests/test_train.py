@@ -125,7 +125,7 @@ def test_trajectory_of_the_reference():
             loss.backward()
             norm = train.update(optimizer, stage, step, run_["steps"])
             assert loss.item() == pytest.approx(run_["loss"][step], rel=1e-4)
-            assert norm == pytest.approx(run_["grad_norm"][step], rel=1e-3)
+            assert norm == pytest.approx(run_["grad_norm"][step], rel=1e-4)
             assert optimizer.param_groups[0]["lr"] == pytest.approx(run_["lr"][step], rel=1e-9, abs=1e-15)
 
 
@@ -197,6 +197,14 @@ def test_finished_run_says_so_and_another_recipe_is_refused(recipe):
     assert "finished" in run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1").stdout
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert "another recipe" in run("train.py", file, ok=False).stderr
+
+
+def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recipe):
+    file, out = recipe("mended")
+    short = ("stage.pretrain.steps=1", "stage.finetune.steps=1")
+    run("train.py", file, *short, "stage.pretrain.template=lama", ok=False)
+    run("train.py", file, *short)
+    assert (out / "model.safetensors").exists()
 
 
 # ------------------------------------------------------------------------------------------------ what it trains
