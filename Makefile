@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(PY) evaluate.py --model out/demo --task world --data out/demo/world --blank
 	$(PY) report.py out/demo
 
-test: .venv/installed
+test: .venv/installed .venv/hf4/installed
 	$(PY) -m pytest
 
 lint: .venv/installed
@@ -24,6 +24,13 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[dev]"
+	touch $@
+
+# The other transformers that exported models are tested with, beside the environment's own: for PYTHONPATH.
+.venv/hf4/installed: .venv/installed Makefile
+	rm -rf .venv/hf4
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/hf4 \
+		transformers==4.57.1 tokenizers==0.22.2 huggingface-hub==0.36.2 requests urllib3 charset-normalizer idna certifi
 	touch $@
 
 .PHONY: demo test lint clean

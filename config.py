@@ -5,6 +5,7 @@
 A recipe says what an experiment is: a model, how the run behaves, and its stages in order. Each field is
 written once, here, with its reason; `--help` prints this file's table. An unknown key is an error that names
 the nearest known one, and the resolved recipe (every field, defaults included) is saved beside the checkpoint.
+`base = "FILE.toml"` lays a recipe over another one, table by table, so that it states only what differs.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class UserError(ValueError):
         super().__init__(f"{where}: {what}; fix: {fix}")
 
 
-def opt(default, why: str, choices: tuple[str, ...] = ()):
-    """A field: its default, the reason it exists, and, for an enumeration, its values."""
+def opt(default, why: str, choices: tuple[str, ...] = (), compare: bool = True):
+    """A field: its default, the reason it exists, for an enumeration its values, and whether it decides what runs."""
     metadata = {"why": why, "choices": choices}
     if isinstance(default, (dict, type)):
-        return field(default_factory=dict if isinstance(default, dict) else default, metadata=metadata)
+        return field(default_factory=dict if default == {} else default, metadata=metadata, compare=compare)
     return field(default=default, metadata=metadata)
 
 
@@ -38,10 +39,13 @@ def opt(default, why: str, choices: tuple[str, ...] = ()):
 class Model:
     llm: str = opt("", "language model: a Hugging Face folder or id; its config.json decides the family")
     vision: str = opt("", "vision encoder: a Hugging Face folder or id")
-    connector: str = opt("mlp2x_gelu", "connector spec: identity, linear, mlpNx_gelu")
+    vision2: str = opt("", "a DINOv2 beside a CLIP in `vision`: their mixture of features, for the connector mof_mlp")
+    connector: str = opt("mlp2x_gelu", "identity, linear, mlpNx_gelu, ..., see connectors.py")
+    connector_options: dict = opt({}, "sizes of a resampler or qformer, see connectors.py")
     tokenizer: str = opt("", "folder with tokenizer.json or tokenizer.model; empty = the llm's")
     llm_config: dict = opt({}, "build the llm from these config.json fields with random weights, load nothing")
     vision_config: dict = opt({}, "the same for the vision encoder")
+    allow_pickle: bool = opt(False, "also read pytorch_model.bin (tensors only) where a folder has no safetensors")
     feature_layer: int = opt(-2, "which hidden state of the encoder is used; 0 = embeddings, -1 = last block")
     feature_select: str = opt(
         "patch", "patch drops token 0, as LLaVA does; cls_patch keeps all", ("patch", "cls_patch")
@@ -105,6 +109,7 @@ class Recipe:
     model: Model = opt(Model, "the model")
     train: Train = opt(Train, "the run")
     stage: dict[str, Stage] = opt({}, "[stage.NAME] tables; each stage starts from the one before")
+    published: dict = opt({}, "scores that the original authors report, by benchmark", compare=False)
 
 
 def _nearest(key: str, known) -> str:
@@ -185,20 +190,36 @@ def _override(table: dict, text: str):
     table[dotted.split(".")[-1]] = value
 
 
+def _merge(under: dict, over: dict) -> dict:
+    """Tables key by key, anything else as `over` has it; the order is that of `under`, then what `over` adds."""
+    both = {k: _merge(under[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(under.get(k), dict)}
+    return under | over | both
+
+
+def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
+    """A recipe's table laid over its base's. `above` led here, `folder` holds what a misspelt name may have meant."""
+    if path.resolve() in [p.resolve() for p in above]:
+        raise UserError(f"{above[-1]}:base", f"{path} is itself based on this recipe", "remove one base of the circle")
+    try:
+        table = tomllib.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        near = _nearest(path.name, sorted(p.name for p in folder.glob("*.toml")))
+        where, what = (f"{above[-1]}:base", f"no such recipe {path.name}") if above else (path, "no such recipe")
+        raise UserError(where, what, near) from None
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(path, f"not TOML: {e}", "mend that line") from None
+    base = path.parent / _convert(table.pop("base", ""), str, f"{path}:base", ())
+    return table if base == path.parent else _merge(_read(base, base.parent, (*above, path)), table)
+
+
 def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
     """The recipe that a command line `[recipe.toml] [section.key=value ...]` names, and its file.
 
-    Raises UserError for a missing file, bad TOML, an unknown key, a wrong type or a value outside its choices.
+    Raises UserError for a missing file, a circle of bases, bad TOML, an unknown key, a wrong type or a wrong choice.
     """
     argv = list(argv)
     path = Path(argv.pop(0)) if argv and "=" not in argv[0] else Path(default)
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        near = _nearest(path.name, sorted(p.name for p in Path(default).parent.glob("*.toml")))
-        raise UserError(path, "no such recipe", near) from None
-    except tomllib.TOMLDecodeError as e:
-        raise UserError(path, f"not TOML: {e}", "mend that line") from None
+    table = _read(path, Path(default).parent)
     for text in argv:
         _override(table, text)
     recipe = _build(Recipe, table, str(path))
@@ -208,7 +229,7 @@ def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
 
 
 def dumps(recipe) -> str:
-    """The recipe as TOML with every field written out; `load` reads it back equal."""
+    """The recipe as TOML with every field that decides what runs written out; `load` reads it back equal."""
     lines: list[str] = []
 
     def inline(value) -> str:
@@ -222,7 +243,7 @@ def dumps(recipe) -> str:
         nested = []
         if path:
             lines.append(f"[{path}]")
-        for f in fields(part):
+        for f in (f for f in fields(part) if f.compare):
             value, full = getattr(part, f.name), f"{path}.{f.name}" if path else f.name
             if is_dataclass(value):
                 nested.append((full, value))
@@ -259,7 +280,8 @@ def help_table() -> str:
 
     for section, cls in (("model", Model), ("train", Train), ("stage.NAME", Stage)):
         walk(cls, section)
-    return "\n".join(rows)
+    rows.append("\n[published]\n  BENCHMARK = NUMBER, as the original authors report it for this recipe")
+    return "\n".join(rows) + '\n\nbase = "FILE.toml" before all tables: the recipe that this one is laid over'
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

@@ -1,18 +1,27 @@
 """Connectors: from the encoder's tokens to the language model's width.
 
     build_connector("mlp2x_gelu", vision_dim=1152, text_dim=2560)
+    build_connector("resampler", vision_dim=1152, text_dim=2560, num_queries=64)
 
-N images, n tokens per image, C vision width, D text width. Parameter names are TinyLLaVA's.
+N images, n tokens per image, C vision width, D text width, W width inside a Q-Former, H heads, d head width.
+Parameter names are TinyLLaVA's. A connector is one entry of CONNECTORS: its module, its options, its token count.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from config import UserError
+from kernels.attention import attention
 
 
-def _identity(vision_dim: int, text_dim: int) -> nn.Module:
+def identity(vision_dim: int, text_dim: int) -> nn.Module:
     if vision_dim != text_dim:
         raise UserError(
             "model.connector", f"identity needs equal widths, not {vision_dim} and {text_dim}", "use linear"
@@ -20,32 +29,240 @@ def _identity(vision_dim: int, text_dim: int) -> nn.Module:
     return nn.Identity()
 
 
-def _mlp(depth: int):
+def mlp(vision_dim: int, text_dim: int, depth: int = 2) -> nn.Module:
     """LLaVA-1.5's connector: `depth` linears with GELU between them."""
+    layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(text_dim, text_dim)]
+    return nn.Sequential(*layers)
 
-    def build(vision_dim: int, text_dim: int) -> nn.Module:
-        layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
-        for _ in range(depth - 1):
-            layers += [nn.GELU(), nn.Linear(text_dim, text_dim)]
-        return nn.Sequential(*layers)
 
-    return build
+class MixtureMLP(nn.Module):
+    """Interleaved mixture of features (Tong et al., 2024): an MLP per encoder, tokens of CLIP and DINOv2 in turn."""
+
+    def __init__(self, vision_dim: int, text_dim: int):
+        super().__init__()
+        self.clip, self.dinov2 = mlp(vision_dim, text_dim), mlp(vision_dim, text_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 2, n, C), CLIP before DINOv2 -> (N, 2n, D): CLIP's tokens at even places, DINOv2's at odd ones."""
+        clip, dinov2 = x.unbind(1)
+        return torch.stack([self.clip(clip), self.dinov2(dinov2)], 2).flatten(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------- resampler
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the tokens and to themselves, both normalised first (Flamingo; Alayrac et al., 2022)."""
+
+    def __init__(self, width: int, heads: int = 8, head_width: int = 64):
+        super().__init__()
+        self.heads, inner = heads, heads * head_width
+        self.norm_media, self.norm_latents = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q, self.to_kv = nn.Linear(width, inner, bias=False), nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Tokens (N, n, D) and latents (N, m, D) -> what to add to the latents."""
+        x, latents = self.norm_media(x), self.norm_latents(latents)
+        k, v = self.to_kv(torch.cat([x, latents], 1)).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.to_q(latents), k, v))  # (N, m or n+m, H, d)
+        return self.to_out(attention(q, k, v, causal=False).flatten(2))
+
+
+def feed_forward(width: int) -> nn.Module:
+    inner = 4 * width
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, inner, bias=False), nn.GELU(), nn.Linear(inner, width, bias=False)
+    )
+
+
+class Resampler(nn.Module):
+    """TinyLLaVA's Perceiver resampler: `num_queries` learnt latents read an image's tokens, however many there are."""
+
+    def __init__(self, vision_dim: int, text_dim: int, num_queries: int, num_resampler_layers: int):
+        super().__init__()
+        self.linear = nn.Linear(vision_dim, text_dim)
+        self.latents = nn.Parameter(nn.init.normal_(torch.empty(num_queries, text_dim)))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(text_dim), feed_forward(text_dim)]) for _ in range(num_resampler_layers)
+        )
+        self.norm = nn.LayerNorm(text_dim)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Tokens of the text's width (N, n, D) -> the latents after they read them (N, m, D)."""
+        latents = self.latents.expand(len(x), -1, -1)
+        for attend, mlp in self.layers:
+            latents = latents + attend(x, latents)
+            latents = latents + mlp(latents)
+        return self.norm(latents)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, n, C) -> (N, m, D)."""
+        return self.read(self.linear(x))
+
+
+# ----------------------------------------------------------------------------------------------- Q-Former
+
+BERT_EPS = 1e-12
+
+
+class BertOutput(nn.Module):
+    """BERT normalises after it adds: LayerNorm(dense(x) + residual)."""
+
+    def __init__(self, inner: int, width: int):
+        super().__init__()
+        self.dense, self.LayerNorm = nn.Linear(inner, width), nn.LayerNorm(width, BERT_EPS)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, width: int, heads: int, source_width: int):
+        super().__init__()
+        self.heads = heads
+        self.self = nn.ModuleDict(
+            {"query": nn.Linear(width, width), **{n: nn.Linear(source_width, width) for n in ("key", "value")}}
+        )
+        self.output = BertOutput(width, width)
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """Queries x (N, m, W) attend to source (N, n, its width) -> (N, m, W), residual and norm included."""
+        project = self.self
+        q, k, v = project["query"](x), project["key"](source), project["value"](source)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        # Not the fused attention: queries of nearly equal entries, normalised, make this connector so sensitive to
+        # rounding that another order of sums alone moves its output by 1e-4.
+        scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
+        return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), x)
+
+
+class BertLayer(nn.Module):
+    """A BERT layer's query branch (the text branch is never used with images and so not built)."""
+
+    def __init__(self, width: int, heads: int, intermediate: int):
+        super().__init__()
+        self.attention = BertAttention(width, heads, width)
+        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(width, intermediate)})
+        self.output_query = BertOutput(intermediate, width)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.output_query(F.gelu(self.intermediate_query["dense"](x)), x)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        return self.mlp(self.attention(x, x))
+
+
+class CrossLayer(BertLayer):
+    """The same with attention to the image's features in between."""
+
+    def __init__(self, width: int, heads: int, intermediate: int, vision_dim: int):
+        super().__init__(width, heads, intermediate)
+        self.crossattention = BertAttention(width, heads, vision_dim)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        return self.mlp(self.crossattention(self.attention(x, x), features))
+
+
+class QFormer(nn.Module):
+    """BLIP-2's Q-Former (Li et al., 2023) as TinyLLaVA uses it: learnt queries through a BERT that sees the image.
+
+    Every second layer, the first included, attends to the image. The queries are normalised without a weight; there
+    is no dropout. BERT's table of positions lies in files and is never read: it is kept for saving.
+    """
+
+    spare = ("bert.embeddings.position_ids",)
+
+    def __init__(
+        self, vision_dim: int, text_dim: int, num_queries: int, hidden_size: int, num_hidden_layers: int,
+        num_attention_heads: int, intermediate_size: int,
+    ):  # fmt: skip
+        super().__init__()
+        if hidden_size % num_attention_heads:
+            where, what = "num_attention_heads", f"{num_attention_heads} do not divide hidden_size {hidden_size}"
+            raise UserError(f"model.connector_options.{where}", what, "choose a divisor")
+        sizes = hidden_size, num_attention_heads, intermediate_size
+        self.query_tokens = nn.Parameter(nn.init.normal_(torch.empty(1, num_queries, hidden_size), std=0.02))
+        self.bert = nn.Module()
+        self.bert.encoder = nn.Module()
+        self.bert.encoder.layer = nn.ModuleList(
+            BertLayer(*sizes) if i % 2 else CrossLayer(*sizes, vision_dim) for i in range(num_hidden_layers)
+        )
+        self.projector = nn.Linear(hidden_size, text_dim)
+        self.spares: dict[str, Tensor] = {}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, n, C) -> (N, m, D)."""
+        x = F.layer_norm(self.query_tokens, self.query_tokens.shape[-1:], eps=BERT_EPS)
+        x = x.expand(len(features), -1, -1)
+        for layer in self.bert.encoder.layer:
+            x = layer(x, features)
+        return self.projector(x)
+
+
+# ------------------------------------------------------------------------------------------------ the menu
+
+
+class Connector(NamedTuple):
+    build: Callable[..., nn.Module]  # (vision_dim, text_dim, **options)
+    options: dict[str, int] = {}  # names and defaults
+    tokens: Callable[..., int] = lambda n, **options: n  # positions in the text, of n encoder tokens (per encoder)
+
+
+def _queries(n: int, num_queries: int, **options: int) -> int:
+    return num_queries
 
 
 CONNECTORS = {
-    "identity": _identity,
-    "linear": nn.Linear,
-    **{f"mlp{depth}x_gelu": _mlp(depth) for depth in range(1, 9)},
+    "identity": Connector(identity),
+    "linear": Connector(nn.Linear),
+    **{f"mlp{depth}x_gelu": Connector(partial(mlp, depth=depth)) for depth in range(1, 9)},
+    "mof_mlp": Connector(MixtureMLP, tokens=lambda n: 2 * n),
+    "resampler": Connector(Resampler, {"num_queries": 128, "num_resampler_layers": 3}, _queries),
+    "qformer": Connector(
+        QFormer,
+        {
+            "num_queries": 128,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        },
+        _queries,
+    ),
 }
 
 
-def build_connector(spec: str, vision_dim: int, text_dim: int, **options) -> nn.Module:
-    """A module (N, n, C) -> (N, m, D); `spec` is an exact name of CONNECTORS. Raises UserError for another one."""
+def _choose(spec: str, options: dict[str, int]) -> tuple[Connector, dict[str, int]]:
+    """The entry of an exact name, and its options with the defaults filled in."""
     if spec not in CONNECTORS:
         raise UserError("model.connector", f"unknown {spec!r}", f"one of {', '.join(CONNECTORS)}")
-    return CONNECTORS[spec](vision_dim, text_dim, **options)
+    connector = CONNECTORS[spec]
+    for name, value in options.items():
+        where = f"model.connector_options.{name}"
+        if name not in connector.options:
+            known = f"one of {', '.join(connector.options)}" if connector.options else "remove it, there is none"
+            raise UserError(where, f"unknown to {spec}", known)
+        if type(value) is not int or value < 1:
+            raise UserError(where, f"{value!r} is not a positive integer", f"the default is {connector.options[name]}")
+    return connector, connector.options | options
 
 
-def connector_tokens(spec: str, tokens: int, **options) -> int:
-    """How many positions an image of `tokens` encoder tokens takes in the language model."""
-    return tokens
+def build_connector(spec: str, vision_dim: int, text_dim: int, **options: int) -> nn.Module:
+    """A module (N, n, C) -> (N, m, D); mof_mlp takes (N, 2, n, C). `spec` is an exact name of CONNECTORS.
+
+    Raises UserError for another name, an unknown option, or a value that is no positive integer.
+    """
+    connector, options = _choose(spec, options)
+    return connector.build(vision_dim, text_dim, **options)
+
+
+def connector_tokens(spec: str, tokens: int, **options: int) -> int:
+    """How many positions an image of `tokens` encoder tokens (of each encoder, in a mixture) takes in the text.
+
+    Raises UserError as build_connector does.
+    """
+    connector, options = _choose(spec, options)
+    return connector.tokens(tokens, **options)

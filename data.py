@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 import config
 import templates
 from config import UserError
-from model import vision_spec
+from layouts import from_recipe, vision_spec
 from templates import IGNORE, IMAGE_TOKEN
 from weights import resolve
 
@@ -181,7 +181,7 @@ def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     tokenizer = model.tokenizer or model.llm
     if not tokenizer:
         raise UserError("model.tokenizer", "not set", "name a folder with tokenizer.json or tokenizer.model")
-    transform, n = vision_spec(model)
+    transform, n = vision_spec(from_recipe(model, stage.template))
     rest = dict(max_tokens=stage.max_tokens, image_tokens=n, image_mode=model.image_mode, transform=transform)
     return make_spec(tokenizer, stage.template, **rest)
 

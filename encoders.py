@@ -1,22 +1,22 @@
-"""Vision encoders: one ViT that is CLIP or SigLIP, and the image transform each was trained with.
+"""Vision encoders: one ViT that is CLIP, SigLIP, SigLIP2 or DINOv2; CLIP beside DINOv2; the image transform of each.
 
     encoder = load_encoder("openai/clip-vit-large-patch14-336")       # a Hugging Face folder or id
-    features = encoder(encoder.preprocess(pil_image)[None])           # (1, 3, H, W) -> (1, n, C)
+    features = encoder(encoder.preprocess(pil_image)[None])           # (N, 3, H, W) -> (N, n, C)
 
-N images, H x W pixels, p patch size, n tokens per image, C width, h heads, d head width.
-Names are Hugging Face's (CLIP's `pre_layrnorm` included), so the rename table is one line.
+N images, H x W pixels, h x w patches, n tokens per image, C width. Parameter names are Hugging Face's for CLIP.
 A family is one entry of FAMILIES, keyed by config.json's exact model_type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +28,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
 }
+PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor", "CLIPFeatureExtractor")
+
+
+def need(good: bool, where: object, value: object, fix: str):
+    if not good:
+        raise UserError(where, f"{value!r} is not supported", fix)
 
 
 @dataclass(frozen=True)
@@ -40,260 +47,253 @@ class ImageTransform:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = int(Image.Resampling.BICUBIC)
-
-    @property
-    def side(self) -> int:
-        return self.crop or self.size
+    side = property(lambda self: self.crop or self.size)
 
     @classmethod
-    def from_hf(cls, config: dict, default: ImageTransform) -> ImageTransform:
-        """From preprocessor_config.json (integer or dict sizes); an absent file gives the family's default."""
-        if not config:
-            return default
-
-        def pixels(value, fallback: int) -> int:
-            if isinstance(value, dict):
-                return value.get("shortest_edge") or value.get("height") or fallback
-            return value or fallback
-
-        crops = config.get("do_center_crop", False)
-        return cls(
-            size=pixels(config.get("size"), default.size),
-            crop=pixels(config.get("crop_size"), default.side) if crops else 0,
-            mean=tuple(config.get("image_mean", default.mean)),
-            std=tuple(config.get("image_std", default.std)),
-            resample=config.get("resample", default.resample),
-        )
+    def from_hf(cls, config: dict, default: ImageTransform, where: object = "preprocessor_config.json"):
+        """From an image processor's fields; a missing one is the default's. UserError for one we cannot reproduce."""
+        given = {"image_processor_type": config.get("feature_extractor_type")} | config  # its name in old files
+        given = {key: value for key, value in given.items() if value is not None}
+        c = {"crop_size": default.side} | default.to_hf() | given
+        size, crop = (next(iter(v.values()), 0) if isinstance(v, dict) else v for v in (c["size"], c["crop_size"]))
+        made = cls(size, crop * c["do_center_crop"], tuple(c["image_mean"]), tuple(c["image_std"]), c["resample"])
+        others = {key: False for key in c if key.startswith("do_")} | {"do_convert_rgb": c.get("do_convert_rgb")}
+        for key, value in (others | made.to_hf()).items():
+            given = c.get(key, value)
+            good = given.removesuffix("Fast") in PROCESSORS if key == "image_processor_type" else given == value
+            good |= key in ("size", "crop_size") and isinstance(given, int)  # of old files
+            good |= key == "rescale_factor" and abs(given * 255 - 1) < 1e-6
+            need(good, f"{where}:{key}", given, "give the image processor that was published with the encoder")
+        return made
 
     def to_hf(self) -> dict:
-        """preprocessor_config.json in the layout that Hugging Face's processors read."""
+        """preprocessor_config.json as Hugging Face's processors read it (BitImageProcessor does what CLIP's does)."""
         square = {"height": self.side, "width": self.side}
+        sizes = {"size": {"shortest_edge": self.size}, "crop_size": square} if self.crop else {"size": square}
         return {
-            "image_processor_type": "CLIPImageProcessor" if self.crop else "SiglipImageProcessor",
-            "do_resize": True,
-            "size": {"shortest_edge": self.size} if self.crop else square,
-            "do_center_crop": bool(self.crop),
-            **({"crop_size": square} if self.crop else {}),
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-            "resample": int(self.resample),
-        }
+            "image_processor_type": PROCESSORS[not self.crop], "do_resize": True, "resample": int(self.resample),
+            "do_center_crop": self.crop > 0, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(self.mean), "image_std": list(self.std), **sizes,
+        }  # fmt: skip
 
     def __call__(self, image: Image.Image, image_mode: str = "square") -> Tensor:
-        """An RGB picture -> (3, side, side) float32; `pad` first makes it a square with the mean colour."""
+        """A picture -> (3, side, side) float32; `pad` first makes it a square with the mean colour."""
         image = image.convert("RGB")
-        if image_mode == "pad" and image.width != image.height:
-            side = max(image.size)
-            square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in self.mean))
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
-        if self.crop:
-            short, long = sorted(image.size)
-            other = int(self.size * long / short)
-            image = image.resize(
-                (self.size, other) if image.width <= image.height else (other, self.size), self.resample
-            )
-            left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
-            image = image.crop((left, top, left + self.crop, top + self.crop))
-        else:
-            image = image.resize((self.size, self.size), self.resample)
-        pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        if image_mode == "pad":
+            left, top = ((max(image.size) - edge) // 2 for edge in image.size)
+            border = left, top, max(image.size) - image.width - left, max(image.size) - image.height - top
+            image = ImageOps.expand(image, border, tuple(int(m * 255) for m in self.mean))
+        size = [self.size * edge // min(image.size) if self.crop else self.size for edge in image.size]
+        left, top = ((edge - self.side) // 2 for edge in size)
+        image = image.resize(size, self.resample).crop((left, top, left + self.side, top + self.side))
+        pixels = (np.asarray(image, np.float32) / np.float32(255) - np.float32(self.mean)) / np.float32(self.std)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def read_preprocessor(folder) -> dict:
+    """The image processor's fields in a folder: transformers 4's file, else transformers 5's, else {}."""
+    flat = weights.read_json(folder / "preprocessor_config.json", optional=True)
+    return flat or weights.read_json(folder / "processor_config.json", optional=True).get("image_processor", {})
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    model_type: str
-    width: int
-    heads: int
-    intermediate: int
-    layers: int
-    patch: int
-    image: int
-    eps: float
-    activation: str
-    class_token: bool
-    patch_bias: bool
-    pre_norm: bool
-    transform: ImageTransform
-    init_std: float = 0.02
+    """An encoder as numbers, under Hugging Face's names, and as parts; absent parts are nn.Identity."""
 
-    @property
-    def patches(self) -> int:
-        return (self.image // self.patch) ** 2
+    hf: dict  # config.json with every default filled in
+    transform: ImageTransform
+    leading: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tokens before the patches: shape without C
+    pre_norm: Callable[..., nn.Module] = nn.Identity
+    rename: weights.Table = (("vision_model.**", "**"),)  # Hugging Face's names -> ours
+    antialias: bool | None = None  # how the position table is resized; None = made for one size of picture
+    beside: VisionConfig | None = None  # in the mixture this is CLIP, and that its DINOv2
+    width = property(lambda self: self.hf["hidden_size"])
+    init_std = property(lambda self: self.hf["initializer_range"])
 
     def tokens(self, select: str) -> int:
         """Tokens per image: all of them, less the first one for `patch` (also where it is no class token)."""
-        return self.patches + self.class_token - (select == "patch")
-
-
-def _clip(c: dict, prep: dict) -> VisionConfig:
-    image = c.get("image_size", 224)
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    return _config(c, prep, "quick_gelu", 1e-5, 32, True, ImageTransform(image, image, mean, std))
-
-
-def _siglip(c: dict, prep: dict) -> VisionConfig:
-    return _config(c, prep, "gelu_pytorch_tanh", 1e-6, 16, False, ImageTransform(c.get("image_size", 224)))
-
-
-def _config(c: dict, prep: dict, act: str, eps: float, patch: int, cls: bool, transform: ImageTransform):
-    return VisionConfig(
-        model_type=c["model_type"], width=c.get("hidden_size", 768), heads=c.get("num_attention_heads", 12),
-        intermediate=c.get("intermediate_size", 3072), layers=c.get("num_hidden_layers", 12),
-        patch=c.get("patch_size", patch), image=c.get("image_size", 224), eps=c.get("layer_norm_eps", eps),
-        activation=c.get("hidden_act", act), class_token=cls, patch_bias=not cls, pre_norm=cls,
-        transform=ImageTransform.from_hf(prep, transform), init_std=c.get("initializer_range", 0.02),
-    )  # fmt: skip
-
-
-FAMILIES: dict[str, Callable[[dict, dict], VisionConfig]] = {
-    "clip_vision_model": _clip,
-    "siglip_vision_model": _siglip,
-}
-# A full CLIP or SigLIP checkpoint keeps its vision half in `vision_config`; the text half is not ours to load.
-TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-RENAME: weights.Table = (("vision_model.**", "**"),)
-TEXT_HALF = ("text_model.**", "logit_scale", "logit_bias", "visual_projection.weight", "text_projection.weight",
-             "**.position_ids")  # fmt: skip
-
-
-def vision_config(hf: dict, preprocessor: dict | None = None, where: object = "vision_config") -> VisionConfig:
-    """The numbers of an encoder from its config.json (and preprocessor_config.json).
-
-    Raises UserError for a model_type that is not in FAMILIES or an activation that is not in ACTIVATIONS.
-    """
-    if hf.get("model_type") in TWO_TOWERS:
-        hf = hf.get("vision_config", {}) | {"model_type": TWO_TOWERS[hf["model_type"]]}
-    kind = hf.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(
-            f"{where}:model_type",
-            f"{kind!r} is no vision encoder known here",
-            f"one of {', '.join(FAMILIES)}",
-        )
-    config = FAMILIES[kind](hf, preprocessor or {})
-    if config.activation not in ACTIVATIONS:
-        raise UserError(f"{where}:hidden_act", repr(config.activation), f"one of {', '.join(ACTIVATIONS)}")
-    if config.transform.side != config.image:
-        raise UserError(f"{where}:image_size", f"{config.image}, but the processor makes {config.transform.side}",
-                        "use the preprocessor_config.json that belongs to this encoder")  # fmt: skip
-    return config
-
-
-class Attention(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.heads = c.heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.width, c.width) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, causal=False).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(c.width, c.intermediate), nn.Linear(c.intermediate, c.width)
-        self.activation = ACTIVATIONS[c.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        grid, leading = self.transform.side // self.hf["patch_size"], self.leading.values()
+        return grid**2 + sum((1, *shape)[-1] for shape in leading) - (select == "patch")
 
 
 class Block(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(c.width, c.eps), nn.LayerNorm(c.width, c.eps)
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        hidden, eps, self.heads = c.hf["intermediate_size"], c.hf["layer_norm_eps"], c.hf["num_attention_heads"]
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(c.width, eps), nn.LayerNorm(c.width, eps)
+        start = c.hf.get("layerscale_value")  # DINOv2 scales what it adds, per channel
+        for name in ("layer_scale1", "layer_scale2"):
+            self.register_parameter(name, None if start is None else nn.Parameter(torch.full((c.width,), float(start))))
+        self.add = (lambda x, y, _: x + y) if start is None else torch.addcmul
+        linears = {name: nn.Linear(c.width, c.width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        self.self_attn, self.activation = nn.ModuleDict(linears), ACTIVATIONS[c.hf["hidden_act"]]
+        gated = c.hf["hidden_act"] == "swiglu"  # then DINOv2's names, and two outputs for each hidden unit
+        up, down = nn.Linear(c.width, hidden * (1 + gated)), nn.Linear(hidden, c.width)
+        self.mlp = nn.ModuleDict({"weights_in": up, "weights_out": down} if gated else {"fc1": up, "fc2": down})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        (q_proj, k_proj, v_proj, out_proj), (up, down) = self.self_attn.values(), self.mlp.values()
+        y = self.layer_norm1(x)
+        q, k, v = (proj(y).unflatten(-1, (self.heads, -1)) for proj in (q_proj, k_proj, v_proj))
+        x = self.add(x, out_proj(attention(q, k, v, causal=False).flatten(2)), self.layer_scale1)
+        return self.add(x, down(self.activation(up(self.layer_norm2(x)))), self.layer_scale2)
 
 
 class Embeddings(nn.Module):
+    """Class token and registers, where there are any, then the patches row by row. Registers have no position."""
+
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, c.width, c.patch, c.patch, bias=c.patch_bias)
-        self.class_embedding = nn.Parameter(torch.zeros(c.width)) if c.class_token else None
-        self.position_embedding = nn.Embedding(c.patches + c.class_token, c.width)
+        patch, self.grid, self.antialias = c.hf["patch_size"], c.hf["image_size"] // c.hf["patch_size"], c.antialias
+        self.patch_embedding = nn.Conv2d(3, c.width, patch, patch, bias=c.pre_norm is nn.Identity)
+        self.position_embedding = nn.Embedding(self.grid**2 + bool(c.leading), c.width)
+        axis = c.leading.get("class_embedding", ())[:1]  # DINOv2's tokens and table have a leading dimension of 1
+        self.position_embedding.weight = nn.Parameter(self.position_embedding.weight.detach().view(*axis, -1, c.width))
+        for name, shape in c.leading.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(*shape, c.width)))
+        # The code of 2023 resizes the table by a scale, (h + 0.1) / grid, today's to a size: they sample elsewhere.
+        offset, size = c.hf.get("interpolate_offset", 0.0), lambda *hw: {"size": hw}
+        self.target = (lambda *hw: {"scale_factor": [(n + offset) / self.grid for n in hw]}) if offset else size
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (N, n, C), patches row by row
-        if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        return x + self.position_embedding.weight
+        N, C, h, w = (x := self.patch_embedding(pixels)).shape
+        first, table = self.position_embedding.weight.view(-1, C).tensor_split([-(self.grid**2)])
+        leading = torch.cat([first[:0], *(p.view(-1, C) for p in self.parameters(recurse=False))])
+        leading = leading + F.pad(first, (0, 0, 0, len(leading) - len(first)))
+        if (h, w) != (self.grid, self.grid):  # bicubic, in float32 as Hugging Face has it
+            table = table.float().T.unflatten(1, (self.grid, self.grid))[None]
+            table = F.interpolate(table, mode="bicubic", antialias=self.antialias, **self.target(h, w))
+            table = table[0].flatten(1).T.to(x.dtype)
+        return torch.cat([leading.expand(N, -1, -1), x.flatten(2).transpose(1, 2) + table], 1)
 
 
 class VisionEncoder(nn.Module):
-    """Vision Transformer up to the chosen feature layer.
+    """Vision Transformer (Dosovitskiy et al., 2020) up to the chosen feature layer: (N, 3, H, W) -> (N, n, C).
 
-    feature_layer counts Hugging Face's `hidden_states`, which start with the embeddings: -2 is the input of the
-    last block and gets no final norm. Blocks behind it, the final norm and SigLIP's pooling head are never run;
-    they are not built, their tensors wait in `spares` so that a checkpoint goes out as complete as it came in.
+    feature_layer counts Hugging Face's `hidden_states`: 0 is the embeddings, -2 the input of the last block, and none
+    gets the final norm. What lies behind is not built; its tensors wait in `spares`, to leave with the checkpoint.
     """
 
-    spare = ("encoder.layers.*.**", "post_layernorm.*", "head.**")
+    spare = ("encoder.layers.*.**", "post_layernorm.*", "head.**", "embeddings.mask_token")
+    ignore = ("text_model.**", "logit_scale", "logit_bias", "*_projection.weight", "**.position_ids")  # not vision
 
-    def __init__(self, c: VisionConfig, feature_layer: int = -2, feature_select: str = "patch"):
+    def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
         super().__init__()
-        self.config, self.select = c, feature_select
-        depth = feature_layer if feature_layer >= 0 else c.layers + 1 + feature_layer
-        if not 0 <= depth <= c.layers:
-            raise UserError(
-                "model.feature_layer", f"{feature_layer} of {c.layers} blocks", "use -2, or -1 for the last"
-            )
-        self.embeddings = Embeddings(c)
-        self.pre_layrnorm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else nn.Identity()
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(Block(c) for _ in range(depth))
-        self.gradient_checkpointing = False
-        self.spares: dict[str, Tensor] = {}
+        states = range(c.hf["num_hidden_layers"] + 1)
+        need(-len(states) <= feature_layer < len(states), "model.feature_layer", feature_layer, f"-1 to {states[-1]}")
+        self.config, self.rename, self.spares, self.gradient_checkpointing = c, c.rename, {}, False
+        self.transform, self.preprocess, self.skip = c.transform, c.transform, int(feature_select == "patch")
+        self.embeddings, self.pre_layrnorm = Embeddings(c), c.pre_norm(c.width, c.hf["layer_norm_eps"])
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(states[feature_layer]))})
+
+    blocks = property(lambda self: self.encoder["layers"])
+
+    @torch.no_grad()
+    def init_positions(self):
+        """Random positions, class token and registers of std C**-0.5; LayerScale as configured."""
+        for p in (self.embeddings.position_embedding.weight, *self.embeddings.parameters(recurse=False)):
+            p.normal_(0.0, self.config.width**-0.5)
+        for p in (p for name, p in self.named_parameters() if ".layer_scale" in name):
+            p.fill_(self.config.hf["layerscale_value"])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.pre_layrnorm(self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype)))
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x[:, self.skip :]
+
+
+class Mixture(nn.Module):
+    """CLIP and DINOv2 on the same pixels (Tong et al., 2024): (N, 3, H, W) -> (N, 2, n, C), CLIP's features first."""
+
+    def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
+        super().__init__()
+        self.config, self.spares, self.gradient_checkpointing = c, {}, False
+        self.transform = self.preprocess = c.transform
+        self.clip, self.dinov2 = (VisionEncoder(t, feature_layer, feature_select) for t in (c, c.beside))
+        self.rename = tuple((f"{n}.{a}", f"{n}.{b}") for n, t in self.named_children() for a, b in t.rename)
+        self.spare = tuple(f"{n}.{glob}" for n, t in self.named_children() for glob in t.spare)
+        self.ignore = tuple(f"{n}.{glob}" for n, t in self.named_children() for glob in t.ignore)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.encoder.layers
-
-    @property
-    def transform(self) -> ImageTransform:
-        return self.config.transform
-
-    def preprocess(self, image: Image.Image, image_mode: str = "square") -> Tensor:
-        """A picture -> (3, H, W) float32, as the published image processor makes it."""
-        return self.transform(image, image_mode)
+        """Item i holds block i of both towers."""
+        return nn.ModuleList(nn.ModuleList(filter(None, p)) for p in zip_longest(self.clip.blocks, self.dinov2.blocks))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, n, C)."""
-        x = self.pre_layrnorm(self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype)))
-        for block in self.encoder.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x[:, 1:] if self.select == "patch" else x
-
-    def to_hf(self) -> dict:
-        """config.json of this encoder alone."""
-        c = self.config
-        return {
-            "model_type": c.model_type, "hidden_size": c.width, "num_attention_heads": c.heads,
-            "intermediate_size": c.intermediate, "num_hidden_layers": c.layers, "patch_size": c.patch,
-            "image_size": c.image, "layer_norm_eps": c.eps, "hidden_act": c.activation, "initializer_range": c.init_std,
-        }  # fmt: skip
+        self.clip.gradient_checkpointing = self.dinov2.gradient_checkpointing = self.gradient_checkpointing
+        return torch.stack([self.clip(pixels), self.dinov2(pixels)], 1)
 
 
-def load_encoder(path: str, dtype=None, device="cpu", feature_layer: int = -2, feature_select: str = "patch"):
+DINOV2 = tuple((f"encoder.layer.*.{theirs}.*", f"encoder.layers.*.{ours}.*") for theirs, ours in (
+    *((f"attention.attention.{name}", f"self_attn.{name[0]}_proj") for name in ("query", "key", "value")),
+    ("attention.output.dense", "self_attn.out_proj"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
+)) + (
+    ("encoder.layer.*.*.lambda1", "encoder.layers.*.*"), ("encoder.layer.*.**", "encoder.layers.*.**"),
+    ("layernorm.*", "post_layernorm.*"), ("embeddings.cls_token", "embeddings.class_embedding"),
+    ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
+    ("embeddings.patch_embeddings.projection.*", "embeddings.patch_embedding.*"),
+)  # fmt: skip
+
+
+def _dinov2(c: dict, _: int) -> VisionConfig:
+    hidden, registers = int(c["hidden_size"] * c["mlp_ratio"]), c.get("num_register_tokens")
+    gated = {"hidden_act": "swiglu", "intermediate_size": (int(hidden * 2 / 3) + 7) // 8 * 8}
+    c = c | (gated if c.get("use_swiglu_ffn") else {"intermediate_size": hidden})
+    leading = {"class_embedding": (1, 1)} | ({} if registers is None else {"register_tokens": (1, registers)})
+    transform = ImageTransform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return VisionConfig(c, transform, leading, nn.Identity, DINOV2, registers is not None)
+
+
+# What config.json may leave out, and what makes the config of it.
+COMMON = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072,
+          "image_size": 224, "patch_size": 16, "initializer_range": 0.02, "layer_norm_eps": 1e-6}  # fmt: skip
+DINO = {"hidden_act": "gelu", "mlp_ratio": 4, "layerscale_value": 1.0}
+CLIP_STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+FAMILIES: dict[str, tuple[dict, Callable[[dict, int], VisionConfig]]] = {
+    "clip_vision_model": ({"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32}, lambda c, n:
+        VisionConfig(c, ImageTransform(n, n, *CLIP_STATS), {"class_embedding": ()}, nn.LayerNorm)),
+    "siglip_vision_model": ({"hidden_act": "gelu_pytorch_tanh"}, lambda c, n: VisionConfig(c, ImageTransform(n))),
+    "dinov2": (DINO | {"patch_size": 14}, _dinov2),
+}  # fmt: skip
+
+
+def vision_config(hf: dict, preprocessor: dict | None = None, where: object = "vision_config") -> VisionConfig:
+    """An encoder's config, from its config.json and image processor. UserError for what we cannot reproduce."""
+    kind = hf.get("model_type")
+    if kind == "mof":  # TinyLLaVA Factory's mixture of features: DINOv2 sees CLIP's pictures
+        clip = vision_config(hf.get("clip", {}), preprocessor, f"{where}:clip")
+        dinov2 = vision_config(hf.get("dinov2", {}), clip.transform.to_hf(), f"{where}:dinov2")
+        sizes = [(c.width, c.tokens("patch")) for c in (clip, dinov2)]
+        need(sizes[0] == sizes[1], f"{where}:(width, tokens)", sizes, "take a CLIP and a DINOv2 with equal ones")
+        return replace(clip, beside=dinov2)
+    if kind in ("clip", "siglip"):  # a full checkpoint: its text half is not ours to load
+        hf, kind = hf.get("vision_config", {}), f"{kind}_vision_model"
+    need(kind in FAMILIES, f"{where}:model_type", kind, f"one of {', '.join(FAMILIES)} (no NaFlex: its shapes vary)")
+    c = COMMON | FAMILIES[kind][0] | {k: v for k, v in hf.items() if v is not None} | {"model_type": kind}
+    only = {"hidden_act": [*ACTIVATIONS], "num_channels": [3], "qkv_bias": [True], "image_size": range(1, 9999),
+            "patch_size": range(1, 9999), "hidden_size": range(0, 99999, c["num_attention_heads"]),
+            "head_dim": [c["hidden_size"] // c["num_attention_heads"]]}  # fmt: skip
+    for key, values in only.items():
+        need(c.get(key, values[0]) in values, f"{where}:{key}", c.get(key), f"one of {values}")
+    config = FAMILIES[kind][1](c, c["image_size"])
+    transform = ImageTransform.from_hf(preprocessor or {}, config.transform, f"{where}:image processor")
+    fix = f"the image processor makes {transform.side}: give the one that belongs to this encoder"
+    need(config.antialias is not None or transform.side == c["image_size"], f"{where}:image_size", c["image_size"], fix)
+    return replace(config, transform=transform)
+
+
+def build_encoder(config: VisionConfig, feature_layer: int = -2, feature_select: str = "patch") -> nn.Module:
+    """The module of a config, on the meta device where that is the default; see VisionEncoder and Mixture."""
+    return (Mixture if config.beside else VisionEncoder)(config, feature_layer, feature_select)
+
+
+def load_encoder(path, dtype=None, device="cpu", feature_layer=-2, feature_select="patch", allow_pickle=False):
     """A pretrained encoder from a Hugging Face folder or id. Raises UserError as weights.load does."""
-    folder = weights.resolve(str(path))
-    hf = weights.read_json(folder / "config.json")
-    preprocessor = weights.read_json(folder / "preprocessor_config.json", optional=True)
-    with torch.device("meta"):
-        encoder = VisionEncoder(vision_config(hf, preprocessor, folder / "config.json"), feature_layer, feature_select)
-    weights.load(encoder, weights.Checkpoint(folder), RENAME, dtype=dtype, device=device, ignore=TEXT_HALF)
+    folder = weights.resolve(str(path), allow_pickle=allow_pickle)
+    hf, preprocessor = weights.read_json(folder / "config.json"), read_preprocessor(folder)
+    with weights.empty():
+        encoder = build_encoder(vision_config(hf, preprocessor, folder / "config.json"), feature_layer, feature_select)
+    weights.load(encoder, weights.Checkpoint(folder, allow_pickle), encoder.rename, "", dtype, device, encoder.ignore)
     return encoder

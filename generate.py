@@ -95,10 +95,11 @@ def main(argv: list[str]):
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability (1)")
     parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams (1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
+    parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
     a = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = weights.resolve(a.model)
-    model = LLaVA.from_pretrained(folder, getattr(torch, a.dtype), device)
+    folder = weights.resolve(a.model, allow_pickle=a.allow_pickle)
+    model = LLaVA.from_pretrained(folder, getattr(torch, a.dtype), device, a.allow_pickle)
     options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p, "num_beams": a.beams}
     chat = Chat(model, load_tokenizer(folder), options)
     for file in a.image:

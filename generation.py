@@ -1,4 +1,4 @@
-"""Decoding: the key-value cache, sampling and beam search. `LLaVA.generate` in model.py is the way in.
+"""Packed rows and decoding: the key-value cache, sampling and beam search. `LLaVA.generate` in model.py is the way in.
 
 B sequences, T tokens of a packed row, H heads, K key-value heads, d head width, L cache slots, V vocabulary.
 """
@@ -12,8 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import attention_decode, attention_packed
+from kernels.cross_entropy import IGNORE
+from templates import IMAGE_TOKEN
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> attention output, packed
+
+
+def expand(ids: Tensor, features: Tensor | None, labels: Tensor | None = None) -> Tensor:
+    """One placeholder -> n image positions; with labels, their expansion instead (image positions -100)."""
+    image = ids == IMAGE_TOKEN
+    repeats = torch.where(image, 1 if features is None else features.size(1), 1)
+    return (ids if labels is None else labels.masked_fill(image, IGNORE)).repeat_interleave(repeats)
+
+
+def pack(rows: list[Tensor], features: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Rows of ids with single placeholders -> packed ids, positions, cu_seqlens, max_seqlen."""
+    rows = [expand(row, features) for row in rows]
+    lengths = [len(r) for r in rows]
+    device = rows[0].device
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+    return torch.cat(rows), positions, cu_seqlens, max(lengths)
 
 
 def packed(cu_seqlens: Tensor, max_seqlen: int) -> Attend:
@@ -66,17 +85,17 @@ class Cache:
 class Decoding:
     """The state of B x beams sequences; logits (B x beams, V) are always those of the next token."""
 
-    def __init__(self, model, rows: list[Tensor], images, beams: int, new: int, use_cache: bool):
-        self.lm, self.use_cache = model.language_model, use_cache
-        ids, positions, cu_seqlens, longest = model._pack(rows)
-        self.rows = len(rows)
-        self.x, self.lengths = model.embed(ids, images), cu_seqlens.diff().long()
-        self.cache = Cache(self.lm.config, len(rows), longest + new, self.x)
+    def __init__(self, model, prompts, features: Tensor | None, beams: int, new: int, use_cache: bool):
+        self.lm, self.beams, self.use_cache = model.language_model, beams, use_cache
+        ids, positions, cu_seqlens, longest = prompts
+        self.rows = rows = len(cu_seqlens) - 1
+        self.x, self.lengths = model.embed(ids, features), cu_seqlens.diff().long()
+        self.cache = Cache(self.lm.config, rows, longest + new, self.x)
         attend = self.cache.prefill(cu_seqlens, longest, positions)
         hidden = self.lm.model(self.x, positions, attend)
         self.logits = self.lm.lm_head(hidden[cu_seqlens[1:].long() - 1]).float()
         if beams > 1:
-            self.reorder(torch.arange(len(rows), device=ids.device).repeat_interleave(beams))
+            self.reorder(torch.arange(rows, device=ids.device).repeat_interleave(beams))
 
     def reorder(self, rows: Tensor):
         self.cache.reorder(rows)
@@ -98,6 +117,25 @@ class Decoding:
             hidden = self.lm.model(self.x, positions, packed(cu_seqlens, int(self.lengths.max())))
             hidden = hidden[cu_seqlens[1:].long() - 1]
         self.logits = self.lm.lm_head(hidden).float()
+
+    def run(self, new: int, temperature: float, top_p: float, eos: int | None, generator, stream) -> Tensor:
+        """Up to `new` tokens for each prompt, (B, new); `stream` is called with the B tokens of each step."""
+        if self.beams > 1:
+            return beam_search(self, new, eos)
+        done = torch.zeros(self.rows, dtype=torch.bool, device=self.logits.device)
+        tokens: list[Tensor] = []
+        for _ in range(new):
+            token = choose(self.logits, temperature, top_p, generator)
+            if eos is not None:
+                token = torch.where(done, eos, token)
+                done |= token == eos
+            tokens.append(token)
+            if stream:
+                stream(token.tolist())
+            if done.all() or len(tokens) == new:
+                break
+            self.step(token)
+        return torch.stack(tokens, 1)
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

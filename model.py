@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,16 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import layouts
 import weights
 from config import Model, UserError
 from connectors import build_connector, connector_tokens
-from encoders import RENAME as VISION_RENAME
-from encoders import TEXT_HALF, ImageTransform, VisionEncoder, vision_config
-from generation import Attend, Decoding, beam_search, choose, packed
+from encoders import build_encoder, vision_config
+from generation import Attend, Decoding, expand, pack, packed
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
-
-IMAGE_TOKEN = -200  # LLaVA's placeholder; in a packed row it stands at every position an image fills
-
+from layouts import IMAGE_TOKEN, LLaVAConfig
 
 # ----------------------------------------------------------------------------------------- language model
 
@@ -63,10 +61,14 @@ class LMConfig:
     mlp: Callable[[int, int], nn.Module]
     block: Callable[[LMConfig, int], nn.Module]
     rope_theta: float
+    rotary_dim: int  # how much of each head turns with its position, from the front
+    head_norm: Callable[[int, int], nn.Module] = nn.Identity  # (heads, d), on q and k before they turn
     qkv_bias: bool = False
+    out_bias: bool = False
+    lm_head_bias: bool = False
     tied: bool = False
+    embed_scale: float = 1.0  # on all inputs, image features too
     init_std: float = 0.02
-    hf: dict = field(default_factory=dict, repr=False)  # the config.json it came from, written back unchanged
 
 
 class RMSNorm(nn.Module):
@@ -80,17 +82,64 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.size(-1),), eps=self.eps).to(x.dtype) * self.weight
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+class OffsetRMSNorm(RMSNorm):
+    """Gemma's: the weight is stored less 1, and multiplies in float32."""
 
-    def __init__(self, width: int, intermediate: int):
+    def __init__(self, width: int, eps: float):
+        super().__init__(width, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.size(-1),), 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNormPerHead(nn.Module):
+    """StableLM-2's: every head has a LayerNorm of its own. (T, H, d) -> (T, H, d)."""
+
+    def __init__(self, heads: int, width: int, eps: float):
         super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps, bias=False) for _ in range(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([norm(x[:, i]) for i, norm in enumerate(self.norms)], 1)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+class GLU(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer, 2020): SwiGLU with silu, GeGLU with gelu."""
+
+    def __init__(self, width: int, intermediate: int, act: Callable[[Tensor], Tensor] = F.silu):
+        super().__init__()
+        self.act = act
         self.gate_proj = nn.Linear(width, intermediate, bias=False)
         self.up_proj = nn.Linear(width, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MLP(nn.Module):
+    """Phi's: two linears with biases and a GELU (tanh) between them."""
+
+    def __init__(self, width: int, intermediate: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, intermediate), nn.Linear(intermediate, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu_tanh(self.fc1(x)))
+
+
+class Scale(nn.Module):
+    def __init__(self, by: float):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tensor(self.by, dtype=x.dtype, device=x.device)  # rounded to x's dtype, as Gemma has it
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -108,19 +157,28 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
 
 
+def rotate_front(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate only as much of each head as the table is wide (partial rotary)."""
+    width = rope[0].size(-1)
+    return torch.cat([rotate(x[..., :width], rope), x[..., width:]], -1)
+
+
 class Attention(nn.Module):
     def __init__(self, c: LMConfig, index: int):
         super().__init__()
         layer, d = c.layers[index], c.head_dim
         self.index, self.head_dim = index, d
+        self.rotate = rotate if c.rotary_dim == d else rotate_front
         self.q_proj = nn.Linear(c.width, layer.heads * d, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.width, layer.kv_heads * d, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, layer.kv_heads * d, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(layer.heads * d, c.width, bias=False)
+        self.o_proj = nn.Linear(layer.heads * d, c.width, bias=c.out_bias)
+        self.q_norm, self.k_norm = c.head_norm(layer.heads, d), c.head_norm(layer.kv_heads, d)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(self.index, rotate(q, rope), rotate(k, rope), v).flatten(1))
+        q, k = self.rotate(self.q_norm(q), rope), self.rotate(self.k_norm(k), rope)
+        return self.o_proj(attend(self.index, q, k, v).flatten(1))
 
 
 class Block(nn.Module):
@@ -136,18 +194,32 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class ParallelBlock(nn.Module):
+    """Attention and MLP read the same normalised input and are added together (Wang and Komatsuzaki, GPT-J)."""
+
+    def __init__(self, c: LMConfig, index: int):
+        super().__init__()
+        self.input_layernorm = c.norm(c.width)
+        self.self_attn, self.mlp = Attention(c, index), c.mlp(c.width, c.layers[index].intermediate)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        n = self.input_layernorm(x)
+        return self.self_attn(n, rope, attend) + self.mlp(n) + x
+
+
 class Decoder(nn.Module):
     def __init__(self, c: LMConfig):
         super().__init__()
-        self.rope = partial(rope_table, dim=c.head_dim, theta=c.rope_theta)
+        self.rope = partial(rope_table, dim=c.rotary_dim, theta=c.rope_theta)
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
+        self.scale = nn.Identity() if c.embed_scale == 1 else Scale(c.embed_scale)
         self.layers = nn.ModuleList(c.block(c, i) for i in range(len(c.layers)))
         self.norm = c.norm(c.width)
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embeddings x (T, D) and positions (T,) -> final hidden states (T, D)."""
-        rope = self.rope(positions)
+        rope, x = self.rope(positions), self.scale(x)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -157,14 +229,16 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, c: LMConfig):
+    def __init__(self, c: LMConfig, rename: weights.Table = ()):
         super().__init__()
-        self.config = c
+        self.config, self.rename = c, rename  # rename: Hugging Face's names -> ours
         self.model = Decoder(c)
-        self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
+        self.lm_head = nn.Linear(c.width, c.vocab, bias=c.lm_head_bias)
         self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if c.tied else {}
         if c.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    ignore = ("**.rotary_emb.inv_freq",)  # a buffer that old files carry; it is a function of the config
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -179,54 +253,141 @@ class LanguageModel(nn.Module):
         return self.lm_head(self.model(x, positions, packed(cu_seqlens, T))).view(B, T, -1)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu"):
-        """A language model from a Hugging Face folder or id; dtype None keeps the file's. Raises UserError."""
-        folder = weights.resolve(str(path))
-        hf = weights.read_json(folder / "config.json")
-        config = lm_config(hf, folder / "config.json")
-        with torch.device("meta"):
-            model = cls(config)
-        table = FAMILIES[hf["model_type"]].rename
-        weights.load(model, weights.Checkpoint(folder), table, dtype=dtype, device=device, ignore=NOT_WEIGHTS)
+    def from_hf(cls, hf: dict, where: object = "llm_config") -> LanguageModel:
+        """The model that a config.json describes, without its weights. Raises UserError as lm_config does."""
+        return cls(lm_config(hf, where), FAMILIES[hf["model_type"]].rename)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu", allow_pickle: bool = False
+    ) -> LanguageModel:
+        """A language model from a Hugging Face folder or id; dtype None keeps the file's.
+
+        allow_pickle also reads pytorch_model.bin, tensors only. Raises UserError.
+        """
+        folder = weights.resolve(str(path), allow_pickle=allow_pickle)
+        with weights.empty():
+            model = cls.from_hf(weights.read_json(folder / "config.json"), folder / "config.json")
+        source = weights.Checkpoint(folder, allow_pickle)
+        weights.load(model, source, model.rename, dtype=dtype, device=device, ignore=model.ignore)
         return model
+
+
+# ------------------------------------------------------------------------------------------------ families
 
 
 class Family(NamedTuple):
     config: Callable[[dict], LMConfig]
     rename: weights.Table = ()  # (theirs, ours)
+    defaults: dict = {}  # what Hugging Face's config class fills in; multimodal config.json files leave it out
+    neutral: dict = {}  # fields that would change the arithmetic, and the values at which they do not
 
 
-def _llama(c: dict, qkv_bias: bool = False, tied: bool = False) -> LMConfig:
-    """Llama and what is built like it: RMSNorm, full rotary, SwiGLU."""
+def _decoder(c: dict, rotary: float = 1.0, tied: bool = False, **parts) -> LMConfig:
+    """Llama and what is built like it, with `parts` in place of Llama's own."""
     heads = c["num_attention_heads"]
+    head_dim = c.get("head_dim") or c["hidden_size"] // heads
     layer = Layer(heads, c.get("num_key_value_heads") or heads, c["intermediate_size"])
-    rope = c.get("rope_parameters") or {}  # where transformers 5 keeps rope_theta
-    return LMConfig(
-        vocab=c["vocab_size"],
-        width=c["hidden_size"],
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        layers=(layer,) * c["num_hidden_layers"],
-        norm=partial(RMSNorm, eps=c.get("rms_norm_eps", 1e-6)),
-        mlp=SwiGLU,
-        block=Block,
-        rope_theta=c.get("rope_theta") or rope.get("rope_theta", 10000.0),
-        qkv_bias=qkv_bias,
-        tied=c.get("tie_word_embeddings", tied),
-        init_std=c.get("initializer_range", 0.02),
-        hf=c,
-    )
+    rope = c | (c.get("rope_parameters") or {})  # where transformers 5 keeps what has to do with rotation
+    like_llama = {
+        "vocab": c["vocab_size"], "width": c["hidden_size"], "head_dim": head_dim,
+        "layers": (layer,) * c["num_hidden_layers"], "norm": partial(RMSNorm, eps=c.get("rms_norm_eps", 1e-6)),
+        "mlp": GLU, "block": Block, "rope_theta": rope.get("rope_theta", 10000.0),
+        "rotary_dim": int(head_dim * rope.get("partial_rotary_factor", rotary)),
+        "qkv_bias": c.get("attention_bias", False), "out_bias": c.get("attention_bias", False),
+        "tied": c.get("tie_word_embeddings", tied), "init_std": c.get("initializer_range", 0.02),
+    }  # fmt: skip
+    return LMConfig(**(like_llama | parts))
 
+
+def _qwen2(c: dict) -> LMConfig:
+    return _decoder(c, qkv_bias=True, out_bias=False)
+
+
+def _gemma(c: dict) -> LMConfig:
+    return _decoder(
+        c, tied=True, norm=partial(OffsetRMSNorm, eps=c.get("rms_norm_eps", 1e-6)), mlp=partial(GLU, act=gelu_tanh),
+        embed_scale=c["hidden_size"] ** 0.5,
+    )  # fmt: skip
+
+
+def _stablelm(c: dict) -> LMConfig:
+    eps = c.get("layer_norm_eps", 1e-5)
+    return _decoder(
+        c, rotary=0.25, norm=partial(nn.LayerNorm, eps=eps), qkv_bias=c.get("use_qkv_bias", False), out_bias=False,
+        head_norm=partial(LayerNormPerHead, eps=eps) if c.get("qk_layernorm") else nn.Identity,
+        block=ParallelBlock if c.get("use_parallel_residual") else Block,
+    )  # fmt: skip
+
+
+def _phi(c: dict) -> LMConfig:
+    eps = c.get("layer_norm_eps", 1e-5)
+    return _decoder(
+        c, rotary=0.5, norm=partial(nn.LayerNorm, eps=eps), mlp=MLP, block=ParallelBlock, qkv_bias=True, out_bias=True,
+        lm_head_bias=c.get("lm_head_bias", True),  # our own key: TinyLLaVABench's Phi has none
+        head_norm=(lambda heads, d: nn.LayerNorm(d, eps)) if c.get("qk_layernorm") else nn.Identity,
+    )  # fmt: skip
+
+
+def _openelm(c: dict) -> LMConfig:
+    """Apple's OpenELM: every layer has widths of its own, its files name things otherwise."""
+
+    def divisible(value: float, by: int) -> int:  # to the nearest multiple, never more than a tenth below
+        nearest = max(by, int(value + by / 2) // by * by)
+        return nearest + by if nearest < 0.9 * value else nearest
+
+    width, head_dim = c["model_dim"], c["head_dim"]
+    ffn = (divisible(m * width, c["ffn_dim_divisor"]) for m in c["ffn_multipliers"])
+    layers = tuple(Layer(*sizes) for sizes in zip(c["num_query_heads"], c["num_kv_heads"], ffn, strict=True))
+    return LMConfig(
+        vocab=c["vocab_size"], width=width, head_dim=head_dim, layers=layers, norm=partial(RMSNorm, eps=1e-6), mlp=GLU,
+        block=Block, rope_theta=c["rope_freq_constant"], rotary_dim=head_dim,
+        head_norm=(lambda heads, d: RMSNorm(d, 1e-6)) if c["normalize_qk_projections"] else nn.Identity,
+        tied=c["share_input_output_layers"], init_std=c.get("initializer_range", 0.02),
+    )  # fmt: skip
+
+
+def _sizes(vocab: int, width: int, intermediate: int, layers: int, heads: int, **more: int) -> dict:
+    """What Hugging Face's config class fills in where a multimodal config.json leaves it out."""
+    return {"vocab_size": vocab, "hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers,
+            "num_attention_heads": heads, **more}  # fmt: skip
+
+
+_QWEN_SIZES = _sizes(151936, 4096, 22016, 32, 32, num_key_value_heads=32)
+_HEAD_NORMS = (("**.q_layernorm.**", "**.q_norm.**"), ("**.k_layernorm.**", "**.k_norm.**"))
+_PHI_NAMES = (("**.self_attn.dense.*", "**.self_attn.o_proj.*"), ("model.final_layernorm.*", "model.norm.*"))
+_BLOCK = "model.layers.*."
+_OPENELM_NAMES = (
+    ("transformer.layers.*.attn.qkv_proj.weight", tuple(f"{_BLOCK}self_attn.{x}_proj.weight" for x in "qkv")),
+    ("transformer.layers.*.attn.out_proj.weight", f"{_BLOCK}self_attn.o_proj.weight"),
+    ("transformer.layers.*.attn.*_norm.weight", f"{_BLOCK}self_attn.*_norm.weight"),
+    ("transformer.layers.*.attn_norm.weight", f"{_BLOCK}input_layernorm.weight"),
+    ("transformer.layers.*.ffn_norm.weight", f"{_BLOCK}post_attention_layernorm.weight"),
+    ("transformer.layers.*.ffn.proj_1.weight", (f"{_BLOCK}mlp.gate_proj.weight", f"{_BLOCK}mlp.up_proj.weight")),
+    ("transformer.layers.*.ffn.proj_2.weight", f"{_BLOCK}mlp.down_proj.weight"),
+    ("transformer.token_embeddings.weight", "model.embed_tokens.weight"),
+    ("transformer.norm.weight", "model.norm.weight"),
+)
+_TANH = ("gelu_new", "gelu_pytorch_tanh")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama),
-    "qwen2": Family(partial(_llama, qkv_bias=True)),
-}
-NOT_WEIGHTS = ("**.rotary_emb.inv_freq",)  # a buffer that old files carry; it is a function of the config
-# Fields that would change the arithmetic, and the values at which they do not.
-NEUTRAL = {
-    "hidden_act": ("silu",), "rope_scaling": (None,), "quantization_config": (None,), "attention_bias": (False,),
-    "mlp_bias": (False,), "use_sliding_window": (False,), "partial_rotary_factor": (1.0,),
+    "llama": Family(_decoder, defaults=_sizes(32000, 4096, 11008, 32, 32)),
+    "qwen2": Family(_qwen2, defaults=_QWEN_SIZES),
+    # Gemma's files say `gelu` for what has always been computed with tanh.
+    "gemma": Family(_gemma, (), _sizes(256000, 3072, 24576, 28, 16, num_key_value_heads=16, head_dim=256),
+                    {"hidden_act": ("gelu", *_TANH), "use_bidirectional_attention": (None, False)}),
+    "stablelm": Family(_stablelm, _HEAD_NORMS, _sizes(50304, 2560, 6912, 32, 32, num_key_value_heads=32)),
+    "phi": Family(_phi, _PHI_NAMES + _HEAD_NORMS, _sizes(51200, 2048, 8192, 24, 32), {"hidden_act": _TANH}),
+    "openelm": Family(_openelm, _OPENELM_NAMES, {}, {
+        "activation_fn_name": ("swish",), "ffn_with_glu": (True,), "normalization_layer_name": ("rms_norm",)}),
 }  # fmt: skip
+# What none of them computes otherwise than at these values.
+NEUTRAL = {
+    "hidden_act": ("silu",), "hidden_activation": (None, "gelu_pytorch_tanh"), "rope_scaling": (None,),
+    "quantization_config": (None,), "mlp_bias": (False,), "use_sliding_window": (None, False), "use_mrope": (False,),
+    "rope_interleaved": (False,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
+}  # fmt: skip
+REFUSED = {"gemma2": "soft-capped scores and sliding windows", "gemma3_text": "sliding windows of two rotary bases"}
 
 
 def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
@@ -236,19 +397,17 @@ def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
     """
     kind = hf.get("model_type")
     if kind not in FAMILIES:
+        why = f": it has {REFUSED[kind]}" if kind in REFUSED else ""
         raise UserError(
-            f"{where}:model_type",
-            f"{kind!r} is no language model known here",
-            f"one of {', '.join(FAMILIES)}",
+            f"{where}:model_type", f"{kind!r} is no language model known here{why}", f"one of {', '.join(FAMILIES)}"
         )
-    rope_type = (hf.get("rope_parameters") or {}).get("rope_type", "default")
-    for key, values in NEUTRAL.items():
-        if key in hf and hf[key] not in values or rope_type != "default":
-            raise UserError(
-                f"{where}:{key}",
-                f"{hf.get(key, rope_type)!r} is not supported for {kind}",
-                "use another model",
-            )
+    rope = hf.get("rope_parameters") or {}
+    given = hf | {"rope_parameters.rope_type": rope.get("rope_type", "default"),
+                  "layer_types": sorted(set(hf.get("layer_types") or ["full_attention"]))}  # fmt: skip
+    neutral = NEUTRAL | {"rope_parameters.rope_type": ("default",), "layer_types": (["full_attention"],)}
+    for key, values in (neutral | FAMILIES[kind].neutral).items():
+        if key in given and given[key] not in values:
+            raise UserError(f"{where}:{key}", f"{given[key]!r} is not supported for {kind}", "use another model")
     try:
         return FAMILIES[kind].config(hf)
     except KeyError as e:
@@ -268,66 +427,11 @@ def init_weights(module: nn.Module, std: float):
             if getattr(m, "bias", None) is not None:
                 m.bias.zero_()
     for m in module.modules():
-        if isinstance(m, VisionEncoder):
-            for p in (m.embeddings.position_embedding.weight, m.embeddings.class_embedding):
-                if p is not None:
-                    p.normal_(0.0, m.config.width**-0.5)
+        if hasattr(m, "init_positions"):
+            m.init_positions()
 
 
 # ------------------------------------------------------------------------------------------------- LLaVA
-
-
-@dataclass(frozen=True)
-class LLaVAConfig:
-    """What config.json of a checkpoint says; text and vision are Hugging Face config dicts, kept verbatim."""
-
-    text: dict
-    vision: dict
-    preprocessor: dict
-    connector: str = "mlp2x_gelu"
-    feature_layer: int = -2
-    feature_select: str = "patch"
-    image_mode: str = "square"
-    template: str = "llama"
-
-    def to_json(self) -> dict:
-        return {
-            "model_type": "barellava", "text_config": self.text, "vision_config": self.vision,
-            "connector": self.connector, "feature_layer": self.feature_layer, "feature_select": self.feature_select,
-            "image_mode": self.image_mode, "template": self.template, "image_token_index": IMAGE_TOKEN,
-        }  # fmt: skip
-
-
-class Layout(NamedTuple):
-    """A checkpoint layout: its config.json -> LLaVAConfig, the prefix of each part, and whether the parts use
-    Hugging Face's names (True) or ours."""
-
-    config: Callable[[dict], LLaVAConfig]
-    language_model: str
-    vision_tower: str
-    connector: str
-    hf_names: bool
-
-
-def _ours(c: dict) -> LLaVAConfig:
-    keys = ("connector", "feature_layer", "feature_select", "image_mode", "template")
-    return LLaVAConfig(c["text_config"], c["vision_config"], {}, **{k: c[k] for k in keys})
-
-
-def _factory(c: dict) -> LLaVAConfig:
-    """TinyLLaVA Factory's one-file layout. It does not record the template; the LLM's usual one is taken."""
-    templates = {"llama": "llama", "qwen2": "qwen2_base"}
-    return LLaVAConfig(
-        c["text_config"], c["vision_config"], {}, c["connector_type"], c["vision_feature_layer"],
-        c["vision_feature_select_strategy"], c["image_aspect_ratio"],
-        templates.get(c["text_config"]["model_type"], "phi"),
-    )  # fmt: skip
-
-
-LAYOUTS: dict[str, Layout] = {
-    "barellava": Layout(_ours, "language_model.", "vision_tower.", "connector.", False),
-    "tinyllava": Layout(_factory, "language_model.", "vision_tower._vision_tower.", "connector._connector.", True),
-}
 
 
 class Output(NamedTuple):
@@ -336,87 +440,67 @@ class Output(NamedTuple):
 
 
 class LLaVA(nn.Module):
+    PARTS = ("language_model", "vision_tower", "connector")
+
     def __init__(self, c: LLaVAConfig):
         super().__init__()
         self.config = c
-        vision, text = vision_config(c.vision, c.preprocessor), lm_config(c.text)
-        self.vision_tower = VisionEncoder(vision, c.feature_layer, c.feature_select)
-        self.connector = build_connector(c.connector, vision.width, text.width)
-        self.language_model = LanguageModel(text)
-        self.image_tokens = connector_tokens(c.connector, vision.tokens(c.feature_select))
+        vision = vision_config(c.vision, c.preprocessor)
+        self.language_model = LanguageModel.from_hf(c.text)
+        self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
+        width = self.language_model.config.width
+        self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
+        self.image_tokens = connector_tokens(c.connector, vision.tokens(c.feature_select), **c.connector_options)
 
     # -- construction ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu") -> LLaVA:
-        """A whole model from a folder or Hugging Face id: ours or TinyLLaVA Factory's one-file layout.
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu", allow_pickle: bool = False
+    ) -> LLaVA:
+        """A whole model from a folder or Hugging Face id, in any of layouts.LAYOUTS.
 
-        Raises UserError for an unknown layout and as weights.load does.
+        dtype None keeps the file's; allow_pickle also reads pytorch_model.bin, tensors only. Raises UserError.
         """
-        folder = weights.resolve(str(path))
-        c = weights.read_json(folder / "config.json")
-        if c.get("model_type") not in LAYOUTS:
-            raise UserError(f"{folder / 'config.json'}:model_type", f"{c.get('model_type')!r} is no layout known here",
-                            f"one of {', '.join(LAYOUTS)}")  # fmt: skip
-        layout = LAYOUTS[c["model_type"]]
-        try:
-            config = layout.config(c)
-        except KeyError as e:
-            raise UserError(f"{folder / 'config.json'}:{e.args[0]}", "missing", "give a complete config.json") from None
-        preprocessor = weights.read_json(folder / "preprocessor_config.json", optional=True)
-        with torch.device("meta"):
-            model = cls(replace(config, preprocessor=preprocessor))
-        source, used = weights.Checkpoint(folder), set()
-        tables = model.rename_tables() if layout.hf_names else {}
-        for part in ("language_model", "vision_tower", "connector"):
-            used |= weights.load(
-                getattr(model, part),
-                source,
-                tables.get(part, ()),
-                getattr(layout, part),
-                dtype,
-                device,
-                NOT_WEIGHTS,
-            )
+        folder = weights.resolve(str(path), allow_pickle=allow_pickle)
+        config, source, hf_names = layouts.read(folder, allow_pickle)
+        if hf_names and config.text["model_type"] in FAMILIES:
+            config = replace(config, text=FAMILIES[config.text["model_type"]].defaults | config.text)
+        with weights.empty():
+            model = cls(config)
+        used = set()
+        for name in cls.PARTS:
+            part = getattr(model, name)
+            table = getattr(part, "rename", ()) if hf_names else ()
+            used |= weights.load(part, source, table, f"{name}.", dtype, device, getattr(part, "ignore", ()))
         if left := sorted(set(source) - used):
-            raise UserError(f"{source.file(left[0])}:{left[0]}", "belongs to no part of the model", "check model_type")
+            raise UserError(source.locate(left[0]), "belongs to no part of the model", "check model_type")
         return model
 
     @classmethod
     def from_parts(cls, c: Model, template: str, seed: int = 0) -> LLaVA:
         """A new model as a recipe's [model] section says: pretrained parts from folders, the rest random."""
-        text, vision, preprocessor = part_configs(c)
         torch.manual_seed(seed)  # only what is initialised here draws from it
-        config = LLaVAConfig(
-            text, vision, preprocessor, c.connector, c.feature_layer, c.feature_select, c.image_mode, template
-        )
-        model = cls(config)
+        model = cls(layouts.from_recipe(c, template))
         init_weights(model.connector, 0.02)
-        if c.llm_config:
-            init_weights(model.language_model, model.language_model.config.init_std)
-        else:
-            source = weights.Checkpoint(weights.resolve(c.llm, "model.llm"))
-            weights.load(model.language_model, source, model.rename_tables()["language_model"], dtype=torch.float32,
-                         ignore=NOT_WEIGHTS)  # fmt: skip
-        if c.vision_config:
-            init_weights(model.vision_tower, model.vision_tower.config.init_std)
-        else:
-            source = weights.Checkpoint(weights.resolve(c.vision, "model.vision"))
-            weights.load(model.vision_tower, source, VISION_RENAME, dtype=torch.float32, ignore=TEXT_HALF)
+        folders = {"language_model": {"": c.llm}, "vision_tower": {"": c.vision}}
+        if c.vision2:
+            folders["vision_tower"] = {"clip.": c.vision, "dinov2.": c.vision2}
+        for name, prefixes in folders.items():
+            part = getattr(model, name)
+            if c.llm_config if name == "language_model" else c.vision_config:
+                init_weights(part, part.config.init_std)
+            else:
+                where = {prefix: weights.resolve(f, f"model.{name}", c.allow_pickle) for prefix, f in prefixes.items()}
+                source = weights.Joined({p: weights.Checkpoint(f, c.allow_pickle) for p, f in where.items()})
+                weights.load(part, source, part.rename, dtype=torch.float32, ignore=part.ignore)
         return model
-
-    def rename_tables(self) -> dict[str, weights.Table]:
-        """Hugging Face's names of each part -> ours."""
-        return {
-            "language_model": FAMILIES[self.config.text["model_type"]].rename,
-            "vision_tower": VISION_RENAME,
-        }
 
     def save(self, folder: str | Path):
         """config.json, preprocessor_config.json and the weights, config last. Tokenizer and recipe are the caller's."""
-        folder, layout, state = Path(folder), LAYOUTS["barellava"], {}
-        for part in ("language_model", "vision_tower", "connector"):
-            state |= weights.tensors(getattr(self, part), prefix=getattr(layout, part))
+        folder, state = Path(folder), {}
+        for name in self.PARTS:
+            state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
         weights.save(folder, state)
         preprocessor = self.vision_tower.transform.to_hf()
         weights.write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
@@ -428,12 +512,12 @@ class LLaVA(nn.Module):
         """Pixels (N, 3, H, W) -> what stands in the sequence for them, (N, n, D)."""
         return self.connector(self.vision_tower(images))
 
-    def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
-        """Packed ids (T,) with IMAGE_TOKEN at every image position, images in order -> (T, D)."""
+    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Packed ids (T,) with IMAGE_TOKEN at every image position, features (N, n, D) in order -> (T, D)."""
         x = self.language_model.model.embed_tokens(input_ids.clamp(min=0))
-        if images is None:
+        if features is None:
             return x
-        return x.masked_scatter((input_ids == IMAGE_TOKEN)[:, None], self.encode_images(images).to(x.dtype))
+        return x.masked_scatter((input_ids == IMAGE_TOKEN)[:, None], (features * self.config.image_scale).to(x.dtype))
 
     def loss(self, input_ids, labels, positions, cu_seqlens, max_seqlen, images=None) -> Tensor:
         """Sum of the token losses of a packed row: ids, labels, positions (T,), cu_seqlens (S+1,).
@@ -441,7 +525,8 @@ class LLaVA(nn.Module):
         The sum, not the mean: the trainer divides by the supervised tokens of the whole step. labels[t] is what
         should stand at t, so position t-1 predicts it; the first label of each sample is -100 and predicts nothing.
         """
-        hidden = self.language_model.model(self.embed(input_ids, images), positions, packed(cu_seqlens, max_seqlen))
+        features = None if images is None else self.encode_images(images)
+        hidden = self.language_model.model(self.embed(input_ids, features), positions, packed(cu_seqlens, max_seqlen))
         head = self.language_model.lm_head
         targets = torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
         loss = linear_cross_entropy(hidden, head.weight, head.bias, targets)
@@ -459,44 +544,30 @@ class LLaVA(nn.Module):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
-        images = self._images_in_order(rows, images)
-        ids, positions, cu_seqlens, max_seqlen = self._pack(rows)
-        hidden = self.language_model.model(self.embed(ids, images), positions, packed(cu_seqlens, max_seqlen))
+        features = self.features(rows, images)
+        ids, positions, cu_seqlens, max_seqlen = pack(rows, features)
+        hidden = self.language_model.model(self.embed(ids, features), positions, packed(cu_seqlens, max_seqlen))
         logits = self.language_model.lm_head(hidden)
         lengths = cu_seqlens.diff().tolist()
         padded = torch.nn.utils.rnn.pad_sequence(logits.split(lengths), batch_first=True)
         if labels is None:
             return Output(padded, None)
         given = [row[m.bool()] for row, m in zip(labels, mask, strict=True)]
-        wide = [self._expand(row, to) for row, to in zip(rows, given, strict=True)]
+        wide = [expand(row, features, to) for row, to in zip(rows, given, strict=True)]
         targets = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE) for row in wide])
         return Output(padded, F.cross_entropy(logits.float(), targets))
 
-    def _expand(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """One placeholder -> n image positions; with labels, their expansion instead (image positions -100)."""
-        image = ids == IMAGE_TOKEN
-        repeats = torch.where(image, self.image_tokens, 1)
-        return (ids if labels is None else labels.masked_fill(image, IGNORE)).repeat_interleave(repeats)
-
-    def _pack(self, rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Rows of ids with single placeholders -> packed ids, positions, cu_seqlens, max_seqlen."""
-        rows = [self._expand(row) for row in rows]
-        lengths = [len(r) for r in rows]
-        device = rows[0].device
-        cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        return torch.cat(rows), positions, cu_seqlens, max(lengths)
-
-    def _images_in_order(self, rows: list[Tensor], images: Tensor | None) -> Tensor | None:
+    def features(self, rows: list[Tensor], images: Tensor | None) -> Tensor | None:
+        """The features (N, n, D) of the images that the rows' placeholders call for, in their order."""
         counts = [int((row == IMAGE_TOKEN).sum()) for row in rows]
         given = 0 if images is None else len(images)
         if sum(counts) == 0:
             return None
-        if given == sum(counts):
-            return images
-        if given == len(rows) and max(counts) <= 1:
-            return images[torch.tensor(counts, device=images.device) == 1]
-        raise ValueError(f"{sum(counts)} image placeholders but {given} images")
+        if given != sum(counts):
+            if given != len(rows) or max(counts) > 1:
+                raise ValueError(f"{sum(counts)} image placeholders but {given} images")
+            images = images[torch.tensor(counts, device=images.device) == 1]
+        return self.encode_images(images)
 
     # -- generation --------------------------------------------------------------------------------------
 
@@ -517,41 +588,7 @@ class LLaVA(nn.Module):
         if isinstance(input_ids, Tensor):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             input_ids = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
-        device = self.language_model.lm_head.weight.device
-        rows = [row.to(device) for row in input_ids]
-        images = self._images_in_order(rows, images)
-        decoding = Decoding(self, rows, images, num_beams, max_new_tokens, use_cache)
-        if num_beams > 1:
-            return beam_search(decoding, max_new_tokens, eos_token_id)
-        done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        new: list[Tensor] = []
-        for _ in range(max_new_tokens):
-            token = choose(decoding.logits, temperature, top_p, generator)
-            if eos_token_id is not None:
-                token = torch.where(done, eos_token_id, token)
-                done |= token == eos_token_id
-            new.append(token)
-            if stream:
-                stream(token.tolist())
-            if done.all() or len(new) == max_new_tokens:
-                break
-            decoding.step(token)
-        return torch.stack(new, 1)
-
-
-def part_configs(c: Model) -> tuple[dict, dict, dict]:
-    """The language model's, the encoder's and the image processor's config dicts of a recipe's [model] section."""
-    text = c.llm_config or weights.read_json(weights.resolve(c.llm, "model.llm") / "config.json")
-    if c.vision_config:
-        vision = dict(c.vision_config)
-        return text, vision, vision.pop("preprocessor", {})
-    folder = weights.resolve(c.vision, "model.vision")
-    preprocessor = weights.read_json(folder / "preprocessor_config.json", optional=True)
-    return text, weights.read_json(folder / "config.json"), preprocessor
-
-
-def vision_spec(c: Model) -> tuple[ImageTransform, int]:
-    """What the data path needs to know of a recipe's model, without its weights: transform, positions per image."""
-    _, vision, preprocessor = part_configs(c)
-    vision = vision_config(vision, preprocessor)
-    return vision.transform, connector_tokens(c.connector, vision.tokens(c.feature_select))
+        rows = [row.to(self.language_model.lm_head.weight.device) for row in input_ids]
+        features = self.features(rows, images)
+        decoding = Decoding(self, pack(rows, features), features, num_beams, max_new_tokens, use_cache)
+        return decoding.run(max_new_tokens, temperature, top_p, eos_token_id, generator, stream)

@@ -4,6 +4,8 @@
     torchrun train.py recipes/tinyllama-clip-base.toml            # one GPU
     torchrun --nproc-per-node 8 train.py recipes/qwen2-siglip-base.toml train.output=out/mine
     python train.py RECIPE [section.key=value ...]                # without torchrun: one process
+    python train.py --list                                        # every recipe and its published scores
+    python train.py RECIPE [section.key=value ...] --dry-run      # its files, parameters, steps, memory, hours
     python train.py --help                                        # every field of a recipe
 
 A killed run goes on where it stopped when the same command is given again. What comes out (train.output) is a
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 import config
 import parallel
+import plan
 import weights
 import world as demo_world
 from config import Recipe, Stage, Tune, UserError
@@ -338,13 +341,16 @@ def open_output(recipe: Recipe, world: World) -> bool:
 
 
 def main(argv: list[str]):
-    recipe, path = config.load(argv, DEMO)
+    if argv == ["--list"]:
+        return plan.print_recipes(DEMO.parent)
+    recipe, path = config.load([a for a in argv if a != "--dry-run"], DEMO)
+    made = Path(next(iter(recipe.stage.values())).data).parent if path.resolve() == DEMO else None
+    if "--dry-run" in argv:
+        return plan.dry_run(recipe, path, set_trainable, made)
     run = recipe.train
     world = parallel.setup(run.device)
-    if path.resolve() == DEMO and world.rank == 0:
-        folder = Path(next(iter(recipe.stage.values())).data).parent
-        if not folder.exists():
-            demo_world.write(folder)
+    if made and world.rank == 0 and not made.exists():
+        demo_world.write(made)
     parallel.barrier(world)
     for name, stage in recipe.stage.items():  # before anything is loaded: what is missing later is missing now
         for file in filter(None, (stage.data, stage.validation)):

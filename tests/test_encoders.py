@@ -1,4 +1,4 @@
-"""Image transforms against the published processors; encoders from Hugging Face folders."""
+"""Image transforms against the published processors; encoders against transformers and the golden features."""
 
 import json
 
@@ -6,39 +6,53 @@ import pytest
 import torch
 from conftest import shared
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import weights
 from config import UserError
-from connectors import CONNECTORS, build_connector
-from encoders import ImageTransform, VisionEncoder, load_encoder, vision_config
+from encoders import ImageTransform, build_encoder, load_encoder, read_preprocessor, vision_config
 
 PROCESSORS = {
     "clip-vit-large-patch14-336": "openai--clip-vit-large-patch14-336",
     "clip-vit-large-patch14": "openai--clip-vit-large-patch14",
     "siglip-so400m-patch14-384": "google--siglip-so400m-patch14-384",
+    "dinov2-large": "facebook--dinov2-large",
 }
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 2, "patch_size": 4, "image_size": 12}  # fmt: skip
+DINOV2 = {"model_type": "dinov2", "hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 3,
+          "num_attention_heads": 2, "patch_size": 4, "image_size": 20}  # fmt: skip
+MOF = {"model_type": "mof", "clip": CLIP, "dinov2": DINOV2}
+SQUARE = {"size": {"height": 12, "width": 12}, "do_center_crop": False}
+
+
+def golden(case: str):
+    """A Factory checkpoint: its encoder's config, its file, and its inputs and outputs."""
+    folder = shared("golden") / case
+    c = json.loads((folder / "config.json").read_text())
+    hf = c["vision_config"]
+    if "vision_config2" in c:
+        hf = {"model_type": "mof", "clip": hf, "dinov2": c["vision_config2"]}
+    return c, hf, weights.Checkpoint(folder), load_file(folder / "io.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------- transforms
 
 
 def test_pixels_equal_the_published_processors():
-    golden = json.loads(shared("assets/images/golden_preprocess.json").read_text())["cases"]
-    checked = 0
-    for case in golden:
-        if case["processor"] not in PROCESSORS:
-            continue
+    cases = json.loads(shared("assets/images/golden_preprocess.json").read_text())["cases"]
+    checked = set()
+    for case in cases:
         folder = shared("assets/configs") / PROCESSORS[case["processor"]]
-        files = ("config.json", "preprocessor_config.json")
-        config = vision_config(*(json.loads((folder / name).read_text()) for name in files))
-        image = Image.open(shared("assets/images") / case["image"]).convert("RGB")
+        config = vision_config(json.loads((folder / "config.json").read_text()), read_preprocessor(folder))
+        image = Image.open(shared("assets/images") / case["image"])
         pixels = config.transform(image, "pad" if case["pad"] else "square")
         assert list(pixels.shape) == case["shape"], case["image"]
         assert pixels.mean((1, 2)).tolist() == pytest.approx(case["mean"], abs=1e-5)
         for c, y, x, value in case["points"]:
             assert pixels[c, y, x].item() == pytest.approx(value, abs=1e-5), (case["image"], case["processor"])
-        checked += 1
-    assert checked >= 80 and {c["processor"] for c in golden} >= set(PROCESSORS)
+        checked.add((case["image"], case["processor"], case["pad"]))
+    assert len(checked) == 160 and {c["processor"] for c in cases} == set(PROCESSORS)
 
 
 def test_the_real_photograph_gives_exactly_its_pixels():
@@ -48,17 +62,236 @@ def test_the_real_photograph_gives_exactly_its_pixels():
     assert (got.flatten() - want).abs().max() <= 1e-6
 
 
+def picture(width: int, height: int) -> Image.Image:
+    noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(noise.numpy())
+
+
+@pytest.mark.parametrize("name, options", [
+    ("CLIP", {"size": {"shortest_edge": 17}, "crop_size": {"height": 13, "width": 13}}),
+    ("CLIP", {"size": 15, "crop_size": 21, "resample": 2}),  # a crop that needs black borders
+    ("Siglip", {"size": {"height": 19, "width": 19}, "resample": 2}),  # SigLIP2's
+    ("Bit", {"size": {"shortest_edge": 25}, "crop_size": {"height": 22, "width": 22}}),
+])  # fmt: skip
+@pytest.mark.parametrize("nested", (False, True))
+def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, options, nested):
+    image_processors = pytest.importorskip("transformers")
+    processor = getattr(image_processors, f"{name}ImageProcessor")(**options)
+    processor.save_pretrained(tmp_path)
+    if nested:
+        flat = tmp_path / "preprocessor_config.json"
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(flat.read_text())}))
+        flat.unlink()
+    transform = ImageTransform.from_hf(read_preprocessor(tmp_path), ImageTransform(99, 0 if name == "Siglip" else 98))
+    assert ImageTransform.from_hf(transform.to_hf(), ImageTransform()) == transform
+    for size in ((31, 40), (53, 18), (16, 16)):
+        want = processor(picture(*size), return_tensors="pt")["pixel_values"][0]
+        assert (transform(picture(*size)) - want).abs().max() <= 1e-5
+
+
 def test_the_processor_survives_a_round_trip():
-    for transform in (ImageTransform(384), ImageTransform(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))):
+    for transform in (ImageTransform(384), ImageTransform(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2)):
         assert ImageTransform.from_hf(transform.to_hf(), ImageTransform()) == transform
+
+
+def test_pad_centres_the_picture_on_the_mean_colour():
+    transform = ImageTransform(5, 0, (0.2, 0.5, 0.9), (1.0, 1.0, 1.0))
+    image = picture(5, 2)
+    colour = torch.tensor([int(m * 255) for m in transform.mean]) / 255 - torch.tensor(transform.mean)
+    want = colour[:, None, None].repeat(1, 5, 5)
+    want[:, 1:3] = ImageTransform(5, 0, transform.mean, transform.std)(image.crop((0, -1, 5, 4)))[:, 1:3]
+    assert torch.equal(transform(image, "pad"), want)
+
+
+def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
+    assert read_preprocessor(tmp_path) == {}
+    default = ImageTransform(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2)
+    assert ImageTransform.from_hf({}, default) == default
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 30, "crop_size": 20, "do_center_crop": True}
+    assert ImageTransform.from_hf(old, default) == ImageTransform(30, 20, default.mean, default.std, 2)
+    assert ImageTransform.from_hf({"size": 30, "resample": None}, ImageTransform()) == ImageTransform(30)
+    assert vision_config(DINOV2).transform == ImageTransform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3)
+    assert (vision_config(CLIP).transform.size, vision_config(CLIP).transform.crop) == (12, 12)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("do_rescale", False), ("do_resize", False), ("do_normalize", False), ("do_pad", True), ("do_thumbnail", True),
+    ("rescale_factor", 1 / 127.5), ("size", {"longest_edge": 30}), ("size", {"height": 30, "width": 20}),
+    ("crop_size", {"height": 30, "width": 20}), ("image_processor_type", "ConvNextImageProcessor"),
+    ("size", {"shortest_edge": 30, "longest_edge": 40}), ("size", {"height": 30, "width": 30}),
+    ("feature_extractor_type", "ViTFeatureExtractor"), ("do_center_crop", False),
+])  # fmt: skip
+def test_a_field_that_would_change_the_pixels_is_refused(field, value):
+    good = ImageTransform(30, 20).to_hf()
+    good.pop("image_processor_type")
+    with pytest.raises(
+        UserError, match="size" if field == "do_center_crop" else "processor_type" if "type" in field else field
+    ):
+        ImageTransform.from_hf(good | {field: value}, ImageTransform())
+
+
+# ------------------------------------------------------------------------------------------------ the arithmetic
+
+ODD = dict(hidden_size=33, num_attention_heads=3, num_hidden_layers=3, patch_size=5, image_size=17)
+FIVE = dict(hidden_size=40, num_attention_heads=5, num_hidden_layers=2, patch_size=3, image_size=21)
+KINDS = {
+    "clip": ("CLIPVisionModel", [
+        ODD | dict(intermediate_size=50),
+        FIVE | dict(intermediate_size=31, hidden_act="gelu", layer_norm_eps=1e-3)]),
+    "siglip": ("SiglipVisionModel", [ODD | dict(intermediate_size=50), FIVE | dict(intermediate_size=31)]),
+    "dinov2": ("Dinov2Model", [
+        ODD | dict(mlp_ratio=3), FIVE | dict(mlp_ratio=4, use_swiglu_ffn=True, layerscale_value=0.5)]),
+}  # fmt: skip
+CASES = [(name, c) for name, (_, configs) in KINDS.items() for c in configs]
+
+
+def oracle(name: str, config: dict, folder):
+    """A random model of transformers, saved to a folder. Every parameter is random, zero-initialised ones too."""
+    transformers = pytest.importorskip("transformers")
+    cls = getattr(transformers, KINDS[name][0])
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name, config", CASES, ids=[f"{n}-{c['hidden_size']}" for n, c in CASES])
+def test_features_equal_those_of_transformers(tmp_path, name, config):
+    model = oracle(name, config, tmp_path)
+    sides = [config["image_size"]]
+    if name.startswith("dinov2"):  # larger, smaller, and not a multiple of the patch
+        sides += [config["image_size"] + 2 * config["patch_size"], 2 * config["patch_size"] + 1]
+    for side in sides:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(ImageTransform(side).to_hf()))
+        pixels = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+            for layer in (-1, -2, 0):
+                for select, want in (("cls_patch", states[layer]), ("patch", states[layer][:, 1:])):
+                    encoder = load_encoder(tmp_path, feature_layer=layer, feature_select=select)
+                    got = encoder(pixels)
+                    assert got.shape == want.shape and got.size(1) == encoder.config.tokens(select)
+                    assert (got - want).abs().max() <= 1e-4
+            half = load_encoder(tmp_path, torch.bfloat16)(pixels)
+            want = states[-2][:, 1:]
+            assert half.dtype == torch.bfloat16 and (half - want).norm() <= 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("name, config", CASES[::2], ids=[n for n, _ in CASES[::2]])
+def test_a_checkpoint_goes_out_under_the_names_it_came_with(tmp_path, name, config):
+    oracle(name, config, tmp_path)
+    source = weights.Checkpoint(tmp_path)
+    encoder = load_encoder(tmp_path, feature_layer=1)
+    assert len(encoder.blocks) == 1 and any(k.startswith("encoder.layers.1.") for k in encoder.spares)
+    out = weights.tensors(encoder, encoder.rename)
+    whole = {k if k in source else k.removeprefix("vision_model."): t for k, t in out.items()}
+    assert set(whole) == set(source) and all(torch.equal(whole[k], source[k]) for k in source)
+
+
+def test_the_scale_of_2023_samples_the_position_table_elsewhere(tmp_path):
+    """transformers 4.40 and the code of 2023 pass scale_factor = (patches + 0.1) / old instead of a size."""
+    config = CASES[4][1]
+    model = oracle("dinov2", config, tmp_path)
+    side, patch, grid = 31, config["patch_size"], config["image_size"] // config["patch_size"]
+    hf = json.loads((tmp_path / "config.json").read_text())
+    table = model.embeddings.position_embeddings[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    table = torch.nn.functional.interpolate(table, scale_factor=(side // patch + 0.1) / grid, mode="bicubic")
+    table = table.permute(0, 2, 3, 1).reshape(1, (side // patch) ** 2, -1)
+    pixels = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        want = model.embeddings.patch_embeddings(pixels) + table
+        got = {}
+        for offset in (0.0, 0.1):
+            (tmp_path / "config.json").write_text(json.dumps(hf | {"interpolate_offset": offset}))
+            got[offset] = load_encoder(tmp_path, feature_layer=0)(pixels)
+    assert (got[0.1] - want).abs().max() <= 1e-5
+    assert (got[0.0] - want).abs().max() > 1e-2
+
+
+CASES_GOLDEN = ["tinyllama-clip-mlp2x_gelu", "phi-siglip-mlp2x_gelu", "stablelm-clip-resampler", "gemma-siglip-qformer",
+                "qwen2-siglip-linear", "openelm-dinov2-mlp3x_gelu", "tinyllama-mof-mof_mlp",
+                "qwen2-clip-mlp-cls_patch"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES_GOLDEN)
+def test_golden_features_of_factory_checkpoints(case):
+    c, hf, source, io = golden(case)
+    prefix, select = "vision_tower._vision_tower.", c["vision_feature_select_strategy"]
+    with torch.device("meta"):
+        encoder = build_encoder(vision_config(hf), c["vision_feature_layer"], select)
+    used = weights.load(encoder, source, encoder.rename, prefix, ignore=encoder.ignore)
+    assert used == {k for k in source if k.startswith(prefix)}
+    with torch.no_grad():
+        got = encoder(io["images"])
+    want = io["vision_features"]
+    if "vision_features2" in io:
+        want = torch.stack([want, io["vision_features2"]], 1)
+        assert encoder.config.tokens(select) == want.size(2)
+    assert got.shape == want.shape and (got - want).abs().max() <= 1e-4
+    out = weights.tensors(encoder, encoder.rename, prefix)
+    assert set(out) == used and all(torch.equal(out[k], source[k]) for k in used)
+
+
+def test_published_sizes():
+    """Parameters of the whole vision tower as published: what is built, and what always lies behind it."""
+    # SigLIP's pooling head: probe, attention (in and out), layer norm, two linears.
+    siglip_head = 1152 + 4 * (1152 + 1) * 1152 + 2 * 1152 + (1152 + 1) * 4304 + (4304 + 1) * 1152
+    for name, published, behind in (
+        ("google--siglip-so400m-patch14-384", 428_225_600, siglip_head + 2 * 1152),  # and post_layernorm
+        ("openai--clip-vit-large-patch14-336", 303_507_456, 2 * 1024),  # post_layernorm
+        ("facebook--dinov2-large", 304_368_640, 1024 + 2 * 1024),  # mask_token, layernorm
+    ):
+        folder = shared("assets/configs") / name
+        with torch.device("meta"):
+            hf = json.loads((folder / "config.json").read_text())
+            encoder = build_encoder(vision_config(hf, read_preprocessor(folder)), -1)
+        assert sum(p.numel() for p in encoder.parameters()) + behind == published, name
+
+
+def test_the_real_siglip_embeddings():
+    folder = shared("assets/weights/tinyllava--TinyLLaVA-Phi-2-SigLIP-3.1B-golden")
+    configs = shared("assets/configs/google--siglip-so400m-patch14-384")
+    hf = json.loads((configs / "config.json").read_text())
+    config = vision_config(hf, read_preprocessor(configs))
+    assert config.tokens("patch") == 728  # as golden_shapes.txt has it
+    with torch.device("meta"):
+        encoder = build_encoder(config, 0, "cls_patch")
+    prefix = "vision_tower._vision_tower."
+    names = {f"{prefix}vision_model.embeddings.{n}": p.shape for n, p in encoder.embeddings.named_parameters()}
+    read = lambda name: torch.frombuffer(bytearray((folder / f"{name}.bin").read_bytes()), dtype=torch.float16)  # noqa: E731
+    source = {name: read(name).view(shape) for name, shape in names.items()}
+    weights.load(encoder, source, encoder.rename, prefix, dtype=torch.float32, ignore=encoder.ignore)
+    pixels = encoder.preprocess(Image.open(folder / "test.jpg"))[None]
+    with torch.no_grad():
+        patches = encoder.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)[0]
+        got = encoder(pixels)[0]
+    want = json.loads((folder / "golden_embeddings.json").read_text())
+    assert got.shape == (729, 1152)
+    for key, x in (("patch_out_mean_std", patches), ("embeddings_mean_std", got)):
+        assert [x.mean().item(), x.std(correction=0).item()] == pytest.approx(want[key], abs=1e-4)
+    assert got[:8].norm(dim=1).tolist() == pytest.approx(want["row_l2_first8"], rel=1e-5)
+    for row, col, patch, embedded in want["points_row_col_patch_embed"]:
+        assert patches[row, col].item() == pytest.approx(patch, abs=1e-4)
+        assert got[row, col].item() == pytest.approx(embedded, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- the module
+
+
+def randomized(config: dict, preprocessor=None, layer: int = -1, select: str = "cls_patch"):
+    torch.manual_seed(0)
+    encoder = build_encoder(vision_config(config, preprocessor), layer, select)
+    for p in encoder.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return encoder
 
 
 def folder_of(tmp_path, config: dict, prefix: str = "vision_model.", **extra):
     """A Hugging Face folder with random weights, and the encoder they came from (all blocks run)."""
-    torch.manual_seed(0)
-    encoder = VisionEncoder(vision_config(config), -1, "cls_patch")
-    for p in encoder.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    encoder = randomized(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     state = {prefix + k: v.contiguous() for k, v in encoder.state_dict().items()} | extra
     save_file(state, tmp_path / "model.safetensors")
@@ -77,8 +310,9 @@ def test_feature_layer_and_selection(tmp_path):
         assert torch.equal(got, states[layer])
     assert torch.equal(load_encoder(tmp_path)(pixels), states[-2][:, 1:])
     assert vision_config(CLIP).tokens("patch") == 9 and vision_config(CLIP).tokens("cls_patch") == 10
-    with pytest.raises(UserError, match="feature_layer"):
-        load_encoder(tmp_path, feature_layer=-5)
+    for layer in (-5, 4):
+        with pytest.raises(UserError, match="feature_layer"):
+            load_encoder(tmp_path, feature_layer=layer)
 
 
 def test_siglip_loses_its_first_patch_as_tinyllava_has_it(tmp_path):
@@ -91,7 +325,8 @@ def test_siglip_loses_its_first_patch_as_tinyllava_has_it(tmp_path):
 
 
 def test_the_text_half_of_a_full_checkpoint_is_left_where_it_is(tmp_path):
-    whole = folder_of(tmp_path, CLIP, logit_scale=torch.ones(()), **{"text_model.x.weight": torch.ones(3)})
+    text = {"text_model.x.weight": torch.ones(3), "visual_projection.weight": torch.ones(3)}
+    whole = folder_of(tmp_path, CLIP, logit_scale=torch.ones(()), **text)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP}))
     pixels = torch.randn(1, 3, 12, 12)
     assert torch.equal(load_encoder(tmp_path, feature_layer=-1, feature_select="cls_patch")(pixels), whole(pixels))
@@ -101,26 +336,97 @@ def test_spares_go_back_under_their_names(tmp_path):
     folder_of(tmp_path, CLIP, **{"vision_model.post_layernorm.weight": torch.ones(32)})
     encoder = load_encoder(tmp_path)
     assert len(encoder.blocks) == 2 and any(k.startswith("encoder.layers.2.") for k in encoder.spares)
-    assert set(weights.tensors(encoder, (("vision_model.**", "**"),))) == set(weights.Checkpoint(tmp_path))
+    assert set(weights.tensors(encoder, encoder.rename)) == set(weights.Checkpoint(tmp_path))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "clip_vison_model"}, "no vision encoder known"), ({"hidden_act": "relu"}, "hidden_act"),
+def test_pickled_weights_only_where_asked_for(tmp_path):
+    whole = folder_of(tmp_path, CLIP)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="pickle"):
+        load_encoder(tmp_path)
+    encoder = load_encoder(tmp_path, feature_layer=-1, allow_pickle=True)
+    assert all(torch.equal(p, q) for p, q in zip(encoder.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("base, change, message", [
+    (CLIP, {"model_type": "clip_vison_model"}, "clip_vison_model"), (CLIP, {"hidden_act": "relu"}, "hidden_act"),
+    (CLIP, {"model_type": "siglip2_vision_model"}, "siglip2_vision_model.*NaFlex"),
+    (CLIP, {"num_channels": 1}, "num_channels"),
+    (CLIP, {"model_type": "siglip2"}, "'siglip2'.*NaFlex"), (DINOV2, {"qkv_bias": False}, "qkv_bias"),
+    (DINOV2, {"hidden_act": "silu"}, "hidden_act"), (DINOV2, {"head_dim": 8}, "head_dim"),
+    (DINOV2, {"num_attention_heads": 3}, "hidden_size"), (DINOV2, {"image_size": [20, 20]}, "image_size"),
+    (MOF, {"clip": CLIP | {"hidden_act": "relu"}}, "clip:hidden_act"), (MOF, {"dinov2": {}}, "dinov2:model_type"),
+    (MOF, {"dinov2": DINOV2 | {"hidden_size": 48}}, "width"), (MOF, {"dinov2": DINOV2 | {"patch_size": 3}}, "tokens"),
 ])  # fmt: skip
-def test_an_encoder_we_do_not_know_is_refused(change, message):
+def test_an_encoder_we_do_not_know_is_refused(base, change, message):
     with pytest.raises(UserError, match=message):
-        vision_config(CLIP | change)
+        vision_config(base | change)
 
 
-def test_connectors():
-    x = torch.randn(2, 5, 8)
-    for spec in CONNECTORS:
-        connector = build_connector(spec, 8, 8 if spec == "identity" else 12)
-        assert connector(x).shape == (2, 5, 8 if spec == "identity" else 12)
-    assert len([m for m in build_connector("mlp3x_gelu", 8, 12) if isinstance(m, torch.nn.Linear)]) == 3
-    mlp = build_connector("mlp2x_gelu", 8, 12)
-    want = torch.nn.functional.gelu(x @ mlp[0].weight.T + mlp[0].bias) @ mlp[2].weight.T + mlp[2].bias
-    assert (mlp(x) - want).abs().max() < 1e-6
-    for spec in ("identity", "mlp2x_gelo"):
-        with pytest.raises(UserError, match="model.connector"):
-            build_connector(spec, 8, 12)
+def test_a_processor_of_another_size_is_refused_except_for_dinov2():
+    processor = ImageTransform(16).to_hf()
+    for kind in ("clip_vision_model", "siglip_vision_model"):
+        with pytest.raises(UserError, match="image_size"):
+            vision_config(CLIP | {"model_type": kind}, processor)
+    config = vision_config(DINOV2 | {"use_mask_token": False, "drop_path_rate": 0.1}, processor)
+    assert (config.tokens("patch"), config.tokens("cls_patch")) == (16, 17)
+
+
+def test_the_mixture_is_both_encoders_side_by_side():
+    mixture = randomized(MOF, layer=-2, select="patch")
+    pixels = torch.randn(2, 3, 12, 12)
+    got = mixture(pixels)
+    assert got.shape == (2, 2, 9, 32) and mixture.config.tokens("patch") == 9 and mixture.config.width == 32
+    for i, (name, config) in enumerate((("clip", CLIP), ("dinov2", DINOV2))):
+        single = build_encoder(vision_config(config, SQUARE))
+        single.load_state_dict(getattr(mixture, name).state_dict())
+        assert torch.equal(got[:, i], single(pixels)), name
+    assert {k.split(".")[0] for k in mixture.state_dict()} == {"clip", "dinov2"}
+    assert mixture.transform == mixture.clip.transform == vision_config(CLIP).transform
+    assert mixture.preprocess(picture(30, 20), "pad").shape == (3, 12, 12)
+
+
+def test_blocks_of_the_mixture_are_those_of_both_towers():
+    deep = MOF | {"dinov2": DINOV2 | {"num_hidden_layers": 4}}
+    mixture = randomized(deep)
+    keys = set(mixture.state_dict())
+    assert len(mixture.blocks) == 4
+    mixture.requires_grad_(False)
+    mixture.blocks[2:].requires_grad_(True)
+    trains = {
+        n.rsplit(".layers.")[0] + n.rsplit(".layers.")[1][:2] for n, p in mixture.named_parameters() if p.requires_grad
+    }
+    assert trains == {"clip.encoder2.", "dinov2.encoder2.", "dinov2.encoder3."} and set(mixture.state_dict()) == keys
+
+
+def test_the_mixture_from_two_folders_goes_out_whole(tmp_path):
+    for name, kind, config in (("clip", "clip", CASES[0][1]), ("dinov2", "dinov2", CASES[4][1])):
+        (tmp_path / name).mkdir()
+        oracle(kind, config | {"image_size": 15}, tmp_path / name)
+    parts = {f"{name}.": weights.Checkpoint(tmp_path / name) for name in ("clip", "dinov2")}
+    hf = {n: json.loads((tmp_path / n / "config.json").read_text()) for n in ("clip", "dinov2")}
+    source = weights.Joined(parts)
+    with torch.device("meta"):
+        mixture = build_encoder(vision_config({"model_type": "mof"} | hf))
+    assert weights.load(mixture, source, mixture.rename, ignore=mixture.ignore) == set(source)
+    out = weights.tensors(mixture, mixture.rename)
+    assert {k.replace("clip.vision_model.", "clip.") for k in out} == set(source)
+    assert any(k.startswith("clip.vision_model.post") for k in out) and "dinov2.embeddings.mask_token" in out
+
+
+@pytest.mark.parametrize("config", (CLIP, DINOV2, MOF), ids=("clip", "dinov2", "mof"))
+def test_gradient_checkpointing_recomputes_and_changes_nothing(config):
+    encoder = randomized(config, SQUARE if config is DINOV2 else None)
+    pixels, grads, runs = torch.randn(1, 3, 12, 12), [], []
+    for name, module in encoder.named_modules():
+        if name.endswith("layer_norm1"):
+            module.register_forward_hook(lambda *_: runs.append(1))
+    for on in (False, True):
+        encoder.gradient_checkpointing = on
+        encoder.zero_grad()
+        runs.clear()
+        encoder(pixels).square().mean().backward()
+        grads.append([len(runs), *(p.grad.clone() for p in encoder.parameters())])
+    assert grads[1][0] == 2 * grads[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(grads[0][1:], grads[1][1:], strict=True))

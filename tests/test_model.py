@@ -8,10 +8,15 @@ from conftest import shared
 from safetensors.torch import load_file
 
 import weights
-from model import IMAGE_TOKEN, LanguageModel, LLaVA, LLaVAConfig, init_weights, lm_config
-from templates import load_tokenizer
+from generation import expand
+from layouts import LLaVAConfig
+from model import LanguageModel, LLaVA, init_weights
+from templates import IMAGE_TOKEN, load_tokenizer
 
-CASES = ["tinyllama-clip-mlp2x_gelu", "qwen2-siglip-linear", "qwen2-clip-mlp-cls_patch"]
+CASES = (
+    "gemma-siglip-qformer", "openelm-dinov2-mlp3x_gelu", "phi-siglip-mlp2x_gelu", "qwen2-clip-mlp-cls_patch",
+    "qwen2-siglip-linear", "stablelm-clip-resampler", "tinyllama-clip-mlp2x_gelu", "tinyllama-mof-mof_mlp",
+)  # fmt: skip
 
 TEXT = {
     "model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -43,28 +48,31 @@ def close(got, want, atol=1e-4):
 
 def test_golden_features_logits_loss_and_gradients(case):
     model, io, folder = case
-    close(model.vision_tower(io["images"]), io["vision_features"])
+    features = model.vision_tower(io["images"])
+    if "vision_features2" in io:
+        close(features[:, 1], io["vision_features2"])
+        features = features[:, 0]
+    close(features, io["vision_features"])
     close(model.encode_images(io["images"]), io["connector_features"])
     out = model(io["input_ids"], io["images"], io["attention_mask"], io["labels"])
     lengths = [(row != 0).sum().item() for row in io["attention_mask"]]
     for b, ids in enumerate(io["input_ids"]):
-        n = lengths[b] + (model.image_tokens - 1) * int((ids == IMAGE_TOKEN).sum())
+        n = lengths[b] + (io["connector_features"].size(1) - 1) * int((ids == IMAGE_TOKEN).sum())
         close(out.logits[b, :n], io["logits"][b, :n])
     assert abs(out.loss.item() - io["loss"].item()) <= 1e-5
     out.loss.backward()
     norms = json.loads((folder / "grad_norms.json").read_text())
-    tables, checked = model.rename_tables(), 0
     prefixes = {"language_model": "language_model.", "vision_tower": "vision_tower._vision_tower.",
                 "connector": "connector._connector."}  # fmt: skip
+    squares = dict.fromkeys((k for k, n in norms.items() if n is not None), 0.0)
     for part, prefix in prefixes.items():
-        for name, p in getattr(model, part).named_parameters():
-            key = prefix + weights.rename(name, weights.reverse(tables.get(part, ())))
-            want = norms.get(key)
-            assert want is not None, key
-            # A key bias does not change the softmax: its gradient is rounding noise around zero.
-            assert p.grad.norm().item() == pytest.approx(want, rel=1e-3, abs=1e-5), key
-            checked += 1
-    assert checked == sum(n is not None for n in norms.values())
+        module = getattr(model, part)
+        table = weights.reverse(getattr(module, "rename", ()))
+        for name, p in module.named_parameters():
+            squares[prefix + weights.rename(name, table)] += p.grad.square().sum().item()  # OpenELM's are stored fused
+    for key, square in squares.items():
+        # A key bias does not change the softmax: its gradient is rounding noise around zero.
+        assert square**0.5 == pytest.approx(norms[key], rel=1e-3, abs=1e-5), key
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -97,7 +105,7 @@ def test_packed_samples_do_not_see_each_other():
     together = model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), images, mask).logits
     for b, (row, image) in enumerate(zip(rows, (images[:1], None, images[1:], None), strict=True)):
         alone = model(row[None], image).logits[0]
-        close(together[b, : len(alone)], alone, 1e-5)
+        close(together[b, : len(alone)], alone, 1e-5 * alone.abs().max().item())
 
 
 def test_images_and_placeholders_must_agree():
@@ -110,8 +118,8 @@ def test_several_images_in_one_prompt_go_in_their_order():
     model = small_model()
     images = torch.randn(2, 3, 12, 12)
     ids = torch.tensor([[5, IMAGE_TOKEN, 9, IMAGE_TOKEN, 3]])
-    x = model.embed(model._expand(ids[0]), images)
     features = model.encode_images(images)
+    x = model.embed(expand(ids[0], features), features)
     close(x[1 : 1 + model.image_tokens], features[0], 0)
     close(x[2 + model.image_tokens : 2 + 2 * model.image_tokens], features[1], 0)
 
@@ -181,25 +189,3 @@ def test_save_and_load_is_bit_exact_and_tied_weights_are_stored_once(tmp_path, t
     a, b = model.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert again.config.template == "phi" and again.config.feature_layer == -1
-
-
-def test_spare_tensors_go_out_as_they_came_in(case, tmp_path):
-    model, _, folder = case
-    model.save(tmp_path)
-    before, after = weights.Checkpoint(folder), weights.Checkpoint(tmp_path)
-    assert len(before) == len(after)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model_type": "lama"}, "no language model known"),
-        ({"hidden_act": "relu"}, "hidden_act"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ],
-)
-def test_a_config_that_would_change_the_arithmetic_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        lm_config(TEXT | change)

@@ -3,10 +3,14 @@
 python -m pytest tests/test_templates.py
 """
 
+import base64
 import io
+import itertools
 import json
 import pickle
+import random
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -161,6 +165,55 @@ def test_golden_rows(file, template, vocabulary):
         assert encode_prompt(question, tok, template) == ids[:first], number
 
 
+def gather(folder, *sources, **config):
+    """A tokenizer folder from files of several; `config` goes into its tokenizer_config.json."""
+    folder.mkdir()
+    for source in sources:
+        for file in sorted(VOCABULARIES.glob(source)):
+            shutil.copy(file, folder / file.name)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(settings | config))
+    return folder
+
+
+def from_ranks(folder):
+    """A tokenizer.json of arcade100k's kind, from the ranks: a token's two halves are what lower ranks merge it to."""
+    source = VOCABULARIES / "stabilityai--stablelm-2-zephyr-1_6b"
+    lines = (source / "cl100k_base.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+
+    def halves(token):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            places = range(len(parts) - 1)
+            k = min(places, key=lambda k: ranks.get(parts[k] + parts[k + 1], len(ranks)))
+            parts[k : k + 2] = [parts[k] + parts[k + 1]]
+        return parts
+
+    # byte-level BPE writes the byte b as a printable character: itself, or one behind U+0100
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    table = {byte: chr(byte) for byte in shown} | {byte: chr(256 + k) for k, byte in enumerate(hidden)}
+    show = lambda token: "".join(map(table.get, token))  # noqa: E731
+    merges = [tuple(map(show, halves(token))) for token in ranks if len(token) > 1]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({show(token): i for token, i in ranks.items()}, merges))
+    special = json.loads((source / "arcade100k_special_tokens.json").read_text())
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(special["pattern"]), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, byte_level])
+    file = json.loads(model.to_str())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    special["special_tokens"] |= {"<no token>": 100256}  # ids without a gap
+    file["added_tokens"] = [
+        {"id": i, "content": token, **flags}
+        for token, i in sorted(special["special_tokens"].items(), key=lambda item: item[1])
+    ]
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    return folder
+
+
 @shared
 @pytest.mark.parametrize(
     "name, vocabulary, special",
@@ -168,17 +221,119 @@ def test_golden_rows(file, template, vocabulary):
         ("llama2_sentencepiece", f"{LLAMA}/tokenizer.model", False),
         ("llama2_fast", f"{LLAMA}/tokenizer.model", True),
         ("llama2_fast", f"{LLAMA}/tokenizer.json", True),
-        ("phi-2", PHI, True),
-        ("qwen2.5", QWEN, True),
         ("llava15_fast_with_bos", "llava-hf--llava-1.5-7b-hf", True),
+        ("phi-2", PHI, True),
+        ("gpt2", "vocab.json and merges.txt", True),
+        ("qwen2.5", QWEN, True),
+        ("qwen2.5", "vocab.json and merges.txt", True),
+        ("arcade100k_on_cl100k_ranks", "ranks", True),
+        ("clip", "openai--clip-vit-large-patch14", True),
     ],
 )
-def test_golden_ids(name, vocabulary, special):
-    tok, golden = load(VOCABULARIES / vocabulary), json.loads((VOCABULARIES / "golden_ids.json").read_text())
+def test_golden_ids(name, vocabulary, special, tmp_path):
+    if vocabulary == "ranks":
+        tok = load_tokenizer(from_ranks(tmp_path / "a"))
+    elif name == "gpt2" and "and" in vocabulary:
+        settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+        tok = load_tokenizer(gather(tmp_path / "a", "openai-community--gpt2/*", **settings))
+    elif "and" in vocabulary:
+        config, rest = "Qwen--Qwen2.5-0.5B-Instruct/*", (f"{QWEN}/vocab.json", f"{QWEN}/merges.txt")
+        tok = load_tokenizer(gather(tmp_path / "a", config, *rest, tokenizer_class="Qwen2TokenizerFast"))
+    else:
+        tok = load(VOCABULARIES / vocabulary)
+    golden = json.loads((VOCABULARIES / "golden_ids.json").read_text())
+    lead, tail = [tok.bos_id] * (name in ("llava15_fast_with_bos", "clip")), [49407] * (name == "clip")
+    assert len(golden["texts"]) == 72
     for text, expected in zip(golden["texts"], golden["ids"][name], strict=True):
         ids, offsets = tok.encode(text, special=special)
-        assert (ids if "bos" not in name else [tok.bos_id, *ids]) == expected, text
-        assert reassemble(text, offsets) == text or not ids
+        assert [*lead, *ids, *tail] == expected, text
+        assert name == "clip" or reassemble(text, offsets) == text  # CLIP's drops spaces
+
+
+# ---------------------------------------------------------------- against the references, on many lines
+
+RANGES = (  # first and last code point: scripts, marks, right to left, symbols, private use, control characters
+    "20-7e a0-24f 300-36f 370-3ff 400-4ff 590-5ff 600-6ff 900-97f e00-e7f 1780-17ff 1ea0-1ef9 2000-206f 2190-22ff "
+    "3000-30ff 4e00-9fff ac00-d7a3 e000-e0ff fb00-fb4f ff00-ffef 1d400-1d7ff 1f300-1faff 20000-2a6df 0-1f 7f-9f "
+    "f0000-f00ff"
+)
+BITS = ["    ", "\t", "\t\t\t", "\n", "\r\n", "\n\n \n", "  ", " " * 9, "123456", "3.14", "'s", "'LL", "don't", "Hello"]
+BITS += [
+    "👩\u200d👩\u200d👧",
+    "🏳️\u200d🌈",
+    "🇩🇪",
+    "👍🏽",
+    "é",
+    "e\u0301",
+    "\u1100\u1161\u11a8",
+    "각",
+    "\u212b",
+    "ﬁ",
+    " world",
+]
+BITS += [
+    "<|im_end",
+    "<s",
+    "</s >",
+    "<|endoftext|",
+    "<0x0A>",
+    "▁",
+    "▁▁",
+    "Ġ",
+    "\ufeff",
+    "\u200f",
+    "مرحبا",
+    "שלום",
+    "def f(x):",
+]
+CONTROLS = ["</s>", "<s>", "<|endoftext|>", "<|im_end|>", "<unk>", "<|im_start|>"]
+
+
+def lines(count, bits):
+    """Lines of a few runs, each of one script, among bits that tokenizers treat in a way of their own."""
+    chance = random.Random(0)
+    ranges = [[int(end, 16) for end in pair.split("-")] for pair in RANGES.split()]
+    for _ in range(count):
+        script, parts = chance.choice(ranges), []
+        for _ in range(chance.randint(1, 12)):
+            if chance.random() < 0.5:
+                parts.append("".join(chr(chance.randint(*script)) for _ in range(chance.randint(1, 6))))
+            else:
+                parts.append(chance.choice([*bits, " "]))
+                script = chance.choice(ranges) if chance.random() < 0.3 else script
+        yield "".join(parts)
+
+
+@shared
+@pytest.mark.parametrize("vocabulary", [PHI, QWEN])
+def test_many_lines_against_transformers(vocabulary):
+    """Control strings among them: as control tokens, and spelled out (transformers' split_special_tokens)."""
+    transformers = pytest.importorskip("transformers")
+    tok, reference = (
+        load(VOCABULARIES / vocabulary),
+        transformers.AutoTokenizer.from_pretrained(VOCABULARIES / vocabulary),
+    )
+    for text in lines(2000, BITS + CONTROLS):
+        for special in (True, False):
+            ids, offsets = tok.encode(text, special)
+            expected = reference.encode(text, add_special_tokens=False, split_special_tokens=not special)
+            assert ids == expected, ascii(text)
+            assert reassemble(text, offsets) == text, ascii(text)
+            assert [start for start, _ in offsets] == sorted(start for start, _ in offsets), ascii(text)
+
+
+@shared
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_many_lines_against_sentencepiece(file):
+    """Llama-2. sentencepiece spells control strings out, so this is compared with special=False. (transformers 5
+    adds no word mark to a text that begins with a space, which sentencepiece and transformers 4 do.)"""
+    tok = load(VOCABULARIES / LLAMA / file)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(VOCABULARIES / LLAMA / "tokenizer.model"))
+    for text in lines(2000, BITS + CONTROLS):
+        ids, offsets = tok.encode(text, special=False)
+        assert ids == reference.encode(text), ascii(text)
+        assert reassemble(text, offsets) == text, ascii(text)
+        assert [start for start, _ in offsets] == sorted(start for start, _ in offsets), ascii(text)
 
 
 @shared
@@ -235,6 +390,7 @@ def test_attributes(tiny, piece_model, tmp_path):
     assert tok.token_id("</s>") == tok.special["</s>"] == 2 and tok.token_id("no such token") is None
     pieces = load_tokenizer(write(tmp_path / "a", piece_model))
     assert (pieces.bos_id, pieces.eos_id, pieces.eos) == (1, 2, "</s>")
+    assert pieces.named == {"bos_token": "<s>", "eos_token": "</s>"}
     assert pieces.token_id("</s>") == 2 and pieces.token_id("no such token") is None
     assert load_tokenizer(write(tmp_path / "b", piece_model, add_bos_token=False)).bos_id is None
     assert load_tokenizer(write(tmp_path / "b", piece_model, add_bos_token=None)).bos_id == 1
@@ -337,6 +493,69 @@ def test_added_tokens(tiny, piece_model, tmp_path):
     assert load_tokenizer(folder).encode("<image_pad>")[0] == [340]
 
 
+def test_a_vocabulary_may_spell_control_tokens(tmp_path):
+    """Gemma's <end_of_turn> is a user-defined piece, which sentencepiece finds in any text; typed text is cut there."""
+    pieces = train_pieces(user_defined_symbols=["<start_of_turn>", "<end_of_turn>", "<table>"])
+    added = {"3": {"content": "<start_of_turn>", "special": True}, "4": {"content": "<end_of_turn>", "special": True}}
+    added["5"] = {"content": "<table>", "special": False}
+    tok = load_tokenizer(write(tmp_path / "a", pieces, added_tokens_decoder=added))
+    text = "a <end_of_turn><table><start_of_turn>dog"
+    ids, offsets = tok.encode(text)
+    assert [i for i in ids if i in (3, 4, 5)] == [4, 5, 3] and reassemble(text, offsets) == text
+    ids, offsets = tok.encode(text, special=False)
+    assert [i for i in ids if i in (3, 4, 5)] == [5] and reassemble(text, offsets) == text
+    assert tok.decode(ids) == text and "".join(map(tok.token, ids)).count("▁") == 1 + text.count(" ")
+
+
+def test_control_tokens_that_take_in_space(tiny, tmp_path):
+    """As Phi-3's <|end|> does; `tokenizers` is the reference."""
+    model = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    model.no_truncation()
+    model.no_padding()
+    model.add_special_tokens([tokenizers.AddedToken("<|r|>", rstrip=True), tokenizers.AddedToken("<|l|>", lstrip=True)])
+    tok = load_tokenizer(write(tmp_path / "a", model))
+    for text in ("a<|r|> \n dog", "a <|l|> dog", "a \n<|l|><|r|>", "<|r|>  <|l|>  </s> a"):
+        ids, offsets = tok.encode(text)
+        assert ids == model.encode(text, add_special_tokens=False).ids
+        assert reassemble(text, offsets) == text
+    assert tok.encode("a<|r|> \n dog")[1][1] == (1, 9)
+
+
+def test_vocab_and_merges(tiny, tmp_path):
+    """tokenizer_class says how words are split; without one that is known nothing is loaded."""
+    model = json.loads((tiny / "tokenizer.json").read_text())["model"]
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(f"{pair if isinstance(pair, str) else ' '.join(pair)}\n" for pair in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
+    size = len(model["vocab"])
+    added = {f"{size + 1}": {"content": "<|x|>", "special": True}, "1": {"content": "<|im_end|>", "special": True}}
+
+    def settings(**config):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+    with pytest.raises(
+        ValueError, match="tokenizer_config.json: the tokenizer_class is None.*; fix: copy tokenizer.json"
+    ):
+        load_tokenizer(folder)
+    settings(tokenizer_class="BartTokenizer")
+    with pytest.raises(ValueError, match="the tokenizer_class is BartTokenizer.*; fix: "):
+        load_tokenizer(folder)
+    settings(tokenizer_class="Qwen2Tokenizer", added_tokens_decoder=added)
+    with pytest.raises(ValueError, match=r"leave a gap before '<\|x\|>'; fix: copy tokenizer.json"):
+        load_tokenizer(folder)
+    added[f"{size}"] = {"content": "<|w|>", "special": True}
+    settings(tokenizer_class="Qwen2Tokenizer", added_tokens_decoder=added, eos_token="<|endoftext|>")
+    tok = load_tokenizer(folder)
+    text = "the dog 🙂 e\u0301 <|x|> on12 a mat"
+    ids, offsets = tok.encode(text)
+    assert (tok.special["<|x|>"], tok.eos_id, tok.vocab_size) == (size + 1, 0, size + 2)
+    assert reassemble(text, offsets) == text and tok.decode(ids) == text.replace("e\u0301", "é").replace("<|x|>", "")
+    tok.save(tmp_path / "b")  # the tokenizer.json that was made is saved too, and gives the same
+    assert load_tokenizer(tmp_path / "b" / "tokenizer.json").encode(text) == (ids, offsets)
+
+
 def test_a_file_is_that_vocabulary_and_no_other(tiny, piece_model, tmp_path):
     folder = write(tmp_path / "a", piece_model)
     (folder / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
@@ -372,6 +591,11 @@ def test_load_errors(tmp_path):
         load_tokenizer(tmp_path / "empty")
     with pytest.raises(ValueError, match="no such folder or file; fix: "):
         load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "empty/arcade100k.tiktoken").touch()
+    with pytest.raises(
+        ValueError, match="arcade100k.tiktoken needs its repository's code, .*; fix: copy tokenizer.json"
+    ):
+        load_tokenizer(tmp_path / "empty")
 
 
 # ---------------------------------------------------------------- templates
@@ -382,17 +606,17 @@ SYSTEM = TEMPLATES["phi"].system
 def supervised(conversation, tok, template):
     """The characters of each run of supervised tokens, from the offsets of the tokens themselves."""
     form = templates.resolve(template, tok)
-    text, spans = render(conversation, form)
-    ids, labels, offsets = templates.tokenize(text, spans, tok, form.eos)
+    text, spans, marks = render(conversation, form)
+    ids, labels, offsets = templates.tokenize(text, spans, marks, tok)
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels, strict=True))
     return re.findall(r"\[\[(.*?)\]\]", templates.show(text, labels, offsets, colour=False), re.DOTALL)
 
 
 def test_render_is_the_published_format():
-    text, spans = render(turns("<image>\nWhat?", "A dog.", "Red?", "No."), TEMPLATES["llama"])
+    text, spans, _ = render(turns("<image>\nWhat?", "A dog.", "Red?", "No."), TEMPLATES["llama"])
     assert text == SYSTEM + "USER: <image>\nWhat? ASSISTANT: A dog.</s>USER: Red? ASSISTANT: No.</s>"
     assert [text[a:b] for a, b in spans] == [" A dog.</s>", " No.</s>"]
-    text, spans = render(turns("<image>\nDescribe.", "A dog."), TEMPLATES["pretrain"])
+    text, spans, _ = render(turns("<image>\nDescribe.", "A dog."), TEMPLATES["pretrain"])
     assert (text, [text[a:b] for a, b in spans]) == ("<image>A dog.\n", ["A dog.\n"])
     assert SYSTEM.startswith("A chat between") and SYSTEM.endswith("questions. ")
     ends = {name: form.eos for name, form in TEMPLATES.items()}
@@ -404,6 +628,7 @@ def test_render_is_the_published_format():
         "qwen2_base": "<|endoftext|>",
         "qwen2_instruct": "<|im_end|>",
         "plain": None,
+        "chat": "",
     }
 
 
@@ -420,7 +645,7 @@ def test_render_is_the_published_format():
 def test_images_in_a_turn(tiny, question, shown):
     tok = load_tokenizer(tiny)
     conversation = turns("Hi", "Yes", question, "That one.")
-    text, _ = render(conversation, templates.resolve("plain", tok))
+    text, _, _ = render(conversation, templates.resolve("plain", tok))
     assert text == f"USER: Hi ASSISTANT: Yes<|endoftext|>USER: {shown} ASSISTANT: That one.<|endoftext|>"
     ids, labels = encode(conversation, tok, "plain")
     assert ids.count(IMAGE_TOKEN) == question.count("<image>")
@@ -480,7 +705,7 @@ def test_system_turn_replaces_the_system_line(tiny):
     tok = load_tokenizer(tiny)
     conversation = [{"from": "system", "value": "Be terse.\n"}, *turns("Hi", "Yo")]
     for template in ("phi", "plain"):
-        text, _ = render(conversation, templates.resolve(template, tok))
+        text, _, _ = render(conversation, templates.resolve(template, tok))
         assert text == "Be terse. USER: Hi ASSISTANT: Yo<|endoftext|>"
     conversation[0]["value"] = ""
     assert render(conversation, TEMPLATES["phi"])[0].startswith("USER: Hi")
@@ -549,17 +774,392 @@ def test_bad_templates(tiny, piece_model, tmp_path):
     tok = load_tokenizer(tiny)
     with pytest.raises(ValueError, match="'qwen2_bas' is unknown, did you mean 'qwen2_base'.*; fix: use one of pretr"):
         encode(turns("Hi", "Yo"), tok, "qwen2_bas")
-    with pytest.raises(ValueError, match="eos '<eos>' of 'gemma' is not one token.*fits it: pretrain, phi, llama, qw"):
+    with pytest.raises(
+        ValueError, match="'gemma': its eos '<eos>' is not one token.*fits it: pretrain, phi, llama, qw"
+    ):
         encode_prompt(turns("Hi"), tok, "gemma")
     pieces = load_tokenizer(write(tmp_path / "a", piece_model))
     with pytest.raises(ValueError, match="<|endoftext|>.*; fix: .*fits it: pretrain, llama, plain$"):
         stop_id(pieces, "phi")
     (tiny / "tokenizer_config.json").rename(tiny / "away")
     try:
-        with pytest.raises(ValueError, match="eos None of 'plain' is not one token"):
+        with pytest.raises(ValueError, match="'plain': its eos None is not one token"):
             encode(turns("Hi", "Yo"), load_tokenizer(tiny), "plain")
     finally:
         (tiny / "away").rename(tiny / "tokenizer_config.json")
+
+
+# ---------------------------------------------------------------- chat: the tokenizer's own template
+
+CHAT = {  # written here in the manner of ...; {% generation %} says what transformers takes for the answers
+    "chatml": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+        "{%- for m in messages %}\n{{- '<|im_start|>' + m.role + '\n' }}"
+        "{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system\nrole') }}{% endif %}"
+        "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+        "{{ '<start_of_turn>' + role + '\n' }}"
+        "{% if role == 'model' %}{% generation %}{{ m['content'] | trim + '<end_of_turn>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] | trim + '<end_of_turn>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "phi3": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+    "zephyr": (  # <|User|> is no token of the vocabulary
+        "{% for m in messages %}\n{{ '<|' + m['role'] | capitalize + '|>\n' }}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{{ '\n' }}"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|Assistant|>' }}\n{% endif %}\n{% endfor %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
+        "{% else %}{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}"
+    ),
+}
+ENDS = dict(
+    chatml="<|im_end|>", llama3="<|eot_id|>", gemma="<end_of_turn>", phi3="<|end|>", zephyr="</s>", mistral="</s>"
+)
+SPECIALS = (
+    "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+)
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory):
+    """chatty(template) -> a folder: byte-level BPE that merges line breaks, and prepends <s>."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(templates.WORDS["Qwen2Tokenizer"]), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, byte_level])
+    model.decoder = tokenizers.decoders.ByteLevel()
+    phi3 = [tokenizers.AddedToken(f"<|{name}|>", rstrip=True) for name in ("user", "assistant", "system", "end")]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[*SPECIALS.split(), *phi3, "<image>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(["what is this?\n\n\na red dog [INST] system\n\n", "a\n\nb "] * 9, trainer)
+    model.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    folders = (tmp_path_factory.mktemp("chatty") / str(k) for k in itertools.count())
+
+    def make(template, **config):
+        named = {"bos_token": "<s>", "eos_token": "</s>"} | config
+        return load_tokenizer(write(next(folders), model, **named, chat_template=template))
+
+    return make
+
+
+def bare(template):
+    return re.sub(r"\{% (end)?generation %\}", "", template)
+
+
+def messages(conversation):
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in conversation]
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_chat_against_transformers(chatty, name, tmp_path):
+    """Ids, and what is supervised, are transformers' own; with {% generation %} in the template or without."""
+    transformers = pytest.importorskip("transformers")
+    tok = chatty(CHAT[name])
+    tok.save(tmp_path)
+    model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+    conversations = [
+        turns("Hi", "Yo"),
+        turns("what is this?", "a red dog 🙂", "你好?\n\nred", "naïve\n\na dog", "a", "b"),
+    ]
+    if name not in ("gemma", "mistral"):
+        conversations.append([{"from": "system", "value": "Be terse."}, *turns("Hi", "Yo", "a dog?", "No.")])
+    lead = [] if "bos_token" in CHAT[name] else [tok.bos_id]  # the template writes bos, or we do
+    for conversation in conversations:
+        expected = reference.apply_chat_template(
+            messages(conversation), chat_template=CHAT[name], return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, labels = encode(conversation, tok, "chat")
+        assert ids == lead + expected["input_ids"]
+        mask = [0] * len(lead) + expected["assistant_masks"]
+        assert labels == [i if on else IGNORE for i, on in zip(ids, mask, strict=True)]
+        assert encode(conversation, chatty(bare(CHAT[name])), "chat") == (ids, labels)
+        prompt = encode_prompt(conversation[:-1], tok, "chat")
+        assert prompt == ids[: len(prompt)] and labels[len(prompt)] != IGNORE
+        asked = messages(conversation[:-1])
+        reply = reference.apply_chat_template(
+            asked, chat_template=CHAT[name], add_generation_prompt=True, return_dict=False
+        )
+        assert prompt == lead + reply
+    assert ids.count(tok.bos_id) == 1
+    assert tok.token(stop_id(tok, "chat")) == ENDS[name]
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_chat_supervises_answers_and_their_end(chatty, name):
+    """With outer space, which some templates strip; empty answers; and what data cannot forge."""
+    tok = chatty(bare(CHAT[name]))
+    typed = SPECIALS + "<|end|><|user|><image>[INST]"
+    conversation = turns(
+        " \nHi\n", "\n\n Yo \n", f"say {typed}".replace("<image>", ""), f"{typed} ", "", "", "\n", "\n"
+    )
+    answers = [turn["value"] for turn in conversation[1::2]]
+    answers = [answer.strip() for answer in answers] if "trim" in CHAT[name] else answers
+    answers = [" " * (name == "mistral") + answer + ENDS[name] for answer in answers]
+    ids, labels = encode(conversation, tok, "chat")
+    if name == "phi3":  # whose tokens take in the space behind them
+        answers = [answer.lstrip() + "\n" for answer in answers]
+    assert supervised(conversation, tok, "chat") == answers
+    end = tok.token_id(ENDS[name])
+    assert labels.count(end) == 4
+    starts = [k for k in range(1, len(ids)) if labels[k] != IGNORE and labels[k - 1] == IGNORE]
+    assert len(starts) == 4
+    for k, start in enumerate(starts):  # also where a line break before the answer would merge with one in it
+        assert encode_prompt(conversation[: 2 * k + 1], tok, "chat") == ids[:start]
+    controls = [i for i in ids if i in tok.special.values()]
+    plain = [i for i in encode(turns(*["Hi", "Yo"] * 4), tok, "chat")[0] if i in tok.special.values()]
+    assert controls == plain and IMAGE_TOKEN not in ids
+    assert [i for i in labels if i in tok.special.values()] == [end] * 4
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("name", ["zephyr", "mistral"])
+def test_chat_with_sentencepiece(piece_model, tmp_path, name, legacy):
+    """As TinyLlama's and Mistral's. An answer's first word keeps its spelling: the cut before it adds no word mark."""
+    tok = load_tokenizer(write(tmp_path / "a", piece_model, legacy=legacy, chat_template=bare(CHAT[name])))
+    conversation = turns("what <s>is</s>?", "a dog</s>", "the mat", "red")
+    answers = [" " * (name == "mistral") + answer + "</s>" for answer in ("a dog</s>", "red")]
+    assert supervised(conversation, tok, "chat") == answers
+    ids, labels = encode(conversation, tok, "chat")
+    assert ids.count(1) == 1 and ids[0] == 1
+    assert ids.count(2) == {"zephyr": 4, "mistral": 2}[name] and labels.count(2) == 2
+    words = ["".join(map(tok.token, run)) for run in split([i for i in labels if i != IGNORE], 2)]
+    words = [re.sub("<0x(..)>", lambda byte: chr(int(byte[1], 16)), word) for word in words]
+    assert words == [answer.removesuffix("</s>").replace(" ", "▁") for answer in answers] + [""]
+    for k in (1, 3):
+        prompt = encode_prompt(conversation[:k], tok, "chat")
+        assert prompt == ids[: len(prompt)] and labels[len(prompt)] != IGNORE
+
+
+def test_chat_images(chatty):
+    tok = chatty(CHAT["chatml"])
+    conversation = turns("What? <image>", "<image>", "a <image> b <image>", "c", "<image>", "d")
+    text, spans, marks = render(conversation, templates.resolve("chat", tok))
+    assert [text[start:end] for start, end in spans] == ["<image><|im_end|>", "c<|im_end|>", "d<|im_end|>"]
+    assert "user\n<image>\nWhat?<|im_end|>" in text and "user\na <image> b <image><|im_end|>" in text
+    ids, labels = encode(conversation, tok, "chat")
+    assert ids.count(IMAGE_TOKEN) == 4 and tok.token_id("<image>") not in ids and IMAGE_TOKEN not in labels
+    assert sum(mark == IMAGE_TOKEN for _, _, mark in marks) == 4
+
+
+LISTS = (  # as Idefics'
+    "{% for m in messages %}{{ m.role | capitalize }}:{% for c in m.content %}"
+    "{% if c.type == 'image' %}{{ ' <image>' }}{% else %}{{ ' ' + c.text }}{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def test_chat_contents_as_lists(chatty):
+    tok = chatty(LISTS)
+    system = {"from": "system", "value": "Look."}
+    conversation = [system, *turns("Which? <image>", "<image> 1", "a <image> b <image>.", "c", " no ", "d")]
+    text, spans, _ = render(conversation, templates.resolve("chat", tok))
+    end = "<|im_end|>\n"
+    assert text == (
+        f"System: Look.{end}User: <image> Which?{end}Assistant: <image> 1{end}"
+        f"User: a <image> b <image> .{end}Assistant: c{end}User:  no {end}Assistant: d{end}"
+    )
+    assert [text[start:end] for start, end in spans] == [" <image> 1<|im_end|>", " c<|im_end|>", " d<|im_end|>"]
+    ids, labels = encode(conversation, tok, "chat")
+    assert ids.count(IMAGE_TOKEN) == 3 and tok.token_id("<image>") not in ids
+    prompt = encode_prompt(conversation[:4], tok, "chat")
+    assert prompt == ids[: len(prompt)] and labels[len(prompt)] != IGNORE
+
+
+def test_chat_without_an_end(chatty):
+    """As llava-hf's: what ends the conversation is the tokenizer's eos, right behind the last answer."""
+    template = (
+        "{% for m in messages %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    tok = chatty(template)
+    conversation = turns("Hi</s>", "Yo</s>", "a dog?", "No. ")
+    text, spans, _ = render(conversation, templates.resolve("chat", tok))
+    assert text == "USER: Hi</s> ASSISTANT: Yo</s> USER: a dog? ASSISTANT: No. </s>"
+    assert [text[start:end] for start, end in spans] == [" Yo</s>", " No. </s>"]
+    ids, labels = encode(conversation, tok, "chat")
+    assert ids.count(tok.eos_id) == labels.count(tok.eos_id) == 1 and ids[-1] == tok.eos_id == stop_id(tok, "chat")
+    prompt = encode_prompt(conversation[:3], tok, "chat")
+    assert prompt == ids[: len(prompt)] and labels[len(prompt)] != IGNORE and tok.eos_id not in prompt
+
+
+def test_chat_supervises_what_no_prompt_holds(chatty):
+    """A template that thinks for the model, or knows no prompt: the model has to write that itself."""
+    thinks = bare(CHAT["chatml"]).replace(
+        "{{ m.content + '<|im_end|>' }}{% else %}", "{{ '<t>\n' + m.content + '<|im_end|>' }}{% else %}"
+    )
+    assert supervised(turns("Hi", "Yo"), chatty(thinks), "chat") == ["<t>\nYo<|im_end|>"]
+    silent = bare(CHAT["chatml"]).replace("if add_generation_prompt", "if false")
+    assert supervised(turns("Hi", "Yo"), chatty(silent), "chat") == ["<|im_start|>assistant\nYo<|im_end|>"]
+
+
+SYSTEM_TURN = [{"from": "system", "value": "a"}]
+LOST = "conversations: the chat template leaves a text or an image out, writes it twice or changes it"
+WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}"
+LATE_SYSTEM = (  # as some of Mistral's: the system text stands in the last question
+    WITHOUT_SYSTEM + "{% set last = m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
+    "{{ messages[0].content if messages[0].role == 'system' and last }}"
+    "{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
+)
+TWO_ENDS = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
+    "{{ '</s>' if loop.last else '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, conversation, what",
+    [
+        (CHAT["gemma"], SYSTEM_TURN + turns("Hi", "Yo"), "conversations: .* refuses them: No system role"),
+        (CHAT["chatml"].replace("m.content", "m.content | upper"), turns("Hi", "Yo"), LOST),
+        (CHAT["chatml"].replace("m.content", "m.content.split('>')[-1]"), turns("Hi", "a > b"), LOST),
+        (CHAT["chatml"].replace("m.content", "m.content + m.content"), turns("Hi", "Yo"), LOST),
+        (LISTS.replace("{{ ' <image>' }}", ""), turns("<image>\nHi", "Yo"), LOST),
+        (LISTS.replace("{% for m in messages %}", WITHOUT_SYSTEM), SYSTEM_TURN + turns("Hi", "Yo"), LOST),
+        (LATE_SYSTEM, SYSTEM_TURN + turns("Hi", "Yo", "b", "c"), "conversations: .* before turn 2 differently in its"),
+        ("{% for m in messages %}{{ m.content }}### {% endfor %}", turns("Hi", "Yo"), "no control token .* but '### '"),
+        ("{% for m in messages %}{{ m.content }}!</s>{% endfor %}", turns("Hi", "Yo"), "no control .* but '!</s>'"),
+        (TWO_ENDS, turns("Hi", "Yo", "a", "b"), "conversations: .* does not end every answer with '</s>'"),
+        ("{% for m in messages %}", turns("Hi", "Yo"), "template: chat: the chat template is not Jinja: "),
+        ("{{ messages[0].content.__class__.__mro__ }}", turns("Hi", "Yo"), "refuses them: .*unsafe"),
+        ("{{ messages.append(1) }}", turns("Hi", "Yo"), "refuses them: .*unsafe"),
+        ([{"name": "tools", "template": "x"}], turns("Hi", "Yo"), "'chat': this tokenizer has no chat template"),
+        (None, turns("Hi", "Yo"), "'chat': this tokenizer has no chat template; fix: .*pretrain, .*, plain$"),
+    ],
+)
+def test_chat_errors(chatty, template, conversation, what):
+    tok = chatty(template)
+    with pytest.raises(ValueError, match=what) as error:
+        encode(conversation, tok, "chat")
+    assert "\n" not in str(error.value) and "; fix: " in str(error.value)
+
+
+def test_chat_needs_an_end_token(tiny, tmp_path):
+    template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    model = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    tok = load_tokenizer(write(tmp_path / "a", model, chat_template=template))
+    with pytest.raises(ValueError, match="template: chat: no control token .*; fix: "):
+        stop_id(tok, "chat")
+
+
+def test_chat_needs_jinja(chatty, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ValueError, match="template: chat: the package jinja2 is missing; fix: pip install jinja2"):
+        encode(turns("Hi", "Yo"), chatty(CHAT["chatml"]), "chat")
+
+
+def test_chat_names(chatty):
+    """What transformers lets a template use."""
+    names = (
+        "{{ strftime_now('%Y') | length }}{{ {'b': '<é>', 'a': 1} | tojson }}{{ [1] | tojson(indent=1) }}"
+        "{{ pad_token }}{{ tools is none }}{{ documents is none }}{% for m in messages %}   \n"
+        "    {% if m.role == 'x' %}{% continue %}\n    {% endif %}\n{{ m.content }}</s>{% endfor %}"
+    )
+    text = render(turns("Hi", "Yo"), templates.resolve("chat", chatty(names, pad_token=None)))[0]
+    assert text == '4{"b": "<é>", "a": 1}[\n 1\n]TrueTrue   \nHi</s>   \nYo</s>'
+
+
+def test_chat_template_files(chatty, tmp_path):
+    """chat_template.jinja, then tokenizer_config.json, then chat_template.json; all of them are saved."""
+    tok = chatty([{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT["chatml"]}])
+    assert tok.chat_template == CHAT["chatml"]
+    tok.save(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHAT["zephyr"]}))
+    assert load_tokenizer(tmp_path).chat_template == CHAT["chatml"]
+    (tmp_path / "tokenizer_config.json").unlink()
+    tok = load_tokenizer(tmp_path)
+    assert tok.chat_template == CHAT["zephyr"]
+    (tmp_path / "chat_template.jinja").write_text(CHAT["mistral"], encoding="utf-8")
+    tok = load_tokenizer(tmp_path)
+    assert tok.chat_template == CHAT["mistral"] and tok.named["bos_token"] == "<s>"
+    tok.save(tmp_path / "b")
+    assert (tmp_path / "b/chat_template.json").is_file() and load_tokenizer(tmp_path / "b").chat_template == CHAT[
+        "mistral"
+    ]
+    assert pickle.loads(pickle.dumps(tok)).chat_template == CHAT["mistral"]
+
+
+GOLDEN_CHAT = {
+    "Qwen2.5-Instruct": (f"{QWEN}/*.json", "Qwen--Qwen2.5-0.5B-Instruct/*"),
+    "gemma": ("google--gemma-2b/*",),
+    "llava-1.5-hf": ("llava-hf--llava-1.5-7b-hf/*",),
+}
+
+
+@shared
+@pytest.mark.parametrize("name", GOLDEN_CHAT)
+def test_golden_chat(name, tmp_path):
+    """Rendered texts and refusals, of the template itself and, where the case is a conversation, of `render`."""
+    folder = gather(tmp_path / "a", *GOLDEN_CHAT[name])
+    if name == "gemma":  # its vocabulary is not here: another with its control tokens
+        controls = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+        model = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(controls)}, []))
+        model.add_special_tokens(controls)
+        model.save(str(folder / "tokenizer.json"))
+    tok = load_tokenizer(folder)
+    form = templates.resolve("chat", tok)
+    cases = json.loads((VOCABULARIES / "golden_chat.json").read_text())["cases"][name]
+    rows = 0
+    for case in cases:
+        said, prompt = case["messages"], case["add_generation_prompt"]
+        names = dict(messages=said, add_generation_prompt=prompt, **tok.named)
+        if isinstance(case["rendered"], dict):
+            with pytest.raises(Exception, match=case["rendered"]["error"]):
+                form.jinja.render(names)
+        else:
+            assert form.jinja.render(names) == case["rendered"]
+        if prompt != (said[-1]["role"] == "user"):
+            continue
+        rows += 1
+        row = []
+        for message in said:
+            parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
+            value = "".join(part.get("text", "<image>\n") for part in parts)
+            row.append({"from": {"user": "human", "assistant": "gpt"}.get(message["role"], "system"), "value": value})
+        if isinstance(case["rendered"], dict):
+            with pytest.raises(ValueError, match=f"conversations: .*{case['rendered']['error']}; fix: "):
+                render(row, form, prompt)
+        else:
+            assert render(row, form, prompt)[0] == case["rendered"]
+    assert rows == {"llava-1.5-hf": 2}.get(name, 4)
+    end = {"Qwen2.5-Instruct": "<|im_end|>", "gemma": "<end_of_turn>", "llava-1.5-hf": "</s>"}[name]
+    assert tok.token(stop_id(tok, "chat")) == end
+
+
+@shared
+def test_chat_of_llava_hf_is_llava():
+    """The ids of LLaVA-1.5: the prompt's ":" then " A", and </s> right behind the last answer."""
+    tok = load(VOCABULARIES / "llava-hf--llava-1.5-7b-hf")
+    ids, labels = encode(turns("<image>\nWho?", "A cat.", "Colour?", "Red."), tok, "chat")
+    before, after = (
+        tok.encode(text)[0] for text in ("USER: ", "\nWho? ASSISTANT: A cat. USER: Colour? ASSISTANT: Red.")
+    )
+    assert ids == [1, *before, IMAGE_TOKEN, *after, 2]
+    assert [tok.token(i) for i in labels if i != IGNORE] == ["▁A", "▁cat", ".", "▁Red", ".", "</s>"]
 
 
 # ---------------------------------------------------------------- the command line
@@ -580,7 +1180,7 @@ def rows(tmp_path):
 
 
 def test_viewer(tiny, rows):
-    """The three commands of the docstring."""
+    """The commands of the docstring, the one with chat in test_viewer_of_a_chat."""
     done = run("--model", tiny, "--template", "phi", rows, "--row", 3)
     tok = load_tokenizer(tiny)
     ids, labels = encode(turns("<image>\nWho?", "Dog 3\u2028 你.", "Sure?", "Yes."), tok, "phi")
@@ -594,6 +1194,17 @@ def test_viewer(tiny, rows):
     assert run("--model", tiny, "--template", "phi", rows).stdout.count("\n--- row") == 4  # five, the first on top
     done = run("--model", tiny, "--template", "pretrain", rows.with_suffix(".jsonl"), "--limit", 20)
     assert done.stdout.count("<image>[[Dog") == 7 and "=== 7 rows: " in done.stdout
+
+
+def test_viewer_of_a_chat(chatty, rows, tmp_path):
+    chatty(CHAT["chatml"]).save(tmp_path / "a")
+    done = run("--model", tmp_path / "a", "--template", "chat", rows.with_suffix(".jsonl"), "--limit", 20)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        "\n<|im_start|>user\n<image>\nWho?<|im_end|>\n<|im_start|>assistant\n[[Dog 6\u2028 你.<|im_end|>]]\n"
+        in done.stdout
+    )
+    assert "=== 7 rows: " in done.stdout
 
 
 def test_colours(tiny, rows, monkeypatch, capsys):

@@ -1,0 +1,283 @@
+"""Checkpoint layouts: where each keeps its parts, and what its config.json means. One entry of LAYOUTS each.
+
+    python export.py --model DIR --to hf-llava OUT         # from any of them to those that can be written
+
+A layout has a rename table from the names in its files to `language_model.*`, `vision_tower.*` and `connector.*`,
+read forwards to load and backwards to save. Behind those prefixes the names are ours in our own layout and Hugging
+Face's in all others; the tables of the parts (model.py, encoders.py) take it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import weights
+from config import Model, UserError
+from connectors import CONNECTORS, connector_tokens
+from encoders import ImageTransform, read_preprocessor, vision_config
+from templates import IMAGE_TOKEN
+
+
+@dataclass(frozen=True)
+class LLaVAConfig:
+    """What makes a model, whatever layout it came from; text and vision are Hugging Face config dicts, verbatim."""
+
+    text: dict
+    vision: dict
+    preprocessor: dict = field(default_factory=dict)
+    connector: str = "mlp2x_gelu"
+    connector_options: dict = field(default_factory=dict)
+    feature_layer: int = -2
+    feature_select: str = "patch"
+    image_mode: str = "square"
+    template: str = "llama"
+    image_scale: float = 1.0  # on the connector's output; only Gemma in transformers 5 needs another
+    sources: dict = field(default_factory=dict)  # llm, vision, vision2: the names the parts were loaded by
+
+    def __post_init__(self):
+        if (self.connector == "mof_mlp") != (self.vision.get("model_type") == "mof"):
+            raise UserError("model.connector", f"{self.connector} with {self.vision.get('model_type')}",
+                            "mof_mlp and the mixture of CLIP and DINOv2 (model.vision2) need each other")  # fmt: skip
+
+    def to_json(self) -> dict:
+        """config.json of our own layout; the image processor has a file of its own."""
+        rest = asdict(self)
+        parts = {"text_config": rest.pop("text"), "vision_config": rest.pop("vision")}
+        del rest["preprocessor"]
+        return {"model_type": "barellava", **parts, **rest, "image_token_index": IMAGE_TOKEN}
+
+
+def from_recipe(c: Model, template: str) -> LLaVAConfig:
+    """What a recipe's [model] section describes. Reads configs, no weights; raises UserError for what is missing."""
+
+    def folder(key: str) -> Path:
+        return weights.resolve(getattr(c, key), f"model.{key}", c.allow_pickle)
+
+    text = c.llm_config or weights.read_json(folder("llm") / "config.json")
+    vision = dict(c.vision_config) or weights.read_json(folder("vision") / "config.json")
+    preprocessor = vision.pop("preprocessor", {}) if c.vision_config else read_preprocessor(folder("vision"))
+    if c.vision2:
+        vision = {"model_type": "mof", "clip": vision, "dinov2": weights.read_json(folder("vision2") / "config.json")}
+    return LLaVAConfig(
+        text, vision, preprocessor, c.connector, c.connector_options, c.feature_layer, c.feature_select, c.image_mode,
+        template, sources={"llm": c.llm, "vision": c.vision, "vision2": c.vision2},
+    )  # fmt: skip
+
+
+def vision_spec(c: LLaVAConfig) -> tuple[ImageTransform, int]:
+    """What the data path needs to know of a model: its image transform and how many positions an image takes."""
+    vision = vision_config(c.vision, c.preprocessor)
+    return vision.transform, connector_tokens(c.connector, vision.tokens(c.feature_select), **c.connector_options)
+
+
+class Layout(NamedTuple):
+    read: Callable[[dict, Path], LLaVAConfig]
+    table: weights.Table = ()
+    hf_names: bool = True
+    writes: Callable[[LLaVAConfig], dict] | None = None  # config.json of this layout, where we write it
+
+
+# ---------------------------------------------------------------------------------------------------- ours
+
+
+def _ours(c: dict, folder: Path) -> LLaVAConfig:
+    known = LLaVAConfig.__dataclass_fields__.keys() & c.keys()
+    rest = {k: c[k] for k in known}
+    return LLaVAConfig(c["text_config"], c["vision_config"], read_preprocessor(folder), **rest)
+
+
+# --------------------------------------------------------------------------------------- TinyLLaVA Factory
+
+# What the original's dispatch on names needs to see, where nothing else is known.
+FACTORY_NAMES = {
+    "llama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "phi": "microsoft/phi-2", "gemma": "google/gemma-2b-it",
+    "stablelm": "stabilityai/stablelm-2-zephyr-1_6b", "qwen2": "Qwen/Qwen2-0.5B",
+    "openelm": "apple/OpenELM-450M-Instruct", "clip_vision_model": "openai/clip-vit-large-patch14-336",
+    "siglip_vision_model": "google/siglip-so400m-patch14-384", "dinov2": "facebook/dinov2-large",
+}  # fmt: skip
+FACTORY_SIZES = {"num_queries": 128, "num_resampler_layers": 3}  # of connectors, with its defaults
+FACTORY_TEMPLATES = {"llama": "llama", "openelm": "llama", "gemma": "gemma", "qwen2": "qwen2_base"}
+
+
+def _factory(c: dict, folder: Path) -> LLaVAConfig:
+    """TinyLLaVA Factory, one file or three folders. It does not record the template: the LLM's usual one is taken."""
+    text, vision = c["text_config"], c["vision_config"]
+    if "vision_config2" in c:
+        # Factory ran with transformers 4.40, which interpolates DINOv2's positions as the original code does.
+        vision = {"model_type": "mof", "clip": vision, "dinov2": c["vision_config2"] | {"interpolate_offset": 0.1}}
+    elif vision["model_type"] == "dinov2":
+        vision = vision | {"interpolate_offset": 0.1}
+    kind = c["connector_type"]
+    # Factory takes a Q-Former's sizes from bert-base, as our defaults do; a file may say otherwise.
+    sizes = {name: c[name] for name in FACTORY_SIZES if name in c} | c.get(f"{kind}_config", {})
+    options = {name: sizes[name] for name in getattr(CONNECTORS.get(kind), "options", ()) if name in sizes}
+    return LLaVAConfig(
+        text, vision, read_preprocessor(folder), kind, options, c["vision_feature_layer"],
+        c["vision_feature_select_strategy"], c["image_aspect_ratio"], FACTORY_TEMPLATES.get(text["model_type"], "phi"),
+        sources={"llm": c["llm_model_name_or_path"], "vision": c["vision_model_name_or_path"].removeprefix("mof:"),
+                 "vision2": c.get("vision_model_name_or_path2", "").removeprefix("mof:")},
+    )  # fmt: skip
+
+
+def _to_factory(c: LLaVAConfig) -> dict:
+    text, vision, second = c.text, c.vision, None
+    mixture = "mof:" if vision["model_type"] == "mof" else ""
+    if mixture:
+        vision, second = vision["clip"], vision["dinov2"]
+    for kind in (text["model_type"], vision.get("model_type")):
+        if kind not in FACTORY_NAMES:
+            raise UserError("config.json:model_type", f"TinyLLaVA Factory has no {kind}", "use --to barellava")
+    options, width = c.connector_options, vision.get("hidden_size", 768)
+    name = {k: v for k, v in c.sources.items() if v and not Path(v).is_absolute()}
+    return {
+        "model_type": "tinyllava",
+        "architectures": ["TinyLlavaForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": vision,
+        **({"vision_config2": second} if second else {}),
+        "vision_hidden_size": width,
+        "hidden_size": text.get("hidden_size", text.get("model_dim")),
+        "vocab_size": text["vocab_size"],
+        "vision_feature_layer": c.feature_layer,
+        "vision_feature_select_strategy": c.feature_select,
+        "connector_type": c.connector,
+        **FACTORY_SIZES,
+        **{name: options[name] for name in FACTORY_SIZES if name in options},
+        **({f"{c.connector}_config": options} if options.keys() - FACTORY_SIZES.keys() else {}),
+        "image_aspect_ratio": c.image_mode,
+        "image_token_index": IMAGE_TOKEN,
+        "ignore_index": -100,
+        "tokenizer_model_max_length": 2048,
+        "llm_model_name_or_path": name.get("llm", FACTORY_NAMES[text["model_type"]]),
+        "tokenizer_name_or_path": name.get("llm", FACTORY_NAMES[text["model_type"]]),
+        "vision_model_name_or_path": mixture + name.get("vision", FACTORY_NAMES[vision["model_type"]]),
+        "vision_model_name_or_path2": mixture + name.get("vision2", FACTORY_NAMES["dinov2"]) if second else "",
+    }
+
+
+# ---------------------------------------------------------------------------------------- TinyLLaVABench
+
+
+def _bench(family: str, template: str):
+    """TinyLLaVABench, before Factory: one config.json for the LLM and `mm_*` for the rest; the tower only by name.
+
+    Its SigLIP class deletes the last block, takes what comes out and keeps all patches; its Phi has no head bias.
+    """
+
+    def read(c: dict, folder: Path) -> LLaVAConfig:
+        tower = weights.resolve(c["mm_vision_tower"], f"{folder / 'config.json'}:mm_vision_tower")
+        vision = weights.read_json(tower / "config.json")
+        siglip = vision["model_type"].startswith("siglip")
+        text = {k: v for k, v in c.items() if not k.startswith(("mm_", "tune_"))} | {"model_type": family}
+        if family == "phi":
+            text["lm_head_bias"] = False
+        if family == "stablelm":  # written before transformers had the class, under other names
+            text |= {"partial_rotary_factor": c.get("rope_pct", 0.25), "layer_norm_eps": c.get("norm_eps", 1e-5),
+                     "use_qkv_bias": c.get("use_qkv_bias", True)}  # fmt: skip
+        return LLaVAConfig(
+            text, vision, read_preprocessor(tower), c.get("mm_projector_type", "linear"), {},
+            -2 if siglip else c["mm_vision_select_layer"],
+            "cls_patch" if siglip else c.get("mm_vision_select_feature", "patch"),
+            c.get("image_aspect_ratio") or "square", template,
+            sources={"llm": FACTORY_NAMES[family], "vision": c["mm_vision_tower"]},
+        )  # fmt: skip
+
+    table = (("model.mm_projector.**", "connector.**"), ("model.vision_tower.vision_tower.**", "vision_tower.**"),
+             ("**", "language_model.**"))  # fmt: skip
+    return Layout(read, table)
+
+
+# ------------------------------------------------------------------------------------- Hugging Face LLaVA
+
+
+def _hf_llava(c: dict, folder: Path) -> LLaVAConfig:
+    """LlavaForConditionalGeneration as transformers 4 and 5 write it."""
+    select = {"default": "patch", "full": "cls_patch"}
+    if not isinstance(c.get("vision_feature_layer", -2), int):
+        raise UserError(f"{folder / 'config.json'}:vision_feature_layer", "several layers", "use a model with one")
+    if c.get("projector_hidden_act", "gelu") != "gelu" or not c.get("multimodal_projector_bias", True):
+        raise UserError(f"{folder / 'config.json'}:projector_hidden_act", "only gelu with biases", "use another model")
+    text, images, mode = {"model_type": "llama", **c["text_config"]}, read_preprocessor(folder), "square"
+    if str(images.get("image_processor_type")).startswith("LlavaImageProcessor"):  # CLIP's, that can pad before it
+        images, mode = images | {"image_processor_type": "CLIPImageProcessor"}, ("square", "pad")[images.pop("do_pad")]
+    # transformers 5 multiplies Gemma's token embeddings by sqrt(D) and leaves image features alone; 4 scaled both.
+    new = int(str(c.get("transformers_version", "4")).partition(".")[0]) >= 5
+    scale = text.get("hidden_size", 3072) ** -0.5 if new and text["model_type"] == "gemma" else 1.0
+    return LLaVAConfig(
+        text, {"model_type": "clip_vision_model", **c["vision_config"]}, images, image_mode=mode,
+        feature_layer=c.get("vision_feature_layer", -2),
+        feature_select=select[c.get("vision_feature_select_strategy", "default")], template="chat", image_scale=scale,
+    )  # fmt: skip
+
+
+PROJECTOR = tuple((f"multi_modal_projector.linear_{i}.*", f"connector.{2 * i - 2}.*") for i in (1, 2))
+_FACTORY_TABLE = (("vision_tower._vision_tower.**", "vision_tower.**"), ("connector._connector.**", "connector.**"))
+_FACTORY_FOLDERS = {"language_model": "language_model.", "vision_tower": "vision_tower._vision_tower.",
+                    "connector": "connector."}  # fmt: skip
+LAYOUTS: dict[str, Layout] = {
+    "barellava": Layout(_ours, hf_names=False, writes=LLaVAConfig.to_json),
+    "tinyllava": Layout(_factory, _FACTORY_TABLE, writes=_to_factory),
+    "tiny_llava_phi": _bench("phi", "phi"),
+    "tiny_llava": _bench("llama", "llama"),
+    "tiny_llava_stablelm": _bench("stablelm", "phi"),
+    "llava": Layout(
+        _hf_llava,
+        (
+            *PROJECTOR,
+            *((f"model.{theirs}", ours) for theirs, ours in PROJECTOR),
+            ("model.vision_tower.**", "vision_tower.**"),
+            ("model.language_model.**", "language_model.model.**"),
+            ("lm_head.**", "language_model.lm_head.**"),
+        ),
+    ),
+}
+
+
+class Renamed(Mapping):
+    """A checkpoint seen through a layout's table: keys as `language_model.*`, `vision_tower.*`, `connector.*`."""
+
+    def __init__(self, source: Mapping, table: weights.Table):
+        self.source, self.theirs = source, {}
+        for key in source:
+            ours = weights.rename(key, table)
+            if ours in self.theirs:
+                raise UserError(source.locate(key), f"the same tensor as {self.theirs[ours]}", "remove one of the two")
+            self.theirs[ours] = key
+
+    def __getitem__(self, key: str):
+        return self.source[self.theirs[key]]
+
+    def __iter__(self):
+        return iter(self.theirs)
+
+    def __len__(self):
+        return len(self.theirs)
+
+    def locate(self, key: str) -> str:
+        return self.source.locate(self.theirs.get(key, key))
+
+
+def read(folder: Path, allow_pickle: bool = False) -> tuple[LLaVAConfig, Mapping, bool]:
+    """A checkpoint of any layout -> its config, its tensors by part, whether the parts have Hugging Face's names.
+
+    Raises UserError for an unknown layout, an incomplete config.json, or as weights.Checkpoint does.
+    """
+    where = folder / "config.json"
+    c = weights.read_json(where)
+    kind = c.get("model_type")
+    if kind not in LAYOUTS:
+        raise UserError(f"{where}:model_type", f"{kind!r} is no layout known here", f"one of {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[kind]
+    try:
+        config = layout.read(c, folder)
+    except KeyError as e:
+        raise UserError(f"{where}:{e.args[0]}", "missing", "give a complete config.json") from None
+    if kind == "tinyllava" and (folder / "language_model").is_dir():  # Factory's training folder: three parts
+        parts = {prefix: weights.Checkpoint(folder / n, allow_pickle) for n, prefix in _FACTORY_FOLDERS.items()}
+        source = weights.Joined(parts)
+    else:
+        source = weights.Checkpoint(folder, allow_pickle)
+    return config, Renamed(source, layout.table), layout.hf_names

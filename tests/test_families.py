@@ -1,0 +1,176 @@
+"""Every language model family against transformers: two small random configurations each, with odd numbers."""
+
+import copy
+
+import pytest
+import torch
+from conftest import shared
+
+import weights
+from model import FAMILIES, LanguageModel, lm_config
+
+transformers = pytest.importorskip("transformers", reason="the oracle is a development dependency: pip install .[dev]")
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 60,
+    "intermediate_size": 94,
+    "num_hidden_layers": 3,
+    "initializer_range": 0.1,
+}
+# model_type -> two configurations; each differs from SIZES in what it names.
+CONFIGS = {
+    "llama": (
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        {"num_attention_heads": 3, "head_dim": 18, "rope_theta": 1234.5, "attention_bias": True},
+    ),
+    "qwen2": (
+        {"num_attention_heads": 5, "num_key_value_heads": 1, "rope_theta": 1e6, "tie_word_embeddings": True},
+        {"num_attention_heads": 6, "num_key_value_heads": 3},
+    ),
+    "gemma": (
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 26},
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "hidden_size": 50},
+    ),
+    "stablelm": (
+        {"num_attention_heads": 5, "num_key_value_heads": 5, "partial_rotary_factor": 0.5, "use_qkv_bias": True},
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "partial_rotary_factor": 0.4, "qk_layernorm": True,
+         "use_parallel_residual": True, "tie_word_embeddings": True},
+    ),
+    "phi": (
+        {"num_attention_heads": 5, "num_key_value_heads": 5, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-4},
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "partial_rotary_factor": 0.4, "qk_layernorm": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[(kind, i) for kind in CONFIGS for i in (0, 1)], ids=lambda p: f"{p[0]}-{p[1]}")
+def pair(request, tmp_path_factory):
+    """A random model of transformers, no weight at a value that hides a mistake, and ours loaded from its files."""
+    kind, i = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | CONFIGS[kind][i]))
+    torch.manual_seed(i)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.ndim == 1:  # norms and biases start at 1 and 0
+                p.add_(0.2 * torch.randn_like(p))
+    theirs.save_pretrained(folder)
+    return theirs, LanguageModel.from_pretrained(folder), folder
+
+
+def test_logits_equal_transformers(pair):
+    theirs, ours, _ = pair
+    ids = torch.randint(0, 131, (3, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = theirs(ids).logits
+        assert (ours(ids) - want).abs().max().item() <= 1e-4
+        assert want.std().item() > 0.1  # otherwise 1e-4 would say little
+
+
+def test_bf16_logits_are_within_two_percent(pair):
+    theirs, _, folder = pair
+    ids = torch.randint(0, 131, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = theirs(ids).logits
+        got = LanguageModel.from_pretrained(folder, torch.bfloat16)(ids).float()
+    assert ((got - want).norm() / want.norm()).item() <= 2e-2
+
+
+def test_every_gradient_equals_transformers(pair):
+    theirs, ours, _ = pair
+    theirs = copy.deepcopy(theirs)
+    # From 1: a transformers embedding gives its padding token, 0 for Gemma, no gradient.
+    ids = torch.randint(1, 131, (2, 11), generator=torch.Generator().manual_seed(2))
+    theirs(ids).logits.square().mean().backward()
+    ours(ids).square().mean().backward()
+    table = weights.reverse(ours.rename)
+    want = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        grad = want.pop(weights.rename(name, table))
+        assert (p.grad - grad).norm().item() <= 1e-4 * max(1e-3, grad.norm().item()), name
+    assert not want
+    ours.zero_grad()
+
+
+def test_cached_decoding_equals_the_full_forward(pair):
+    from generation import Cache
+
+    _, ours, _ = pair
+    ids = torch.randint(0, 131, (1, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        full = ours(ids)[0]
+        x = ours.model.embed_tokens(ids[0])
+        cache = Cache(ours.config, 1, 9, x)
+        cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+        first = ours.lm_head(ours.model(x[:4], torch.arange(4), cache.prefill(cu_seqlens, 4, torch.arange(4))))
+        steps = [ours.lm_head(ours.model(x[t : t + 1], torch.tensor([t]), cache.step())) for t in range(4, 9)]
+    assert (torch.cat([first, *steps]) - full).abs().max().item() <= 1e-5
+
+
+def test_saved_under_hugging_faces_names_bit_for_bit(pair):
+    _, ours, folder = pair
+    source = weights.Checkpoint(folder)
+    out = weights.tensors(ours, ours.rename)
+    assert out.keys() == set(source)
+    assert all(torch.equal(out[k], source[k]) for k in source)
+
+
+def test_openelm_is_checked_against_its_golden_case():
+    """transformers has no OpenELM; tests/test_model.py compares it with the outputs of Apple's own code."""
+    assert set(FAMILIES) == {*CONFIGS, "openelm"}
+
+
+# Published parameter counts (model cards and papers; tied heads once).
+REAL = {
+    "TinyLlama--TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "microsoft--phi-2": 2_779_683_840,
+    "Qwen--Qwen2-0.5B": 494_032_768,
+    "Qwen--Qwen2.5-0.5B": 494_032_768,
+    "Qwen--Qwen2.5-3B": 3_085_938_688,
+    "google--gemma-2b": 2_506_172_416,
+    "stabilityai--stablelm-2-zephyr-1_6b": 1_644_515_328,
+    "apple--OpenELM-270M-Instruct": 271_527_168,
+    "apple--OpenELM-450M-Instruct": 457_179_136,
+    "apple--OpenELM-1_1B-Instruct": 1_079_891_456,
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configurations_have_the_published_number_of_parameters(name):
+    hf = weights.read_json(shared("assets/configs") / name / "config.json")
+    with torch.device("meta"):
+        model = LanguageModel.from_hf(hf)
+    assert sum(p.numel() for p in model.parameters()) == REAL[name]
+
+
+SMALL = SIZES | {"num_attention_heads": 6, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("lama", {}, "no language model known"),
+        ("gemma2", {}, "soft-capped"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ("gemma", {"hidden_activation": "gelu"}, "hidden_activation"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act"),
+        ("phi", {"hidden_act": "gelu"}, "hidden_act"),
+        ("stablelm", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+        ("openelm", {"ffn_with_glu": False}, "ffn_with_glu"),
+        ("openelm", {"activation_fn_name": "gelu"}, "activation_fn_name"),
+        ("phi", {"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_a_config_that_would_change_the_arithmetic_is_refused(kind, change, message):
+    hf = {"model_type": kind} | SMALL | change
+    with pytest.raises(ValueError, match=message) as error:
+        lm_config({k: v for k, v in hf.items() if v is not None})
+    assert "; fix: " in str(error.value)
