@@ -304,6 +304,11 @@ def _qwen2(c: dict) -> LMConfig:
     return _decoder(c, qkv_bias=True, out_bias=False)
 
 
+def _qwen3(c: dict) -> LMConfig:
+    eps = c.get("rms_norm_eps", 1e-6)
+    return _decoder(c, head_norm=lambda heads, d: RMSNorm(d, eps))
+
+
 def _gemma(c: dict) -> LMConfig:
     return _decoder(
         c, tied=True, norm=partial(OffsetRMSNorm, eps=c.get("rms_norm_eps", 1e-6)), mlp=partial(GLU, act=gelu_tanh),
@@ -373,6 +378,7 @@ _TANH = ("gelu_new", "gelu_pytorch_tanh")
 FAMILIES: dict[str, Family] = {
     "llama": Family(_decoder, defaults=_sizes(32000, 4096, 11008, 32, 32)),
     "qwen2": Family(_qwen2, defaults=_QWEN_SIZES),
+    "qwen3": Family(_qwen3, defaults=_QWEN_SIZES | {"head_dim": 128}),
     # Gemma's files say `gelu` for what has always been computed with tanh.
     "gemma": Family(_gemma, (), _sizes(256000, 3072, 24576, 28, 16, num_key_value_heads=16, head_dim=256),
                     {"hidden_act": ("gelu", *_TANH), "use_bidirectional_attention": (None, False)}),

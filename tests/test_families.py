@@ -28,6 +28,10 @@ CONFIGS = {
         {"num_attention_heads": 5, "num_key_value_heads": 1, "rope_theta": 1e6, "tie_word_embeddings": True},
         {"num_attention_heads": 6, "num_key_value_heads": 3},
     ),
+    "qwen3": (
+        {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 14, "rope_theta": 1e6},
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": True},
+    ),
     "gemma": (
         {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 26},
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "hidden_size": 50},
