@@ -256,6 +256,7 @@ FAMILIES: dict[str, tuple[dict, Callable[[dict, int], VisionConfig]]] = {
         VisionConfig(c, ImageTransform(n, n, *CLIP_STATS), {"class_embedding": ()}, nn.LayerNorm)),
     "siglip_vision_model": ({"hidden_act": "gelu_pytorch_tanh"}, lambda c, n: VisionConfig(c, ImageTransform(n))),
     "dinov2": (DINO | {"patch_size": 14}, _dinov2),
+    "dinov2_with_registers": (DINO | {"num_register_tokens": 4}, _dinov2),
 }  # fmt: skip
 
 

@@ -141,6 +141,9 @@ KINDS = {
     "siglip": ("SiglipVisionModel", [ODD | dict(intermediate_size=50), FIVE | dict(intermediate_size=31)]),
     "dinov2": ("Dinov2Model", [
         ODD | dict(mlp_ratio=3), FIVE | dict(mlp_ratio=4, use_swiglu_ffn=True, layerscale_value=0.5)]),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", [
+        ODD | dict(mlp_ratio=3, num_register_tokens=3, use_swiglu_ffn=True),
+        FIVE | dict(mlp_ratio=2, num_register_tokens=1)]),
 }  # fmt: skip
 CASES = [(name, c) for name, (_, configs) in KINDS.items() for c in configs]
 
@@ -358,6 +361,7 @@ def test_pickled_weights_only_where_asked_for(tmp_path):
     (DINOV2, {"num_attention_heads": 3}, "hidden_size"), (DINOV2, {"image_size": [20, 20]}, "image_size"),
     (MOF, {"clip": CLIP | {"hidden_act": "relu"}}, "clip:hidden_act"), (MOF, {"dinov2": {}}, "dinov2:model_type"),
     (MOF, {"dinov2": DINOV2 | {"hidden_size": 48}}, "width"), (MOF, {"dinov2": DINOV2 | {"patch_size": 3}}, "tokens"),
+    (MOF, {"dinov2": DINOV2 | {"model_type": "dinov2_with_registers"}}, "tokens"),
 ])  # fmt: skip
 def test_an_encoder_we_do_not_know_is_refused(base, change, message):
     with pytest.raises(UserError, match=message):
@@ -430,3 +434,17 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(config):
         grads.append([len(runs), *(p.grad.clone() for p in encoder.parameters())])
     assert grads[1][0] == 2 * grads[0][0]
     assert all(torch.equal(a, b) for a, b in zip(grads[0][1:], grads[1][1:], strict=True))
+
+
+def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured():
+    config = DINOV2 | {"model_type": "dinov2_with_registers", "hidden_size": 256, "layerscale_value": 0.25}
+    encoder = randomized(config)
+    linear = encoder.blocks[0].mlp["fc1"].weight.clone()
+    encoder.init_positions()
+    own = dict(encoder.embeddings.named_parameters(recurse=False))
+    assert set(own) == {"class_embedding", "register_tokens"}
+    for p in (encoder.embeddings.position_embedding.weight, *own.values()):
+        assert p.std().item() == pytest.approx(256**-0.5, rel=0.2)
+    scales = [s for block in encoder.blocks for s in (block.layer_scale1, block.layer_scale2)]
+    assert len(scales) == 6 and all((s == 0.25).all() for s in scales)
+    assert torch.equal(encoder.blocks[0].mlp["fc1"].weight, linear)
