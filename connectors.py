@@ -103,6 +103,47 @@ class Resampler(nn.Module):
         return self.read(self.linear(x))
 
 
+def sinusoids(x: Tensor) -> Tensor:
+    """Vaswani et al.'s positions for tokens (N, n, D): sine and cosine in turn, (n, D)."""
+    n, width = x.shape[1:]
+    frequency = 10000 ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
+    angle = torch.arange(n, device=x.device)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width].to(x.dtype)
+
+
+class NaiveResampler(Resampler):
+    """TinyLLaVA-Video's baseline: the latents read all frames' tokens at once, each marked with its position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, n, C) -> (N, m, D)."""
+        x = self.linear(x)
+        return self.read(x + sinusoids(x))
+
+
+class GroupResampler(Resampler):
+    """TinyLLaVA-Video's: `group` stretches of the frames' tokens, each read by the same few latents.
+
+    Where the tokens do not divide evenly the first stretches are one token longer. What comes out is marked with its
+    position.
+    """
+
+    def __init__(self, vision_dim: int, text_dim: int, num_queries: int, num_resampler_layers: int, group: int):
+        if num_queries % group:
+            raise UserError("model.connector_options.group", f"{group} do not divide num_queries {num_queries}",
+                            "choose a divisor")  # fmt: skip
+        super().__init__(vision_dim, text_dim, num_queries // group, num_resampler_layers)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, n, C) -> (N, m, D); n is at least `group`."""
+        x = self.linear(x)
+        size, longer = divmod(x.size(1), self.group)
+        stretches = x[:, : longer * (size + 1)].unflatten(1, (longer, size + 1)), x[:, longer * (size + 1) :]
+        stretches = stretches[0], stretches[1].unflatten(1, (self.group - longer, size))
+        latents = torch.cat([self.read(s.flatten(0, 1)).view(len(x), -1, x.size(-1)) for s in stretches], 1)
+        return latents + sinusoids(latents)
+
+
 # ----------------------------------------------------------------------------------------------- Q-Former
 
 BERT_EPS = 1e-12
@@ -221,6 +262,8 @@ CONNECTORS = {
     **{f"mlp{depth}x_gelu": Connector(partial(mlp, depth=depth)) for depth in range(1, 9)},
     "mof_mlp": Connector(MixtureMLP, tokens=lambda n: 2 * n),
     "resampler": Connector(Resampler, {"num_queries": 128, "num_resampler_layers": 3}, _queries),
+    "naiveresampler": Connector(NaiveResampler, {"num_queries": 512, "num_resampler_layers": 3}, _queries),
+    "groupresampler": Connector(GroupResampler, {"num_queries": 512, "num_resampler_layers": 3, "group": 16}, _queries),
     "qformer": Connector(
         QFormer,
         {

@@ -16,6 +16,8 @@ from connectors import CONNECTORS, build_connector, connector_tokens
 # Options that keep the large ones small; a new connector with options adds its own here.
 SMALL = {
     "resampler": {"num_queries": 5, "num_resampler_layers": 2},
+    "naiveresampler": {"num_queries": 5, "num_resampler_layers": 2},
+    "groupresampler": {"num_queries": 6, "num_resampler_layers": 1, "group": 3},
     "qformer": {
         "num_queries": 5,
         "hidden_size": 12,
@@ -240,3 +242,38 @@ def test_heads_divide_the_width():
         UserError, match="model.connector_options.num_attention_heads: 5 do not divide hidden_size 12; fix: "
     ):
         build_connector("qformer", 8, 12, **SMALL["qformer"] | {"num_attention_heads": 5})
+
+
+@pytest.mark.parametrize("spec", ["naiveresampler", "groupresampler"])
+def test_video_resamplers_are_tinyllava_videos(spec):
+    """Outputs to 1e-5, the input's gradient to 1e-4, by its own weights under their own names."""
+    sizes = json.loads((shared("golden/video") / "config.json").read_text())[spec]
+    io = load_file(shared("golden/video") / "connectors.safetensors")
+    options = {name: sizes[name] for name in CONNECTORS[spec].options}
+    connector = build_connector(spec, sizes["vision_hidden_size"], sizes["hidden_size"], **options)
+    weights.load(
+        connector, {k: v for k, v in io.items() if ".weights." in k and k.startswith(spec)}, (), f"{spec}.weights."
+    )
+    x = io[f"{spec}.input"].requires_grad_()
+    out = connector(x)
+    assert (out - io[f"{spec}.output"]).abs().max() <= 1e-5
+    (out * io[f"{spec}.output_weight"]).sum().backward()
+    assert (x.grad - io[f"{spec}.input_grad"]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("n", [3, 6, 7, 8])
+def test_group_resampler_reads_stretches_apart(n):
+    """Each stretch decides its own latents alone; a token more goes to the first ones."""
+    connector = make("groupresampler", **SMALL["groupresampler"])
+    x = torch.randn(2, n, 7)
+    lengths = [len(s) for s in torch.arange(n).tensor_split(3)]
+    start = lengths[0] + lengths[1]
+    changed = x.clone()
+    changed[:, start:] += 1
+    same = (connector(x) - connector(changed)).abs().amax(-1) == 0
+    assert same.tolist() == [[True] * 4 + [False] * 2] * 2
+
+
+def test_groups_divide_the_queries():
+    with pytest.raises(UserError, match="model.connector_options.group: 4 do not divide num_queries 6; fix: "):
+        build_connector("groupresampler", 8, 12, num_queries=6, group=4)
