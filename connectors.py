@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from config import UserError
 from kernels.attention import attention
+from kernels.glu import gelu
+from layers import GELU, LayerNorm
 
 
 def identity(vision_dim: int, text_dim: int) -> nn.Module:
@@ -33,7 +35,7 @@ def mlp(vision_dim: int, text_dim: int, depth: int = 2) -> nn.Module:
     """LLaVA-1.5's connector: `depth` linears with GELU between them."""
     layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
     for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(text_dim, text_dim)]
+        layers += [GELU(), nn.Linear(text_dim, text_dim)]
     return nn.Sequential(*layers)
 
 
@@ -59,7 +61,7 @@ class PerceiverAttention(nn.Module):
     def __init__(self, width: int, heads: int = 8, head_width: int = 64):
         super().__init__()
         self.heads, inner = heads, heads * head_width
-        self.norm_media, self.norm_latents = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_media, self.norm_latents = LayerNorm(width), LayerNorm(width)
         self.to_q, self.to_kv = nn.Linear(width, inner, bias=False), nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
@@ -74,7 +76,7 @@ class PerceiverAttention(nn.Module):
 def feed_forward(width: int) -> nn.Module:
     inner = 4 * width
     return nn.Sequential(
-        nn.LayerNorm(width), nn.Linear(width, inner, bias=False), nn.GELU(), nn.Linear(inner, width, bias=False)
+        LayerNorm(width), nn.Linear(width, inner, bias=False), GELU(), nn.Linear(inner, width, bias=False)
     )
 
 
@@ -88,7 +90,7 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleList([PerceiverAttention(text_dim), feed_forward(text_dim)]) for _ in range(num_resampler_layers)
         )
-        self.norm = nn.LayerNorm(text_dim)
+        self.norm = LayerNorm(text_dim)
 
     def read(self, x: Tensor) -> Tensor:
         """Tokens of the text's width (N, n, D) -> the latents after they read them (N, m, D)."""
@@ -154,7 +156,7 @@ class BertOutput(nn.Module):
 
     def __init__(self, inner: int, width: int):
         super().__init__()
-        self.dense, self.LayerNorm = nn.Linear(inner, width), nn.LayerNorm(width, BERT_EPS)
+        self.dense, self.LayerNorm = nn.Linear(inner, width), LayerNorm(width, BERT_EPS)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(self.dense(x) + residual)
@@ -190,7 +192,7 @@ class BertLayer(nn.Module):
         self.output_query = BertOutput(intermediate, width)
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.output_query(F.gelu(self.intermediate_query["dense"](x)), x)
+        return self.output_query(gelu(self.intermediate_query["dense"](x), "gelu"), x)
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         return self.mlp(self.attention(x, x))

@@ -167,7 +167,7 @@ class SampleSpec:
 
 def make_spec(tokenizer: str, template: str, **rest) -> SampleSpec:
     """A spec whose tokenizer (folder or Hugging Face id) and template fit. Raises UserError."""
-    folder = resolve(tokenizer) if tokenizer else None
+    folder = resolve(tokenizer, small=True) if tokenizer else None
     try:
         tok = templates.load_tokenizer(folder) if folder else byte_tokenizer()
         templates.resolve(template, tok)

@@ -13,87 +13,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from config import UserError
+from images import ImageTransform, need, read_preprocessor
 from kernels.attention import attention
+from kernels.glu import gelu, glu
+from layers import LayerNorm, LayerScale
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "quick_gelu": lambda x: gelu(x, "quick_gelu"),
+    "gelu": lambda x: gelu(x, "gelu"),
+    "gelu_pytorch_tanh": lambda x: gelu(x, "gelu_tanh"),
+    "swiglu": lambda x: glu(*x.chunk(2, -1), "silu"),
 }
-PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor", "CLIPFeatureExtractor")
-
-
-def need(good: bool, where: object, value: object, fix: str):
-    if not good:
-        raise UserError(where, f"{value!r} is not supported", fix)
-
-
-@dataclass(frozen=True)
-class ImageTransform:
-    """A published image processor as numbers. Small and picklable: data workers carry it without the weights."""
-
-    size: int = 224  # pixels: the square's side, or the shortest side where crop is set
-    crop: int = 0  # 0 = resize straight to a size x size square; else resize the shortest side, cut the centre
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resample: int = int(Image.Resampling.BICUBIC)
-    side = property(lambda self: self.crop or self.size)
-
-    @classmethod
-    def from_hf(cls, config: dict, default: ImageTransform, where: object = "preprocessor_config.json"):
-        """From an image processor's fields; a missing one is the default's. UserError for one we cannot reproduce."""
-        given = {"image_processor_type": config.get("feature_extractor_type")} | config  # its name in old files
-        given = {key: value for key, value in given.items() if value is not None}
-        c = {"crop_size": default.side} | default.to_hf() | given
-        size, crop = (next(iter(v.values()), 0) if isinstance(v, dict) else v for v in (c["size"], c["crop_size"]))
-        made = cls(size, crop * c["do_center_crop"], tuple(c["image_mean"]), tuple(c["image_std"]), c["resample"])
-        others = {key: False for key in c if key.startswith("do_")} | {"do_convert_rgb": c.get("do_convert_rgb")}
-        for key, value in (others | made.to_hf()).items():
-            given = c.get(key, value)
-            good = given.removesuffix("Fast") in PROCESSORS if key == "image_processor_type" else given == value
-            good |= key in ("size", "crop_size") and isinstance(given, int)  # of old files
-            good |= key == "rescale_factor" and abs(given * 255 - 1) < 1e-6
-            need(good, f"{where}:{key}", given, "give the image processor that was published with the encoder")
-        return made
-
-    def to_hf(self) -> dict:
-        """preprocessor_config.json as Hugging Face's processors read it (BitImageProcessor does what CLIP's does)."""
-        square = {"height": self.side, "width": self.side}
-        sizes = {"size": {"shortest_edge": self.size}, "crop_size": square} if self.crop else {"size": square}
-        return {
-            "image_processor_type": PROCESSORS[not self.crop], "do_resize": True, "resample": int(self.resample),
-            "do_center_crop": self.crop > 0, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": list(self.mean), "image_std": list(self.std), **sizes,
-        }  # fmt: skip
-
-    def __call__(self, image: Image.Image, image_mode: str = "square") -> Tensor:
-        """A picture -> (3, side, side) float32; `pad` first makes it a square with the mean colour."""
-        image = image.convert("RGB")
-        if image_mode == "pad":
-            left, top = ((max(image.size) - edge) // 2 for edge in image.size)
-            border = left, top, max(image.size) - image.width - left, max(image.size) - image.height - top
-            image = ImageOps.expand(image, border, tuple(int(m * 255) for m in self.mean))
-        size = [self.size * edge // min(image.size) if self.crop else self.size for edge in image.size]
-        left, top = ((edge - self.side) // 2 for edge in size)
-        image = image.resize(size, self.resample).crop((left, top, left + self.side, top + self.side))
-        pixels = (np.asarray(image, np.float32) / np.float32(255) - np.float32(self.mean)) / np.float32(self.std)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def read_preprocessor(folder) -> dict:
-    """The image processor's fields in a folder: transformers 4's file, else transformers 5's, else {}."""
-    flat = weights.read_json(folder / "preprocessor_config.json", optional=True)
-    return flat or weights.read_json(folder / "processor_config.json", optional=True).get("image_processor", {})
 
 
 @dataclass(frozen=True)
@@ -120,11 +56,11 @@ class Block(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         hidden, eps, self.heads = c.hf["intermediate_size"], c.hf["layer_norm_eps"], c.hf["num_attention_heads"]
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(c.width, eps), nn.LayerNorm(c.width, eps)
+        self.layer_norm1, self.layer_norm2 = LayerNorm(c.width, eps), LayerNorm(c.width, eps)
         start = c.hf.get("layerscale_value")  # DINOv2 scales what it adds, per channel
-        for name in ("layer_scale1", "layer_scale2"):
-            self.register_parameter(name, None if start is None else nn.Parameter(torch.full((c.width,), float(start))))
-        self.add = (lambda x, y, _: x + y) if start is None else torch.addcmul
+        self.layer_scale1, self.layer_scale2 = (
+            nn.Identity() if start is None else LayerScale(c.width, start) for _ in "12"
+        )
         linears = {name: nn.Linear(c.width, c.width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
         self.self_attn, self.activation = nn.ModuleDict(linears), ACTIVATIONS[c.hf["hidden_act"]]
         gated = c.hf["hidden_act"] == "swiglu"  # then DINOv2's names, and two outputs for each hidden unit
@@ -135,8 +71,8 @@ class Block(nn.Module):
         (q_proj, k_proj, v_proj, out_proj), (up, down) = self.self_attn.values(), self.mlp.values()
         y = self.layer_norm1(x)
         q, k, v = (proj(y).unflatten(-1, (self.heads, -1)) for proj in (q_proj, k_proj, v_proj))
-        x = self.add(x, out_proj(attention(q, k, v, causal=False).flatten(2)), self.layer_scale1)
-        return self.add(x, down(self.activation(up(self.layer_norm2(x)))), self.layer_scale2)
+        y, x = self.layer_norm2.add(self.layer_scale1(out_proj(attention(q, k, v, causal=False).flatten(2))), x)
+        return x + self.layer_scale2(down(self.activation(up(y))))
 
 
 class Embeddings(nn.Module):
@@ -193,7 +129,7 @@ class VisionEncoder(nn.Module):
         """Random positions, class token and registers of std C**-0.5; LayerScale as configured."""
         for p in (self.embeddings.position_embedding.weight, *self.embeddings.parameters(recurse=False)):
             p.normal_(0.0, self.config.width**-0.5)
-        for p in (p for name, p in self.named_parameters() if ".layer_scale" in name):
+        for p in (p for name, p in self.named_parameters() if name.endswith(".lambda1")):
             p.fill_(self.config.hf["layerscale_value"])
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -230,8 +166,8 @@ DINOV2 = tuple((f"encoder.layer.*.{theirs}.*", f"encoder.layers.*.{ours}.*") for
     *((f"attention.attention.{name}", f"self_attn.{name[0]}_proj") for name in ("query", "key", "value")),
     ("attention.output.dense", "self_attn.out_proj"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
 )) + (
-    ("encoder.layer.*.*.lambda1", "encoder.layers.*.*"), ("encoder.layer.*.**", "encoder.layers.*.**"),
-    ("layernorm.*", "post_layernorm.*"), ("embeddings.cls_token", "embeddings.class_embedding"),
+    ("encoder.layer.*.**", "encoder.layers.*.**"), ("layernorm.*", "post_layernorm.*"),
+    ("embeddings.cls_token", "embeddings.class_embedding"),
     ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
     ("embeddings.patch_embeddings.projection.*", "embeddings.patch_embedding.*"),
 )  # fmt: skip
@@ -253,7 +189,7 @@ DINO = {"hidden_act": "gelu", "mlp_ratio": 4, "layerscale_value": 1.0}
 CLIP_STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FAMILIES: dict[str, tuple[dict, Callable[[dict, int], VisionConfig]]] = {
     "clip_vision_model": ({"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32}, lambda c, n:
-        VisionConfig(c, ImageTransform(n, n, *CLIP_STATS), {"class_embedding": ()}, nn.LayerNorm)),
+        VisionConfig(c, ImageTransform(n, n, *CLIP_STATS), {"class_embedding": ()}, LayerNorm)),
     "siglip_vision_model": ({"hidden_act": "gelu_pytorch_tanh"}, lambda c, n: VisionConfig(c, ImageTransform(n))),
     "dinov2": (DINO | {"patch_size": 14}, _dinov2),
     "dinov2_with_registers": (DINO | {"num_register_tokens": 4}, _dinov2),

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import weights
 from config import Model, UserError
 from connectors import CONNECTORS, connector_tokens
-from encoders import ImageTransform, read_preprocessor, vision_config
+from encoders import vision_config
+from images import ImageTransform, read_preprocessor
 from templates import IMAGE_TOKEN
 
 
@@ -54,7 +55,7 @@ def from_recipe(c: Model, template: str) -> LLaVAConfig:
     """What a recipe's [model] section describes. Reads configs, no weights; raises UserError for what is missing."""
 
     def folder(key: str) -> Path:
-        return weights.resolve(getattr(c, key), f"model.{key}", c.allow_pickle)
+        return weights.resolve(getattr(c, key), f"model.{key}", small=True)
 
     text = c.llm_config or weights.read_json(folder("llm") / "config.json")
     vision = dict(c.vision_config) or weights.read_json(folder("vision") / "config.json")
@@ -168,7 +169,7 @@ def _bench(family: str, template: str):
     """
 
     def read(c: dict, folder: Path) -> LLaVAConfig:
-        tower = weights.resolve(c["mm_vision_tower"], f"{folder / 'config.json'}:mm_vision_tower")
+        tower = weights.resolve(c["mm_vision_tower"], f"{folder / 'config.json'}:mm_vision_tower", small=True)
         vision = weights.read_json(tower / "config.json")
         siglip = vision["model_type"].startswith("siglip")
         text = {k: v for k, v in c.items() if not k.startswith(("mm_", "tune_"))} | {"model_type": family}

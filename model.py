@@ -35,6 +35,8 @@ from connectors import build_connector, connector_tokens
 from encoders import build_encoder, vision_config
 from generation import Attend, Decoding, expand, pack, packed
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from kernels.rope import rope as rotate
+from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
 from layouts import IMAGE_TOKEN, LLaVAConfig
 
 # ----------------------------------------------------------------------------------------- language model
@@ -71,68 +73,6 @@ class LMConfig:
     init_std: float = 0.02
 
 
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich, 2019), computed in float32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.size(-1),), eps=self.eps).to(x.dtype) * self.weight
-
-
-class OffsetRMSNorm(RMSNorm):
-    """Gemma's: the weight is stored less 1, and multiplies in float32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__(width, eps)
-        nn.init.zeros_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.size(-1),), 1 + self.weight.float(), self.eps).to(x.dtype)
-
-
-class LayerNormPerHead(nn.Module):
-    """StableLM-2's: every head has a LayerNorm of its own. (T, H, d) -> (T, H, d)."""
-
-    def __init__(self, heads: int, width: int, eps: float):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps, bias=False) for _ in range(heads))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([norm(x[:, i]) for i, norm in enumerate(self.norms)], 1)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-class GLU(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer, 2020): SwiGLU with silu, GeGLU with gelu."""
-
-    def __init__(self, width: int, intermediate: int, act: Callable[[Tensor], Tensor] = F.silu):
-        super().__init__()
-        self.act = act
-        self.gate_proj = nn.Linear(width, intermediate, bias=False)
-        self.up_proj = nn.Linear(width, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
-class MLP(nn.Module):
-    """Phi's: two linears with biases and a GELU (tanh) between them."""
-
-    def __init__(self, width: int, intermediate: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, intermediate), nn.Linear(intermediate, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu_tanh(self.fc1(x)))
-
-
 class Scale(nn.Module):
     def __init__(self, by: float):
         super().__init__()
@@ -150,25 +90,11 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tenso
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the heads x (T, H, d) by their positions."""
-    cos, sin = rope
-    left, right = x.chunk(2, -1)
-    return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
-
-
-def rotate_front(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate only as much of each head as the table is wide (partial rotary)."""
-    width = rope[0].size(-1)
-    return torch.cat([rotate(x[..., :width], rope), x[..., width:]], -1)
-
-
 class Attention(nn.Module):
     def __init__(self, c: LMConfig, index: int):
         super().__init__()
         layer, d = c.layers[index], c.head_dim
         self.index, self.head_dim = index, d
-        self.rotate = rotate if c.rotary_dim == d else rotate_front
         self.q_proj = nn.Linear(c.width, layer.heads * d, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.width, layer.kv_heads * d, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, layer.kv_heads * d, bias=c.qkv_bias)
@@ -177,7 +103,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.rotate(self.q_norm(q), rope), self.rotate(self.k_norm(k), rope)
+        q, k = rotate(self.q_norm(q), self.k_norm(k), *rope)
         return self.o_proj(attend(self.index, q, k, v).flatten(1))
 
 
@@ -190,8 +116,8 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(c, index), c.mlp(c.width, c.layers[index].intermediate)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        n, x = self.post_attention_layernorm.add(self.self_attn(self.input_layernorm(x), rope, attend), x)
+        return x + self.mlp(n)
 
 
 class ParallelBlock(nn.Module):
@@ -311,7 +237,7 @@ def _qwen3(c: dict) -> LMConfig:
 
 def _gemma(c: dict) -> LMConfig:
     return _decoder(
-        c, tied=True, norm=partial(OffsetRMSNorm, eps=c.get("rms_norm_eps", 1e-6)), mlp=partial(GLU, act=gelu_tanh),
+        c, tied=True, norm=partial(OffsetRMSNorm, eps=c.get("rms_norm_eps", 1e-6)), mlp=partial(GLU, act="gelu_tanh"),
         embed_scale=c["hidden_size"] ** 0.5,
     )  # fmt: skip
 
@@ -319,7 +245,7 @@ def _gemma(c: dict) -> LMConfig:
 def _stablelm(c: dict) -> LMConfig:
     eps = c.get("layer_norm_eps", 1e-5)
     return _decoder(
-        c, rotary=0.25, norm=partial(nn.LayerNorm, eps=eps), qkv_bias=c.get("use_qkv_bias", False), out_bias=False,
+        c, rotary=0.25, norm=partial(LayerNorm, eps=eps), qkv_bias=c.get("use_qkv_bias", False), out_bias=False,
         head_norm=partial(LayerNormPerHead, eps=eps) if c.get("qk_layernorm") else nn.Identity,
         block=ParallelBlock if c.get("use_parallel_residual") else Block,
     )  # fmt: skip
@@ -328,9 +254,9 @@ def _stablelm(c: dict) -> LMConfig:
 def _phi(c: dict) -> LMConfig:
     eps = c.get("layer_norm_eps", 1e-5)
     return _decoder(
-        c, rotary=0.5, norm=partial(nn.LayerNorm, eps=eps), mlp=MLP, block=ParallelBlock, qkv_bias=True, out_bias=True,
+        c, rotary=0.5, norm=partial(LayerNorm, eps=eps), mlp=MLP, block=ParallelBlock, qkv_bias=True, out_bias=True,
         lm_head_bias=c.get("lm_head_bias", True),  # our own key: TinyLLaVABench's Phi has none
-        head_norm=(lambda heads, d: nn.LayerNorm(d, eps)) if c.get("qk_layernorm") else nn.Identity,
+        head_norm=(lambda heads, d: LayerNorm(d, eps)) if c.get("qk_layernorm") else nn.Identity,
     )  # fmt: skip
 
 

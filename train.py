@@ -34,7 +34,8 @@ import weights
 import world as demo_world
 from config import Recipe, Stage, Tune, UserError
 from data import Rows, Steps, loader, stage_spec, validation_batches
-from model import LLaVA, RMSNorm
+from layers import RMSNorm
+from model import LLaVA
 from parallel import World, print0
 from templates import load_tokenizer
 
@@ -381,7 +382,7 @@ def main(argv: list[str]):
         save_checkpoint(model, recipe, index + 1, 0, None, world)
         moments, start = {}, 0
     if world.rank == 0:
-        load_tokenizer(weights.resolve(recipe.model.tokenizer or recipe.model.llm)).save(output)
+        load_tokenizer(weights.resolve(recipe.model.tokenizer or recipe.model.llm, small=True)).save(output)
         model.save(output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     print0(f'done: {output}   try: python generate.py --model {output} --image FILE --prompt "..."')

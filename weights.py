@@ -34,11 +34,11 @@ HEADER_BYTES = 100_000_000  # safetensors' own limit; a file of another kind may
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own shard size
 
 
-def resolve(name: str, where: str = "command line", allow_pickle: bool = False) -> Path:
+def resolve(name: str, where: str = "command line", allow_pickle: bool = False, small: bool = False) -> Path:
     """A folder from a name: a local folder, else the Hugging Face cache, else a download through huggingface_hub.
 
-    allow_pickle also downloads pytorch_model*.bin, of a model without safetensors. Raises UserError when none of the
-    three has it.
+    allow_pickle also downloads pytorch_model*.bin, of a model without safetensors; small asks for the configuration
+    and tokenizer files alone. Raises UserError when none of the three has it.
     """
     path = Path(name).expanduser()
     if name and path.is_dir():
@@ -48,15 +48,15 @@ def resolve(name: str, where: str = "command line", allow_pickle: bool = False) 
         raise UserError(f"{where}:{name!r}", "no such folder", "give a folder or a Hugging Face id like org/name")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + ["*.safetensors"] * (not small)
     for offline in (True, False):
         with contextlib.suppress(Exception):  # not cached; then: no network, no such id, gated
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
-            if allow_pickle and not any(folder.rglob("*.safetensors")):
+            if not small and allow_pickle and not any(folder.rglob("*.safetensors")):
                 snapshot_download(name, allow_patterns=[*patterns, "*pytorch_model*.bin"], local_files_only=offline)
-                if offline and not any(folder.rglob("*.bin")):
-                    continue  # cached without its weights
-            return folder
+            kinds = ["*.safetensors"] + ["*.bin"] * allow_pickle
+            if small or not offline or any(file for kind in kinds for file in folder.rglob(kind)):
+                return folder  # and not a cache without the weights
     raise UserError(f"{where}:{name!r}", "neither a folder, nor cached, nor to be downloaded", "check name and network")
 
 

@@ -1,1 +1,72 @@
-"""One operation per file; see each file's docstring for its mathematics. Imports nothing of the project."""
+"""One operation per file; see each file's docstring for its mathematics. Imports nothing of the project.
+
+Every file has the same order: docstring, `reference` in plain torch, Triton forward and backward, the autograd
+operation that torch.compile keeps, the one public function, and what tests/test_kernels.py and bench/kernels.py
+find it by: CASES, BUILDS, MUTATIONS. A public function picks Triton for tensors on a GPU and the reference elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is none for macOS and Windows; every operation has its reference
+
+    class triton:  # noqa: N801
+        @staticmethod
+        def jit(f=None, **_):
+            return f or (lambda g: g)
+
+    tl = None
+
+
+def fused(x: Tensor) -> bool:
+    """Whether Triton runs on this tensor."""
+    return x.is_cuda and tl is not None
+
+
+class Case(NamedTuple):
+    """Inputs of an odd size on which `fused` must be as exact as `reference`, in every gradient too.
+
+    inputs(generator) makes the arguments; float32 tensors are cast to the dtype under test, others stay. `grads` are
+    the numbers of the arguments that have gradients.
+    """
+
+    name: str
+    fused: Callable
+    reference: Callable
+    inputs: Callable[[torch.Generator], tuple]
+    grads: tuple[int, ...] = ()
+
+
+class Build(NamedTuple):
+    """One kernel as it is compiled for a GPU that is not there: pointer types by argument, constants, warps, stages.
+
+    `types` gives Triton's names ("*bf16", "*fp32", "i32", "fp32"); arguments that it leaves out are in `constants`.
+    `spills` is the most bytes of registers a thread may spill to memory.
+    """
+
+    kernel: object
+    types: dict[str, str]
+    constants: dict[str, object]
+    warps: int = 4
+    stages: int = 2
+    spills: int = 0
+
+
+class Mutation(NamedTuple):
+    """A mistake (`old` -> `new` in the file's source) that the comparison with fp64 must catch in `case`."""
+
+    old: str
+    new: str
+    case: str
+
+
+def randn(g: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=g)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from config import UserError
-from encoders import ImageTransform, build_encoder, load_encoder, read_preprocessor, vision_config
+from encoders import build_encoder, load_encoder, vision_config
+from images import ImageTransform, read_preprocessor
 
 PROCESSORS = {
     "clip-vit-large-patch14-336": "openai--clip-vit-large-patch14-336",
@@ -445,6 +446,6 @@ def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured()
     assert set(own) == {"class_embedding", "register_tokens"}
     for p in (encoder.embeddings.position_embedding.weight, *own.values()):
         assert p.std().item() == pytest.approx(256**-0.5, rel=0.2)
-    scales = [s for block in encoder.blocks for s in (block.layer_scale1, block.layer_scale2)]
+    scales = [s for block in encoder.blocks for s in (block.layer_scale1.lambda1, block.layer_scale2.lambda1)]
     assert len(scales) == 6 and all((s == 0.25).all() for s in scales)
     assert torch.equal(encoder.blocks[0].mlp["fc1"].weight, linear)

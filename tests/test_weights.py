@@ -437,5 +437,7 @@ def test_pickled_weights_are_downloaded_only_when_asked_for(tmp_path, monkeypatc
 
     shutil.rmtree(cache)
     hub.update({"config.json", "pytorch_model.bin", "model.safetensors"})
-    weights.resolve("org/name", allow_pickle=True)
+    weights.resolve("org/name", small=True)  # what a tokenizer or a plan needs
+    assert {f.name for f in cache.iterdir()} == {"config.json"}
+    weights.resolve("org/name", allow_pickle=True)  # a cache without the weights does not do
     assert {f.name for f in cache.iterdir()} == {"config.json", "model.safetensors"}

@@ -1,0 +1,42 @@
+"""Compile every BUILD of one kernel file for a GPU that need not be there; fail where registers spill to memory.
+
+python tests/compile_kernels.py kernels.norms 90
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def main(module: str, target: str) -> int:
+    failed = 0
+    for build in importlib.import_module(module).BUILDS:
+        signature = build.types | dict.fromkeys(build.constants, "constexpr")
+        source = ASTSource(build.kernel, {n: signature[n] for n in build.kernel.arg_names}, build.constants)
+        options = {"num_warps": build.warps, "num_stages": build.stages}
+        made = triton.compile(source, target=GPUTarget("cuda", int(target), 32), options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True)
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
+        local = int(re.search(r"LOCAL:(\d+)", usage.stdout).group(1))
+        bad = max(stack, local) > build.spills
+        failed += bad
+        print(f"{'SPILLS' if bad else 'ok'} {build.kernel.__name__} {build.constants} sm_{target}:", end=" ")
+        print(f"{registers} registers, {stack} bytes of stack, {made.metadata.shared} bytes of shared memory")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
