@@ -25,9 +25,7 @@ from layers import GELU, LayerNorm
 
 def identity(vision_dim: int, text_dim: int) -> nn.Module:
     if vision_dim != text_dim:
-        raise UserError(
-            "model.connector", f"identity needs equal widths, not {vision_dim} and {text_dim}", "use linear"
-        )
+        raise UserError("model.connector", f"identity of widths {vision_dim} and {text_dim}", "use linear")
     return nn.Identity()
 
 
@@ -74,10 +72,8 @@ class PerceiverAttention(nn.Module):
 
 
 def feed_forward(width: int) -> nn.Module:
-    inner = 4 * width
-    return nn.Sequential(
-        LayerNorm(width), nn.Linear(width, inner, bias=False), GELU(), nn.Linear(inner, width, bias=False)
-    )
+    up, down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+    return nn.Sequential(LayerNorm(width), up, GELU(), down)
 
 
 class Resampler(nn.Module):
@@ -149,6 +145,7 @@ class GroupResampler(Resampler):
 # ----------------------------------------------------------------------------------------------- Q-Former
 
 BERT_EPS = 1e-12
+BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
 class BertOutput(nn.Module):
@@ -266,17 +263,7 @@ CONNECTORS = {
     "resampler": Connector(Resampler, {"num_queries": 128, "num_resampler_layers": 3}, _queries),
     "naiveresampler": Connector(NaiveResampler, {"num_queries": 512, "num_resampler_layers": 3}, _queries),
     "groupresampler": Connector(GroupResampler, {"num_queries": 512, "num_resampler_layers": 3, "group": 16}, _queries),
-    "qformer": Connector(
-        QFormer,
-        {
-            "num_queries": 128,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "intermediate_size": 3072,
-        },
-        _queries,
-    ),
+    "qformer": Connector(QFormer, {"num_queries": 128, **BERT_BASE}, _queries),
 }
 
 

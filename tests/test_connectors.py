@@ -88,7 +88,7 @@ def test_every_entry_makes_the_tokens_it_declares(spec):
 def test_identity_and_linear():
     x = features("identity")
     assert make("identity")(x) is x
-    with pytest.raises(UserError, match="model.connector: identity needs equal widths, not 7 and 11; fix: use linear"):
+    with pytest.raises(UserError, match="model.connector: identity of widths 7 and 11; fix: use linear"):
         build_connector("identity", 7, 11)
     linear = make("linear")
     assert (linear(x) - (x @ linear.weight.T + linear.bias)).abs().max() < 1e-6
