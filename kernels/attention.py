@@ -1,23 +1,278 @@
-"""Softmax attention, three shapes of it: dense batches, packed rows of samples, one new token against a cache.
+"""Softmax attention: dense batches and packed rows of samples here, one new token against a cache in kernels/decode.py.
 
-    o_i = sum_j softmax_j(scale * q_i . k_j) v_j          j <= i where causal, j in the same sample where packed
+    s_ij = scale * q_i . k_j      p_ij = exp(s_ij - lse_i)      lse_i = log sum_j exp(s_ij)      o_i = sum_j p_ij v_j
 
-T tokens, S samples, B batch, H query heads, K key-value heads (H a multiple of K), d head width, L cache slots.
-scale is 1/sqrt(d) unless given. All dtypes; the softmax is in float32 inside the fused torch kernels.
+over the keys j that i may see: j <= i where causal, j in the same sample where packed. Backward, from lse alone:
 
-Bytes moved, forward: q, k, v and o once each (2 T d (H + K) elements); the T x T scores never reach memory.
+    delta_i = do_i . o_i                   ds_ij = p_ij * (do_i . v_j - delta_i)
+    dq_i = scale * sum_j ds_ij k_j         dk_j = scale * sum_i ds_ij q_i         dv_j = sum_i p_ij do_i
+
+T tokens, S samples, B batch, H query heads, K key-value heads (H a multiple of K), d head width.
+scale is 1/sqrt(d) unless given, and positive. The softmax, lse and every sum are float32 in every dtype.
+
+The scores stay on the chip, block by block. Bytes moved, forward: q, k, v in, o out, 2 T d (H + K) elements, where
+separate operations also move T^2 H several times. Backward: a kernel over blocks of queries (delta, dq) and one over
+blocks of keys (dk, dv), which sums the query heads of its key head itself. So scores are computed twice, but no sum
+depends on which program comes first: deterministic. Blocks that the causal mask empties are never visited.
+The pieces, and how a head of 80 columns is cut into 64 and 16, are in kernels/decode.py.
+
+Dao et al., FlashAttention, 2022; Dao, FlashAttention-2, 2023.
 """
+
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import Build, Case, Mutation, randn, tl, triton
+from kernels.decode import add, attention_decode, eligible, group, inner, load, rows, softmax, store, widths, zeros
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
-    """Dense attention: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
+__all__ = ["attention", "attention_decode", "attention_packed"]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+def reference_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
+    tokens, samples = q.size(0), cu_seqlens.numel() - 1
+    if samples == 1:
+        return reference(q[None], k[None], v[None], True, scale)[0]
+    lengths = cu_seqlens.diff()
+    if samples * max_seqlen > 2 * tokens and not torch.compiler.is_compiling():
+        # Very unequal lengths: padding would cost more than a loop, which only a trace cannot take.
+        parts = [t.split(lengths.tolist()) for t in (q, k, v)]
+        return torch.cat([reference(*(t[None] for t in s), True, scale)[0] for s in zip(*parts, strict=True)])
+    # Pad on the right. Under a causal mask no real token sees the padding behind it, so no mask is needed.
+    start = torch.arange(samples, device=q.device) * max_seqlen - cu_seqlens[:-1]
+    slot = torch.arange(tokens, device=q.device) + start.repeat_interleave(lengths, output_size=tokens)
+
+    def pad(t: Tensor) -> Tensor:
+        rows = t.new_zeros(samples * max_seqlen, *t.shape[1:]).index_copy(0, slot, t)
+        return rows.view(samples, max_seqlen, *t.shape[1:])
+
+    return reference(pad(q), pad(k), pad(v), True, scale).flatten(0, 1).index_select(0, slot)
+
+
+@triton.jit
+def _place(CU, TQ, TK, heads, blocks, PACKED: tl.constexpr, REVERSE: tl.constexpr):
+    """This program's block and head, where its sample begins and how long it is, as queries and as keys."""
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    block = blocks - 1 - block if REVERSE else block  # the longest work first: what starts last should be short
+    sample, head = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
+    if PACKED:
+        begin = tl.load(CU + sample).to(tl.int64)
+        length = (tl.load(CU + sample + 1) - begin).to(tl.int32)
+        return block, head, begin, begin, length, length
+    else:
+        return block, head, sample * TQ, sample * TK, TQ, TK
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, OUT, LSE, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BM queries of one head per program, over blocks of BN keys: first those that all of them see, then the edge."""
+    block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H, blocks, PACKED, CAUSAL)
+    first = block * BM
+    if first >= tq:
+        return
+    K += begin_k * kt + head // G * kh
+    V += begin_k * vt + head // G * vh
+    q1, q2 = load(Q + begin_q * qt + head * qh, first, tq, qt, BM, D, D1, D2)
+    row, c = first + tl.arange(0, BM), scale * 1.4426950408889634  # the machine's exponential is of 2
+    top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    o1, o2 = zeros(BM, D1, D2)
+    end = tl.minimum(first + BM, tk) if CAUSAL else tk
+    whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN * BN
+    for start in range(0, end, BN):
+        k1, k2 = load(K, start, tk, kt, BN, D, D1, D2)
+        s = inner(q1, q2, k1, k2, D2)
+        if start >= whole:
+            key = start + tl.arange(0, BN)[None, :]
+            s = tl.where((key < tk) & (key <= row[:, None]) if CAUSAL else key < tk, s, float("-inf"))
+        v1, v2 = load(V, start, tk, vt, BN, D, D1, D2)
+        top, total, o1, o2 = softmax(s, c, top, total, o1, o2, v1, v2, D2)
+    total = tl.where(total > 0, total, 1.0)  # no key at all: the output is 0
+    at = (begin_q * H + head) * D
+    store(OUT + at, o1 / total[:, None], o2 / total[:, None], first, tq, H * D, BM, D, D1, D2)
+    tl.store(LSE + head * T + begin_q + row, top * c + tl.log2(total), row < tq)
+
+
+@triton.jit
+def query_kernel(
+    Q, K, V, OUT, DO, LSE, DELTA, DQ, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """delta, and dq of BM queries of one head; the order is that of the forward pass."""
+    block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H, blocks, PACKED, CAUSAL)
+    first = block * BM
+    if first >= tq:
+        return
+    K += begin_k * kt + head // G * kh
+    V += begin_k * vt + head // G * vh
+    at, per_row = (begin_q * H + head) * D, head * T + begin_q
+    row, c = first + tl.arange(0, BM), scale * 1.4426950408889634
+    o1, o2 = load(OUT + at, first, tq, H * D, BM, D, D1, D2)
+    g1, g2 = load(DO + at, first, tq, H * D, BM, D, D1, D2)
+    delta = tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
+    if D2:
+        delta += tl.sum(o2.to(tl.float32) * g2.to(tl.float32), 1)
+    tl.store(DELTA + per_row + row, delta, row < tq)
+    lse = tl.load(LSE + per_row + row, row < tq, float("inf"))
+    q1, q2 = load(Q + begin_q * qt + head * qh, first, tq, qt, BM, D, D1, D2)
+    dq1, dq2 = zeros(BM, D1, D2)
+    end = tl.minimum(first + BM, tk) if CAUSAL else tk
+    whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN * BN
+    for start in range(0, end, BN):
+        k1, k2 = load(K, start, tk, kt, BN, D, D1, D2)
+        p = tl.exp2(inner(q1, q2, k1, k2, D2) * c - lse[:, None])
+        if start >= whole:
+            key = start + tl.arange(0, BN)[None, :]
+            p = tl.where((key < tk) & (key <= row[:, None]) if CAUSAL else key < tk, p, 0.0)
+        v1, v2 = load(V, start, tk, vt, BN, D, D1, D2)
+        ds = p * (inner(g1, g2, v1, v2, D2) - delta[:, None])
+        dq1, dq2 = add(dq1, dq2, ds, k1, k2, D2)
+    store(DQ + at, dq1 * scale, dq2 * scale, first, tq, H * D, BM, D, D1, D2)
+
+
+@triton.jit
+def key_kernel(
+    Q, K, V, DO, LSE, DELTA, DK, DV, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BN keys of one key head, over its G query heads and their blocks of BM queries.
+
+    p and ds are transposed, (BN, BM), to be left operands, which stay in registers. Queries beyond the end have
+    lse = inf, so p = 0; keys beyond the end are not stored.
+    """
+    block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H // G, blocks, PACKED, False)
+    first = block * BN
+    if first >= tk:
+        return
+    k1, k2 = load(K + begin_k * kt + head * kh, first, tk, kt, BN, D, D1, D2)
+    v1, v2 = load(V + begin_k * vt + head * vh, first, tk, vt, BN, D, D1, D2)
+    key, c = first + tl.arange(0, BN)[:, None], scale * 1.4426950408889634
+    dk1, dk2 = zeros(BN, D1, D2)
+    dv1, dv2 = zeros(BN, D1, D2)
+    near = first // BM * BM if CAUSAL else 0  # no query before this one sees a key of the block,
+    whole = tl.cdiv(first + BN, BM) * BM if CAUSAL else 0  # and from this one on each sees them all
+    count = tl.cdiv(tl.maximum(tq - near, 0), BM)
+    for i in range(count * G):  # one loop, so that loads run ahead from one head into the next
+        h, start = head * G + i // count, near + i % count * BM
+        per_row, row = h * T + begin_q, start + tl.arange(0, BM)
+        lse = tl.load(LSE + per_row + row, row < tq, float("inf"))
+        delta = tl.load(DELTA + per_row + row, row < tq, 0.0)
+        q1, q2 = load(Q + begin_q * qt + h * qh, start, tq, qt, BM, D, D1, D2)
+        p = tl.exp2(inner(k1, k2, q1, q2, D2) * c - lse[None, :])
+        if CAUSAL:
+            if start < whole:
+                p = tl.where(key <= row[None, :], p, 0.0)
+        g1, g2 = load(DO + (begin_q * H + h) * D, start, tq, H * D, BM, D, D1, D2)
+        dv1, dv2 = add(dv1, dv2, p, g1, g2, D2)
+        ds = p * (inner(v1, v2, g1, g2, D2) - delta[None, :])
+        dk1, dk2 = add(dk1, dk2, ds, q1, q2, D2)
+    at, stride = (begin_k * (H // G) + head) * D, H // G * D
+    store(DK + at, dk1 * scale, dk2 * scale, first, tk, stride, BN, D, D1, D2)
+    store(DV + at, dv1, dv2, first, tk, stride, BN, D, D1, D2)
+
+
+# Queries, keys, warps and stages of loads under way, by kernel and the widest head they are for: what keeps every
+# number in registers and, on the smallest chip (sm_89), in 99 KiB of shared memory. Wider heads have smaller blocks.
+_BLOCKS = {
+    "forward": {128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "query": {128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+    "key": {64: (64, 128, 8, 2), 96: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+}
+
+
+def _blocks(kernel: str, d: int, dtype: torch.dtype) -> dict:
+    """Small ones in float32, which no matrix unit multiplies exactly."""
+    bm, bn, warps, stages = next(b for width, b in _BLOCKS[kernel].items() if d <= width)
+    if dtype == torch.float32:
+        bm, bn, warps, stages = 16, 32, 4, 1
+    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+
+
+def _launch(kernel, name: str, q, k, v, others, cu, samples, longest_q, longest_k, causal, scale):
+    """One program per block, head and sample, all in the first dimension (the others end at 65,535)."""
+    (T, H, d), K = q.shape, k.size(1)
+    sizes, heads = _blocks(name, d, q.dtype), K if name == "key" else H
+    blocks = -(-longest_k // sizes["BN"]) if name == "key" else -(-longest_q // sizes["BM"])
+    if blocks * samples * heads:
+        q, k, v = map(rows, (q, k, v))
+        kernel[(blocks * samples * heads,)](
+            q, k, v, *others, q if cu is None else cu, *(x.stride(i) for x in (q, k, v) for i in (0, 1)), T, longest_q,
+            longest_k, H, group(H, K), blocks, d**-0.5 if scale is None else scale, PACKED=cu is not None,
+            CAUSAL=causal, **widths(d), **sizes,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("barellava::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, samples: int, longest_q: int, longest_k: int, causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q (T, H, d), k and v (keys, K, d); without cu all samples have the longest length -> o, lse (H, T) in base 2."""
+    o, lse = q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+    _launch(forward_kernel, "forward", q, k, v, (o, lse), cu, samples, longest_q, longest_k, causal, scale)
+    return o, lse
+
+
+@_attention.register_fake
+def _(q, k, v, *_):
+    return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+
+
+@torch.library.custom_op("barellava::attention_backward", mutates_args=())
+def _attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu: Tensor | None,
+    samples: int, longest_q: int, longest_k: int, causal: bool, scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (dq, dk, dv), delta, do = (x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(lse), do.contiguous()
+    rest = cu, samples, longest_q, longest_k, causal, scale
+    _launch(query_kernel, "query", q, k, v, (o, do, lse, delta, dq), *rest)
+    _launch(key_kernel, "key", q, k, v, (do, lse, delta, dk, dv), *rest)
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+    ctx.rest = inputs[4:]
+
+
+def _gradients(ctx, do, _):
+    return *_attention_backward(do, *ctx.saved_tensors, *ctx.rest), *[None] * 6
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def triton_attention(q, k, v, causal, scale=None):
+    # Under autocast a norm with float32 weights widens q and k; v says what the products are to be in.
+    packed = (x.flatten(0, 1).to(v.dtype) for x in (q, k, v))
+    return _attention(*packed, None, len(q), q.size(1), k.size(1), causal, scale)[0].view(q.shape)
+
+
+def triton_packed(q, k, v, cu_seqlens, max_seqlen, scale=None):
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    return _attention(q, k, v, cu_seqlens, len(cu_seqlens) - 1, max_seqlen, max_seqlen, True, scale)[0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
+    """Dense attention: q (B, T, H, d), k and v (B, M, K, d) -> (B, T, H, d); causal: query i sees keys 0 .. i."""
+    return (triton_attention if eligible(q) else reference)(q, k, v, causal, scale)
 
 
 def attention_packed(
@@ -28,26 +283,76 @@ def attention_packed(
     q (T, H, d), k and v (T, K, d), cu_seqlens (S+1,) int32 with sample s at [cu_seqlens[s], cu_seqlens[s+1]),
     max_seqlen the longest sample -> (T, H, d).
     """
-    tokens, samples = q.size(0), cu_seqlens.numel() - 1
-    if samples == 1:
-        return attention(q[None], k[None], v[None], True, scale)[0]
-    lengths = cu_seqlens.diff()
-    if samples * max_seqlen > 2 * tokens:  # very unequal lengths: padding would cost more than a loop
-        parts = [t.split(lengths.tolist()) for t in (q, k, v)]
-        return torch.cat([attention(*(t[None] for t in s), True, scale)[0] for s in zip(*parts, strict=True)])
-    # Pad on the right. Under a causal mask no real token sees the padding behind it, so no mask is needed.
-    start = torch.arange(samples, device=q.device) * max_seqlen - cu_seqlens[:-1]
-    slot = torch.arange(tokens, device=q.device) + start.repeat_interleave(lengths, output_size=tokens)
-
-    def pad(t: Tensor) -> Tensor:
-        rows = t.new_zeros(samples * max_seqlen, *t.shape[1:]).index_copy(0, slot, t)
-        return rows.view(samples, max_seqlen, *t.shape[1:])
-
-    return attention(pad(q), pad(k), pad(v), True, scale).flatten(0, 1).index_select(0, slot)
+    return (triton_packed if eligible(q) else reference_packed)(q, k, v, cu_seqlens, max_seqlen, scale)
 
 
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
-    """One query per sequence against a cache: q (B, H, d), k and v (B, K, L, d), lengths (B,) filled slots."""
-    seen = torch.arange(k.size(2), device=q.device) < lengths[:, None]
-    grouped, q, mask = q.size(1) != k.size(1), q[:, :, None], seen[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
+def _dense(name: str, B: int, T: int, M: int, H: int, K: int, d: int, causal: bool, scale: float | None = None) -> Case:
+    def inputs(g):
+        return randn(g, B, T, H, d), randn(g, B, M, K, d), randn(g, B, M, K, d), causal, scale
+
+    return Case(name, triton_attention, reference, inputs, (0, 1, 2))
+
+
+def _packed(name: str, lengths: tuple[int, ...], H: int, K: int, d: int) -> Case:
+    def inputs(g):
+        cu, T = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), sum(lengths)
+        return randn(g, T, H, d), randn(g, T, K, d), randn(g, T, K, d), cu, max(lengths)
+
+    return Case(name, triton_packed, reference_packed, inputs, (0, 1, 2))
+
+
+CASES = [
+    _dense("causal", 1, 129, 129, 2, 2, 64, True),
+    _dense("not causal", 2, 129, 129, 1, 1, 72, False),
+    _dense("one token", 2, 1, 1, 1, 1, 16, True)._replace(grads=(2,)),  # of q and k they are 0: no measure of an error
+    _dense("no sample", 0, 5, 5, 2, 2, 16, False),
+    _dense("no key", 1, 5, 0, 2, 1, 16, False),
+    _dense("no query", 1, 0, 5, 2, 1, 16, False),
+    _dense("few queries, grouped heads, scale", 2, 7, 129, 4, 1, 80, False, 0.2),
+    _dense("more queries than keys", 1, 129, 7, 1, 1, 96, False),
+    _dense("more queries than keys, causal", 1, 70, 40, 1, 1, 16, True),
+    Case("views of one projection", lambda x: triton_attention(*x.unbind(2), True),
+         lambda x: reference(*x.unbind(2), True), lambda g: (randn(g, 2, 40, 3, 2, 48),), (0,)),
+    _packed("packed", (7, 129, 1), 2, 1, 128),
+    _packed("packed, empty samples", (0, 5, 0, 1, 3, 0), 6, 2, 80),
+    _packed("packed, no token", (0, 0), 2, 1, 16),
+    _packed("packed, wide", (7, 66), 2, 1, 256),
+]  # fmt: skip
+
+_TYPES = (dict.fromkeys("Q K V OUT DO DQ DK DV".split(), "*bf16") | dict.fromkeys("T TQ TK H G blocks".split(), "i32")
+          | {"LSE": "*fp32", "DELTA": "*fp32", "CU": "*i32", "scale": "fp32"})  # fmt: skip
+
+
+def _build(kernel, name: str, d: int, causal: bool, grouped: bool) -> Build:
+    b = _blocks(name, d, torch.bfloat16)
+    warps, stages = b.pop("num_warps"), b.pop("num_stages")
+    # Constants at run time too, or as good as: strides are multiples of 16, an argument of 1 is compiled in.
+    fixed = {"qt": 32 * d, "qh": d, "kt": 32 * d, "kh": d, "vt": 32 * d, "vh": d} | ({} if grouped else {"G": 1})
+    constants = {"PACKED": causal, "CAUSAL": causal} | fixed | widths(d) | b
+    # Two numbers that a loop does not change may wait in memory (64 on sm_80 and 89, 72 and 80 on sm_100).
+    return Build(kernel, _TYPES, constants, warps, stages, 8 if d < 128 else 0)
+
+
+BUILDS = [
+    _build(kernel, name, *shape)
+    for kernel, name in ((forward_kernel, "forward"), (query_kernel, "query"), (key_kernel, "key"))
+    for shape in ((64, False, False), (64, True, True), (72, False, False), (80, True, False), (128, True, True),
+                  (256, True, True))
+]  # fmt: skip
+MUTATIONS = [
+    Mutation("(key <= row[:, None])", "(key <= row[:, None] + 1)", "causal"),
+    Mutation("key <= row[None, :]", "key < row[None, :]", "causal"),
+    Mutation("if CAUSAL else key < tk", "if CAUSAL else key > -1", "not causal"),
+    Mutation("K += begin_k * kt", "K += 0 * kt", "packed, empty samples"),
+    Mutation("head * G + i // count", "head * G", "few queries, grouped heads, scale"),
+    Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
+    Mutation("dq1 * scale, dq2 * scale", "dq1 * scale, dq2", "packed, empty samples"),
+    Mutation(" - delta[None, :]", "", "packed, empty samples"),
+    Mutation("delta += tl.sum(o2", "delta -= tl.sum(o2", "packed, empty samples"),
+]
+
+
+if __name__ == "__main__":
+    from bench.kernels import main
+
+    main(["attention"])
