@@ -182,10 +182,11 @@ def norm(
     kind is "rms", "rms1" (the weight is stored less 1) or "layer". Any float dtype; statistics in float32. Under
     autocast y comes in its dtype (only products read it), while s keeps the residual stream's.
     """
-    device, s_dtype = x.device.type, x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else s_dtype
+    run, device = triton_norm if fused(x) else reference, x.device.type
+    if not torch.is_autocast_enabled(device):
+        return run(x, residual, weight, bias, eps, kind, torch.result_type(x, x if residual is None else residual))
     with torch.autocast(device, enabled=False):
-        return (triton_norm if fused(x) else reference)(x, residual, weight, bias, eps, kind, out)
+        return run(x, residual, weight, bias, eps, kind, torch.get_autocast_dtype(device))
 
 
 def _case(name: str, shape: tuple[int, ...], kind: str, add: bool, bias: bool = False) -> Case:
