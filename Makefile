@@ -1,5 +1,6 @@
 # make demo   train a small multimodal model through both stages, test it, write out/demo/report.html
 # make test   run every test
+# make test-full   the long matrices of kills, ranks and tuning modes (hours on two cores)
 # make lint   check style
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -12,6 +13,9 @@ demo: .venv/installed
 
 test: .venv/installed .venv/hf4/installed
 	$(PY) -m pytest
+
+test-full: .venv/installed
+	$(PY) -m pytest -m full -s
 
 lint: .venv/installed
 	$(PY) -m ruff check .
@@ -33,4 +37,4 @@ clean:
 		transformers==4.57.1 tokenizers==0.22.2 huggingface-hub==0.36.2 requests urllib3 charset-normalizer idna certifi
 	touch $@
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-full lint clean

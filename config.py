@@ -67,13 +67,34 @@ class Train:
     log_every: int = opt(10, "steps between progress lines")
     save_every: int = opt(200, "steps between checkpoints to resume from")
     keep: int = opt(2, "how many such checkpoints to keep")
+    keep_best: bool = opt(False, "also keep the lowest validation loss of a stage; the last stage's is OUTPUT/best")
+    log: str = opt("none", "also send the log there; either is an optional package", ("none", "tensorboard", "wandb"))
+    parallel: str = field(  # not compared: a run may go on with another, or with other ranks
+        default="auto", compare=False,
+        metadata={"why": "ddp copies the model to every rank, fsdp shards it; auto = ddp while it fits half a GPU",
+                  "choices": ("auto", "none", "ddp", "fsdp")},
+    )  # fmt: skip
+    resume: str = field(
+        default="", compare=False,
+        metadata={"why": "go on from this checkpoint and no other; empty = the newest whole one", "choices": ()},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tune:
-    llm: str = opt("frozen", "frozen, full, or partial:N (blocks N and later, final norm and head)")
-    vision: str = opt("frozen", "frozen, full, or partial:N (blocks N and later)")
-    connector: str = opt("full", "frozen or full")
+    llm: str = opt("frozen", "frozen, full, lora, or partial:N (blocks N and later, final norm and head)")
+    vision: str = opt("frozen", "frozen, full, lora, or partial:N (blocks N and later)")
+    connector: str = opt("full", "frozen, full or lora")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    r: int = opt(128, "rank of the adapters (Hu et al., 2021): their size, and what they can express")
+    alpha: float = opt(256.0, "an adapter's output is multiplied by alpha / r")
+    dropout: float = opt(0.05, "share of an adapter's inputs that training drops")
+    rslora: bool = opt(False, "alpha / sqrt(r) in its place, so that large ranks learn too (Kalajdzievski, 2023)")
+    dora: bool = opt(False, "train the length of each weight row beside its direction (Liu et al., 2024)")
+    targets: str = opt("", "names or globs of linears, ours or Hugging Face's: q_proj,v_proj; empty = all but the head")
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,7 @@ class Stage:
     validation_every: int = opt(200, "steps between validation passes (one more at the end of the stage)")
     template: str = opt("pretrain", "chat template, see templates.py")
     tune: Tune = opt(Tune, "what trains in this stage")
+    lora: LoRA = opt(LoRA, "adapters of the parts that tune says are lora")
     rate: Rates = opt(Rates, "learning rate per part")
     learning_rate: float = opt(1e-3, "peak of the warm-up + cosine schedule")
     weight_decay: float = opt(0.0, "AdamW, never on biases and norms")

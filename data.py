@@ -2,322 +2,42 @@
 
     python data.py check recipes/demo.toml [section.key=value ...]      # every stage, as training will read it
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi --image-tokens 576]
+    python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # as WebDataset tars of 1000 MB
 
 A row is {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"] | absent, "conversations": [{"from": "human" | "gpt",
-"value": "... <image> ..."}, ...]}. It becomes a Sample (ids with every image position in place, labels, pixels);
-samples are packed into a Batch: one row of tokens, positions that restart, `cu_seqlens` where samples meet.
-
-T tokens, S samples, N images, n tokens per image, H x W pixels. Ids hold IMAGE_TOKEN at each of an image's n
-positions, labels hold IGNORE where nothing is learned.
+"value": "... <image> ..."}, ...]}. rows.py reads it, samples.py makes a sample of it and packs samples into batches;
+here they are put in order, made into optimizer steps, and loaded by worker processes.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import config
-import templates
 from config import UserError
-from layouts import from_recipe, vision_spec
+from index import kept
+from rows import Mixture, Rows, shard
+from rows import load_image as load_image
+from samples import Batch, Sample, SampleSpec, encode_row, fill, make_sample, make_spec, pack, share, stage_spec
+from samples import byte_tokenizer as byte_tokenizer
 from templates import IGNORE, IMAGE_TOKEN
-from weights import resolve
 
 # Every worker is one process of several: threads inside its tokenizer would only fight, and warn at each fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-MAX_RATIO = 500  # of an image's sides: with the shortest resized to 384, still within Pillow's limit of pixels
 GIVE_UP = 100  # this many unusable rows one after the other: the data set is wrong, not a row of it
-
-# ---------------------------------------------------------------------------------------------------- images
-
-
-def looks_like(head: bytes) -> str:
-    """What a file that should be something else is, from its first bytes; "" if that is not plain."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, the file itself was never fetched"
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page"
-    if text.startswith((b"<?xml", b"<error", b"<svg")):
-        return "an XML text"
-    return "" if head.strip(b"\0") else "only zero bytes" if head else "empty file"
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """The first frame in RGB as Pillow converts it, upright by its EXIF. Raises ValueError(what is wrong with it)."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256)
-    except OSError as e:
-        raise ValueError(e.strerror.lower()) from None
-    if what := looks_like(head):
-        raise ValueError(what)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd palettes and metadata: the pixels are right all the same
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                try:
-                    image = ImageOps.exif_transpose(image)
-                except Exception:
-                    pass  # damaged EXIF (SyntaxError, TypeError, struct.error ...): good pixels, as stored
-                image = image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against bombs") from None
-    except UnidentifiedImageError:
-        raise ValueError("not an image, or one with a damaged header or a side of zero pixels") from None
-    except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
-        what = "truncated" if "truncated" in str(e).lower() else f"damaged: {' '.join(str(e).split())}"
-        raise ValueError(what) from None
-    if max(image.size) > MAX_RATIO * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels, a side ratio over {MAX_RATIO}")
-    return image
-
-
-# ------------------------------------------------------------------------------------------------------ rows
-
-
-class Rows:
-    """A .json list or a .jsonl file: `rows[i]` is a dict, `rows.where(i)` its name in messages.
-
-    Callers see len(), [i] and where(i) only, so that an index of byte offsets can replace the list in memory.
-    Messages count rows of a list from 0, as `json.load(file)[i]` does, and lines from 1, as editors do.
-    """
-
-    def __init__(self, file: str | Path, images: str | Path = ""):
-        self.file = Path(file)
-        self.images = Path(images) if images else self.file.parent
-        try:
-            raw = self.file.read_bytes()
-        except OSError as e:
-            raise UserError(self.file, e.strerror.lower(), "name a .json or .jsonl file of rows") from None
-        if not raw.strip():
-            raise UserError(self.file, "empty file", "write the rows again")
-        if not self.images.is_dir():
-            raise UserError(self.images, "no such folder of images", "set the stage's images, or --images")
-        self.lines: list[int] = []
-        if self.file.suffix == ".jsonl":  # rows stay bytes until asked for: a bad line is one bad row
-            self.lines = [number for number, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
-            self.rows = [line for line in raw.split(b"\n") if line.strip()]
-            return
-        self.rows = self._parse(raw, str(self.file))
-        if not isinstance(self.rows, list) or not self.rows:
-            what = "no rows" if self.rows == [] else f"a JSON {type(self.rows).__name__}, not a list of rows"
-            raise UserError(self.file, what, "write [row, row, ...], or one row per line in a .jsonl file")
-
-    @staticmethod
-    def _parse(raw: bytes, where: str):
-        try:
-            return json.loads(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as e:
-            raise UserError(where, f"not UTF-8 at byte {e.start}", "save it as UTF-8") from None
-        except json.JSONDecodeError as e:
-            what = looks_like(raw[:256]) or f"not JSON at line {e.lineno} column {e.colno}: {e.msg}"
-            fix = "one row per line belongs into a .jsonl file" if e.msg == "Extra data" else "mend it there"
-            raise UserError(where, what, fix) from None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _place(self, i: int) -> str:
-        return f"{self.file}:line {self.lines[i]}" if self.lines else f"{self.file}:row {i}"
-
-    def __getitem__(self, i: int) -> dict:
-        row = self.rows[i]
-        row = self._parse(row, self._place(i)) if isinstance(row, bytes) else row
-        if not isinstance(row, dict):
-            raise UserError(self._place(i), f"a JSON {type(row).__name__}, not a row", "write {...}, or remove it")
-        return row
-
-    def where(self, i: int) -> str:
-        name = self[i].get("id")
-        return self._place(i) if name is None else f"{self._place(i)} (id {name})"
-
-
-# --------------------------------------------------------------------------------------------------- samples
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """All that decides how a row becomes a sample. Without a transform pictures are decoded and dropped (check)."""
-
-    tokenizer: templates.Tokenizer
-    template: str
-    max_tokens: int
-    image_tokens: int  # n
-    image_mode: str = "square"
-    transform: Callable[[Image.Image, str], Tensor] | None = None
-
-
-def make_spec(tokenizer: str, template: str, **rest) -> SampleSpec:
-    """A spec whose tokenizer (folder or Hugging Face id) and template fit. Raises UserError."""
-    folder = resolve(tokenizer, small=True) if tokenizer else None
-    try:
-        tok = templates.load_tokenizer(folder) if folder else byte_tokenizer()
-        templates.resolve(template, tok)
-    except ValueError as e:
-        raise _user_error(tokenizer or "command line", e) from None
-    return SampleSpec(tok, template, **rest)
-
-
-def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
-    """The spec that training and `check` share. Raises UserError for a missing tokenizer, template or encoder."""
-    tokenizer = model.tokenizer or model.llm
-    if not tokenizer:
-        raise UserError("model.tokenizer", "not set", "name a folder with tokenizer.json or tokenizer.model")
-    transform, n = vision_spec(from_recipe(model, stage.template))
-    rest = dict(max_tokens=stage.max_tokens, image_tokens=n, image_mode=model.image_mode, transform=transform)
-    return make_spec(tokenizer, stage.template, **rest)
-
-
-def _user_error(where, error: ValueError) -> UserError:
-    what, _, fix = str(error).partition("; fix: ")
-    return UserError(where, what, fix or "mend the row, or remove it")
-
-
-@dataclass
-class Sample:
-    ids: Tensor  # (T,) int64
-    labels: Tensor  # (T,) int64, not shifted; the first is IGNORE
-    images: list[Tensor]  # (3, H, W) float32 each, in order of occurrence
-    row: int
-    cut: int  # tokens taken off the tail
-
-
-def make_sample(rows: Rows, i: int, spec: SampleSpec) -> Sample:
-    """Row i, ready for the model. Raises UserError `file:row i (id X): what; fix: action` if it cannot be."""
-    row, where = rows[i], rows.where(i)
-    if "video" in row:
-        raise UserError(where, "a row with a video, only pictures can be read", "remove the row")
-    names = row.get("image") or []
-    names = names if isinstance(names, list) else [names]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(where, f'"image" is {row["image"]!r}', "write a file name or a list of them")
-    try:
-        tokens = templates.encode(row.get("conversations"), spec.tokenizer, spec.template)
-    except ValueError as e:
-        raise _user_error(where, e) from None
-    except TypeError as e:  # what `tokenizers` says of half a surrogate pair ("\ud83d"), which JSON may hold
-        raise UserError(where, f"text that is not Unicode ({e})", "mend the row, or remove it") from None
-
-    marks = tokens[0].count(IMAGE_TOKEN)
-    if marks != len(names):
-        what = f"{marks} <image> in what the humans say but {len(names)} images in the row"
-        raise UserError(where, what, "write one <image> for each, or remove the row")
-    ids, labels, images_end = [], [], 0
-    for token, label in zip(*tokens, strict=True):
-        n = spec.image_tokens if token == IMAGE_TOKEN else 1  # the one place where tiles or frames will differ
-        ids += [token] * n
-        labels += [IGNORE if token == IMAGE_TOKEN else label] * n
-        images_end = len(ids) if token == IMAGE_TOKEN else images_end
-
-    # Text may go, from the tail. Part of an image may not: it would have more features than positions.
-    limit = spec.max_tokens
-    if images_end > limit:
-        what = f"image cut, it ends at token {images_end} and max_tokens is {limit}"
-        raise UserError(where, what, "raise max_tokens, or split the row")
-    cut = max(0, len(ids) - limit)
-    ids, labels = ids[:limit], labels[:limit]
-    labels[:1] = [IGNORE]  # nothing stands before it; packed, the token to its left is another sample's
-    if all(label == IGNORE for label in labels):
-        what = f"nothing supervised in the first {len(labels)} of its {len(labels) + cut} tokens"
-        raise UserError(where, what, "write an answer, raise max_tokens, or remove the row")
-
-    images = []
-    for name in names:
-        try:
-            image = load_image(rows.images / name)
-        except ValueError as e:
-            fix = "fetch the picture again, or remove the row"
-            raise UserError(where, f"image {rows.images / name}: {e}", fix) from None
-        images += [spec.transform(image, spec.image_mode)] if spec.transform else []
-    return Sample(torch.tensor(ids), torch.tensor(labels), images, i, cut)
-
-
-# --------------------------------------------------------------------------------------------------- packing
-
-
-@dataclass
-class Batch:
-    """S samples in one row of T tokens."""
-
-    input_ids: Tensor  # (T,) int64, IMAGE_TOKEN at image positions
-    labels: Tensor  # (T,) int64, NOT shifted, IGNORE where unsupervised
-    positions: Tensor  # (T,) int64, from 0 in each sample
-    cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
-    max_seqlen: int
-    images: Tensor | None  # (N, 3, H, W) float32, in order of occurrence
-    rows: list[int]  # S row numbers
-
-    @property
-    def supervised(self) -> int:
-        """Targets that count: no sample's first token is one, so the model's shift loses none. Waits for a GPU."""
-        return int((self.labels != IGNORE).sum())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, **{k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
-
-    def to(self, device) -> Batch:
-        return self._each(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
-
-    def part(self, samples: slice, images: slice) -> Batch:
-        """Some of its samples, with their images, as views."""
-        cu = self.cu_seqlens[samples.start : samples.stop + 1]
-        t, cu = slice(int(cu[0]), int(cu[-1])), cu - cu[0]
-        pixels = self.images[images] if images.stop > images.start else None
-        ids, labels, positions = self.input_ids[t], self.labels[t], self.positions[t]
-        return Batch(ids, labels, positions, cu, int(cu.diff().max()), pixels, self.rows[samples])
-
-
-def pack(samples: list[Sample]) -> Batch:
-    """Samples one after the other, in the order given."""
-    lengths = [len(s.ids) for s in samples]
-    images = [image for s in samples for image in s.images]
-    return Batch(
-        input_ids=torch.cat([s.ids for s in samples]),
-        labels=torch.cat([s.labels for s in samples]),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        max_seqlen=max(lengths),
-        images=torch.stack(images) if images else None,
-        rows=[s.row for s in samples],
-    )
-
-
-def fill(lengths: list[int], budget: int) -> list[list[int]]:
-    """Which samples share a micro-batch of at most `budget` tokens: longest first, each into the first it fits.
-
-    A sample longer than the budget is alone; with budget 0 every one is. Inside, stream order.
-    """
-    bins, room = [], []
-    for j in sorted(range(len(lengths)), key=lambda j: -lengths[j]):
-        b = next((b for b, free in enumerate(room) if free >= lengths[j]), len(bins))
-        if b == len(bins):
-            bins.append([])
-            room.append(budget)
-        bins[b].append(j)
-        room[b] -= lengths[j]
-    return sorted(sorted(b) for b in bins)
-
 
 # ------------------------------------------------------------------------------------------- order and steps
 
@@ -327,20 +47,37 @@ class Order:
 
     It ranks n raw draws of PCG64(SeedSequence([seed, epoch])). Raw, because numpy promises those never to change,
     and `Generator.permutation` it does not.
+
+    parts, of a mixture: (rows, how many an epoch takes) of each source, whose rows are numbered on from the one
+    before. A source's rows are a stream of their own; an epoch permutes the next of each.
     """
 
-    def __init__(self, n: int, seed: int):
+    def __init__(self, n: int, seed: int, parts: tuple[tuple[int, int], ...] = ()):
         if seed < 0:
             raise UserError("train.seed", f"{seed} is negative", "write 0 or more")
-        self.n, self.seed, self.epoch = n, seed, -1
+        self.n, self.seed, self.parts, self.epoch = sum(count for _, count in parts) or n, seed, parts, -1
+
+    def _permutation(self, n: int, *key: int) -> np.ndarray:
+        draws = np.random.PCG64(np.random.SeedSequence([self.seed, *key])).random_raw(n)
+        return np.argsort(draws, kind="stable").astype(np.int32)  # half the memory, in every worker
+
+    def _rows(self, epoch: int) -> np.ndarray:
+        order = self._permutation(self.n, epoch)
+        first, taken = np.int64(0), []
+        for source, (n, count) in enumerate(self.parts, 1):  # from 1: a key that ends in 0 is the key without it
+            turns = range(epoch * count // n, ((epoch + 1) * count - 1) // n + 1)
+            stream = np.concatenate([self._permutation(n, turn, source) for turn in turns])
+            start = epoch * count - turns[0] * n
+            taken.append(first + stream[start : start + count])
+            first += n
+        return np.concatenate(taken)[order] if taken else order
 
     def __call__(self, k: int) -> tuple[int, int]:
         """(epoch, row) of the stream's k-th sample."""
         epoch = k // self.n
         if epoch != self.epoch:  # only one is kept: for millions of rows it is megabytes
-            draws = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.n)
-            self.permutation, self.epoch = np.argsort(draws, kind="stable"), epoch
-        return epoch, int(self.permutation[k % self.n])
+            self.rows, self.epoch = self._rows(epoch), epoch
+        return epoch, int(self.rows[k % self.n])
 
     def candidates(self, k: int) -> Iterator[int]:
         """The row of sample k, then those that can stand in for it: the ones after it in its epoch's permutation.
@@ -375,30 +112,30 @@ class Steps(Dataset):
     """`steps[i]` is this rank's part of optimizer step i: of the stream's positions i*global_batch and on, those
     with position % world == rank. A function of i alone, so that any worker can make any step, at any time.
 
+    With `counts`, the rows' tokens as token_counts gives them, it is those that leave all ranks with as many tokens.
+    All ranks must have the same.
     validation=True: instead every row once, in file order; a rank's part may be empty, a bad row has no stand-in.
     """
 
-    def __init__(self, rows: Rows, spec: SampleSpec, stage, train, rank=0, world=1, validation=False):
+    def __init__(self, rows: Rows | Mixture, spec, stage, train, rank=0, world=1, validation=False, counts=None):
         self.size = stage.global_batch
         if self.size < world:
             raise UserError("stage.global_batch", f"{self.size}, for {world} ranks", f"write {world} or more")
         self.rows, self.spec, self.stage, self.validation = rows, spec, stage, validation
         self.stop_at_bad, self.rank, self.world = train.on_bad_row == "stop", rank, world
-        self.order = Order(len(rows), train.seed)
+        self.order, self.counts = Order(len(rows), train.seed, rows.parts), counts
 
     def __len__(self) -> int:
         """Epochs rounded up to whole steps, so that every row is seen; what is over begins the next epoch."""
         if self.validation:
             return math.ceil(len(self.rows) / self.size)
-        return self.stage.steps or max(1, math.ceil(round(self.stage.epochs * len(self.rows)) / self.size))
+        return self.stage.steps or max(1, math.ceil(round(self.stage.epochs * self.order.n) / self.size))
 
     def __getitem__(self, i: int) -> Step:
         begin, step, samples = time.perf_counter(), Step(), []
-        stop = min((i + 1) * self.size, len(self.rows)) if self.validation else (i + 1) * self.size
         try:
-            for k in range(i * self.size, stop):
-                if k % self.world == self.rank:
-                    samples += self._sample(k, step.skipped)
+            for k in self._mine(i):
+                samples += self._sample(k, step.skipped)
         except UserError as e:
             return Step(error=str(e))
         bins = fill([len(s.ids) for s in samples], self.stage.micro_batch_tokens)
@@ -410,6 +147,15 @@ class Steps(Dataset):
         step.cut = [(s.row, s.cut) for s in samples if s.cut]
         step.seconds = time.perf_counter() - begin
         return step
+
+    def _mine(self, i: int) -> list[int]:
+        """The stream's positions of step i that this rank makes."""
+        stop = min((i + 1) * self.size, len(self.rows)) if self.validation else (i + 1) * self.size
+        ks = range(i * self.size, stop)
+        if self.counts is None:
+            return [k for k in ks if k % self.world == self.rank]
+        lengths = [int(self.counts[self.order(k)[1], 0]) for k in ks]
+        return [ks[j] for j in share(lengths, self.world)[self.rank]]
 
     def _sample(self, k: int, skipped: list[str]) -> list[Sample]:
         """The stream's k-th sample, or its first usable stand-in."""
@@ -465,20 +211,44 @@ def validation_batches(rows, spec, stage, train, rank=0, world=1, log=print) -> 
         yield from step.batches
 
 
+# ---------------------------------------------------------------------------------------------- token counts
+
+
+class Counts(Dataset):
+    """Chunks of rows -> their samples' tokens, images and supervised tokens; zeros for a row that makes none."""
+
+    def __init__(self, rows: Rows, spec: SampleSpec, begin: int, end: int):
+        self.rows, self.spec, self.ranges = rows, spec, [range(i, min(i + 256, end)) for i in range(begin, end, 256)]
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return np.array([self._count(k) for k in self.ranges[i]], np.int64)
+
+    def _count(self, i: int) -> tuple[int, int, int]:
+        try:
+            ids, labels, names, _ = encode_row(self.rows[i], "", self.spec)
+        except UserError:
+            return 0, 0, 0  # making the sample says why
+        return len(ids), len(names), len(labels) - labels.count(IGNORE)
+
+
+def token_counts(rows: Rows | Mixture, spec: SampleSpec, workers: int = 0) -> np.ndarray:
+    """(len(rows), 3) int64: tokens, images and supervised tokens of each row's sample, for Steps. Kept beside the
+    rows' files for this tokenizer, template and limits; the first time all rows are tokenized, by `workers`."""
+    if isinstance(rows, Mixture):
+        return np.concatenate([token_counts(source, spec, workers) for source in rows.sources])
+    what = repr((spec.template, spec.max_tokens, spec.image_tokens, sorted(spec.tokenizer.files.items())))
+    key, made = hashlib.sha256(what.encode()).hexdigest()[:12], []
+    for file, begin, end in zip(rows.files, [0, *rows.ends], rows.ends, strict=False):
+        chunks = Counts(rows, spec, int(begin), int(end))
+        load = DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)), generator=torch.Generator())
+        made.append(kept(file, f"{key}.counts", lambda load=load: np.concatenate(list(load))))
+    return made[0] if len(made) == 1 else np.concatenate(made)
+
+
 # ----------------------------------------------------------------------------------------------------- check
-
-
-def byte_tokenizer() -> templates.Tokenizer:
-    """One token per byte, and every template's eos: lets `check` see a row's structure where no tokenizer is named."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(sorted({t.eos for t in templates.TEMPLATES.values() if t.eos}))
-    files = {"tokenizer.json": tok.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "</s>"}'}
-    return templates.JsonTokenizer(files)
 
 
 def histogram(lengths: list[int], width: int = 40) -> str:
@@ -527,15 +297,22 @@ def check(rows: Rows, spec: SampleSpec) -> int:
 
 def main(argv: list[str]):
     parser = config.parser(__doc__)
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("recipe", nargs="*", help="recipe.toml [section.key=value ...]")
+    parser.add_argument("command", choices=["check", "shard"])
+    parser.add_argument("recipe", nargs="*", help="recipe.toml [section.key=value ...]; for shard: rows, new folder")
     parser.add_argument("--data", help="instead of a recipe: a .json or .jsonl file of rows")
     parser.add_argument("--images", default="", help="folder of the pictures; default: the rows' own")
     parser.add_argument("--tokenizer", default="", help="its folder; without one, tokens are bytes and nothing is cut")
     parser.add_argument("--template", default="phi")
     parser.add_argument("--image-tokens", type=int, default=576)
     parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--size", type=int, default=1000, help="shard: megabytes of a tar file")
     args = parser.parse_args(argv)
+    if args.command == "shard":
+        if len(args.recipe) != 2:
+            parser.error("shard takes rows and a new folder")
+        rows, out = Rows(args.recipe[0], args.images), Path(args.recipe[1])
+        print(f"{out}: {len(rows)} rows in {shard(rows, out, args.size * 10**6)} tar files")
+        return
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
     jobs = []  # (name, rows, spec): all are opened before any is read to the end

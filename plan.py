@@ -196,7 +196,7 @@ def print_stage(name: str, stage: Stage, recipe: Recipe, model: LLaVA):
         print0(f"    on {gpus} of them".ljust(35), *(f"{cell:>10}" for cell in cells))
 
 
-def dry_run(recipe: Recipe, path: Path, set_trainable, made: Path | None = None):
+def dry_run(recipe: Recipe, path: Path, adapt, set_trainable, made: Path | None = None):
     """Print the plan of a recipe; train.py would make `made`. Raises UserError, last, for what is missing or far."""
     print0(f"{path}, dry run")
     with tempfile.TemporaryDirectory() as scratch:
@@ -207,6 +207,7 @@ def dry_run(recipe: Recipe, path: Path, set_trainable, made: Path | None = None)
             local = replace(recipe.model, **{part: str(folder) for part, folder in folders.items()})
             with weights.empty():
                 model = LLaVA(layouts.from_recipe(local, ""))
+                adapt(model, list(recipe.stage.values()))
             sizes = ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in model.named_children())
             print0(f"parameters: {sizes} (without blocks that never run); {model.image_tokens} tokens per image")
             for name, stage in recipe.stage.items():

@@ -8,8 +8,9 @@
     python train.py RECIPE [section.key=value ...] --dry-run      # its files, parameters, steps, memory, hours
     python train.py --help                                        # every field of a recipe
 
-A killed run goes on where it stopped when the same command is given again. What comes out (train.output) is a
-folder that generate.py, evaluate.py and LLaVA.from_pretrained open.
+A killed run goes on where it stopped when the same command is given again, on any number of ranks. SIGTERM or SIGINT
+let it finish the step, save and leave a file PREEMPTED (torchrun allows 30 seconds for that). What comes out
+(train.output) is a folder that generate.py, evaluate.py and LLaVA.from_pretrained open.
 
 One optimizer step is exactly `global_batch` samples. Its loss is the sum over all supervised tokens of the step
 divided by their number, over micro-batches and ranks, so neither of them changes what is computed.
@@ -17,27 +18,29 @@ divided by their number, over micro-batches and ranks, so neither of them change
 
 from __future__ import annotations
 
-import json
 import math
-import resource
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import checkpoints
 import config
+import lora
 import parallel
 import plan
+import watch
 import weights
 import world as demo_world
 from config import Recipe, Stage, Tune, UserError
-from data import Rows, Steps, loader, stage_spec, validation_batches
+from data import Batch, Rows, Steps, loader, stage_spec, validation_batches
 from layers import RMSNorm
 from model import LLaVA
 from parallel import World, print0
-from templates import load_tokenizer
+from templates import IGNORE, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "recipes" / "demo.toml"
@@ -64,8 +67,10 @@ def set_trainable(model: LLaVA, tune: Tune) -> dict[str, list[nn.Parameter]]:
             if part == "llm":
                 module.model.norm.requires_grad_(True)
                 module.lm_head.requires_grad_(True)
+        elif how == "lora":
+            lora.freeze(module)
         elif how != "frozen":
-            raise UserError(f"tune.{part}", f"{how!r} is not a way to tune", "write frozen, full or partial:N")
+            raise UserError(f"tune.{part}", f"{how!r} is not a way to tune", "write frozen, full, lora or partial:N")
     return {part: [p for p in getattr(model, a).parameters() if p.requires_grad] for part, a in PARTS.items()}
 
 
@@ -98,8 +103,10 @@ def schedule(step: int, steps: int, warmup_ratio: float) -> float:
 def update(optimizer: torch.optim.AdamW, stage: Stage, step: int, steps: int) -> float:
     """Clip, set the rates, step, clear. Returns the gradient norm before clipping; not finite = nothing was updated."""
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm).item()
+    total = parallel.gradient_norm(parameters)
+    norm = total.item()
     if math.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(parameters, stage.max_grad_norm, total)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, steps, stage.warmup_ratio)
         optimizer.step()
@@ -116,209 +123,203 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return any(torch.cpu.get_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
 
 
-# --------------------------------------------------------------------------------------------- watching a run
-
-
-class Watch:
-    """The progress line, log.jsonl, and whether every trainable part moves. Only rank 0 prints and writes."""
-
-    def __init__(self, file: Path, name: str, steps: int, trainable: dict[str, list[nn.Parameter]], world: World):
-        self.file, self.name, self.steps, self.world = file, name, steps, world
-        self.trainable = {part: ps for part, ps in trainable.items() if ps}
-        self.start = self.last = time.perf_counter()
-        self.tokens = self.images = self.wait = self.loss = self.count = 0.0
-        self.first: int | None = None
-        self.before = self._probe()
-
-    def _probe(self) -> dict[str, list[Tensor]]:
-        """A few values of every trainable tensor: enough to see whether it moves, at no memory."""
-        return {part: [p.detach().flatten()[:64].clone() for p in ps] for part, ps in self.trainable.items()}
-
-    def write(self, event: str, **values):
-        if self.world.rank == 0:
-            with open(self.file, "a") as f:
-                f.write(json.dumps({"event": event, "stage": self.name, **values}) + "\n")
-
-    def gradient_norms(self) -> dict[str, float]:
-        """Per part, of the gradient that is about to be clipped."""
-        return {
-            part: torch.stack([p.grad.norm() for p in ps if p.grad is not None] or [torch.zeros(())]).norm().item()
-            for part, ps in self.trainable.items()
-        }
-
-    def changes(self) -> dict[str, float]:
-        """Per part, relative change of the probed weights since the stage began."""
-        out = {}
-        for part, now in self._probe().items():
-            pairs = list(zip(now, self.before[part], strict=True))
-            moved = sum((a - b).square().sum().item() for a, b in pairs)
-            out[part] = math.sqrt(moved / max(1e-30, sum(b.square().sum().item() for _, b in pairs)))
-        return out
-
-    def step(self, step: int, loss: float, tokens: float, images: float, wait: float, log: dict | None):
-        """Count one step; `log` (learning_rate, grad_norm, ...) closes a window with a line."""
-        self.first = step if self.first is None else self.first
-        self.loss, self.count, self.wait = self.loss + loss, self.count + 1, self.wait + wait
-        self.tokens, self.images = self.tokens + tokens, self.images + images
-        if log is None:
-            return
-        now = time.perf_counter()
-        seconds, loss = now - self.last, self.loss / self.count
-        eta = (now - self.start) / (step + 1 - self.first) * (self.steps - step - 1)
-        cuda = self.world.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        row = {
-            "step": step + 1, "steps": self.steps, "loss": loss, **log, "tokens_per_s": self.tokens / seconds,
-            "images_per_s": self.images / seconds, "data_wait": self.wait / seconds, "memory_gb": peak / 2**30,
-            "seconds": now - self.start,
-        }  # fmt: skip
-        self.write("step", **row)
-        print0(
-            f"{self.name} {step + 1}/{self.steps}  loss {loss:.4f}  lr {log['learning_rate']:.2e}  "
-            f"|g| {log['grad_norm']:.2f}  {row['tokens_per_s'] / 1000:.1f}k tok/s  {row['images_per_s']:.0f} img/s  "
-            f"data {100 * row['data_wait']:.0f}%  {row['memory_gb']:.1f} GB  eta {int(eta) // 60}:{int(eta) % 60:02d}"
-        )
-        for part, change in log["weight_change"].items():
-            if change == 0 and step > 0 and log["learning_rate"] > 0:
-                print0(f"warning: {self.name}: tune.{part} is trainable but has not moved; is its rate 0?")
-        self.last, self.loss, self.count, self.wait, self.tokens, self.images = now, 0.0, 0.0, 0.0, 0.0, 0.0
-
-
-def forget_after(file: Path, stages: list[str], stage: int, step: int):
-    """Drop the log rows that a resumed run will write again."""
-    if not file.exists():
-        return
-    rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-    def stays(row: dict) -> bool:
-        at = stages.index(row["stage"]) if row["stage"] in stages else len(stages)
-        return at < stage or (at == stage and row.get("step", 0) <= step and row["event"] not in ("start", "end"))
-
-    weights.write_file(file, "".join(line for line in rows if stays(json.loads(line))))
+def round_frozen(model: LLaVA):
+    """Frozen matrices in bfloat16, half the memory: autocast would round them the same way in every forward pass.
+    The checkpoints and the final model take theirs from where they came from, unrounded."""
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    for m in model.modules():
+        if isinstance(m, nn.Linear) and not m.weight.requires_grad and m.weight not in tables:
+            m.weight = nn.Parameter(m.weight.bfloat16(), requires_grad=False)
 
 
 # -------------------------------------------------------------------------------------------------- the loop
 
 
-@torch.no_grad()
-def validate(model: LLaVA, batches, world: World) -> float:
+def validate(module: nn.Module, batches, world: World) -> float:
     """Mean loss over the supervised tokens of all held-out rows."""
     loss = count = 0.0
-    for batch in batches:
-        loss += model.loss(*packed_arguments(batch, world.device)).item()
-        count += batch.supervised
+    with parallel.forward_only(module) as forward:
+        for batch in parallel.together(batches, module, world):
+            loss += forward(*packed_arguments(batch, world.device)).item()
+            count += batch.supervised if batch else 0
     loss, count = parallel.total([loss, count], world)
     return loss / max(1, count)
 
 
-def packed_arguments(batch, device: torch.device) -> tuple:
-    """What LLaVA.loss takes, on the device."""
+def packed_arguments(batch: Batch | None, device: torch.device) -> tuple:
+    """What LLaVA.loss takes, on the device. None, where other ranks have a batch: one token that teaches nothing."""
+    if batch is None:
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        return zero, zero + IGNORE, zero, torch.tensor([0, 1], dtype=torch.int32, device=device), 1, None
     b = batch.to(device)
     return b.input_ids, b.labels, b.positions, b.cu_seqlens, b.max_seqlen, b.images
 
 
-def train_stage(model: LLaVA, name: str, index: int, recipe: Recipe, world: World, start: int, moments: dict):
-    """One pass of the loop: stage `name` from optimizer step `start`, with AdamW's `moments` if it is a resumed one."""
-    stage, run = recipe.stage[name], recipe.train
+def refuse(part, losses: list[Tensor], steps: Steps, where: str, world: World):
+    """Stop all ranks with the rows whose loss is not finite, or all of the step if only a gradient is not."""
+    bad = [b.rows for b, loss in zip(part.batches, losses, strict=False) if not loss.isfinite()]
+    named = parallel.collect(sorted(r for rows in bad for r in rows), world)
+    named = named or parallel.collect(sorted(r for b in part.batches for r in b.rows), world)
+    rows = ", ".join(steps.rows.where(r) for r in named[:16]) + f" and {len(named) - 16} more" * (len(named) > 16)
+    raise UserError(rows, where, "lower the learning rate or mend these rows; the last checkpoint is good")
+
+
+def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: int, tensors: dict) -> bool:
+    """One pass of the loop: a stage from optimizer step `start`. `tensors` of the checkpoint that `model` comes from
+    hold AdamW's moments if it is a resumed one. Saves what the next stage begins with; False: preempted."""
+    name, run = list(recipe.stage)[index], recipe.train
+    stage, output = recipe.stage[name], Path(run.output)
     spec = stage_spec(recipe.model, stage)
     steps = Steps(Rows(stage.data, stage.images), spec, stage, run, world.rank, world.size)
     held_out = stage.validation and Rows(stage.validation, stage.images)
-    trainable = set_trainable(model, stage.tune)
+    set_trainable(model, stage.tune)
+    if world.rank == 0:
+        check_room(model, recipe, output / "checkpoints")
+    bf16, cuda = use_bf16(run.precision, world.device), world.device.type == "cuda"
+    if bf16:
+        round_frozen(model)
+    model.to(world.device)
+    share = peak_share(model, stage, steps.rows, world)
+    mode = parallel.choose(run.parallel, model, world)
+    module = parallel.wrap(model, world, mode)
+    trainable = {part: [p for p in getattr(model, a).parameters() if p.requires_grad] for part, a in PARTS.items()}
     optimizer = make_optimizer(model, stage)
-    restore_moments(optimizer, model, moments, start)
-    module = parallel.wrap(model, world)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=use_bf16(run.precision, world.device))
-    watch = Watch(Path(run.output) / "log.jsonl", name, len(steps), trainable, world)
-    announce(watch, model, start, len(steps), steps)
-    cuda = world.device.type == "cuda"
+    restore_moments(optimizer, model, tensors, start)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
+    log = watch.Watch(output / "log.jsonl", name, len(steps), trainable, world, share)
+    if world.rank == 0:
+        log.record = watch.recorder(run.log, output, recipe)
+    announce(log, model, start, steps, mode, world)
+    parallel.heed_signals()
 
     for step, (part, wait) in enumerate(loader(steps, start, run.workers, cuda), start):
-        torch.manual_seed(hash((run.seed, index, step, world.rank)))  # dropout etc. is a function of the position
+        torch.manual_seed(hash((run.seed, index, step, world.rank)))  # dropout is a function of the position
         counts = [sum(b.supervised for b in part.batches), sum(len(b.input_ids) for b in part.batches),
                   sum(0 if b.images is None else len(b.images) for b in part.batches)]  # fmt: skip
         supervised, tokens, images = parallel.total(counts, world)
-        loss = torch.zeros((), device=world.device)
-        for i, batch in enumerate(part.batches):
-            with parallel.accumulate(module, last=i == len(part.batches) - 1), autocast:
-                part_loss = module(*packed_arguments(batch, world.device)) / supervised
-                (part_loss * world.size).backward()  # DDP divides by the ranks
-            loss += part_loss.detach()
-        logs = (step + 1) % run.log_every == 0 or step + 1 == len(steps)
-        norms = watch.gradient_norms() if logs else {}
-        norm = update(optimizer, stage, step, len(steps))
-        (loss,) = parallel.total([loss.item()], world)
+        losses = []
+        for i, batch in enumerate(parallel.together(part.batches, module, world)):
+            with parallel.accumulate(module, last=i + 1 == len(part.batches)), autocast:
+                loss = module(*packed_arguments(batch, world.device)) / supervised
+                (loss * world.size).backward()  # DDP and FSDP divide by the ranks
+            losses.append(loss.detach())
+        loss, stop = parallel.total([sum(losses).item(), len(parallel.asked())], world)
+        last = step + 1 == len(steps)
+        logs = last or (step + 1) % run.log_every == 0
+        norms = log.gradient_norms() if logs else {}
+        norm = update(optimizer, stage, step, len(steps)) if math.isfinite(loss) else loss
         if not math.isfinite(norm):
-            rows = sorted(r for b in part.batches for r in b.rows)
-            what = f"loss {loss} and gradient norm {norm} at {name} step {step + 1}"
-            fix = "lower the learning rate or look at these rows; the last checkpoint is good"
-            raise UserError(f"{stage.data}:rows {rows}", what, fix)
+            what = f"loss {loss}, gradient norm {norm} at {name} step {step + 1}: nothing was updated"
+            refuse(part, losses, steps, what, world)
         for message in part.skipped:
-            watch.write("skipped", step=step + 1, row=message)
+            log.write("skipped", step=step + 1, row=message)
             print(f"skipped {message}", flush=True)
         rate = optimizer.param_groups[0]["lr"]
-        watch.step(step, loss, tokens, images, wait, logs and {
-            "learning_rate": rate, "grad_norm": norm, "grad_norms": norms, "weight_change": watch.changes(),
+        log.step(step, loss, tokens, images, wait, logs and {
+            "learning_rate": rate, "grad_norm": norm, "grad_norms": norms, "weight_change": log.changes(),
             "cut_tokens": sum(n for _, n in part.cut)} or None)  # fmt: skip
-        if held_out and ((step + 1) % stage.validation_every == 0 or step + 1 == len(steps)):
+        value = None
+        if held_out and ((step + 1) % stage.validation_every == 0 or last):
+            batches = validation_batches(held_out, spec, stage, run, world.rank, world.size, print)
             with autocast:
-                batches = validation_batches(held_out, spec, stage, run, world.rank, world.size, print)
-                value = validate(model, batches, world)
-            watch.write("validation", step=step + 1, loss=value)
-            print0(f"{name} {step + 1}/{len(steps)}  validation loss {value:.4f}")
-        if (step + 1) % run.save_every == 0 and step + 1 < len(steps):
-            save_checkpoint(model, recipe, index, step + 1, optimizer, world)
-    watch.write("end", seconds=time.perf_counter() - watch.start)
+                value = validate(module, batches, world)
+            log.validation(step + 1, value)
+        if last or stop or (step + 1) % run.save_every == 0 or (run.keep_best and value is not None):
+            state = {"stage": index + last, "step": 0 if last else step + 1, "trained": name, "validation": value}
+            copies = snapshot(model, tensors, None if last else optimizer, world)
+            if world.rank == 0:
+                checkpoints.save(output / "checkpoints", run.keep, copies, state, name * run.keep_best)
+        if stop and not last:
+            why = ", ".join(parallel.asked()) or "another rank was told to"
+            print0(f"{name} {step + 1}/{len(steps)}  stops: {why}")
+            return False
+    log.write("end", seconds=time.perf_counter() - log.start)
+    return True
 
 
 # ---------------------------------------------------------------------------------------- before and after it
 
 
-def announce(watch: Watch, model: LLaVA, start: int, steps: int, data: Steps):
+def announce(log: watch.Watch, model: LLaVA, start: int, steps: Steps, mode: str, world: World):
     parameters = {part: sum(p.numel() for p in getattr(model, a).parameters()) for part, a in PARTS.items()}
-    trainable = {part: sum(p.numel() for p in ps) for part, ps in watch.trainable.items()}
-    watch.write("start", step=start, steps=steps, rows=len(data.rows), parameters=parameters, trainable=trainable)
+    trainable = {part: sum(p.numel() for p in ps) for part, ps in log.trainable.items()}
+    rows, ranks = len(steps.rows), f"; {mode} on {world.size} ranks" * (world.size > 1)
+    log.write("start", step=start, steps=len(steps), rows=rows, parameters=parameters, trainable=trainable)
     shares = ", ".join(
         f"{part} {n / 1e6:.2f}M{'' if trainable.get(part) else ' (frozen)'}" for part, n in parameters.items()
     )
-    print0(f"{watch.name}: {len(data.rows)} rows, {steps} steps, {model.image_tokens} tokens per image; {shares}")
+    print0(f"{log.name}: {rows} rows, {len(steps)} steps, {model.image_tokens} tokens per image; {shares}{ranks}")
 
 
-def trained_tensors(model: LLaVA, recipe: Recipe, upto: int) -> dict[str, Tensor]:
-    """Every parameter that a stage up to this one trains; the others come from the recipe's own sources."""
-    names = {}
-    for stage in list(recipe.stage.values())[: upto + 1]:
-        set_trainable(model, stage.tune)
-        names |= {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    return names
+def peak_share(model: LLaVA, stage: Stage, rows: Rows, world: World) -> float:
+    """Of all GPUs' peak, what one token per second takes by plan.py's count, recomputation left out; 0 = unknown."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    peaks = [peak for gpu, (_, peak) in plan.GPUS.items() if gpu.split("-")[0] in name]
+    if not peaks:
+        return 0.0
+    row = plan.mean_row(rows, stage.template)
+    tokens = min(row[0] * model.image_tokens + row[1], stage.max_tokens)
+    return plan.estimate(model, stage, row, recompute=False)[1] / tokens / peaks[0] / world.size
 
 
-def save_checkpoint(model: LLaVA, recipe: Recipe, stage: int, step: int, optimizer, world: World):
-    """Weights, AdamW's moments and the position: enough to go on as if nothing had happened."""
-    if world.rank == 0:
-        wanted = {p: p.requires_grad for p in model.parameters()}
-        state = {f"weight.{n}": p for n, p in trained_tensors(model, recipe, stage).items()}
-        for p, flag in wanted.items():
-            p.requires_grad_(flag)
-        if optimizer:
-            for name, p in model.named_parameters():
-                if p in optimizer.state:
-                    state[f"exp_avg.{name}"] = optimizer.state[p]["exp_avg"]
-                    state[f"exp_avg_sq.{name}"] = optimizer.state[p]["exp_avg_sq"]
-        folder = Path(recipe.train.output) / "checkpoints"
-        parallel.save_checkpoint(
-            folder, f"{stage:02d}-{step:08d}", state, {"stage": stage, "step": step}, recipe.train.keep
-        )
-    parallel.barrier(world)
+def build(recipe: Recipe, tensors: dict[str, Tensor]) -> LLaVA:
+    """The recipe's own parts, and over them the trained weights of a checkpoint. UserError if they do not fit."""
+    model = LLaVA.from_parts(recipe.model, list(recipe.stage.values())[-1].template, recipe.train.seed)
+    model.language_model.model.gradient_checkpointing = recipe.train.gradient_checkpointing
+    model.vision_tower.gradient_checkpointing = recipe.train.gradient_checkpointing
+    lora.adapt(model, list(recipe.stage.values()), PARTS)
+    own = dict(model.named_parameters())
+    for key, t in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "weight":
+            if name not in own or own[name].shape != t.shape:
+                raise UserError(f"checkpoint:{name}", f"{[*t.shape]} has no place in this model", "give its own recipe")
+            own[name].data.copy_(t)
+    return model
+
+
+def snapshot(model: LLaVA, tensors: dict[str, Tensor], optimizer, world: World) -> dict[str, Tensor]:
+    """Every weight trained so far, and AdamW's moments: copies on rank 0's CPU. Weights that only an earlier stage
+    trained are those of its checkpoint, as read."""
+    out = {k: v for k, v in tensors.items() if k.startswith("weight.")}
+    for name, p in model.named_parameters():
+        named = {"weight": p} if p.requires_grad else {}
+        if optimizer and p in optimizer.state:
+            named |= {k: optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+        for kind, t in named.items():
+            t = parallel.whole(t.detach())
+            if world.rank == 0:
+                out[f"{kind}.{name}"] = t.to("cpu", copy=True)
+    return out
 
 
 def restore_moments(optimizer: torch.optim.AdamW, model: LLaVA, moments: dict[str, Tensor], step: int):
     for name, p in model.named_parameters():
         if f"exp_avg.{name}" in moments:
-            optimizer.state[p] = {
-                "step": torch.tensor(float(step), device=p.device),
-                "exp_avg": moments[f"exp_avg.{name}"],
-                "exp_avg_sq": moments[f"exp_avg_sq.{name}"],
-            }
+            both = {k: parallel.like(moments[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **both}
+
+
+def check_room(model: LLaVA, recipe: Recipe, folder: Path):
+    """Raise UserError unless the disk takes this stage's checkpoints and the final model."""
+    run, sizes = recipe.train, [(p.numel(), p.requires_grad) for p in model.parameters()]
+    one = sum(n * 12 for n, trains in sizes if trains)
+    more = max(1, run.keep + 1 + run.keep_best - len(checkpoints.listed(folder)))  # one while it is being written
+    checkpoints.need_room(folder.parent, one * more + 4 * sum(n for n, _ in sizes), f"{more} checkpoints and the model")
+
+
+def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
+    """The finished model with all that belongs to it; config.json, written last, says that it is finished."""
+    folder, c = output / "checkpoints", recipe.model
+    tokenizer = load_tokenizer(weights.resolve(c.tokenizer or c.llm, small=True))
+    with checkpoints.writing(output):
+        if recipe.train.keep_best and (best := checkpoints.best(folder, list(recipe.stage)[-1])):
+            tokenizer.save(output / "best")
+            lora.finish(build(recipe, checkpoints.read(best)[0]), output / "best", c.llm).save(output / "best")
+        tokenizer.save(output)
+        watch.finish(output, recipe)
+        lora.finish(build(recipe, tensors), output, c.llm).save(output)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_output(recipe: Recipe, world: World) -> bool:
@@ -347,8 +348,8 @@ def main(argv: list[str]):
     recipe, path = config.load([a for a in argv if a != "--dry-run"], DEMO)
     made = Path(next(iter(recipe.stage.values())).data).parent if path.resolve() == DEMO else None
     if "--dry-run" in argv:
-        return plan.dry_run(recipe, path, set_trainable, made)
-    run = recipe.train
+        return plan.dry_run(recipe, path, partial(lora.adapt, parts=PARTS), set_trainable, made)
+    run, stages, output = recipe.train, list(recipe.stage), Path(recipe.train.output)
     world = parallel.setup(run.device)
     if made and world.rank == 0 and not made.exists():
         demo_world.write(made)
@@ -357,39 +358,39 @@ def main(argv: list[str]):
         for file in filter(None, (stage.data, stage.validation)):
             if not Path(file).is_file():
                 raise UserError(f"{path}:stage.{name}", f"no such file {file}", "correct data or validation")
+    if run.keep < 1 or (run.keep_best and not recipe.stage[stages[-1]].validation):
+        raise UserError(f"{path}:train", "keep is at least 1, and keep_best needs a last stage with validation",
+                        "correct keep, or write stage.NAME.validation")  # fmt: skip
+    claimed = checkpoints.lock(output) if world.rank == 0 else None
     if not open_output(recipe, world):
         print0(f"{run.output} is finished: this recipe's model is there; set train.output for another run")
         return
-    output, stages = Path(run.output), list(recipe.stage)
-    model = LLaVA.from_parts(recipe.model, recipe.stage[stages[-1]].template, run.seed)
-    model.language_model.model.gradient_checkpointing = run.gradient_checkpointing
-    model.vision_tower.gradient_checkpointing = run.gradient_checkpointing
-    moments, first, start = {}, 0, 0
-    if resumed := parallel.newest_checkpoint(output / "checkpoints", torch.device("cpu")):
-        tensors, state = resumed
-        first, start = state["stage"], state["step"]
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if f"weight.{name}" in tensors:
-                    p.copy_(tensors.pop(f"weight.{name}"))
-        moments = {k: v.to(world.device) for k, v in tensors.items()}
-        print0(f"resumed: {first} of {len(stages)} stages done, {start} steps of the next")
-    model.to(world.device)
+    folder, explicit = output / "checkpoints", run.resume
+    while True:  # a stage begins with what a restart would begin with
+        chosen = parallel.share(checkpoints.pick(folder, explicit) if world.rank == 0 else None, world)
+        tensors, state = checkpoints.read(chosen) if chosen else ({}, {"stage": 0, "step": 0})
+        index, start = state["stage"], state["step"]
+        if chosen and explicit is not None:
+            print0(f"resumed: {index} of {len(stages)} stages done, {start} steps of the next")
+        if world.rank == 0:
+            watch.forget_after(output / "log.jsonl", stages, index, start)
+            (output / "PREEMPTED").unlink(missing_ok=True)
+        if index == len(stages):
+            break
+        explicit = None
+        if not train_stage(build(recipe, tensors), index, recipe, world, start, tensors):
+            if world.rank == 0:
+                weights.write_file(output / "PREEMPTED", "the same command goes on from here\n")
+            print0(f"preempted: saved in {folder}; the same command goes on from there")
+            return
+        parallel.barrier(world)
     if world.rank == 0:
-        forget_after(output / "log.jsonl", stages, first, start)
-    for index in range(first, len(stages)):
-        train_stage(model, stages[index], index, recipe, world, start, moments)
-        save_checkpoint(model, recipe, index + 1, 0, None, world)
-        moments, start = {}, 0
-    if world.rank == 0:
-        load_tokenizer(weights.resolve(recipe.model.tokenizer or recipe.model.llm, small=True)).save(output)
-        model.save(output)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        export(recipe, tensors, output)
+    parallel.barrier(world)
     print0(f'done: {output}   try: python generate.py --model {output} --image FILE --prompt "..."')
+    del claimed  # held until here
 
 
 if __name__ == "__main__":
-    try:
+    with parallel.last_word():
         config.cli(main, __doc__, fields_help=True)
-    finally:
-        parallel.shutdown()

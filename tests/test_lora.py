@@ -1,0 +1,630 @@
+"""Adapters against PEFT, quantized linears against their dequantized products, and what is saved and loaded again."""
+
+import copy
+import dataclasses
+import json
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run
+from safetensors.torch import save_file
+from test_families import CONFIGS, SIZES
+from test_train import RECIPE
+
+import config
+import export
+import layouts
+import lora
+import weights
+import world
+from config import LoRA, UserError
+from connectors import build_connector
+from encoders import build_encoder, vision_config
+from kernels import int8, nf4
+from kernels.lora import keep_mask
+from layouts import LLaVAConfig
+from model import FAMILIES, LanguageModel, LLaVA
+
+PLAIN = LoRA(r=4, alpha=6.0, dropout=0.0)
+KINDS = {
+    "lora": PLAIN,
+    "rslora": dataclasses.replace(PLAIN, rslora=True),
+    "dora": dataclasses.replace(PLAIN, dora=True),
+}
+IDS = torch.randint(1, 131, (2, 11), generator=torch.Generator().manual_seed(2))
+LLAMA = {"model_type": "llama", **SIZES, "num_attention_heads": 6, "num_key_value_heads": 2}
+OPENELM = {
+    "model_type": "openelm", "vocab_size": 131, "model_dim": 64, "head_dim": 16, "ffn_dim_divisor": 16,
+    "ffn_multipliers": [1.0, 1.5], "num_query_heads": [4, 6], "num_kv_heads": [2, 3], "rope_freq_constant": 10000,
+    "normalize_qk_projections": True, "share_input_output_layers": True,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def filled(module, seed: int = 0):
+    """All that trains random, so that no adapter is zero, no norm one, no magnitude that of the weight."""
+    g = torch.Generator().manual_seed(seed)
+    for p in (p for p in module.parameters() if p.requires_grad):
+        p.copy_(
+            p + 0.2 * torch.randn(p.shape, generator=g) if p.dim() == 1 else 0.1 * torch.randn(p.shape, generator=g)
+        )
+    return module
+
+
+def small(hf=LLAMA, seed=0):
+    torch.manual_seed(seed)
+    lm = LanguageModel.from_hf(hf)
+    return filled(lm).requires_grad_(False)
+
+
+def adapted(hf=LLAMA, options=PLAIN):
+    lm = small(hf)
+    lora.apply(lm, options)
+    return filled(lm, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- PEFT
+
+
+def oracle(model, options, **more):
+    """A copy of `model` with PEFT's adapters, all random."""
+    peft = pytest.importorskip("peft", reason="the oracle is a development dependency: pip install .[dev]")
+    config = {"r": options.r, "lora_alpha": options.alpha, "use_rslora": options.rslora, "use_dora": options.dora}
+    config |= {"target_modules": "all-linear", **more}
+    return filled(peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)), 3)
+
+
+@pytest.fixture(scope="module", params=[k for k in FAMILIES if k != "openelm"])
+def family(request, tmp_path_factory):
+    """A random model of transformers and the folder that ours is loaded from."""
+    transformers = pytest.importorskip("transformers")
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | CONFIGS[kind][1] | {"num_hidden_layers": 2}))
+    model = filled(transformers.AutoModelForCausalLM.from_config(config).eval())
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def compare(ours, want, got, theirs, table=(), close=1e-5):
+    """Outputs, and the gradients of all adapters; `table` has PEFT's names and ours."""
+    assert (got - want).abs().max() <= close * want.abs().max()
+    want.square().mean().backward()
+    got.square().mean().backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            module, _, kind = name.rpartition(".")
+            path = weights.rename(f"{module}.weight", weights.reverse(table)).removesuffix(".weight")
+            grad = grads.pop(f"base_model.model.{path}.{kind}.default.weight", None)
+            grad = grads.pop(f"base_model.model.{path}.{kind}.default", None) if grad is None else grad
+            assert (p.grad - grad).norm() <= close * grad.norm() and grad.norm() > 0, name
+    assert not grads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_every_gradient_equal_peft(family, kind, tmp_path):
+    theirs, ours = oracle(family[0], KINDS[kind]), LanguageModel.from_pretrained(family[1])
+    theirs.save_pretrained(tmp_path)
+    linears = lora.targets(ours)
+    assert lora.load_adapter(tmp_path, ours) == linears  # every one but the head
+    want, got = theirs(IDS).logits, ours(IDS)
+    compare(ours, want, got, theirs, ours.rename)
+    with theirs.disable_adapter(), torch.no_grad():
+        assert (want - theirs(IDS).logits).abs().max() > 0.1 * want.std()  # the adapters matter
+    lora.merge(ours)
+    assert not lora.adapters(ours) and (ours(IDS) - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def ours_of(name):
+    if name == "openelm":
+        return small(OPENELM), IDS
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    if name == "vision":
+        hf = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "patch_size": 16, "image_size": 32}  # fmt: skip
+        return filled(build_encoder(vision_config(hf))), pixels
+    options = {"num_queries": 4, "num_resampler_layers": 1} if name == "resampler" else {}
+    return filled(build_connector(name, 32, 24, **options)), pixels.view(2, -1, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["openelm", "vision", "mlp2x_gelu", "resampler"])
+def test_every_part_equals_peft(name, kind, tmp_path):
+    """PEFT puts its adapters on our own modules, so that names are ours on both sides."""
+    ours, x = ours_of(name)
+    patterns = "model.**" if name == "openelm" else ""
+    theirs = oracle(ours, KINDS[kind], target_modules=lora.targets(ours, patterns))
+    theirs.save_pretrained(tmp_path)
+    lora.load_adapter(tmp_path, ours)
+    compare(ours, theirs(x), ours(x), theirs)
+
+
+def kind_of(family):
+    """One of the three; every one has its turn."""
+    return list(KINDS.values())[list(CONFIGS).index(family[0].config.model_type) % 3]
+
+
+def test_patterns_and_modules_to_save_of_a_peft_file(family, tmp_path):
+    names = [f"model.layers.1.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj")]
+    final = "final_layernorm" if family[0].config.model_type == "phi" else "norm"
+    more = {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {names[0]: 2}, "alpha_pattern": {r"1.*k_proj": 3},
+            "modules_to_save": [f"model.{final}"]}  # fmt: skip
+    theirs, ours = oracle(family[0], kind_of(family), **more), LanguageModel.from_pretrained(family[1])
+    theirs.save_pretrained(tmp_path)
+    lora.load_adapter(tmp_path, ours)
+    want = theirs(IDS).logits
+    assert (ours(IDS) - want).abs().max() <= 1e-5 * want.abs().max()
+    scales = {name: (a.options.r, a.options.alpha) for name, a in lora.adapters(ours).items()}
+    assert scales[names[0]] == (2, 6.0) and scales[names[1]] == (4, 3)
+    assert scales["model.layers.0.self_attn.q_proj"] == (4, 6.0)
+    trained = {name.rpartition(".")[0] for name, p in ours.named_parameters() if p.requires_grad}
+    assert trained == {*scales, "model.norm"}
+
+
+def test_our_files_load_in_peft(family, tmp_path):
+    """Adapters of two ranks and a trained norm: the same logits there, and here again."""
+    peft = pytest.importorskip("peft")
+    ours, kind = LanguageModel.from_pretrained(family[1]), kind_of(family)
+    lora.apply(ours, dataclasses.replace(kind, targets="q_proj"))
+    lora.apply(ours, dataclasses.replace(kind, targets="layers.1.**.v_proj", r=3, alpha=5.0))
+    ours.model.norm.requires_grad_(True)
+    lora.save_adapter(tmp_path, filled(ours, 5))
+    base = copy.deepcopy(family[0])
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    want = ours(IDS)
+    with torch.no_grad():
+        assert (theirs(IDS).logits - want).abs().max() <= 1e-5 * want.abs().max()
+        with theirs.disable_adapter():  # what is in modules_to_save goes too
+            assert torch.equal(theirs(IDS).logits, family[0](IDS).logits)
+        assert (family[0](IDS).logits - want).abs().max() > 0.1 * want.std()
+    again = LanguageModel.from_pretrained(family[1])
+    lora.load_adapter(tmp_path, again)
+    assert torch.equal(again(IDS), want)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in ours.named_parameters() if p.requires_grad
+    }
+
+
+def test_a_llava_and_hugging_faces_exchange_adapters(tmp_path):
+    """The language model adapted, the connector trained in full: the LLaVA recipe, in Hugging Face's names."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    ours = llava("mlp2x_gelu")
+    state, files = export.hf_llava(ours, None, 5)
+    export.write(tmp_path / "model", state, files)
+    lora.apply(ours, PLAIN, ["language_model"])
+    ours.vision_tower.requires_grad_(False)
+    filled(ours, 2)
+    lora.save_adapter(tmp_path, ours, layouts.LAYOUTS["llava"].table[2:])
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[5, 9, -200, 17, 30]])
+    token = theirs.base_model.model.config.image_token_id
+    spread = torch.tensor([[5, 9, *[token] * ours.image_tokens, 17, 30]])
+    with torch.no_grad():
+        want = ours(ids, pixels).logits
+        got = theirs(input_ids=spread, pixel_values=pixels, attention_mask=torch.ones_like(spread)).logits
+    assert (got[..., : want.size(-1)] - want).abs().max() <= 1e-4 * want.abs().max()
+    again = LLaVA.from_pretrained(tmp_path / "model")
+    lora.load_adapter(tmp_path, again, layouts.LAYOUTS["llava"].table)
+    assert (again(ids, pixels).logits[..., : want.size(-1)] - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def llava(connector: str):
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "patch_size": 16, "image_size": 32}  # fmt: skip
+    torch.manual_seed(0)
+    return filled(LLaVA(LLaVAConfig(LLAMA, vision, {}, connector)))
+
+
+# ------------------------------------------------------------------------------------------------- PEFT's files
+
+
+def write_adapter(folder, tensors, **config):
+    known = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "lora_dropout": 0.1, "use_rslora": False}
+    (folder / "adapter_config.json").write_text(json.dumps(known | config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def pair(path, rows, width, r=4):
+    g = torch.Generator().manual_seed(0)
+    return {f"base_model.model.{path}.lora_A.weight": torch.randn(r, width, generator=g),
+            f"base_model.model.{path}.lora_B.weight": torch.randn(rows, r, generator=g)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_openelms_fused_linear_becomes_one_of_each(dora, tmp_path):
+    lm = small(OPENELM)
+    tensors = pair("transformer.layers.1.attn.qkv_proj", 12 * 16, 64)
+    if dora:
+        magnitude = torch.rand(12 * 16, generator=torch.Generator().manual_seed(1)) + 0.5
+        tensors["base_model.model.transformer.layers.1.attn.qkv_proj.lora_magnitude_vector"] = magnitude
+    A, B = list(tensors.values())[:2]
+    attention = lm.model.layers[1].self_attn
+    fused = torch.cat([getattr(attention, f"{x}_proj").weight for x in "qkv"]) + 6 / 4 * B @ A
+    if dora:
+        fused *= (magnitude / fused.norm(dim=1))[:, None]
+    names = lora.load_adapter(write_adapter(tmp_path, tensors, use_dora=dora), lm)
+    assert names == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
+    lora.merge(lm)
+    merged = torch.cat([getattr(lm.model.layers[1].self_attn, f"{x}_proj").weight for x in "qkv"])
+    assert (merged - fused).abs().max() <= 1e-5
+
+
+def test_an_adapter_of_tinyllava_factory(tmp_path):
+    model, name = llava("mlp2x_gelu"), "language_model.model.layers.1.mlp.up_proj"
+    folder = write_adapter(tmp_path, pair(name, 94, 60))
+    assert lora.load_adapter(folder, model, layouts.LAYOUTS["tinyllava"].table) == [name]
+
+
+def test_what_peft_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(UserError, match="0 kinds"):
+        lora.save_adapter(tmp_path, small())
+    with pytest.raises(UserError, match="qkv_proj.weight: PEFT has no twin"):
+        lora.save_adapter(tmp_path, adapted(OPENELM))
+    lm = adapted(LLAMA | {"tie_word_embeddings": True})
+    lm.lm_head.requires_grad_(True)
+    with pytest.raises(UserError, match="tied to the head"):
+        lora.save_adapter(tmp_path, lm)
+    lm = small()
+    lora.apply(lm, dataclasses.replace(PLAIN, targets="q_proj"))
+    lora.apply(lm, dataclasses.replace(PLAIN, targets="v_proj", dora=True))
+    with pytest.raises(UserError, match="2 kinds"):
+        lora.save_adapter(tmp_path, lm)
+    assert not list(tmp_path.iterdir())
+
+
+Q = "model.layers.0.self_attn.q_proj"
+GOOD = pair(Q, 60, 60)
+
+
+@pytest.mark.parametrize(
+    "tensors, config, message",
+    [
+        (GOOD, {"peft_type": "LOHA"}, "peft_type: 'LOHA'"),
+        (GOOD, {"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
+        (GOOD, {"bias": "lora_only"}, "bias: 'lora_only'"),
+        (GOOD, {"use_qalora": True}, "use_qalora: True"),
+        (GOOD, {"use_dora": True}, r"shapes .*\[0\]\], the model needs .*\[60\]\]"),
+        (pair(Q, 61, 60), {}, r"needs \[\[4, 60\], \[60, 4\]"),
+        (pair(Q, 60, 60) | {f"base_model.model.{Q}.lora_B.weight": torch.ones(60, 3)}, {}, "needs"),
+        ({f"base_model.model.{Q}.lora_A.weight": torch.ones(4, 60)}, {}, "needs"),
+        (GOOD | {f"base_model.model.{Q}.lora_B.bias": torch.ones(60)}, {}, "lora_B.bias: the model has no place"),
+        (pair("model.layers.9.self_attn.q_proj", 60, 60), {}, "layers.9.*: the model has no place"),
+        (pair("lm_head", 131, 60), {}, "lm_head.*: the model has no place"),
+        (GOOD | {"base_model.model.model.norm.weight": torch.ones(61)}, {}, r"shape \[61\], the model has \[60\]"),
+    ],
+)
+def test_an_adapter_that_is_not_this_models_is_refused(tensors, config, message, tmp_path):
+    lm = small()
+    with pytest.raises(UserError, match=message):
+        lora.load_adapter(write_adapter(tmp_path, tensors, **config), lm)
+    assert not lora.adapters(lm)
+
+
+def test_a_tied_head_that_was_saved_apart_is_refused(tmp_path):
+    lm = small(LLAMA | {"tie_word_embeddings": True})
+    folder = write_adapter(tmp_path, GOOD | {"base_model.model.lm_head.weight": torch.ones(131, 60)})
+    with pytest.raises(UserError, match="lm_head.weight: the model has no place"):
+        lora.load_adapter(folder, lm)
+
+
+def test_a_damaged_adapter_file(tmp_path):
+    folder = write_adapter(tmp_path, GOOD)
+    (folder / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="Git LFS"):
+        lora.load_adapter(folder, small())
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        lora.load_adapter(folder, small())
+
+
+# -------------------------------------------------------------------------------------------- the module itself
+
+
+def test_an_adapter_changes_nothing_at_first_and_starts_as_pefts():
+    base, x = torch.nn.Linear(300, 40), torch.randn(5, 300)
+    for kind in (lora.LoRALinear, lora.DoRALinear):
+        torch.manual_seed(1)
+        module = kind(base, LoRA(r=16)).eval()
+        assert (module(x) - base(x)).abs().max() <= 1e-5 and not module.lora_B.any()
+        torch.manual_seed(1)
+        assert torch.equal(module.lora_A, torch.nn.init.kaiming_uniform_(torch.empty(16, 300), a=5**0.5))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_is_one_mask_per_call(dora):
+    torch.manual_seed(0)
+    make = lora.DoRALinear if dora else lora.LoRALinear
+    m = filled(make(torch.nn.Linear(40, 30), LoRA(r=4, alpha=6.0, dropout=0.3)), 1)
+    m.base_layer.requires_grad_(False)
+    x = torch.randn(7, 40)
+    torch.manual_seed(5)
+    got, other = m(x), m(x)
+    torch.manual_seed(5)
+    seed = torch.randint(2**62, (1,))[0]
+    W, (A, B) = m.base_layer.weight, (m.lora_A, m.lora_B)
+    norm = m.lora_magnitude_vector / (W + 1.5 * B @ A).norm(dim=1) if dora else 1
+    want = norm * (x @ W.T + 1.5 * (x * keep_mask(seed, 7, 40, 0.3) / 0.7) @ A.T @ B.T) + m.base_layer.bias
+    assert (got - want).abs().max() <= 1e-5 and not torch.equal(got, other)
+    state = torch.get_rng_state()
+    plain = norm * (x @ W.T + 1.5 * x @ A.T @ B.T) + m.base_layer.bias
+    assert (m.eval()(x) - plain).abs().max() <= 1e-5
+    assert (m.train().requires_grad_(False)(x) - plain).abs().max() <= 1e-5  # nothing to regularise
+    assert torch.equal(torch.get_rng_state(), state)  # and nothing drawn
+
+
+def test_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    m = filled(lora.LoRALinear(torch.nn.Linear(64, 8), LoRA(r=4, alpha=4.0, dropout=0.3)), 1)
+    x, plain = torch.randn(1, 64), m.eval()(torch.zeros(1, 64))
+    with torch.no_grad():
+        plain = m(x)
+        many = torch.cat([m.train()(x) for _ in range(2000)])
+    error = (many.mean(0) - plain[0]) / (many.std(0) / 2000**0.5)
+    assert error.abs().max() < 4.5 and many.std(0).min() > 0.05
+
+
+def test_gradient_checkpointing_draws_the_same_masks():
+    grads = []
+    for recompute in (False, True):
+        lm = adapted(options=dataclasses.replace(PLAIN, dropout=0.2))
+        lm.model.gradient_checkpointing = recompute
+        torch.manual_seed(3)
+        lm.train()(IDS).square().mean().backward()
+        grads.append({n: p.grad for n, p in lm.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0]) and len(grads[0]) == 42
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_and_with_bf16_weights(kind):
+    lm = adapted(options=KINDS[kind])
+    want = lm(IDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = lm(IDS)
+        got.float().square().mean().backward()
+    assert 0 < ((got - want).norm() / want.norm()) <= 3e-2
+    assert {p.grad.dtype for p in lm.parameters() if p.requires_grad} == {torch.float32}
+    for p in lm.parameters():
+        p.data = p.data if p.requires_grad else p.data.bfloat16()
+    assert ((lm(IDS) - want).norm() / want.norm()) <= 3e-2
+    lora.merge(lm)
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
+
+
+def test_doras_norm_is_not_rounded_by_autocast():
+    torch.manual_seed(0)
+    m, x = (
+        filled(lora.DoRALinear(torch.nn.Linear(64, 32, bias=False), LoRA(r=8, alpha=16.0)), 1).eval(),
+        torch.randn(9, 64),
+    )
+    factor = m.lora_magnitude_vector / (m.base_layer.weight + 2 * m.lora_B @ m.lora_A).norm(dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(m(x), m.product(x, None) * factor.bfloat16())
+
+
+# --------------------------------------------------------------------------------------------------- quantized
+
+
+@pytest.mark.parametrize("kind, module", [("nf4", nf4), ("int8", int8)])
+@pytest.mark.parametrize("options", [None, *KINDS.values()], ids=["bare", *KINDS])
+def test_quantized_forward_and_gradients_are_the_dequantized_products(kind, module, options):
+    torch.manual_seed(0)
+    holder = torch.nn.Sequential(torch.nn.Linear(96, 40))
+    q = module.quantize(holder[0].weight)
+    W, b = module.dequantize(q, torch.float32), holder[0].bias.detach().clone()
+    lora.quantize(holder, kind)
+    if options:
+        lora.apply(holder, options)
+        filled(holder, 1)
+    m, x = holder[0], torch.randn(3, 5, 96, requires_grad=True)
+    y = holder(x)
+    (got,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+    plain = torch.nn.Linear(96, 40)
+    with torch.no_grad():
+        plain.weight.copy_(W), plain.bias.copy_(b)
+    trained = [p for p in m.parameters() if p.requires_grad]
+    if options:
+        other = (lora.DoRALinear if options.dora else lora.LoRALinear)(plain, options)
+        other.load_state_dict({k: v for k, v in m.state_dict().items() if "lora" in k}, strict=False)
+        plain = other
+    want = plain(x)
+    assert (y - want).abs().max() <= 1e-5 and len(trained) == (0 if not options else 3 if options.dora else 2)
+    assert (got - torch.autograd.grad(want.square().sum(), x, retain_graph=True)[0]).abs().max() <= 1e-4
+    same = [p for n, p in plain.named_parameters() if "lora" in n]
+    if options:
+        for a, c in zip(torch.autograd.grad(y.square().sum(), trained), torch.autograd.grad(want.square().sum(), same),
+                        strict=True):  # fmt: skip
+            assert (a - c).norm() <= 1e-5 * c.norm() and c.norm() > 0
+    lora.merge(holder, torch.float32)
+    assert type(holder[0]) is torch.nn.Linear and (holder(x) - want).abs().max() <= 1e-5
+
+
+def test_the_kernel_takes_a_linear_without_an_adapter():
+    from kernels.lora import triton_linears
+
+    q, x = nf4.quantize(torch.randn(40, 64)), torch.randn(3, 64, requires_grad=True)
+    (y,) = triton_linears(x, [q], [None], [x.new_empty(0, 64)], [x.new_empty(40, 0)], [0.0], 0.0, None)
+    W = nf4.dequantize(q, torch.float32)
+    assert (y - x @ W.T).abs().max() <= 1e-5
+    assert (torch.autograd.grad(y.sum(), x)[0] - W.sum(0)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind, module", [("nf4", nf4), ("int8", int8)])
+def test_the_state_dict_is_bitsandbytes_and_loads_again(kind, module):
+    lm = small(OPENELM)
+    q, name = module.quantize(lm.model.layers[0].mlp.up_proj.weight), "model.layers.0.mlp.up_proj."
+    lora.quantize(lm, kind)
+    state = lm.state_dict()
+    got = {k.removeprefix(name): t for k, t in state.items() if k.startswith(name)}
+    assert got.keys() == q.state().keys() and all(torch.equal(got[k], t) for k, t in q.state().items())
+    assert state["lm_head.weight"].dtype == torch.float32
+    other = filled(LanguageModel.from_hf(OPENELM), 9)
+    lora.quantize(other, kind)
+    other.load_state_dict(state)
+    assert torch.equal(other(IDS), lm(IDS))
+    del state[f"{name}weight"], state[f"{name}{'weight.absmax' if kind == 'nf4' else 'SCB'}"]
+    state = {k: t for k, t in state.items() if not k.startswith(name)}
+    with pytest.raises(RuntimeError, match=f"{name}weight"):
+        other.load_state_dict(state)
+
+
+class Watched(dict):
+    """A checkpoint that knows how many of its matrices are alive at once."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.alive, self.most = weakref.WeakSet(), 0
+
+    def __getitem__(self, key):
+        assert key != "other"  # another part's
+        tensor = super().__getitem__(key).clone()
+        if tensor.dim() == 2 and "embed" not in key:
+            self.alive.add(tensor)
+            self.most = max(self.most, len(self.alive))
+        return tensor
+
+
+@pytest.mark.parametrize("hf", [LLAMA, OPENELM], ids=["llama", "openelm"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loading_quantized_is_loading_and_then_quantizing(kind, hf):
+    lm = small(hf | {"tie_word_embeddings": True})
+    source = Watched({f"part.{k}": t.bfloat16() for k, t in weights.tensors(lm, lm.rename).items()} | {"other": IDS})
+    with weights.empty():
+        got = LanguageModel.from_hf(hf | {"tie_word_embeddings": True})
+    used = lora.load_quantized(got, source, lm.rename, "part.", kind, torch.float32)
+    assert used == set(source) - {"other"} and source.most <= 2  # the one at hand, and the one just read
+    lm.bfloat16().float()
+    names = lora.targets(lm)
+    for name in names:
+        linear = lm.get_submodule(name)
+        linear.weight.data = linear.weight.data.bfloat16()
+    lora.quantize(lm, kind)
+    assert len(names) == 7 * len(lm.model.layers) and torch.equal(got(IDS), lm(IDS))
+    assert got.lm_head.weight is got.model.embed_tokens.weight and got.lm_head.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in got.parameters())
+
+
+def test_a_quantized_model_takes_a_training_step():
+    lm = small()
+    lora.quantize(lm, "nf4")
+    lora.apply(lm, PLAIN)
+    optimizer = torch.optim.SGD([p for p in lm.parameters() if p.requires_grad], 0.1)
+    losses = []
+    for _ in range(3):
+        losses.append(F.cross_entropy(lm(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] > losses[1] > losses[2]
+    lora.merge(lm)
+    assert {lm.get_submodule(name).weight.dtype for name in lora.targets(lm)} == {torch.bfloat16}
+
+
+def test_weights_that_cannot_be_quantized_are_named():
+    lm = small()
+    source = weights.tensors(lm)
+    lm.get_submodule(Q).weight[3, 4] = 1e5
+    with weights.empty():
+        got = LanguageModel.from_hf(LLAMA)
+    with pytest.raises(UserError, match=f"checkpoint:{Q}.weight: a weight is not finite in float16"):
+        lora.load_quantized(got, source, kind="int8")
+    source[f"{Q}.weight"] = torch.ones(61, 60)
+    with pytest.raises(UserError, match=rf"{Q}.weight: shape \[61, 60\]"):
+        lora.load_quantized(got, source)
+
+
+# ------------------------------------------------------------------------------------------- which, and resuming
+
+
+def test_targets_are_named_as_we_or_hugging_face_do():
+    phi = small({"model_type": "phi", **SIZES, "num_attention_heads": 5, "num_key_value_heads": 5})
+    layers = [f"model.layers.{i}" for i in range(3)]
+    dense = [f"{x}.self_attn.o_proj" for x in layers]
+    assert lora.targets(phi, "o_proj") == lora.targets(phi, "dense") == lora.targets(phi, "**.self_attn.dense") == dense
+    assert lora.targets(phi, "model.layers.1.mlp.*") == ["model.layers.1.mlp.fc1", "model.layers.1.mlp.fc2"]
+    assert lora.targets(phi, "q_proj, v_proj") == [f"{x}.self_attn.{n}_proj" for x in layers for n in "qv"]
+    openelm = small(OPENELM)
+    assert lora.targets(openelm, "qkv_proj") == [f"{x}.self_attn.{n}_proj" for x in layers[:2] for n in "qkv"]
+    assert len(lora.targets(phi)) == 18
+    with pytest.raises(UserError, match="the linears here .*: none"):
+        lora.targets(adapted())  # what lies under an adapter has one
+
+
+@pytest.mark.parametrize("pattern", ["qproj", "q_proj,gate", "lm_head", "model.layers.7.**", "roj"])
+def test_a_pattern_that_matches_nothing_is_an_error(pattern):
+    lm = small()
+    wrong = pattern.rpartition(",")[2].replace("*", r"\*")
+    with pytest.raises(UserError, match=f"'{wrong}' matches no linear; fix: the linears here .*q_proj"):
+        lora.apply(lm, dataclasses.replace(PLAIN, targets=pattern))
+    assert not lora.adapters(lm)
+
+
+def test_options_out_of_range():
+    for wrong in ({"r": 0}, {"dropout": 1.0}, {"dropout": -0.1}):
+        with pytest.raises(UserError, match="lora: r "):
+            lora.apply(small(), dataclasses.replace(PLAIN, **wrong))
+
+
+def test_parts_of_a_llava():
+    model = llava("linear")
+    names = lora.apply(model, dataclasses.replace(PLAIN, targets="q_proj,connector"), ["language_model", "connector"])
+    assert names == [f"language_model.model.layers.{i}.self_attn.q_proj" for i in range(3)] + ["connector"]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "vision" not in n}
+    assert trained == {f"{n}.lora_{x}" for n in names for x in "AB"}
+    assert all(p.requires_grad for p in model.vision_tower.parameters())  # not asked for, not touched
+    filled(model, 1)
+    pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([[5, -200, 7]])
+    want = model(ids, pixels).logits
+    lora.merge(model)
+    assert (model(ids, pixels).logits - want).abs().max() <= 1e-5 * want.abs().max()
+    assert {f"{part}.{k}" for part in model.PARTS for k in getattr(model, part).state_dict()} == {
+        f"{part}.{k}" for part in model.PARTS for k in getattr(llava("linear"), part).state_dict()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["", "nf4", "int8"])
+def test_what_trains_is_enough_to_resume(kind, how):
+    """train.py keeps the parameters that require gradients; on a fresh start they go onto the same base."""
+
+    def fresh():
+        lm = small()
+        if how:
+            lora.quantize(lm, how)
+        lora.apply(lm, KINDS[kind])
+        return lm
+
+    lm = filled(fresh(), 4)
+    state = {n: p.detach().clone() for n, p in lm.named_parameters() if p.requires_grad}
+    assert {n.rpartition(".")[2] for n in state} == {"lora_A", "lora_B"} | (
+        {"lora_magnitude_vector"} if kind == "dora" else set()
+    )
+    other = fresh()
+    with torch.no_grad():
+        for n, p in other.named_parameters():
+            if p.requires_grad:
+                p.copy_(state.pop(n))
+    assert not state and torch.equal(other(IDS), lm(IDS))
+
+
+def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
+    """tune.llm = "lora": a model of plain linears of which only the adapted ones moved, and PEFT's files beside it."""
+    world.write(tmp_path / "world", scenes=60)
+    file, out = tmp_path / "r.toml", tmp_path / "out"
+    file.write_text(RECIPE.format(world=tmp_path / "world", out=out))
+    tune = ["stage.finetune.tune.llm=lora", "stage.finetune.tune.vision=frozen", "stage.finetune.lora.r=4"]
+    run("train.py", file, *tune, "stage.pretrain.tune.llm=frozen", "stage.pretrain.tune.vision=frozen")
+    made = LLaVA.from_pretrained(out)
+    recipe = config.load([str(file), *tune], file)[0]
+    start = LLaVA.from_parts(recipe.model, "plain", recipe.train.seed)
+    moved = {k for k, v in made.state_dict().items() if not torch.equal(v, start.state_dict()[k])}
+    linears = set(lora.targets(start.language_model))
+    wanted = {f"language_model.{name}.weight" for name in linears}
+    assert wanted == {k for k in moved if k.startswith("language_model.")}
+    assert not any(k.startswith("vision_tower.") for k in moved)
+    assert {f.name for f in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
