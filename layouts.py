@@ -99,6 +99,7 @@ FACTORY_NAMES = {
     "openelm": "apple/OpenELM-450M-Instruct", "clip_vision_model": "openai/clip-vit-large-patch14-336",
     "siglip_vision_model": "google/siglip-so400m-patch14-384", "dinov2": "facebook/dinov2-large",
 }  # fmt: skip
+FACTORY_CONNECTORS = CONNECTORS.keys() - {"naiveresampler", "groupresampler"}
 FACTORY_SIZES = {"num_queries": 128, "num_resampler_layers": 3}  # of connectors, with its defaults
 FACTORY_TEMPLATES = {"llama": "llama", "openelm": "llama", "gemma": "gemma", "qwen2": "qwen2_base"}
 
@@ -128,9 +129,12 @@ def _to_factory(c: LLaVAConfig) -> dict:
     mixture = "mof:" if vision["model_type"] == "mof" else ""
     if mixture:
         vision, second = vision["clip"], vision["dinov2"]
-    for kind in (text["model_type"], vision.get("model_type")):
-        if kind not in FACTORY_NAMES:
+    for kind in (text["model_type"], vision.get("model_type"), c.connector):
+        if kind not in FACTORY_NAMES and kind not in FACTORY_CONNECTORS:
             raise UserError("config.json:model_type", f"TinyLLaVA Factory has no {kind}", "use --to barellava")
+    if c.image_scale != 1 or text.get("lm_head_bias") is False:
+        what = "image features scaled otherwise" if c.image_scale != 1 else "a Phi without a bias on its head"
+        raise UserError("config.json", f"TinyLLaVA Factory has no {what}", "use --to barellava or hf-llava")
     options, width = c.connector_options, vision.get("hidden_size", 768)
     name = {k: v for k, v in c.sources.items() if v and not Path(v).is_absolute()}
     return {
@@ -203,7 +207,8 @@ def _hf_llava(c: dict, folder: Path) -> LLaVAConfig:
         raise UserError(f"{folder / 'config.json'}:projector_hidden_act", "only gelu with biases", "use another model")
     text, images, mode = {"model_type": "llama", **c["text_config"]}, read_preprocessor(folder), "square"
     if str(images.get("image_processor_type")).startswith("LlavaImageProcessor"):  # CLIP's, that can pad before it
-        images, mode = images | {"image_processor_type": "CLIPImageProcessor"}, ("square", "pad")[images.pop("do_pad")]
+        mode = "pad" if images.pop("do_pad", False) else "square"
+        images["image_processor_type"] = "CLIPImageProcessor"
     # transformers 5 multiplies Gemma's token embeddings by sqrt(D) and leaves image features alone; 4 scaled both.
     new = int(str(c.get("transformers_version", "4")).partition(".")[0]) >= 5
     scale = text.get("hidden_size", 3072) ** -0.5 if new and text["model_type"] == "gemma" else 1.0

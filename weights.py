@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -389,13 +388,6 @@ def write_file(path: Path, write):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def copy_files(source: Path, target: Path, names: Iterable[str]):
-    """Copy the named files that exist, atomically."""
-    for name in names:
-        if (source / name).exists():
-            write_file(target / name, lambda tmp, name=name: shutil.copyfile(source / name, tmp))
 
 
 def save(folder: Path, state: dict[str, Tensor], shard_bytes: int = SHARD_BYTES):

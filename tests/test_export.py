@@ -35,11 +35,11 @@ VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "n
 CLIP_SIDE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "do_center_crop": True}
 
 
-def small(family: str = "llama", tower: str = "clip", vocab: int = 97, **config) -> LLaVA:
+def small(family: str = "llama", tower: str = "clip", vocab: int = 97, seed: int = 0, **config) -> LLaVA:
     text = {"model_type": family, "vocab_size": vocab, "hidden_size": 48, "intermediate_size": 80,
             "num_hidden_layers": 2, **TEXT[family]}  # fmt: skip
     vision = {"model_type": f"{tower}_vision_model", **VISION}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LLaVA(LLaVAConfig(text, vision, CLIP_SIDE if tower == "clip" else {"size": {"height": SIDE, "width": SIDE}},
                               **config)).eval()  # fmt: skip
     init_weights(model, 0.2)
@@ -152,15 +152,19 @@ def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp
     ours = {}
     for i, (family, tower, tokenizer, files, vocab, template) in enumerate(CHATS):
         source, folder = tmp_path / f"tok{i}", tmp_path / f"{i}"
-        weights.copy_files(shared("assets/tokenizers") / tokenizer, source, files)
+        source.mkdir()
+        for file in files:
+            shutil.copy(shared("assets/tokenizers") / tokenizer / file, source)
         if template == "chat":
             config = weights.read_json(shared("assets/tokenizers/Qwen--Qwen2.5-0.5B-Instruct/tokenizer_config.json"))
             (source / "tokenizer_config.json").write_text(json.dumps(config))
-        tok, model = load_tokenizer(source), small(family, tower, vocab, template=template)
+        mode = "pad" if i in (0, 2) else "square"  # of either encoder
+        tok, model = load_tokenizer(source), small(family, tower, vocab, 1, template=template, image_mode=mode)
         export(model, tok, "hf-llava", folder, int(version))
         (folder / "chat.json").write_text(json.dumps({"messages": messages, "image": str(photo)}))
         ids = torch.tensor(templates.encode_prompt(turns, tok, template))
-        pixels = model.vision_tower.preprocess(Image.open(photo))[None]
+        pixels = model.vision_tower.preprocess(Image.open(photo), mode)[None]
+        assert LLaVA.from_pretrained(folder).config.image_mode == mode
         ours[folder] = ids, pixels, model, templates.stop_id(tok, template)
     under(version, "chat", *ours)
     for folder, (ids, pixels, model, stop) in ours.items():
@@ -185,6 +189,23 @@ def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp
 def test_what_hugging_face_cannot_express_is_refused(model, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         export(model(), None, "hf-llava", tmp_path / "out")
+    assert "; fix: " in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"connector": "groupresampler", "connector_options": {"num_queries": 4, "group": 2}}, "no groupresampler"),
+        ({"family": "gemma", "image_scale": 0.5}, "image features scaled otherwise"),
+        ({"family": "phi", "head": False}, "a Phi without a bias on its head"),
+    ],
+)
+def test_what_factory_cannot_express_is_refused(config, message, tmp_path):
+    model = small(**{k: v for k, v in config.items() if k != "head"})
+    if "head" in config:
+        model.config.text["lm_head_bias"] = config["head"]
+    with pytest.raises(ValueError, match=message) as error:
+        export(model, None, "tinyllava", tmp_path / "out")
     assert "; fix: " in str(error.value) and not (tmp_path / "out").exists()
 
 
