@@ -82,9 +82,9 @@ class Train:
 
 @dataclass(frozen=True)
 class Tune:
-    llm: str = opt("frozen", "frozen, full, lora, or partial:N (blocks N and later, final norm and head)")
-    vision: str = opt("frozen", "frozen, full, lora, or partial:N (blocks N and later)")
-    connector: str = opt("full", "frozen, full or lora")
+    llm: str = opt("frozen", "frozen, full, lora, qlora-nf4, qlora-int8, or partial:N (blocks from N, norm and head)")
+    vision: str = opt("frozen", "frozen, full, lora, qlora-nf4, qlora-int8, or partial:N (blocks N and later)")
+    connector: str = opt("full", "frozen, full, lora, qlora-nf4 or qlora-int8")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Stage:
     validation_every: int = opt(200, "steps between validation passes (one more at the end of the stage)")
     template: str = opt("pretrain", "chat template, see templates.py")
     tune: Tune = opt(Tune, "what trains in this stage")
-    lora: LoRA = opt(LoRA, "adapters of the parts that tune says are lora")
+    lora: LoRA = opt(LoRA, "adapters of the parts that tune says are lora or qlora")
     rate: Rates = opt(Rates, "learning rate per part")
     learning_rate: float = opt(1e-3, "peak of the warm-up + cosine schedule")
     weight_decay: float = opt(0.0, "AdamW, never on biases and norms")

@@ -104,7 +104,7 @@ class Decoding:
         self.x, self.lengths = torch.cat([parts[i] for i in rows.tolist()]), self.lengths[rows]
 
     def step(self, token: Tensor):
-        x = self.lm.model.embed_tokens(token)
+        x = self.lm.model.embed(token)
         if self.use_cache:
             at = self.cache.lengths
             hidden = self.lm.model(x, at, self.cache.step())

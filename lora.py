@@ -33,6 +33,7 @@ from kernels import int8, nf4
 from kernels.lora import dense, lora_linears
 
 KINDS = {"nf4": nf4.quantize, "int8": int8.quantize}
+QUANTIZED = {f"qlora-{kind}": kind for kind in KINDS}  # ways to tune
 
 # ------------------------------------------------------------------------------------------------- modules
 
@@ -194,16 +195,16 @@ def apply(module: nn.Module, options: LoRA, parts: Iterable[str] = ("",)) -> lis
 
 
 def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
-    """Adapters on every part (name in a recipe -> attribute) that one of the stages tunes as `lora`.
+    """Adapters on every part (name in a recipe -> attribute) that one of the stages tunes as `lora` or `qlora-KIND`.
 
     Raises UserError as `apply` does, for a part that another stage trains otherwise, and for options that differ.
     """
     for part, attribute in parts.items():
         ways = {getattr(stage.tune, part) for stage in stages} - {"frozen"}
-        options = {stage.lora for stage in stages if getattr(stage.tune, part) == "lora"}
+        options = {stage.lora for stage in stages if "lora" in getattr(stage.tune, part)}
         if options and len(ways) + len(options) > 2:
             raise UserError(f"tune.{part}", f"{', '.join(sorted(ways))} with {len(options)} sets of adapter options",
-                            "tune it as lora in every stage that trains it, with equal options")  # fmt: skip
+                            "tune it so in every stage that trains it, with equal options")  # fmt: skip
         if options:
             apply(model, options.pop(), [attribute])
 
@@ -226,7 +227,7 @@ def finish(model: nn.Module, output: Path, base: str) -> nn.Module:
     """A trained model as plain linears again; its adapters, if it has any, go to `output`/adapter as PEFT has them."""
     if adapters(model):
         save_adapter(output / "adapter", model, layouts.LAYOUTS["llava"].table[2:], base)
-        merge(model)
+        merge(model, torch.float32)
     return model
 
 
@@ -235,10 +236,17 @@ def finish(model: nn.Module, output: Path, base: str) -> nn.Module:
 
 @torch.no_grad()
 def quantize(module: nn.Module, kind: str):
-    """Every linear but the head to `nf4` or `int8`, in place, one by one. All is frozen."""
+    """Every linear but the head to `nf4` or `int8`, in place, one by one, where it is not yet. All is frozen."""
     for name in targets(module.requires_grad_(False)):
         linear = module.get_submodule(name)
-        _put(module, name, Quantized(KINDS[kind](linear.weight), linear.bias))
+        if isinstance(linear, nn.Linear):
+            _put(module, name, Quantized(KINDS[kind](linear.weight), linear.bias))
+
+
+def count(module: nn.Module) -> int:
+    """The parameters of a module, with those that are quantized."""
+    packed = sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, Quantized))
+    return packed + sum(p.numel() for p in module.parameters())
 
 
 class _Read(dict):
@@ -251,8 +259,9 @@ def load_quantized(
     part: nn.Module, source: Mapping[str, Tensor], table: weights.Table = (), prefix: str = "", kind: str = "nf4",
     dtype: torch.dtype | None = None, device: torch.device | str = "cpu", ignore: Iterable[str] = (),
 ) -> set[str]:  # fmt: skip
-    """weights.load for an `empty` part that leaves every linear but the head in `kind`, and the rest in `dtype`.
+    """weights.load for an `empty` part that leaves every linear but the head in `kind`.
 
+    Of the rest, tables of embeddings and the head keep the dtype of the file, vectors and convolutions come in `dtype`.
     One tensor is in memory unquantized at a time, and it is quantized on `device` from the dtype of the file. All is
     frozen. Raises UserError as weights.load does, and for weights that int8 cannot hold.
     """
@@ -276,8 +285,9 @@ def load_quantized(
     for name, weight in made.items():
         name = name.removesuffix(".weight")
         _put(part, name, Quantized(weight, part.get_submodule(name).bias))
+    large = {m.weight for m in part.modules() if isinstance(m, (nn.Embedding, nn.Linear))}
     for p in part.requires_grad_(False).parameters():
-        p.data = p.data.to(device, dtype)
+        p.data = p.data.to(device, None if p in large else dtype)
     return used
 
 

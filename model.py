@@ -17,7 +17,8 @@ is built; forward never branches on it. A new family is one entry of FAMILIES.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,6 +144,10 @@ class Decoder(nn.Module):
         self.norm = c.norm(c.width)
         self.gradient_checkpointing = False
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """(T,) -> (T, D), in the dtype of the norms: a frozen table may be stored narrower."""
+        return self.embed_tokens(ids).to(self.norm.weight.dtype)
+
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embeddings x (T, D) and positions (T,) -> final hidden states (T, D)."""
         rope, x = self.rope(positions), self.scale(x)
@@ -154,12 +159,19 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class Head(nn.Linear):
+    """The last linear; a frozen one may be stored narrower than what it reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
 class LanguageModel(nn.Module):
     def __init__(self, c: LMConfig, rename: weights.Table = ()):
         super().__init__()
         self.config, self.rename = c, rename  # rename: Hugging Face's names -> ours
         self.model = Decoder(c)
-        self.lm_head = nn.Linear(c.width, c.vocab, bias=c.lm_head_bias)
+        self.lm_head = Head(c.width, c.vocab, bias=c.lm_head_bias)
         self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if c.tied else {}
         if c.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -175,7 +187,7 @@ class LanguageModel(nn.Module):
         B, T = input_ids.shape
         cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=input_ids.device)
         positions = torch.arange(T, device=input_ids.device).repeat(B)
-        x = self.model.embed_tokens(input_ids.flatten())
+        x = self.model.embed(input_ids.flatten())
         return self.lm_head(self.model(x, positions, packed(cu_seqlens, T))).view(B, T, -1)
 
     @classmethod
@@ -374,12 +386,15 @@ class Output(NamedTuple):
 class LLaVA(nn.Module):
     PARTS = ("language_model", "vision_tower", "connector")
 
-    def __init__(self, c: LLaVAConfig):
+    def __init__(self, c: LLaVAConfig, empty: Collection[str] = ()):
+        """The parts named in `empty` have shapes but no storage, which weights.load brings; others default weights."""
         super().__init__()
         self.config = c
         vision = vision_config(c.vision, c.preprocessor)
-        self.language_model = LanguageModel.from_hf(c.text)
-        self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
+        with weights.empty() if "language_model" in empty else nullcontext():
+            self.language_model = LanguageModel.from_hf(c.text)
+        with weights.empty() if "vision_tower" in empty else nullcontext():
+            self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
         width = self.language_model.config.width
         self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
         self.image_tokens = connector_tokens(c.connector, vision.tokens(c.feature_select), **c.connector_options)
@@ -410,22 +425,27 @@ class LLaVA(nn.Module):
         return model
 
     @classmethod
-    def from_parts(cls, c: Model, template: str, seed: int = 0) -> LLaVA:
-        """A new model as a recipe's [model] section says: pretrained parts from folders, the rest random."""
+    def from_parts(cls, c: Model, template: str, seed: int = 0, load: Mapping[str, Callable] | None = None) -> LLaVA:
+        """A new model as a recipe's [model] section says: pretrained parts from folders, the rest random.
+
+        load: for a part's name what loads it instead of weights.load, with the same arguments.
+        """
         torch.manual_seed(seed)  # only what is initialised here draws from it
-        model = cls(layouts.from_recipe(c, template))
-        init_weights(model.connector, 0.02)
         folders = {"language_model": {"": c.llm}, "vision_tower": {"": c.vision}}
         if c.vision2:
             folders["vision_tower"] = {"clip.": c.vision, "dinov2.": c.vision2}
+        random = {"language_model": c.llm_config, "vision_tower": c.vision_config}
+        model = cls(layouts.from_recipe(c, template), empty=[name for name in folders if not random[name]])
+        init_weights(model.connector, 0.02)
         for name, prefixes in folders.items():
             part = getattr(model, name)
-            if c.llm_config if name == "language_model" else c.vision_config:
+            if random[name]:
                 init_weights(part, part.config.init_std)
             else:
                 where = {prefix: weights.resolve(f, f"model.{name}", c.allow_pickle) for prefix, f in prefixes.items()}
                 source = weights.Joined({p: weights.Checkpoint(f, c.allow_pickle) for p, f in where.items()})
-                weights.load(part, source, part.rename, dtype=torch.float32, ignore=part.ignore)
+                fill = (load or {}).get(name, weights.load)
+                fill(part, source, part.rename, dtype=torch.float32, ignore=part.ignore)
         return model
 
     def save(self, folder: str | Path):
@@ -446,7 +466,7 @@ class LLaVA(nn.Module):
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Packed ids (T,) with IMAGE_TOKEN at every image position, features (N, n, D) in order -> (T, D)."""
-        x = self.language_model.model.embed_tokens(input_ids.clamp(min=0))
+        x = self.language_model.model.embed(input_ids.clamp(min=0))
         if features is None:
             return x
         return x.masked_scatter((input_ids == IMAGE_TOKEN)[:, None], (features * self.config.image_scale).to(x.dtype))

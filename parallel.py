@@ -127,6 +127,7 @@ def choose(mode: str, model: nn.Module, world: World) -> str:
     if mode != "auto" or world.device.type == "cpu":
         return "ddp" if mode == "auto" else mode
     need = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in model.parameters())
+    need += sum(b.nbytes for b in model.buffers())  # quantized weights, which fsdp would not shard
     return "fsdp" if need > torch.cuda.get_device_properties(world.device).total_memory / 2 else "ddp"
 
 
@@ -138,7 +139,9 @@ def wrap(model: nn.Module, world: World, mode: str) -> nn.Module:
     loss = _Loss(model)
     if mode == "ddp":
         devices = [world.device] if world.device.type == "cuda" else None
-        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            loss, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )  # the buffers are quantized weights, which never change
     if mode == "fsdp":
         features_train = any(p.requires_grad for m in (model.vision_tower, model.connector) for p in m.parameters())
 

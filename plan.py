@@ -28,6 +28,7 @@ from dataclasses import replace
 from itertools import dropwhile
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import layouts
@@ -174,6 +175,17 @@ def mean_row(rows: Rows | None, template: str) -> tuple[float, float, float]:
         said += sum(n for speaker, n in turns if speaker == "gpt")
         asked += sum(n for speaker, n in turns if speaker != "gpt" and template != "pretrain")  # that leaves them out
     return images / len(picked), (asked + said) / len(picked), said / len(picked)
+
+
+def peak_share(model: LLaVA, stage: Stage, rows: Rows, device: torch.device) -> float:
+    """Of this GPU's peak, what one token per second takes by `estimate`, recomputation left out; 0 = unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = [peak for gpu, (_, peak) in GPUS.items() if gpu.split("-")[0] in name]
+    if not peaks:
+        return 0.0
+    row = mean_row(rows, stage.template)
+    tokens = min(row[0] * model.image_tokens + row[1], stage.max_tokens)
+    return estimate(model, stage, row, recompute=False)[1] / tokens / peaks[0]
 
 
 def print_stage(name: str, stage: Stage, recipe: Recipe, model: LLaVA):

@@ -67,10 +67,11 @@ def set_trainable(model: LLaVA, tune: Tune) -> dict[str, list[nn.Parameter]]:
             if part == "llm":
                 module.model.norm.requires_grad_(True)
                 module.lm_head.requires_grad_(True)
-        elif how == "lora":
+        elif how in ("lora", *lora.QUANTIZED):
             lora.freeze(module)
         elif how != "frozen":
-            raise UserError(f"tune.{part}", f"{how!r} is not a way to tune", "write frozen, full, lora or partial:N")
+            ways = f"frozen, full, lora, {', '.join(lora.QUANTIZED)} or partial:N"
+            raise UserError(f"tune.{part}", f"{how!r} is not a way to tune", f"write {ways}")
     return {part: [p for p in getattr(model, a).parameters() if p.requires_grad] for part, a in PARTS.items()}
 
 
@@ -179,7 +180,7 @@ def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: i
     if bf16:
         round_frozen(model)
     model.to(world.device)
-    share = peak_share(model, stage, steps.rows, world)
+    share = plan.peak_share(model, stage, steps.rows, world.device) / world.size
     mode = parallel.choose(run.parallel, model, world)
     module = parallel.wrap(model, world, mode)
     trainable = {part: [p for p in getattr(model, a).parameters() if p.requires_grad] for part, a in PARTS.items()}
@@ -241,7 +242,7 @@ def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: i
 
 
 def announce(log: watch.Watch, model: LLaVA, start: int, steps: Steps, mode: str, world: World):
-    parameters = {part: sum(p.numel() for p in getattr(model, a).parameters()) for part, a in PARTS.items()}
+    parameters = {part: lora.count(getattr(model, a)) for part, a in PARTS.items()}
     trainable = {part: sum(p.numel() for p in ps) for part, ps in log.trainable.items()}
     rows, ranks = len(steps.rows), f"; {mode} on {world.size} ranks" * (world.size > 1)
     log.write("start", step=start, steps=len(steps), rows=rows, parameters=parameters, trainable=trainable)
@@ -251,20 +252,16 @@ def announce(log: watch.Watch, model: LLaVA, start: int, steps: Steps, mode: str
     print0(f"{log.name}: {rows} rows, {len(steps)} steps, {model.image_tokens} tokens per image; {shares}{ranks}")
 
 
-def peak_share(model: LLaVA, stage: Stage, rows: Rows, world: World) -> float:
-    """Of all GPUs' peak, what one token per second takes by plan.py's count, recomputation left out; 0 = unknown."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    peaks = [peak for gpu, (_, peak) in plan.GPUS.items() if gpu.split("-")[0] in name]
-    if not peaks:
-        return 0.0
-    row = plan.mean_row(rows, stage.template)
-    tokens = min(row[0] * model.image_tokens + row[1], stage.max_tokens)
-    return plan.estimate(model, stage, row, recompute=False)[1] / tokens / peaks[0] / world.size
+def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
+    """The recipe's own parts, quantized where `stage` says so, and over them the trained weights of a checkpoint.
 
-
-def build(recipe: Recipe, tensors: dict[str, Tensor]) -> LLaVA:
-    """The recipe's own parts, and over them the trained weights of a checkpoint. UserError if they do not fit."""
-    model = LLaVA.from_parts(recipe.model, list(recipe.stage.values())[-1].template, recipe.train.seed)
+    Raises UserError if they do not fit.
+    """
+    kinds = {PARTS[p]: lora.QUANTIZED[way] for p, way in vars(stage.tune).items() if way in lora.QUANTIZED}
+    load = {name: partial(lora.load_quantized, kind=kind) for name, kind in kinds.items()}
+    model = LLaVA.from_parts(recipe.model, list(recipe.stage.values())[-1].template, recipe.train.seed, load)
+    for name, kind in kinds.items():
+        lora.quantize(getattr(model, name), kind)  # what was not loaded
     model.language_model.model.gradient_checkpointing = recipe.train.gradient_checkpointing
     model.vision_tower.gradient_checkpointing = recipe.train.gradient_checkpointing
     lora.adapt(model, list(recipe.stage.values()), PARTS)
@@ -302,23 +299,22 @@ def restore_moments(optimizer: torch.optim.AdamW, model: LLaVA, moments: dict[st
 
 def check_room(model: LLaVA, recipe: Recipe, folder: Path):
     """Raise UserError unless the disk takes this stage's checkpoints and the final model."""
-    run, sizes = recipe.train, [(p.numel(), p.requires_grad) for p in model.parameters()]
-    one = sum(n * 12 for n, trains in sizes if trains)
+    run, one = recipe.train, 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     more = max(1, run.keep + 1 + run.keep_best - len(checkpoints.listed(folder)))  # one while it is being written
-    checkpoints.need_room(folder.parent, one * more + 4 * sum(n for n, _ in sizes), f"{more} checkpoints and the model")
+    checkpoints.need_room(folder.parent, one * more + 4 * lora.count(model), f"{more} checkpoints and the model")
 
 
 def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
     """The finished model with all that belongs to it; config.json, written last, says that it is finished."""
-    folder, c = output / "checkpoints", recipe.model
+    folder, c, last = output / "checkpoints", recipe.model, list(recipe.stage.values())[-1]
     tokenizer = load_tokenizer(weights.resolve(c.tokenizer or c.llm, small=True))
     with checkpoints.writing(output):
         if recipe.train.keep_best and (best := checkpoints.best(folder, list(recipe.stage)[-1])):
             tokenizer.save(output / "best")
-            lora.finish(build(recipe, checkpoints.read(best)[0]), output / "best", c.llm).save(output / "best")
+            lora.finish(build(recipe, checkpoints.read(best)[0], last), output / "best", c.llm).save(output / "best")
         tokenizer.save(output)
         watch.finish(output, recipe)
-        lora.finish(build(recipe, tensors), output, c.llm).save(output)
+        lora.finish(build(recipe, tensors, last), output, c.llm).save(output)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -378,7 +374,8 @@ def main(argv: list[str]):
         if index == len(stages):
             break
         explicit = None
-        if not train_stage(build(recipe, tensors), index, recipe, world, start, tensors):
+        model = build(recipe, tensors, list(recipe.stage.values())[index])
+        if not train_stage(model, index, recipe, world, start, tensors):
             if world.rank == 0:
                 weights.write_file(output / "PREEMPTED", "the same command goes on from here\n")
             print0(f"preempted: saved in {folder}; the same command goes on from there")

@@ -143,8 +143,8 @@ def _open_safetensors(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
 
     with open(path, "rb") as f:
         json.loads(f.read(min(int.from_bytes(f.read(8), "little"), HEADER_BYTES)), object_pairs_hook=once)
-    handle = safe_open(path, framework="pt")
-    return list(handle.keys()), handle.get_tensor
+    # Opened for each tensor: one handle would keep every page that was ever read in the process's memory.
+    return list(safe_open(path, "pt").keys()), lambda key: safe_open(path, "pt").get_tensor(key)
 
 
 def _open_pickle(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:

@@ -34,7 +34,7 @@ CHUNK_CPU = 128 << 20  # there float32 makes a second copy of them
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """hidden (T, D), weight (V, D), bias (V,) or None, targets (T,) -> the sum, with all logits at once."""
     rows = targets != IGNORE
-    logits = F.linear(hidden[rows], weight, bias)
+    logits = F.linear(hidden[rows], weight.to(hidden.dtype), bias)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, targets[rows], reduction="sum")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_families import CONFIGS, SIZES
+from test_safety import scripted
 from test_train import RECIPE
 
 import config
@@ -505,7 +506,8 @@ def test_loading_quantized_is_loading_and_then_quantizing(kind, hf):
         linear.weight.data = linear.weight.data.bfloat16()
     lora.quantize(lm, kind)
     assert len(names) == 7 * len(lm.model.layers) and torch.equal(got(IDS), lm(IDS))
-    assert got.lm_head.weight is got.model.embed_tokens.weight and got.lm_head.weight.dtype == torch.float32
+    assert got.lm_head.weight is got.model.embed_tokens.weight and got.lm_head.weight.dtype == torch.bfloat16
+    assert got.model.norm.weight.dtype == torch.float32
     assert not any(p.requires_grad for p in got.parameters())
 
 
@@ -628,3 +630,44 @@ def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
     assert wanted == {k for k in moved if k.startswith("language_model.")}
     assert not any(k.startswith("vision_tower.") for k in moved)
     assert {f.name for f in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+STOP = """
+import os, signal, watch
+def step(self, n, *rest, real=watch.Watch.step):
+    real(self, n, *rest)
+    if (self.name, n) == ("finetune", 5):
+        os.kill(os.getpid(), signal.SIGTERM)
+watch.Watch.step = step
+"""
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_training_on_a_quantized_model(kind, tmp_path):
+    """tune.llm = "qlora-KIND": quantized as its file is read, resumed as if never stopped, merged at the end."""
+    world.write(tmp_path / "world", scenes=60)
+    file, lm = tmp_path / "r.toml", tmp_path / "lm"
+    file.write_text(RECIPE.format(world=tmp_path / "world", out=tmp_path / "whole"))
+    recipe = config.load([str(file)], file)[0]
+    whole = LLaVA.from_parts(recipe.model, "plain")
+    state = {k: t.bfloat16() for k, t in weights.tensors(whole.language_model).items()}
+    weights.save(lm, state)
+    weights.write_file(lm / "config.json", json.dumps(recipe.model.llm_config))
+    own = [f"model.llm={lm}", "model.llm_config={}", f"stage.finetune.tune.llm=qlora-{kind}", "stage.finetune.lora.r=4",
+           "stage.finetune.tune.vision=frozen", "stage.pretrain.tune.llm=frozen"]  # fmt: skip
+    run("train.py", file, *own)
+    out = tmp_path / "resumed"
+    scripted(STOP, file, *own, f"train.output={out}", ok=True)
+    assert (out / "PREEMPTED").exists()
+    run("train.py", file, *own, f"train.output={out}")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+    made, module = LLaVA.from_pretrained(out).language_model, {"nf4": nf4, "int8": int8}[kind]
+    made.requires_grad_(False)
+    trained = load_file(out / "adapter" / "adapter_model.safetensors")
+    for name in lora.targets(made):
+        A, B = (trained[f"{lora.ROOT}model.language_model.{name[6:]}.lora_{x}.weight"] for x in "AB")
+        base = module.dequantize(module.quantize(state[f"{name}.weight"]), torch.float32)
+        want = base + 256 / 4 * B @ A
+        assert (made.get_submodule(name).weight - want).abs().max() <= 1e-6 and not torch.equal(want, base)
+    assert torch.equal(made.model.embed_tokens.weight, state["model.embed_tokens.weight"].float())

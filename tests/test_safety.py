@@ -514,14 +514,16 @@ MODES = (
     + """
 TUNE = [dict(llm=l, vision=v, connector=c) for l, v, c in (
     ("frozen", "frozen", "full"), ("full", "frozen", "full"), ("full", "full", "full"), ("partial:1", "frozen", "full"),
-    ("full", "partial:1", "full"), ("frozen", "partial:1", "frozen"), ("partial:1", "full", "frozen"))]
+    ("full", "partial:1", "full"), ("frozen", "partial:1", "frozen"), ("partial:1", "full", "frozen"),
+    ("lora", "frozen", "full"), ("qlora-nf4", "lora", "full"), ("qlora-int8", "qlora-nf4", "lora"))]
+LORA = [f"stage.{s}.lora.{k}" for s in ("pretrain", "finetune") for k in ("r=4", "dropout=0")]  # masks differ by rank
 for tune in TUNE:
     both = [f"stage.{s}.tune.{part}={how}" for s in ("pretrain", "finetune") for part, how in tune.items()]
     name, want, worst = "-".join(tune.values()).replace(":", ""), None, {}
     for mode, ranks in (("none", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4)):
         out = FOLDER / f"{name}-{mode}-{ranks}"
         budget = [f"stage.{s}.micro_batch_tokens=60" for s in ("pretrain", "finetune")] * (ranks > 1)
-        done = launch(out, ranks, [*both, *budget, f"train.parallel={mode}"])
+        done = launch(out, ranks, [*both, *budget, *LORA, f"train.parallel={mode}"])
         assert done == [0] * ranks, open(f"{out}.0.txt").read()
         want = want or losses(out)
         worst[f"{mode} x{ranks}"] = far(losses(out), want)
