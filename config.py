@@ -37,6 +37,7 @@ def opt(default, why: str, choices: tuple[str, ...] = (), compare: bool = True):
 
 @dataclass(frozen=True)
 class Model:
+    checkpoint: str = opt("", "a finished model to go on from, in any layout: all of it, in place of the fields below")
     llm: str = opt("", "language model: a Hugging Face folder or id; its config.json decides the family")
     vision: str = opt("", "vision encoder: a Hugging Face folder or id")
     vision2: str = opt("", "a DINOv2 beside a CLIP in `vision`: their mixture of features, for the connector mof_mlp")
@@ -53,6 +54,11 @@ class Model:
     image_mode: str = opt(
         "square", "square resizes, pad first pads to a square with the mean colour", ("square", "pad")
     )
+
+    @property
+    def text(self) -> str:
+        """Where the tokenizer is."""
+        return self.tokenizer or self.llm or self.checkpoint
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class LoRA:
     rslora: bool = opt(False, "alpha / sqrt(r) in its place, so that large ranks learn too (Kalajdzievski, 2023)")
     dora: bool = opt(False, "train the length of each weight row beside its direction (Liu et al., 2024)")
     targets: str = opt("", "names or globs of linears, ours or Hugging Face's: q_proj,v_proj; empty = all but the head")
+    adapter: str = opt("", "a PEFT folder to go on from: what it holds starts with its values, at its rank and alpha")
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,17 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Source:
+    data: str = opt("", "as the stage's data")
+    images: str = opt("", "as the stage's images")
+    weight: float = opt(1.0, "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another")
+
+
+@dataclass(frozen=True)
 class Stage:
-    data: str = opt("", "LLaVA rows: a .json list or a .jsonl file")
+    data: str = opt("", "LLaVA rows: a .json list, a .jsonl file, or tar shards (a folder or glob of them)")
     images: str = opt("", "folder that the rows' image paths start from; empty = the data file's folder")
+    mixture: dict[str, Source] = opt({}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data")
     validation: str = opt("", "held-out rows for the validation loss; empty = none")
     validation_every: int = opt(200, "steps between validation passes (one more at the end of the stage)")
     template: str = opt("pretrain", "chat template, see templates.py")
@@ -165,7 +180,7 @@ def _build(cls, table: dict, where: str, path: str = ""):
         kind = hints[key]
         if is_dataclass(kind):
             values[key] = _build(kind, value, where, full)
-        elif typing.get_origin(kind) is dict:  # stage: name -> Stage
+        elif typing.get_origin(kind) is dict:  # stage: name -> Stage, mixture: name -> Source
             if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
                 raise UserError(f"{where}:{full}", "expected named tables", f"write [{full}.NAME]")
             inner = typing.get_args(kind)[1]
@@ -182,9 +197,12 @@ def _leaf_type(dotted: str, table: dict):
     for depth, key in enumerate(keys):
         hints = typing.get_type_hints(cls) if is_dataclass(cls) else {}
         if typing.get_origin(cls) is dict:
-            known = table.get("stage", {})
+            known = table
+            for outer in keys[:depth]:
+                known = known.get(outer, {})
             if key not in known:
-                raise UserError(f"command line:{dotted}", "unknown stage", _nearest(key, known))
+                what = f"unknown {'stage' if depth == 1 else 'source'}"
+                raise UserError(f"command line:{dotted}", what, _nearest(key, known) if known else "add its table")
             cls = typing.get_args(cls)[1]
         elif cls is dict:
             return None  # inside llm_config or vision_config: whatever TOML makes of the value
@@ -282,6 +300,9 @@ def dumps(recipe) -> str:
     return "\n".join(lines)
 
 
+MIXTURE = "stage.NAME.mixture.SOURCE"
+
+
 def help_table() -> str:
     """Every field with its type, default and reason, in the order of a recipe."""
     rows: list[str] = []
@@ -300,7 +321,7 @@ def help_table() -> str:
             if is_dataclass(hints[f.name]):
                 walk(hints[f.name], f"{path}.{f.name}")
 
-    for section, cls in (("model", Model), ("train", Train), ("stage.NAME", Stage)):
+    for section, cls in (("model", Model), ("train", Train), ("stage.NAME", Stage), (MIXTURE, Source)):
         walk(cls, section)
     rows.append("\n[published]\n  BENCHMARK = NUMBER, as the original authors report it for this recipe")
     return "\n".join(rows) + '\n\nbase = "FILE.toml" before all tables: the recipe that this one is laid over'

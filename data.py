@@ -24,11 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm  # comes with tokenizers
 
 import config
 from config import UserError
 from index import kept
 from rows import Mixture, Rows, shard
+from rows import files as files
 from rows import load_image as load_image
 from samples import Batch, Sample, SampleSpec, encode_row, fill, make_sample, make_spec, pack, share, stage_spec
 from samples import byte_tokenizer as byte_tokenizer
@@ -244,7 +246,12 @@ def token_counts(rows: Rows | Mixture, spec: SampleSpec, workers: int = 0) -> np
     for file, begin, end in zip(rows.files, [0, *rows.ends], rows.ends, strict=False):
         chunks = Counts(rows, spec, int(begin), int(end))
         load = DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)), generator=torch.Generator())
-        made.append(kept(file, f"{key}.counts", lambda load=load: np.concatenate(list(load))))
+
+        def count(file=file, load=load):
+            print(f"{file}: counting the tokens of its rows, once", flush=True)
+            return np.concatenate(list(tqdm(load, unit="chunk", disable=None, leave=False)))
+
+        made.append(kept(file, f"{key}.counts", count))
     return made[0] if len(made) == 1 else np.concatenate(made)
 
 
@@ -265,8 +272,6 @@ def histogram(lengths: list[int], width: int = 40) -> str:
 
 def check(rows: Rows, spec: SampleSpec) -> int:
     """Reads every row as training will: a line for each that is bad or cut, then totals. Returns how many are bad."""
-    from tqdm import tqdm  # comes with tokenizers
-
     stage, train = config.Stage(global_batch=16, micro_batch_tokens=0), config.Train(on_bad_row="skip")
     steps = Steps(rows, replace(spec, transform=None), stage, train, validation=True)
     images, lengths, bad, supervised, kept, cuts = Counter(), [], 0, 0, 0, []
@@ -324,10 +329,8 @@ def main(argv: list[str]):
     else:
         recipe, path = config.load(args.recipe, args.recipe[0])
         for name, stage in recipe.stage.items():
-            if not stage.data:
-                raise UserError(f"{path}:stage.{name}.data", "not set", "name a .json or .jsonl file of rows")
             spec = stage_spec(recipe.model, stage)
-            jobs.append((f"stage {name}", Rows(stage.data, stage.images), spec))
+            jobs.append((f"stage {name}", Mixture.of(stage, f"{path}:stage.{name}"), spec))
             if stage.validation:
                 jobs.append((f"stage {name}, validation", Rows(stage.validation, stage.images), spec))
     bad = 0

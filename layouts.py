@@ -10,7 +10,7 @@ Face's in all others; the tables of the parts (model.py, encoders.py) take it fr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,12 @@ class LLaVAConfig:
 
 def from_recipe(c: Model, template: str) -> LLaVAConfig:
     """What a recipe's [model] section describes. Reads configs, no weights; raises UserError for what is missing."""
+
+    if c.checkpoint:
+        if c != Model(checkpoint=c.checkpoint, tokenizer=c.tokenizer, allow_pickle=c.allow_pickle):
+            raise UserError("model.checkpoint", "it brings its own parts and image settings",
+                            "remove the other fields of [model]")  # fmt: skip
+        return replace(read_config(weights.resolve(c.checkpoint, "model.checkpoint", small=True)), template=template)
 
     def folder(key: str) -> Path:
         return weights.resolve(getattr(c, key), f"model.{key}", small=True)
@@ -266,21 +272,26 @@ class Renamed(Mapping):
         return self.source.locate(self.theirs.get(key, key))
 
 
-def read(folder: Path, allow_pickle: bool = False) -> tuple[LLaVAConfig, Mapping, bool]:
-    """A checkpoint of any layout -> its config, its tensors by part, whether the parts have Hugging Face's names.
-
-    Raises UserError for an unknown layout, an incomplete config.json, or as weights.Checkpoint does.
-    """
+def read_config(folder: Path) -> LLaVAConfig:
+    """The config of a checkpoint of any layout. Raises UserError for an unknown or incomplete config.json."""
     where = folder / "config.json"
     c = weights.read_json(where)
     kind = c.get("model_type")
     if kind not in LAYOUTS:
         raise UserError(f"{where}:model_type", f"{kind!r} is no layout known here", f"one of {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[kind]
     try:
-        config = layout.read(c, folder)
+        return LAYOUTS[kind].read(c, folder)
     except KeyError as e:
         raise UserError(f"{where}:{e.args[0]}", "missing", "give a complete config.json") from None
+
+
+def read(folder: Path, allow_pickle: bool = False) -> tuple[LLaVAConfig, Mapping, bool]:
+    """A checkpoint of any layout -> its config, its tensors by part, whether the parts have Hugging Face's names.
+
+    Raises UserError as read_config and weights.Checkpoint do.
+    """
+    config, kind = read_config(folder), weights.read_json(folder / "config.json")["model_type"]
+    layout = LAYOUTS[kind]
     if kind == "tinyllava" and (folder / "language_model").is_dir():  # Factory's training folder: three parts
         parts = {prefix: weights.Checkpoint(folder / n, allow_pickle) for n, prefix in _FACTORY_FOLDERS.items()}
         source = weights.Joined(parts)

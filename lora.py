@@ -205,8 +205,15 @@ def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
         if options and len(ways) + len(options) > 2:
             raise UserError(f"tune.{part}", f"{', '.join(sorted(ways))} with {len(options)} sets of adapter options",
                             "tune it so in every stage that trains it, with equal options")  # fmt: skip
-        if options:
-            apply(model, options.pop(), [attribute])
+        for one in options:
+            if not one.adapter:
+                apply(model, one, [attribute])
+            elif not adapters(model.get_submodule(attribute)):  # an earlier part's turn may have brought it
+                load_adapter(
+                    Path(one.adapter), model, layouts.LAYOUTS["llava"].table + layouts.LAYOUTS["tinyllava"].table
+                )
+                if not adapters(model.get_submodule(attribute)):
+                    raise UserError(one.adapter, f"adapts nothing of the {part}", f"leave tune.{part} frozen")
 
 
 def merge(module: nn.Module, dtype: torch.dtype = torch.bfloat16):

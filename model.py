@@ -403,11 +403,13 @@ class LLaVA(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu", allow_pickle: bool = False
-    ) -> LLaVA:
+        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu", allow_pickle: bool = False,
+        load: Mapping[str, Callable] | None = None,
+    ) -> LLaVA:  # fmt: skip
         """A whole model from a folder or Hugging Face id, in any of layouts.LAYOUTS.
 
-        dtype None keeps the file's; allow_pickle also reads pytorch_model.bin, tensors only. Raises UserError.
+        dtype None keeps the file's; allow_pickle also reads pytorch_model.bin, tensors only; load: for a part's name
+        what loads it instead of weights.load, with the same arguments. Raises UserError.
         """
         folder = weights.resolve(str(path), allow_pickle=allow_pickle)
         config, source, hf_names = layouts.read(folder, allow_pickle)
@@ -419,7 +421,8 @@ class LLaVA(nn.Module):
         for name in cls.PARTS:
             part = getattr(model, name)
             table = getattr(part, "rename", ()) if hf_names else ()
-            used |= weights.load(part, source, table, f"{name}.", dtype, device, getattr(part, "ignore", ()))
+            fill, ignore = (load or {}).get(name, weights.load), getattr(part, "ignore", ())
+            used |= fill(part, source, table, f"{name}.", dtype=dtype, device=device, ignore=ignore)
         if left := sorted(set(source) - used):
             raise UserError(source.locate(left[0]), "belongs to no part of the model", "check model_type")
         return model
@@ -428,8 +431,12 @@ class LLaVA(nn.Module):
     def from_parts(cls, c: Model, template: str, seed: int = 0, load: Mapping[str, Callable] | None = None) -> LLaVA:
         """A new model as a recipe's [model] section says: pretrained parts from folders, the rest random.
 
-        load: for a part's name what loads it instead of weights.load, with the same arguments.
+        load: as in from_pretrained.
         """
+        if c.checkpoint:
+            model = cls.from_pretrained(c.checkpoint, allow_pickle=c.allow_pickle, load=load)
+            model.config = replace(model.config, template=template)
+            return model
         torch.manual_seed(seed)  # only what is initialised here draws from it
         folders = {"language_model": {"": c.llm}, "vision_tower": {"": c.vision}}
         if c.vision2:
@@ -461,8 +468,8 @@ class LLaVA(nn.Module):
     # -- forward -----------------------------------------------------------------------------------------
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) -> what stands in the sequence for them, (N, n, D)."""
-        return self.connector(self.vision_tower(images))
+        """Pixels (N, 3, H, W), normalised or uint8 -> what stands in the sequence for them, (N, n, D)."""
+        return self.connector(self.vision_tower(self.vision_tower.transform.normalise(images)))
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Packed ids (T,) with IMAGE_TOKEN at every image position, features (N, n, D) in order -> (T, D)."""

@@ -34,7 +34,7 @@ from torch import nn
 import layouts
 import weights
 from config import Recipe, Stage, UserError, load
-from data import Rows, Steps
+from data import Mixture, Rows, Steps, files
 from encoders import VisionEncoder
 from model import LLaVA
 from parallel import print0
@@ -52,12 +52,13 @@ def print_recipes(folder: Path):
     for file in sorted(folder.glob("*.toml")):
         recipe, _ = load([str(file)], file)
         c, stages = recipe.model, []
-        if not (c.llm or c.llm_config):
+        if not (c.llm or c.llm_config or c.checkpoint):
             continue  # a base for others
         for stage in recipe.stage.values():
             ways = {part: getattr(stage.tune, part) for part in ("connector", "llm", "vision")}
             stages.append("+".join(p[0] + f"({h})" * (h != "full") for p, h in ways.items() if h != "frozen"))
-        llm, vision, vision2 = (name.split("/")[-1] for name in (c.llm or "random", c.vision or "random", c.vision2))
+        parts = (c.checkpoint, "", "") if c.checkpoint else (c.llm or "random", c.vision or "random", c.vision2)
+        llm, vision, vision2 = (name.split("/")[-1] for name in parts)
         names = (file.stem, llm, f"{vision} + {vision2}".removesuffix(" + "), " > ".join(stages))
         rows.append((*names, *(str(recipe.published.get(name, "-")) for name in BENCHMARKS)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -96,18 +97,24 @@ def locate(name: str, needs: tuple[str, ...], asks: str, scratch: Path) -> tuple
 def find(recipe: Recipe, scratch: Path, made: Path | None) -> tuple[list[tuple[str, str, str]], dict[str, Path | None]]:
     """Every path of a recipe as (key, value, where it is), and for each part that is loaded a folder with its JSON."""
     c, lines, folders = recipe.model, [], {}
-    for part, random in {"llm": c.llm_config, "vision": c.vision_config, "vision2": not c.vision2}.items():
+    made_here = {"llm": c.llm_config, "vision": c.vision_config, "vision2": not c.vision2}
+    for part, random in ({"checkpoint": False} if c.checkpoint else made_here).items():
         if not random:
             needs = ("*.safetensors", "*.bin") if c.allow_pickle else ("*.safetensors",)
             where, folders[part] = locate(getattr(c, part), needs, "config.json", scratch)
             lines.append((f"model.{part}", getattr(c, part), where))
-    name = c.tokenizer or c.llm
+    name = c.text
     where, _ = locate(name, ("tokenizer.json", "tokenizer.model"), "tokenizer_config.json", scratch)
     lines.append(("model.tokenizer", name, where))
     for name, stage in recipe.stage.items():
-        files = {"data": stage.data, "images": stage.images or str(Path(stage.data).parent)}
-        files |= {"validation": stage.validation} if stage.validation else {}
-        lines += [(f"stage.{name}.{k}", v, "found" if v and Path(v).exists() else "MISSING") for k, v in files.items()]
+        sources = {f"mixture.{k}.": source for k, source in stage.mixture.items()} or {"": stage}
+        named = {"validation": stage.validation} if stage.validation else {}
+        for key, s in sources.items():
+            named |= {f"{key}data": s.data, f"{key}images": s.images or str(Path(s.data).parent)}
+        lines += [
+            (f"stage.{name}.{k}", v, "found" if v and (Path(v).exists() or files(v)) else "MISSING")
+            for k, v in named.items()
+        ]
     if made and not made.exists():
         lines = [(k, v, "train.py makes it" if Path(v).is_relative_to(made) else where) for k, v, where in lines]
     return lines, folders
@@ -190,7 +197,8 @@ def peak_share(model: LLaVA, stage: Stage, rows: Rows, device: torch.device) -> 
 
 def print_stage(name: str, stage: Stage, recipe: Recipe, model: LLaVA):
     """One stage: what trains, steps, memory and hours."""
-    rows = Rows(stage.data, Path(stage.data).parent) if Path(stage.data).is_file() else None
+    sources = list(stage.mixture.values()) or [stage]
+    rows = Mixture.of(stage, f"stage.{name}") if all(s.data and files(s.data) for s in sources) else None
     steps = len(Steps(rows, None, stage, recipe.train)) if rows else stage.steps
     row = mean_row(rows, stage.template)
     memory, flops = estimate(model, stage, row, recipe.train.gradient_checkpointing)

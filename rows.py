@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from config import UserError
+from config import Stage, UserError
 from index import SMALL, index, looks_like, parse
 
 MAX_RATIO = 500  # of an image's sides: with the shortest resized to 384, still within Pillow's limit of pixels
@@ -73,6 +73,11 @@ def image_names(row: dict, where: str) -> list[str]:
     return names
 
 
+def files(data: str | Path) -> list[Path]:
+    """The files that a folder of shards, a glob or a file's own name stand for, in order; [] = there is none."""
+    return sorted(Path(data).glob("*.tar") if Path(data).is_dir() else map(Path, glob.glob(str(data))))
+
+
 class Rows:
     """`rows[i]` is a dict, `rows.where(i)` its name in messages, `rows.image(...)` its pictures. They are of
     a .json list, of a .jsonl file, or of tar shards: one of them, a folder of them, or a glob.
@@ -85,11 +90,9 @@ class Rows:
 
     def __init__(self, data: str | Path, images: str | Path = ""):
         self.given, self.file = (data, images), Path(data)
-        folder = self.file.is_dir()
-        found = sorted(self.file.glob("*.tar")) if folder else sorted(map(Path, glob.glob(str(data))))
-        if folder and not found:
+        self.files = files(data) or [self.file]
+        if self.file.is_dir() and self.files == [self.file]:
             raise UserError(data, "a folder without .tar shards", "name a .json or .jsonl file of rows, or shards")
-        self.files = found or [self.file]
         self.images = Path(images) if images else self.file.parent
         self.packed = self.files[0].suffix == ".tar"
         try:
@@ -167,6 +170,17 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @classmethod
+    def of(cls, stage: Stage, where: str) -> Rows | Mixture:
+        """What a stage of a recipe trains on. Raises UserError where it names nothing, or what is not there."""
+        if bool(stage.data) == bool(stage.mixture):
+            what = "set beside a mixture" if stage.data else "not set"
+            raise UserError(f"{where}.data", what, "name a .json or .jsonl file of rows, or sources of a mixture")
+        if stage.data:
+            return Rows(stage.data, stage.images)
+        sources = stage.mixture.values()
+        return cls([Rows(s.data, s.images) for s in sources], [s.weight for s in sources])
 
     def _find(self, i: int) -> tuple[Rows, int]:
         k = int(np.searchsorted(self.ends, i, side="right"))

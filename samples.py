@@ -64,12 +64,12 @@ def byte_tokenizer() -> templates.Tokenizer:
 
 def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     """The spec that training and `check` share. Raises UserError for a missing tokenizer, template or encoder."""
-    tokenizer = model.tokenizer or model.llm
-    if not tokenizer:
+    if not model.text:
         raise UserError("model.tokenizer", "not set", "name a folder with tokenizer.json or tokenizer.model")
-    transform, n = vision_spec(from_recipe(model, stage.template))
-    rest = dict(max_tokens=stage.max_tokens, image_tokens=n, image_mode=model.image_mode, transform=transform)
-    return make_spec(tokenizer, stage.template, **rest)
+    c = from_recipe(model, stage.template)
+    transform, n = vision_spec(c)
+    rest = dict(max_tokens=stage.max_tokens, image_tokens=n, image_mode=c.image_mode, transform=transform.pixels)
+    return make_spec(model.text, stage.template, **rest)
 
 
 def _user_error(where, error: ValueError) -> UserError:
@@ -153,7 +153,7 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in each sample
     cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
     max_seqlen: int
-    images: Tensor | None  # (N, 3, H, W), in order of occurrence
+    images: Tensor | None  # (N, 3, H, W) uint8, in order of occurrence
     rows: list[int]  # S row numbers
 
     @property

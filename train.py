@@ -36,7 +36,7 @@ import watch
 import weights
 import world as demo_world
 from config import Recipe, Stage, Tune, UserError
-from data import Batch, Rows, Steps, loader, stage_spec, validation_batches
+from data import Batch, Mixture, Rows, Steps, files, loader, stage_spec, token_counts, validation_batches
 from layers import RMSNorm
 from model import LLaVA
 from parallel import World, print0
@@ -171,7 +171,9 @@ def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: i
     name, run = list(recipe.stage)[index], recipe.train
     stage, output = recipe.stage[name], Path(run.output)
     spec = stage_spec(recipe.model, stage)
-    steps = Steps(Rows(stage.data, stage.images), spec, stage, run, world.rank, world.size)
+    rows = Mixture.of(stage, f"stage.{name}")
+    counts = token_counts(rows, spec, run.workers) if world.size > 1 else None  # ranks share the tokens evenly
+    steps = Steps(rows, spec, stage, run, world.rank, world.size, counts=counts)
     held_out = stage.validation and Rows(stage.validation, stage.images)
     set_trainable(model, stage.tune)
     if world.rank == 0:
@@ -307,14 +309,15 @@ def check_room(model: LLaVA, recipe: Recipe, folder: Path):
 def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
     """The finished model with all that belongs to it; config.json, written last, says that it is finished."""
     folder, c, last = output / "checkpoints", recipe.model, list(recipe.stage.values())[-1]
-    tokenizer = load_tokenizer(weights.resolve(c.tokenizer or c.llm, small=True))
+    start = c.llm or c.checkpoint
+    tokenizer = load_tokenizer(weights.resolve(c.text, small=True))
     with checkpoints.writing(output):
         if recipe.train.keep_best and (best := checkpoints.best(folder, list(recipe.stage)[-1])):
             tokenizer.save(output / "best")
-            lora.finish(build(recipe, checkpoints.read(best)[0], last), output / "best", c.llm).save(output / "best")
+            lora.finish(build(recipe, checkpoints.read(best)[0], last), output / "best", start).save(output / "best")
         tokenizer.save(output)
         watch.finish(output, recipe)
-        lora.finish(build(recipe, tensors, last), output, c.llm).save(output)
+        lora.finish(build(recipe, tensors, last), output, start).save(output)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -351,8 +354,8 @@ def main(argv: list[str]):
         demo_world.write(made)
     parallel.barrier(world)
     for name, stage in recipe.stage.items():  # before anything is loaded: what is missing later is missing now
-        for file in filter(None, (stage.data, stage.validation)):
-            if not Path(file).is_file():
+        for file in filter(None, (stage.data, stage.validation, *(s.data for s in stage.mixture.values()))):
+            if not files(file):
                 raise UserError(f"{path}:stage.{name}", f"no such file {file}", "correct data or validation")
     if run.keep < 1 or (run.keep_best and not recipe.stage[stages[-1]].validation):
         raise UserError(f"{path}:train", "keep is at least 1, and keep_best needs a last stage with validation",

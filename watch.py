@@ -187,9 +187,10 @@ def card(recipe: Recipe, rows: list[dict]) -> str:
     m = recipe.model
     lines = [
         "# " + Path(recipe.train.output).name, "",
-        f"- language model: {m.llm or 'random weights, ' + str(m.llm_config.get('model_type'))}",
-        f"- vision encoder: {' + '.join(filter(None, (m.vision, m.vision2))) or 'random weights'}",
-        f"- connector: {m.connector}", "", "| stage | data | trains | steps | loss | validation loss |",
+        *([f"- all of {m.checkpoint}, trained on"] if m.checkpoint else [
+            f"- language model: {m.llm or 'random weights, ' + str(m.llm_config.get('model_type'))}",
+            f"- vision encoder: {' + '.join(filter(None, (m.vision, m.vision2))) or 'random weights'}",
+            f"- connector: {m.connector}"]), "", "| stage | data | trains | steps | loss | validation loss |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, stage in recipe.stage.items():
@@ -197,7 +198,8 @@ def card(recipe: Recipe, rows: list[dict]) -> str:
         last = {event: ([r for r in mine if r["event"] == event] or [{}])[-1] for event in ("step", "validation")}
         trains = ", ".join(f"{k} {v}" for k, v in vars(stage.tune).items() if isinstance(v, str) and v != "frozen")
         loss, held_out = (f"{r['loss']:.4f}" if r else "-" for r in last.values())
-        lines.append(f"| {name} | {stage.data} | {trains} | {last['step'].get('step', 0)} | {loss} | {held_out} |")
+        data = stage.data or ", ".join(f"{s.data} x {s.weight}" for s in stage.mixture.values())
+        lines.append(f"| {name} | {data} | {trains} | {last['step'].get('step', 0)} | {loss} | {held_out} |")
     lines += [
         "", "`recipe.toml` is the whole recipe, `log.jsonl` and `loss.png` tell how it went.", "",
         '    python generate.py --model THIS_FOLDER --image FILE --prompt "..."',

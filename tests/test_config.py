@@ -163,7 +163,10 @@ def test_a_recipe_states_what_it_is_and_only_what_differs(file):
     assert not needless or file.stem in GROUND | {"demo"}  # these say the important things even where they are defaults
 
 
-@pytest.mark.parametrize("file", [f for f in RECIPES if f.stem not in GROUND | {"demo"}], ids=lambda p: p.stem)
+WHOLE = [f for f in RECIPES if f.stem not in GROUND | {"demo", "custom-lora"}]
+
+
+@pytest.mark.parametrize("file", WHOLE, ids=lambda p: p.stem)
 def test_a_recipe_is_whole(file):
     r, _ = config.load([str(file)], file)
     llm = next(name for name in sorted(TEMPLATE, key=len, reverse=True) if file.stem.startswith(f"{name}-"))
@@ -184,6 +187,8 @@ def test_a_recipe_is_whole(file):
         ("share 2 (Factory)", "phi2-siglip-share-factory", "caption"),
         ("share 2 (paper / Bench)", "phi2-siglip-share-paper", "caption"),
         ("share 3", "phi2-siglip-share-factory", "finetune"), ("share 3", "phi2-siglip-share-paper", "finetune"),
+        ("lora finetune", "phi2-siglip-lora", "finetune"), ("qlora finetune", "phi2-siglip-qlora", "finetune"),
+        ("custom lora", "custom-lora", "mine"),
     ],
 )  # fmt: skip
 def test_stages_are_as_the_original_has_them(row, recipe, stage):
@@ -192,6 +197,9 @@ def test_stages_are_as_the_original_has_them(row, recipe, stage):
     s = config.load([str(ROOT / "recipes" / f"{recipe}.toml")], "x")[0].stage[stage]
     assert (s.learning_rate, s.global_batch, s.max_tokens) == (float(rate), int(batch), int(tokens))
     tuned = {"connector": "full", "llm": "full" if "LLM" in what else "frozen"}
+    if "lora" in row:
+        tuned["llm"] = "qlora-nf4" if row.startswith("q") else "lora"
+        assert (s.lora.r, s.lora.alpha, s.lora.dropout, s.lora.targets) == (128, 256, 0.05, "")
     tuned["vision"] = "partial:12" if "tower from layer 12" in what else "frozen"
     assert asdict(s.tune) == tuned
     assert s.template == template or template == "per LLM"

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from conftest import ROOT
 from PIL import Image
 from test_data import flat, row, rows_of, transform, turns, write
 
+import config
 import data
 import index
 import rows as rows_module
@@ -431,3 +433,29 @@ def test_uint8_pixels_reach_the_batch_as_they_are(many, spec, tmp_path):
     steps = Steps(many, dataclasses.replace(spec, transform=pixels), Stage(global_batch=38), Train(on_bad_row="skip"))
     batches = [b for b in steps[0].batches if b.images is not None]
     assert batches and all(b.images.dtype == torch.uint8 for b in batches)
+
+
+# ------------------------------------------------------------------------------------------ as a recipe names them
+
+
+def test_a_recipe_mixes_sources_by_name(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name, n in (("some", 10), ("rare", 40)):
+        write(tmp_path, [row(f"{name}{i}", "x", image=None) for i in range(n)], f"{name}.json")
+    file = tmp_path / "r.toml"
+    file.write_text(
+        f'[stage.a.mixture.some]\ndata = "{tmp_path}/some.json"\nweight = 2\n'
+        f'[stage.a.mixture.rare]\ndata = "{tmp_path}/rare.json"\n'
+    )
+    recipe, _ = config.load([str(file), "stage.a.mixture.rare.weight=0.25"], file)
+    rows = Mixture.of(recipe.stage["a"], "stage.a")
+    assert rows.parts == ((10, 20), (40, 10))
+    file.write_text(config.dumps(recipe))
+    assert config.load([str(file)], file)[0] == recipe
+    for wrong, message in (
+        ("stage.a.data=b.json", "stage.a.data: set beside a mixture; fix"),
+        ("stage.a.mixture.rere.weight=1", 'rere.weight: unknown source; fix: did you mean "rare"?'),
+        ("stage.a.mixture.rare.wait=1", 'unknown key; fix: did you mean "weight"?'),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            Mixture.of(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")

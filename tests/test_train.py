@@ -1,5 +1,6 @@
 """The training loop: equal to the reference's trajectory, to itself however it is split, and to itself killed."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from conftest import ROOT, run, shared
 from safetensors.torch import load_file
 
 import config
+import lora
 import train
 import world as demo_world
 from config import Stage, Tune
@@ -313,3 +315,40 @@ def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):
     done = run("train.py", file, f"model.llm={folder}", "model.llm_config={}", ok=False)
     assert "up_proj.weight: shape [48, 31], the config needs [48, 32]; fix: " in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
+    """model.checkpoint and a mixture: what trains starts where the first run ended, its adapters too."""
+    file, first = recipe("first")
+    run("train.py", file, "stage.finetune.tune.llm=lora", "stage.finetune.lora.r=4", "stage.pretrain.tune.llm=frozen")
+    file = tmp_path / "more.toml"
+    file.write_text(
+        f'[model]\ncheckpoint = "{first}"\n[train]\noutput = "{tmp_path}/more"\nprecision = "fp32"\nlog_every = 1\n'
+        f'[stage.mine]\ntemplate = "plain"\nsteps = 3\nglobal_batch = 6\n'
+        '[stage.mine.tune]\nllm = "lora"\nconnector = "frozen"\n'
+        + "".join(
+            f'[stage.mine.mixture.{name}]\ndata = "{tiny_world}/{name}.json"\nimages = "{tiny_world}/images"\n'
+            for name in ("finetune", "val")
+        )
+    )
+    run("train.py", file)
+    before, after = LLaVA.from_pretrained(first), LLaVA.from_pretrained(tmp_path / "more")
+    moved = {k for k, v in after.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
+    assert moved and all(k.startswith("language_model.model.layers.") for k in moved)
+    assert after.config.template == "plain" and after.vision_tower.transform == before.vision_tower.transform
+    card = (tmp_path / "more" / "README.md").read_text()
+    assert f"all of {first}" in card and "finetune.json x 1.0" in card
+    wrong = run("train.py", file, f"train.output={tmp_path}/other", "model.image_mode=pad", ok=False)
+    assert "error: model.checkpoint: it brings its own parts and image settings; fix: " in wrong.stderr
+    # The recipe of the first run, from the adapters that it ended with: its merged model before any step.
+    file, _ = recipe("first")
+    own = config.load([str(file), "stage.finetune.tune.llm=lora", "stage.finetune.tune.vision=frozen",
+                       f"stage.finetune.lora.adapter={first}/adapter"], file)[0]  # fmt: skip
+    stage = own.stage["finetune"]
+    start = train.build(dataclasses.replace(own, stage={"finetune": stage}), {}, stage)
+    assert all(a.options.r == 4 for a in lora.adapters(start).values())
+    lora.merge(start)
+    theirs = before.state_dict()
+    for name, value in start.state_dict().items():
+        if name.startswith(("language_model.model.layers.", "connector.")):
+            assert torch.allclose(value, theirs[name], atol=1e-6), name
