@@ -70,6 +70,7 @@ class Train:
     workers: int = opt(2, "processes per rank that read, decode and tokenize ahead; 0 = in the main process")
     on_bad_row: str = opt("stop", "stop at the first unusable row, or skip: log it, take the next", ("stop", "skip"))
     gradient_checkpointing: bool = opt(False, "recompute each block in backward: less memory, a third more time")
+    compile: bool = opt(False, "torch.compile every block: minutes at first, then less time a step")
     log_every: int = opt(10, "steps between progress lines")
     save_every: int = opt(200, "steps between checkpoints to resume from")
     keep: int = opt(2, "how many such checkpoints to keep")

@@ -33,7 +33,7 @@ import layouts
 import weights
 from config import Model, UserError
 from connectors import build_connector, connector_tokens
-from encoders import build_encoder, vision_config
+from encoders import VisionEncoder, build_encoder, vision_config
 from generation import Attend, Decoding, expand, pack, packed
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.rope import rope as rotate
@@ -464,6 +464,13 @@ class LLaVA(nn.Module):
         preprocessor = self.vision_tower.transform.to_hf()
         weights.write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
         weights.write_file(folder / "config.json", json.dumps(self.config.to_json(), indent=2))
+
+    def compile_blocks(self, **options):
+        """torch.compile every block of language model and encoder in place, one graph for all lengths."""
+        for m in self.modules():
+            if isinstance(m, (LanguageModel, VisionEncoder)):
+                for block in m.blocks:
+                    block.compile(dynamic=True, **options)
 
     # -- forward -----------------------------------------------------------------------------------------
 

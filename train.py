@@ -183,6 +183,8 @@ def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: i
         round_frozen(model)
     model.to(world.device)
     share = plan.peak_share(model, stage, steps.rows, world.device) / world.size
+    if run.compile:
+        model.compile_blocks()
     mode = parallel.choose(run.parallel, model, world)
     module = parallel.wrap(model, world, mode)
     trainable = {part: [p for p in getattr(model, a).parameters() if p.requires_grad] for part, a in PARTS.items()}

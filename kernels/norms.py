@@ -184,7 +184,8 @@ def norm(
     """
     run, device = triton_norm if fused(x) else reference, x.device.type
     if not torch.is_autocast_enabled(device):
-        return run(x, residual, weight, bias, eps, kind, torch.result_type(x, x if residual is None else residual))
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        return run(x, residual, weight, bias, eps, kind, dtype)
     with torch.autocast(device, enabled=False):
         return run(x, residual, weight, bias, eps, kind, torch.get_autocast_dtype(device))
 

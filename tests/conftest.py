@@ -16,6 +16,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test file imports the kernels
 
 
+@pytest.fixture(autouse=True)
+def only_when_asked(request):
+    """The long ones run with `make test-full`, that is pytest -m full."""
+    if request.node.get_closest_marker("full") and "full" not in request.config.getoption("markexpr"):
+        pytest.skip("long: make test-full")
+
+
 def shared(path: str) -> Path:
     """A file of the reference data that lies beside the repository where it is developed; skips without it."""
     if not SHARED.is_dir():

@@ -189,3 +189,30 @@ def test_save_and_load_is_bit_exact_and_tied_weights_are_stored_once(tmp_path, t
     a, b = model.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert again.config.template == "phi" and again.config.feature_layer == -1
+
+
+def test_blocks_compile_whole_and_once_for_all_lengths(case):
+    """No graph break in any family or encoder (fullgraph), with gradients, and no graph of its own for each length."""
+    folder, graphs = case[2], []
+    plain, model = LLaVA.from_pretrained(folder), LLaVA.from_pretrained(folder)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.compile_blocks(fullgraph=True, backend=backend)
+    io, made = case[1], []
+    for lengths in ([7, 30, 5, 2, 8, 4], [9, 9], [3, 4, 11, 2, 17], [6, 21]):
+        ids = torch.randint(1, 90, (sum(lengths),), generator=torch.Generator().manual_seed(sum(lengths)))
+        cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        losses = [m.loss(ids, ids, positions, cu, max(lengths)) for m in (plain, model)]
+        assert (losses[0] - losses[1]).abs() <= 1e-5 * losses[0].abs()
+        made.append(len(graphs))
+    losses[1].backward()
+    blocks = len({tuple(vars(layer).items()) for layer in model.language_model.config.layers})
+    assert made[1:] == made[:1] * 3 and made[0] <= 2 * blocks
+    model.zero_grad()
+    close(model.vision_tower(io["images"]), plain.vision_tower(io["images"]), 1e-5)
+    assert len(graphs) > made[-1]

@@ -28,13 +28,6 @@ FULL = pytest.mark.full
 SHORT = ("stage.pretrain.steps=2", "stage.finetune.steps=4", "train.save_every=2")
 
 
-@pytest.fixture(autouse=True)
-def only_when_asked(request):
-    """The long ones run with `make test-full`, that is pytest -m full."""
-    if request.node.get_closest_marker("full") and "full" not in request.config.getoption("markexpr"):
-        pytest.skip("long: make test-full")
-
-
 def distributed(ranks: int, *arguments, ok=True):
     return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "train.py", *arguments, ok=ok)
 

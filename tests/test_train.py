@@ -352,3 +352,14 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
     for name, value in start.state_dict().items():
         if name.startswith(("language_model.model.layers.", "connector.")):
             assert torch.allclose(value, theirs[name], atol=1e-6), name
+
+
+@pytest.mark.full
+def test_compiled_blocks_change_nothing(recipe):
+    """train.compile, with inductor: minutes of compiling on two cores."""
+    one, out = recipe("compiled")
+    short = ("stage.pretrain.steps=2", "stage.finetune.steps=4")
+    run("train.py", one, *short, "train.compile=true")
+    two, plain = recipe("plain")
+    run("train.py", two, *short)
+    assert losses(out) == pytest.approx(losses(plain), rel=1e-5)
