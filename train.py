@@ -32,6 +32,7 @@ import config
 import lora
 import parallel
 import plan
+import seal
 import watch
 import weights
 import world as demo_world
@@ -304,7 +305,7 @@ def restore_moments(optimizer: torch.optim.AdamW, model: LLaVA, moments: dict[st
 def check_room(model: LLaVA, recipe: Recipe, folder: Path):
     """Raise UserError unless the disk takes this stage's checkpoints and the final model."""
     run, one = recipe.train, 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    more = max(1, run.keep + 1 + run.keep_best - len(checkpoints.listed(folder)))  # one while it is being written
+    more = max(1, run.keep + 1 + run.keep_best - len(seal.listed(folder)))  # one while it is being written
     checkpoints.need_room(folder.parent, one * more + 4 * lora.count(model), f"{more} checkpoints and the model")
 
 
@@ -314,7 +315,7 @@ def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
     start = c.llm or c.checkpoint
     tokenizer = load_tokenizer(weights.resolve(c.text, small=True))
     with checkpoints.writing(output):
-        if recipe.train.keep_best and (best := checkpoints.best(folder, list(recipe.stage)[-1])):
+        if recipe.train.keep_best and (best := seal.best(folder, list(recipe.stage)[-1])):
             tokenizer.save(output / "best")
             lora.finish(build(recipe, checkpoints.read(best)[0], last), output / "best", start).save(output / "best")
         tokenizer.save(output)
@@ -382,6 +383,7 @@ def main(argv: list[str]):
         model = build(recipe, tensors, list(recipe.stage.values())[index])
         if not train_stage(model, index, recipe, world, start, tensors):
             if world.rank == 0:
+                checkpoints.wait()
                 weights.write_file(output / "PREEMPTED", "the same command goes on from here\n")
             print0(f"preempted: saved in {folder}; the same command goes on from there")
             return

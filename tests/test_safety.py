@@ -15,12 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, run
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import losses, losses_so_far, recipe, tiny_world  # noqa: F401 (fixtures)
 
 import checkpoints
 import config
 import parallel
+import seal
 import watch
 from config import UserError
 
@@ -64,7 +65,10 @@ def one_line(done) -> str:
 def made(folder: Path, name: str, step: int, **state) -> Path:
     g = torch.Generator().manual_seed(step)
     tensors = {"weight.a": torch.randn(7, 5, generator=g), "exp_avg.a": torch.randn(7, 5, generator=g)}
-    checkpoints.write(folder, name, tensors, {"stage": 0, "step": step, **state})
+    temporary = folder / f".{name}.tmp"
+    temporary.mkdir()
+    save_file(tensors, temporary / checkpoints.TENSORS)
+    seal.seal(temporary, name, {"stage": 0, "step": step, **state})
     return folder / name
 
 
@@ -137,22 +141,40 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step, loss in enumerate((0.9, 0.3, 0.5, None, 0.7)):
         made(tmp_path, f"01-{step:08d}", step, trained="b", validation=loss)
     made(tmp_path, "00-00000009", 9, trained="a", validation=0.1)  # of another stage
-    checkpoints.prune(tmp_path, 2, "b")
+    seal.prune(tmp_path, 2, "b")
     assert [p.name for p in checkpoints.listed(tmp_path)] == ["01-00000001", "01-00000003", "01-00000004"]
-    checkpoints.prune(tmp_path, 1)
+    seal.prune(tmp_path, 1)
     assert [p.name for p in checkpoints.listed(tmp_path)] == ["01-00000004"]
 
 
-def test_a_write_that_fails_leaves_the_old_ones_and_surfaces(two, monkeypatch):
+def test_a_write_or_a_seal_that_fails_leaves_the_old_ones_and_surfaces(two, monkeypatch):
     old, new = two
     given = new.parent, 2, {"weight.a": torch.zeros(3)}, {"stage": 0, "step": 12}
     with monkeypatch.context() as m:
-        m.setattr(checkpoints, "_digest", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        full = OSError(28, "No space left on device")
+        m.setattr(checkpoints, "save_file", lambda *_: (_ for _ in ()).throw(full))
         with pytest.raises(UserError, match="No space left on device; fix: "):
             checkpoints.save(*given)
-    assert sorted(p.name for p in new.parent.iterdir()) == [old.name, new.name]
+    (new.parent / "00-00000012").write_text("a file where a folder should be")
     checkpoints.save(*given)
+    with pytest.raises(UserError, match="cannot be written: .*; fix: "):
+        checkpoints.save(*given)  # the one before could not be made whole
+    (new.parent / "00-00000012").unlink()
+    assert sorted(p.name for p in new.parent.iterdir()) == [".sealing", old.name, new.name]
+    checkpoints.save(*given)
+    checkpoints.wait()
     assert [p.name for p in checkpoints.listed(new.parent)] == [new.name, "00-00000012"]
+
+
+def test_the_next_start_waits_for_the_seal_of_a_killed_run(two):
+    old, new = two
+    held = "import sys, time, pathlib, seal; f = seal.alone(pathlib.Path(sys.argv[1])); print(1, flush=True)"
+    held += "; time.sleep(1); pathlib.Path(sys.argv[2]).rename(sys.argv[3])"
+    aside = new.rename(new.parent / ".late")
+    process = subprocess.Popen([sys.executable, "-c", held, new.parent, aside, new], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    assert checkpoints.pick(new.parent) == new
+    process.communicate()
 
 
 def test_a_full_disk_is_found_before_anything_is_written(two, monkeypatch):
@@ -369,7 +391,7 @@ def test_a_batch_of_nothing_has_no_loss_and_no_gradient(recipe):  # noqa: F811
     import train
 
     loaded, _ = config.load([str(recipe("nothing")[0])], "")
-    model = train.build(loaded, {})
+    model = train.build(loaded, {}, loaded.stage["finetune"])
     loss = model.loss(*train.packed_arguments(None, torch.device("cpu")))
     loss.backward()
     assert loss.item() == 0
@@ -470,26 +492,49 @@ PHASES = {  # what is about to be called when the process dies, and how often it
     "start": (train, "open_output", 1), "load": (train, "build", 3), "first batch": (data.Steps, "__getitem__", 1),
     "forward": (train.LLaVA, "loss", 22), "backward": (torch.Tensor, "backward", 22),
     "optimizer": (torch.optim.AdamW, "step", 22), "validation": (train, "validate", 3),
-    "writing tensors": (checkpoints, "save_file", 9), "before the manifest": (checkpoints, "_seal", 9),
-    "before the rename": (os, "rename", 9), "pruning": (checkpoints, "prune", 9), "export": (train.LLaVA, "save", 1),
+    "writing tensors": (checkpoints, "save_file", 9), "export": (train.LLaVA, "save", 1),
+    "before the manifest": ("text", 9), "before the rename": ("os.rename", 9), "pruning": ("prune", 9),
+    "sealing alone": ("digest", 9),
 }
+# In the process that seals: the training is killed, and with it this process, but for the last phase, where it goes on.
+SEAL = '''
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+import seal
+def die(*args, real=seal.NAME, **kwargs):
+    with open("COUNT", "a") as f:
+        f.write(".")
+        f.flush()
+        if f.tell() == WHICH:
+            os.kill(os.getppid(), signal.SIGKILL)
+            if "NAME" != "digest":
+                os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+seal.NAME = die
+seal.main(*sys.argv[1:])
+'''
 short = ["train.save_every=2", "stage.finetune.validation_every=5"]
 assert launch(FOLDER / "whole", 1, short) == [0]
 want = (FOLDER / "whole/model.safetensors").read_bytes()
-for phase, (owner, name, calls) in PHASES.items():
+for phase, (*owner, name, calls) in PHASES.items():
     lost = []
     for i in range(5):
         out, left = FOLDER / f"{phase} {i}", [1 + i * calls // 5]
 
-        def die(rank, real=getattr(owner, name)):
+        def die_sealing(rank):
+            file = Path(f"{out}.py")
+            file.write_text(SEAL.replace("NAME", name).replace("COUNT", f"{out}.count").replace("WHICH", str(left[0])))
+            checkpoints.seal.__file__ = str(file)
+
+        def die(rank, real=owner and getattr(*owner, name)):
             def counted(*args, **kwargs):
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*args, **kwargs)
-            setattr(owner, name, counted)
+            setattr(*owner, name, counted)
 
-        assert launch(out, 1, short, die) == [-9], phase
+        assert launch(out, 1, short, die if owner else die_sealing) == [-9], phase
         done = len(losses(out)) if (out / "log.jsonl").exists() else 0
         assert launch(out, 1, short) == [0], open(f"{out}.0.txt").read()
         said = open(f"{out}.0.txt").read().split("resumed: ")[1:]
