@@ -49,7 +49,6 @@ class Build(NamedTuple):
     """One kernel as it is compiled for a GPU that is not there: pointer types by argument, constants, warps, stages.
 
     `types` gives Triton's names ("*bf16", "*fp32", "i32", "fp32"); arguments that it leaves out are in `constants`.
-    `spills` is the most bytes of registers a thread may spill to memory.
     """
 
     kernel: object
@@ -57,7 +56,6 @@ class Build(NamedTuple):
     constants: dict[str, object]
     warps: int = 4
     stages: int = 2
-    spills: int = 0
 
 
 class Mutation(NamedTuple):

@@ -44,7 +44,7 @@ def reference_packed(
     if samples == 1:
         return reference(q[None], k[None], v[None], True, scale)[0]
     lengths = cu_seqlens.diff()
-    if samples * max_seqlen > 2 * tokens and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and samples * max_seqlen > 2 * tokens:
         # Very unequal lengths: padding would cost more than a loop, which only a trace cannot take.
         parts = [t.split(lengths.tolist()) for t in (q, k, v)]
         return torch.cat([reference(*(t[None] for t in s), True, scale)[0] for s in zip(*parts, strict=True)])
@@ -83,21 +83,21 @@ def forward_kernel(
     first = block * BM
     if first >= tq:
         return
-    K += begin_k * kt + head // G * kh
-    V += begin_k * vt + head // G * vh
-    q1, q2 = load(Q + begin_q * qt + head * qh, first, tq, qt, BM, D, D1, D2)
+    K += begin_k * kt * D + head // G * kh * D
+    V += begin_k * vt * D + head // G * vh * D
+    q1, q2 = load(Q + begin_q * qt * D + head * qh * D, first, tq, qt * D, BM, D, D1, D2)
     row, c = first + tl.arange(0, BM), scale * 1.4426950408889634  # the machine's exponential is of 2
     top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     o1, o2 = zeros(BM, D1, D2)
     end = tl.minimum(first + BM, tk) if CAUSAL else tk
     whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN * BN
     for start in range(0, end, BN):
-        k1, k2 = load(K, start, tk, kt, BN, D, D1, D2)
+        k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2)
         s = inner(q1, q2, k1, k2, D2)
         if start >= whole:
             key = start + tl.arange(0, BN)[None, :]
             s = tl.where((key < tk) & (key <= row[:, None]) if CAUSAL else key < tk, s, float("-inf"))
-        v1, v2 = load(V, start, tk, vt, BN, D, D1, D2)
+        v1, v2 = load(V, start, tk, vt * D, BN, D, D1, D2)
         top, total, o1, o2 = softmax(s, c, top, total, o1, o2, v1, v2, D2)
     total = tl.where(total > 0, total, 1.0)  # no key at all: the output is 0
     at = (begin_q * H + head) * D
@@ -115,8 +115,8 @@ def query_kernel(
     first = block * BM
     if first >= tq:
         return
-    K += begin_k * kt + head // G * kh
-    V += begin_k * vt + head // G * vh
+    K += begin_k * kt * D + head // G * kh * D
+    V += begin_k * vt * D + head // G * vh * D
     at, per_row = (begin_q * H + head) * D, head * T + begin_q
     row, c = first + tl.arange(0, BM), scale * 1.4426950408889634
     o1, o2 = load(OUT + at, first, tq, H * D, BM, D, D1, D2)
@@ -126,17 +126,17 @@ def query_kernel(
         delta += tl.sum(o2.to(tl.float32) * g2.to(tl.float32), 1)
     tl.store(DELTA + per_row + row, delta, row < tq)
     lse = tl.load(LSE + per_row + row, row < tq, float("inf"))
-    q1, q2 = load(Q + begin_q * qt + head * qh, first, tq, qt, BM, D, D1, D2)
+    q1, q2 = load(Q + begin_q * qt * D + head * qh * D, first, tq, qt * D, BM, D, D1, D2)
     dq1, dq2 = zeros(BM, D1, D2)
     end = tl.minimum(first + BM, tk) if CAUSAL else tk
     whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN * BN
     for start in range(0, end, BN):
-        k1, k2 = load(K, start, tk, kt, BN, D, D1, D2)
+        k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2)
         p = tl.exp2(inner(q1, q2, k1, k2, D2) * c - lse[:, None])
         if start >= whole:
             key = start + tl.arange(0, BN)[None, :]
             p = tl.where((key < tk) & (key <= row[:, None]) if CAUSAL else key < tk, p, 0.0)
-        v1, v2 = load(V, start, tk, vt, BN, D, D1, D2)
+        v1, v2 = load(V, start, tk, vt * D, BN, D, D1, D2)
         ds = p * (inner(g1, g2, v1, v2, D2) - delta[:, None])
         dq1, dq2 = add(dq1, dq2, ds, k1, k2, D2)
     store(DQ + at, dq1 * scale, dq2 * scale, first, tq, H * D, BM, D, D1, D2)
@@ -149,34 +149,39 @@ def key_kernel(
 ):  # fmt: skip
     """dk and dv of BN keys of one key head, over its G query heads and their blocks of BM queries.
 
-    p and ds are transposed, (BN, BM), to be left operands, which stay in registers. Queries beyond the end have
-    lse = inf, so p = 0; keys beyond the end are not stored.
+    p and ds are transposed, (BN, BM), to be left operands, which stay in registers. Queries beyond the end are
+    zeros, do and delta too, and so add nothing; keys beyond the end are not stored. The order of the lines keeps few
+    numbers alive: delta and key where they are used, and the sums last.
     """
     block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H // G, blocks, PACKED, False)
     first = block * BN
     if first >= tk:
         return
-    k1, k2 = load(K + begin_k * kt + head * kh, first, tk, kt, BN, D, D1, D2)
-    v1, v2 = load(V + begin_k * vt + head * vh, first, tk, vt, BN, D, D1, D2)
-    key, c = first + tl.arange(0, BN)[:, None], scale * 1.4426950408889634
+    k1, k2 = load(K + begin_k * kt * D + head * kh * D, first, tk, kt * D, BN, D, D1, D2)
+    v1, v2 = load(V + begin_k * vt * D + head * vh * D, first, tk, vt * D, BN, D, D1, D2)
+    c = scale * 1.4426950408889634
     dk1, dk2 = zeros(BN, D1, D2)
     dv1, dv2 = zeros(BN, D1, D2)
-    near = first // BM * BM if CAUSAL else 0  # no query before this one sees a key of the block,
-    whole = tl.cdiv(first + BN, BM) * BM if CAUSAL else 0  # and from this one on each sees them all
+    Q += begin_q * qt * D + head * G * qh * D
+    DO += (begin_q * H + head * G) * D
+    LSE += head * G * T + begin_q
+    DELTA += head * G * T + begin_q
+    near = first // BM * BM if CAUSAL else 0  # no query before this one sees a key of the block
     count = tl.cdiv(tl.maximum(tq - near, 0), BM)
     for i in range(count * G):  # one loop, so that loads run ahead from one head into the next
-        h, start = head * G + i // count, near + i % count * BM
-        per_row, row = h * T + begin_q, start + tl.arange(0, BM)
-        lse = tl.load(LSE + per_row + row, row < tq, float("inf"))
-        delta = tl.load(DELTA + per_row + row, row < tq, 0.0)
-        q1, q2 = load(Q + begin_q * qt + h * qh, start, tq, qt, BM, D, D1, D2)
+        h, start = (i // count).to(tl.int64), near + i % count * BM
+        row = start + tl.arange(0, BM)
+        lse = tl.load(LSE + h * T + row, row < tq, 0.0)
+        q1, q2 = load(Q + h * qh * D, start, tq, qt * D, BM, D, D1, D2)
         p = tl.exp2(inner(k1, k2, q1, q2, D2) * c - lse[None, :])
         if CAUSAL:
-            if start < whole:
-                p = tl.where(key <= row[None, :], p, 0.0)
-        g1, g2 = load(DO + (begin_q * H + h) * D, start, tq, H * D, BM, D, D1, D2)
-        dv1, dv2 = add(dv1, dv2, p, g1, g2, D2)
+            if start < first + BN:  # beyond, every query sees every key of the block
+                key = first - start + tl.arange(0, BN)[:, None]
+                p = tl.where(key <= tl.arange(0, BM)[None, :], p, 0.0)
+        g1, g2 = load(DO + h * D, start, tq, H * D, BM, D, D1, D2)
+        delta = tl.load(DELTA + h * T + row, row < tq, 0.0)
         ds = p * (inner(v1, v2, g1, g2, D2) - delta[None, :])
+        dv1, dv2 = add(dv1, dv2, p, g1, g2, D2)
         dk1, dk2 = add(dk1, dk2, ds, q1, q2, D2)
     at, stride = (begin_k * (H // G) + head) * D, H // G * D
     store(DK + at, dk1 * scale, dk2 * scale, first, tk, stride, BN, D, D1, D2)
@@ -208,8 +213,8 @@ def _launch(kernel, name: str, q, k, v, others, cu, samples, longest_q, longest_
     if blocks * samples * heads:
         q, k, v = map(rows, (q, k, v))
         kernel[(blocks * samples * heads,)](
-            q, k, v, *others, q if cu is None else cu, *(x.stride(i) for x in (q, k, v) for i in (0, 1)), T, longest_q,
-            longest_k, H, group(H, K), blocks, d**-0.5 if scale is None else scale, PACKED=cu is not None,
+            q, k, v, *others, q if cu is None else cu, *(x.stride(i) // d for x in (q, k, v) for i in (0, 1)), T,
+            longest_q, longest_k, H, group(H, K), blocks, d**-0.5 if scale is None else scale, PACKED=cu is not None,
             CAUSAL=causal, **widths(d), **sizes,
         )  # fmt: skip
 
@@ -313,38 +318,38 @@ CASES = [
     _dense("more queries than keys, causal", 1, 70, 40, 1, 1, 16, True),
     Case("views of one projection", lambda x: triton_attention(*x.unbind(2), True),
          lambda x: reference(*x.unbind(2), True), lambda g: (randn(g, 2, 40, 3, 2, 48),), (0,)),
+    Case("heads with a gap", lambda x: triton_attention(*[x[..., :16]] * 3, True),
+         lambda x: reference(*[x[..., :16]] * 3, True), lambda g: (randn(g, 2, 9, 2, 20),), (0,)),
     _packed("packed", (7, 129, 1), 2, 1, 128),
     _packed("packed, empty samples", (0, 5, 0, 1, 3, 0), 6, 2, 80),
     _packed("packed, no token", (0, 0), 2, 1, 16),
     _packed("packed, wide", (7, 66), 2, 1, 256),
 ]  # fmt: skip
 
-_TYPES = (dict.fromkeys("Q K V OUT DO DQ DK DV".split(), "*bf16") | dict.fromkeys("T TQ TK H G blocks".split(), "i32")
+_TYPES = (dict.fromkeys("Q K V OUT DO DQ DK DV".split(), "*bf16")
+          | dict.fromkeys("qt kt vt T TQ TK H G blocks".split(), "i32")
           | {"LSE": "*fp32", "DELTA": "*fp32", "CU": "*i32", "scale": "fp32"})  # fmt: skip
 
 
-def _build(kernel, name: str, d: int, causal: bool, grouped: bool) -> Build:
+def _build(kernel, name: str, d: int, packed: bool, grouped: bool) -> Build:
     b = _blocks(name, d, torch.bfloat16)
     warps, stages = b.pop("num_warps"), b.pop("num_stages")
-    # Constants at run time too, or as good as: strides are multiples of 16, an argument of 1 is compiled in.
-    fixed = {"qt": 32 * d, "qh": d, "kt": 32 * d, "kh": d, "vt": 32 * d, "vh": d} | ({} if grouped else {"G": 1})
-    constants = {"PACKED": causal, "CAUSAL": causal} | fixed | widths(d) | b
-    # Two numbers that a loop does not change may wait in memory (64 on sm_80 and 89, 72 and 80 on sm_100).
-    return Build(kernel, _TYPES, constants, warps, stages, 8 if d < 128 else 0)
+    ones = dict.fromkeys(("qh kh vh" if grouped else "qh kh vh G").split(), 1)  # an argument of 1 is compiled in
+    return Build(kernel, _TYPES, {"PACKED": packed, "CAUSAL": packed} | ones | widths(d) | b, warps, stages)
 
 
 BUILDS = [
     _build(kernel, name, *shape)
     for kernel, name in ((forward_kernel, "forward"), (query_kernel, "query"), (key_kernel, "key"))
-    for shape in ((64, False, False), (64, True, True), (72, False, False), (80, True, False), (128, True, True),
-                  (256, True, True))
+    for shape in ((64, False, False), (64, True, False), (64, True, True), (72, False, False), (80, True, False),
+                  (96, True, False), (128, True, False), (128, True, True), (256, True, True))
 ]  # fmt: skip
 MUTATIONS = [
     Mutation("(key <= row[:, None])", "(key <= row[:, None] + 1)", "causal"),
-    Mutation("key <= row[None, :]", "key < row[None, :]", "causal"),
+    Mutation("key <= tl.arange", "key < tl.arange", "causal"),
     Mutation("if CAUSAL else key < tk", "if CAUSAL else key > -1", "not causal"),
     Mutation("K += begin_k * kt", "K += 0 * kt", "packed, empty samples"),
-    Mutation("head * G + i // count", "head * G", "few queries, grouped heads, scale"),
+    Mutation("i // count", "i // count * 0", "few queries, grouped heads, scale"),
     Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
     Mutation("dq1 * scale, dq2 * scale", "dq1 * scale, dq2", "packed, empty samples"),
     Mutation(" - delta[None, :]", "", "packed, empty samples"),

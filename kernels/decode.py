@@ -43,12 +43,13 @@ def load(P, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.cons
 
 @triton.jit
 def store(P, x, y, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :]
-    P += tl.cast(start, tl.int64) * stride + row * stride
-    tl.store(P + at, x.to(P.dtype.element_ty), (row < end - start) & (at < D))
+    # Not the words of `load`: the compiler would keep the loads' masks and rows in registers all through the loop.
+    row, at = start + tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :]
+    P += row.to(tl.int64) * stride
+    tl.store(P + at, x.to(P.dtype.element_ty), (row < end) & (at < D))
     if D2:
         at = D1 + tl.arange(0, D2)[None, :]
-        tl.store(P + at, y.to(P.dtype.element_ty), (row < end - start) & (at < D))
+        tl.store(P + at, y.to(P.dtype.element_ty), (row < end) & (at < D))
 
 
 @triton.jit
@@ -136,8 +137,11 @@ def group(heads: int, kv_heads: int) -> int:
 
 
 def rows(x: Tensor) -> Tensor:
-    """Tokens and heads may lie anywhere (a view of a fused projection), but the numbers of a head side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Tokens and heads may lie anywhere (a view of a fused projection), but whole heads apart, their numbers in order.
+
+    Strides are then counted in heads: a multiple of d in numbers, which makes wide loads at every d.
+    """
+    return x if x.stride(-1) == 1 and not any(s % x.size(-1) for s in x.stride()[:-1]) else x.contiguous()
 
 
 def eligible(q: Tensor) -> bool:

@@ -36,9 +36,7 @@ def main(module: str, target: str) -> int:
             usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True)
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
         local = int(re.search(r"LOCAL:(\d+)", usage.stdout).group(1))
-        bad = "SPILLS" * (max(stack, local) > build.spills) + "TOO LARGE" * (
-            made.metadata.shared > SHARED[target] * 1024
-        )
+        bad = "SPILLS" * (stack + local > 0) + "TOO LARGE" * (made.metadata.shared > SHARED[target] * 1024)
         failed += bool(bad)
         print(f"{bad or 'ok'} {build.kernel.__name__} {build.constants} sm_{target}:", end=" ")
         print(f"{registers} registers, {stack} bytes of stack, {made.metadata.shared} bytes of shared memory")
