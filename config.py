@@ -75,6 +75,7 @@ class Train:
     save_every: int = opt(200, "steps between checkpoints to resume from")
     keep: int = opt(2, "how many such checkpoints to keep")
     keep_best: bool = opt(False, "also keep the lowest validation loss of a stage; the last stage's is OUTPUT/best")
+    answers: int = opt(0, "at each validation, also show what the model answers to this many of the held-out rows")
     log: str = opt("none", "also send the log there; either is an optional package", ("none", "tensorboard", "wandb"))
     parallel: str = field(  # not compared: a run may go on with another, or with other ranks
         default="auto", compare=False,

@@ -64,6 +64,15 @@ def setup(device: str) -> World:
     return World(rank, size, where)
 
 
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """auto: bf16 on GPUs and on CPUs with bf16 instructions; without them it is slower than fp32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return any(torch.cpu.get_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
+
+
 # --------------------------------------------------------------------------------------------- between ranks
 
 
@@ -178,9 +187,14 @@ def accumulate(module: nn.Module, last: bool):
 
 @contextlib.contextmanager
 def forward_only(module: nn.Module):
-    """What to call without gradients, any number of times: ddp is left out, fsdp shards its parameters again after."""
+    """What to call without gradients or dropout, any number of times, or parts of it: ddp is left out, fsdp has what
+    its blocks do not hold whole from here, and shards it again after."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    module.eval()
     with torch.no_grad():
         yield module.module if isinstance(module, DistributedDataParallel) else module
+    module.train()
     if isinstance(module, FSDPModule):
         module.reshard()
 

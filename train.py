@@ -116,15 +116,6 @@ def update(optimizer: torch.optim.AdamW, stage: Stage, step: int, steps: int) ->
     return norm
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """auto: bf16 on GPUs and on CPUs with bf16 instructions; without them it is slower than fp32."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return any(torch.cpu.get_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
-
-
 def round_frozen(model: LLaVA):
     """Frozen matrices in bfloat16, half the memory: autocast would round them the same way in every forward pass.
     The checkpoints and the final model take theirs from where they came from, unrounded."""
@@ -179,7 +170,7 @@ def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: i
     set_trainable(model, stage.tune)
     if world.rank == 0:
         check_room(model, recipe, output / "checkpoints")
-    bf16, cuda = use_bf16(run.precision, world.device), world.device.type == "cuda"
+    bf16, cuda = parallel.use_bf16(run.precision, world.device), world.device.type == "cuda"
     if bf16:
         round_frozen(model)
     model.to(world.device)
@@ -230,6 +221,9 @@ def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: i
             with autocast:
                 value = validate(module, batches, world)
             log.validation(step + 1, value)
+            if run.answers:
+                with parallel.forward_only(module), autocast:
+                    log.answers(step + 1, model, held_out, spec, run.answers)
         if last or stop or (step + 1) % run.save_every == 0 or (run.keep_best and value is not None):
             state = {"stage": index + last, "step": 0 if last else step + 1, "trained": name, "validation": value}
             copies = snapshot(model, tensors, None if last else optimizer, world)

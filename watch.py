@@ -1,7 +1,7 @@
 """Watching a run: the progress line, log.jsonl, TensorBoard or Weights & Biases, and what lies beside a finished model.
 
-log.jsonl has one JSON object a line: {"event": "start" | "step" | "validation" | "skipped" | "end", "stage": ...}.
-Only rank 0 prints and writes.
+log.jsonl has one JSON object a line, {"event": ..., "stage": ...}, where an event is start, step, validation, answer,
+skipped or end. Only rank 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ import config
 import parallel
 import weights
 from config import Recipe, UserError
+from model import LLaVA
 from parallel import World, print0
+from rows import Rows, image_names, load_image
+from samples import SampleSpec
+from templates import IMAGE, encode_prompt, stop_id
 
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900")
 
@@ -105,6 +109,25 @@ class Watch:
         self.write("validation", step=step, loss=loss)
         self.record(step, {f"{self.name}/validation": loss})
         print0(f"{self.name} {step}/{self.steps}  validation loss {loss:.4f}")
+
+    def answers(self, step: int, model: LLaVA, rows: Rows, spec: SampleSpec, count: int):
+        """What the model now says to the first question of `count` rows, beside what they say. All ranks must call."""
+        stop, device = stop_id(spec.tokenizer, spec.template), self.world.device
+        for i in range(min(count, len(rows))):
+            row = rows[i]
+            asked, wanted = row["conversations"][:2]
+            pictures = [load_image(rows.image(i, j, name)) for j, name in enumerate(image_names(row, rows.where(i)))]
+            pictures = pictures[: asked["value"].count(IMAGE)]
+            pixels = [spec.transform(picture, spec.image_mode) for picture in pictures]
+            ids = torch.tensor(encode_prompt([asked, {"from": "gpt", "value": None}], spec.tokenizer, spec.template))
+            made = model.generate([ids], torch.stack(pixels).to(device) if pixels else None, max_new_tokens=64,
+                                  eos_token_id=stop)[0].tolist()  # fmt: skip
+            said = spec.tokenizer.decode(made[: made.index(stop)] if stop in made else made).strip()
+            self.write(
+                "answer", step=step, row=rows.where(i), question=asked["value"], wanted=wanted["value"], said=said
+            )
+            question = " ".join(asked["value"].replace(IMAGE, "").split())[:80]
+            print0(f"{self.name} {step}/{self.steps}  {question!r}: {said[:80]!r}, wanted {wanted['value'][:80]!r}")
 
     def step(self, step: int, loss: float, tokens: float, images: float, wait: float, log: dict | None):
         """Count one step; `log` (learning_rate, grad_norm, ...) closes a window with a line."""

@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 
 import config
 import lora
+import parallel
 import train
 import world as demo_world
 from config import Stage, Tune
+from data import Rows, load_image, stage_spec, validation_batches
 from model import LLaVA
+from templates import encode_prompt, load_tokenizer, stop_id
 
 RECIPE = """
 [model]
@@ -352,6 +355,34 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
     for name, value in start.state_dict().items():
         if name.startswith(("language_model.model.layers.", "connector.")):
             assert torch.allclose(value, theirs[name], atol=1e-6), name
+
+
+def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):
+    """Shown at each validation; the last ones are those of the finished model. Validation leaves out dropout."""
+    file, out = recipe("answers")
+    last = ("train.answers=3", "stage.finetune.validation_every=7", "stage.finetune.tune.llm=lora",
+            "stage.pretrain.tune.llm=frozen", "stage.finetune.lora.r=4", "stage.finetune.lora.dropout=0.5")  # fmt: skip
+    done = run("train.py", file, *last)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    said = [r for r in rows if r["event"] == "answer"]
+    assert [r["step"] for r in said] == [7] * 3 + [14] * 3 and "wanted '" in done.stdout
+    model, tok = LLaVA.from_pretrained(out).eval(), load_tokenizer(out)
+    held_out = Rows(tiny_world / "val.json", tiny_world / "images")
+    for i, r in enumerate(said[3:]):
+        question, answer = held_out[i]["conversations"][:2]
+        assert (r["question"], r["wanted"]) == (question["value"], answer["value"])
+        ids = torch.tensor(encode_prompt([question, {"from": "gpt", "value": None}], tok, "plain"))
+        image = model.vision_tower.preprocess(load_image(tiny_world / "images" / held_out[i]["image"]))[None]
+        stop = stop_id(tok, "plain")
+        made = model.generate([ids], image, max_new_tokens=64, eos_token_id=stop)[0].tolist()
+        assert r["said"] == tok.decode(made[: made.index(stop)] if stop in made else made).strip()
+    spec = stage_spec(config.load([str(file)], file)[0].model, Stage(template="plain"))
+    batches = list(
+        validation_batches(held_out, spec, Stage(template="plain", global_batch=16), config.Train(workers=0))
+    )
+    world = parallel.World(0, 1, torch.device("cpu"))
+    loss = train.validate(parallel.wrap(model, world, "none"), batches, world)
+    assert loss == pytest.approx([r for r in rows if r["event"] == "validation"][-1]["loss"], rel=1e-4)
 
 
 @pytest.mark.full
