@@ -5,8 +5,8 @@
 
 Parameters are exact: the model is built from its config files on the meta device. The rest is an estimate.
 Memory of one GPU in bytes; each holds the whole model, so more of them save none:
-    weights      4 P          P parameters, in float32
-    copies       2 P_b        in bfloat16, of the P_b that backward passes through: autocast makes and keeps them
+    weights      4 P          P parameters in float32; frozen matrices 2 in bfloat16, 0.516 in NF4, 1 in int8
+    copies       2 P_m        in bfloat16, of the P_m in matrices that train: autocast makes and keeps them
     gradients    4 P_t        of the P_t that train; AdamW's two moments: 8 P_t
     activations  per token and block of width D: 2 for each input and output of each matrix, 16 D for norms and the
                  float32 residual stream. Kept by every block that backward passes through; with gradient
@@ -41,6 +41,7 @@ from parallel import print0
 
 SHARE = 0.3  # of the peak, over a whole run: assumed, plain PyTorch reaches about 0.2 to 0.4
 SPARE = 2e9  # bytes for CUDA's and NCCL's own use and for fragments: assumed
+BYTES = {"qlora-nf4": 0.516, "qlora-int8": 1}  # of a weight in a quantized linear, its scales too
 TEXT, ANSWERS = 200, 0.5  # text tokens of a row and the supervised share of them: assumed where there is no data
 GPUS = {"A100-40G": (40, 312e12), "A100-80G": (80, 312e12), "H100": (80, 989e12), "H200": (141, 989e12)}  # GB, FLOP/s
 BENCHMARKS = ("VQAv2", "GQA", "SQA-I", "TextVQA", "MM-Vet", "POPE", "MME", "MMMU")
@@ -158,10 +159,16 @@ def estimate(model: LLaVA, stage: Stage, row: tuple[float, float, float], recomp
     flops, kept, inside = zip(*costs, strict=True)
     head = 2 * vocab * width * supervised * (2 + lm.lm_head.weight.requires_grad)
     rows = min(stage.global_batch, max(1, stage.micro_batch_tokens // max(1, int(tokens))))  # of a micro-batch
-    passed = passes(tower, False) | passes(connector, vision_trains) | passes(lm, features_train)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = {}  # bytes of a parameter that does not train, where not 4
+    for name, how in (("language_model", stage.tune.llm), ("vision_tower", stage.tune.vision)):
+        for at, m in getattr(model, name).named_modules():
+            if isinstance(m, nn.Linear):
+                frozen[m.weight] = BYTES.get(how, 2) if at != "lm_head" else 2
+    copied = sum(w.numel() for w in frozen if w.requires_grad)
     memory = {
-        "weights": 4 * sum(p.numel() for p in model.parameters()), "copies": 2 * sum(p.numel() for p in passed),
+        "weights": sum(p.numel() * (4 if p.requires_grad else frozen.get(p, 4)) for p in model.parameters()),
+        "copies": 2 * copied + 2 * sum(p.numel() for p in connector.parameters() if p.requires_grad and p.dim() > 1),
         "gradients": 4 * trained, "AdamW": 8 * trained,
         "activations": rows * (sum(kept) + max(inside)),
         "logits": 16 * vocab * rows * supervised, "spare": SPARE,
