@@ -5,6 +5,8 @@
     python export.py --model DIR --to tinyllava OUT                   # TinyLLaVA Factory, one file
     python export.py --model DIR --to barellava OUT                   # our own layout, from any that we read
     python export.py --model DIR --to hf-llava OUT --dtype bfloat16
+    python export.py --model DIR --adapter ADAPTER --to hf-llava OUT  # with a PEFT adapter merged into it
+    python export.py --model DIR --to peft OUT                        # the adapters that a LoRA run left
 
 Weights go out as they came in unless --dtype says otherwise. Tokenizer, image processor and, for Hugging Face, the
 processor and the chat template go along, so that its chat pipelines work on the folder as it is.
@@ -22,6 +24,7 @@ from torch import Tensor
 
 import config
 import layouts
+import lora
 import templates
 import weights
 from config import UserError
@@ -268,11 +271,23 @@ def export(model: LLaVA, tok, to: str, folder: Path, version: int = 5):
         "preprocessor_config.json": model.vision_tower.transform.to_hf(), "config.json": settings})  # fmt: skip
 
 
+def export_peft(adapter: Path, out: Path):
+    """The PEFT files that train.py left beside a model that it had tuned with LoRA, whole. Raises UserError."""
+    if not (adapter / "adapter_config.json").exists():
+        raise UserError(adapter, "no adapters", "give the output folder of a run that tuned something as lora")
+    tensors = weights.read_file(adapter / "adapter_model.safetensors")
+    weights.write_file(out / "adapter_model.safetensors", (adapter / "adapter_model.safetensors").read_bytes())
+    weights.write_file(out / "adapter_config.json", (adapter / "adapter_config.json").read_text())
+    print(f"{out}: peft, {sum(t.numel() for t in tensors.values()) / 1e6:.1f}M parameters")
+
+
 def main(argv: list[str]):
     parser = config.parser(__doc__)
     parser.add_argument("out", help="folder to write; must not exist, or be empty")
     parser.add_argument("--model", required=True, help="folder or Hugging Face id, in any layout that we read")
-    parser.add_argument("--to", required=True, choices=("hf-llava", "tinyllava", "barellava"), help="the layout")
+    parser.add_argument("--to", required=True, choices=("hf-llava", "tinyllava", "barellava", "peft"),
+                        help="the layout")  # fmt: skip
+    parser.add_argument("--adapter", help="folder of a PEFT adapter to merge first")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)")
     parser.add_argument("--transformers", type=int, choices=(4, 5), default=5, help="hf-llava: for which of them (5)")
     parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
@@ -281,7 +296,12 @@ def main(argv: list[str]):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(out, "exists", "name a new folder")
     folder = weights.resolve(a.model, allow_pickle=a.allow_pickle)
+    if a.to == "peft":
+        return export_peft(folder / "adapter", out)
     model = LLaVA.from_pretrained(folder, a.dtype and getattr(torch, a.dtype), allow_pickle=a.allow_pickle)
+    if a.adapter:
+        lora.load_adapter(Path(a.adapter), model, layouts.ADAPTED)
+        lora.merge(model)
     if a.dtype:
         model.vision_tower.spares = {k: v.to(getattr(torch, a.dtype)) for k, v in model.vision_tower.spares.items()}
     try:

@@ -248,6 +248,45 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+ADAPTED = LAYOUTS["llava"].table + LAYOUTS["tinyllava"].table  # names that PEFT files of whole models may have
+
+
+class _Merged(Mapping):
+    """What TinyLLaVA Factory leaves after LoRA: base weights in three folders, adapters beside them in PEFT's files.
+
+    Adapted weights stand as X.base_layer.weight; they come as X.weight with s B A added, in float32.
+    """
+
+    def __init__(self, source: weights.Joined, folder: Path):
+        c, self.source, file = weights.read_json(folder / "adapter_config.json"), source, "adapter_model.safetensors"
+        for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+            if c.get(key):
+                raise UserError(f"{folder}/adapter_config.json:{key}", "not supported", "merge it with PEFT first")
+        self.scale = c["lora_alpha"] / (c["r"] ** 0.5 if c.get("use_rslora") else c["r"])
+        self.low = weights.read_file(folder / file)
+        self.theirs = {key.replace(".base_layer.", "."): key for key in source if ".lora_" not in key}
+        if odd := [k for k in self.low if self._owner(k) not in self.theirs]:
+            raise UserError(f"{folder / file}:{odd[0]}", "the model has no place for it", "give its own base weights")
+
+    @staticmethod
+    def _owner(key: str) -> str:
+        return key.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight"
+
+    def __getitem__(self, key: str):
+        tensor, name = self.source[self.theirs[key]], f"base_model.model.{key.removesuffix('.weight')}"
+        low = [self.low.get(f"{name}.lora_{x}.weight") for x in "BA"]
+        return tensor if low[0] is None else tensor.float().addmm(*(t.float() for t in low), alpha=self.scale)
+
+    def __iter__(self):
+        return iter(self.theirs)
+
+    def __len__(self):
+        return len(self.theirs)
+
+    def locate(self, key: str) -> str:
+        return self.source.locate(self.theirs.get(key, key))
+
+
 class Renamed(Mapping):
     """A checkpoint seen through a layout's table: keys as `language_model.*`, `vision_tower.*`, `connector.*`."""
 
@@ -295,6 +334,8 @@ def read(folder: Path, allow_pickle: bool = False) -> tuple[LLaVAConfig, Mapping
     if kind == "tinyllava" and (folder / "language_model").is_dir():  # Factory's training folder: three parts
         parts = {prefix: weights.Checkpoint(folder / n, allow_pickle) for n, prefix in _FACTORY_FOLDERS.items()}
         source = weights.Joined(parts)
+        if (folder / "adapter_config.json").exists():
+            source = _Merged(source, folder)
     else:
         source = weights.Checkpoint(folder, allow_pickle)
     return config, Renamed(source, layout.table), layout.hf_names

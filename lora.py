@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import layouts
@@ -209,9 +209,7 @@ def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
             if not one.adapter:
                 apply(model, one, [attribute])
             elif not adapters(model.get_submodule(attribute)):  # an earlier part's turn may have brought it
-                load_adapter(
-                    Path(one.adapter), model, layouts.LAYOUTS["llava"].table + layouts.LAYOUTS["tinyllava"].table
-                )
+                load_adapter(Path(one.adapter), model, layouts.ADAPTED)
                 if not adapters(model.get_submodule(attribute)):
                     raise UserError(one.adapter, f"adapts nothing of the {part}", f"leave tune.{part} frozen")
 
@@ -373,10 +371,7 @@ def load_adapter(folder: Path, module: nn.Module, layout: weights.Table = ()) ->
     for key, values in KNOWN.items():
         if c.get(key) not in values:
             raise UserError(f"{where}:{key}", f"{c.get(key)!r} is not supported", "merge it with PEFT first")
-    try:
-        tensors = load_file(file)
-    except Exception as e:  # safetensors and the system: each has its own type
-        raise weights.damaged(file, "a whole safetensors file", e) from None
+    tensors = weights.read_file(file)
     linears, whole = {f"{name}.weight": module.get_submodule(name) for name in targets(module)}, _untied(module)
     dropout, rslora, dora = (c.get(key, 0) for key in ("lora_dropout", "use_rslora", "use_dora"))
     options, made = LoRA(dropout=dropout, rslora=bool(rslora), dora=bool(dora)), {}

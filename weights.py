@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -145,6 +145,14 @@ def _open_safetensors(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
         json.loads(f.read(min(int.from_bytes(f.read(8), "little"), HEADER_BYTES)), object_pairs_hook=once)
     # Opened for each tensor: one handle would keep every page that was ever read in the process's memory.
     return list(safe_open(path, "pt").keys()), lambda key: safe_open(path, "pt").get_tensor(key)
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises UserError for one that is missing or damaged."""
+    try:
+        return load_file(path)
+    except Exception as e:  # safetensors and the system: each has its own type
+        raise damaged(path, "a whole safetensors file", e) from None
 
 
 def _open_pickle(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:

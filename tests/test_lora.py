@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run
+from conftest import run, shared
 from safetensors.torch import load_file, save_file
 from test_families import CONFIGS, SIZES
 from test_safety import scripted
@@ -260,6 +260,33 @@ def test_an_adapter_of_tinyllava_factory(tmp_path):
     model, name = llava("mlp2x_gelu"), "language_model.model.layers.1.mlp.up_proj"
     folder = write_adapter(tmp_path, pair(name, 94, 60))
     assert lora.load_adapter(folder, model, layouts.LAYOUTS["tinyllava"].table) == [name]
+
+
+def test_a_lora_folder_of_tinyllava_factory_loads_merged(tmp_path):
+    """As it saves them: adapters above, base weights in three folders, adapted ones as `.base_layer`, its adapters'
+    own names among them."""
+    model, folder = llava("mlp2x_gelu"), tmp_path / "factory"
+    export.export(model, None, "tinyllava", folder)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name = "language_model.model.layers.1.mlp.up_proj"
+    state[f"{name}.base_layer.weight"] = state.pop(f"{name}.weight")
+    state |= {f"{name}.lora_A.default.weight": torch.zeros(4, 60), f"{name}.lora_B.default.weight": torch.zeros(94, 4)}
+    for part, prefix in layouts._FACTORY_FOLDERS.items():
+        mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        weights.save(folder / part, mine)
+    low = pair(name, 94, 60)
+    write_adapter(folder, low)
+    loaded, wanted = LLaVA.from_pretrained(folder), model.state_dict()
+    wanted[f"{name}.weight"] = wanted[f"{name}.weight"] + 6 / 4 * [*low.values()][1] @ [*low.values()][0]
+    for k, v in loaded.state_dict().items():
+        assert (v - wanted[k]).abs().max() <= 1e-6 * wanted[k].abs().max(), k
+    write_adapter(folder, pair(name.replace("layers.1", "layers.9"), 94, 60))
+    with pytest.raises(UserError, match="layers.9.mlp.up_proj.lora_A.weight: the model has no place for it"):
+        LLaVA.from_pretrained(folder)
+    write_adapter(folder, low, use_dora=True)
+    with pytest.raises(UserError, match="adapter_config.json:use_dora: not supported"):
+        LLaVA.from_pretrained(folder)
 
 
 def test_what_peft_cannot_hold_is_refused(tmp_path):
@@ -629,7 +656,17 @@ def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
     wanted = {f"language_model.{name}.weight" for name in linears}
     assert wanted == {k for k in moved if k.startswith("language_model.")}
     assert not any(k.startswith("vision_tower.") for k in moved)
-    assert {f.name for f in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {f.name for f in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    run("export.py", "--model", out, "--to", "peft", tmp_path / "peft")
+    for file in (out / "adapter").iterdir():
+        assert (tmp_path / "peft" / file.name).read_bytes() == file.read_bytes()
+    start.save(tmp_path / "start")  # before the pretrain stage, which trains the connector alone: it is in the adapter
+    arguments = ("--model", tmp_path / "start", "--adapter", out / "adapter", "--to", "barellava", tmp_path / "merged")
+    run("export.py", *arguments)
+    merged = LLaVA.from_pretrained(tmp_path / "merged").state_dict()
+    assert all((merged[k] - v).abs().max() <= 1e-6 for k, v in made.state_dict().items())
+    wrong = run("export.py", "--model", tmp_path / "start", "--to", "peft", tmp_path / "none", ok=False)
+    assert "no adapters; fix: give the output folder of a run that tuned something as lora" in wrong.stderr
 
 
 STOP = """
@@ -671,3 +708,52 @@ def test_training_on_a_quantized_model(kind, tmp_path):
         want = base + 256 / 4 * B @ A
         assert (made.get_submodule(name).weight - want).abs().max() <= 1e-6 and not torch.equal(want, base)
     assert torch.equal(made.model.embed_tokens.weight, state["model.embed_tokens.weight"].float())
+
+
+REAL = """
+import json, resource, sys, time
+import torch
+import lora, weights
+from config import LoRA
+from generation import packed
+from kernels.cross_entropy import linear_cross_entropy
+from model import LanguageModel
+from pathlib import Path
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+hf = json.loads((folder / "config.json").read_text())
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+if kind == "write":
+    lm = LanguageModel.from_hf(hf).bfloat16()
+    weights.save(folder, weights.tensors(lm, lm.rename))
+    sys.exit()
+before = peak()
+with weights.empty():
+    lm = LanguageModel.from_hf(hf)
+lora.load_quantized(lm, weights.Checkpoint(folder), lm.rename, kind=kind, dtype=torch.float32)
+loading = peak() - before
+held = sum(t.nbytes for t in [*lm.buffers(), *lm.parameters()])
+layer = sum(2 * m.in_features * m.out_features for m in lm.blocks[0].modules() if isinstance(m, lora.Quantized))
+lora.apply(lm, LoRA(r=8, dropout=0.0))
+lm.model.gradient_checkpointing = True
+optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], 1e-3)
+ids, losses = torch.arange(1, 25), []
+for _ in range(2):
+    hidden = lm.model(lm.model.embed(ids), torch.arange(24), packed(torch.tensor([0, 24], dtype=torch.int32), 24))
+    losses.append(linear_cross_entropy(hidden, lm.lm_head.weight, None, torch.cat([ids[1:], ids.new_full((1,), -100)])))
+    losses[-1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(json.dumps({"held": held, "layer": layer, "loading": loading, "losses": [x.item() for x in losses]}))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_real_size_loads_quantized_without_ever_being_whole(kind, tmp_path):
+    """Qwen2.5-0.5B, random: the peak is the quantized weights, one layer in bfloat16 and 300 MB, and a fifth."""
+    (tmp_path / "config.json").write_text(shared("assets/configs/Qwen--Qwen2.5-0.5B/config.json").read_text())
+    run("-c", REAL, tmp_path, "write")
+    found = json.loads(run("-c", REAL, tmp_path, kind).stdout)
+    print(f"{kind}: {found}", flush=True)
+    assert found["loading"] <= 1.2 * (found["held"] + found["layer"] + 300e6)
+    assert found["losses"][1] < found["losses"][0]
