@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
 import weights  # noqa: E402
-from bench import load  # noqa: E402
+from bench import load, training  # noqa: E402
 from bench.kernels import OURS  # noqa: E402
 from bench.operations import shapes  # noqa: E402
 
@@ -128,13 +128,22 @@ def load_section(results: dict[Path, dict], page: Path) -> str:
     return "\n\n".join(f"```\n{load.table(runs)}\n```" for runs in results.values()) or f"{UNMEASURED}."
 
 
+def training_section(results: dict[Path, dict], page: Path) -> str:
+    parts = [] if any(r["machine"] != "cpu" for r in results.values()) else [f"On a GPU: {UNMEASURED}."]
+    parts += [f"### {result['machine']}\n\n{training.table(result)}" for result in results.values()]
+    return "\n\n".join(parts if results else [f"{UNMEASURED}."])
+
+
+SECTIONS = {"kernels": kernels_section, "training": training_section, "load": load_section}
+
+
 def main(argv: list[str]):
     parser = config.parser(__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="a folder per machine")
     parser.add_argument("--page", type=Path, default=ROOT / "PERFORMANCE.md", help="the page with the marks")
     args = parser.parse_args(argv)
     text = args.page.read_text()
-    for name, section in {"kernels": kernels_section, "load": load_section}.items():
+    for name, section in SECTIONS.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not mark or not end:

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 from config import UserError
+from evals import reading, rows
+from evals.pope import yes_or_no
 
 SPLITS = ("existence_random", "existence_popular", "existence_adversarial", "attributes")
 MAX_NEW_TOKENS = 5  # one word and the end of the answer, with room for a wrong habit to show
@@ -20,14 +22,10 @@ def examples(data_dir):
         file = Path(data_dir) / "benchmark" / f"{split}.jsonl"
         if not file.is_file():
             raise UserError(file, "no such file", "write the data set with `python world.py OUT`, give that OUT")
-        for number, line in enumerate(file.read_text().splitlines()):
-            try:
-                row = json.loads(line)
-                row["id"], row["split"] = f"{split}-{row['question_id']}", split
-                row["prompt"], row["image"] = row["text"], f"images/{row['image']}"
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{file}:{number}", f"not a question: {error}", "write the data set again") from None
-            found.append(row)
+        for where, row in rows(file):
+            with reading(where):
+                names = {"id": f"{split}-{row['question_id']}", "image": f"images/{row['image']}", "split": split}
+                found.append(row | names | {"prompt": row["text"], "where": where})
     return found
 
 
@@ -54,12 +52,6 @@ def is_right(example, answer):
     if example["kind"] == "existence":
         return yes_or_no(answer) == example["label"]
     return answer.strip().lower().removesuffix(".") == example["label"]
-
-
-def yes_or_no(answer):
-    """POPE's evaluate.py: of the first sentence, "no" if it has the word No, no or not, else "yes"."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"}.intersection(words) else "yes"
 
 
 def text_only(data_dir):

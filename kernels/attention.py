@@ -44,8 +44,8 @@ def reference_packed(
     if samples == 1:
         return reference(q[None], k[None], v[None], True, scale)[0]
     lengths = cu_seqlens.diff()
-    if not torch.compiler.is_compiling() and samples * max_seqlen > 2 * tokens:
-        # Very unequal lengths: padding would cost more than a loop, which only a trace cannot take.
+    if not torch.compiler.is_compiling() and (q.is_cpu or samples * max_seqlen > 2 * tokens):
+        # On a CPU, and for very unequal lengths, padding costs more than a loop, which only a trace cannot take.
         parts = [t.split(lengths.tolist()) for t in (q, k, v)]
         return torch.cat([reference(*(t[None] for t in s), True, scale)[0] for s in zip(*parts, strict=True)])
     # Pad on the right. Under a causal mask no real token sees the padding behind it, so no mask is needed.

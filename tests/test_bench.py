@@ -19,7 +19,7 @@ CPU = Setting("cpu", torch.float32, 64, 0.01, False)
 
 
 def test_sizes_are_within_their_limits():
-    for name, limit in {"kernels.py": 400, "operations.py": 400, "report.py": 150}.items():
+    for name, limit in {"kernels.py": 400, "operations.py": 400, "report.py": 160, "training.py": 540}.items():
         assert len((ROOT / "bench" / name).read_text().splitlines()) <= limit
 
 
@@ -127,7 +127,8 @@ def test_report_judges_targets_and_draws(tmp_path):
     (tmp_path / "made-up").mkdir()
     (tmp_path / "made-up" / "kernels.json").write_text(json.dumps(result))
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- kernels -->\nold\n<!-- end -->\nbetween\n<!-- load -->\n<!-- end -->\nafter\n")
+    page.write_text("before\n<!-- kernels -->\nold\n<!-- end -->\nbetween\n<!-- training -->\n<!-- end -->\n"
+                    "<!-- load -->\n<!-- end -->\nafter\n")  # fmt: skip
     for _ in range(2):  # the second time changes nothing
         bench.report.main(["--results", str(tmp_path), "--page", str(page)])
         text = page.read_text()

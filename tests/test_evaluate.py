@@ -53,9 +53,11 @@ def test_scores():
         example(3),
         example(4, "count", "two", ("one", "two", "three")),
         example(5, "count", "zero", ("zero", "one", "two", "three")),
+        example(6, "existence_random", "no", ("yes", "no")),
+        example(7, "existence_random", "yes", ("yes", "no")),
     ]
-    scores = world.score(examples, ["yes", "Yes.", " Red.", "reddish", "two", "one"])
-    assert scores["existence_random"] == {"score": 50.0, "chance": 50.0, "n": 2}
+    scores = world.score(examples, ["yes", "Yes.", " Red.", "reddish", "two", "one", "no", "yes"])
+    assert scores["existence_random"] == {"score": 75.0, "chance": 50.0, "n": 4}
     assert scores["colour"] == {"score": 50.0, "chance": 25.0, "n": 2}
     assert scores["count"] == {"score": 50.0, "chance": 29.17, "n": 2}
     assert scores["attributes"] == {"score": 50.0, "chance": 27.08, "n": 4}
@@ -168,6 +170,7 @@ def test_the_model_is_given_pictures_and_prompts_in_order(data):
         vision_tower=SimpleNamespace(transform=transform),
         config=SimpleNamespace(template="plain", image_mode="square"),
         generate=generate,
+        language_model=SimpleNamespace(lm_head=SimpleNamespace(weight=torch.zeros(1))),
     )
     examples = world.examples(data)[:4]
     assert evaluate.answerer(model, tok, data, 5)(examples) == ["yes", "a circle", "no", ""]
@@ -220,6 +223,11 @@ def test_one_rank_and_two_write_the_same_and_a_newer_model_starts_afresh(model, 
     os.utime(saved, (file.stat().st_mtime + 5,) * 2)
     evaluate.main(options)
     assert "starting afresh" in capsys.readouterr().out and file.read_bytes() == one
+    part = file.rename(file.with_name("world.jsonl.rank1"))  # all that a killed run of several ranks has left
+    part.write_text(part.read_text().replace('"answer": "', '"answer": "stale'))
+    os.utime(part, (saved.stat().st_mtime - 5,) * 2)
+    evaluate.main(options)
+    assert "starting afresh" in capsys.readouterr().out and file.read_bytes() == one and not part.exists()
     os.utime(saved, (1, 1))
 
     file.unlink()
