@@ -64,7 +64,7 @@ class ImageTransform:
 
     def pixels(self, image: Image.Image, image_mode: str = "square") -> Tensor:
         """The same in uint8, not normalised yet: a quarter of the bytes to carry to the device."""
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
         if image_mode == "pad":
             left, top = ((max(image.size) - edge) // 2 for edge in image.size)
             border = left, top, max(image.size) - image.width - left, max(image.size) - image.height - top
@@ -72,14 +72,14 @@ class ImageTransform:
         size = [self.size * edge // min(image.size) if self.crop else self.size for edge in image.size]
         left, top = ((edge - self.side) // 2 for edge in size)
         image = image.resize(size, self.resample).crop((left, top, left + self.side, top + self.side))
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+        return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))  # faster than a transpose
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> float32, where they lie; what is float already is normalised."""
         if pixels.dtype != torch.uint8:
             return pixels
         mean, std = (pixels.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (self.mean, self.std))
-        return (pixels.float() / 255 - mean) / std
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def read_preprocessor(folder) -> dict:

@@ -51,10 +51,10 @@ def _decode(file) -> Image.Image:
             with Image.open(file) as image:
                 image.load()
                 try:
-                    image = ImageOps.exif_transpose(image)
+                    ImageOps.exif_transpose(image, in_place=True)
                 except Exception:
                     pass  # damaged EXIF (SyntaxError, TypeError, struct.error ...): good pixels, as stored
-                return image.convert("RGB")
+                return image.copy() if image.mode == "RGB" else image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against bombs") from None
     except UnidentifiedImageError:
