@@ -2,7 +2,7 @@
 
 python tests/hf_llava.py write DIR      # small LlavaForConditionalGeneration models, one folder each, with answers
 python tests/hf_llava.py read DIR...    # load each, answer its io.safetensors, say what did not fit
-python tests/hf_llava.py chat DIR...    # answer its chat.json through processor and chat template
+python tests/hf_llava.py chat DIR...    # answer the chats of its chat.json through processor and chat template
 """
 
 import json
@@ -55,14 +55,15 @@ def read(folder: Path):
 
 
 def chat(folder: Path):
-    asked = json.loads((folder / "chat.json").read_text())
     processor = AutoProcessor.from_pretrained(folder)
-    prompt = processor.apply_chat_template(asked["messages"], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=Image.open(asked["image"]).convert("RGB"), return_tensors="pt")
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].size(1) :]
-    got = {"prompt": prompt, "input_ids": inputs["input_ids"][0].tolist(), "generated": new.tolist()}
-    save_file({"pixel_values": inputs["pixel_values"].contiguous()}, folder / "pixels.safetensors")
+    model, got, pixels = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), [], {}
+    for asked in json.loads((folder / "chat.json").read_text()):
+        prompt = processor.apply_chat_template(asked["messages"], add_generation_prompt=True)
+        inputs = processor(text=prompt, images=Image.open(asked["image"]).convert("RGB"), return_tensors="pt")
+        new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].size(1) :]
+        pixels[str(len(got))] = inputs["pixel_values"].contiguous()
+        got.append({"prompt": prompt, "input_ids": inputs["input_ids"][0].tolist(), "generated": new.tolist()})
+    save_file(pixels, folder / "pixels.safetensors")
     (folder / "answered.json").write_text(json.dumps(got))
 
 

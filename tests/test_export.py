@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, SHARED, shared
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import templates
 import weights
+from data import load_image
 from export import export
 from layouts import LLaVAConfig
 from model import LLaVA, init_weights
@@ -138,10 +138,13 @@ CHATS = [
 ]
 
 
+PHOTOS = ("horse.png", "astronaut.png", "cow_in_beach.jpg", "coffee.png", "chelsea.png")
+
+
 @pytest.mark.parametrize("version", ["4", "5"])
 def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp_path):
-    """Processor, chat template and tokenizer: the prompt's ids and the answer are ours."""
-    photo = shared("assets/images/photos/horse.png")
+    """Processor, chat template and tokenizer: the ids of 20 questions about pictures, and the answers, are ours."""
+    photos = [shared("assets/images/photos") / name for name in PHOTOS]
     turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A horse, grazing."},
              {"from": "human", "value": "Which colour\nis it?"}]  # fmt: skip
     messages = [
@@ -161,20 +164,27 @@ def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp
         mode = "pad" if i in (0, 2) else "square"  # of either encoder
         tok, model = load_tokenizer(source), small(family, tower, vocab, 1, template=template, image_mode=mode)
         export(model, tok, "hf-llava", folder, int(version))
-        (folder / "chat.json").write_text(json.dumps({"messages": messages, "image": str(photo)}))
-        ids = torch.tensor(templates.encode_prompt(turns, tok, template))
-        pixels = model.vision_tower.preprocess(Image.open(photo), mode)[None]
+        asked = [(turns, messages, photos[0])]
+        for photo in photos[1:]:
+            text = f"What does {photo.stem} show, and where?"
+            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+            asked.append(([{"from": "human", "value": f"<image>\n{text}"}], [message], photo))
+        (folder / "chat.json").write_text(json.dumps([{"messages": m, "image": str(p)} for _, m, p in asked]))
         assert LLaVA.from_pretrained(folder).config.image_mode == mode
-        ours[folder] = ids, pixels, model, templates.stop_id(tok, template)
+        ours[folder] = model, tok, template, mode, asked
     under(version, "chat", *ours)
-    for folder, (ids, pixels, model, stop) in ours.items():
+    for folder, (model, tok, template, mode, asked) in ours.items():
         got, theirs = json.loads((folder / "answered.json").read_text()), load_file(folder / "pixels.safetensors")
         image = weights.read_json(folder / "config.json")["image_token_index"]
-        want = [j for i in ids.tolist() for j in ([image] * model.image_tokens if i == IMAGE_TOKEN else [i])]
-        assert got["input_ids"] == want, got["prompt"]
-        assert (theirs["pixel_values"] - pixels).abs().max().item() <= 1e-5
-        new = model.generate([ids], pixels, max_new_tokens=12, eos_token_id=stop)[0]
-        assert got["generated"] == new.tolist(), folder.name
+        assert len(got) == len(asked) == 5
+        for i, (turns, _, photo) in enumerate(asked):
+            ids = torch.tensor(templates.encode_prompt(turns, tok, template))
+            pixels = model.vision_tower.preprocess(load_image(photo), mode)[None]
+            want = [j for k in ids.tolist() for j in ([image] * model.image_tokens if k == IMAGE_TOKEN else [k])]
+            assert got[i]["input_ids"] == want, got[i]["prompt"]
+            assert (theirs[str(i)] - pixels).abs().max().item() <= 1e-5
+            new = model.generate([ids], pixels, max_new_tokens=12, eos_token_id=templates.stop_id(tok, template))[0]
+            assert got[i]["generated"] == new.tolist(), (folder.name, photo)
 
 
 @pytest.mark.parametrize(
