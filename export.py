@@ -257,18 +257,37 @@ def chat_template(form, tok) -> str:
 # -------------------------------------------------------------------------------------------- the command
 
 
+OPENED_BY = {
+    "hf-llava": "transformers: `LlavaForConditionalGeneration.from_pretrained(DIR)` and `AutoProcessor`",
+    "tinyllava": "TinyLLaVA Factory: `load_pretrained_model(DIR)`",
+    "barellava": "barellava: `python generate.py --model DIR --image FILE`",
+}
+
+
+def card(model: LLaVA, to: str) -> str:
+    """README.md of an exported folder."""
+    c, count = model.config, sum(p.numel() for p in model.parameters()) / 1e6
+    names = {part: c.sources.get(key) or f"{hf.get('model_type')}, of random weights or an unknown source"
+             for part, key, hf in (("language model", "llm", c.text), ("encoder", "vision", c.vision))}  # fmt: skip
+    lines = [f"- {part}: {name}" for part, name in names.items()]
+    lines.append(f"- connector: {c.connector}; {model.image_tokens} tokens per image, image mode {c.image_mode}")
+    lines += [f"- chat template: {c.template}", f"- {count:.1f}M parameters", "", f"Opens in {OPENED_BY[to]}"]
+    return "# A small multimodal model\n\n" + "\n".join(lines)
+
+
 def export(model: LLaVA, tok, to: str, folder: Path, version: int = 5):
     """Write `model` and its tokenizer (or None) to `folder`. Raises UserError for what the layout cannot express."""
     if to == "hf-llava":
         state, files = hf_llava(model, tok, version)
-        write(folder, state, files)
+        write(folder, state, files | {"README.md": card(model, to)})
         return
     layout = layouts.LAYOUTS[to]
     settings = layout.writes(model.config)
     if tok:
         tok.save(folder)
     write(folder, flat_state(model, layout.table, layout.hf_names), {
-        "preprocessor_config.json": model.vision_tower.transform.to_hf(), "config.json": settings})  # fmt: skip
+        "preprocessor_config.json": model.vision_tower.transform.to_hf(), "README.md": card(model, to),
+        "config.json": settings})  # fmt: skip
 
 
 def export_peft(adapter: Path, out: Path):

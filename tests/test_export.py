@@ -171,6 +171,7 @@ def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp
             asked.append(([{"from": "human", "value": f"<image>\n{text}"}], [message], photo))
         (folder / "chat.json").write_text(json.dumps([{"messages": m, "image": str(p)} for _, m, p in asked]))
         assert LLaVA.from_pretrained(folder).config.image_mode == mode
+        assert f"chat template: {template}\n" in (folder / "README.md").read_text()
         ours[folder] = model, tok, template, mode, asked
     under(version, "chat", *ours)
     for folder, (model, tok, template, mode, asked) in ours.items():
