@@ -2,6 +2,7 @@
 
     python data.py check recipes/demo.toml [section.key=value ...]      # every stage, as training will read it
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi --image-tokens 576]
+    python data.py inspect recipes/demo.toml [--rows 3] [--page FILE.html]    # the first samples as training sees them
     python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # as WebDataset tars of 1000 MB
 
 A row is {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"] | absent, "conversations": [{"from": "human" | "gpt",
@@ -11,7 +12,9 @@ here they are put in order, made into optimizer steps, and loaded by worker proc
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import math
 import os
 import sys
@@ -19,14 +22,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # comes with tokenizers
 
 import config
+import templates
 from config import UserError
 from index import kept
 from rows import Mixture, Rows, shard
@@ -35,6 +41,7 @@ from rows import load_image as load_image
 from samples import Batch, Sample, SampleSpec, encode_row, fill, make_sample, make_spec, pack, share, stage_spec
 from samples import byte_tokenizer as byte_tokenizer
 from templates import IGNORE, IMAGE_TOKEN
+from weights import write_file
 
 # Every worker is one process of several: threads inside its tokenizer would only fight, and warn at each fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -300,9 +307,39 @@ def check(rows: Rows, spec: SampleSpec) -> int:
     return bad
 
 
+PAGE = """<!doctype html><meta charset="utf-8"><title>Samples</title><style>
+body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #1c2430 }
+h2 { font-size: 1em; margin: 2em 0 .5em } img { width: 240px; margin-right: 8px; border: 1px solid #dde2e8 }
+pre { white-space: pre-wrap; background: #f4f6f8; padding: 1em } mark { background: #bfe8c5 }
+</style><p>Pictures as the encoder gets them, before normalisation; what is <mark>marked</mark> is supervised.
+"""
+
+
+def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> str:
+    """Prints the first samples in the order of training, what is supervised marked; returns them as HTML."""
+    order, form, html = Order(len(rows), seed, rows.parts), templates.resolve(spec.template, spec.tokenizer), []
+    for k in range(min(count, order.n)):
+        i = order(k)[1]
+        row, sample = rows[i], make_sample(rows, i, spec)
+        text, spans, marks = templates.render(row["conversations"], form)
+        _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
+        sides = [f"{p.shape[1]} x {p.shape[2]}" for p in sample.images]
+        head = f"{rows.where(i, row)}: {len(sample.ids)} tokens, {int((sample.labels != IGNORE).sum())} supervised"
+        head += f", pictures: {', '.join(sides) or 'none'}" + f", {sample.cut} tokens cut off" * (sample.cut > 0)
+        print(f"--- {head}\n{templates.show(text, labels, offsets, sys.stdout.isatty())}")
+        html.append(f"<h2>{escape(head)}</h2>")
+        for pixels in sample.images:
+            file = io.BytesIO()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
+            html.append(f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
+        green = escape(templates.show(text, labels, offsets, True))  # in escapes, which the text cannot hold
+        html.append(f"<pre>{green.replace(chr(27) + '[32m', '<mark>').replace(chr(27) + '[0m', '</mark>')}</pre>")
+    return "\n".join(html)
+
+
 def main(argv: list[str]):
     parser = config.parser(__doc__)
-    parser.add_argument("command", choices=["check", "shard"])
+    parser.add_argument("command", choices=["check", "inspect", "shard"])
     parser.add_argument("recipe", nargs="*", help="recipe.toml [section.key=value ...]; for shard: rows, new folder")
     parser.add_argument("--data", help="instead of a recipe: a .json or .jsonl file of rows")
     parser.add_argument("--images", default="", help="folder of the pictures; default: the rows' own")
@@ -310,6 +347,8 @@ def main(argv: list[str]):
     parser.add_argument("--template", default="phi")
     parser.add_argument("--image-tokens", type=int, default=576)
     parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--rows", type=int, default=3, help="inspect: so many of each stage")
+    parser.add_argument("--page", help="inspect: also write a page with the pictures")
     parser.add_argument("--size", type=int, default=1000, help="shard: megabytes of a tar file")
     args = parser.parse_args(argv)
     if args.command == "shard":
@@ -320,7 +359,7 @@ def main(argv: list[str]):
         return
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
-    jobs = []  # (name, rows, spec): all are opened before any is read to the end
+    jobs, seed = [], 0  # (name, rows, spec): all are opened before any is read to the end
     if args.data:
         limit = args.max_tokens or (2048 if args.tokenizer else sys.maxsize)
         spec = make_spec(args.tokenizer, args.template, max_tokens=limit, image_tokens=args.image_tokens)
@@ -328,11 +367,21 @@ def main(argv: list[str]):
         jobs.append((name, Rows(args.data, args.images), spec))
     else:
         recipe, path = config.load(args.recipe, args.recipe[0])
+        seed = recipe.train.seed
         for name, stage in recipe.stage.items():
             spec = stage_spec(recipe.model, stage)
             jobs.append((f"stage {name}", Mixture.of(stage, f"{path}:stage.{name}"), spec))
             if stage.validation:
                 jobs.append((f"stage {name}, validation", Rows(stage.validation, stage.images), spec))
+    if args.command == "inspect":
+        page = [PAGE]
+        for name, rows, spec in jobs:
+            print(f"== {name}")
+            page += [f"<h1>{escape(name)}</h1>", inspect(rows, spec, seed, args.rows)]
+        if args.page:
+            write_file(Path(args.page), "\n".join(page))
+            print(f"{args.page} written")
+        return
     bad = 0
     for name, rows, spec in jobs:
         print(f"== {name}")

@@ -522,6 +522,26 @@ def test_check_of_a_recipe_reads_every_stage(folder, capsys):
         assert what in error and not lines
 
 
+def test_inspect_shows_the_first_samples_of_training(folder, capsys):
+    data.byte_tokenizer().save(folder / "tok")
+    write(folder, [row(f"{i} <b>[[x]]") for i in range(5)], "rows.json")
+    recipe, page = folder / "r.toml", folder / "page.html"
+    recipe.write_text(
+        f'model.tokenizer = "{folder}/tok"\nmodel.feature_select = "cls_patch"\ntrain.seed = 3\n'
+        'model.llm_config = {model_type = "llama"}\n'
+        'model.vision_config = {model_type = "siglip_vision_model", image_size = 24, patch_size = 8}\n'
+        f'[stage.a]\ndata = "{folder}/rows.json"\ntemplate = "phi"\n'
+    )
+    data.main(["inspect", str(recipe), "--rows", "2", "--page", str(page)])
+    lines, order = capsys.readouterr().out.splitlines(), Order(5, 3)
+    shown = [line for line in lines if line.startswith("--- ")]
+    assert [line.split("row ")[1][0] for line in shown] == [str(order(k)[1]) for k in (0, 1)]
+    assert all("pictures: 24 x 24" in line for line in shown)
+    html, first = page.read_text(), order(0)[1]
+    assert html.count('<img src="data:image/png;base64,') == 2 and html.count("<mark>") == 2 + 1  # and the legend
+    assert f"{first} &lt;b&gt;[[x]]" in html and chr(27) not in html
+
+
 def test_the_command_line_ends_with_one_line(folder):
     write(folder, [row("x", image="none.png")])
     done = run("data.py", "check", "--data", folder / "rows.json", ok=False)
