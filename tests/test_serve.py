@@ -1,0 +1,503 @@
+"""serve.py as its users meet it: over HTTP with a plain client and OpenAI's own, and as a page in a browser."""
+
+import base64
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from conftest import ROOT, run
+from PIL import Image
+
+import serve
+import world as demo_world
+from config import Model
+from evaluate import generate
+from model import LLaVA
+from serving import Engine, Limits, held_back
+from templates import encode_prompt, load_tokenizer
+
+TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "initializer_range": 0.3}  # fmt: skip
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "patch_size": 16, "image_size": 48}  # fmt: skip
+LIMITS = Limits(body=100_000, pixels=10_000, images=2, tokens=40, context=200, queue=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("serve") / "tiny"
+    demo_world.write(out / "world", scenes=60)
+    LLaVA.from_parts(Model(llm_config=TEXT, vision_config=VISION), "plain").save(out)
+    load_tokenizer(out / "world" / "tokenizer").save(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine(LLaVA.from_pretrained(folder), load_tokenizer(folder), "tiny", LIMITS)
+
+
+def listen(engine, allow_urls=False):
+    server = serve.api(engine, "127.0.0.1", 0, allow_urls)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    server, url = listen(engine)
+    yield url
+    server.shutdown()
+
+
+def png(colour=(200, 30, 30), size=(60, 40), form="PNG"):
+    Image.new("RGB", size, colour).save(file := io.BytesIO(), form)
+    return file.getvalue()
+
+
+def at(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def shown(data):
+    return at(f"data:image/png;base64,{base64.b64encode(data).decode()}")
+
+
+def question(text="How many?", *pictures, **more):
+    content = [*pictures, {"type": "text", "text": text}] if pictures else text
+    return {
+        "model": "tiny",
+        "temperature": 0,
+        "max_tokens": 12,
+        "messages": [{"role": "user", "content": content}],
+    } | more
+
+
+def post(url, body, path="/v1/chat/completions", **headers):
+    """(status, JSON or, for a stream, the list of its events)."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"} | headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            text = reply.read().decode()
+            if reply.headers["Content-Type"] == "text/event-stream":
+                return reply.status, [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+            return reply.status, json.loads(text)
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read())["error"]
+
+
+def job(engine, text):
+    return engine.job([{"from": "human", "value": text}], [], stop=[], temperature=0.0, top_p=1.0, seed=None)
+
+
+def until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def answer(url, body):
+    status, reply = post(url, body)
+    assert status == 200, reply
+    return reply["choices"][0]["message"]["content"]
+
+
+def expected(engine, text, *pictures, new=12):
+    pixels = [engine.picture(p) for p in pictures]
+    return generate(engine.model, engine.tokenizer, [text], [pixels], max_new_tokens=new)[0]
+
+
+def test_answers_are_those_of_generate(engine, url):
+    red, blue = png(), png((30, 30, 200))
+    for pictures in ((), (red,), (blue,), (red, blue)):
+        got = answer(url, question("How many?", *map(shown, pictures)))
+        assert got.strip() == expected(engine, "How many?", *pictures) != ""
+    assert expected(engine, "How many?", red) != expected(engine, "How many?", blue)
+
+
+def test_a_conversation_is_the_prompt_of_all_its_turns(engine, url):
+    talk = [{"role": "system", "content": "Be brief."}, *question("What?", shown(png()))["messages"]]
+    talk += [{"role": "assistant", "content": "red"}, {"role": "user", "content": "Sure?"}]
+    seen = []
+    turns, pictures = serve.read_messages(talk, lambda url: seen.append(url), 2)
+    assert [t["from"] for t in turns] == ["system", "human", "gpt", "human"] and len(pictures) == len(seen) == 1
+    assert turns[1]["value"] == "<image>\nWhat?" and turns[3]["value"] == "Sure?"
+    assert answer(url, question() | {"messages": talk}) != answer(url, question() | {"messages": talk[3:]})
+
+
+def test_a_stream_is_the_answer_in_pieces(url):
+    body = question("How many?", shown(png()), stream=True, stream_options={"include_usage": True})
+    status, events = post(url, body)
+    assert status == 200 and events[-1] == "[DONE]"
+    *chunks, last = map(json.loads, events[:-1])
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert deltas[0]["role"] == "assistant" and deltas[-1] == {} and len(deltas) > 4
+    whole = post(url, question("How many?", shown(png())))[1]
+    assert "".join(d.get("content", "") for d in deltas) == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
+    assert last["choices"] == [] and last["usage"] == whole["usage"]
+    assert all("usage" not in c and c["id"] == last["id"] for c in chunks)
+
+
+def test_usage_counts_every_position(engine, url):
+    usage = post(url, question("How many?", shown(png()), shown(png()), max_tokens=5))[1]["usage"]
+    plain = post(url, question("How many?", max_tokens=5))[1]["usage"]
+    ids = encode_prompt([{"from": "human", "value": "<image>\n<image>\nHow many?"}], engine.tokenizer, "plain")
+    each = engine.model.encode_images(torch.zeros(1, 3, 48, 48)).size(1)
+    assert usage["prompt_tokens"] == len(ids) - 2 + 2 * each > plain["prompt_tokens"] + 2 * each
+    assert usage["completion_tokens"] == 5 and usage["total_tokens"] == usage["prompt_tokens"] + 5
+
+
+def test_stop_strings_end_the_answer_and_are_never_shown(url):
+    whole = answer(url, question())
+    stop = whole[4:6]
+    status, reply = post(url, question(stop=["never to be seen", stop]))
+    choice = reply["choices"][0]
+    assert choice["message"]["content"] == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
+    events = post(url, question(stop=stop, stream=True))[1]
+    text = "".join(json.loads(e)["choices"][0]["delta"].get("content", "") for e in events[:-1])
+    assert text == whole[: whole.index(stop)]
+    assert answer(url, question(stop=whole[-1] + "never")) == whole  # a beginning that was held back comes out
+
+
+@pytest.mark.parametrize("text, stop, said", [("I say stop, now", "stop", "I say "), ("I say sto", "stop", "I say sto"),
+                                              ("a to b", "b", "a to "), ("stool stop", "stop", "stool ")])  # fmt: skip
+def test_a_stop_string_that_comes_in_pieces_is_never_shown(engine, url, monkeypatch, text, stop, said):
+    ids = [i for letter in text for i in engine.tokenizer.encode(letter)[0]]
+    assert len(ids) == len(text)
+    monkeypatch.setattr(engine.model, "generate", lambda prompt, stream, **options: [stream([i]) for i in ids])
+    deltas = [json.loads(e)["choices"][0]["delta"] for e in post(url, question(stop=stop, stream=True))[1][:-1]]
+    assert "".join(d.get("content", "") for d in deltas) == said == answer(url, question(stop=stop))
+
+
+def test_held_back_is_the_longest_beginning_of_a_stop_string():
+    assert held_back("I say sto", ["stop", "to go"]) == 3
+    assert held_back("I say t", ["stop", "to go"]) == 1
+    assert held_back("I say stop", ["stop"]) == 0 and held_back("a", []) == 0
+
+
+def test_sampling_is_decided_by_the_seed(url):
+    ask = lambda **more: answer(url, question(max_tokens=20, **({"temperature": 2} | more)))  # noqa: E731
+    assert ask(seed=1) == ask(seed=1) != ask(seed=2)
+    assert ask(seed=1, top_p=0) == ask(temperature=0) != ask(seed=1)
+    ask(seed=1)
+    first = ask()
+    ask(seed=1)
+    assert ask() != first  # no seed: not what an earlier one left behind
+
+
+def test_max_tokens_ends_it_by_length(url):
+    for field in ("max_tokens", "max_completion_tokens"):
+        reply = post(url, question(max_tokens=None) | {field: 3})[1]
+        assert reply["usage"]["completion_tokens"] == 3 and reply["choices"][0]["finish_reason"] == "length"
+    assert post(url, question(max_tokens=None))[1]["usage"]["completion_tokens"] <= LIMITS.tokens
+
+
+def test_an_end_token_ends_it(engine, url, monkeypatch):
+    made = engine.model.generate([torch.tensor(job(engine, "How many?").ids)], max_new_tokens=12)[0].tolist()
+    monkeypatch.setattr(engine, "eos", made[5])
+    reply = post(url, question())[1]
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["usage"]["completion_tokens"] == made.index(made[5])
+
+
+def test_models(url):
+    listed = json.load(urllib.request.urlopen(f"{url}/v1/models"))
+    one = json.load(urllib.request.urlopen(f"{url}/v1/models/tiny"))
+    assert listed["data"] == [one] and one["id"] == "tiny" and one["object"] == "model"
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{url}/v1/models/other")
+
+
+BIG = png(size=(101, 100))
+BAD = [
+    (question() | {"messages": []}, 400, "messages must be a list"),
+    (question() | {"messages": "hello"}, 400, "messages must be a list"),
+    (question() | {"messages": [{"role": "tool", "content": "x"}]}, 400, "its role must be one of"),
+    (question() | {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "its content must be text"),
+    (question() | {"messages": [{"role": "user", "content": None}]}, 400, "its content must be text"),
+    (question() | {"messages": [{"role": "assistant", "content": "x"}]}, 400, "wrong last turn"),
+    (question() | {"messages": [{"role": "assistant", "content": [shown(png())]}]}, 400, "only the user shows"),
+    (question("What is <image>?"), 400, "without <image>"),
+    (question(model="gpt-4"), 404, "'tiny' is served"),
+    (question(n=2), 400, "n: 2 is not supported"),
+    (question(tools=[{"type": "function"}]), 400, "tools: "),
+    (question(colour="red"), 400, "colour: 'red' is not supported"),
+    (question(temperature=3), 400, "temperature: 3 is not a number from 0 to 2"),
+    (question(temperature=float("nan")), 400, "temperature: nan is not"),
+    (question(top_p="1"), 400, "top_p: '1' is not"),
+    (question(seed=1.5), 400, "seed: 1.5 is not"),
+    (question(max_tokens=0), 400, "max_tokens: 0 is not a number from 1 to 40"),
+    (question(max_tokens=41), 400, "max_tokens: 41 is not a number from 1 to 40"),
+    (question(stop=["a"] * 5), 400, "stop: a string, or up to four"),
+    (question(stop=""), 200, ""),
+    (question(n=1, user="me", tools=[], frequency_penalty=0.0), 200, ""),
+    (question("x" * 2000), 400, "the context is 200"),
+    (question("What?", *[shown(png())] * 3), 400, "3 pictures, at most 2"),
+    (question("What?", shown(b"not a picture")), 400, "the picture cannot be read: none of PNG"),
+    (question("What?", shown(png(form="TIFF"))), 400, "the picture cannot be read: none of PNG"),
+    (question("What?", shown(png()[:60])), 400, "the picture cannot be read: truncated"),
+    (question("What?", shown(BIG)), 400, "101 x 100 pixels, at most 10,000"),
+    (question("What?", at("data:image/png;base64,&&")), 400, "the data URL is"),
+    (question("What?", at("file:///etc/passwd")), 400, "pictures are taken as"),
+    (question("What?", at("/etc/passwd")), 400, "pictures are taken as"),
+    (question("What?", at("http://127.0.0.1/x.png")), 400, "without --allow-urls"),
+    (b"{not json", 400, "the body is not JSON"),
+    (b"[" * 50_000, 400, "the body is not JSON"),
+    (b"[]", 400, "not a JSON object"),
+    (question("x" * 200_000), 413, "at most 100000 are taken"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body, status, what", BAD, ids=range(len(BAD)))
+def test_a_wrong_request_is_told_what_is_wrong(url, body, status, what):
+    got, reply = post(url, body)
+    assert got == status, reply
+    if status != 200:
+        assert what in reply["message"] and reply["type"] == "invalid_request_error" and "param" in reply
+
+
+def test_only_json_from_a_known_length_is_read(url):
+    assert post(url, question(), **{"Content-Type": "text/plain"})[0] == 415
+    assert post(url, question(), path="/v1/other")[0] == 404
+
+
+def test_urls_are_fetched_only_where_allowed(engine):
+    files = {"/red.png": png(), "/large.png": b"x" * 100_001}
+
+    class Files(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path in files else 404)
+            self.end_headers()
+            self.wfile.write(files.get(self.path, b""))
+
+        def log_message(self, *args):
+            pass
+
+    host = HTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=host.serve_forever, daemon=True).start()
+    server, url = listen(engine, allow_urls=True)
+    there = f"http://127.0.0.1:{host.server_port}/"
+    assert answer(url, question("How many?", at(f"{there}red.png"))).strip() == expected(engine, "How many?", png())
+    assert "has over 100000 bytes" in post(url, question("How many?", at(f"{there}large.png")))[1]["message"]
+    assert "cannot be fetched" in post(url, question("How many?", at(f"{there}none.png")))[1]["message"]
+    assert "pictures are taken as" in post(url, question("How many?", at("file:///etc/passwd")))[1]["message"]
+    server.shutdown()
+    host.shutdown()
+
+
+class Slow:
+    """In the place of a model's generate: waits for a signal, then answers as the model."""
+
+    def __init__(self, model, monkeypatch):
+        self.go, self.started, self.order, real = threading.Event(), threading.Semaphore(0), [], model.generate
+
+        def generate(ids, **options):
+            self.order.append(len(ids[0]))
+            self.started.release()
+            assert self.go.wait(30)
+            return real(ids, **options)
+
+        monkeypatch.setattr(model, "generate", generate)
+
+
+def test_a_full_queue_refuses_and_the_others_are_answered_in_order(engine, url, monkeypatch):
+    slow, got = Slow(engine.model, monkeypatch), []
+    texts = ["x" * n for n in (3, 90, 30)]
+    threads = [threading.Thread(target=lambda t=t: got.append(post(url, question(t))[0])) for t in texts]
+    for i, thread in enumerate(threads):
+        thread.start()
+        if i == 0:
+            assert slow.started.acquire(timeout=30)
+        until(lambda i=i: engine.jobs.qsize() == i)
+    status, reply = post(url, question())
+    assert status == 429 and reply["type"] == "rate_limit_error" and "2 requests are waiting" in reply["message"]
+    slow.go.set()
+    for thread in threads:
+        thread.join(30)
+    assert got == [200] * 3 and post(url, question())[0] == 200
+    lengths = [len(engine.tokenizer.encode(t)[0]) for t in texts]
+    assert [n - slow.order[0] for n in slow.order[:3]] == [n - lengths[0] for n in lengths]
+
+
+def test_a_reader_that_leaves_stops_the_model(engine, monkeypatch):
+    left, real, read = job(engine, "Hello"), engine.model.generate, threading.Event()
+
+    def generate(ids, stream, **options):
+        real(ids, stream=lambda step: (stream(step), read.wait(30)), **options)
+
+    monkeypatch.setattr(engine.model, "generate", generate)
+    pieces = engine.answer(left)
+    next(pieces)
+    pieces.close()
+    read.set()
+    after = job(engine, "Hello")
+    assert "".join(engine.answer(after)) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
+
+
+def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(engine, url, monkeypatch, capfd):
+    def broken(*args, **options):
+        raise RuntimeError("secret path /a/b")
+
+    with monkeypatch.context() as m:
+        m.setattr(engine.model, "generate", broken)
+        status, reply = post(url, question())
+        assert status == 500 and reply["type"] == "server_error" and "secret" not in reply["message"]
+        events = post(url, question(stream=True))[1]
+        assert json.loads(events[-2])["error"]["type"] == "server_error" and events[-1] == "[DONE]"
+    assert "secret path" in capfd.readouterr().err
+    assert post(url, question())[0] == 200
+
+
+def test_openais_client(engine, url):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    ask = question("How many?", shown(png()))
+    whole = client.chat.completions.create(**ask)
+    text = whole.choices[0].message.content
+    assert text.strip() == expected(engine, "How many?", png()) and whole.usage.completion_tokens == 12
+    stream = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == text
+    assert chunks[-1].usage == whole.usage
+    with pytest.raises(openai.BadRequestError, match="none of PNG"):
+        client.chat.completions.create(**question("How many?", shown(b"nothing")))
+    with pytest.raises(openai.NotFoundError, match="is served"):
+        client.chat.completions.create(**question(model="gpt-4"))
+    with pytest.raises(openai.APIStatusError, match="at most 100000 are taken") as e:
+        client.chat.completions.create(**question("x" * 200_000))
+    assert e.value.status_code == 413
+
+
+def test_the_command(folder):
+    command = [sys.executable, "serve.py", "--model", folder, "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        url = server.stdout.readline().split()[-1]
+        assert url.startswith("http://127.0.0.1:") and post(url.removesuffix("/v1"), question())[0] == 200
+        taken = run("serve.py", "--model", folder, "--port", url.split(":")[2].split("/")[0], ok=False).stderr.strip()
+        server.terminate()
+    assert taken.startswith(f"error: {url.removesuffix('/v1')}: ") and "; fix: give another --port" in taken
+
+
+@pytest.fixture(scope="module")
+def page(engine):
+    pytest.importorskip("gradio", reason="pip install '.[demo]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app, *_ = serve.page(engine, "127.0.0.1", port, prevent_thread_lock=True)
+    yield f"http://127.0.0.1:{port}"
+    import gradio
+
+    gradio.close_all()
+
+
+def test_the_page_takes_no_path_of_the_server(engine, page, folder, monkeypatch):
+    Image.new("RGB", (60, 40)).save(folder / "secret.png")
+    seen, real = [], engine.picture
+    monkeypatch.setattr(engine, "picture", lambda data: seen.append(data) or real(data))
+
+    def send(path):
+        data = [{"text": "What?", "files": [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]}, [], None]
+        body = {"data": data, "fn_index": 0, "session_hash": f"test{len(str(path))}"}
+        assert "event_id" in post(page, body, "/gradio_api/queue/join")[1]
+        with urllib.request.urlopen(f"{page}/gradio_api/queue/data?session_hash={body['session_hash']}") as events:
+            return next(json.loads(e[6:])["success"] for e in events if b"process_completed" in e)
+
+    for path in (folder / "secret.png", ROOT / "report.png", "report.png", "../../report.png"):
+        assert send(path) is False and not seen
+        with pytest.raises(urllib.error.HTTPError, match="403|404"):
+            urllib.request.urlopen(f"{page}/gradio_api/file={path}")
+    boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n" + png() + b"\r\n--x--\r\n"
+    given = post(page, boundary, "/gradio_api/upload", **{"Content-Type": "multipart/form-data; boundary=x"})[1]
+    assert send(given[0]) is True and seen == [png()]  # the same request with what was uploaded
+
+
+def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
+    """A picture and a question, an answer that streams, another question, three bad files; nothing from elsewhere."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    names = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"
+    if not (browser := next(filter(None, map(shutil.which, names)), None)):
+        pytest.skip("no Chromium here")
+    files = {"red.png": png(), "not.png": b"no picture", "many.png": BIG, "large.png": bytes(120_000), "a.txt": b"text"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    go, real, pixels, asked = threading.Event(), engine.model.generate, [], []
+
+    def generate(ids, images, stream, **options):
+        pixels.append(images)
+        asked.append(len(ids[0]))
+        tokens = []
+        real(
+            ids,
+            images=images,
+            stream=lambda s: (stream(s), tokens.append(s), len(tokens) > 5 and go.wait(60)),
+            **options,
+        )
+
+    monkeypatch.setattr(engine.model, "generate", generate)
+    with playwright.sync_playwright() as p:
+        window = p.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+        elsewhere = []
+        window.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((page, "data:", "blob:")) else 0)
+        window.goto(page)
+        answers = window.locator("[data-testid=bot]")
+
+        def ask(question, file=None):
+            window.locator("textarea").fill(question)
+            if file:
+                window.set_input_files("input[type=file]", tmp_path / file)
+                window.wait_for_timeout(700)
+            window.keyboard.press("Enter") if not file else window.locator("textarea").press("Enter")
+
+        def wait(true):
+            until(lambda: window.wait_for_timeout(50) or true(), 40)
+
+        ask("How many?", "red.png")
+        wait(lambda: answers.count() == 1 and answers.inner_text().strip())
+        first = answers.inner_text().strip()  # the model stands still at its sixth token
+        go.set()
+        whole = "".join(engine.answer(job(engine, "hello")))  # behind the first in the queue
+        assert whole
+        wait(lambda: len(answers.inner_text().strip()) > len(first))
+        ask("And now?")
+        wait(lambda: answers.count() == 2 and len(asked) == 3 and answers.nth(1).inner_text().strip())
+        assert torch.equal(pixels[0][0], engine.picture(png())) and torch.equal(pixels[0], pixels[2])
+        assert asked[2] > asked[0]
+        whole = answers.nth(1).inner_text
+        wait(lambda: whole() == (window.wait_for_timeout(400), whole())[1])  # its stream has ended
+        window.get_by_label("Clear").first.click()
+        wait(lambda: answers.count() == 0)
+        ask("And now?")
+        wait(lambda: answers.count() == 1 and len(asked) == 4 and answers.inner_text().strip())
+        assert pixels[3] is None  # the picture went with the conversation
+        for name, told in {"not.png": "none of PNG", "many.png": "at most 10,000", "large.png": "exceed the maximum",
+                           "a.txt": "Invalid file type"}.items():  # fmt: skip
+            window.goto(page)
+            window.wait_for_selector("textarea")
+            ask("What?", name)
+            wait(lambda told=told: told in window.inner_text("body"))
+        window.goto(page)
+        window.wait_for_selector("textarea")
+        ask("How many?", "red.png")  # alive
+        wait(lambda: answers.count() == 1 and answers.inner_text().strip())
+        assert not elsewhere
+
+
+def test_without_gradio_the_page_says_what_to_install(engine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"gradio is not installed; fix: pip install '.\[demo\]'"):
+        serve.page(engine, "127.0.0.1", 0)
