@@ -1,0 +1,124 @@
+"""16 frames of a clip, decoded and made into pixels for an encoder, beside PyAV decoding every frame, in one run.
+
+    python bench/video.py ../shared/assets/videos/flipping_a_pancake.mkv
+    python bench/video.py CLIP [CLIP ...] --frames 16 --repeats 7 --json out/video.json
+
+Each clip as it is, and its packets twelve times one after the other (not encoded again): a longer one. All on one
+thread, as in a data worker, in turns, the file in the cache; the same pixels, 3 x 384 x 384 a frame, which is checked.
+
+barellava        reads the packets' times, seeks, decodes what the wanted frames need, converts those to RGB
+every frame      decodes all frames, converts all to RGB and picks
+16 converted     decodes all frames, converts those wanted
+
+Target: >= 2 x every frame, for the longest clip given.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import config  # noqa: E402
+import video  # noqa: E402
+from images import ImageTransform  # noqa: E402
+
+COPIES, TARGET = 12, 2.0
+
+
+def longer(source: Path, out: Path) -> Path:
+    """The clip's packets COPIES times."""
+    av = video._av()
+    with av.open(str(out), "w") as target:
+        stream, offset = None, 0
+        for _ in range(COPIES):
+            with av.open(str(source)) as container:
+                origin = container.streams.best("video")
+                stream = stream or target.add_stream_from_template(origin)
+                packets = [packet for packet in container.demux(origin) if packet.size]
+                length = max(p.pts for p in packets) + round(1 / (origin.average_rate * origin.time_base))
+                for packet in packets:
+                    packet.stream, packet.pts, packet.dts = stream, packet.pts + offset, packet.dts + offset
+                    target.mux(packet)
+                offset += length
+    return out
+
+
+def ours(file: Path, wanted: list[int]) -> list[Image.Image]:
+    return video.frames(file, len(wanted))
+
+
+def every(file: Path, wanted: list[int], convert: bool = True) -> list[Image.Image]:
+    with video._av().open(str(file)) as container:
+        stream = container.streams.best("video")
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        shown = enumerate(container.decode(stream))
+        arrays = {i: frame.to_ndarray(format="rgb24") for i, frame in shown if convert or i in wanted}
+    return [Image.fromarray(arrays[i]) for i in wanted]
+
+
+def some(file: Path, wanted: list[int]) -> list[Image.Image]:
+    return every(file, wanted, convert=False)
+
+
+def measure(file: Path, n: int, repeats: int) -> dict:
+    """Milliseconds of each run of each way; the first, uncounted, checks that the pixels are the same."""
+    transform, clip = ImageTransform(384), video.probe(file)
+    wanted = video.indices(clip, n)
+    ways = {"barellava": ours, "every frame": every, f"{n} converted": some}
+    runs: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        pixels = []
+        for name, way in ways.items():
+            start = time.perf_counter()
+            pixels.append(torch.stack([transform.pixels(image) for image in way(file, wanted)]))
+            runs[name] += [1000 * (time.perf_counter() - start)] * (turn > 0)
+        if not all(torch.equal(p, pixels[0]) for p in pixels):
+            raise RuntimeError(f"{file}: not the same pixels")
+    return {"frames": clip.frames, "seconds": clip.duration, "ms": runs}
+
+
+def main(argv: list[str]):
+    parser = config.parser(__doc__)
+    parser.add_argument("clips", type=Path, nargs="+")
+    parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
+    parser.add_argument("--repeats", type=int, default=7, help="counted runs of each way")
+    parser.add_argument("--json", type=Path, help="write every run's numbers to this file")
+    args = parser.parse_args(argv)
+    if min(args.frames, args.repeats) < 1:
+        parser.error("--frames and --repeats start at 1")
+    torch.set_num_threads(1)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for file in args.clips:
+            results[file.name] = measure(file, args.frames, args.repeats)
+            long = longer(file, Path(folder, f"long{file.suffix}"))
+            results[f"{COPIES} x {file.name}"] = measure(long, args.frames, args.repeats)
+    ratios = {}
+    for name, result in results.items():
+        print(f"{name}: {result['frames']} frames, {result['seconds']:.1f} s; ms, median (range) of {args.repeats}")
+        best = statistics.median(result["ms"]["barellava"])
+        for way, ms in result["ms"].items():
+            middle = statistics.median(ms)
+            print(f"  {way:14}{middle:8.0f} ({min(ms):.0f} to {max(ms):.0f}){middle / best:8.2f} x")
+        ratios[name] = statistics.median(result["ms"]["every frame"]) / best
+    longest = max((file.name for file in args.clips), key=lambda name: results[name]["seconds"])
+    for name in (longest, f"{COPIES} x {longest}"):
+        good = "met" if ratios[name] >= TARGET else "MISSED"
+        print(f"target >= {TARGET:g} x every frame, {name}: {good} ({ratios[name]:.2f})")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    config.cli(main, __doc__)
