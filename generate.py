@@ -2,19 +2,24 @@
 
     python generate.py --model out/demo --image photo.png --prompt "What colour is the circle?"
     python generate.py --model out/demo                       # a chat; /image FILE, /reset and /quit are commands
+    python generate.py --model out/demo --weights nf4 --temperature 0.7 --top-p 0.9 --seed 1 --stop "\n"
 
 Several --image go into the prompt in their order, in front of the text unless it says <image> itself. The answer
-is printed as it is made, then how long it took. Folders and Hugging Face ids both work as --model.
+is printed as it is made, then how many tokens a second; a later question of a chat starts from what has been read of
+the earlier ones. Folders and Hugging Face ids both work as --model. With a temperature the same --seed gives the same
+answers. --weights int8 and nf4 quantize the language model as it is loaded, as bitsandbytes does, and compute in bf16.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
 import config
+import lora
 import weights
 from config import UserError
 from data import load_image
@@ -23,10 +28,13 @@ from templates import IMAGE, encode_prompt, load_tokenizer, stop_id
 
 
 class Chat:
-    """A model, its tokenizer, and a conversation that grows: turns and the pictures that stand in them."""
+    """A model, its tokenizer, and a conversation that grows: turns and the pictures that stand in them.
 
-    def __init__(self, model: LLaVA, tokenizer, options: dict):
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+    options are LLaVA.generate's; an answer also ends where it contains one of `stop`, which is left out of it.
+    """
+
+    def __init__(self, model: LLaVA, tokenizer, options: dict, stop: Sequence[str] = ()):
+        self.model, self.tokenizer, self.options, self.stop = model.eval(), tokenizer, options, stop
         self.device = model.language_model.lm_head.weight.device
         self.turns: list[dict] = []
         self.images: list[torch.Tensor] = []
@@ -49,22 +57,31 @@ class Chat:
         self.turns += [{"from": "human", "value": text}, {"from": "gpt", "value": None}]
         template = self.model.config.template
         ids = torch.tensor(encode_prompt(self.turns, self.tokenizer, template))
-        eos, made, shown = stop_id(self.tokenizer, template), [], ""
+        eos, shown = stop_id(self.tokenizer, template), ""
 
-        def stream(step: list[int]):
+        def text_of(tokens: list[int]) -> str:
+            said = self.tokenizer.decode([t for t in tokens if t != eos])
+            return said[: min((at for s in self.stop if (at := said.find(s)) >= 0), default=len(said))]
+
+        def until(tokens: list[int]) -> bool:
+            """Shows what is new; true where the answer ends."""
             nonlocal shown
-            made.extend(t for t in step if t != eos)
-            answer = self.tokenizer.decode(made)
-            if not answer.endswith("\ufffd"):  # half a character: wait for its other bytes
+            said = self.tokenizer.decode([t for t in tokens if t != eos])
+            ends, answer = any(s in said for s in self.stop), text_of(tokens)
+            # Half a character, or what may become a stop, waits for the tokens that follow.
+            half = answer.endswith("\ufffd") or any(answer.endswith(s[:n]) for s in self.stop for n in range(1, len(s)))
+            if ends or not half:
                 show(answer[len(shown) :])
                 shown = answer
+            return ends
 
         images = torch.stack(self.images).to(self.device) if self.images else None
         start = time.perf_counter()
-        new = self.model.generate([ids], images, eos_token_id=eos, stream=stream, **self.options)
+        beams = self.options.get("num_beams", 1) > 1  # whose answer is known at the end only
+        new = self.model.generate([ids], images, eos_token_id=eos, until=None if beams else until, **self.options)
         seconds = time.perf_counter() - start
-        answer = self.tokenizer.decode([t for t in new[0].tolist() if t != eos])
-        show(answer[len(shown) :])  # beam search has streamed nothing; a last half character is shown as it is
+        answer = text_of(new[0].tolist())
+        show(answer[len(shown) :])
         show(f"\n[{new.size(1)} tokens, {new.size(1) / seconds:.1f} tokens/s]\n")
         self.turns[-1]["value"] = answer.strip()
         return answer.strip()
@@ -91,17 +108,34 @@ def main(argv: list[str]):
     parser.add_argument("--image", action="append", default=[], help="a picture; may be given several times")
     parser.add_argument("--prompt", help="the question; without it a chat starts")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability (1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as the "
+                        "model has it, more is bolder (0)")  # fmt: skip
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability (1)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest tokens (0: from all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text that ends an answer; may be given several times"
+    )
     parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams (1)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
+    parser.add_argument(
+        "--weights", choices=("fp32", "bf16", *lora.KINDS), help="of the language model (fp32; a GPU: bf16)"
+    )
     parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
     a = parser.parse_args(argv)
+    if a.beams > 1 and a.temperature:
+        raise UserError("--beams", "beam search draws nothing", "leave out --temperature")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = weights.resolve(a.model, allow_pickle=a.allow_pickle)
-    model = LLaVA.from_pretrained(folder, getattr(torch, a.dtype), device, a.allow_pickle)
-    options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p, "num_beams": a.beams}
-    chat = Chat(model, load_tokenizer(folder), options)
+    kind, folder = (
+        a.weights or ("bf16" if device == "cuda" else "fp32"),
+        weights.resolve(a.model, allow_pickle=a.allow_pickle),
+    )
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    model = LLaVA.from_pretrained(folder, dtype, device, a.allow_pickle)
+    if kind in lora.KINDS:
+        lora.quantize(model.language_model, kind)
+    options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k,
+               "num_beams": a.beams, "generator": torch.Generator().manual_seed(a.seed)}  # fmt: skip
+    chat = Chat(model, load_tokenizer(folder), options, [s.replace("\\n", "\n") for s in a.stop])
     for file in a.image:
         chat.add_image(file)
     if a.prompt is not None:

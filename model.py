@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import generation
 import layouts
 import weights
 from config import Model, UserError
 from connectors import build_connector, connector_tokens
 from encoders import VisionEncoder, build_encoder, vision_config
-from generation import Attend, Decoding, expand, pack, packed
+from generation import Attend, expand, pack, packed
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
@@ -523,8 +524,8 @@ class LLaVA(nn.Module):
         targets = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE) for row in wide])
         return Output(padded, F.cross_entropy(logits.float(), targets))
 
-    def features(self, rows: list[Tensor], images: Tensor | None) -> Tensor | None:
-        """The features (N, n, D) of the images that the rows' placeholders call for, in their order."""
+    def pictures(self, rows: list[Tensor], images: Tensor | None) -> Tensor | None:
+        """The images (N, 3, H, W) that the rows' placeholders call for, in their order."""
         counts = [int((row == IMAGE_TOKEN).sum()) for row in rows]
         given = 0 if images is None else len(images)
         if sum(counts) == 0:
@@ -533,7 +534,12 @@ class LLaVA(nn.Module):
             if given != len(rows) or max(counts) > 1:
                 raise ValueError(f"{sum(counts)} image placeholders but {given} images")
             images = images[torch.tensor(counts, device=images.device) == 1]
-        return self.encode_images(images)
+        return images
+
+    def features(self, rows: list[Tensor], images: Tensor | None) -> Tensor | None:
+        """The features (N, n, D) of `pictures`."""
+        images = self.pictures(rows, images)
+        return None if images is None else self.encode_images(images)
 
     # -- generation --------------------------------------------------------------------------------------
 
@@ -542,19 +548,22 @@ class LLaVA(nn.Module):
         self, input_ids, images: Tensor | None = None, attention_mask: Tensor | None = None,
         max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, num_beams: int = 1,
         eos_token_id: int | None = None, use_cache: bool = True, generator: torch.Generator | None = None,
-        stream: Callable[[list[int]], None] | None = None,
+        stream: Callable[[list[int]], None] | None = None, top_k: int = 0,
+        until: Callable[[list[int]], bool] | None = None,
     ) -> Tensor:  # fmt: skip
         """Continue prompts: (B, T) with attention_mask, or a list of B ragged (T,) tensors -> (B, new) tokens.
 
-        Greedy at temperature 0, else sampling from the top_p nucleus; num_beams > 1 is beam search (scores divided
-        by length, as Hugging Face's default). A sequence ends with eos_token_id and is filled up with it.
-        images are in the order of the -200 placeholders. stream is called with each step's B tokens.
+        Greedy at temperature 0, else sampling (generation.choose); num_beams > 1 is beam search (scores divided by
+        length, as Hugging Face's default). A sequence ends with eos_token_id, or where until, called with its tokens so
+        far, says so, and is filled up with eos_token_id. images are in the order of the -200 placeholders; an image
+        that several prompts begin with is encoded and prefilled once. stream is called with each step's B tokens.
         use_cache=False recomputes everything for each token: slow, the check on the cache.
         """
         if isinstance(input_ids, Tensor):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             input_ids = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
         rows = [row.to(self.language_model.lm_head.weight.device) for row in input_ids]
-        features = self.features(rows, images)
-        decoding = Decoding(self, pack(rows, features), features, num_beams, max_new_tokens, use_cache)
-        return decoding.run(max_new_tokens, temperature, top_p, eos_token_id, generator, stream)
+        return generation.generate(
+            self, rows, self.pictures(rows, images), max_new_tokens, num_beams, eos_token_id, use_cache, generator,
+            stream, temperature=temperature, top_p=top_p, top_k=top_k, until=until,
+        )  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels import Build, Case, Mutation, fused, randn, tl, triton
 
 FEW = 64  # rows up to which multiplying with the 8-bit weight beats unpacking it first
+FEW_CPU = 16  # the same where torch's own product does it
 STEP = 7.874015718698502e-3  # 1 / 127 in float32, as bitsandbytes writes it
 
 
@@ -141,9 +142,19 @@ def dequantize(q: Int8, dtype: torch.dtype) -> Tensor:
 
 
 def matmul(x: Tensor, q: Int8) -> Tensor:
-    """x (..., K) -> x W^T (..., N) in x's dtype, no gradient; the sum is float32. The kernel is for 16-bit dtypes."""
+    """x (..., K) -> x W^T (..., N) in x's dtype, no gradient; the sum is float32. The kernel is for 16-bit dtypes.
+
+    On a CPU few rows in bfloat16 go through torch's own product with 8-bit weights.
+    """
     few = x.numel() <= FEW * x.size(-1) and x.element_size() == 2
-    return triton_matmul(x, q) if few and fused(x) else F.linear(x, dequantize(q, x.dtype))
+    if few and fused(x):
+        return triton_matmul(x, q)
+    even = not any(size % 64 for size in q.weight.shape)  # torch's product reads beyond the end of others
+    if x.is_cpu and x.dtype == torch.bfloat16 and even and x.numel() <= FEW_CPU * x.size(-1):
+        # Its scales would be rounded to bfloat16: they are 1 in it, and the finished sums are multiplied.
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), q.weight, x.new_ones(q.weight.size(0)))
+        return (y * (q.SCB * STEP)).to(x.dtype).view(*x.shape[:-1], q.weight.size(0))
+    return F.linear(x, dequantize(q, x.dtype))
 
 
 def _unpack(name: str, shape: tuple[int, int]) -> Case:

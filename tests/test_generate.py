@@ -51,11 +51,37 @@ def test_the_stream_is_the_answer_and_turns_are_kept(folder):
     talk, shown = chat(folder), []
     talk.add_image(str(folder / "red.png"))
     first = talk.ask("What?", show=shown.append)
-    assert "".join(shown[:-1]).strip() == first
+    assert "".join(shown[:-1]).strip() == first and len(shown) > 4  # piece by piece
     talk.add_image(str(folder / "blue.png"))
     talk.ask("And <image> this?", show=shown.append)
     assert [t["value"].count("<image>") for t in talk.turns[::2]] == [1, 1] and len(talk.images) == 2
     assert talk.turns[1]["value"] == first
+
+
+def test_an_answer_ends_in_front_of_a_stop(folder):
+    whole, shown = chat(folder).ask("What?", show=lambda text: None), []
+    stop = whole[3:5]
+    talk = Chat(LLaVA.from_pretrained(folder), load_tokenizer(folder), OPTIONS, [whole[-2:], "never said", stop])
+    cut = talk.ask("What?", show=shown.append)
+    assert len(stop) == 2 and cut == whole[: whole.index(stop)].strip() and stop not in "".join(shown[:-1])
+    assert "".join(shown[:-1]).strip() == cut
+    beams = Chat(LLaVA.from_pretrained(folder), load_tokenizer(folder), OPTIONS | {"num_beams": 2}, [whole[1:]])
+    assert beams.ask("What?", show=lambda text: None) != whole
+
+
+def test_seeds_and_weights_are_options(folder):
+    """Each of --weights; the same seed twice, and another, give equal and other answers."""
+
+    def said(*options):
+        command = ("generate.py", "--model", folder, "--prompt", "What?", "--max-new-tokens", 12)
+        return run(*command, *options).stdout.partition("\n[")[0]
+
+    drawn = [said("--temperature", 1.5, "--top-p", 0.95, "--top-k", 400, "--seed", seed) for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    by_weights = {kind: said("--weights", kind) for kind in ("fp32", "bf16", "int8", "nf4")}
+    assert by_weights["fp32"] == said() and all(by_weights.values()) and by_weights["nf4"] != by_weights["fp32"]
+    wrong = run("generate.py", "--model", folder, "--beams", 2, "--temperature", 1, ok=False).stderr.strip()
+    assert wrong == "error: --beams: beam search draws nothing; fix: leave out --temperature"
 
 
 def test_the_picture_matters(folder):
