@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import config
 import lora
 import parallel
+import seal
 import train
 import world as demo_world
 from config import Stage, Tune
@@ -182,11 +183,12 @@ def test_a_damaged_checkpoint_is_passed_over(recipe):
     whole = (out / "model.safetensors").read_bytes()
     file, out = recipe("cut")
     process = subprocess.Popen([sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while process.poll() is None and (not (out / "log.jsonl").exists() or len(losses_so_far(out)) < 16):
+    while process.poll() is None and not (out / "checkpoints" / "01-00000004").exists():
         time.sleep(0.002)
     process.kill()
     process.wait()
-    newest = sorted((out / "checkpoints").iterdir())[-1]
+    with seal.alone(out / "checkpoints"):  # a seal that was under way ends after the run
+        newest = seal.listed(out / "checkpoints")[-1]
     tensors = newest / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     said = run("train.py", file).stdout
