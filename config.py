@@ -52,8 +52,12 @@ class Model:
         "patch", "patch drops token 0, as LLaVA does; cls_patch keeps all", ("patch", "cls_patch")
     )
     image_mode: str = opt(
-        "square", "square resizes, pad first pads to a square with the mean colour", ("square", "pad")
-    )
+        "square", "square resizes; pad makes a square first; tiles, anyres: high resolution, see views.py",
+        ("square", "pad", "tiles", "anyres"),
+    )  # fmt: skip
+    image_grids: str = opt("1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns")
+    frames: int = opt(16, "how many frames of a video are seen, evenly from its first to its last")
+    fps: float = opt(0.0, "so many a second instead, at most `frames`; 0 = always `frames`")
 
     @property
     def text(self) -> str:

@@ -249,6 +249,7 @@ class Connector(NamedTuple):
     build: Callable[..., nn.Module]  # (vision_dim, text_dim, **options)
     options: dict[str, int] = {}  # names and defaults
     tokens: Callable[..., int] = lambda n, **options: n  # positions in the text, of n encoder tokens (per encoder)
+    mean: bool = False  # of an item with several views their mean is taken, else all their tokens
 
 
 def _queries(n: int, num_queries: int, **options: int) -> int:
@@ -259,6 +260,7 @@ CONNECTORS = {
     "identity": Connector(identity),
     "linear": Connector(nn.Linear),
     **{f"mlp{depth}x_gelu": Connector(partial(mlp, depth=depth)) for depth in range(1, 9)},
+    "mean_mlp2x_gelu": Connector(mlp, mean=True),
     "mof_mlp": Connector(MixtureMLP, tokens=lambda n: 2 * n),
     "resampler": Connector(Resampler, {"num_queries": 128, "num_resampler_layers": 3}, _queries),
     "naiveresampler": Connector(NaiveResampler, {"num_queries": 512, "num_resampler_layers": 3}, _queries),
@@ -284,17 +286,13 @@ def _choose(spec: str, options: dict[str, int]) -> tuple[Connector, dict[str, in
 
 def build_connector(spec: str, vision_dim: int, text_dim: int, **options: int) -> nn.Module:
     """A module (N, n, C) -> (N, m, D); mof_mlp takes (N, 2, n, C). `spec` is an exact name of CONNECTORS.
-
-    Raises UserError for another name, an unknown option, or a value that is no positive integer.
-    """
+    Raises UserError for another name, an unknown option, or a value that is no positive integer."""
     connector, options = _choose(spec, options)
     return connector.build(vision_dim, text_dim, **options)
 
 
-def connector_tokens(spec: str, tokens: int, **options: int) -> int:
-    """How many positions an image of `tokens` encoder tokens (of each encoder, in a mixture) takes in the text.
-
-    Raises UserError as build_connector does.
-    """
+def connector_tokens(spec: str, tokens: int, views: int = 1, **options: int) -> int:
+    """How many positions an item takes in the text: `views` of `tokens` encoder tokens each (of each encoder, in a
+    mixture). Raises UserError as build_connector does."""
     connector, options = _choose(spec, options)
-    return connector.tokens(tokens, **options)
+    return connector.tokens(tokens if connector.mean else views * tokens, **options)

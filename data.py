@@ -6,8 +6,8 @@
     python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # as WebDataset tars of 1000 MB
 
 A row is {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"] | absent, "conversations": [{"from": "human" | "gpt",
-"value": "... <image> ..."}, ...]}. rows.py reads it, samples.py makes a sample of it and packs samples into batches;
-here they are put in order, made into optimizer steps, and loaded by worker processes.
+"value": "... <image> ..."}, ...]}, or has "video" in place of "image". rows.py reads it, samples.py makes a sample of
+it and packs samples into batches; here they are put in order, made into optimizer steps, and loaded by workers.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from tqdm import tqdm  # comes with tokenizers
 import config
 import templates
 from config import UserError
+from images import ImageTransform
 from index import kept
 from rows import Mixture, Rows, shard
-from rows import files as files
-from rows import load_image as load_image
 from samples import Batch, Sample, SampleSpec, encode_row, fill, make_sample, make_spec, pack, share, stage_spec
-from samples import byte_tokenizer as byte_tokenizer
-from templates import IGNORE, IMAGE_TOKEN
+from templates import IGNORE
+from views import TILED, Views
 from weights import write_file
 
+PIXEL = ImageTransform(1, resample=Image.Resampling.NEAREST)
 # Every worker is one process of several: threads inside its tokenizer would only fight, and warn at each fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -103,7 +103,7 @@ class Step:
     micro-batches with five tensors each would use up the files that a process may have open."""
 
     packed: Batch | None = None  # all its samples, micro-batch after micro-batch; None = none
-    parts: list[tuple[slice, slice]] = field(default_factory=list)  # which samples and images a micro-batch has
+    parts: list[tuple[slice, slice]] = field(default_factory=list)  # which samples and items a micro-batch has
     skipped: list[str] = field(default_factory=list)  # a message for each row left out by on_bad_row = "skip"
     cut: list[tuple[int, int]] = field(default_factory=list)  # over-long rows, tokens taken off their tails
     seconds: float = 0.0  # that making it took
@@ -151,7 +151,7 @@ class Steps(Dataset):
         step.packed = pack([samples[j] for b in bins for j in b]) if samples else None
         s = n = 0
         for b in bins:
-            s, n, s0, n0 = s + len(b), n + sum(len(samples[j].images) for j in b), s, n
+            s, n, s0, n0 = s + len(b), n + sum(len(samples[j].items) for j in b), s, n
             step.parts.append((slice(s0, s), slice(n0, n)))
         step.cut = [(s.row, s.cut) for s in samples if s.cut]
         step.seconds = time.perf_counter() - begin
@@ -224,7 +224,7 @@ def validation_batches(rows, spec, stage, train, rank=0, world=1, log=print) -> 
 
 
 class Counts(Dataset):
-    """Chunks of rows -> their samples' tokens, images and supervised tokens; zeros for a row that makes none."""
+    """Chunks of rows -> their samples' tokens, views and supervised tokens; zeros for a row that makes none."""
 
     def __init__(self, rows: Rows, spec: SampleSpec, begin: int, end: int):
         self.rows, self.spec, self.ranges = rows, spec, [range(i, min(i + 256, end)) for i in range(begin, end, 256)]
@@ -237,18 +237,18 @@ class Counts(Dataset):
 
     def _count(self, i: int) -> tuple[int, int, int]:
         try:
-            ids, labels, names, _ = encode_row(self.rows[i], "", self.spec)
+            ids, labels, shapes, _ = encode_row(self.rows, i, self.rows[i], "", self.spec)
         except UserError:
             return 0, 0, 0  # making the sample says why
-        return len(ids), len(names), len(labels) - labels.count(IGNORE)
+        return len(ids), sum(shape.views for shape in shapes), len(labels) - labels.count(IGNORE)
 
 
 def token_counts(rows: Rows | Mixture, spec: SampleSpec, workers: int = 0) -> np.ndarray:
-    """(len(rows), 3) int64: tokens, images and supervised tokens of each row's sample, for Steps. Kept beside the
+    """(len(rows), 3) int64: tokens, views and supervised tokens of each row's sample, for Steps. Kept beside the
     rows' files for this tokenizer, template and limits; the first time all rows are tokenized, by `workers`."""
     if isinstance(rows, Mixture):
         return np.concatenate([token_counts(source, spec, workers) for source in rows.sources])
-    what = repr((spec.template, spec.max_tokens, spec.image_tokens, sorted(spec.tokenizer.files.items())))
+    what = repr((spec.template, spec.max_tokens, spec.views, sorted(spec.tokenizer.files.items())))
     key, made = hashlib.sha256(what.encode()).hexdigest()[:12], []
     for file, begin, end in zip(rows.files, [0, *rows.ends], rows.ends, strict=False):
         chunks = Counts(rows, spec, int(begin), int(end))
@@ -280,8 +280,10 @@ def histogram(lengths: list[int], width: int = 40) -> str:
 def check(rows: Rows, spec: SampleSpec) -> int:
     """Reads every row as training will: a line for each that is bad or cut, then totals. Returns how many are bad."""
     stage, train = config.Stage(global_batch=16, micro_batch_tokens=0), config.Train(on_bad_row="skip")
-    steps = Steps(rows, replace(spec, transform=None), stage, train, validation=True)
-    images, lengths, bad, supervised, kept, cuts = Counter(), [], 0, 0, 0, []
+    if spec.views.mode not in TILED:  # of pictures only their decoding is tried: a pixel is enough
+        spec = replace(spec, views=replace(spec.views, mode="square", transform=PIXEL))
+    steps = Steps(rows, spec, stage, train, validation=True)
+    items, lengths, bad, supervised, kept, cuts = Counter(), [], 0, 0, 0, []
     with tqdm(total=len(rows), unit="row", disable=None, leave=False) as progress:  # None: off unless on a terminal
         for step, _ in loader(steps, workers=min(os.cpu_count() or 1, len(steps) // 4)):
             for line in step.skipped:
@@ -290,17 +292,18 @@ def check(rows: Rows, spec: SampleSpec) -> int:
                 line = f"note: over-long, loses {cut} tokens of its tail; fix: raise max_tokens, or leave it so"
                 tqdm.write(f"{rows.where(row)}: {line}")
             for batch in step.batches:  # of one sample each
-                pictures = int((batch.input_ids == IMAGE_TOKEN).sum()) // spec.image_tokens
-                images[min(pictures, 2)] += 1
+                items[min(len(batch.shapes), 2)] += 1
                 lengths.append(len(batch.labels) + dict(step.cut).get(batch.rows[0], 0))
                 supervised, kept = supervised + batch.supervised, kept + len(batch.labels)
             bad, cuts = bad + len(step.skipped), cuts + [cut for _, cut in step.cut]
             progress.update(len(step.skipped) + len(step.parts))
-    kinds = f"{images[0]} text-only, {images[1]} with one image, {images[2]} with several"
+    kinds = f"{items[0]} text-only, {items[1]} with one image or video, {items[2]} with several"
     print(f"{rows.file}: {len(rows)} rows, {bad} bad; the good ones: {kinds}")
     if lengths:
         low, median, high = np.percentile(lengths, [0, 50, 100])
-        print(f"  tokens: {low:.0f} shortest, {median:.0f} median, {high:.0f} longest; {spec.image_tokens} per image")
+        print(
+            f"  tokens: {low:.0f} shortest, {median:.0f} median, {high:.0f} longest; {spec.views.positions()} per image"
+        )
         print(histogram(lengths))
         print(f"  supervised: {100 * supervised / kept:.1f} % of {kept} tokens")
         print(f"  over-long: {len(cuts)} rows lose {sum(cuts)} tokens of their tails")
@@ -323,12 +326,12 @@ def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> st
         row, sample = rows[i], make_sample(rows, i, spec)
         text, spans, marks = templates.render(row["conversations"], form)
         _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
-        sides = [f"{p.shape[1]} x {p.shape[2]}" for p in sample.images]
+        sides = [f"{shape.views} of {p.size(2)} x {p.size(3)}" for p, shape in sample.items]
         head = f"{rows.where(i, row)}: {len(sample.ids)} tokens, {int((sample.labels != IGNORE).sum())} supervised"
-        head += f", pictures: {', '.join(sides) or 'none'}" + f", {sample.cut} tokens cut off" * (sample.cut > 0)
+        head += f", views: {', '.join(sides) or 'none'}" + f", {sample.cut} tokens cut off" * (sample.cut > 0)
         print(f"--- {head}\n{templates.show(text, labels, offsets, sys.stdout.isatty())}")
         html.append(f"<h2>{escape(head)}</h2>")
-        for pixels in sample.images:
+        for pixels in (view for item in sample.items for view in item.pixels):
             file = io.BytesIO()
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
             html.append(f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
@@ -362,7 +365,8 @@ def main(argv: list[str]):
     jobs, seed = [], 0  # (name, rows, spec): all are opened before any is read to the end
     if args.data:
         limit = args.max_tokens or (2048 if args.tokenizer else sys.maxsize)
-        spec = make_spec(args.tokenizer, args.template, max_tokens=limit, image_tokens=args.image_tokens)
+        views = Views(0, "resampler", {"num_queries": args.image_tokens}, PIXEL)
+        spec = make_spec(args.tokenizer, args.template, max_tokens=limit, views=views)
         name = args.data if args.tokenizer else f"{args.data}, in bytes (no --tokenizer)"
         jobs.append((name, Rows(args.data, args.images), spec))
     else:

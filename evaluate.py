@@ -11,6 +11,8 @@ again; a model saved since then starts it afresh. Decoding is greedy.
 
 A task is a file of evals/, whose docstring says which files it reads, with
     examples(data_dir) -> [{"id", "image" (path from data_dir, or several, or None), "prompt", "label", "where", ...}]
+        "video" in place of "image": a file or a folder of frames, of which "rate" a second; "span": only that part of
+        it, (from, to) in seconds
         "pictures": [bytes], where the pictures are no files; "group": examples that --limit keeps together
         a prompt may say <image> where a picture goes; else they go before it
     MAX_NEW_TOKENS
@@ -37,12 +39,33 @@ import torch.distributed as dist
 import config
 import weights
 from config import UserError
-from data import load_image
-from evals import gqa, llava_bench, mmbench, mme, mmmu, mmvet, pope, scienceqa, seedbench, textvqa, vqav2, world
+from evals import (
+    gqa,
+    llava_bench,
+    longvideobench,
+    mlvu,
+    mmbench,
+    mme,
+    mmmu,
+    mmvet,
+    mmvu,
+    mvbench,
+    pope,
+    scienceqa,
+    seedbench,
+    textvqa,
+    videomme,
+    vqav2,
+    world,
+)
 from evals.judge import Judge
 from evals.published import add_published
 from model import LLaVA
+from rows import load_image
+from samples import look
 from templates import IMAGE, encode_prompt, load_tokenizer, stop_id
+from video import probe
+from views import Item
 
 
 def variant(task, **options):
@@ -65,77 +88,97 @@ TASKS = {
     "llava_bench": llava_bench,
     "mmbench": mmbench,
     "seedbench": seedbench,
+    "videomme": videomme,
+    "mvbench": mvbench,
+    "mvbench-19": variant(mvbench, without=("Fine-grained Pose",)),
+    "longvideobench": longvideobench,
+    "longvideobench-plain": variant(longvideobench, subtitles=False),
+    "mlvu": mlvu,
+    "mmvu": mmvu,
 }
 MEAN_OF = 64  # pictures whose mean a blanked one is
 
 
-def image_names(example):
-    image = example["image"]
-    return image if isinstance(image, list) else [image] if image else []
+def names(example):
+    """ "image" or "video", and the names of an example's."""
+    kind = "video" if example.get("video") else "image"
+    named = example[kind] or []
+    return kind, named if isinstance(named, list) else [named]
 
 
-def picture(example, i, data_dir):
-    """The i-th picture of an example. Raises UserError that names it, and the row it belongs to."""
-    where = Path(data_dir) / image_names(example)[i]
-    source = example["pictures"][i] if "pictures" in example else where
-    try:
-        return load_image(source)
-    except ValueError as error:
-        raise UserError(example.get("where", where), f"{where}: {error}", "restore the picture") from None
+def seen(example, data_dir, see):
+    """What `see`, called with a file or its bytes and its kind, makes of each of an example's pictures or videos.
+    Raises UserError that names it, and the row it belongs to."""
+    kind, named = names(example)
+    part, made = {key: example[key] for key in ("span", "rate") if key in example}, []
+    for i, name in enumerate(named):
+        where = Path(data_dir) / name
+        try:
+            made.append(see(example["pictures"][i] if "pictures" in example else where, kind, **part))
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(example.get("where", where), f"{where}: {error}", "restore it") from None
+    return made
 
 
 def check(examples, data_dir):
     """Raises UserError for two examples of one id, or a picture that is not there: before a model is loaded."""
-    seen = set()
+    ids = set()
     for example in examples:
-        if example["id"] in seen:
+        if example["id"] in ids:
             raise UserError(example["where"], f"question {example['id']} is there twice", "fetch the file again")
-        seen.add(example["id"])
-        for i, name in enumerate(image_names(example)):
-            if not (Path(data_dir) / name).is_file():  # it is missing, or in the file of questions
-                picture(example, i, data_dir)
+        ids.add(example["id"])
+        if not all((Path(data_dir) / name).exists() for name in names(example)[1]):  # or they are in its own file
+            seen(
+                example, data_dir, lambda source, kind, **part: load_image(source) if kind == "image" else probe(source)
+            )
 
 
-def generate(model, tok, questions, pictures, **options):
-    """The model's answers to questions (texts) about pictures (for each a list of (3, H, W)); options: generate's."""
+def generate(model, tok, questions, shown, **options):
+    """The model's answers to questions (texts) about what each is shown (a list of items); options: generate's."""
     template, prompts = model.config.template, []
-    for question, seen in zip(questions, pictures, strict=True):
-        if question.count(IMAGE) != len(seen):
-            question = f"{IMAGE}\n" * len(seen) + question.replace(IMAGE, "")
+    for question, items in zip(questions, shown, strict=True):
+        if question.count(IMAGE) != len(items):
+            question = f"{IMAGE}\n" * len(items) + question.replace(IMAGE, "")
         prompts.append(torch.tensor(encode_prompt([{"from": "human", "value": question}], tok, template)))
-    images = [pixels for seen in pictures for pixels in seen]
-    device, stop = model.language_model.lm_head.weight.device, stop_id(tok, template)
-    images = torch.stack(images).to(device) if images else None
-    new = model.generate(prompts, images=images, eos_token_id=stop, **options)
+    stop = stop_id(tok, template)
+    new = model.generate(prompts, images=[item for items in shown for item in items], eos_token_id=stop, **options)
     rows = [row[: row.index(stop)] if stop in row else row for row in new.tolist()]
     return [tok.decode(row).strip() for row in rows]
 
 
-def answerer(model, tok, data_dir, max_new_tokens, blank=None):
-    """A function from a list of examples to the model's answers. `blank`: pixels that stand for every picture."""
-    transform, mode = model.vision_tower.transform, model.config.image_mode
-
-    def pixels(example):
-        if blank is not None:
-            return [blank] * len(image_names(example))
-        return [transform(picture(example, i, data_dir), mode) for i in range(len(image_names(example)))]
+def answerer(model, tok, data_dir, max_new_tokens, change=lambda item: item):
+    """A function from a list of examples to the model's answers. `change`: what is shown in place of an item."""
 
     def answer(examples):
-        pictures = [pixels(example) for example in examples]
-        return generate(model, tok, [e["prompt"] for e in examples], pictures, max_new_tokens=max_new_tokens)
+        shown = [list(map(change, seen(e, data_dir, partial(look, views=model.views)))) for e in examples]
+        return generate(model, tok, [e["prompt"] for e in examples], shown, max_new_tokens=max_new_tokens)
 
     return answer
 
 
-def mean_picture(examples, data_dir, model):
-    """The mean of some pictures as the encoder gets them, (3, H, W): the same for all, so it tells nothing of any.
+def blanked(examples, data_dir, model):
+    """What shows the mean of some pictures' and videos' views in place of each: the same for all, so it tells nothing.
 
     Not one plain colour: that is a picture of an empty scene, and a model that sees it rightly answers "zero".
     """
-    seen = [(example, i) for example in examples for i in range(len(image_names(example)))]
-    seen = seen[:: max(1, len(seen) // MEAN_OF)][:MEAN_OF]
-    transform, mode = model.vision_tower.transform, model.config.image_mode
-    return torch.stack([transform(picture(example, i, data_dir), mode) for example, i in seen]).mean(0)
+    some = [example for example in examples if names(example)[1]]
+    some = some[:: max(1, len(some) // MEAN_OF)][:MEAN_OF]
+    items = [item for e in some for item in seen(e, data_dir, partial(look, views=model.views))]
+    normalise = model.vision_tower.transform.normalise
+    mean = torch.cat([normalise(item.pixels).mean(0, keepdim=True) for item in items]).mean(0)
+    return lambda item: Item(mean.expand_as(item.pixels), item.shape)
+
+
+def one_frame(item):
+    """The view in the middle in place of all: what a video tells that one frame does not is gone."""
+    return Item(item.pixels[len(item.pixels) // 2].expand_as(item.pixels), item.shape)
+
+
+def about(example):
+    """What a line of answers says that the question was about."""
+    return example.get("video") or example["image"]
 
 
 def read_answers(file, examples):
@@ -147,7 +190,7 @@ def read_answers(file, examples):
         except ValueError:
             continue
         example = asked.get(row["id"])
-        if example and (row["question"], row["image"]) == (example["prompt"], example["image"]):
+        if example and (row["question"], row["image"]) == (example["prompt"], about(example)):
             found[row["id"]] = row
     return found
 
@@ -166,7 +209,7 @@ def collect(todo, answer, file, batch, done=0, quiet=False):
             part = todo[at : at + batch]
             for example, text in zip(part, answer(part), strict=True):
                 row = {"id": example["id"], "question": example["prompt"], "answer": text}
-                row |= {"label": example["label"], "image": example["image"]}
+                row |= {"label": example["label"], "image": about(example)}
                 lines.write(json.dumps(row).encode() + b"\n")
             lines.flush()
             count, seconds = at + len(part), time.monotonic() - started
@@ -247,10 +290,13 @@ def arguments(argv):
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--task", required=True, choices=TASKS, help="the benchmark")
     parser.add_argument("--data", required=True, help="folder of the benchmark's files")
-    parser.add_argument("--blank", action="store_true", help="replace every picture by the mean of many, as a control")
+    parser.add_argument("--blank", dest="control", action="store_const", const="blank", default="",
+                        help="replace every picture by the mean of many, as a control")  # fmt: skip
+    parser.add_argument("--one-frame", dest="control", action="store_const", const="one-frame",
+                        help="replace every frame of a video by its middle one, as a control")  # fmt: skip
     parser.add_argument("--limit", type=int, help="only about so many examples, spread evenly over all")
     parser.add_argument("--batch", type=int, default=64, help="questions answered at once (default 64)")
-    parser.add_argument("--out", help="file of the answers (default MODEL/eval/TASK.jsonl, or TASK-blank.jsonl)")
+    parser.add_argument("--out", help="file of the answers (default MODEL/eval/TASK.jsonl, or TASK-CONTROL.jsonl)")
     parser.add_argument("--judge", help="OpenAI-compatible URL of the language model that judges mmvet, llava_bench")
     parser.add_argument("--judge-model", default="gpt-4-0613", help="its name (default gpt-4-0613)")
     return parser.parse_args(argv)
@@ -268,7 +314,7 @@ def main(argv):
     examples = task.examples(args.data)
     chosen = limited(examples, args.limit)
     check(chosen, args.data)
-    file = Path(args.out or folder / "eval" / f"{args.task}{'-blank' if args.blank else ''}.jsonl")
+    file = Path(args.out or folder / "eval" / f"{args.task}{args.control and f'-{args.control}'}.jsonl")
     saved = max((f.stat().st_mtime for f in folder.glob("*.safetensors")), default=0)
     parts = sorted(file.parent.glob(f"{file.name}*"), key=lambda part: part.stat().st_mtime) if rank == 0 else []
     if parts and parts[0].stat().st_mtime < saved:  # also where only another rank's part is left of a killed run
@@ -279,11 +325,12 @@ def main(argv):
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, tok = LLaVA.from_pretrained(folder, dtype=dtype, device=device), load_tokenizer(folder)
-    blank = mean_picture(examples, args.data, model) if args.blank else None
-    answer = answerer(model.eval(), tok, args.data, task.MAX_NEW_TOKENS, blank)
+    change = {"blank": partial(blanked, examples, args.data, model), "one-frame": lambda: one_frame}
+    change = [change[args.control]()] if args.control else []
+    answer = answerer(model.eval(), tok, args.data, task.MAX_NEW_TOKENS, *change)
     answers = evaluate(examples, chosen, answer, file, args.batch, rank, world_size, barrier)
     if rank == 0:
-        print(f"{args.task}{', pictures blanked' if args.blank else ''}: {len(answers)} answers in {file}")
+        print(f"{args.task}{args.control and f', {args.control}'}: {len(answers)} answers in {file}")
         if hasattr(task, "write") and len(chosen) == len(examples):
             written = task.write(chosen, answers, file.with_suffix(""), args.data)
             print(f"in the official format: {', '.join(map(str, written))}")
@@ -291,7 +338,13 @@ def main(argv):
         add_published(scores, task, model.config)
         if scores:
             seconds = round(time.monotonic() - started, 1)
-            result = {"task": args.task, "data": args.data, "blank": args.blank, "seconds": seconds, "scores": scores}
+            result = {
+                "task": args.task,
+                "data": args.data,
+                "control": args.control,
+                "seconds": seconds,
+                "scores": scores,
+            }
             weights.write_file(file.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
             print(table(scores))
         else:

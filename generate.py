@@ -1,12 +1,13 @@
-"""Ask a trained model about pictures.
+"""Ask a trained model about pictures and videos.
 
     python generate.py --model out/demo --image photo.png --prompt "What colour is the circle?"
-    python generate.py --model out/demo                       # a chat; /image FILE, /reset and /quit are commands
+    python generate.py --model DIR --video clip.mp4 --prompt "What happens?"
+    python generate.py --model out/demo            # a chat; /image FILE, /video FILE, /reset and /quit are commands
     python generate.py --model out/demo --weights nf4 --temperature 0.7 --top-p 0.9 --seed 1 --stop "\n"
 
-Several --image go into the prompt in their order, in front of the text unless it says <image> itself. The answer
-is printed as it is made, then how many tokens a second; a later question of a chat starts from what has been read of
-the earlier ones. Folders and Hugging Face ids both work as --model. With a temperature the same --seed gives the same
+Several --image, then --video, go into the prompt in their order, in front of the text unless it says <image> itself.
+The answer is printed as it is made, then how many tokens a second; a later question of a chat starts from what has been
+read of the earlier ones. Folders and Hugging Face ids both work as --model. With a temperature equal seeds give equal
 answers. --weights int8 and nf4 quantize the language model as it is loaded, as bitsandbytes does, and compute in bf16.
 """
 
@@ -22,9 +23,10 @@ import config
 import lora
 import weights
 from config import UserError
-from data import load_image
 from model import LLaVA
+from samples import look
 from templates import IMAGE, encode_prompt, load_tokenizer, stop_id
+from views import Item
 
 
 class Chat:
@@ -37,16 +39,17 @@ class Chat:
         self.model, self.tokenizer, self.options, self.stop = model.eval(), tokenizer, options, stop
         self.device = model.language_model.lm_head.weight.device
         self.turns: list[dict] = []
-        self.images: list[torch.Tensor] = []
+        self.items: list[Item] = []
         self.waiting = 0  # pictures given but not yet asked about
 
-    def add_image(self, file: str):
-        """Show a picture; the next question is about it. Raises UserError when it cannot be read."""
+    def show(self, file: str, kind: str = "image"):
+        """Show a picture or a video (kind); the next question is about it. Raises UserError if it cannot be read."""
         try:
-            image = load_image(file)
+            self.items.append(look(file, kind, self.model.views))
+        except UserError:
+            raise
         except ValueError as e:
-            raise UserError(file, str(e), "give an image file") from None
-        self.images.append(self.model.vision_tower.preprocess(image, self.model.config.image_mode))
+            raise UserError(file, str(e), f"give another {kind} file") from None
         self.waiting += 1
 
     def ask(self, text: str, show=lambda text: print(text, end="", flush=True)) -> str:
@@ -75,10 +78,9 @@ class Chat:
                 shown = answer
             return ends
 
-        images = torch.stack(self.images).to(self.device) if self.images else None
         start = time.perf_counter()
         beams = self.options.get("num_beams", 1) > 1  # whose answer is known at the end only
-        new = self.model.generate([ids], images, eos_token_id=eos, until=None if beams else until, **self.options)
+        new = self.model.generate([ids], self.items, eos_token_id=eos, until=None if beams else until, **self.options)
         seconds = time.perf_counter() - start
         answer = text_of(new[0].tolist())
         show(answer[len(shown) :])
@@ -92,11 +94,11 @@ class Chat:
         if word == "/quit":
             return False
         if word == "/reset":
-            self.turns, self.images, self.waiting = [], [], 0
-        elif word == "/image":
-            self.add_image(rest.strip())
+            self.turns, self.items, self.waiting = [], [], 0
+        elif word in ("/image", "/video"):
+            self.show(rest.strip(), word[1:])
         elif word.startswith("/"):
-            print("commands: /image FILE, /reset, /quit")
+            print("commands: /image FILE, /video FILE, /reset, /quit")
         elif line:
             self.ask(line)
         return True
@@ -106,6 +108,7 @@ def main(argv: list[str]):
     parser = config.parser(__doc__)
     parser.add_argument("--model", required=True, help="folder or Hugging Face id of a trained model")
     parser.add_argument("--image", action="append", default=[], help="a picture; may be given several times")
+    parser.add_argument("--video", action="append", default=[], help="a video, or a folder of its frames; likewise")
     parser.add_argument("--prompt", help="the question; without it a chat starts")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as the "
@@ -125,10 +128,8 @@ def main(argv: list[str]):
     if a.beams > 1 and a.temperature:
         raise UserError("--beams", "beam search draws nothing", "leave out --temperature")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, folder = (
-        a.weights or ("bf16" if device == "cuda" else "fp32"),
-        weights.resolve(a.model, allow_pickle=a.allow_pickle),
-    )
+    kind = a.weights or ("bf16" if device == "cuda" else "fp32")
+    folder = weights.resolve(a.model, allow_pickle=a.allow_pickle)
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     model = LLaVA.from_pretrained(folder, dtype, device, a.allow_pickle)
     if kind in lora.KINDS:
@@ -136,13 +137,14 @@ def main(argv: list[str]):
     options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k,
                "num_beams": a.beams, "generator": torch.Generator().manual_seed(a.seed)}  # fmt: skip
     chat = Chat(model, load_tokenizer(folder), options, [s.replace("\\n", "\n") for s in a.stop])
-    for file in a.image:
-        chat.add_image(file)
+    for kind, given in (("image", a.image), ("video", a.video)):
+        for file in given:
+            chat.show(file, kind)
     if a.prompt is not None:
         chat.ask(a.prompt)
         return
     if sys.stdin.isatty():
-        print("Ask about pictures. /image FILE shows one, /reset forgets all, /quit leaves.")
+        print("Ask about pictures. /image FILE or /video FILE shows one, /reset forgets all, /quit leaves.")
     while True:
         try:
             line = input("> ")

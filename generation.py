@@ -14,7 +14,7 @@ B sequences, T tokens of a packed row, H heads, K key-value heads, d head width,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -29,27 +29,30 @@ from kernels.attention import attention_decode, attention_packed
 from kernels.cross_entropy import IGNORE
 from kernels.lora import FORMATS
 from templates import IMAGE_TOKEN
+from views import Item, items_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> attention output, packed
 WORTH = 16  # slots: a beginning that two prompts share is used again from this length on
 GRAIN = 256  # the slots of a cache grow by multiples of it
 
 
-def expand(ids: Tensor, features: Tensor | None, labels: Tensor | None = None) -> Tensor:
-    """One placeholder -> n image positions; with labels, their expansion instead (image positions -100)."""
-    image = ids == IMAGE_TOKEN
-    repeats = torch.where(image, 1 if features is None else features.size(1), 1)
+def expand(ids: Tensor, counts: Sequence[int], labels: Tensor | None = None) -> Tensor:
+    """One placeholder -> its image's `counts` positions; with labels, their expansion instead (-100 at images)."""
+    image, repeats = ids == IMAGE_TOKEN, torch.ones_like(ids)
+    repeats[image] = torch.tensor(counts, dtype=ids.dtype, device=ids.device)
     return (ids if labels is None else labels.masked_fill(image, IGNORE)).repeat_interleave(repeats)
 
 
-def pack(rows: list[Tensor], features: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Rows of ids with single placeholders -> packed ids, positions, cu_seqlens, max_seqlen."""
-    rows = [expand(row, features) for row in rows]
-    lengths = [len(r) for r in rows]
-    device = rows[0].device
+def pack(rows: list[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Rows of ids with single placeholders, images with so many positions -> packed ids, positions, cu_seqlens,
+    max_seqlen."""
+    counts, device, wide = iter(counts), rows[0].device, []
+    for row in rows:
+        wide.append(expand(row, list(islice(counts, int((row == IMAGE_TOKEN).sum())))))
+    lengths = [len(r) for r in wide]
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-    return torch.cat(rows), positions, cu_seqlens, max(lengths)
+    return torch.cat(wide), positions, cu_seqlens, max(lengths)
 
 
 def packed(cu_seqlens: Tensor, max_seqlen: int) -> Attend:
@@ -157,7 +160,7 @@ class Request:
     called with the tokens so far, says so. Equal seeds give equal answers, in whatever company they are decoded."""
 
     ids: Tensor  # (T,), IMAGE_TOKEN where an image goes
-    images: Tensor | None = None  # (N, 3, H, W), one for each IMAGE_TOKEN
+    images: Tensor | Sequence[Item] = ()  # one for each IMAGE_TOKEN: (N, 3, H, W), or items
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -190,12 +193,15 @@ def odd_numbers(count: int, device: torch.device) -> Tensor:
     return (2 * torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(0)) + 1).to(device)
 
 
-def fingerprints(images: Tensor) -> list[int]:
-    """(N, ...) -> N negative numbers, equal where all bits are: their products with odd random numbers, summed."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[images.element_size()]
-    bits = images.flatten(1).contiguous().view(kind)
-    factors = odd_numbers(bits.size(1), bits.device)
-    return [-1 - s % 2**62 for s in torch.stack([(b * factors).sum() for b in bits]).tolist()]
+def fingerprint(item: Item) -> int:
+    """A negative number, equal where shape and all bits are: products with odd random numbers, summed."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[item.pixels.element_size()]
+    bits = item.pixels.flatten(1).contiguous().view(kind)
+    factors, power, total = odd_numbers(bits.size(1), bits.device), 1, hash(item.shape)
+    for number in torch.stack([(view * factors).sum() for view in bits]).tolist():
+        power = power * 6364136223846793005 % 2**64  # views in another order are another item
+        total += number * power
+    return -1 - total % 2**62
 
 
 def shared(a: list[int], b: list[int]) -> int:
@@ -330,16 +336,17 @@ class Engine:
         """Prompts into the rows behind those that are decoded, and the logits of their first tokens behind theirs."""
         asked, seen = [], {}
         for r in new:
-            images = [] if r.images is None else r.images.to(self.device)
-            names = iter(fingerprints(images) if len(images) else [])
+            items = [Item(item.pixels.to(self.device), item.shape) for item in items_of(r.images)]
+            names = [fingerprint(item) for item in items]
             holes = int((r.ids == IMAGE_TOKEN).sum())
-            if holes != len(images) or len(r.ids) == 0:
-                short = f"{holes} image placeholders but {len(images)} images"
+            if holes != len(items) or len(r.ids) == 0:
+                short = f"{holes} image placeholders but {len(items)} images"
                 raise ValueError(short if len(r.ids) else "a prompt is empty")
+            seen |= dict(zip(names, items, strict=True))
+            names = iter(names)
             asked.append([next(names) if i == IMAGE_TOKEN else i for i in r.ids.tolist()])
-            seen.update(zip((i for i in asked[-1] if i < 0), images, strict=True))
         self.sizes = {i: self.sizes[i] for row in self.rows for i in row.held if i < 0}
-        features = self._encode({i: image for i, image in seen.items() if i not in self.sizes})
+        features = self._encode({i: item for i, item in seen.items() if i not in self.sizes})
         self.sizes |= {i: len(f) for i, f in features.items()}
         need = max(self._slots(ids) + max(1, r.max_new_tokens) for ids, r in zip(asked, new, strict=True))
         if need > self.cache.slots:
@@ -364,19 +371,18 @@ class Engine:
         self.logits = torch.stack(logits) if not self.active else torch.cat([self.logits, torch.stack(logits)])
         self.active += len(new)
 
-    def _encode(self, images: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Pictures (3, H, W) by name -> what stands for each, (n, D)."""
-        pixels = list(images.values())
-        return dict(zip(images, self.model.encode_images(torch.stack(pixels)), strict=True)) if pixels else {}
+    def _encode(self, items: dict[int, Item]) -> dict[int, Tensor]:
+        """Items by name -> what stands for each, (n, D)."""
+        counts, features = self.model.features(list(items.values()))
+        return dict(zip(items, features.split(counts), strict=True)) if items else {}
 
     def _prefill(self, parts: list[tuple[int, int, int]], features: dict[int, Tensor]) -> Tensor:
         """(row, where its beginning is, how much of its prompt that is) of each -> logits behind the prompts."""
         tails = [self.rows[to].held[kept:] for to, _, kept in parts]
         starts = [self._slots(self.rows[to].held[:kept]) for to, _, kept in parts]
         images = [features[i] for tail in tails for i in tail if i < 0]
-        images = torch.stack(images) if images else None
         rows = [torch.tensor([max(i, IMAGE_TOKEN) for i in tail], device=self.device) for tail in tails]
-        ids, positions, cu_seqlens, longest = pack(rows, images)
+        ids, positions, cu_seqlens, longest = pack(rows, [len(image) for image in images])
         to = [row for row, _, _ in parts]
         if any(starts):
             for (row, source, _), filled in zip(parts, starts, strict=True):
@@ -387,7 +393,8 @@ class Engine:
             attend = self.cache.extend(to, starts, lengths, positions)
         else:
             attend = self.cache.prefill(cu_seqlens, longest, positions, torch.tensor(to, device=self.device))
-        hidden = self.lm.model(self.model.embed(ids, images), positions, attend)
+        x = self.model.embed(ids, torch.cat(images) if images else None)
+        hidden = self.lm.model(x, positions, attend)
         return self.lm.lm_head(hidden[cu_seqlens[1:].long() - 1])
 
 
@@ -481,26 +488,24 @@ def choose(
 
 
 def generate(
-    model, rows: list[Tensor], images: Tensor | None, new: int, beams: int, eos: int | None, use_cache: bool,
+    model, rows: list[Tensor], items: list[Item], new: int, beams: int, eos: int | None, use_cache: bool,
     generator: torch.Generator | None, stream: Callable[[list[int]], None] | None, **options,
 ) -> Tensor:  # fmt: skip
-    """LLaVA.generate, whose prompts are rows on the model's device and whose images are one for each placeholder."""
+    """LLaVA.generate, whose prompts are rows on the model's device and whose items are one for each placeholder."""
     fill = 0 if eos is None else eos
     if beams > 1 or not use_cache:
-        features = None if images is None else model.encode_images(images)
-        decoding = Decoding(model, pack(rows, features), features, beams, new, use_cache)
+        counts, features = model.features(items)
+        decoding = Decoding(model, pack(rows, counts), features, beams, new, use_cache)
     if beams > 1:
         if stream or options["temperature"] or options["until"]:
             raise ValueError("beam search has no temperature, no stream and no stopping text")
         return beam_search(decoding, new, eos)
     at = generator.device if generator else "cpu"
     seeds = torch.randint(2**62, (len(rows),), generator=generator, device=at).tolist()
-    counts = [int((row == IMAGE_TOKEN).sum()) for row in rows]
-    each = [None] * len(rows) if images is None else images.split(counts)
-    stop = () if eos is None else (eos,)
+    stop, items = () if eos is None else (eos,), iter(items)
     requests = [
-        Request(ids, pixels, new, seed=seed, stop=stop, tag=i, **options)
-        for i, (ids, pixels, seed) in enumerate(zip(rows, each, seeds, strict=True))
+        Request(ids, list(islice(items, int((ids == IMAGE_TOKEN).sum()))), new, seed=seed, stop=stop, tag=i, **options)
+        for i, (ids, seed) in enumerate(zip(rows, seeds, strict=True))
     ]
 
     def watch(step: list[tuple[Request, int]]):

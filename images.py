@@ -71,7 +71,11 @@ class ImageTransform:
             image = ImageOps.expand(image, border, tuple(int(m * 255) for m in self.mean))
         size = [self.size * edge // min(image.size) if self.crop else self.size for edge in image.size]
         left, top = ((edge - self.side) // 2 for edge in size)
-        image = image.resize(size, self.resample).crop((left, top, left + self.side, top + self.side))
+        return self.tensor(image.resize(size, self.resample).crop((left, top, left + self.side, top + self.side)))
+
+    @staticmethod
+    def tensor(image: Image.Image) -> Tensor:
+        """A picture in RGB -> (3, H, W) uint8."""
         return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))  # faster than a transpose
 
     def normalise(self, pixels: Tensor) -> Tensor:

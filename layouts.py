@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
 import weights
 from config import Model, UserError
-from connectors import CONNECTORS, connector_tokens
+from connectors import CONNECTORS
 from encoders import vision_config
-from images import ImageTransform, read_preprocessor
+from images import read_preprocessor
 from templates import IMAGE_TOKEN
+from views import TILED, Views, read_grids
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class LLaVAConfig:
     template: str = "llama"
     image_scale: float = 1.0  # on the connector's output; only Gemma in transformers 5 needs another
     sources: dict = field(default_factory=dict)  # llm, vision, vision2: the names the parts were loaded by
+    image_grids: str = Model.image_grids
+    frames: int = Model.frames
+    fps: float = Model.fps
 
     def __post_init__(self):
         if (self.connector == "mof_mlp") != (self.vision.get("model_type") == "mof"):
@@ -70,14 +75,21 @@ def from_recipe(c: Model, template: str) -> LLaVAConfig:
         vision = {"model_type": "mof", "clip": vision, "dinov2": weights.read_json(folder("vision2") / "config.json")}
     return LLaVAConfig(
         text, vision, preprocessor, c.connector, c.connector_options, c.feature_layer, c.feature_select, c.image_mode,
-        template, sources={"llm": c.llm, "vision": c.vision, "vision2": c.vision2},
+        template, 1.0, {"llm": c.llm, "vision": c.vision, "vision2": c.vision2}, c.image_grids, c.frames, c.fps,
     )  # fmt: skip
 
 
-def vision_spec(c: LLaVAConfig) -> tuple[ImageTransform, int]:
-    """What the data path needs to know of a model: its image transform and how many positions an image takes."""
+def views_of(c: LLaVAConfig) -> Views:
+    """How a model's pictures and videos become items. Raises UserError for what does not go together."""
     vision = vision_config(c.vision, c.preprocessor)
-    return vision.transform, connector_tokens(c.connector, vision.tokens(c.feature_select), **c.connector_options)
+    n = vision.tokens(c.feature_select)
+    if c.image_mode == "anyres" and isqrt(n) ** 2 != n:
+        raise UserError("model.image_mode", f"anyres, with {n} tokens of a view that are no square",
+                        "set model.feature_select so that only patches are left, or use tiles")  # fmt: skip
+    if c.frames < 1 or c.fps < 0:
+        raise UserError("model.frames", f"{c.frames} frames, {c.fps} a second", "write 1 or more, and fps 0 or more")
+    return Views(n, c.connector, c.connector_options, vision.transform, c.image_mode, read_grids(c.image_grids),
+                 c.frames, c.fps)  # fmt: skip
 
 
 class Layout(NamedTuple):
@@ -105,22 +117,23 @@ FACTORY_NAMES = {
     "openelm": "apple/OpenELM-450M-Instruct", "clip_vision_model": "openai/clip-vit-large-patch14-336",
     "siglip_vision_model": "google/siglip-so400m-patch14-384", "dinov2": "facebook/dinov2-large",
 }  # fmt: skip
-FACTORY_CONNECTORS = CONNECTORS.keys() - {"naiveresampler", "groupresampler"}
+FACTORY_CONNECTORS = CONNECTORS.keys() - {"mean_mlp2x_gelu"}  # TinyLLaVA-Video's two among them
 FACTORY_SIZES = {"num_queries": 128, "num_resampler_layers": 3}  # of connectors, with its defaults
 FACTORY_TEMPLATES = {"llama": "llama", "openelm": "llama", "gemma": "gemma", "qwen2": "qwen2_base"}
 
 
 def _factory(c: dict, folder: Path) -> LLaVAConfig:
-    """TinyLLaVA Factory, one file or three folders. It does not record the template: the LLM's usual one is taken."""
+    """TinyLLaVA Factory and TinyLLaVA-Video, one file or three folders. Neither records the template (the LLM's usual
+    one is taken) or how many frames were seen (16, as most of TinyLLaVA-Video's)."""
     text, vision = c["text_config"], c["vision_config"]
     if "vision_config2" in c:
         # Factory ran with transformers 4.40, which interpolates DINOv2's positions as the original code does.
         vision = {"model_type": "mof", "clip": vision, "dinov2": c["vision_config2"] | {"interpolate_offset": 0.1}}
     elif vision["model_type"] == "dinov2":
         vision = vision | {"interpolate_offset": 0.1}
-    kind = c["connector_type"]
+    kind = "naiveresampler" if c["connector_type"] == "resamplerwithpe" else c["connector_type"]  # until March 2025
     # Factory takes a Q-Former's sizes from bert-base, as our defaults do; a file may say otherwise.
-    sizes = {name: c[name] for name in FACTORY_SIZES if name in c} | c.get(f"{kind}_config", {})
+    sizes = {name: c[name] for name in (*FACTORY_SIZES, "group") if name in c} | c.get(f"{kind}_config", {})
     options = {name: sizes[name] for name in getattr(CONNECTORS.get(kind), "options", ()) if name in sizes}
     return LLaVAConfig(
         text, vision, read_preprocessor(folder), kind, options, c["vision_feature_layer"],
@@ -138,6 +151,8 @@ def _to_factory(c: LLaVAConfig) -> dict:
     for kind in (text["model_type"], vision.get("model_type"), c.connector):
         if kind not in FACTORY_NAMES and kind not in FACTORY_CONNECTORS:
             raise UserError("config.json:model_type", f"TinyLLaVA Factory has no {kind}", "use --to barellava")
+    if c.image_mode in TILED:
+        raise UserError("config.json:image_mode", f"TinyLLaVA Factory has no {c.image_mode}", "use --to barellava")
     if c.image_scale != 1 or text.get("lm_head_bias") is False:
         what = "image features scaled otherwise" if c.image_scale != 1 else "a Phi without a bias on its head"
         raise UserError("config.json", f"TinyLLaVA Factory has no {what}", "use --to barellava or hf-llava")
@@ -156,8 +171,9 @@ def _to_factory(c: LLaVAConfig) -> dict:
         "vision_feature_select_strategy": c.feature_select,
         "connector_type": c.connector,
         **FACTORY_SIZES,
-        **{name: options[name] for name in FACTORY_SIZES if name in options},
-        **({f"{c.connector}_config": options} if options.keys() - FACTORY_SIZES.keys() else {}),
+        **{name: n for name, n in (CONNECTORS[c.connector].options | options).items() if name in FACTORY_SIZES},
+        **({"group": options.get("group", 16)} if c.connector == "groupresampler" else {}),
+        **({f"{c.connector}_config": options} if options.keys() - FACTORY_SIZES.keys() - {"group"} else {}),
         "image_aspect_ratio": c.image_mode,
         "image_token_index": IMAGE_TOKEN,
         "ignore_index": -100,
@@ -204,6 +220,20 @@ def _bench(family: str, template: str):
 # ------------------------------------------------------------------------------------- Hugging Face LLaVA
 
 
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-NeXT's default, in pixels
+
+
+def _hf_next(c: dict, folder: Path) -> LLaVAConfig:
+    """LlavaNextForConditionalGeneration: LLaVA in high resolution. Grids stand in its files as height, width."""
+    config = _hf_llava(c, folder)
+    side = vision_config(config.vision, config.preprocessor).transform.side
+    pixels = c.get("image_grid_pinpoints") or PINPOINTS
+    if odd := [edge for pair in pixels for edge in pair if edge % side]:
+        what = f"{odd[0]} pixels are not whole views of {side}"
+        raise UserError(f"{folder / 'config.json'}:image_grid_pinpoints", what, "give the processor of this encoder")
+    return replace(config, image_mode="anyres", image_grids=" ".join(f"{h // side}x{w // side}" for h, w in pixels))
+
+
 def _hf_llava(c: dict, folder: Path) -> LLaVAConfig:
     """LlavaForConditionalGeneration as transformers 4 and 5 write it."""
     select = {"default": "patch", "full": "cls_patch"}
@@ -215,6 +245,8 @@ def _hf_llava(c: dict, folder: Path) -> LLaVAConfig:
     if str(images.get("image_processor_type")).startswith("LlavaImageProcessor"):  # CLIP's, that can pad before it
         mode = "pad" if images.pop("do_pad", False) else "square"
         images["image_processor_type"] = "CLIPImageProcessor"
+    if str(images.get("image_processor_type")).startswith("LlavaNextImageProcessor"):  # CLIP's, for each tile
+        images = {k: v for k, v in images.items() if k != "do_pad"} | {"image_processor_type": "CLIPImageProcessor"}
     # transformers 5 multiplies Gemma's token embeddings by sqrt(D) and leaves image features alone; 4 scaled both.
     new = int(str(c.get("transformers_version", "4")).partition(".")[0]) >= 5
     scale = text.get("hidden_size", 3072) ** -0.5 if new and text["model_type"] == "gemma" else 1.0
@@ -225,66 +257,31 @@ def _hf_llava(c: dict, folder: Path) -> LLaVAConfig:
     )  # fmt: skip
 
 
-PROJECTOR = tuple((f"multi_modal_projector.linear_{i}.*", f"connector.{2 * i - 2}.*") for i in (1, 2))
+# anyres's separator stands beside the projector in their files, in it in ours.
+NEWLINE = (("image_newline", "connector.image_newline"),)
+PROJECTOR = NEWLINE + tuple((f"multi_modal_projector.linear_{i}.*", f"connector.{2 * i - 2}.*") for i in (1, 2))
 _FACTORY_TABLE = (("vision_tower._vision_tower.**", "vision_tower.**"), ("connector._connector.**", "connector.**"))
 _FACTORY_FOLDERS = {"language_model": "language_model.", "vision_tower": "vision_tower._vision_tower.",
                     "connector": "connector."}  # fmt: skip
+_HF_TABLE = (
+    *PROJECTOR,
+    *((f"model.{theirs}", ours) for theirs, ours in PROJECTOR),
+    ("model.vision_tower.**", "vision_tower.**"),
+    ("model.language_model.**", "language_model.model.**"),
+    ("lm_head.**", "language_model.lm_head.**"),
+)
 LAYOUTS: dict[str, Layout] = {
     "barellava": Layout(_ours, hf_names=False, writes=LLaVAConfig.to_json),
     "tinyllava": Layout(_factory, _FACTORY_TABLE, writes=_to_factory),
     "tiny_llava_phi": _bench("phi", "phi"),
     "tiny_llava": _bench("llama", "llama"),
     "tiny_llava_stablelm": _bench("stablelm", "phi"),
-    "llava": Layout(
-        _hf_llava,
-        (
-            *PROJECTOR,
-            *((f"model.{theirs}", ours) for theirs, ours in PROJECTOR),
-            ("model.vision_tower.**", "vision_tower.**"),
-            ("model.language_model.**", "language_model.model.**"),
-            ("lm_head.**", "language_model.lm_head.**"),
-        ),
-    ),
+    "llava": Layout(_hf_llava, _HF_TABLE),
+    "llava_next": Layout(_hf_next, _HF_TABLE),
 }
 
 
 ADAPTED = LAYOUTS["llava"].table + LAYOUTS["tinyllava"].table  # names that PEFT files of whole models may have
-
-
-class _Merged(Mapping):
-    """What TinyLLaVA Factory leaves after LoRA: base weights in three folders, adapters beside them in PEFT's files.
-
-    Adapted weights stand as X.base_layer.weight; they come as X.weight with s B A added, in float32.
-    """
-
-    def __init__(self, source: weights.Joined, folder: Path):
-        c, self.source, file = weights.read_json(folder / "adapter_config.json"), source, "adapter_model.safetensors"
-        for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-            if c.get(key):
-                raise UserError(f"{folder}/adapter_config.json:{key}", "not supported", "merge it with PEFT first")
-        self.scale = c["lora_alpha"] / (c["r"] ** 0.5 if c.get("use_rslora") else c["r"])
-        self.low = weights.read_file(folder / file)
-        self.theirs = {key.replace(".base_layer.", "."): key for key in source if ".lora_" not in key}
-        if odd := [k for k in self.low if self._owner(k) not in self.theirs]:
-            raise UserError(f"{folder / file}:{odd[0]}", "the model has no place for it", "give its own base weights")
-
-    @staticmethod
-    def _owner(key: str) -> str:
-        return key.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight"
-
-    def __getitem__(self, key: str):
-        tensor, name = self.source[self.theirs[key]], f"base_model.model.{key.removesuffix('.weight')}"
-        low = [self.low.get(f"{name}.lora_{x}.weight") for x in "BA"]
-        return tensor if low[0] is None else tensor.float().addmm(*(t.float() for t in low), alpha=self.scale)
-
-    def __iter__(self):
-        return iter(self.theirs)
-
-    def __len__(self):
-        return len(self.theirs)
-
-    def locate(self, key: str) -> str:
-        return self.source.locate(self.theirs.get(key, key))
 
 
 class Renamed(Mapping):
@@ -309,6 +306,34 @@ class Renamed(Mapping):
 
     def locate(self, key: str) -> str:
         return self.source.locate(self.theirs.get(key, key))
+
+
+class _Merged(Renamed):
+    """What TinyLLaVA Factory leaves after LoRA: base weights in three folders, adapters beside them in PEFT's files.
+
+    Adapted weights stand as X.base_layer.weight; they come as X.weight with s B A added, in float32.
+    """
+
+    def __init__(self, source: weights.Joined, folder: Path):
+        super().__init__(source, (("**.base_layer.**", "**.**"),))
+        c, file = weights.read_json(folder / "adapter_config.json"), "adapter_model.safetensors"
+        for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+            if c.get(key):
+                raise UserError(f"{folder}/adapter_config.json:{key}", "not supported", "merge it with PEFT first")
+        self.scale = c["lora_alpha"] / (c["r"] ** 0.5 if c.get("use_rslora") else c["r"])
+        self.low = weights.read_file(folder / file)
+        self.theirs = {ours: key for ours, key in self.theirs.items() if ".lora_" not in key}
+        if odd := [k for k in self.low if self._owner(k) not in self.theirs]:
+            raise UserError(f"{folder / file}:{odd[0]}", "the model has no place for it", "give its own base weights")
+
+    @staticmethod
+    def _owner(key: str) -> str:
+        return key.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight"
+
+    def __getitem__(self, key: str):
+        tensor, name = self.source[self.theirs[key]], f"base_model.model.{key.removesuffix('.weight')}"
+        low = [self.low.get(f"{name}.lora_{x}.weight") for x in "BA"]
+        return tensor if low[0] is None else tensor.float().addmm(*(t.float() for t in low), alpha=self.scale)
 
 
 def read_config(folder: Path) -> LLaVAConfig:

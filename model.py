@@ -5,8 +5,8 @@
     model = LLaVA.from_pretrained("out/demo")
     out = model(input_ids, images, attention_mask, labels)                     # out.logits, out.loss
 
-B batch, T tokens of a packed row, S samples in it, N images, n tokens per image, D width, H heads, K key-value
-heads, d head width, L cache slots, V vocabulary.
+B batch, T tokens of a packed row, S samples in it, N images, n tokens per image, P of all of them, D width, H heads,
+K key-value heads, d head width, L cache slots, V vocabulary; beside N also the views of all images.
 
 Everything runs on packed rows: (T, D) activations, positions that restart with each sample, and cu_seqlens
 (S+1,) that says where samples begin. A padded batch, a prompt and one decoded token are special cases of it.
@@ -17,7 +17,7 @@ is built; forward never branches on it. A new family is one entry of FAMILIES.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,13 +33,14 @@ import generation
 import layouts
 import weights
 from config import Model, UserError
-from connectors import build_connector, connector_tokens
+from connectors import build_connector
 from encoders import VisionEncoder, build_encoder, vision_config
 from generation import Attend, expand, pack, packed
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
 from layouts import IMAGE_TOKEN, LLaVAConfig
+from views import PICTURE, Item, Separated, Shape, items_of, join, order
 
 # ----------------------------------------------------------------------------------------- language model
 
@@ -384,6 +385,9 @@ class Output(NamedTuple):
     loss: Tensor | None  # mean over supervised tokens
 
 
+AT_ONCE = 16  # views that the encoder sees at once where nothing is kept for a backward pass
+
+
 class LLaVA(nn.Module):
     PARTS = ("language_model", "vision_tower", "connector")
 
@@ -398,7 +402,9 @@ class LLaVA(nn.Module):
             self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
         width = self.language_model.config.width
         self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
-        self.image_tokens = connector_tokens(c.connector, vision.tokens(c.feature_select), **c.connector_options)
+        if c.image_mode == "anyres":
+            self.connector = Separated(self.connector)
+        self.views = layouts.views_of(c)
 
     # -- construction ------------------------------------------------------------------------------------
 
@@ -430,10 +436,7 @@ class LLaVA(nn.Module):
 
     @classmethod
     def from_parts(cls, c: Model, template: str, seed: int = 0, load: Mapping[str, Callable] | None = None) -> LLaVA:
-        """A new model as a recipe's [model] section says: pretrained parts from folders, the rest random.
-
-        load: as in from_pretrained.
-        """
+        """A new model as a recipe's [model] says: pretrained parts from folders, the rest random. load: as above."""
         if c.checkpoint:
             model = cls.from_pretrained(c.checkpoint, allow_pickle=c.allow_pickle, load=load)
             model.config = replace(model.config, template=template)
@@ -475,24 +478,48 @@ class LLaVA(nn.Module):
 
     # -- forward -----------------------------------------------------------------------------------------
 
+    @property
+    def image_tokens(self) -> int:
+        """How many positions a picture takes that is one view."""
+        return self.views.positions()
+
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W), normalised or uint8 -> what stands in the sequence for them, (N, n, D)."""
-        return self.connector(self.vision_tower(self.vision_tower.transform.normalise(images)))
+        """Pixels (N, 3, H, W), normalised or uint8 -> what the connector makes of each, (N, n, D)."""
+        return self.connector(self.see(images))
+
+    def see(self, views: Tensor) -> Tensor:
+        """Views (V, 3, H, W), normalised or uint8 -> the encoder's tokens (V, n, C). Without gradients so many at once
+        that what it takes beside them does not grow with V."""
+        parts = [views] if torch.is_grad_enabled() else views.split(AT_ONCE)
+        return torch.cat([self.vision_tower(self.vision_tower.transform.normalise(part)) for part in parts])
+
+    def encode(self, images: Tensor, shapes: Sequence[Shape] = ()) -> list[Tensor]:
+        """The views (V, 3, H, W) of items (of one each), in order -> what stands in the sequence for each, (n, D)."""
+        shapes = shapes or [PICTURE] * len(images)
+        seen, made = self.see(images).split([shape.views for shape in shapes]), [None] * len(shapes)
+        for views in {shape.views for shape in shapes}:
+            same = [i for i, shape in enumerate(shapes) if shape.views == views]
+            tokens = self.connector(join(self.config.connector, torch.stack([seen[i] for i in same])))
+            n = tokens.size(1) - isinstance(self.connector, Separated)
+            for i, item in zip(same, tokens, strict=True):
+                made[i] = item[order(shapes[i], n // views).to(item.device)] if shapes[i].rows else item[:n]
+        return made
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Packed ids (T,) with IMAGE_TOKEN at every image position, features (N, n, D) in order -> (T, D)."""
+        """Packed ids (T,) with IMAGE_TOKEN at every image position, features (P, D) in order -> (T, D)."""
         x = self.language_model.model.embed(input_ids.clamp(min=0))
         if features is None:
             return x
         return x.masked_scatter((input_ids == IMAGE_TOKEN)[:, None], (features * self.config.image_scale).to(x.dtype))
 
-    def loss(self, input_ids, labels, positions, cu_seqlens, max_seqlen, images=None) -> Tensor:
-        """Sum of the token losses of a packed row: ids, labels, positions (T,), cu_seqlens (S+1,).
+    def loss(self, input_ids, labels, positions, cu_seqlens, max_seqlen, images=None, shapes=()) -> Tensor:
+        """Sum of the token losses of a packed row: ids, labels, positions (T,), cu_seqlens (S+1,), views (V, 3, H, W)
+        and the shapes of the N items that they belong to.
 
         The sum, not the mean: the trainer divides by the supervised tokens of the whole step. labels[t] is what
         should stand at t, so position t-1 predicts it; the first label of each sample is -100 and predicts nothing.
         """
-        features = None if images is None else self.encode_images(images)
+        features = None if images is None else torch.cat(self.encode(images, shapes))
         hidden = self.language_model.model(self.embed(input_ids, features), positions, packed(cu_seqlens, max_seqlen))
         head = self.language_model.lm_head
         targets = torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
@@ -506,13 +533,14 @@ class LLaVA(nn.Module):
     def forward(self, input_ids: Tensor, images=None, attention_mask=None, labels=None) -> Output:
         """TinyLLaVA's convenience call: a padded batch with one -200 where each image goes.
 
-        input_ids, attention_mask, labels (B, T); images (N, 3, H, W), one per -200 in order, or one per row (a row
-        without a -200 then ignores its own). Raises ValueError when images and placeholders disagree.
+        input_ids, attention_mask, labels (B, T); images: (N, 3, H, W) or a list of N items (see `views`), one per -200
+        in order, or one per row (a row without a -200 then ignores its own). Raises ValueError when images and
+        placeholders disagree.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
-        features = self.features(rows, images)
-        ids, positions, cu_seqlens, max_seqlen = pack(rows, features)
+        counts, features = self.features(self.items(rows, images))
+        ids, positions, cu_seqlens, max_seqlen = pack(rows, counts)
         hidden = self.language_model.model(self.embed(ids, features), positions, packed(cu_seqlens, max_seqlen))
         logits = self.language_model.lm_head(hidden)
         lengths = cu_seqlens.diff().tolist()
@@ -520,32 +548,33 @@ class LLaVA(nn.Module):
         if labels is None:
             return Output(padded, None)
         given = [row[m.bool()] for row, m in zip(labels, mask, strict=True)]
-        wide = [expand(row, features, to) for row, to in zip(rows, given, strict=True)]
+        wide = expand(torch.cat(rows), counts, torch.cat(given)).split(lengths)
         targets = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE) for row in wide])
         return Output(padded, F.cross_entropy(logits.float(), targets))
 
-    def pictures(self, rows: list[Tensor], images: Tensor | None) -> Tensor | None:
-        """The images (N, 3, H, W) that the rows' placeholders call for, in their order."""
+    def items(self, rows: list[Tensor], images: Tensor | Sequence[Item] | None) -> list[Item]:
+        """The items that the rows' placeholders call for, in their order."""
         counts = [int((row == IMAGE_TOKEN).sum()) for row in rows]
-        given = 0 if images is None else len(images)
-        if sum(counts) == 0:
-            return None
-        if given != sum(counts):
-            if given != len(rows) or max(counts) > 1:
-                raise ValueError(f"{sum(counts)} image placeholders but {given} images")
-            images = images[torch.tensor(counts, device=images.device) == 1]
-        return images
+        items = [] if images is None else items_of(images)
+        if len(items) != sum(counts) and sum(counts):
+            if len(items) != len(rows) or max(counts) > 1:
+                raise ValueError(f"{sum(counts)} image placeholders but {len(items)} images")
+            items = [item for item, count in zip(items, counts, strict=True) if count]
+        return items if sum(counts) else []
 
-    def features(self, rows: list[Tensor], images: Tensor | None) -> Tensor | None:
-        """The features (N, n, D) of `pictures`."""
-        images = self.pictures(rows, images)
-        return None if images is None else self.encode_images(images)
+    def features(self, items: list[Item]) -> tuple[list[int], Tensor | None]:
+        """How many positions each item takes, and what stands there, (P, D)."""
+        if not items:
+            return [], None
+        pixels = torch.cat([item.pixels for item in items]).to(self.language_model.lm_head.weight.device)
+        features = self.encode(pixels, [item.shape for item in items])
+        return [len(f) for f in features], torch.cat(features)
 
     # -- generation --------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(
-        self, input_ids, images: Tensor | None = None, attention_mask: Tensor | None = None,
+        self, input_ids, images: Tensor | Sequence[Item] | None = None, attention_mask: Tensor | None = None,
         max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, num_beams: int = 1,
         eos_token_id: int | None = None, use_cache: bool = True, generator: torch.Generator | None = None,
         stream: Callable[[list[int]], None] | None = None, top_k: int = 0,
@@ -555,8 +584,8 @@ class LLaVA(nn.Module):
 
         Greedy at temperature 0, else sampling (generation.choose); num_beams > 1 is beam search (scores divided by
         length, as Hugging Face's default). A sequence ends with eos_token_id, or where until, called with its tokens so
-        far, says so, and is filled up with eos_token_id. images are in the order of the -200 placeholders; an image
-        that several prompts begin with is encoded and prefilled once. stream is called with each step's B tokens.
+        far, says so, and is filled up with eos_token_id. images as in forward, in the order of the -200; an image that
+        several prompts begin with is encoded and prefilled once. stream is called with each step's B tokens.
         use_cache=False recomputes everything for each token: slow, the check on the cache.
         """
         if isinstance(input_ids, Tensor):
@@ -564,6 +593,6 @@ class LLaVA(nn.Module):
             input_ids = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
         rows = [row.to(self.language_model.lm_head.weight.device) for row in input_ids]
         return generation.generate(
-            self, rows, self.pictures(rows, images), max_new_tokens, num_beams, eos_token_id, use_cache, generator,
+            self, rows, self.items(rows, images), max_new_tokens, num_beams, eos_token_id, use_cache, generator,
             stream, temperature=temperature, top_p=top_p, top_k=top_k, until=until,
         )  # fmt: skip

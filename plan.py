@@ -34,22 +34,26 @@ from torch import nn
 import layouts
 import weights
 from config import Recipe, Stage, UserError, load
-from data import Mixture, Rows, Steps, files
+from data import Steps
 from encoders import VisionEncoder
 from model import LLaVA
 from parallel import print0
+from rows import Mixture, Rows, files, media
+from views import Shape, Views
 
 SHARE = 0.3  # of the peak, over a whole run: assumed, plain PyTorch reaches about 0.2 to 0.4
 SPARE = 2e9  # bytes for CUDA's and NCCL's own use and for fragments: assumed
 BYTES = {"qlora-nf4": 0.516, "qlora-int8": 1}  # of a weight in a quantized linear, its scales too
+PICTURE = (640, 480)  # pixels, where it matters
 TEXT, ANSWERS = 200, 0.5  # text tokens of a row and the supervised share of them: assumed where there is no data
 GPUS = {"A100-40G": (40, 312e12), "A100-80G": (80, 312e12), "H100": (80, 989e12), "H200": (141, 989e12)}  # GB, FLOP/s
 BENCHMARKS = ("VQAv2", "GQA", "SQA-I", "TextVQA", "MM-Vet", "POPE", "MME", "MMMU")
+VIDEO = ("VideoMME", "MVBench", "LongVideoBench", "MLVU", "MMVU")
 
 
 def print_recipes(folder: Path):
-    """A table of the recipes in a folder that name a model: what it is of, what trains, the published scores."""
-    rows = [("recipe", "llm", "vision", "trains", *BENCHMARKS)]
+    """Tables of the recipes in a folder that name a model: what it is of, what trains, the published scores."""
+    tables = {kind: [("recipe", "llm", "vision", "trains", *kind)] for kind in (BENCHMARKS, VIDEO)}
     for file in sorted(folder.glob("*.toml")):
         recipe, _ = load([str(file)], file)
         c, stages = recipe.model, []
@@ -61,11 +65,14 @@ def print_recipes(folder: Path):
         parts = (c.checkpoint, "", "") if c.checkpoint else (c.llm or "random", c.vision or "random", c.vision2)
         llm, vision, vision2 = (name.split("/")[-1] for name in parts)
         names = (file.stem, llm, f"{vision} + {vision2}".removesuffix(" + "), " > ".join(stages))
-        rows.append((*names, *(str(recipe.published.get(name, "-")) for name in BENCHMARKS)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print0("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
-    print0("\ntrains: c connector, l llm, v vision, stage > stage; (partial:N) from block N on")
+        kind = VIDEO if recipe.published.keys() & set(VIDEO) else BENCHMARKS
+        tables[kind].append((*names, *(str(recipe.published.get(name, "-")) for name in kind)))
+    for rows in tables.values():
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows if len(rows) > 1 else ():
+            print0("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+        print0()
+    print0("trains: c connector, l llm, v vision, stage > stage; (partial:N) from block N on")
 
 
 def locate(name: str, needs: tuple[str, ...], asks: str, scratch: Path) -> tuple[str, Path | None]:
@@ -140,20 +147,20 @@ def cost(part, blocks, width: int, heads: int, tokens: float, upstream: bool, re
     return flops + attention, kept, max(inside, default=0)
 
 
-def estimate(model: LLaVA, stage: Stage, row: tuple[float, float, float], recompute: bool) -> tuple[dict, float]:
+def estimate(model: LLaVA, stage: Stage, row: tuple[float, ...], recompute: bool) -> tuple[dict, float]:
     """Bytes of one GPU by kind, and operations on a row, in a stage in which requires_grad says what trains.
-    row: its images, text tokens and supervised tokens; recompute: gradient checkpointing."""
-    images, text, supervised = row
+    row: as of mean_row; recompute: gradient checkpointing."""
+    views, positions, text, supervised = row
     lm, tower, connector = model.language_model, model.vision_tower, model.connector
     vocab, width = lm.lm_head.weight.shape
-    tokens = min(images * model.image_tokens + text, stage.max_tokens)
+    tokens = min(positions + text, stage.max_tokens)
     vision_trains, connector_trains = (any(p.requires_grad for p in m.parameters()) for m in (tower, connector))
     features_train, costs = vision_trains or connector_trains, []
     for t in (m for m in tower.modules() if isinstance(m, VisionEncoder)):  # two in a mixture
         n, c = t.config.tokens("cls_patch"), t.config.width
         costs.append(cost(t, t.blocks, c, c * len(t.blocks), n, False, recompute))
     costs.append(cost(connector, [connector], width, 0, n, vision_trains, False))
-    costs = [[x * images for x in c] for c in costs]
+    costs = [[x * views for x in c] for c in costs]
     heads = sum(layer.heads for layer in lm.config.layers) * lm.config.head_dim
     costs.append(cost(lm.model, lm.blocks, width, heads, tokens, features_train, recompute, causal=True))
     flops, kept, inside = zip(*costs, strict=True)
@@ -176,19 +183,22 @@ def estimate(model: LLaVA, stage: Stage, row: tuple[float, float, float], recomp
     return memory, head + sum(flops)
 
 
-def mean_row(rows: Rows | None, template: str) -> tuple[float, float, float]:
-    """Images, text tokens and supervised tokens: of up to 200 rows at 4 characters a token, or what is assumed."""
+def mean_row(rows: Rows | None, template: str, views: Views) -> tuple[float, float, float, float]:
+    """Views that the encoder sees, the positions of their items, text tokens and supervised tokens: of up to 200 rows
+    at 4 characters a token, or what is assumed. Pictures of any row are taken to be of PICTURE's size."""
+    items = {"image": views.shape(PICTURE), "video": Shape(views.frames)}
     if not rows:
-        return 1, TEXT, TEXT * ANSWERS
-    images, asked, said = 0, 0.0, 0.0
+        return items["image"].views, views.positions(items["image"]), TEXT, TEXT * ANSWERS
+    seen, placed, asked, said = 0, 0, 0.0, 0.0
     picked = range(0, len(rows), math.ceil(len(rows) / 200))
     for row in map(rows.__getitem__, picked):
-        image = row.get("image") or []
-        images += 1 if isinstance(image, str) else len(image)
+        kind, names = media(row, "")
+        seen += len(names) * items[kind].views
+        placed += len(names) * views.positions(items[kind])
         turns = [(turn["from"], len(turn["value"].replace("<image>", "").strip()) / 4) for turn in row["conversations"]]
         said += sum(n for speaker, n in turns if speaker == "gpt")
         asked += sum(n for speaker, n in turns if speaker != "gpt" and template != "pretrain")  # that leaves them out
-    return images / len(picked), (asked + said) / len(picked), said / len(picked)
+    return seen / len(picked), placed / len(picked), (asked + said) / len(picked), said / len(picked)
 
 
 def peak_share(model: LLaVA, stage: Stage, rows: Rows, device: torch.device) -> float:
@@ -197,8 +207,8 @@ def peak_share(model: LLaVA, stage: Stage, rows: Rows, device: torch.device) -> 
     peaks = [peak for gpu, (_, peak) in GPUS.items() if gpu.split("-")[0] in name]
     if not peaks:
         return 0.0
-    row = mean_row(rows, stage.template)
-    tokens = min(row[0] * model.image_tokens + row[1], stage.max_tokens)
+    row = mean_row(rows, stage.template, model.views)
+    tokens = min(row[1] + row[2], stage.max_tokens)
     return estimate(model, stage, row, recompute=False)[1] / tokens / peaks[0]
 
 
@@ -207,13 +217,13 @@ def print_stage(name: str, stage: Stage, recipe: Recipe, model: LLaVA):
     sources = list(stage.mixture.values()) or [stage]
     rows = Mixture.of(stage, f"stage.{name}") if all(s.data and files(s.data) for s in sources) else None
     steps = len(Steps(rows, None, stage, recipe.train)) if rows else stage.steps
-    row = mean_row(rows, stage.template)
+    row = mean_row(rows, stage.template, model.views)
     memory, flops = estimate(model, stage, row, recipe.train.gradient_checkpointing)
     need = sum(memory.values()) / 1e9
     count, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
     size = f"{steps} steps of {stage.global_batch} rows" if steps else "steps unknown: no data"
     print0(f"\nstage {name}: {size}; trains {trained:,} of {count:,} parameters")
-    print0("  a row has {:.2f} images, {:.0f} text tokens, {:.0f} supervised".format(*row), end=" ")
+    print0("  a row has {:.2f} views of {:.0f} tokens, {:.0f} text tokens, {:.0f} supervised".format(*row), end=" ")
     print0(f"(data: {len(rows)} rows)" if rows else "(assumed: no data)")
     print0(f"  GB per GPU, estimate: {need:.1f} =", " + ".join(f"{kind} {n / 1e9:.1f}" for kind, n in memory.items()))
     print0(f"  hours{'' if steps else ' per 100,000 rows'}, estimate:".ljust(35), *(f"{gpu:>10}" for gpu in GPUS))

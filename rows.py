@@ -1,7 +1,7 @@
-"""Where rows and pictures come from: a JSON list, lines of JSON, tar shards, or a weighted mixture of them.
+"""Where rows, pictures and videos come from: a JSON list, lines of JSON, tar shards, or a weighted mixture of them.
 
 Shards have the WebDataset layout: tar files in which each sample is KEY.json, followed by its pictures, KEY.jpg or
-KEY.0.jpg, KEY.1.jpg ... as the bytes that they were.
+KEY.0.jpg, KEY.1.jpg ..., or videos, as the bytes that they were.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import os
 import shutil
 import tarfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from config import Stage, UserError
 from index import SMALL, index, looks_like, parse
@@ -29,32 +31,54 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
     Raises ValueError(what is wrong with it).
     """
+
+    def pixels(image: Image.Image) -> Image.Image:
+        image.load()
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except Exception:
+            pass  # damaged EXIF (SyntaxError, TypeError, struct.error ...): good pixels, as stored
+        return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+    return _of_image(source, pixels)
+
+
+def image_size(source: str | Path | bytes) -> tuple[int, int]:
+    """The width and height of what load_image makes of it, from its first bytes. Raises ValueError as that does."""
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except Exception:
+            turned = False
+        return image.size[::-1] if turned else image.size
+
+    return _of_image(source, size)
+
+
+def _of_image(source: str | Path | bytes, what: Callable[[Image.Image], Any]):
+    """`what` of an opened picture. Raises ValueError(what is wrong with it)."""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             head = file.read(256)
-            if what := looks_like(head):
-                raise ValueError(what)
+            if wrong := looks_like(head):
+                raise ValueError(wrong)
             file.seek(0)
-            image = _decode(file)
+            made, size = _opened(file, what)
     except OSError as e:  # of opening or reading: the decoder's own are ValueErrors by now
         raise ValueError(e.strerror.lower()) from None
-    if max(image.size) > MAX_RATIO * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels, a side ratio over {MAX_RATIO}")
-    return image
+    if max(size) > MAX_RATIO * min(size):
+        raise ValueError(f"{size[0]} x {size[1]} pixels, a side ratio over {MAX_RATIO}")
+    return made
 
 
-def _decode(file) -> Image.Image:
+def _opened(file, what: Callable[[Image.Image], Any]) -> tuple[Any, tuple[int, int]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd palettes and metadata: the pixels are right all the same
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                image.load()
-                try:
-                    ImageOps.exif_transpose(image, in_place=True)
-                except Exception:
-                    pass  # damaged EXIF (SyntaxError, TypeError, struct.error ...): good pixels, as stored
-                return image.copy() if image.mode == "RGB" else image.convert("RGB")
+                return what(image), image.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against bombs") from None
     except UnidentifiedImageError:
@@ -64,13 +88,16 @@ def _decode(file) -> Image.Image:
         raise ValueError(what) from None
 
 
-def image_names(row: dict, where: str) -> list[str]:
-    """The names of a row's pictures. Raises UserError if "image" is not a name or a list of them."""
-    names = row.get("image") or []
+def media(row: dict, where: str) -> tuple[str, list[str]]:
+    """ "image" or "video", and the names of a row's. Raises UserError if it has both, or no names of files."""
+    if row.get("image") and row.get("video"):
+        raise UserError(where, "an image and a video in one row", "make two rows of it")
+    kind = "video" if row.get("video") else "image"
+    names = row.get(kind) or []
     names = names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) for name in names):
-        raise UserError(where, f'"image" is {row["image"]!r}', "write a file name or a list of them")
-    return names
+        raise UserError(where, f'"{kind}" is {row[kind]!r}', "write a file name or a list of them")
+    return kind, names
 
 
 def files(data: str | Path) -> list[Path]:
@@ -146,7 +173,7 @@ class Rows:
         return place if name is None else f"{place} (id {name})"
 
     def image(self, i: int, j: int, name: str) -> Path | bytes:
-        """The j-th picture of row i, which the row calls `name`: what load_image takes."""
+        """The j-th picture or video of row i, which the row calls `name`: what load_image or video.frames takes."""
         if not self.packed:
             return self.images / name
         file, entries, place = self._find(i)
@@ -206,10 +233,12 @@ def shard(rows: Rows | Mixture, out: Path, size: int) -> int:
         raise UserError(out, "exists already", "name another folder, or remove it")
     total = len(rows)
     for i in range(total):
-        for j, name in enumerate(image_names(rows[i], rows.where(i))):
+        kind, names = media(rows[i], rows.where(i))
+        for j, name in enumerate(names):
             picture = rows.image(i, j, name)
             if isinstance(picture, Path) and not picture.is_file():
-                raise UserError(rows.where(i), f"image {picture}: no such file", "fetch it, or remove the row")
+                what = "a folder, which no shard holds" if picture.is_dir() else "no such file"
+                raise UserError(rows.where(i), f"{kind} {picture}: {what}", "fetch it, or remove the row")
     temporary, tar, count = out.with_name(f".{out.name}.{os.getpid()}"), None, 0
     try:
         temporary.mkdir(parents=True)
@@ -217,7 +246,7 @@ def shard(rows: Rows | Mixture, out: Path, size: int) -> int:
             if tar is None:
                 tar, count = tarfile.open(temporary / f"{count:05d}.tar", "w", format=tarfile.USTAR_FORMAT), count + 1
             row = rows[i]
-            names = image_names(row, rows.where(i, row))
+            _, names = media(row, rows.where(i, row))
             members = [("json", json.dumps(row).encode())]
             for j, name in enumerate(names):
                 picture = rows.image(i, j, name)

@@ -1,8 +1,8 @@
 """A row -> a Sample (ids with every image position in place, labels, pixels); Samples -> a packed Batch: one row of
 tokens, positions that restart, `cu_seqlens` where samples meet.
 
-T tokens, S samples, N images, n tokens per image, H x W pixels. Ids hold IMAGE_TOKEN at each of an image's n
-positions, labels hold IGNORE where nothing is learned.
+T tokens, S samples, N items (views.py: pictures and videos), V views in all of them, H x W pixels. Ids hold
+IMAGE_TOKEN at each of an item's positions, labels hold IGNORE where nothing is learned.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import config
 import templates
+import video
 from config import UserError
-from layouts import from_recipe, vision_spec
-from rows import Mixture, Rows, image_names, load_image
+from layouts import from_recipe, views_of
+from rows import Mixture, Rows, image_size, load_image, media
 from templates import IGNORE, IMAGE_TOKEN
+from views import TILED, Item, Shape, Views
 from weights import resolve
 
 # --------------------------------------------------------------------------------------------------- samples
@@ -28,14 +29,12 @@ from weights import resolve
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """All that decides how a row becomes a sample. Without a transform pictures are decoded and dropped (check)."""
+    """All that decides how a row becomes a sample."""
 
     tokenizer: templates.Tokenizer
     template: str
     max_tokens: int
-    image_tokens: int  # n
-    image_mode: str = "square"
-    transform: Callable[[Image.Image, str], Tensor] | None = None
+    views: Views
 
 
 def make_spec(tokenizer: str, template: str, **rest) -> SampleSpec:
@@ -66,10 +65,8 @@ def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     """The spec that training and `check` share. Raises UserError for a missing tokenizer, template or encoder."""
     if not model.text:
         raise UserError("model.tokenizer", "not set", "name a folder with tokenizer.json or tokenizer.model")
-    c = from_recipe(model, stage.template)
-    transform, n = vision_spec(c)
-    rest = dict(max_tokens=stage.max_tokens, image_tokens=n, image_mode=c.image_mode, transform=transform.pixels)
-    return make_spec(model.text, stage.template, **rest)
+    views = views_of(from_recipe(model, stage.template))
+    return make_spec(model.text, stage.template, max_tokens=stage.max_tokens, views=views)
 
 
 def _user_error(where, error: ValueError) -> UserError:
@@ -77,20 +74,49 @@ def _user_error(where, error: ValueError) -> UserError:
     return UserError(where, what, fix or "mend the row, or remove it")
 
 
+def look(source, kind: str, views: Views, **part) -> Item:
+    """A picture or video (kind) as the encoder sees it; part: video.stream's span and rate. Raises ValueError(what is
+    wrong with it), UserError where what reads videos is not installed."""
+    if kind == "image":
+        return views.picture(load_image(source))
+    return views.clip(video.stream(source, views.frames, views.fps, **part))
+
+
+def measure(source, kind: str, views: Views) -> Shape:
+    """The shape of the item that `look` makes of it, without reading more of it than that takes."""
+    if kind == "video":
+        return Shape(len(video.indices(video.probe(source), views.frames, views.fps)) if views.fps else views.frames)
+    return views.shape(image_size(source)) if views.mode in TILED else Shape()
+
+
 @dataclass
 class Sample:
     ids: Tensor  # (T,) int64
     labels: Tensor  # (T,) int64, not shifted; the first is IGNORE
-    images: list[Tensor]  # (3, H, W) each, in order of occurrence: what the spec's transform makes
+    items: list[Item]  # in order of occurrence
     row: int
     cut: int  # tokens taken off the tail
 
 
-def encode_row(row: dict, where: str, spec: SampleSpec) -> tuple[list[int], list[int], list[str], int]:
-    """A row without its pictures -> ids, labels, the pictures' names, tokens cut. Raises UserError at `where`."""
-    if "video" in row:
-        raise UserError(where, "a row with a video, only pictures can be read", "remove the row")
-    names = image_names(row, where)
+def read(rows: Rows | Mixture, i: int, spec: SampleSpec, do: Callable, where: str, row: dict) -> list:
+    """What `do` (look, measure) makes of each picture or video of row i. Raises UserError that names it."""
+    kind, names = media(row, where)
+    made = []
+    for j, name in enumerate(names):
+        source = rows.image(i, j, name)
+        try:
+            made.append(do(source, kind, spec.views))
+        except UserError:
+            raise
+        except ValueError as e:
+            name = name if isinstance(source, bytes) else source
+            raise UserError(where, f"{kind} {name}: {e}", f"fetch the {kind} again, or remove the row") from None
+    return made
+
+
+def encode_row(rows: Rows | Mixture, i: int, row: dict, where: str, spec: SampleSpec) -> tuple[list, list, list, int]:
+    """Row i without its pixels -> ids, labels, its items' shapes, tokens cut. Raises UserError at `where`."""
+    kind, names = media(row, where)
     try:
         tokens = templates.encode(row.get("conversations"), spec.tokenizer, spec.template)
     except ValueError as e:
@@ -100,11 +126,13 @@ def encode_row(row: dict, where: str, spec: SampleSpec) -> tuple[list[int], list
 
     marks = tokens[0].count(IMAGE_TOKEN)
     if marks != len(names):
-        what = f"{marks} <image> in what the humans say but {len(names)} images in the row"
+        what = f"{marks} <image> in what the humans say but {len(names)} {kind}s in the row"
         raise UserError(where, what, "write one <image> for each, or remove the row")
+    shapes = read(rows, i, spec, measure, where, row)
+    sizes = iter([spec.views.positions(shape) for shape in shapes])
     ids, labels, images_end = [], [], 0
     for token, label in zip(*tokens, strict=True):
-        n = spec.image_tokens if token == IMAGE_TOKEN else 1  # the one place where tiles or frames will differ
+        n = next(sizes) if token == IMAGE_TOKEN else 1
         ids += [token] * n
         labels += [IGNORE if token == IMAGE_TOKEN else label] * n
         images_end = len(ids) if token == IMAGE_TOKEN else images_end
@@ -112,7 +140,7 @@ def encode_row(row: dict, where: str, spec: SampleSpec) -> tuple[list[int], list
     # Text may go, from the tail. Part of an image may not: it would have more features than positions.
     limit = spec.max_tokens
     if images_end > limit:
-        what = f"image cut, it ends at token {images_end} and max_tokens is {limit}"
+        what = f"{kind} cut, it ends at token {images_end} and max_tokens is {limit}"
         raise UserError(where, what, "raise max_tokens, or split the row")
     cut = max(0, len(ids) - limit)
     ids, labels = ids[:limit], labels[:limit]
@@ -120,25 +148,16 @@ def encode_row(row: dict, where: str, spec: SampleSpec) -> tuple[list[int], list
     if all(label == IGNORE for label in labels):
         what = f"nothing supervised in the first {len(labels)} of its {len(labels) + cut} tokens"
         raise UserError(where, what, "write an answer, raise max_tokens, or remove the row")
-
-    return ids, labels, names, cut
+    return ids, labels, shapes, cut
 
 
 def make_sample(rows: Rows | Mixture, i: int, spec: SampleSpec) -> Sample:
     """Row i, ready for the model. Raises UserError `file:row i (id X): what; fix: action` if it cannot be."""
     row = rows[i]
     where = rows.where(i, row)
-    ids, labels, names, cut = encode_row(row, where, spec)
-    images = []
-    for j, name in enumerate(names):
-        source = rows.image(i, j, name)
-        try:
-            image = load_image(source)
-        except ValueError as e:
-            name = name if isinstance(source, bytes) else source
-            raise UserError(where, f"image {name}: {e}", "fetch the picture again, or remove the row") from None
-        images += [spec.transform(image, spec.image_mode)] if spec.transform else []
-    return Sample(torch.tensor(ids), torch.tensor(labels), images, i, cut)
+    ids, labels, _, cut = encode_row(rows, i, row, where, spec)
+    items = read(rows, i, spec, look, where, row)
+    return Sample(torch.tensor(ids), torch.tensor(labels), items, i, cut)
 
 
 # ------------------------------------------------------------------------------------------- batches
@@ -153,7 +172,8 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in each sample
     cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
     max_seqlen: int
-    images: Tensor | None  # (N, 3, H, W) uint8, in order of occurrence
+    images: Tensor | None  # (V, 3, H, W) uint8, in order of occurrence
+    shapes: list[Shape]  # of the N items
     rows: list[int]  # S row numbers
 
     @property
@@ -170,26 +190,28 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._each(Tensor.pin_memory)
 
-    def part(self, samples: slice, images: slice) -> Batch:
-        """Some of its samples, with their images, as views."""
+    def part(self, samples: slice, items: slice) -> Batch:
+        """Some of its samples, with their items, as tensor views."""
         cu = self.cu_seqlens[samples.start : samples.stop + 1]
         t, cu = slice(int(cu[0]), int(cu[-1])), cu - cu[0]
-        pixels = self.images[images] if images.stop > images.start else None
-        ids, labels, positions = self.input_ids[t], self.labels[t], self.positions[t]
-        return Batch(ids, labels, positions, cu, int(cu.diff().max()), pixels, self.rows[samples])
+        first, last = (sum(shape.views for shape in self.shapes[:i]) for i in (items.start, items.stop))
+        pixels = self.images[first:last] if last > first else None
+        ids, labels, positions, shapes = self.input_ids[t], self.labels[t], self.positions[t], self.shapes[items]
+        return Batch(ids, labels, positions, cu, int(cu.diff().max()), pixels, shapes, self.rows[samples])
 
 
 def pack(samples: list[Sample]) -> Batch:
     """Samples one after the other, in the order given."""
     lengths = [len(s.ids) for s in samples]
-    images = [image for s in samples for image in s.images]
+    items = [item for s in samples for item in s.items]
     return Batch(
         input_ids=torch.cat([s.ids for s in samples]),
         labels=torch.cat([s.labels for s in samples]),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         max_seqlen=max(lengths),
-        images=torch.stack(images) if images else None,
+        images=torch.cat([item.pixels for item in items]) if items else None,
+        shapes=[item.shape for item in items],
         rows=[s.row for s in samples],
     )
 

@@ -32,6 +32,7 @@ from config import UserError
 from model import LLaVA
 from serving import Engine, Job, Limits, Refused, fetch
 from templates import IMAGE, load_tokenizer
+from views import Item
 
 NEUTRAL = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "frequency_penalty": (0,), "presence_penalty": (0,),
@@ -52,8 +53,8 @@ def number(request: dict, key: str, kind, low: float, high: float, default=None)
     return given
 
 
-def read_messages(messages, picture, most: int) -> tuple[list[dict], list[torch.Tensor]]:
-    """OpenAI's messages -> LLaVA's turns and the pictures in their order; picture: a URL to its pixels."""
+def read_messages(messages, picture, most: int) -> tuple[list[dict], list[Item]]:
+    """OpenAI's messages -> LLaVA's turns and the pictures in their order; picture: a URL to its item."""
     roles = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
     turns, urls = [], []
     for i, message in enumerate(messages if isinstance(messages, list) else []):
@@ -104,7 +105,7 @@ def read_request(request, engine: Engine, allow_urls: bool) -> Job:
         "seed": number(request, "seed", int, -(2**63), 2**63 - 1),
     }
 
-    def picture(url: str) -> torch.Tensor:
+    def picture(url: str) -> Item:
         return engine.picture(fetch(url, allow_urls, limits.body))
 
     return engine.job(*read_messages(request.get("messages"), picture, limits.images), stop=stop, **options)

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from config import UserError
-from data import load_image
 from model import LLaVA
+from rows import load_image
 from templates import encode_prompt, stop_id
+from views import Item
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow knows many more, some of which start other programs
 
@@ -60,7 +61,7 @@ class Job:
     """One answer to make; `pieces` brings its text as it is made, then None or the exception that ended it."""
 
     ids: list[int]
-    images: torch.Tensor | None  # (N, 3, H, W)
+    images: list[Item]
     prompt_tokens: int
     max_tokens: int
     temperature: float
@@ -104,19 +105,19 @@ class Engine:
         finally:
             self.seats.release()
 
-    def picture(self, data: bytes) -> torch.Tensor:
-        """A picture file's bytes -> what the encoder takes, (3, H, W). Raises Refused."""
+    def picture(self, data: bytes) -> Item:
+        """A picture file's bytes -> what the encoder takes. Raises Refused."""
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as head:
                 if head.width * head.height > self.limits.pixels:
                     size = f"{head.width} x {head.height} pixels, at most {self.limits.pixels:,} are taken"
                     raise Refused(400, f"the picture has {size}", "image_too_large", "messages")
-            return self.model.vision_tower.preprocess(load_image(data), self.model.config.image_mode)
+            return self.model.views.picture(load_image(data))
         except (OSError, ValueError, Image.DecompressionBombError) as e:
             why = str(e) if isinstance(e, ValueError) else f"none of {', '.join(FORMATS)}"
             raise Refused(400, f"the picture cannot be read: {why}", "invalid_image", "messages") from None
 
-    def job(self, turns: list[dict], images: list[torch.Tensor], max_tokens: int | None = None, **sampling) -> Job:
+    def job(self, turns: list[dict], images: list[Item], max_tokens: int | None = None, **sampling) -> Job:
         """A conversation in LLaVA's form, its last turn the question, and its pictures in order. Raises Refused."""
         if len(images) > self.limits.images:
             what = f"{len(images)} pictures, at most {self.limits.images} are taken"
@@ -127,12 +128,12 @@ class Engine:
             ids = encode_prompt(turns, self.tokenizer, self.model.config.template)
         except UserError as e:
             raise Refused(400, str(e), None, "messages") from None
-        length = len(ids) + len(images) * (self.model.image_tokens - 1)
+        length = len(ids) + sum(self.model.views.positions(image.shape) - 1 for image in images)
         if (room := self.context - length) < 1:
             what = f"the conversation has {length} tokens, pictures included; the context is {self.context}"
             raise Refused(400, what, "context_length_exceeded", "messages")
         new = min(max_tokens or self.limits.tokens, room)
-        return Job(ids, torch.stack(images) if images else None, length, new, **sampling)
+        return Job(ids, images, length, new, **sampling)
 
     def answer(self, job: Job) -> Iterator[str]:
         """The answer in pieces, as they are made. Whoever closes this early stops the model at its next token."""
@@ -179,10 +180,9 @@ class Engine:
 
         # This thread alone draws random numbers; without a seed one request's must not decide the next one's.
         torch.manual_seed(job.seed) if job.seed is not None else torch.seed()
-        images = None if job.images is None else job.images.to(self.device)
         options = {"temperature": job.temperature, "top_p": job.top_p, "eos_token_id": self.eos, "stream": stream}
         try:
-            self.model.generate([torch.tensor(job.ids)], images=images, max_new_tokens=job.max_tokens, **options)
+            self.model.generate([torch.tensor(job.ids)], images=job.images, max_new_tokens=job.max_tokens, **options)
         except Over:
             pass
         if text[shown:]:

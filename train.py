@@ -37,10 +37,11 @@ import watch
 import weights
 import world as demo_world
 from config import Recipe, Stage, Tune, UserError
-from data import Batch, Mixture, Rows, Steps, files, loader, stage_spec, token_counts, validation_batches
+from data import Batch, Steps, loader, stage_spec, token_counts, validation_batches
 from layers import RMSNorm
 from model import LLaVA
 from parallel import World, print0
+from rows import Mixture, Rows, files
 from templates import IGNORE, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -143,9 +144,9 @@ def packed_arguments(batch: Batch | None, device: torch.device) -> tuple:
     """What LLaVA.loss takes, on the device. None, where other ranks have a batch: one token that teaches nothing."""
     if batch is None:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        return zero, zero + IGNORE, zero, torch.tensor([0, 1], dtype=torch.int32, device=device), 1, None
+        return zero, zero + IGNORE, zero, torch.tensor([0, 1], dtype=torch.int32, device=device), 1, None, ()
     b = batch.to(device)
-    return b.input_ids, b.labels, b.positions, b.cu_seqlens, b.max_seqlen, b.images
+    return b.input_ids, b.labels, b.positions, b.cu_seqlens, b.max_seqlen, b.images, b.shapes
 
 
 def refuse(part, losses: list[Tensor], steps: Steps, where: str, world: World):

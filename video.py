@@ -14,7 +14,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
@@ -34,16 +34,23 @@ class Clip:
     duration: float | None  # seconds, the container's where it has one; None = unknown, of a folder
 
 
-def indices(clip: Clip, n: int, fps: float = 0.0) -> list[int]:
+def indices(clip: Clip, n: int, fps: float = 0.0, span: tuple[float, float] | None = None) -> list[int]:
     """Which frames are taken, as TinyLLaVA-Video takes them: `n`, evenly from the first to the last, truncated.
 
-    With `fps` as many as the duration asks for, at least one and at most `n` (there: any number of them). A clip with
-    fewer frames gives some several times. Raises ValueError with `fps` for a clip of unknown duration.
+    With `fps` as many as the duration asks for, at least one and at most `n` (there: any number of them). span: only
+    from one second to another, as MVBench rounds them. A clip with fewer frames gives some several times. Raises
+    ValueError with `fps` or `span` for a clip of unknown duration.
     """
-    if fps and clip.duration is None:
+    if (fps or span) and clip.duration is None:
         raise ValueError("a folder of frames has no duration, so fps says nothing")
-    n = min(n, max(1, int(clip.duration * fps))) if fps else n
-    return np.linspace(0, clip.frames - 1, n).astype(int).tolist()
+    first, last, seconds = 0, clip.frames - 1, clip.duration
+    if span:
+        start, end = (round(second * clip.frames / seconds) for second in span)
+        first = min(max(0, start), last)
+        last = max(first, min(end, last))
+        seconds *= (last - first + 1) / clip.frames
+    n = min(n, max(1, int(seconds * fps))) if fps else n
+    return np.linspace(first, last, n).astype(int).tolist()
 
 
 def probe(source: str | Path | bytes) -> Clip:
@@ -52,10 +59,14 @@ def probe(source: str | Path | bytes) -> Clip:
         return reader.clip
 
 
-def stream(source: str | Path | bytes, n: int, fps: float = 0.0) -> Iterator[Image.Image]:
-    """The frames of `indices` in order, one at a time. Raises ValueError(what is wrong with the clip)."""
+def stream(
+    source: str | Path | bytes, n: int, fps: float = 0.0, span: tuple[float, float] | None = None, rate: float = 0.0
+) -> Iterator[Image.Image]:  # fmt: skip
+    """The frames of `indices` in order, one at a time. rate: frames a second of a folder of them. Raises
+    ValueError(what is wrong with the clip)."""
     with _opened(source) as reader:
-        taken = indices(reader.clip, n, fps)
+        clip = replace(reader.clip, duration=reader.clip.frames / rate) if rate else reader.clip
+        taken = indices(clip, n, fps, span)
         once = sorted(set(taken))
         for i, image in zip(once, reader.pick(once), strict=True):
             yield from repeat(image, taken.count(i))

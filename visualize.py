@@ -32,10 +32,11 @@ from torch import Tensor
 import config
 import weights
 from config import UserError
-from data import load_image
 from generation import expand
 from model import LLaVA
+from rows import load_image
 from templates import IMAGE, IMAGE_TOKEN, encode_prompt, load_tokenizer, stop_id
+from views import Item
 
 SHOWN = 240  # pixels across a heat map on the page
 WINDOWS = 7  # along a side, each a quarter of it and half over the next
@@ -85,13 +86,9 @@ def recorded(rows: slice, into: list[Tensor]):
 @torch.inference_mode()
 def look(model: LLaVA, prompt: list[int], answer: list[int], picture: Tensor) -> Answer:
     """What made the model give `answer` to a prompt with one picture, (3, S, S) uint8."""
-    lm, transform, device = (
-        model.language_model,
-        model.vision_tower.transform,
-        model.language_model.lm_head.weight.device,
-    )
-    features = model.encode_images(transform.normalise(picture[None]).to(device))
-    ids, seen = expand(torch.tensor(prompt + answer, device=device), features), []
+    lm, device = model.language_model, model.language_model.lm_head.weight.device
+    counts, features = model.features([Item(picture[None])])
+    ids, seen = expand(torch.tensor(prompt + answer, device=device), counts), []
     rows = slice(len(ids) - len(answer) - 1, len(ids) - 1)  # the positions that choose the answer's tokens
     hidden = lm.model(model.embed(ids, features), torch.arange(len(ids), device=device), recorded(rows, seen))
     vision, similarity = model.vision_tower.config, None

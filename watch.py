@@ -24,8 +24,8 @@ import weights
 from config import Recipe, UserError
 from model import LLaVA
 from parallel import World, print0
-from rows import Rows, image_names, load_image
-from samples import SampleSpec
+from rows import Rows
+from samples import SampleSpec, look, read
 from templates import IMAGE, encode_prompt, stop_id
 
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900")
@@ -112,16 +112,13 @@ class Watch:
 
     def answers(self, step: int, model: LLaVA, rows: Rows, spec: SampleSpec, count: int):
         """What the model now says to the first question of `count` rows, beside what they say. All ranks must call."""
-        stop, device = stop_id(spec.tokenizer, spec.template), self.world.device
+        stop = stop_id(spec.tokenizer, spec.template)
         for i in range(min(count, len(rows))):
             row = rows[i]
             asked, wanted = row["conversations"][:2]
-            pictures = [load_image(rows.image(i, j, name)) for j, name in enumerate(image_names(row, rows.where(i)))]
-            pictures = pictures[: asked["value"].count(IMAGE)]
-            pixels = [spec.transform(picture, spec.image_mode) for picture in pictures]
+            items = read(rows, i, spec, look, rows.where(i, row), row)[: asked["value"].count(IMAGE)]
             ids = torch.tensor(encode_prompt([asked, {"from": "gpt", "value": None}], spec.tokenizer, spec.template))
-            made = model.generate([ids], torch.stack(pixels).to(device) if pixels else None, max_new_tokens=64,
-                                  eos_token_id=stop)[0].tolist()  # fmt: skip
+            made = model.generate([ids], items, max_new_tokens=64, eos_token_id=stop)[0].tolist()
             said = spec.tokenizer.decode(made[: made.index(stop)] if stop in made else made).strip()
             self.write(
                 "answer", step=step, row=rows.where(i), question=asked["value"], wanted=wanted["value"], said=said

@@ -118,8 +118,10 @@ def workers(folder: str):
     from config import Stage, Train
     from data import Rows, Steps, loader, make_spec
     from images import ImageTransform
+    from views import Views
 
-    spec = make_spec("", "phi", max_tokens=100_000, image_tokens=IMAGE_TOKENS, transform=ImageTransform(336, 336))
+    views = Views(IMAGE_TOKENS, transform=ImageTransform(336, 336))
+    spec = make_spec("", "phi", max_tokens=100_000, views=views)
     steps, worst = Steps(Rows(Path(folder, "rows.json")), spec, Stage(global_batch=16, steps=60), Train()), {}
     for _ in loader(steps, workers=2):
         for child in multiprocessing.active_children():

@@ -37,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ CASES = {
                                         {"speed": 2.5, "share": 0.45}),
     },
 }  # fmt: skip
-# How far losses (all steps) and the first gradient norm may be apart, as a share of the peer's: LoRA's dropouts differ.
+# How far losses (all steps) and the first gradient norm may be apart, as a share of the peer's.
 LOSS, NORM = {"float32": 1e-4, "bfloat16": 1e-3}, {"float32": 1e-3, "bfloat16": 2e-2}
 RATES = {"full": 2e-5, "lora": 2e-4}  # of learning
 
@@ -137,6 +137,7 @@ def make_rows(case: Case, text: dict, vision: dict) -> list:
     from bench.operations import sample_lengths
     from samples import Sample
     from templates import IGNORE, IMAGE_TOKEN
+    from views import Item
 
     g, rows = torch.Generator().manual_seed(0), []
     n = (vision["image_size"] // vision["patch_size"]) ** 2 - 1  # the first is dropped
@@ -148,7 +149,7 @@ def make_rows(case: Case, text: dict, vision: dict) -> list:
             at = length // 4
             ids = torch.cat([ids[:at], torch.full((n,), IMAGE_TOKEN), ids[at:]])
             labels = torch.cat([labels[:at], torch.full((n,), IGNORE), labels[at:]])
-            images = [torch.randn(3, side, side, generator=g)]
+            images = [Item(torch.randn(1, 3, side, side, generator=g))]
         rows.append(Sample(ids, labels, images, i, 0))
     return rows
 
@@ -168,8 +169,8 @@ def fill_by_name(parameters: dict):
                 p.copy_(torch.randn(p.shape, generator=g, device=p.device) * 0.02)
 
 
-def ours(case: Case, text: dict, vision: dict, device: str) -> tuple[Callable, dict]:
-    """-> a function that makes one step and returns loss and gradient norm, and what there is to say."""
+def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
+    """-> a function that makes one step and returns loss and gradient norm, its modules, and what there is to say."""
     import torch
 
     import layouts
@@ -200,10 +201,9 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple[Callable, d
         fill_by_name({f"{key}lora_A.weight": m.lora_A, f"{key}lora_B.weight": m.lora_B})
     train.set_trainable(model, stage.tune)
     rows = make_rows(case, text, vision)
-    facts = [(len(r.images), len(r.ids) - len(r.images) * model.image_tokens, int((r.labels >= 0).sum())) for r in rows]
-    tokens = sum(len(r.ids) for r in rows)
+    places = [len(r.items) * model.image_tokens for r in rows]
+    facts = [(len(r.items), n, len(r.ids) - n, int((r.labels >= 0).sum())) for r, n in zip(rows, places, strict=True)]
     flops = sum(plan.estimate(model, stage, fact, recompute=False)[1] for fact in facts)
-    parameters = sum(p.numel() for p in model.parameters())
     if device == "cuda":  # as a user would: recompute only where it does not fit
         row = [sum(f) / len(facts) for f in zip(*facts, strict=True)]
         need = sum(plan.estimate(model, stage, row, recompute=False)[0].values())
@@ -213,8 +213,7 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple[Callable, d
     module, optimizer = parallel.wrap(model, world, "none"), train.make_optimizer(model, stage)
     batches = [pack([rows[j] for j in b]) for b in fill([len(r.ids) for r in rows], case.budget)]
     supervised = sum(b.supervised for b in batches)
-    if device == "cuda":
-        batches = [b.pin_memory() for b in batches]
+    batches = [b.pin_memory() for b in batches] if device == "cuda" else batches
     autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 
     def step() -> tuple[float, float]:
@@ -226,12 +225,13 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple[Callable, d
             losses.append(loss.detach())
         return sum(losses).item(), train.update(optimizer, stage, 0, 10**9)
 
-    return step, {"imports": imports, "tokens": tokens, "supervised": supervised, "flops": flops,
-                  "images": sum(len(r.images) for r in rows), "parameters": parameters, "batches": len(batches),
-                  "recompute": model.language_model.model.gradient_checkpointing}  # fmt: skip
+    return step, model, {
+        "imports": imports, "tokens": sum(len(r.ids) for r in rows), "images": sum(len(r.items) for r in rows),
+        "supervised": supervised, "flops": flops, "batches": len(batches), "parameters": lora.count(model),
+        "recompute": model.language_model.model.gradient_checkpointing}  # fmt: skip
 
 
-def peer(case: Case, text: dict, vision: dict, device: str) -> tuple[Callable, dict]:
+def peer(case: Case, text: dict, vision: dict, device: str) -> tuple:
     """The same for transformers."""
     import importlib.util
 
@@ -277,7 +277,7 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple[Callable, d
     rows = make_rows(case, text, vision)
     supervised = sum(int((r.labels >= 0).sum()) for r in rows)
     if case.tune == "full":  # group_by_modality_length
-        rows.sort(key=lambda r: not r.images)
+        rows.sort(key=lambda r: not r.items)
     batches, padded = [], 0
     for i in range(0, len(rows), PER_DEVICE):
         some = rows[i : i + PER_DEVICE]
@@ -285,8 +285,8 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple[Callable, d
         ids, labels = (nn.utils.rnn.pad_sequence([getattr(r, k) for r in some], True, v)
                        for k, v in (("ids", 0), ("labels", -100)))  # fmt: skip
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(r.ids) for r in some], True)
-        images = torch.stack([r.images[0] if r.images else blank for r in some]).to(getattr(torch, case.dtype))
-        seen = torch.tensor([bool(r.images) for r in some])
+        images = torch.stack([r.items[0].pixels[0] if r.items else blank for r in some]).to(getattr(torch, case.dtype))
+        seen = torch.tensor([bool(r.items) for r in some])
         batch = ids, labels, mask, images, seen
         batches.append([t.pin_memory() for t in batch] if device == "cuda" else batch)
         padded += ids.numel()
@@ -314,7 +314,7 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple[Callable, d
 
     padding = 1 - sum(len(r.ids) for r in rows) / padded
     facts = {"imports": imports, "padding": padding, "attention": attention, "transformers": transformers.__version__}
-    return step, facts
+    return step, lm, facts
 
 
 def serve(path: str, device: str, quick: str, *fields: str):
@@ -322,12 +322,17 @@ def serve(path: str, device: str, quick: str, *fields: str):
     import torch
 
     case = Case(*json.loads(fields[0]))
-    step, facts = {OURS: ours, PEER: peer}[path](case, *sizes(case, quick == "quick"), device)
+    step, model, facts = {OURS: ours, PEER: peer}[path](case, *sizes(case, quick == "quick"), device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # what building took, a run does not
     print(json.dumps(facts), flush=True)
     for number, _ in enumerate(sys.stdin):
-        torch.manual_seed(number)  # for dropout
+        torch.manual_seed(number)
+        for m in model.modules():  # none drops in the first step, so that both compute the same
+            if isinstance(m, torch.nn.Dropout):
+                m.p = 0.05 * (number > 0)
+            elif hasattr(m, "options"):
+                m.options = config.LoRA(**vars(m.options) | {"dropout": 0.05 * (number > 0)})
         start = time.perf_counter()
         loss, norm = step()
         if device == "cuda":
@@ -350,9 +355,7 @@ def machine(device: str, quick: str):
         s = Setting(device, getattr(torch, dtype), 1, 1.0, False)
         a, b = s.randn(n, n), s.randn(n, n)
         rates[dtype] = 2 * n**3 / statistics.median(race({"": lambda a=a, b=b: a @ b}, s)[""]) * 1e3
-    import importlib.metadata
-
-    found = versions() | {"transformers": importlib.metadata.version("transformers")}
+    found = versions() | {"transformers": metadata.version("transformers")}
     print(json.dumps({"machine": name, "versions": found, "rates": rates, "threads": torch.get_num_threads()}))
 
 
@@ -365,9 +368,8 @@ class Worker:
     def __init__(self, *arguments: str):
         self.errors = tempfile.TemporaryFile("w+")
         command = [sys.executable, __file__, "--child", *arguments]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
 
     def answer(self) -> dict:
         """What it says, or as `reason` its last words if it has ended."""

@@ -1,7 +1,8 @@
 """One benchmark per file: examples, score, chance. `evaluate.py` says what such a file offers; here is what they share.
 
 Each reads two layouts of its files from one folder: the one that LLaVA's eval.zip and TinyLLaVA Factory use
-(`playground/data/eval/NAME`), and the one that the benchmark itself is published in.
+(`playground/data/eval/NAME`), and the one that the benchmark itself is published in. Those about videos
+read only the latter.
 """
 
 import contextlib
@@ -44,6 +45,18 @@ def table(file, lines=False, part=None):
 def rows(file, lines=False, part=None):
     """[("file:row", row)] of what `table` reads; wrap what is done with a row in `reading(where)`."""
     return [(f"{file}:{at}", row) for at, row in table(file, lines, part).items()]
+
+
+def parquet_rows(file):
+    """[("file:row", row)] of a .parquet file. Raises UserError, also where pyarrow is not installed."""
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise UserError("pyarrow", f"reads {file}, not installed", "pip install pyarrow") from None
+    try:
+        return [(f"{file}:{at}", row) for at, row in enumerate(parquet.read_table(file).to_pylist())]
+    except (OSError, ValueError) as error:
+        raise UserError(file, f"cannot be read: {words(error)}", "mend it, or fetch it again") from None
 
 
 @contextlib.contextmanager

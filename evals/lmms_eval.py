@@ -21,6 +21,7 @@ import weights
 from config import UserError
 from evaluate import generate
 from model import LLaVA
+from samples import look
 from templates import IGNORE, IMAGE, encode, load_tokenizer
 
 try:
@@ -45,15 +46,23 @@ class Barellava(lmms):
         self.llava = LLaVA.from_pretrained(folder, dtype=dtype, device=self.device).eval()
         self.tokenizer, self.batch_size = load_tokenizer(folder), int(batch_size)
 
-    def pixels(self, args):
-        """The pictures of a request, [(3, H, W)]."""
+    def items(self, args):
+        """The pictures and videos of a request, as items."""
         _, _, to_visual, number, task, split = args if len(args) == 6 else (*args, *[None] * 4)
         seen = to_visual(self.task_dict[task][split][number]) if to_visual else []
+        made, views = [], self.llava.views
         for visual in seen or []:
-            if not isinstance(visual, Image.Image):
-                raise UserError(f"lmms-eval:{task}", f"it shows a {type(visual).__name__}", "take a task of pictures")
-        transform, mode = self.llava.vision_tower.transform, self.llava.config.image_mode
-        return [transform(visual, mode) for visual in seen or []]
+            if isinstance(visual, Image.Image):
+                made.append(views.picture(visual.convert("RGB")))
+            elif isinstance(visual, str):
+                try:
+                    made.append(look(visual, "video", views))
+                except ValueError as e:
+                    raise UserError(f"lmms-eval:{task}", f"{visual}: {e}", "fetch it again") from None
+            else:
+                what = f"it shows a {type(visual).__name__}"
+                raise UserError(f"lmms-eval:{task}", what, "take a task of pictures or videos")
+        return made
 
     def generate_until(self, requests):
         """The answers, in the order of the requests; those of the same options are answered together, by length."""
@@ -74,7 +83,7 @@ class Barellava(lmms):
             for at in range(0, len(members), self.batch_size):
                 part = members[at : at + self.batch_size]
                 questions = [requests[i].args[0] for i in part]
-                pictures = [self.pixels(requests[i].args) for i in part]
+                pictures = [self.items(requests[i].args) for i in part]
                 for i, text in zip(
                     part, generate(self.llava, self.tokenizer, questions, pictures, **options), strict=True
                 ):
@@ -92,13 +101,12 @@ class Barellava(lmms):
             if callable(target):
                 _, _, _, number, task, split = request.args
                 target = target(self.task_dict[task][split][number])
-            seen = self.pixels(request.args)
+            seen = self.items(request.args)
             if text.count(IMAGE) != len(seen):
                 text = f"{IMAGE}\n" * len(seen) + text.replace(IMAGE, "")
             turns = [{"from": "human", "value": text}, {"from": "gpt", "value": str(target)}]
             ids, labels = (torch.tensor([row]) for row in encode(turns, self.tokenizer, self.llava.config.template))
-            images = torch.stack(seen).to(self.device) if seen else None
-            out = self.llava(ids.to(self.device), images, labels=labels.to(self.device))
+            out = self.llava(ids.to(self.device), seen, labels=labels.to(self.device))
             tail = labels[0, int((labels[0] != IGNORE).nonzero()[0]) :]
             said = out.logits[0, -len(tail) - 1 : -1].argmax(-1).cpu()
             results.append((out.loss.item(), bool(((said == tail) | (tail == IGNORE)).all())))

@@ -2,7 +2,7 @@
 
 python tests/hf_llava.py write DIR      # small LlavaForConditionalGeneration models, one folder each, with answers
 python tests/hf_llava.py read DIR...    # load each, answer its io.safetensors, say what did not fit
-python tests/hf_llava.py chat DIR...    # answer the chats of its chat.json through processor and chat template
+python tests/hf_llava.py chat DIR...    # answer the chats of its chat.json through processor, template and pipeline
 """
 
 import json
@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    pipeline,
+)
 
 IMAGE, PATCH, SIDE = 90, 4, 12  # the image token's id, and the encoder's pixels
 MODELS = (("clip", "llama"), ("siglip", "qwen2"), ("siglip", "gemma"))
@@ -48,23 +55,38 @@ def write(folder: Path, tower: str, family: str):
     answer(model.eval(), folder)
 
 
-def read(folder: Path):
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+def load(folder: Path):
+    kind = AutoModelForImageTextToText
+    model, info = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [type(model).__name__]
     (folder / "info.json").write_text(json.dumps({k: sorted(map(str, v)) for k, v in info.items() if v}))
-    answer(model.eval(), folder)
+    return model.eval()
 
 
+@torch.no_grad()
 def chat(folder: Path):
-    processor = AutoProcessor.from_pretrained(folder)
-    model, got, pixels = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), [], {}
-    for asked in json.loads((folder / "chat.json").read_text()):
-        prompt = processor.apply_chat_template(asked["messages"], add_generation_prompt=True)
-        inputs = processor(text=prompt, images=Image.open(asked["image"]).convert("RGB"), return_tensors="pt")
-        new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].size(1) :]
-        pixels[str(len(got))] = inputs["pixel_values"].contiguous()
+    """Of each chat: prompt, ids, pixels, logits (of 1000 tokens), the greedy answer; and all of them in one batch.
+
+    The pipeline answers the last of them: it takes pictures by the paths in their messages.
+    """
+    processor, model, got, tensors = AutoProcessor.from_pretrained(folder), load(folder), [], {}
+    asked = json.loads((folder / "chat.json").read_text())
+    prompts = [processor.apply_chat_template(a["messages"], add_generation_prompt=True) for a in asked]
+    images = [[Image.open(path).convert("RGB") for path in a["images"]] for a in asked]
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    for i, (prompt, shown) in enumerate(zip(prompts, images, strict=True)):
+        inputs = processor(text=prompt, images=shown, return_tensors="pt")
+        new = model.generate(**inputs, **greedy)[0, inputs["input_ids"].size(1) :]
+        tensors[f"pixels{i}"] = inputs["pixel_values"].contiguous()
+        tensors[f"logits{i}"] = model(**inputs).logits[0, :, :1000].contiguous()
         got.append({"prompt": prompt, "input_ids": inputs["input_ids"][0].tolist(), "generated": new.tolist()})
-    save_file(pixels, folder / "pixels.safetensors")
-    (folder / "answered.json").write_text(json.dumps(got))
+    inputs = processor(text=prompts, images=sum(images, []), padding=True, return_tensors="pt")
+    together = model.generate(**inputs, **greedy)[:, inputs["input_ids"].size(1) :].tolist()
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    said = ask(text=asked[-1]["messages"], return_full_text=False, generate_kwargs=greedy)
+    save_file(tensors, folder / "chat.safetensors")
+    said = [said[0]["generated_text"], processor.decode(got[-1]["generated"], skip_special_tokens=True)]
+    (folder / "answered.json").write_text(json.dumps({"alone": got, "together": together, "pipeline": said}))
 
 
 if __name__ == "__main__":
@@ -75,4 +97,4 @@ if __name__ == "__main__":
             write(Path(folders[0]) / f"{tower}-{family}", tower, family)
     else:
         for folder in map(Path, folders):
-            {"read": read, "chat": chat}[command](folder)
+            chat(folder) if command == "chat" else answer(load(folder), folder)

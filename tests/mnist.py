@@ -43,8 +43,8 @@ def write(folder: Path):
 
 def score(model_folder: Path, folder: Path) -> float:
     """Share of the held-out rows whose generated answer is exactly the digit."""
-    from data import load_image
     from model import LLaVA
+    from rows import load_image
     from templates import encode_prompt, load_tokenizer, stop_id
 
     model, tokenizer = LLaVA.from_pretrained(model_folder), load_tokenizer(model_folder)

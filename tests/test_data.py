@@ -13,7 +13,11 @@ from PIL import Image
 
 import data
 from config import Stage, Train, UserError
-from data import IGNORE, IMAGE_TOKEN, Order, Rows, Sample, SampleSpec, Steps, loader, make_sample, pack
+from data import IGNORE, Order, Rows, Sample, SampleSpec, Steps, loader, make_sample, pack
+from rows import load_image
+from samples import byte_tokenizer, make_spec
+from templates import IMAGE_TOKEN
+from views import Item, Views
 
 
 def turns(*texts):
@@ -29,14 +33,17 @@ def write(folder, rows, name="rows.json"):
     return Rows(folder / name)
 
 
-def transform(image, image_mode):
-    """(3, 2, 2): the mean colour, so that a sample shows which picture it got."""
-    return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)))[:, None, None].expand(3, 2, 2).clone()
+@dataclasses.dataclass(frozen=True)
+class MeanColour:
+    """A picture is (3, 2, 2) of its mean colour, so that a sample shows which one it got."""
+
+    def pixels(self, image, image_mode):
+        return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)))[:, None, None].expand(3, 2, 2).clone()
 
 
 @pytest.fixture(scope="module")
 def spec():
-    return SampleSpec(data.byte_tokenizer(), "plain", max_tokens=1000, image_tokens=5, transform=transform)
+    return SampleSpec(byte_tokenizer(), "plain", max_tokens=1000, views=Views(5, transform=MeanColour()))
 
 
 @pytest.fixture
@@ -56,10 +63,10 @@ def test_every_golden_image_decodes_so_or_is_named():
     for name, golden in files.items():
         if "error" in golden:
             with pytest.raises(ValueError) as e:
-                data.load_image(images / name)
+                load_image(images / name)
             assert "\n" not in str(e.value) and type(e.value) is ValueError, name
             continue
-        image = data.load_image(images / name)
+        image = load_image(images / name)
         assert image.mode == "RGB" and list(image.size) == golden["transposed_size"], name
         assert list(image.getpixel((0, 0))) == golden["transposed_corner"], name
         mean = np.asarray(image, np.float64).mean((0, 1))
@@ -81,13 +88,13 @@ def test_every_golden_image_decodes_so_or_is_named():
 def test_a_file_that_is_no_image_is_named(tmp_path, content, reason):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=reason):
-        data.load_image(tmp_path / "a.jpg")
+        load_image(tmp_path / "a.jpg")
 
 
 def test_missing_folder_truncated_and_absurd_images(tmp_path, monkeypatch):
     def reason(name):
         with pytest.raises(ValueError) as e:
-            data.load_image(tmp_path / name)
+            load_image(tmp_path / name)
         return str(e.value)
 
     assert reason("none.jpg") == "no such file or directory"
@@ -95,13 +102,13 @@ def test_missing_folder_truncated_and_absurd_images(tmp_path, monkeypatch):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     for name in ("whole.jpg", "whole.png", "whole.webp"):
         noise.save(tmp_path / name)
-        assert data.load_image(tmp_path / name).size == (64, 64)
+        assert load_image(tmp_path / name).size == (64, 64)
         raw = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(raw[: len(raw) // 2])
         assert reason(name).startswith(("truncated", "damaged")), name
     Image.new("L", (1, 500)).save(tmp_path / "thin.png")
     Image.new("L", (1, 501)).save(tmp_path / "thinner.png")
-    assert data.load_image(tmp_path / "thin.png").size == (1, 500)
+    assert load_image(tmp_path / "thin.png").size == (1, 500)
     assert "1 x 501 pixels, a side ratio" in reason("thinner.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow only warns up to twice this
     assert "more than 400 pixels" in reason("thin.png")
@@ -113,8 +120,8 @@ def test_exif_turns_and_damaged_exif_does_not_matter(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     image.save(tmp_path / "damaged.png", exif=b"Exif\0\0\xff\xff\xff\xff\0\0\0\x08")
-    assert data.load_image(tmp_path / "turned.png").size == (2, 4)
-    assert data.load_image(tmp_path / "damaged.png").size == (4, 2)
+    assert load_image(tmp_path / "turned.png").size == (2, 4)
+    assert load_image(tmp_path / "damaged.png").size == (4, 2)
 
 
 # ---- rows
@@ -178,14 +185,15 @@ def test_samples_of_no_one_and_two_images(folder, spec):
     for sample, images in ((text, 0), (one, 1), (two, 2)):
         assert sample.ids.dtype == sample.labels.dtype == torch.int64 and sample.ids.shape == sample.labels.shape
         at = sample.ids == IMAGE_TOKEN
-        assert int(at.sum()) == 5 * images == 5 * len(sample.images) and (sample.labels[at] == IGNORE).all()
+        assert int(at.sum()) == 5 * images == 5 * len(sample.items) and (sample.labels[at] == IGNORE).all()
         learned = sample.labels != IGNORE
         assert (sample.labels[learned] == sample.ids[learned]).all() and not learned[0] and sample.cut == 0
         assert decode(sample.ids[learned].tolist()) == " A dog."
         assert sample.labels[-1] == spec.tokenizer.eos_id
     runs = "".join("i" if t == IMAGE_TOKEN else "." for t in two.ids.tolist()).split("iiiii")
     assert len(runs) == 3 and all(set(run) == {"."} for run in runs)
-    assert [int(image[0, 0, 0]) for image in two.images] == [40, 10] and two.images[0].shape == (3, 2, 2)
+    assert [int(item.pixels[0, 0, 0, 0]) for item in two.items] == [40, 10]
+    assert two.items[0].pixels.shape == (1, 3, 2, 2)
 
 
 def test_first_label_is_never_a_target(folder, spec):
@@ -223,8 +231,9 @@ BAD = {
     "role": ({"id": "q", "conversations": [{"from": "user", "value": "a"}]}, "conversations[0]: "),
     "nothing": ({"id": "s", "conversations": turns("a", " ")}, "nothing is supervised"),
     "no turns": ({"id": "t"}, "conversations: "),
-    "image name": (row("u", image={"path": "a.png"}), '"image" is {'),
-    "video": ({"id": "v", "video": "a.mp4", "conversations": turns("a", "b")}, "a row with a video"),
+    "video": ({"id": "v", "video": "a.mp4", "conversations": turns("a", "b")}, "but 1 videos in the row"),
+    "no video": ({"id": "v", "video": "a.mp4", "conversations": turns("<image> a", "b")}, "a.mp4: no such file"),
+    "both": ({"id": "v", "video": "a.mp4", "image": "a.png", "conversations": turns("a", "b")}, "an image and a video"),
     "no dict": ([1], "a JSON list, not a row"),
     "surrogate": (row("w", "Hi \ud83d", image=None), "text that is not Unicode"),
 }
@@ -247,7 +256,7 @@ def test_a_bad_row_is_one_line_with_file_row_id_what_and_fix(folder, spec, name)
 def sample(length, i=0, images=0):
     ids = torch.arange(length) + 100 * i
     labels = torch.where(torch.arange(length) % 2 == 0, IGNORE, ids)
-    return Sample(ids, labels, [torch.full((3, 2, 2), float(i))] * images, i, 0)
+    return Sample(ids, labels, [Item(torch.full((1, 3, 2, 2), float(i)))] * images, i, 0)
 
 
 def test_a_pack_keeps_samples_apart():
@@ -470,18 +479,18 @@ def test_check_names_every_bad_row_and_counts_the_rest(folder, capsys):
         assert what in line and "; fix: " in line
     n = len(BAD)
     assert error == f"{rows.file}: {n} of {n + 4} rows are bad; fix: mend or remove them, or set train.on_bad_row=skip"
-    summary = f"{rows.file}: {n + 4} rows, {n} bad; the good ones: 1 text-only, 2 with one image, 1 with several"
-    assert summary in lines
+    good = "1 text-only, 2 with one image or video, 1 with several"
+    assert f"{rows.file}: {n + 4} rows, {n} bad; the good ones: {good}" in lines
     assert any("█" in line for line in lines) and "  over-long: 0 rows lose 0 tokens of their tails" in lines
 
 
 def test_check_takes_the_tokenizer_and_the_lengths_of_training(folder, capsys):
-    tokenizer = data.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tok")
     rows = write(folder, [row("x"), row("long", answer="y" * 300), row("z", "a" * 300 + "<image>"), row("w")])
     args = ["--data", rows.file, "--tokenizer", folder / "tok", "--template", "plain", "--image-tokens", 5]
     lines, error = run_check(capsys, *args, "--max-tokens", 100)
-    spec = SampleSpec(tokenizer, "plain", 10**6, 5)
+    spec = SampleSpec(tokenizer, "plain", 10**6, Views(5, transform=MeanColour()))
     length = [len(make_sample(rows, i, spec).ids) for i in range(4)]
     (note,) = [line for line in lines if "note: " in line]
     assert f"row 1 (id long): note: over-long, loses {length[1] - 100} tokens" in note and "; fix: " in note
@@ -494,7 +503,7 @@ def test_check_takes_the_tokenizer_and_the_lengths_of_training(folder, capsys):
 
 
 def test_check_of_a_recipe_reads_every_stage(folder, capsys):
-    data.byte_tokenizer().save(folder / "tok")
+    byte_tokenizer().save(folder / "tok")
     write(folder, [row("x")], "one.json")
     write(folder, [row("y"), row("z", image="none.png")], "two.json")
     recipe = folder / "r.toml"
@@ -523,7 +532,7 @@ def test_check_of_a_recipe_reads_every_stage(folder, capsys):
 
 
 def test_inspect_shows_the_first_samples_of_training(folder, capsys):
-    data.byte_tokenizer().save(folder / "tok")
+    byte_tokenizer().save(folder / "tok")
     write(folder, [row(f"{i} <b>[[x]]") for i in range(5)], "rows.json")
     recipe, page = folder / "r.toml", folder / "page.html"
     recipe.write_text(
@@ -536,7 +545,7 @@ def test_inspect_shows_the_first_samples_of_training(folder, capsys):
     lines, order = capsys.readouterr().out.splitlines(), Order(5, 3)
     shown = [line for line in lines if line.startswith("--- ")]
     assert [line.split("row ")[1][0] for line in shown] == [str(order(k)[1]) for k in (0, 1)]
-    assert all("pictures: 24 x 24" in line for line in shown)
+    assert all("views: 1 of 24 x 24" in line for line in shown)
     html, first = page.read_text(), order(0)[1]
     assert html.count('<img src="data:image/png;base64,') == 2 and html.count("<mark>") == 2 + 1  # and the legend
     assert f"{first} &lt;b&gt;[[x]]" in html and chr(27) not in html
@@ -569,10 +578,10 @@ def test_the_sample_rows_make_samples(capsys):
     lines, error = run_check(capsys, "--data", file, "--images", assets, "--tokenizer", tokenizer)
     missing = [line for line in lines if "no such file or directory; fix: " in line]
     assert len(missing) == 14 and "14 of 22 rows are bad" in error
-    assert f"{file}: 22 rows, 14 bad; the good ones: 4 text-only, 4 with one image, 0 with several" in lines
+    assert f"{file}: 22 rows, 14 bad; the good ones: 4 text-only, 4 with one image or video, 0 with several" in lines
     rows = Rows(file, assets)
-    spec = data.make_spec(str(tokenizer), "phi", max_tokens=2048, image_tokens=3, transform=transform)
+    spec = make_spec(str(tokenizer), "phi", max_tokens=2048, views=Views(3, transform=MeanColour()))
     samples = [make_sample(rows, i, spec) for i in range(14, 22)]
-    assert [len(s.images) for s in samples] == [0] * 4 + [1] * 4
+    assert [len(s.items) for s in samples] == [0] * 4 + [1] * 4
     text = spec.tokenizer.decode(samples[4].labels[samples[4].labels != IGNORE].tolist())
     assert text.strip() == "B" and pack(samples).images.shape == (4, 3, 2, 2)

@@ -189,17 +189,20 @@ def test_lmms_eval_gets_the_answers_that_evaluate_gets(adapter, model):
     args = [(c, {"max_new_tokens": 3 + i % 2, "until": ["\n\n", ""], "do_sample": False, "temperature": 0},
              lambda doc: doc["pictures"], i, "t", "test") for i, c in enumerate(contexts)]  # fmt: skip
     answers = lm.generate_until([SimpleNamespace(args=a) for a in args])
-    transform = lm.llava.vision_tower.transform
     for i, (context, doc) in enumerate(zip(contexts, docs, strict=True)):
-        seen = [[transform(p, "square") for p in doc["pictures"]]]
+        seen = [[lm.llava.views.picture(p) for p in doc["pictures"]]]
         (alone,) = evaluate.generate(lm.llava, lm.tokenizer, [context], seen, max_new_tokens=3 + i % 2)
         assert answers[i] == alone.split("\n\n")[0].strip()
     (stopped,) = lm.generate_until(
         [SimpleNamespace(args=(args[3][0], args[3][1] | {"until": answers[3][1]}, *args[3][2:]))]
     )
     assert answers[3] and stopped == answers[3][:1].strip()
-    with pytest.raises(UserError, match="lmms-eval:t: it shows a str; fix: take a task of pictures"):
-        lm.generate_until([SimpleNamespace(args=("x", {}, lambda doc: ["video.mp4"], 0, "t", "test"))])
+    for shown, why in (
+        (b"x", "it shows a bytes; fix: take a task of pictures"),
+        ("none.mp4", "none.mp4: no such file"),
+    ):
+        with pytest.raises(UserError, match=f"lmms-eval:t: {why}"):
+            lm.generate_until([SimpleNamespace(args=("x", {}, lambda doc, s=shown: [s], 0, "t", "test"))])
 
 
 def test_lmms_eval_gets_likelihoods(adapter, model):

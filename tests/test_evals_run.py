@@ -19,6 +19,7 @@ import evaluate
 from config import UserError
 from evals.published import nearest
 from model import LLaVA
+from rows import load_image
 from templates import encode_prompt, load_tokenizer
 
 
@@ -52,8 +53,8 @@ def test_examples_are_what_the_official_evaluation_asks(task, llava, tmp_path):
     evaluate.check(examples, tmp_path)
     for e in examples:
         assert Path(e["where"].rsplit(":", 1)[0]).is_file()
-        for i in range(len(evaluate.image_names(e))):
-            assert evaluate.picture(e, i, tmp_path).size == (8, 6)
+        for picture in evaluate.seen(e, tmp_path, lambda source, _: load_image(source)):
+            assert picture.size == (8, 6)
 
 
 GROUPS = {
@@ -205,7 +206,7 @@ def test_a_damaged_picture_in_a_file_of_questions_is_named_with_its_row(task, ll
     examples[1]["pictures"] = [b"no picture"]
     monkeypatch.setattr(evaluate.TASKS[task], "examples", lambda data_dir: examples)
     name = re.escape(examples[1]["where"])
-    with pytest.raises(UserError, match=rf"{name}: .+: not an image.*; fix: restore the picture"):
+    with pytest.raises(UserError, match=rf"{name}: .+: not an image.*; fix: restore it"):
         evaluated(tmp_path, task, tmp_path, tmp_path)  # before a model is loaded: there is none
 
 
@@ -259,8 +260,8 @@ def test_several_pictures_go_where_the_question_mentions_them(tmp_path, model):
     prompts, images = seen[0]
     assert (prompts[0] == -200).sum() == 4 == len(images)
     assert prompts[0].tolist() == encode_prompt([{"from": "human", "value": example["prompt"]}], tok, "plain")
-    wanted = [llava.vision_tower.transform(Image.open(io.BytesIO(png(i))), "square") for i in (4, 3, 2, 3)]
-    assert all(torch.equal(a, b) for a, b in zip(images, wanted, strict=True))
+    wanted = [llava.vision_tower.transform.pixels(Image.open(io.BytesIO(png(i)))) for i in (4, 3, 2, 3)]
+    assert all(torch.equal(a.pixels[0], b) for a, b in zip(images, wanted, strict=True))
 
 
 def test_the_published_number_is_of_the_recipe_named_most_alike():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run
 from PIL import Image
+from torch import Tensor
 
 import evaluate
 import report
@@ -19,6 +20,7 @@ from config import Model, UserError
 from evals import world
 from model import LLaVA
 from templates import load_tokenizer
+from views import Views
 
 
 @pytest.mark.parametrize(
@@ -162,30 +164,31 @@ def test_the_model_is_given_pictures_and_prompts_in_order(data):
         filler = tok.encode(" red")[0]  # nothing after the end counts, whatever it is
         return torch.tensor([ids + filler * (longest - len(ids)) for ids in words])
 
-    def transform(image, mode):
+    def pixels(image, mode="square"):
         assert mode == "square"
-        return torch.tensor(np.array(image)).permute(2, 0, 1).float()
+        return torch.tensor(np.array(image)).permute(2, 0, 1)
 
+    transform = SimpleNamespace(pixels=pixels, normalise=Tensor.float)
     model = SimpleNamespace(
         vision_tower=SimpleNamespace(transform=transform),
-        config=SimpleNamespace(template="plain", image_mode="square"),
+        config=SimpleNamespace(template="plain"),
+        views=Views(1, transform=transform),
         generate=generate,
-        language_model=SimpleNamespace(lm_head=SimpleNamespace(weight=torch.zeros(1))),
     )
     examples = world.examples(data)[:4]
     assert evaluate.answerer(model, tok, data, 5)(examples) == ["yes", "a circle", "no", ""]
     rows, images = seen[0]
     for i, e in enumerate(examples):
-        assert torch.equal(images[i], transform(Image.open(data / e["image"]), "square"))
+        assert torch.equal(images[i].pixels[0], pixels(Image.open(data / e["image"])))
         text = tok.decode(rows[i].tolist())
         assert text.startswith("USER: ") and e["prompt"] in text and text.endswith(" ASSISTANT:")
 
-    mean = evaluate.mean_picture(world.examples(data), data, model)
-    evaluate.answerer(model, tok, data, 5, blank=mean)(examples)
-    blank = seen[1][1]
-    assert all(torch.equal(picture, mean) for picture in blank)
-    one = evaluate.mean_picture(examples[:1], data, model)
-    assert not torch.equal(mean, one) and mean.shape == one.shape
+    every = [pixels(Image.open(data / e["image"])).float() for e in world.examples(data)]
+    every = torch.stack(every[:: len(every) // evaluate.MEAN_OF][: evaluate.MEAN_OF])
+    evaluate.answerer(model, tok, data, 5, evaluate.blanked(world.examples(data), data, model))(examples)
+    assert all(torch.equal(blank.pixels, every.mean(0, keepdim=True)) for blank in seen[1][1])
+    evaluate.answerer(model, tok, data, 5, evaluate.blanked(examples[:1], data, model))(examples)
+    assert torch.equal(seen[2][1][3].pixels[0], pixels(Image.open(data / examples[0]["image"])).float())
 
     examples[1]["image"] = "images/benchmark/none.png"
     with pytest.raises(UserError, match="none.png: no such file.*; fix:"):

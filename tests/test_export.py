@@ -6,17 +6,20 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, shared
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import templates
 import weights
-from data import load_image
 from export import export
 from layouts import LLaVAConfig
 from model import LLaVA, init_weights
+from rows import load_image
+from samples import byte_tokenizer
 from templates import IMAGE_TOKEN, load_tokenizer
 
 GOLDEN = (
@@ -35,13 +38,13 @@ VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "n
 CLIP_SIDE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "do_center_crop": True}
 
 
-def small(family: str = "llama", tower: str = "clip", vocab: int = 97, seed: int = 0, **config) -> LLaVA:
+def small(family="llama", tower="clip", vocab: int = 97, seed: int = 0, edge: int = SIDE, **config) -> LLaVA:
     text = {"model_type": family, "vocab_size": vocab, "hidden_size": 48, "intermediate_size": 80,
             "num_hidden_layers": 2, **TEXT[family]}  # fmt: skip
     vision = {"model_type": f"{tower}_vision_model", **VISION}
+    clip, siglip = CLIP_SIDE | {"size": {"shortest_edge": edge}}, {"size": {"height": SIDE, "width": SIDE}}
     torch.manual_seed(seed)
-    model = LLaVA(LLaVAConfig(text, vision, CLIP_SIDE if tower == "clip" else {"size": {"height": SIDE, "width": SIDE}},
-                              **config)).eval()  # fmt: skip
+    model = LLaVA(LLaVAConfig(text, vision, clip if tower == "clip" else siglip, **config)).eval()
     init_weights(model, 0.2)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -131,29 +134,83 @@ def test_what_came_from_transformers_goes_back_complete(written, version, tmp_pa
 
 
 CHATS = [
-    ("llama", "clip", "meta-llama--Llama-2-7b-hf", ("tokenizer.model", "tokenizer_config.json"), 32000, "llama"),
-    ("llama", "siglip", "meta-llama--Llama-2-7b-hf", ("tokenizer.json", "tokenizer_config.json"), 32064, "llama"),
-    ("qwen2", "siglip", "Qwen--Qwen2-0.5B", ("tokenizer.json", "tokenizer_config.json"), 151936, "qwen2_base"),
-    ("qwen2", "clip", "Qwen--Qwen2-0.5B", ("tokenizer.json", "tokenizer_config.json"), 151936, "chat"),
+    ("llama", "clip", "meta-llama--Llama-2-7b-hf", ("tokenizer.model", "tokenizer_config.json"), 32000, "llama", "pad"),
+    (
+        "llama",
+        "siglip",
+        "meta-llama--Llama-2-7b-hf",
+        ("tokenizer.json", "tokenizer_config.json"),
+        32064,
+        "llama",
+        "anyres",
+    ),
+    ("qwen2", "siglip", "Qwen--Qwen2-0.5B", ("tokenizer.json", "tokenizer_config.json"), 151936, "qwen2_base", "pad"),
+    ("qwen2", "clip", "Qwen--Qwen2-0.5B", ("tokenizer.json", "tokenizer_config.json"), 151936, "chat", "square"),
 ]
 
 
 PHOTOS = ("horse.png", "astronaut.png", "cow_in_beach.jpg", "coffee.png", "chelsea.png")
 
 
+def ask(text: str, *photos) -> tuple:
+    """A question with pictures in front: our turns, their messages, the files."""
+    parts = [{"type": "image", "path": str(photo)} for photo in photos] + [{"type": "text", "text": text}]
+    return [human("<image>\n" * len(photos) + text)], [{"role": "user", "content": parts}], photos
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+def chat_is_ours(version: str, ours: dict):
+    """folder -> (model, tokenizer, what `ask` makes): prompts, pixels, logits and answers of the exported folders."""
+    for folder, (model, tok, asked) in ours.items():
+        export(model, tok, "hf-llava", folder, int(version))
+        shown = [{"messages": messages, "images": [str(p) for p in photos]} for _, messages, photos in asked]
+        (folder / "chat.json").write_text(json.dumps(shown))
+    under(version, "chat", *ours)
+    for folder, (model, tok, asked) in ours.items():
+        assert json.loads((folder / "info.json").read_text()) == {}, folder.name
+        got, theirs = json.loads((folder / "answered.json").read_text()), load_file(folder / "chat.safetensors")
+        template, image = model.config.template, weights.read_json(folder / "config.json")["image_token_index"]
+        stop, again = templates.stop_id(tok, template), LLaVA.from_pretrained(folder)
+        assert len(got["alone"]) == len(asked)
+        for i, (turns, _, photos) in enumerate(asked):
+            ids = torch.tensor(templates.encode_prompt(turns, tok, template))
+            items = [model.views.picture(load_image(photo)) for photo in photos]
+            assert [again.views.picture(load_image(photo)).shape for photo in photos] == [x.shape for x in items]
+            n = iter([model.views.positions(item.shape) for item in items])
+            want = [j for k in ids.tolist() for j in ([image] * next(n) if k == IMAGE_TOKEN else [k])]
+            alone = got["alone"][i]
+            assert alone["input_ids"] == want, alone["prompt"]
+            pixels = theirs[f"pixels{i}"].view(len(items), -1, 3, SIDE, SIDE)
+            for item, seen in zip(items, pixels, strict=True):
+                mine = model.vision_tower.transform.normalise(item.pixels)
+                assert (seen[: len(mine)] - mine).abs().max().item() <= 1e-5
+            for loaded in (model, again):
+                with torch.no_grad():
+                    logits = loaded(ids[None], items).logits[0, :, :1000]
+                assert (theirs[f"logits{i}"][:, : logits.size(1)] - logits).abs().max().item() <= 1e-4, folder.name
+                assert logits.std().item() > 0.1  # otherwise 1e-4 would say little
+            new = model.generate([ids], items, max_new_tokens=12, eos_token_id=stop)[0].tolist()
+            assert alone["generated"] == new, (folder.name, photos)
+            assert got["together"][i][: len(new)] == new
+        assert got["pipeline"][0].strip() == got["pipeline"][1].strip() != ""
+
+
 @pytest.mark.parametrize("version", ["4", "5"])
 def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp_path):
     """Processor, chat template and tokenizer: the ids of 20 questions about pictures, and the answers, are ours."""
     photos = [shared("assets/images/photos") / name for name in PHOTOS]
-    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A horse, grazing."},
-             {"from": "human", "value": "Which colour\nis it?"}]  # fmt: skip
+    turns = [human("<image>\nWhat is this?"), {"from": "gpt", "value": "A horse, grazing."},
+             human("Which colour\nis it?")]  # fmt: skip
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A horse, grazing."}]},
         {"role": "user", "content": "Which colour\nis it?"},
     ]
     ours = {}
-    for i, (family, tower, tokenizer, files, vocab, template) in enumerate(CHATS):
+    for i, (family, tower, tokenizer, files, vocab, template, mode) in enumerate(CHATS):
         source, folder = tmp_path / f"tok{i}", tmp_path / f"{i}"
         source.mkdir()
         for file in files:
@@ -161,31 +218,39 @@ def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp
         if template == "chat":
             config = weights.read_json(shared("assets/tokenizers/Qwen--Qwen2.5-0.5B-Instruct/tokenizer_config.json"))
             (source / "tokenizer_config.json").write_text(json.dumps(config))
-        mode = "pad" if i in (0, 2) else "square"  # of either encoder
-        tok, model = load_tokenizer(source), small(family, tower, vocab, 1, template=template, image_mode=mode)
-        export(model, tok, "hf-llava", folder, int(version))
-        asked = [(turns, messages, photos[0])]
-        for photo in photos[1:]:
-            text = f"What does {photo.stem} show, and where?"
-            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-            asked.append(([{"from": "human", "value": f"<image>\n{text}"}], [message], photo))
-        (folder / "chat.json").write_text(json.dumps([{"messages": m, "image": str(p)} for _, m, p in asked]))
-        assert LLaVA.from_pretrained(folder).config.image_mode == mode
-        assert f"chat template: {template}\n" in (folder / "README.md").read_text()
-        ours[folder] = model, tok, template, mode, asked
-    under(version, "chat", *ours)
-    for folder, (model, tok, template, mode, asked) in ours.items():
-        got, theirs = json.loads((folder / "answered.json").read_text()), load_file(folder / "pixels.safetensors")
-        image = weights.read_json(folder / "config.json")["image_token_index"]
-        assert len(got) == len(asked) == 5
-        for i, (turns, _, photo) in enumerate(asked):
-            ids = torch.tensor(templates.encode_prompt(turns, tok, template))
-            pixels = model.vision_tower.preprocess(load_image(photo), mode)[None]
-            want = [j for k in ids.tolist() for j in ([image] * model.image_tokens if k == IMAGE_TOKEN else [k])]
-            assert got[i]["input_ids"] == want, got[i]["prompt"]
-            assert (theirs[str(i)] - pixels).abs().max().item() <= 1e-5
-            new = model.generate([ids], pixels, max_new_tokens=12, eos_token_id=templates.stop_id(tok, template))[0]
-            assert got[i]["generated"] == new.tolist(), (folder.name, photo)
+        select = "cls_patch" if mode == "anyres" else "patch"
+        tok = load_tokenizer(source)
+        model = small(family, tower, vocab, 1, template=template, image_mode=mode, feature_select=select)
+        asked = [(turns, messages, photos[:1])]
+        asked += [ask(f"What does {photo.stem} show, and where?", photo) for photo in photos[1:4]]
+        ours[folder] = model, tok, [*asked, ask("What do both show?", *photos[3:])]
+    chat_is_ours(version, ours)
+    for folder, (model, *_) in ours.items():
+        assert LLaVA.from_pretrained(folder).config.image_mode == model.config.image_mode
+        assert f"chat template: {model.config.template}\n" in (folder / "README.md").read_text()
+
+
+GRIDS = "1x2 2x1 2x2 1x3 3x1"
+
+
+@pytest.mark.parametrize("version", ["4", "5"])
+def test_anyres_becomes_llava_next(version, tmp_path):
+    """Pictures of three shapes, each alone and all in one prompt: what LlavaNextProcessor makes of them is ours."""
+    photos = [tmp_path / f"{width}x{height}.png" for width, height in ((40, 40), (96, 31), (23, 77))]
+    for i, photo in enumerate(photos):
+        size = [int(n) for n in photo.stem.split("x")]
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), np.uint8)).save(photo)
+    asked = [*(ask("What is it?", photo) for photo in photos), ask("Which of them is tall?", *photos)]
+    tok, ours = byte_tokenizer(), {}
+    for family, tower, select, free in (("llama", "clip", "patch", 0), ("gemma", "siglip", "cls_patch", 9),
+                                        ("qwen2", "siglip", "cls_patch", 0)):  # fmt: skip
+        model = small(family, tower, tok.vocab_size + free, image_mode="anyres", image_grids=GRIDS,
+                      feature_select=select)  # fmt: skip
+        ours[tmp_path / family] = model, tok, asked
+    chat_is_ours(version, ours)
+    config, again = weights.read_json(tmp_path / "llama" / "config.json"), LLaVA.from_pretrained(tmp_path / "llama")
+    assert config["image_grid_pinpoints"] == [[12, 24], [24, 12], [24, 24], [12, 36], [36, 12]]
+    assert (again.config.image_mode, again.config.image_grids) == ("anyres", GRIDS)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +258,8 @@ def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp
     [
         (lambda: small(connector="mlp3x_gelu"), "two-layer MLP"),
         (lambda: small(connector="linear"), "two-layer MLP"),
+        (lambda: small(image_mode="tiles"), "image mode tiles: .*; fix: export to barellava$"),
+        (lambda: small(image_mode="anyres", edge=14), "12 pixels cropped from 14: .*; fix: export to barellava$"),
         (lambda: biased(small("phi")), "bias of the language model's head"),
         (lambda: LLaVA.from_pretrained(shared("golden/openelm-dinov2-mlp3x_gelu")), "two-layer MLP"),
     ],
@@ -206,7 +273,8 @@ def test_what_hugging_face_cannot_express_is_refused(model, message, tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"connector": "groupresampler", "connector_options": {"num_queries": 4, "group": 2}}, "no groupresampler"),
+        ({"connector": "mean_mlp2x_gelu"}, "no mean_mlp2x_gelu"),
+        ({"image_mode": "tiles"}, "no tiles"),
         ({"family": "gemma", "image_scale": 0.5}, "image features scaled otherwise"),
         ({"family": "phi", "head": False}, "a Phi without a bias on its head"),
     ],

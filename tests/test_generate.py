@@ -42,19 +42,19 @@ def test_one_shot_prints_the_answer_and_its_speed(folder):
         "generate.py", "--model", folder, "--image", picture, "--prompt", "How many?", "--max-new-tokens", 6
     ).stdout
     talk = chat(folder)
-    talk.add_image(str(picture))
+    talk.show(str(picture))
     answer = talk.ask("How many?", show=lambda text: None)
     assert answer and answer in said and "tokens/s]" in said
 
 
 def test_the_stream_is_the_answer_and_turns_are_kept(folder):
     talk, shown = chat(folder), []
-    talk.add_image(str(folder / "red.png"))
+    talk.show(str(folder / "red.png"))
     first = talk.ask("What?", show=shown.append)
     assert "".join(shown[:-1]).strip() == first and len(shown) > 4  # piece by piece
-    talk.add_image(str(folder / "blue.png"))
+    talk.show(str(folder / "blue.png"))
     talk.ask("And <image> this?", show=shown.append)
-    assert [t["value"].count("<image>") for t in talk.turns[::2]] == [1, 1] and len(talk.images) == 2
+    assert [t["value"].count("<image>") for t in talk.turns[::2]] == [1, 1] and len(talk.items) == 2
     assert talk.turns[1]["value"] == first
 
 
@@ -102,6 +102,6 @@ def test_the_chat_goes_on_after_a_mistake(folder):
 
 
 def test_a_wrong_model_is_one_line(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llava_onevision"}')
     wrong = run("generate.py", "--model", tmp_path, "--prompt", "x", ok=False).stderr.strip().splitlines()
-    assert len(wrong) == 1 and "'llava_next' is no layout known here; fix: " in wrong[0]
+    assert len(wrong) == 1 and "'llava_onevision' is no layout known here; fix: " in wrong[0]

@@ -47,7 +47,7 @@ def requests(count: int = 9, pictures: int = 2, seed: int = 1) -> list[Request]:
             chosen.append(draw.randrange(pictures))
             ids = torch.cat([ids[:2], torch.tensor([IMAGE_TOKEN]), ids[2:]])
         ids[:2] = torch.tensor([1, 2])
-        made.append(Request(ids, images[chosen] if chosen else None, draw.randint(1, 9), stop=(7,), tag=i))
+        made.append(Request(ids, images[chosen], draw.randint(1, 9), stop=(7,), tag=i))
     return made
 
 
@@ -110,17 +110,17 @@ def test_a_place_is_taken_as_soon_as_it_is_free():
 
 def spied(model: LLaVA, monkeypatch) -> dict[str, int]:
     """Pictures encoded, and tokens that went through the language model."""
-    seen, encode, forward = {"images": 0, "tokens": 0}, model.encode_images, model.language_model.model.forward
+    seen, see, forward = {"images": 0, "tokens": 0}, model.see, model.language_model.model.forward
 
     def count_images(images):
         seen["images"] += len(images)
-        return encode(images)
+        return see(images)
 
     def count_tokens(x, *rest):
         seen["tokens"] += len(x)
         return forward(x, *rest)
 
-    monkeypatch.setattr(model, "encode_images", count_images)
+    monkeypatch.setattr(model, "see", count_images)
     monkeypatch.setattr(model.language_model.model, "forward", count_tokens)
     return seen
 

@@ -198,7 +198,7 @@ def test_a_llava_and_hugging_faces_exchange_adapters(tmp_path):
     lora.apply(ours, PLAIN, ["language_model"])
     ours.vision_tower.requires_grad_(False)
     filled(ours, 2)
-    lora.save_adapter(tmp_path, ours, layouts.LAYOUTS["llava"].table[2:])
+    lora.save_adapter(tmp_path, ours, layouts.LAYOUTS["llava"].table[len(layouts.PROJECTOR) :])
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -119,7 +119,7 @@ def test_several_images_in_one_prompt_go_in_their_order():
     images = torch.randn(2, 3, 12, 12)
     ids = torch.tensor([[5, IMAGE_TOKEN, 9, IMAGE_TOKEN, 3]])
     features = model.encode_images(images)
-    x = model.embed(expand(ids[0], features), features)
+    x = model.embed(expand(ids[0], [model.image_tokens] * len(images)), features)
     close(x[1 : 1 + model.image_tokens], features[0], 0)
     close(x[2 + model.image_tokens : 2 + 2 * model.image_tokens], features[1], 0)
 

@@ -105,7 +105,9 @@ def test_list_shows_every_recipe_and_its_scores():
     head, *rows, legend = [line for line in run("train.py", "--list").stdout.splitlines() if line]
     assert head.split() == ["recipe", "llm", "vision", "trains", *plan.BENCHMARKS]
     table = {row.split()[0]: row for row in rows}
-    assert set(table) == {f.stem for f in (ROOT / "recipes").glob("*.toml")} - {"base", "share"}
+    assert table.pop("recipe").split() == ["recipe", "llm", "vision", "trains", *plan.VIDEO]
+    assert table["qwen2.5-3b-siglip-video"].split()[-5:] == ["47.0", "45.5", "42.4", "52.5", "34.3"]
+    assert set(table) == {f.stem for f in (ROOT / "recipes").glob("*.toml")} - {"base", "share", "video"}
     phi = re.split(r"\s{2,}", table["phi2-siglip-share-factory"])
     assert phi[1:4] == ["phi-2", "siglip-so400m-patch14-384", "c > c+l > c+l"]
     assert phi[4:] == "80.1 62.1 73.0 60.3 37.5 87.2 1466.4 38.4".split()
@@ -145,8 +147,8 @@ def test_dry_run_counts_parameters_steps_and_tokens(recipe, tmp_path):
     both = count(model.connector) + count(model.language_model)
     assert second.startswith(f"finetune: 4 steps of 5 rows; trains {both:,}{whole}")
     # half the rows have 10 + 20 tokens and a picture, half 30 + 60; the template `pretrain` leaves the question out
-    assert "0.50 images, 40 text tokens, 40 supervised (data: 10 rows)" in first
-    assert "0.50 images, 60 text tokens, 40 supervised (data: 10 rows)" in second
+    assert "0.50 views of 8 tokens, 40 text tokens, 40 supervised (data: 10 rows)" in first
+    assert "0.50 views of 8 tokens, 60 text tokens, 40 supervised (data: 10 rows)" in second
     assert said.count("estimate") == 4 and "stage.finetune.validation" in said and "MISSING" not in said
     assert not (tmp_path / "out").exists()
 
@@ -181,7 +183,7 @@ def test_what_is_missing_is_named(recipe, other, key, why, capsys):
     said = capsys.readouterr().out
     assert str(e.value).startswith(f"{file}:{key}: ") and why in str(e.value) and "MISSING" in said
     assert ("steps unknown: no data" in said) == ("hours per 100,000 rows" in said) == ("data" in other)
-    assert ("1.00 images, 200 text tokens, 100 supervised (assumed: no data)" in said) == ("data" in other)
+    assert ("1.00 views of 15 tokens, 200 text tokens, 100 supervised (assumed: no data)" in said) == ("data" in other)
 
 
 def test_pickled_weights_are_found_where_they_are_allowed(recipe, tmp_path, capsys):
@@ -271,7 +273,7 @@ def test_memory_is_the_sum_that_the_docstring_gives():
     model = build(device="meta")
     stage = Stage(tune=Tune(llm="full"), global_batch=8, micro_batch_tokens=200)
     set_trainable(model, stage.tune)
-    memory, _ = plan.estimate(model, stage, (1, 20, 10), recompute=True)
+    memory, _ = plan.estimate(model, stage, (1, 15, 20, 10), recompute=True)
     lm, connector = count(model.language_model), count(model.connector)
     linears = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
                for name, part in model.named_children()}  # fmt: skip
@@ -283,17 +285,17 @@ def test_memory_is_the_sum_that_the_docstring_gives():
     mlp = 16 * (16 * 64 + 2 * ((48 + 64) + (64 + 64)))  # the connector, at all 16 encoder tokens, kept whole
     assert memory["activations"] == rows * (3 * 4 * 64 * tokens + mlp + block * tokens)
     assert memory["logits"] == 16 * 96 * rows * 10
-    kept, _ = plan.estimate(model, stage, (1, 20, 10), recompute=False)
+    kept, _ = plan.estimate(model, stage, (1, 15, 20, 10), recompute=False)
     assert kept["activations"] == rows * (3 * block * tokens + mlp + block * tokens)
-    quantized, _ = plan.estimate(model, replace(stage, tune=Tune(llm="qlora-nf4")), (1, 20, 10), recompute=True)
+    quantized, _ = plan.estimate(model, replace(stage, tune=Tune(llm="qlora-nf4")), (1, 15, 20, 10), recompute=True)
     assert quantized["weights"] == memory["weights"]  # what trains is in float32 all the same
     set_trainable(model, Tune())
-    quantized, _ = plan.estimate(model, replace(stage, tune=Tune(llm="qlora-nf4")), (1, 20, 10), recompute=True)
+    quantized, _ = plan.estimate(model, replace(stage, tune=Tune(llm="qlora-nf4")), (1, 15, 20, 10), recompute=True)
     head, rest = model.language_model.lm_head.weight.numel(), lm - linears["language_model"]
     packed = 0.516 * (linears["language_model"] - head) + 2 * head + 4 * rest
     assert quantized["weights"] == pytest.approx(packed + 4 * (count(model) - lm) - 2 * linears["vision_tower"])
     set_trainable(model, stage.tune)
-    one, _ = plan.estimate(model, replace(stage, micro_batch_tokens=0), (1, 20, 10), recompute=False)
+    one, _ = plan.estimate(model, replace(stage, micro_batch_tokens=0), (1, 15, 20, 10), recompute=False)
     assert one["activations"] * rows == kept["activations"]
 
 
@@ -316,7 +318,7 @@ def test_operations_are_those_that_torch_counts(tune, recompute):
         cu_seqlens = torch.tensor([0, 39], dtype=torch.int32)
         loss = model.loss(ids, labels, torch.arange(39), cu_seqlens, 39, torch.rand(2, 3, 32, 32))
         loss.backward()
-    _, flops = plan.estimate(model, Stage(tune=tune), (2, 9, 8), recompute)
+    _, flops = plan.estimate(model, Stage(tune=tune), (2, 30, 9, 8), recompute)
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -339,7 +341,7 @@ def test_both_encoders_of_a_mixture_are_counted():
     one, two = build(device="meta"), build(device="meta")
     two.vision_tower = nn.Module()
     two.vision_tower.clip, two.vision_tower.dinov2 = (build(device="meta").vision_tower for _ in range(2))
-    stage, row = Stage(), (1, 20, 10)
+    stage, row = Stage(), (1, 15, 20, 10)
     for model in (one, two):
         set_trainable(model, stage.tune)
     first, second = (plan.estimate(m, stage, row, True) for m in (one, two))
@@ -357,7 +359,7 @@ def test_the_largest_run_that_was_reported():
     hours = []
     for stage, rows in zip(r.stage.values(), (558_128, 665_298), strict=True):
         set_trainable(model, stage.tune)
-        memory, flops = plan.estimate(model, stage, plan.mean_row(None, stage.template), True)
+        memory, flops = plan.estimate(model, stage, plan.mean_row(None, stage.template, model.views), True)
         hours.append(rows * flops / plan.GPUS["A100-40G"][1] / plan.SHARE / 8 / 3600)
     assert 6 < sum(hours) < 12
     assert 40 < sum(memory.values()) / 1e9 < 80

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_data import flat, row, rows_of, transform, turns, write
+from test_data import MeanColour, flat, row, rows_of, turns, write
 
 import config
 import data
@@ -24,6 +24,9 @@ import index
 import rows as rows_module
 from config import Stage, Train, UserError
 from data import Mixture, Order, Rows, SampleSpec, Steps, shard, share, token_counts
+from images import ImageTransform
+from samples import byte_tokenizer
+from views import Views
 
 HARD = [
     '"',
@@ -59,7 +62,7 @@ def always(monkeypatch):
 
 @pytest.fixture(scope="module")
 def spec():
-    return SampleSpec(data.byte_tokenizer(), "plain", max_tokens=1000, image_tokens=5, transform=transform)
+    return SampleSpec(byte_tokenizer(), "plain", max_tokens=1000, views=Views(5, transform=MeanColour()))
 
 
 # ---- the index
@@ -369,13 +372,14 @@ def test_token_counts_are_those_of_the_samples_and_kept(many, tmp_path, spec, mo
     counts = token_counts(rows, spec, workers=1)
     for i in range(37):
         sample = data.make_sample(rows, i, spec)
-        assert counts[i].tolist() == [len(sample.ids), len(sample.images), int((sample.labels != data.IGNORE).sum())]
+        assert counts[i].tolist() == [len(sample.ids), len(sample.items), int((sample.labels != data.IGNORE).sum())]
     assert counts[37].tolist() == [0, 0, 0] and isinstance(counts, np.memmap)
     tried = []
     real = data.encode_row
     monkeypatch.setattr(data, "encode_row", lambda *args: tried.append(1) or real(*args))
     assert np.array_equal(token_counts(rows, spec), counts) and not tried
-    for change in ({"max_tokens": 30}, {"template": "phi", "tokenizer": spec.tokenizer}, {"image_tokens": 6}):
+    wider = {"views": dataclasses.replace(spec.views, tokens=6)}
+    for change in ({"max_tokens": 30}, {"template": "phi", "tokenizer": spec.tokenizer}, wider):
         other = token_counts(rows, dataclasses.replace(spec, **change))
         assert not np.array_equal(other, counts) and len(tried) == 38
         tried.clear()
@@ -427,10 +431,8 @@ def test_micro_batches_are_the_fewest_possible():
 
 
 def test_uint8_pixels_reach_the_batch_as_they_are(many, spec, tmp_path):
-    def pixels(image, mode):
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-    steps = Steps(many, dataclasses.replace(spec, transform=pixels), Stage(global_batch=38), Train(on_bad_row="skip"))
+    spec = dataclasses.replace(spec, views=Views(5, transform=ImageTransform(8)))
+    steps = Steps(many, spec, Stage(global_batch=38), Train(on_bad_row="skip"))
     batches = [b for b in steps[0].batches if b.images is not None]
     assert batches and all(b.images.dtype == torch.uint8 for b in batches)
 

@@ -21,8 +21,9 @@ import seal
 import train
 import world as demo_world
 from config import Stage, Tune
-from data import Rows, load_image, stage_spec, validation_batches
+from data import Rows, stage_spec, validation_batches
 from model import LLaVA
+from rows import load_image
 from templates import encode_prompt, load_tokenizer, stop_id
 
 RECIPE = """
