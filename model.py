@@ -40,7 +40,7 @@ from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
 from layouts import IMAGE_TOKEN, LLaVAConfig
-from views import PICTURE, Item, Separated, Shape, items_of, join, order
+from views import PICTURE, Item, Separated, Shape, called_for, join, order
 
 # ----------------------------------------------------------------------------------------- language model
 
@@ -488,18 +488,26 @@ class LLaVA(nn.Module):
         return self.connector(self.see(images))
 
     def see(self, views: Tensor) -> Tensor:
-        """Views (V, 3, H, W), normalised or uint8 -> the encoder's tokens (V, n, C). Without gradients so many at once
-        that what it takes beside them does not grow with V."""
-        parts = [views] if torch.is_grad_enabled() else views.split(AT_ONCE)
-        return torch.cat([self.vision_tower(self.vision_tower.transform.normalise(part)) for part in parts])
+        """Views (V, 3, H, W), normalised or uint8 -> the encoder's tokens (V, n, C). Without gradients so few at once
+        that the memory it takes beside them does not grow with V."""
+        normalise, made = self.vision_tower.transform.normalise, None
+        if torch.is_grad_enabled():
+            return self.vision_tower(normalise(views))
+        for at in range(0, len(views), AT_ONCE):
+            seen = self.vision_tower(normalise(views[at : at + AT_ONCE]))
+            made = seen.new_empty(len(views), *seen.shape[1:]) if made is None else made
+            made[at : at + AT_ONCE] = seen
+        return made
 
     def encode(self, images: Tensor, shapes: Sequence[Shape] = ()) -> list[Tensor]:
         """The views (V, 3, H, W) of items (of one each), in order -> what stands in the sequence for each, (n, D)."""
         shapes = shapes or [PICTURE] * len(images)
-        seen, made = self.see(images).split([shape.views for shape in shapes]), [None] * len(shapes)
-        for views in {shape.views for shape in shapes}:
+        kinds, made, seen = {shape.views for shape in shapes}, [None] * len(shapes), self.see(images)
+        parts = seen.split([shape.views for shape in shapes])
+        for views in kinds:
             same = [i for i, shape in enumerate(shapes) if shape.views == views]
-            tokens = self.connector(join(self.config.connector, torch.stack([seen[i] for i in same])))
+            x = seen.unflatten(0, (-1, views)) if len(kinds) == 1 else torch.stack([parts[i] for i in same])
+            tokens = self.connector(join(self.config.connector, x))
             n = tokens.size(1) - isinstance(self.connector, Separated)
             for i, item in zip(same, tokens, strict=True):
                 made[i] = item[order(shapes[i], n // views).to(item.device)] if shapes[i].rows else item[:n]
@@ -539,7 +547,7 @@ class LLaVA(nn.Module):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
-        counts, features = self.features(self.items(rows, images))
+        counts, features = self.features(called_for(rows, images))
         ids, positions, cu_seqlens, max_seqlen = pack(rows, counts)
         hidden = self.language_model.model(self.embed(ids, features), positions, packed(cu_seqlens, max_seqlen))
         logits = self.language_model.lm_head(hidden)
@@ -551,16 +559,6 @@ class LLaVA(nn.Module):
         wide = expand(torch.cat(rows), counts, torch.cat(given)).split(lengths)
         targets = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE) for row in wide])
         return Output(padded, F.cross_entropy(logits.float(), targets))
-
-    def items(self, rows: list[Tensor], images: Tensor | Sequence[Item] | None) -> list[Item]:
-        """The items that the rows' placeholders call for, in their order."""
-        counts = [int((row == IMAGE_TOKEN).sum()) for row in rows]
-        items = [] if images is None else items_of(images)
-        if len(items) != sum(counts) and sum(counts):
-            if len(items) != len(rows) or max(counts) > 1:
-                raise ValueError(f"{sum(counts)} image placeholders but {len(items)} images")
-            items = [item for item, count in zip(items, counts, strict=True) if count]
-        return items if sum(counts) else []
 
     def features(self, items: list[Item]) -> tuple[list[int], Tensor | None]:
         """How many positions each item takes, and what stands there, (P, D)."""
@@ -593,6 +591,6 @@ class LLaVA(nn.Module):
             input_ids = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
         rows = [row.to(self.language_model.lm_head.weight.device) for row in input_ids]
         return generation.generate(
-            self, rows, self.items(rows, images), max_new_tokens, num_beams, eos_token_id, use_cache, generator,
+            self, rows, called_for(rows, images), max_new_tokens, num_beams, eos_token_id, use_cache, generator,
             stream, temperature=temperature, top_p=top_p, top_k=top_k, until=until,
         )  # fmt: skip

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from config import UserError
 from connectors import CONNECTORS, connector_tokens
 from images import ImageTransform
+from templates import IMAGE_TOKEN
 
 TILED = ("tiles", "anyres")
 
@@ -57,6 +58,18 @@ def items_of(images: Tensor | Sequence[Item]) -> list[Item]:
     return [Item(image[None]) for image in images] if isinstance(images, Tensor) else list(images)
 
 
+def called_for(rows: list[Tensor], images: Tensor | Sequence[Item] | None) -> list[Item]:
+    """The items that the placeholders in rows of ids call for, in their order; of as many images as rows, those of the
+    rows with a placeholder. Raises ValueError."""
+    counts = [int((row == IMAGE_TOKEN).sum()) for row in rows]
+    items = items_of(images) if images is not None and sum(counts) else []
+    if len(items) == sum(counts):
+        return items
+    if len(items) != len(rows) or max(counts) > 1:
+        raise ValueError(f"{sum(counts)} image placeholders but {len(items)} images")
+    return [item for item, count in zip(items, counts, strict=True) if count]
+
+
 def order(shape: Shape, n: int) -> Tensor:
     """Where the tokens of an anyres item come from, of `views` times n and one separator behind them: the first view's,
     then those of the tiles as of one large picture, row by row without its borders, the separator behind each row."""
@@ -70,7 +83,7 @@ def order(shape: Shape, n: int) -> Tensor:
 def join(spec: str, x: Tensor) -> Tensor:
     """The views of items (N, v, n, C) as their connector reads them: (N, v n, C), or the mean (N, n, C). Of a mixture
     (N, v, 2, n, C) -> (N, 2, v n, C)."""
-    return x.mean(1) if CONNECTORS[spec].mean else torch.cat(x.unbind(1), -2)
+    return x.mean(1) if CONNECTORS[spec].mean else x.transpose(1, -3).flatten(-3, -2)
 
 
 class Separated(nn.Sequential):

@@ -10,13 +10,17 @@ barellava        reads the packets' times, seeks, decodes what the wanted frames
 every frame      decodes all frames, converts all to RGB and picks
 16 converted     decodes all frames, converts those wanted
 
-Target: >= 2 x every frame, for the longest clip given.
+Then memory: the frames of that longer clip through SigLIP-base-384 of random weights, 32 and 128 of them, each in a
+process of its own: the peak above what was there before, pixels included, as the encoder's features are kept.
+
+Targets: >= 2 x every frame, for the longest clip given; 128 frames take no more than 32 and the features.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -87,7 +91,42 @@ def measure(file: Path, n: int, repeats: int) -> dict:
     return {"frames": clip.frames, "seconds": clip.duration, "ms": runs}
 
 
+SIGLIP_BASE = {"model_type": "siglip_vision_model", "hidden_size": 768, "intermediate_size": 3072,
+               "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 384, "patch_size": 16}  # fmt: skip
+TEXT = {"model_type": "llama", "vocab_size": 320, "hidden_size": 768, "intermediate_size": 768,
+        "num_hidden_layers": 1, "num_attention_heads": 12}  # fmt: skip
+
+
+def status(key: str) -> int:
+    """Bytes that /proc says of this process."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+
+
+@torch.inference_mode()
+def encode(file: str, count: int):
+    """Prints the peak of encoding so many frames above what was there before, and what the features take of it."""
+    from layouts import LLaVAConfig
+    from model import LLaVA
+
+    model = LLaVA(LLaVAConfig(TEXT, SIGLIP_BASE, {})).to(torch.bfloat16).eval()
+    item = model.views.clip(video.stream(file, count))
+    model.see(item.pixels[:1])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    features = model.see(item.pixels)
+    print(json.dumps({"peak": status("VmHWM") - before, "features": features.nbytes, "pixels": item.pixels.nbytes}))
+
+
+def memory(file: Path) -> dict[int, dict]:
+    """What `encode` prints of 32 and of 128 frames."""
+    command = [sys.executable, __file__, "encode", str(file)]
+    told = {n: subprocess.run([*command, str(n)], check=True, capture_output=True, text=True) for n in (32, 128)}
+    return {n: json.loads(done.stdout) for n, done in told.items()}
+
+
 def main(argv: list[str]):
+    if argv[:1] == ["encode"]:
+        return encode(argv[1], int(argv[2]))
     parser = config.parser(__doc__)
     parser.add_argument("clips", type=Path, nargs="+")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
@@ -103,6 +142,7 @@ def main(argv: list[str]):
             results[file.name] = measure(file, args.frames, args.repeats)
             long = longer(file, Path(folder, f"long{file.suffix}"))
             results[f"{COPIES} x {file.name}"] = measure(long, args.frames, args.repeats)
+        few, many = (taken := memory(long)).values()
     ratios = {}
     for name, result in results.items():
         print(f"{name}: {result['frames']} frames, {result['seconds']:.1f} s; ms, median (range) of {args.repeats}")
@@ -115,9 +155,15 @@ def main(argv: list[str]):
     for name in (longest, f"{COPIES} x {longest}"):
         good = "met" if ratios[name] >= TARGET else "MISSED"
         print(f"target >= {TARGET:g} x every frame, {name}: {good} ({ratios[name]:.2f})")
+    more, features = many["peak"] - few["peak"], many["features"] - few["features"]
+    each = ", ".join(
+        f"{n} frames {m['peak'] / 1e6:.0f} MB (features {m['features'] / 1e6:.0f})" for n, m in taken.items()
+    )
+    good = "met" if more <= features else "MISSED"
+    print(f"memory of encoding: {each}; {more / 1e6:.0f} MB more, features {features / 1e6:.0f} MB more: {good}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        args.json.write_text(json.dumps({"clips": results, "memory": taken}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
