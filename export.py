@@ -1,8 +1,8 @@
 """Write a model in another checkpoint layout, exactly, or refuse with the reason.
 
-    python export.py --model out/demo --to hf-llava OUT               # LlavaForConditionalGeneration
+    python export.py --model out/demo --to hf-llava OUT               # LlavaForConditionalGeneration; anyres: LlavaNext
     python export.py --model DIR --to hf-llava OUT --transformers 4   # differs for Gemma only
-    python export.py --model DIR --to tinyllava OUT                   # TinyLLaVA Factory, one file
+    python export.py --model DIR --to tinyllava OUT                   # TinyLLaVA Factory or -Video, one file
     python export.py --model DIR --to barellava OUT                   # our own layout, from any that we read
     python export.py --model DIR --to hf-llava OUT --dtype bfloat16
     python export.py --model DIR --adapter ADAPTER --to hf-llava OUT  # with a PEFT adapter merged into it
@@ -29,6 +29,7 @@ import templates
 import weights
 from config import UserError
 from model import LLaVA
+from views import TILED
 
 # Families that transformers has; its LLaVA gives every one of them a head without a bias.
 TOWER = "vision_tower.vision_model."
@@ -56,8 +57,8 @@ def write(folder: Path, state: dict[str, Tensor], files: dict[str, dict | str]):
 
 
 def check_expressible(model: LLaVA):
-    """Raises UserError naming the part that LlavaForConditionalGeneration has no place for."""
-    c, lm = model.config, model.language_model
+    """Raises UserError naming the part that neither LlavaForConditionalGeneration nor LlavaNext's has a place for."""
+    c, lm, transform = model.config, model.language_model, model.vision_tower.transform
     reason = ""
     if c.connector != "mlp2x_gelu":
         reason = (
@@ -69,15 +70,20 @@ def check_expressible(model: LLaVA):
         reason = f"encoder {model.vision_tower.config.hf['model_type']}: its LLaVA takes CLIP or SigLIP"
     elif lm.lm_head.bias is not None and lm.lm_head.bias.any():
         reason = "the bias of the language model's head: Hugging Face LLaVA drops it"
+    elif c.image_mode == "tiles":
+        reason = "image mode tiles: Hugging Face LLaVA-NeXT has those of anyres alone"
+    elif c.image_mode == "anyres" and transform.crop not in (0, transform.size):
+        reason = f"anyres of {transform.crop} pixels cropped from {transform.size}: LLaVA-NeXT would crop each tile"
     if reason:
-        raise UserError("--to hf-llava", reason, "export to barellava or tinyllava")
+        fix = "export to barellava" if c.image_mode in TILED else "export to barellava or tinyllava"
+        raise UserError("--to hf-llava", reason, fix)
 
 
 def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[str, dict | str]]:
     """(tensors, small files) that transformers loads with nothing missing and nothing left over.
 
     version is the major version of transformers it is for. 5 multiplies Gemma's token embeddings by sqrt(D) and
-    leaves image features alone where 4 scaled both; the connector's last linear makes up for it.
+    leaves image features alone where 4 scaled both; the connector's last linear and anyres's separator make up for it.
     """
     check_expressible(model)
     c, lm, tower = model.config, model.language_model, model.vision_tower
@@ -85,8 +91,8 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
     state.pop("language_model.lm_head.bias", None)
     scale = c.image_scale * (lm.config.embed_scale if version >= 5 else 1.0)
     if scale != 1:
-        for name in ("weight", "bias"):
-            key = f"multi_modal_projector.linear_2.{name}"
+        last = "multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias", "image_newline"
+        for key in state.keys() & last:
             state[key] = (state[key].double() * scale).to(state[key].dtype)
     vision, layer = dict(tower.config.hf), c.feature_layer
     if not tower.spares:  # made here, not loaded: there is nothing behind the feature layer
@@ -108,29 +114,37 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
         for key in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
             if key in state:
                 state[key] = torch.cat([state[key], state[key][:1]])
-    tied = lm.config.tied
-    pad = {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if c.image_mode == "pad" else {}
+    tied, select = lm.config.tied, {"patch": "default", "cls_patch": "full"}[c.feature_select]
+    kind, images, grids = "Llava", tower.transform.to_hf(), {}
+    if c.image_mode == "pad":
+        images |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    if c.image_mode == "anyres":  # where crop_size is a tile's, cropped or not
+        kind, side = "LlavaNext", tower.transform.side
+        grids = {"image_grid_pinpoints": [[rows * side, columns * side] for rows, columns in model.views.grids]}
+        images |= {"image_processor_type": "LlavaNextImageProcessor", **grids,
+                   "crop_size": {"height": side, "width": side}}  # fmt: skip
     files = {
         "config.json": {
-            "model_type": "llava",
-            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": {"Llava": "llava", "LlavaNext": "llava_next"}[kind],
+            "architectures": [f"{kind}ForConditionalGeneration"],
             "text_config": c.text | {"vocab_size": vocab, "tie_word_embeddings": tied},
             "vision_config": vision,
             "image_token_index": token,
             "image_seq_length": model.image_tokens,
             "projector_hidden_act": "gelu",
             "vision_feature_layer": layer,
-            "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[c.feature_select],
+            "vision_feature_select_strategy": select,
             "tie_word_embeddings": tied,
             "dtype": str(state["language_model.model.embed_tokens.weight"].dtype).removeprefix("torch."),
             "transformers_version": {4: "4.57.1", 5: "5.23.0"}[version],
+            **grids,
         },
-        "preprocessor_config.json": tower.transform.to_hf() | {"processor_class": "LlavaProcessor", **pad},
+        "preprocessor_config.json": images | {"processor_class": f"{kind}Processor"},
         "processor_config.json": {
-            "processor_class": "LlavaProcessor",
+            "processor_class": f"{kind}Processor",
             "patch_size": vision["patch_size"],
             "num_additional_image_tokens": len(tower.config.leading),
-            "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[c.feature_select],
+            "vision_feature_select_strategy": select,
             "image_token": "<image>",
         },
     }
@@ -170,9 +184,10 @@ def tokenizer_files(tok, token: int) -> dict[str, dict | str]:
         raise UserError(
             "tokenizer.json", f"<image> became {fast.token_to_id('<image>')}, not {token}", "report this file"
         )
-    kept = ("model_max_length", "padding_side", "clean_up_tokenization_spaces")
-    settings = {k: tok.config[k] for k in kept if k in tok.config} | tok.named | {
-        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", "image_token": "<image>",
+    kept = ("model_max_length", "clean_up_tokenization_spaces")
+    # Prompts of a batch are filled up on the left: an answer goes on from the last token of each.
+    settings = {k: tok.config[k] for k in kept if k in tok.config} | {"pad_token": tok.eos} | tok.named | {
+        "tokenizer_class": "PreTrainedTokenizerFast", "image_token": "<image>", "padding_side": "left",
         "extra_special_tokens": {"image_token": "<image>"},
         "model_input_names": ["input_ids", "attention_mask"]}  # fmt: skip
     return {"tokenizer.json": fast.to_str(pretty=True), "tokenizer_config.json": settings}
@@ -258,9 +273,9 @@ def chat_template(form, tok) -> str:
 
 
 OPENED_BY = {
-    "hf-llava": "transformers: `LlavaForConditionalGeneration.from_pretrained(DIR)` and `AutoProcessor`",
-    "tinyllava": "TinyLLaVA Factory: `load_pretrained_model(DIR)`",
-    "barellava": "barellava: `python generate.py --model DIR --image FILE`",
+    "hf-llava": "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`",
+    "tinyllava": "TinyLLaVA Factory, with a video's connector TinyLLaVA-Video: `load_pretrained_model(DIR)`",
+    "barellava": "barellava: `python generate.py --model DIR --image FILE`, or `--video FILE`",
 }
 
 
@@ -270,7 +285,10 @@ def card(model: LLaVA, to: str) -> str:
     names = {part: c.sources.get(key) or f"{hf.get('model_type')}, of random weights or an unknown source"
              for part, key, hf in (("language model", "llm", c.text), ("encoder", "vision", c.vision))}  # fmt: skip
     lines = [f"- {part}: {name}" for part, name in names.items()]
-    lines.append(f"- connector: {c.connector}; {model.image_tokens} tokens per image, image mode {c.image_mode}")
+    mode = f"{c.image_mode}, grids {c.image_grids}" if c.image_mode in TILED else c.image_mode
+    lines.append(f"- connector: {c.connector}; {model.image_tokens} tokens for an image of one view, image mode {mode}")
+    if to != "hf-llava":  # Factory's config.json has no place for them, and transformers' class takes no video
+        lines.append(f"- frames of a video: {c.frames}" + f" at most, {c.fps:g} a second" * (c.fps > 0))
     lines += [f"- chat template: {c.template}", f"- {count:.1f}M parameters", "", f"Opens in {OPENED_BY[to]}"]
     return "# A small multimodal model\n\n" + "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
     python bench/data.py                                       # all three; writes about 1.6 GB to a temporary folder
     python bench/data.py --rows 20000 --repeats 1              # a small one, to try the script
-    python bench/data.py --only images --json out/data.json
+    python bench/data.py --only images --json out/data.json    # the other parts keep what the file has of them
 
 index     rows shaped like LLaVA-665k's, as one JSON list: seconds and peak memory of json.load and of Rows, the first
           time (the index is scanned) and later (it is mapped), each in a fresh process without what the imports took;
@@ -18,6 +18,7 @@ Targets: first start <= 60 s, later <= 2 s, <= 300 MB a worker; fill >= 97 %; >=
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
 import resource
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +142,7 @@ def packing(folder: str):
         row = found[order(k)[1]]
         text = sum(len(turn["value"]) for turn in row["conversations"])
         lengths.append(min(MAX_TOKENS, SYSTEM + text // 4 + IMAGE_TOKENS * ("image" in row)))
-    results = {"tokens of a row": {"mean": statistics.fmean(lengths), "longest": max(lengths)}}
+    cases, tokens = {}, {"rows": len(lengths), "mean": statistics.fmean(lengths), "longest": max(lengths)}
     for batch, world in ((128, 1), (256, 1), (512, 1), (128, 8), (256, 8)):
         used, most, seconds = (
             dict.fromkeys(("dealt", "shared", "possible"), 0),
@@ -159,8 +161,8 @@ def packing(folder: str):
         total = sum(map(sum, steps))
         fills = {f"fill {name}": total / (n * BUDGET) for name, n in used.items()}
         balance = {f"balance {name}": total / (world * n) for name, n in most.items()}
-        results[f"{batch} samples, {world} ranks"] = fills | balance | {"ms": 500 * seconds / len(steps)}
-    print(json.dumps(results))
+        cases[f"{batch} samples, {world} ranks"] = fills | balance | {"ms": 500 * seconds / len(steps)}
+    print(json.dumps({"tokens": tokens, "cases": cases}))
 
 
 def images(folder: str, who: str, kind: str, processes: str):
@@ -233,36 +235,45 @@ def verdict(what: str, value: float, good: bool) -> str:
 def index_part(folder: Path, repeats: int) -> dict:
     file = folder / "rows.json"
     runs = {"json.load": [], "first start": [], "later start": []}
-    print(f"index: {file.stat().st_size / 1e9:.2f} GB of rows; seconds, MB above the imports")
     for _ in range(repeats):
         runs["json.load"].append(child("json_load", folder))
         Path(f"{file}.index").unlink(missing_ok=True)
         runs["first start"].append(child("rows", folder))
         runs["later start"].append(child("rows", folder))
+    return {"bytes": file.stat().st_size, "runs": runs, "worker": child("workers", folder)}
+
+
+def index_lines(found: dict) -> list[str]:
+    runs, memory = found["runs"], found["worker"]
+    some = runs["json.load"]
+    lines = [f"{some[0]['rows']} rows, {found['bytes'] / 1e9:.2f} GB, median (range) of {len(some)} runs",
+             f"{'':14}{'seconds':>22}{'MB above the imports':>22}"]  # fmt: skip
     for name, results in runs.items():
         seconds, peak = ([r[k] for r in results] for k in ("seconds", "peak_mb"))
-        print(
-            f"  {name:12}{statistics.median(seconds):8.2f} ({min(seconds):.2f} to {max(seconds):.2f}){max(peak):10.0f}"
-        )
-    memory = child("workers", folder)
-    print(f"  a worker: {memory['rss_mb']:.0f} MB resident, {memory['pss_mb']:.0f} MB with shared pages divided")
+        spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+        lines.append(f"{name:14}{spread:>22}{max(peak):22.0f}")
+    lines.append(f"a worker: {memory['rss_mb']:.0f} MB resident, {memory['pss_mb']:.0f} MB with shared pages divided")
     first, later = (max(r["seconds"] for r in runs[k]) for k in ("first start", "later start"))
-    print(verdict("first start <= 60 s", first, first <= 60), verdict("later <= 2 s", later, later <= 2), sep="\n")
-    print(verdict("<= 300 MB a worker", memory["rss_mb"], memory["rss_mb"] <= 300))
-    return {**runs, "worker": memory}
+    lines += [verdict("first start <= 60 s", first, first <= 60), verdict("later <= 2 s", later, later <= 2)]
+    return [*lines, verdict("<= 300 MB a worker", memory["rss_mb"], memory["rss_mb"] <= 300)]
 
 
 def packing_part(folder: Path, repeats: int) -> dict:
-    results = child("packing", folder)
-    tokens = results["tokens of a row"]
-    print(f"packing: {BUDGET} tokens; rows of {tokens['mean']:.0f} on average, {tokens['longest']} at most")
-    for name, values in list(results.items())[1:]:
-        shares = (f"{k} {100 * v:.1f} %" for k, v in values.items() if k != "ms")
-        print(f"  {name}:", ", ".join(shares) + f"; {values['ms']:.1f} ms a step")
+    return child("packing", folder)
+
+
+def packing_lines(found: dict) -> list[str]:
+    tokens, cases = found["tokens"], found["cases"]
+    names = [name for name in next(iter(cases.values())) if name != "ms"]
+    lines = [f"{BUDGET} tokens; {tokens['rows']} rows of {tokens['mean']:.0f} on average, {tokens['longest']} at most",
+             f"{'':21}" + "".join(f"{name:>16}" for name in names) + f"{'ms a step':>11}"]  # fmt: skip
+    for name, values in cases.items():
+        shares = "".join(f"{values[k]:16.1%}" for k in names)
+        lines.append(f"{name:21}{shares}{values['ms']:11.1f}")
     for name in ("128 samples, 1 ranks", "256 samples, 1 ranks"):
-        value = results[name]["fill dealt"]
-        print(verdict(f"fill >= 97 %, {name}", value, value >= 0.97))
-    return results
+        value = cases[name]["fill dealt"]
+        lines.append(verdict(f"fill >= 97 %, {name}", value, value >= 0.97))
+    return lines
 
 
 def images_part(folder: Path, repeats: int) -> dict:
@@ -276,38 +287,69 @@ def images_part(folder: Path, repeats: int) -> dict:
             sums = [r["checksum"] for rs in runs.values() for r in rs]
             if max(sums) - min(sums) > 1e-7 * sum(map(abs, sums)):
                 raise RuntimeError(f"not the same pixels: {runs}")
-            speed = {who: max(r["images_per_s"] for r in runs[who]) for who in runs}
-            cost = {who: min(r["cpu_ms"] for r in runs[who]) for who in runs}
-            print(f"images: {kind}, {processes} workers:", end=" ")
-            print(*(f"{who} {speed[who]:.0f}/s, {cost[who]:.1f} ms of CPU;" for who in runs), end=" ")
-            print(f"{cost['theirs'] / cost['ours']:.2f} x per CPU second;", end=" ")
-            print(verdict(">= 1.5 x", speed["ours"] / speed["theirs"], speed["ours"] >= 1.5 * speed["theirs"]))
             results[f"{kind}, {processes} workers"] = runs
     return results
+
+
+def images_lines(found: dict) -> list[str]:
+    lines = [f"JPEG files to pixels, best of {len(next(iter(found.values()))['ours'])} runs",
+             f"{'':19}{'ours/s':>8}{'theirs/s':>10}{'CPU ms, ours':>14}{'theirs':>8}{'ratio':>7}"]  # fmt: skip
+    for name, runs in found.items():
+        ours, theirs = (max(r["images_per_s"] for r in runs[who]) for who in ("ours", "theirs"))
+        mine, other = (min(r["cpu_ms"] for r in runs[who]) for who in ("ours", "theirs"))
+        good = verdict(">= 1.5 x", ours / theirs, ours >= 1.5 * theirs)
+        lines.append(f"{name:19}{ours:8.0f}{theirs:10.0f}{mine:14.1f}{other:8.1f}{other / mine:7.2f}  {good}")
+    return lines
+
+
+KNOWN = {"index": (index_part, index_lines), "packing": (packing_part, packing_lines),
+         "images": (images_part, images_lines)}  # fmt: skip
+
+
+def table(result: dict) -> str:
+    """The parts that there are."""
+    blocks = []
+    for name in (name for name in KNOWN if name in result):
+        part = result[name]
+        told = [part["date"], *(f"{k} {v}" for k, v in part["versions"].items() if v)]
+        blocks.append("\n".join([f"{name}: {', '.join(told)}", *KNOWN[name][1](part["results"])]))
+    return "\n\n".join(blocks)
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in ("torch", "pillow", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def main(argv: list[str]):
     if argv[:1] == ["--child"]:
         return PARTS[argv[1]](*argv[2:])
-    known = {"index": index_part, "packing": packing_part, "images": images_part}
     parser = config.parser(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument(
         "--repeats", type=int, default=3, help="runs of each: medians are printed, of pictures/s the best"
     )
-    parser.add_argument("--only", choices=known, help="one of the parts")
-    parser.add_argument("--json", type=Path, help="write every run's numbers to this file")
+    parser.add_argument("--only", choices=KNOWN, help="one of the parts; the others keep what FILE has of them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's numbers to this file")
     args = parser.parse_args(argv)
     if min(args.rows // 1024, args.repeats) < 1:
         parser.error("--rows start at 1024, --repeats at 1")
-    results = {}
+    found = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    made, facts = {}, {"date": datetime.date.today().isoformat(), "versions": versions()}
+    # This process stays small and imports no torch: a child's peak starts at its parent's.
     with tempfile.TemporaryDirectory() as folder:
         child("write", folder, args.rows if args.only != "images" else 1024)
-        for name in [args.only] if args.only else known:
-            results[name] = known[name](Path(folder), args.repeats)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        for name in [args.only] if args.only else KNOWN:
+            made[name] = facts | {"results": KNOWN[name][0](Path(folder), args.repeats)}
+            print(table({name: made[name]}), flush=True)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(found | made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

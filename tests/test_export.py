@@ -21,6 +21,7 @@ from model import LLaVA, init_weights
 from rows import load_image
 from samples import byte_tokenizer
 from templates import IMAGE_TOKEN, load_tokenizer
+from views import Item, Shape
 
 GOLDEN = (
     "gemma-siglip-qformer", "openelm-dinov2-mlp3x_gelu", "phi-siglip-mlp2x_gelu", "qwen2-clip-mlp-cls_patch",
@@ -316,6 +317,40 @@ def test_factory_round_trip_is_key_for_key_and_bit_for_bit(case, tmp_path):
     )  # fmt: skip
     assert {k: got[k] for k in same} == {k: want[k] for k in same}
     LLaVA.from_pretrained(tmp_path / "again")
+
+
+LATENTS = {"latents", "linear.weight", "linear.bias", "norm.weight", "norm.bias", "layers.0.0.norm_media.weight",
+    "layers.0.0.norm_media.bias", "layers.0.0.norm_latents.weight", "layers.0.0.norm_latents.bias",
+    "layers.0.0.to_q.weight", "layers.0.0.to_kv.weight", "layers.0.0.to_out.weight", "layers.0.1.0.weight",
+    "layers.0.1.0.bias", "layers.0.1.1.weight", "layers.0.1.3.weight"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, options", [("groupresampler", {"group": 3}), ("naiveresampler", {})])
+def test_tinyllava_videos_round_trip(kind, options, tmp_path):
+    """Its names and settings of the two resamplers, and the older name of one."""
+    sizes = {"num_queries": 6, "num_resampler_layers": 1}
+    model = small("qwen2", "siglip", connector=kind, connector_options=sizes | options, frames=5, fps=2.0)
+    export(model, None, "tinyllava", tmp_path / "1")
+    config, state = weights.read_json(tmp_path / "1" / "config.json"), load_file(tmp_path / "1" / "model.safetensors")
+    said = {k: config[k] for k in ("connector_type", "group", *sizes) if k in config}
+    assert said == {"connector_type": kind, **sizes, **options} and f"{kind}_config" not in config
+    prefix = "connector._connector."
+    assert {k.removeprefix(prefix) for k in state if k.startswith("connector.")} == LATENTS
+    latents = 6 // options.get("group", 1)
+    assert torch.equal(state[f"{prefix}latents"], model.connector.latents) and len(model.connector.latents) == latents
+    card = (tmp_path / "1" / "README.md").read_text()
+    assert "- frames of a video: 5 at most, 2 a second\n" in card and "TinyLLaVA-Video" in card
+    again = LLaVA.from_pretrained(tmp_path / "1", dtype=None)
+    export(again, None, "tinyllava", tmp_path / "2")
+    assert weights.read_json(tmp_path / "2" / "config.json") == config
+    if kind == "naiveresampler":  # has had another name, and may have a `group` that says nothing
+        for change in ({"connector_type": "resamplerwithpe"}, {"group": None}, {"group": 16}):
+            (tmp_path / "1" / "config.json").write_text(json.dumps(config | change))
+            again = LLaVA.from_pretrained(tmp_path / "1", dtype=None)
+            assert again.config.connector == kind
+    ids, clip = torch.tensor([[1, IMAGE_TOKEN, 5]]), [Item(torch.randn(5, 3, SIDE, SIDE), Shape(5))]
+    logits = again(ids, clip).logits
+    assert logits.size(1) == 2 + 6 and torch.equal(logits, model(ids, clip).logits)
 
 
 def pickled(folder, state):
