@@ -83,6 +83,8 @@ def views_of(c: LLaVAConfig) -> Views:
     """How a model's pictures and videos become items. Raises UserError for what does not go together."""
     vision = vision_config(c.vision, c.preprocessor)
     n = vision.tokens(c.feature_select)
+    if c.image_mode == "anyres" and CONNECTORS[c.connector].mean:
+        raise UserError("model.image_mode", f"anyres with {c.connector}, the mean of all views", "use mlp2x_gelu")
     if c.image_mode == "anyres" and isqrt(n) ** 2 != n:
         raise UserError("model.image_mode", f"anyres, with {n} tokens of a view that are no square",
                         "set model.feature_select so that only patches are left, or use tiles")  # fmt: skip

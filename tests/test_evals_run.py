@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -21,6 +22,7 @@ from evals.published import nearest
 from model import LLaVA
 from rows import load_image
 from templates import encode_prompt, load_tokenizer
+from views import Shape
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +275,25 @@ def test_the_published_number_is_of_the_recipe_named_most_alike():
     assert (
         of("Qwen/Qwen2.5-3B-Instruct")[1] == "qwen2.5-3b-siglip-base" and of("gemma", "clip")[1] == "gemma-siglip-base"
     )
+
+
+def test_a_video_is_seen_in_frames_its_span_only_and_as_one_frame(tmp_path, model):
+    """The frames that the model's config asks for, from the question's part of the clip; the control shows one."""
+    for i in range(12):
+        put(tmp_path / "clip" / f"{i}.png", png(i))
+    example = {"id": 1, "image": None, "video": "clip", "prompt": "What?", "label": "A", "where": "here"}
+    llava, tok, shown = LLaVA.from_pretrained(model), load_tokenizer(model), []
+    llava.views = dataclasses.replace(llava.views, frames=4)
+    llava.generate = lambda prompts, images, **options: shown.append((prompts, images)) or torch.tensor([[1]] * 2)
+    part = example | {"id": 2, "span": (1.0, 3.0), "rate": 3}
+    for change in ([], [evaluate.one_frame]):
+        evaluate.answerer(llava, tok, tmp_path, 1, *change)([example, part])
+    ((prompts, items), (_, ones)) = shown
+    frames = [llava.views.transform.pixels(Image.open(io.BytesIO(png(i)))) for i in range(12)]
+    for item, taken in zip(items, ([0, 3, 7, 11], [3, 5, 7, 9]), strict=True):
+        assert item.shape == Shape(4) and torch.equal(item.pixels, torch.stack([frames[i] for i in taken]))
+    assert all((p == -200).sum() == 1 for p in prompts)
+    assert all(torch.equal(one.pixels, frames[i].expand(4, -1, -1, -1)) for one, i in zip(ones, (7, 7), strict=True))
+    evaluate.check([example], tmp_path)
+    with pytest.raises(UserError, match="here: .*none.mp4: no such file.*; fix: restore it"):
+        evaluate.check([example | {"video": "none.mp4"}], tmp_path)

@@ -83,6 +83,25 @@ def test_indices_are_the_formulas(frames, duration):
     assert len(video.indices(clip, 10_000, fps=2)) == max(1, int(2 * duration))
 
 
+def test_a_span_is_a_part_of_the_clip():
+    clip = video.Clip(100, 10.0)
+    assert video.indices(clip, 3, span=(2.0, 5.0)) == [20, 35, 50]
+    assert video.indices(clip, 3, span=(2.04, 2.06)) == [20, 20, 21]  # 20.4 and 20.6 frames, rounded
+    assert video.indices(clip, 9, fps=1, span=(2.0, 4.9)) == [20, 34, 49]  # three seconds of it
+    assert video.indices(clip, 2, span=(9.0, 99.0)) == [90, 99] and video.indices(clip, 2, span=(-1, 1.0)) == [0, 10]
+    assert video.indices(clip, 2, span=(5.0, 4.0)) == [50, 50] and video.indices(clip, 1, span=(50, 60.0)) == [99]
+    with pytest.raises(ValueError, match="no duration"):
+        video.indices(video.Clip(100, None), 2, span=(1.0, 2.0))
+
+
+def test_a_folder_has_a_duration_where_its_rate_is_known(tmp_path):
+    for i in range(12):
+        Image.new("L", (4, 4), 20 * i).save(tmp_path / f"{i:05d}.png")
+    shades = [image.getpixel((0, 0))[0] // 20 for image in video.stream(tmp_path, 3, span=(1.0, 3.0), rate=3)]
+    assert shades == [3, 6, 9]
+    assert len(list(video.stream(tmp_path, 16, fps=1, rate=3))) == 4
+
+
 @pytest.mark.parametrize("name", CLIPS)
 def test_golden(name):
     """Counts, durations, rotations, first-frame means; frames of uniform 8 and 16 and of fps."""

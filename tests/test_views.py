@@ -112,6 +112,8 @@ def test_what_does_not_go_together_is_one_line():
             read_grids(grids)
     with pytest.raises(UserError, match="anyres takes a connector mlpNx_gelu; fix: use one, or tiles"):
         build("resampler", "anyres", options=SMALL)
+    with pytest.raises(UserError, match="anyres with mean_mlp2x_gelu, the mean of all views; fix: use mlp2x_gelu"):
+        build("mean_mlp2x_gelu", "anyres")
     config = LLaVAConfig(TEXT, VISION, {}, image_mode="anyres", feature_select="cls_patch")
     with pytest.raises(UserError, match="anyres, with 17 tokens of a view that are no square; fix: "):
         LLaVA(config)
