@@ -10,12 +10,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import shared
 from PIL import Image
 from test_data import row, write
 
 import views as views_module
 from config import Model, Stage, Train, UserError
-from data import Steps, check, token_counts
+from data import Rows, Steps, check, loader, token_counts
 from layouts import LLaVAConfig, read_config
 from model import LLaVA, init_weights
 from rows import image_size, load_image
@@ -332,3 +333,21 @@ def test_a_recipe_names_grids_and_frames():
     assert (saved["image_grids"], saved["frames"], saved["fps"]) == ("1x4", 3, 0.0)
     assert model.views.picture(photo(9, 9)).shape == Shape(5)
     assert IGNORE == -100
+
+
+def test_the_corrupted_clip_is_one_line_from_check_and_from_training(tmp_path, capsys):
+    pytest.importorskip("av", reason="pip install '.[video]'")
+    clips = shared("assets/videos")
+    rows = [{"id": name, "video": name, "conversations": row("", "<image>\nWhat happens?")["conversations"]}
+            for name in ("corrupted.mp4", "video_90.mov")]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    rows = Rows(tmp_path / "rows.json", clips)
+    spec = SampleSpec(byte_tokenizer(), "plain", 5000, build(frames=4).views)
+    assert check(rows, spec) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "; fix: " in line]
+    assert line.startswith(f"{rows.file}:row 0 (id corrupted.mp4): video {clips / 'corrupted.mp4'}: ")
+    with pytest.raises(UserError) as e:
+        list(loader(Steps(rows, spec, Stage(global_batch=2), Train(on_bad_row="stop"))))
+    assert str(e.value) == line
+    ((step, _),) = loader(Steps(rows, spec, Stage(global_batch=2, steps=1), Train(on_bad_row="skip")), workers=1)
+    assert step.skipped == [line] and step.packed.shapes == [Shape(4)] * 2
