@@ -1,6 +1,7 @@
 # make demo   train a small multimodal model through both stages, test it, write out/demo/report.html
 # make test   run every test
-# make test-full   the long matrices of kills, ranks and tuning modes (hours on two cores)
+# make test-full   the long matrices of kills, ranks and tuning modes (half an hour on two cores)
+# make test-page   serve.py's page and API, with gradio and openai, in a Chromium if there is one
 # make lint   check style
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -16,6 +17,9 @@ test: .venv/installed .venv/hf4/installed
 
 test-full: .venv/installed
 	$(PY) -m pytest -m full -s
+
+test-page: .venv/installed .venv/page/installed
+	PYTHONPATH=.venv/page $(PY) -m pytest tests/test_serve.py
 
 lint: .venv/installed
 	$(PY) -m ruff check .
@@ -37,4 +41,10 @@ clean:
 		transformers==4.57.1 tokenizers==0.22.2 huggingface-hub==0.36.2 requests urllib3 charset-normalizer idna certifi
 	touch $@
 
-.PHONY: demo test test-full lint clean
+# Apart from the others: gradio wants an older Pillow.
+.venv/page/installed: .venv/installed Makefile
+	rm -rf .venv/page
+	$(PY) -m pip install --quiet --disable-pip-version-check --target .venv/page "gradio>=6.7" openai playwright
+	touch $@
+
+.PHONY: demo test test-full test-page lint clean

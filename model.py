@@ -32,10 +32,10 @@ from torch.utils.checkpoint import checkpoint
 import generation
 import layouts
 import weights
+from cache import Attend, expand, pack, packed
 from config import Model, UserError
 from connectors import build_connector
 from encoders import VisionEncoder, build_encoder, vision_config
-from generation import Attend, expand, pack, packed
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
@@ -580,7 +580,7 @@ class LLaVA(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Continue prompts: (B, T) with attention_mask, or a list of B ragged (T,) tensors -> (B, new) tokens.
 
-        Greedy at temperature 0, else sampling (generation.choose); num_beams > 1 is beam search (scores divided by
+        Greedy at temperature 0, else sampling (engine.choose); num_beams > 1 is beam search (scores divided by
         length, as Hugging Face's default). A sequence ends with eos_token_id, or where until, called with its tokens so
         far, says so, and is filled up with eos_token_id. images as in forward, in the order of the -200; an image that
         several prompts begin with is encoded and prefilled once. stream is called with each step's B tokens.

@@ -31,8 +31,8 @@ from torch import Tensor
 
 import config
 import weights
+from cache import expand
 from config import UserError
-from generation import expand
 from model import LLaVA
 from rows import load_image
 from templates import IMAGE, IMAGE_TOKEN, encode_prompt, load_tokenizer, stop_id

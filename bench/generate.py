@@ -39,8 +39,8 @@ sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 import lora  # noqa: E402
 from config import Model, UserError  # noqa: E402
+from engine import Engine, Request  # noqa: E402
 from export import export  # noqa: E402
-from generation import Engine, Request  # noqa: E402
 from model import LLaVA  # noqa: E402
 from templates import IMAGE_TOKEN  # noqa: E402
 
@@ -202,7 +202,7 @@ def row(case: dict, rate: float, cpu: bool) -> str:
 
 
 def table(result: dict) -> str:
-    lines = []
+    lines = [f"{result['date']}, torch {result['torch']}, {result['threads']} threads"]
     for name, m in result["models"].items():
         many, q = m["parameters"] / 1e6, m["questions"]
         lines.append(f"{name}, {many:.0f} million in the language model, a copy moves {m['copy'] / 1e9:.1f} GB/s")

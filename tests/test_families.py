@@ -99,7 +99,7 @@ def test_every_gradient_equals_transformers(pair):
 
 
 def test_cached_decoding_equals_the_full_forward(pair):
-    from generation import Cache
+    from cache import Cache
 
     _, ours, _ = pair
     ids = torch.randint(0, 131, (1, 9), generator=torch.Generator().manual_seed(3))

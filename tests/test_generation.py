@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import generation
+import engine as engine_module
 import lora
-from generation import Engine, Request, choose
+from engine import Engine, Request, choose
 from kernels import int8
 from layouts import LLaVAConfig
 from model import LLaVA, init_weights
@@ -73,7 +73,7 @@ def test_an_answer_is_the_same_in_any_company(family, monkeypatch):
         engine = Engine(model, rows, slots=24)
         assert answers(engine, order) == want
         assert answers(engine, order) == want  # what the rows still hold is used
-    monkeypatch.setattr(generation, "WORTH", 10**9)
+    monkeypatch.setattr(engine_module, "WORTH", 10**9)
     assert answers(Engine(model, 3), asked) == want
 
 
@@ -167,7 +167,7 @@ def test_changed_weights_and_training_forget_what_was_held():
     changed = model.generate(ids, max_new_tokens=6)
     assert changed.tolist() == model.generate(ids, max_new_tokens=6, use_cache=False).tolist() != before.tolist()
     model.train().generate(ids, max_new_tokens=2)
-    assert model not in generation.KEPT
+    assert model not in engine_module.KEPT
 
 
 def test_stopping_early_leaves_nothing_half_done():
@@ -233,7 +233,7 @@ def test_fast_products_are_those_of_the_modules(kind):
             nn.init.normal_(m.bias)
     if kind != "bf16":
         lora.quantize(lm, kind)
-    fast = generation.fast_linears(lm)
+    fast = engine_module.fast_linears(lm)
     linears = [m for m in lm.modules() if isinstance(m, (nn.Linear, lora.Quantized))]
     assert set(fast) == set(linears) and len(linears) == 2 * 6 + 1
     for m in linears:

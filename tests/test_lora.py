@@ -715,7 +715,7 @@ import json, resource, sys, time
 import torch
 import lora, weights
 from config import LoRA
-from generation import packed
+from cache import packed
 from kernels.cross_entropy import linear_cross_entropy
 from model import LanguageModel
 from pathlib import Path

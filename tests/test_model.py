@@ -8,7 +8,7 @@ from conftest import shared
 from safetensors.torch import load_file
 
 import weights
-from generation import expand
+from cache import expand
 from layouts import LLaVAConfig
 from model import LanguageModel, LLaVA, init_weights
 from templates import IMAGE_TOKEN, load_tokenizer
@@ -162,7 +162,7 @@ def test_beam_search_finds_the_most_probable_sequence():
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
-    from generation import choose
+    from engine import choose
 
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, -1)
     seen = set(choose(logits, 1.0, 0.6, torch.Generator().manual_seed(0)).tolist())

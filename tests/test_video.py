@@ -1,8 +1,12 @@
 """video.py: which frames of a clip are taken, and that those are the ones, whatever way leads to them."""
 
+import gc
 import json
+import os
 import random
+import signal
 import sys
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -100,6 +104,24 @@ def test_a_folder_has_a_duration_where_its_rate_is_known(tmp_path):
     shades = [image.getpixel((0, 0))[0] // 20 for image in video.stream(tmp_path, 3, span=(1.0, 3.0), rate=3)]
     assert shades == [3, 6, 9]
     assert len(list(video.stream(tmp_path, 16, fps=1, rate=3))) == 4
+
+
+def test_a_worker_forked_after_a_clip_was_read_can_free_its_frames(tmp_path, monkeypatch):
+    """Of a converter with threads it could not: they are not in the fork, and freeing it waits for them."""
+    kept, upright = [], video._upright
+    monkeypatch.setattr(video, "_upright", lambda frame: kept.append(frame) or upright(frame))
+    make(tmp_path / "clip.mp4", n=8)
+    assert len(video.frames(tmp_path / "clip.mp4", 4)) == 4 == len(kept)
+    if (child := os.fork()) == 0:
+        kept.clear()
+        gc.collect()
+        os._exit(0)
+    for _ in range(200):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the forked process hangs")
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -200,7 +222,7 @@ def test_upright(matrix):
         a, b, c, d = (65536 * entry for entry in matrix)
         side_data = [Matrix(np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], "=i4").tobytes())]
 
-        def to_ndarray(self, format):
+        def to_ndarray(self, format, threads):
             return pixels
 
     a, b, c, d = matrix

@@ -304,7 +304,7 @@ def test_prompts_of_all_kinds_are_answered_together_as_alone(mode, connector):
 
 
 def test_items_that_differ_in_order_or_shape_are_not_taken_for_each_other():
-    from generation import fingerprint
+    from engine import fingerprint
 
     pixels = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
     names = {fingerprint(Item(p, s)) for p, s in [(pixels, Shape(4)), (pixels.flip(0), Shape(4)),
