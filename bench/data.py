@@ -247,7 +247,7 @@ def index_lines(found: dict) -> list[str]:
     runs, memory = found["runs"], found["worker"]
     some = runs["json.load"]
     lines = [f"{some[0]['rows']} rows, {found['bytes'] / 1e9:.2f} GB, median (range) of {len(some)} runs",
-             f"{'':14}{'seconds':>22}{'MB above the imports':>22}"]  # fmt: skip
+             f"{'':14}{'seconds':>22}{'most MB above imports':>22}"]  # fmt: skip
     for name, results in runs.items():
         seconds, peak = ([r[k] for r in results] for k in ("seconds", "peak_mb"))
         spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
@@ -293,12 +293,12 @@ def images_part(folder: Path, repeats: int) -> dict:
 
 def images_lines(found: dict) -> list[str]:
     lines = [f"JPEG files to pixels, best of {len(next(iter(found.values()))['ours'])} runs",
-             f"{'':19}{'ours/s':>8}{'theirs/s':>10}{'CPU ms, ours':>14}{'theirs':>8}{'ratio':>7}"]  # fmt: skip
+             f"{'':19}{'ours/s':>8}{'theirs/s':>10}{'CPU ms, ours':>14}{'theirs':>8}{'theirs / ours':>15}"]  # fmt: skip
     for name, runs in found.items():
         ours, theirs = (max(r["images_per_s"] for r in runs[who]) for who in ("ours", "theirs"))
         mine, other = (min(r["cpu_ms"] for r in runs[who]) for who in ("ours", "theirs"))
         good = verdict(">= 1.5 x", ours / theirs, ours >= 1.5 * theirs)
-        lines.append(f"{name:19}{ours:8.0f}{theirs:10.0f}{mine:14.1f}{other:8.1f}{other / mine:7.2f}  {good}")
+        lines.append(f"{name:19}{ours:8.0f}{theirs:10.0f}{mine:14.1f}{other:8.1f}{other / mine:15.2f}  {good}")
     return lines
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from html import escape
 from math import ceil, floor, log2
 from pathlib import Path
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
 import weights  # noqa: E402
-from bench import load, training  # noqa: E402
+from bench import data, generate, load, training, video  # noqa: E402
 from bench.kernels import OURS  # noqa: E402
 from bench.operations import shapes  # noqa: E402
 
@@ -75,7 +76,7 @@ def best(cells: dict) -> float | None:
 
 def picture(gpu: str, operations: dict) -> str:
     """SVG: a bar to the geometric mean over an operation's shapes, a dot for each shape; the axis is logarithmic."""
-    left, width, step, out = 150, 560, 30, []
+    left, width, step, out = 150, 560, 30, ['<rect width="100%" height="100%" fill="#fff"/>']
     measured = {name: operations.get(name, {"shapes": {}})["shapes"].values() for name in shapes()}
     ratios = {name: [r for m in found if (r := best(m[main_mode(m)]))] for name, found in measured.items()}
     seen = [log2(r) for found in ratios.values() for r in found]
@@ -101,8 +102,7 @@ def picture(gpu: str, operations: dict) -> str:
         out.append(f'<rect {place} fill="{"#6aa9ee" if mean >= 1 else "#eb8f52"}"/>')
         out += [f'<circle cx="{x(r):.1f}" cy="{y + 13}" r="3.5" fill-opacity="0.6"/>' for r in found]
     size = f'width="{left + width + 90}" height="{bottom + 34}" font-family="DejaVu Sans, sans-serif" font-size="13"'
-    paper = '<rect width="100%" height="100%" fill="#fff"/>'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', paper, *out, "</svg>\n"])
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *out, "</svg>\n"])
 
 
 def kernels_section(results: dict[Path, dict], page: Path) -> str:
@@ -124,17 +124,19 @@ def kernels_section(results: dict[Path, dict], page: Path) -> str:
     return "\n\n".join(parts)
 
 
-def load_section(results: dict[Path, dict], page: Path) -> str:
-    return "\n\n".join(f"```\n{load.table(runs)}\n```" for runs in results.values()) or f"{UNMEASURED}."
-
-
 def training_section(results: dict[Path, dict], page: Path) -> str:
     parts = [] if any(r["machine"] != "cpu" for r in results.values()) else [f"On a GPU: {UNMEASURED}."]
     parts += [f"### {result['machine']}\n\n{training.table(result)}" for result in results.values()]
     return "\n\n".join(parts if results else [f"{UNMEASURED}."])
 
 
-SECTIONS = {"kernels": kernels_section, "training": training_section, "load": load_section}
+def printed_section(script, results: dict[Path, dict], page: Path) -> str:
+    parts = [f"### {file.parent.name}\n\n```\n{script.table(result)}\n```" for file, result in results.items()]
+    return "\n\n".join(parts or [f"{UNMEASURED}."])
+
+
+SECTIONS = {"kernels": kernels_section, "training": training_section}
+SECTIONS |= {s.__name__.removeprefix("bench."): partial(printed_section, s) for s in (generate, load, data, video)}
 
 
 def main(argv: list[str]):

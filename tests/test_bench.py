@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+import bench.data
 import bench.kernels
 import bench.report
 from bench.kernels import OURS, PLAIN, measure
 from bench.operations import LM, TOKENS, Bench, Setting, packed, sample_lengths, shapes
+from bench.report import SECTIONS
 from config import UserError
 
 SCRIPTS = [f"bench/{f.name}" for f in sorted((ROOT / "bench").glob("*.py")) if f.name != "operations.py"]
@@ -19,7 +21,8 @@ CPU = Setting("cpu", torch.float32, 64, 0.01, False)
 
 
 def test_sizes_are_within_their_limits():
-    for name, limit in {"kernels.py": 400, "operations.py": 400, "report.py": 160, "training.py": 540}.items():
+    limits = {"kernels.py": 400, "operations.py": 400, "report.py": 160, "training.py": 540, "data.py": 360}
+    for name, limit in limits.items():
         assert len((ROOT / "bench" / name).read_text().splitlines()) <= limit
 
 
@@ -117,6 +120,10 @@ def cell(ms: float, ratio: float, share: float = 0.5) -> dict:
     return {"megabytes": 12.3, "ms": ms, "range": [ms, ms], "share": share, "error": 2e-3, "ratio": ratio}
 
 
+def marks(*names: str) -> str:
+    return "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names)
+
+
 def test_report_judges_targets_and_draws(tmp_path):
     shape = next(iter(shapes()["attention"]))
     cells = {OURS: cell(1.0, 1.0), "FlashAttention-2": cell(1.25, 1.25), "cuDNN": cell(0.8, 0.8),
@@ -127,8 +134,7 @@ def test_report_judges_targets_and_draws(tmp_path):
     (tmp_path / "made-up").mkdir()
     (tmp_path / "made-up" / "kernels.json").write_text(json.dumps(result))
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- kernels -->\nold\n<!-- end -->\nbetween\n<!-- training -->\n<!-- end -->\n"
-                    "<!-- load -->\n<!-- end -->\nafter\n")  # fmt: skip
+    page.write_text(f"before\n<!-- kernels -->\nold\n<!-- end -->\nbetween\n{marks(*list(SECTIONS)[1:])}after\n")
     for _ in range(2):  # the second time changes nothing
         bench.report.main(["--results", str(tmp_path), "--page", str(page)])
         text = page.read_text()
@@ -145,6 +151,124 @@ def test_report_judges_targets_and_draws(tmp_path):
     with pytest.raises(UserError, match="no <!-- kernels -->.*; fix: "):
         bench.report.main(["--results", str(tmp_path), "--page", str(page)])
     assert page.read_text() == "no marks\n"
+
+
+def printed() -> dict[str, dict]:
+    """Small results of the scripts whose own tables go onto the page, every target met."""
+    facts = {"date": "2026-01-02", "versions": {"python": "3.11", "transformers": None}}
+    ms = {"barellava": [10.0, 12.0, 11.0], "every frame": [22.0, 23.0, 21.0], "16 converted": [16.0, 18.0, 17.0]}
+    clip, rows = {"frames": 100, "seconds": 4.0, "ms": ms}, {"seconds": 2.0, "peak_mb": 30.0, "rows": 5000}
+    fills = {"fill dealt": 0.97, "balance dealt": 0.5, "ms": 1.0}
+    pictures = [{"images_per_s": 100.0, "cpu_ms": 9.0}, {"images_per_s": 150.0, "cpu_ms": 6.0}]
+    case = {"kind": "bfloat16", "batch": 1, "rates": {"barellava": [13.0], "transformers": [10.0]}, "ratios": [1.3],
+            "step_ms": 1.0, "bytes": 10, "equal": 1, "tokens": 2}  # fmt: skip
+    one = {"v": 1.0, "i": 1.0, "q": 1.0, "gain": 1.6, "possible": 2.0}
+    asked = {"kind": "float32", "rounds": [one], "equal": True, "shares": [0.8]}
+    models = {"toy": {"copy": 1e6, "parameters": 2e6, "cases": [case], "questions": asked}}
+    takes = {n: [{"peak": (peak + more) * 1e6, "features": size} for more in (0, 9, -1)]
+             for n, peak, size in (("32", 50, 10e6), ("128", 80, 40e6))}  # fmt: skip
+    video = {"date": "2026-01-02", "versions": {"python": "3.11"}, "repeats": 3, "memory": takes,
+             "clips": {"a.mp4": clip, "12 x a.mp4": clip | {"frames": 1200}}}  # fmt: skip
+    index = {"bytes": 2e9, "worker": {"rss_mb": 300.0, "pss_mb": 90.0},
+             "runs": {name: [rows] for name in ("json.load", "first start", "later start")}}  # fmt: skip
+    packing = {"tokens": {"rows": 4000, "mean": 700.0, "longest": 2048},
+               "cases": {f"{n} samples, 1 ranks": fills for n in (128, 256)}}  # fmt: skip
+    images = {"clip, 0 workers": {"ours": pictures, "theirs": pictures[:1]}}
+    made = {
+        "video": video,
+        "data": {k: facts | {"results": v} for k, v in (("images", images), ("index", index), ("packing", packing))},
+        "generate": {"machine": "cpu", "date": "2026-01-02", "torch": "2.11", "threads": 2, "models": models},
+        "load": {name: [{"seconds": 3.0, "weights": 10**9, "peak": 2 * 10**9, "imports": 10**9}]
+                 for name in ("barellava", "transformers")},
+    }  # fmt: skip
+    return json.loads(json.dumps(made))  # nothing is shared between its parts
+
+
+# what of it makes a target missed, and the words for it
+MISSED = {
+    "video, speed": (lambda r: r["video"]["clips"]["12 x a.mp4"]["ms"].update({"every frame": [21.0, 22.0, 20.0]}),
+                     "target >= 2 x every frame, 12 x a.mp4: MISSED (1.91)"),
+    "video, memory": (lambda r: r["video"]["memory"]["128"][0].update(peak=81e6),
+                      "target 128 frames <= 32 and the features (30 MB more): MISSED (31 MB more)"),
+    "index, first": (lambda r: r["data"]["index"]["results"]["runs"]["first start"][0].update(seconds=61.0),
+                     "target first start <= 60 s: MISSED (61)"),
+    "index, later": (lambda r: r["data"]["index"]["results"]["runs"]["later start"].append(
+                         {"seconds": 2.5, "peak_mb": 1.0, "rows": 5000}), "target later <= 2 s: MISSED (2.5)"),
+    "index, worker": (lambda r: r["data"]["index"]["results"]["worker"].update(rss_mb=301.0),
+                      "target <= 300 MB a worker: MISSED (301)"),
+    "packing": (lambda r: r["data"]["packing"]["results"]["cases"].update(
+                    {"128 samples, 1 ranks": {"fill dealt": 0.96, "balance dealt": 1.0, "ms": 1.0}}),
+                "target fill >= 97 %, 128 samples, 1 ranks: MISSED (0.96)"),
+    "images": (lambda r: r["data"]["images"]["results"]["clip, 0 workers"].update(
+                   theirs=[{"images_per_s": 120.0, "cpu_ms": 9.0}]), "target >= 1.5 x: MISSED (1.25)"),
+    "generate": (lambda r: r["generate"]["models"]["toy"]["cases"][0].update(ratios=[1.29]), "target 1.3: MISSED"),
+    "load": (lambda r: r["load"]["barellava"][0].update(seconds=3.1), "target seconds <= 3.0: MISSED (3.100 at worst)"),
+}  # fmt: skip
+
+
+def page_of(results: dict[str, dict], folder) -> str:
+    """What report.py makes of them, as results of a machine `m`."""
+    (folder / "m").mkdir(exist_ok=True)
+    for name, result in results.items():
+        (folder / "m" / f"{name}.json").write_text(json.dumps(result))
+    page = folder / "page.md"
+    page.write_text(marks(*SECTIONS))
+    bench.report.main(["--results", str(folder), "--page", str(page)])
+    return page.read_text()
+
+
+def test_printed_tables_stand_on_the_page(tmp_path):
+    text = page_of(printed(), tmp_path)
+    for name in ("generate", "load", "data", "video"):
+        section = text.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0].strip()
+        assert section.startswith("### m\n\n```\n") and section.endswith("\n```")
+        assert section.count("```") == 2 and ": met" in section and "MISSED" not in section
+    rows = ("2026-01-02, python 3.11\na.mp4: 100 frames, 4.0 s; ms, median (range) of 3",
+            "  barellava           11 (10 to 12)    1.00 x", "  every frame         22 (21 to 23)    2.00 x",
+            "encoding 128 frames: 80 MB (79 to 89) of 3, features 40 MB",
+            "index: 2026-01-02, python 3.11\n5000 rows, 2.00 GB, median (range) of 1 runs",
+            f"first start      2.00 (2.00 to 2.00){'30':>22}",
+            "128 samples, 1 ranks            97.0%           50.0%        1.0",
+            "clip, 0 workers         150       100           6.0     9.0           1.50  target >= 1.5 x: met (1.5)",
+            "2026-01-02, torch 2.11, 2 threads\ntoy, 2 million")  # fmt: skip
+    assert [row for row in rows if row not in text] == []
+    parts = [text.index(part) for part in ("index: 2026", "packing: 2026", "images: 2026")]
+    assert parts == sorted(parts)
+    assert "not measured yet" not in text.split("<!-- generate -->")[1]
+    (tmp_path / "m" / "video.json").unlink()
+    assert page_of({}, tmp_path).endswith("<!-- video -->\n\nnot measured yet.\n\n<!-- end -->\n")
+
+
+@pytest.mark.parametrize("which", MISSED)
+def test_a_missed_target_is_said(which, tmp_path):
+    results = printed()
+    change, words = MISSED[which]
+    change(results)
+    text = page_of(results, tmp_path)
+    assert words in text and text.count("MISSED") == 1
+
+
+def test_a_part_of_the_data_keeps_the_others(tmp_path, monkeypatch, capsys):
+    file, before = tmp_path / "new" / "data.json", printed()["data"]
+    fill = before["packing"]["results"] | {"tokens": {"rows": 4321, "mean": 700.0, "longest": 2048}}
+    monkeypatch.setattr(bench.data, "child", lambda name, *more: fill if name == "packing" else {})
+    bench.data.main(["--only", "packing", "--json", str(file)])
+    assert list(json.loads(file.read_text())) == ["packing"]
+    file.write_text(json.dumps(before))
+    bench.data.main(["--only", "packing", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert found.pop("packing")["results"] == fill and before.pop("packing") and found == before
+    printed_now = capsys.readouterr().out
+    assert "4321 rows" in printed_now and "index" not in printed_now and ", torch " in printed_now
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_missing_mark_is_an_error(name, tmp_path):
+    page, text = tmp_path / "page.md", marks(*(n for n in SECTIONS if n != name))
+    page.write_text(text)
+    with pytest.raises(UserError, match=f"no <!-- {name} --> before an <!-- end -->; fix: "):
+        bench.report.main(["--results", str(tmp_path), "--page", str(page)])
+    assert page.read_text() == text
 
 
 def test_the_page_holds_what_was_measured(tmp_path):
