@@ -106,8 +106,6 @@ class Engine:
         self.linears, self.state, self.cache = fast_linears(self.lm), None, None
         # A sharded weight is put together with the other ranks, and training frees and moves them.
         self.graphs = self.like.is_cuda and not model.training and type(self.lm.lm_head.weight) is nn.Parameter
-        # Gemma's scale is copied from the CPU at every call, which a graph cannot hold.
-        self.graphs &= isinstance(self.lm.model.scale, nn.Identity)
         self._allocate(slots)
 
     def _allocate(self, slots: int):

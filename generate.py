@@ -62,15 +62,16 @@ class Chat:
         ids = torch.tensor(encode_prompt(self.turns, self.tokenizer, template))
         eos, shown = stop_id(self.tokenizer, template), ""
 
-        def text_of(tokens: list[int]) -> str:
+        def read(tokens: list[int]) -> tuple[str, bool]:
+            """Their text up to where the answer ends, and whether it does."""
             said = self.tokenizer.decode([t for t in tokens if t != eos])
-            return said[: min((at for s in self.stop if (at := said.find(s)) >= 0), default=len(said))]
+            ends = [at for s in self.stop if (at := said.find(s)) >= 0]
+            return said[: min(ends, default=len(said))], bool(ends)
 
         def until(tokens: list[int]) -> bool:
             """Shows what is new; true where the answer ends."""
             nonlocal shown
-            said = self.tokenizer.decode([t for t in tokens if t != eos])
-            ends, answer = any(s in said for s in self.stop), text_of(tokens)
+            answer, ends = read(tokens)
             # Half a character, or what may become a stop, waits for the tokens that follow.
             half = answer.endswith("\ufffd") or any(answer.endswith(s[:n]) for s in self.stop for n in range(1, len(s)))
             if ends or not half:
@@ -82,7 +83,7 @@ class Chat:
         beams = self.options.get("num_beams", 1) > 1  # whose answer is known at the end only
         new = self.model.generate([ids], self.items, eos_token_id=eos, until=None if beams else until, **self.options)
         seconds = time.perf_counter() - start
-        answer = text_of(new[0].tolist())
+        answer, _ = read(new[0].tolist())
         show(answer[len(shown) :])
         show(f"\n[{new.size(1)} tokens, {new.size(1) / seconds:.1f} tokens/s]\n")
         self.turns[-1]["value"] = answer.strip()

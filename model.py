@@ -82,7 +82,7 @@ class Scale(nn.Module):
         self.by = by
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.tensor(self.by, dtype=x.dtype, device=x.device)  # rounded to x's dtype, as Gemma has it
+        return x * torch.full((), self.by, dtype=x.dtype, device=x.device)  # rounded to x's dtype, as Gemma has it
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:

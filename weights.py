@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from config import UserError
+from seal import flush
 
 Names = str | tuple[str, ...]
 Table = tuple[tuple[Names, Names], ...]  # (theirs, ours), see the docstring above
@@ -369,15 +370,6 @@ def tensors(module: nn.Module, table: Table = (), prefix: str = "") -> dict[str,
     return out
 
 
-def fsync_folder(folder: Path):
-    """Make renames in a folder survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_file(path: Path, write):
     """Atomically create or replace a file: `write(temporary_path)`, fsync, rename. `write` may also be str or bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -388,11 +380,10 @@ def write_file(path: Path, write):
             write(temporary)
         else:
             Path(temporary).write_bytes(write.encode() if isinstance(write, str) else write)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
+        flush(Path(temporary))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        flush(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

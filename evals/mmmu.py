@@ -14,8 +14,7 @@ import random
 import re
 from pathlib import Path
 
-from config import UserError
-from evals import LETTER, WORD, first, grouped, reading, rows, table
+from evals import LETTER, WORD, first, grouped, parquet_rows, reading, rows, table
 
 MAX_NEW_TOKENS = 1024
 PUBLISHED = ("Overall", "MMMU")
@@ -54,14 +53,10 @@ def original(data_dir):
     files = [file for name in SUBJECTS for file in sorted(Path(data_dir).glob(f"{name}/validation-*.parquet"))]
     if not files:
         first(data_dir, "anns_for_eval.json", "Accounting/validation-00000-of-00001.parquet")
-    try:
-        from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise UserError("pyarrow", "needed for MMMU's .parquet files, not installed", "pip install pyarrow") from None
     found = []
     for file in files:
-        for number, row in enumerate(parquet.read_table(file).to_pylist()):
-            with reading(f"{file}:{number}"):
+        for where, row in parquet_rows(file):
+            with reading(where):
                 options = ast.literal_eval(row["options"])
                 choices = {chr(65 + i): option for i, option in enumerate(options)}
                 if row["question_type"] == "multiple-choice":
@@ -73,7 +68,7 @@ def original(data_dir):
                 label = ast.literal_eval(row["answer"]) if row["answer"].startswith("[") else row["answer"]
                 found.append({"id": row["id"], "image": [f"{row['id']}:{i}" for i in numbers], "prompt": text})
                 found[-1] |= {"pictures": [row[f"image_{i}"]["bytes"] for i in numbers], "label": label}
-                found[-1] |= {"choices": choices, "subject": subject(row["id"]), "where": f"{file}:{number}"}
+                found[-1] |= {"choices": choices, "subject": subject(row["id"]), "where": where}
     return found
 
 

@@ -159,6 +159,17 @@ def test_a_row_that_has_moved_left_behind_what_it_held_then():
     assert answers(engine, asked) == {r.tag: alone(model, r) for r in asked}
 
 
+def test_what_rows_hold_outlives_a_larger_cache(monkeypatch):
+    model = build()
+    first = Request(torch.arange(3, 23), max_new_tokens=5, tag=0)
+    more = Request(torch.cat([first.ids, torch.arange(40, 59)]), max_new_tokens=6, tag=1)
+    want, engine = alone(model, more), Engine(model, 2, slots=32)
+    answers(engine, [first])
+    seen = spied(model, monkeypatch)
+    assert answers(engine, [more]) == {1: want} and engine.cache.slots == engine_module.GRAIN
+    assert seen["tokens"] == 19 + 5  # the beginning was still there
+
+
 def test_changed_weights_and_training_forget_what_was_held():
     model, ids = build(), torch.arange(3, 25)[None]
     before = model.generate(ids, max_new_tokens=6)
