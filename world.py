@@ -367,20 +367,6 @@ def train_tokenizer(rows, folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write(out, seed=0, scenes=SCENES):
-    """Writes the whole data set to the new folder `out`; nothing is left there if it does not finish."""
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out}: exists already; fix: remove it or name another folder")
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    try:
-        fill_folder(temporary, seed, scenes)
-        # The pictures are not fsynced one by one: after a power cut the same seed makes them again.
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def fill_folder(out, seed, scenes):
     # One stream of random numbers per file, so that changing one's size leaves the others as they were.
     streams = {name: random.Random(f"{seed}/{name}") for name in ("pretrain", "finetune", "val", "benchmark")}
@@ -441,6 +427,20 @@ def fill_folder(out, seed, scenes):
     (out / "world.json").write_text(json.dumps(summary, indent=2) + "\n")
     if sys.stdout.isatty():
         print(f"\r{out.name}: {done:,} pictures in {time.monotonic() - started:.0f} s")
+
+
+def write(out, seed=0, scenes=SCENES, fill=fill_folder):
+    """Writes the whole data set to the new folder `out` with `fill`; nothing is left there if it does not finish."""
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out}: exists already; fix: remove it or name another folder")
+    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    try:
+        fill(temporary, seed, scenes)
+        # The pictures are not fsynced one by one: after a power cut the same seed makes them again.
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main():
