@@ -1,4 +1,5 @@
 # make demo   train a small multimodal model through both stages, test it, write out/demo/report.html
+# make moving   the same with time in it: clips of two shapes that move, out/moving
 # make test   run every test
 # make test-full   the long matrices of kills, ranks and tuning modes (half an hour on two cores)
 # make test-page   serve.py's page and API, with gradio and openai, in a Chromium if there is one
@@ -11,6 +12,12 @@ demo: .venv/installed
 	$(PY) evaluate.py --model out/demo --task world --data out/demo/world
 	$(PY) evaluate.py --model out/demo --task world --data out/demo/world --blank
 	$(PY) report.py out/demo
+
+moving: .venv/installed
+	test -d out/moving/world || $(PY) moving.py out/moving/world
+	$(PY) -m torch.distributed.run train.py recipes/moving.toml
+	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world
+	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world --one-frame
 
 test: .venv/installed .venv/hf4/installed
 	$(PY) -m pytest
@@ -47,4 +54,4 @@ clean:
 	$(PY) -m pip install --quiet --disable-pip-version-check --target .venv/page "gradio>=6.7" openai playwright
 	touch $@
 
-.PHONY: demo test test-full test-page lint clean
+.PHONY: demo moving test test-full test-page lint clean

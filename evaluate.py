@@ -49,6 +49,7 @@ from evals import (
     mmmu,
     mmvet,
     mmvu,
+    moving,
     mvbench,
     pope,
     scienceqa,
@@ -95,6 +96,7 @@ TASKS = {
     "longvideobench-plain": variant(longvideobench, subtitles=False),
     "mlvu": mlvu,
     "mmvu": mmvu,
+    "moving": moving,
 }
 MEAN_OF = 64  # pictures whose mean a blanked one is
 
