@@ -163,7 +163,7 @@ def test_a_recipe_states_what_it_is_and_only_what_differs(file):
     assert not needless or file.stem in GROUND | {"demo"}  # these say the important things even where they are defaults
 
 
-WHOLE = [f for f in RECIPES if f.stem not in GROUND | {"demo", "custom-lora"}]
+WHOLE = [f for f in RECIPES if f.stem not in GROUND | {"demo", "moving", "custom-lora"}]
 
 
 @pytest.mark.parametrize("file", WHOLE, ids=lambda p: p.stem)
