@@ -387,6 +387,31 @@ def test_ddp_and_sharded_ranks_change_nothing(recipe):  # noqa: F811
         assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
 
 
+def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp_path):  # noqa: F811
+    """A rank may have tiles where another has a clip, or text alone: none waits for another, and losses are equal."""
+    rows = json.loads((tiny_world / "finetune.json").read_text())[:60]
+    for row in rows[::3]:
+        if name := row.pop("image", None):
+            frames = [Image.open(tiny_world / "images" / name).rotate(90 * i) for i in range(3)]
+            row["video"] = f"{row['id']}.gif"
+            frames[0].save(tmp_path / row["video"], save_all=True, append_images=frames[1:], duration=100)
+    for row in rows:
+        if "image" in row:
+            row["image"] = str(tiny_world / "images" / row["image"])
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    change = [f"stage.finetune.data={tmp_path}/rows.json", f"stage.finetune.images={tmp_path}",
+              "stage.finetune.validation=", "stage.finetune.micro_batch_tokens=60", "stage.finetune.steps=4",
+              "stage.pretrain.steps=2", "model.connector=mlp2x_gelu", "model.image_mode=anyres",
+              "model.frames=3"]  # fmt: skip
+    file, out = recipe("alone")
+    run("train.py", file, *change)
+    want = losses(out)
+    for mode in ("ddp", "fsdp"):
+        file, out = recipe(mode)
+        distributed(2, file, *change, f"train.parallel={mode}")
+        assert len(want) == 6 and losses(out) == pytest.approx(want, rel=1e-5), mode
+
+
 def test_a_batch_of_nothing_has_no_loss_and_no_gradient(recipe):  # noqa: F811
     import train
 
