@@ -3,7 +3,7 @@
     python generate.py --model out/demo --image photo.png --prompt "What colour is the circle?"
     python generate.py --model DIR --video clip.mp4 --prompt "What happens?"
     python generate.py --model out/demo            # a chat; /image FILE, /video FILE, /reset and /quit are commands
-    python generate.py --model out/demo --weights nf4 --temperature 0.7 --top-p 0.9 --seed 1 --stop "\n"
+    python generate.py --model out/demo --weights nf4 --temperature 0.7 --top-p 0.9 --seed 1 --stop "\\n"
 
 Several --image, then --video, go into the prompt in their order, in front of the text unless it says <image> itself.
 The answer is printed as it is made, then how many tokens a second; a later question of a chat starts from what has been

@@ -25,9 +25,7 @@ hold theirs. The same seed writes the same bytes.
 import itertools
 import json
 import random
-import sys
 
-import config
 import world
 from world import GRID, IMAGE_SIZE, PAIRS, Question
 
@@ -199,17 +197,5 @@ def fill_folder(out, seed, scenes):
     (out / "moving.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def main():
-    parser = config.parser(__doc__)
-    parser.add_argument("out", metavar="OUT", help="new folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another data set (default 0)")
-    parser.add_argument("--scenes", type=int, default=SCENES, help=f"training clips (default {SCENES})")
-    args = parser.parse_args()
-    try:
-        world.write(args.out, args.seed, args.scenes, fill_folder)
-    except OSError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    world.main(__doc__, SCENES, fill_folder)

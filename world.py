@@ -443,14 +443,15 @@ def write(out, seed=0, scenes=SCENES, fill=fill_folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main():
-    parser = config.parser(__doc__)
+def main(doc=__doc__, scenes=SCENES, fill=fill_folder):
+    """The command of this file, and of moving.py, whose `fill` makes clips of the scenes."""
+    parser = config.parser(doc)
     parser.add_argument("out", metavar="OUT", help="new folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another data set (default 0)")
-    parser.add_argument("--scenes", type=int, default=SCENES, help=f"training scenes (default {SCENES})")
+    parser.add_argument("--scenes", type=int, default=scenes, help=f"how many to train on (default {scenes})")
     args = parser.parse_args()
     try:
-        write(args.out, args.seed, args.scenes)
+        write(args.out, args.seed, args.scenes, fill)
     except OSError as error:
         sys.exit(f"error: {error}")
 
