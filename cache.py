@@ -10,13 +10,13 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.attention import attention_decode, attention_packed
 from kernels.cross_entropy import IGNORE
 from templates import IMAGE_TOKEN
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> attention output, packed
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> attention output, packed
 
 
 def expand(ids: Tensor, counts: Sequence[int], labels: Tensor | None = None) -> Tensor:
@@ -69,8 +69,8 @@ class Cache:
         rows = torch.arange(len(self.lengths), device=positions.device) if rows is None else rows
         row = rows.repeat_interleave(self.lengths)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, row, positions, k, v)
+        def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._write(layer.index, row, positions, k, v)
             return attention_packed(q, k, v, cu_seqlens, max_seqlen)
 
         return attend
@@ -83,9 +83,9 @@ class Cache:
             for row, start, n in zip(rows, starts, lengths, strict=True)
         ]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, row, positions, k, v)
-            k, v, out = self.k[layer], self.v[layer], []
+        def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._write(layer.index, row, positions, k, v)
+            k, v, out = self.k[layer.index], self.v[layer.index], []
             for part, (row_, end, mask) in zip(q.to(k.dtype).split(lengths), each, strict=True):
                 part = part.transpose(0, 1)[None]
                 out.append(_attend(part, k[row_, :, :end][None], v[row_, :, :end][None], mask)[0].transpose(0, 1))
@@ -104,12 +104,13 @@ class Cache:
                 mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
         k, v = ([t[: len(row), :, :longest] for t in tensors] for tensors in (self.k, self.v))
 
-        def attend(layer: int, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
-            self._write(layer, row, at, new_k, new_v)
-            wide = q.to(k[layer].dtype)
+        def attend(layer: nn.Module, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
+            i = layer.index
+            self._write(i, row, at, new_k, new_v)
+            wide = q.to(k[i].dtype)
             if q.is_cuda:
-                return attention_decode(wide, k[layer], v[layer], lengths)
-            return _attend(wide[:, :, None], k[layer], v[layer], mask)[:, :, 0].to(q.dtype)
+                return attention_decode(wide, k[i], v[i], lengths)
+            return _attend(wide[:, :, None], k[i], v[i], mask)[:, :, 0].to(q.dtype)
 
         return attend
 

@@ -107,7 +107,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), self.k_norm(k), *rope)
-        return self.o_proj(attend(self.index, q, k, v).flatten(1))
+        return self.o_proj(attend(self, q, k, v).flatten(1))  # `self`: torch.compile would make a graph for each index
 
 
 class Block(nn.Module):

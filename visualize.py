@@ -72,7 +72,7 @@ def on_grid(values: Tensor, g: int) -> Tensor:
 def recorded(rows: slice, into: list[Tensor]):
     """Causal attention of one sequence by its formula; the softmax of `rows`, averaged over heads, is appended."""
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k).float() * q.size(-1) ** -0.5
         future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)

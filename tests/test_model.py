@@ -212,7 +212,7 @@ def test_blocks_compile_whole_and_once_for_all_lengths(case):
         made.append(len(graphs))
     losses[1].backward()
     blocks = len({tuple(vars(layer).items()) for layer in model.language_model.config.layers})
-    assert made[1:] == made[:1] * 3 and made[0] <= 2 * blocks
+    assert made == [blocks] * 4
     model.zero_grad()
     close(model.vision_tower(io["images"]), plain.vision_tower(io["images"]), 1e-5)
     assert len(graphs) > made[-1]
