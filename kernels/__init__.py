@@ -56,6 +56,7 @@ class Build(NamedTuple):
     constants: dict[str, object]
     warps: int = 4
     stages: int = 2
+    targets: tuple[int, ...] = (80, 89, 90, 100)  # compute capabilities that it is launched on
 
 
 class Mutation(NamedTuple):

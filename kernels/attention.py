@@ -74,6 +74,12 @@ def _place(CU, TQ, TK, heads, blocks, PACKED: tl.constexpr, REVERSE: tl.constexp
 
 
 @triton.jit
+def _seen(row, start, tk, CAUSAL: tl.constexpr, BN: tl.constexpr):
+    key = start + tl.arange(0, BN)[None, :]
+    return (key < tk) & (key <= row[:, None]) if CAUSAL else key < tk
+
+
+@triton.jit
 def forward_kernel(
     Q, K, V, OUT, LSE, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -91,14 +97,14 @@ def forward_kernel(
     o1, o2 = zeros(BM, D1, D2)
     end = tl.minimum(first + BM, tk) if CAUSAL else tk
     whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN * BN
-    for start in range(0, end, BN):
-        k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2)
-        s = inner(q1, q2, k1, k2, D2)
-        if start >= whole:
-            key = start + tl.arange(0, BN)[None, :]
-            s = tl.where((key < tk) & (key <= row[:, None]) if CAUSAL else key < tk, s, float("-inf"))
-        v1, v2 = load(V, start, tk, vt * D, BN, D, D1, D2)
-        top, total, o1, o2 = softmax(s, c, top, total, o1, o2, v1, v2, D2)
+    for edge in tl.static_range(2):  # written out twice: where nothing is masked, masks cost as much as the softmax
+        for start in range(edge * whole, end if edge else whole, BN):
+            k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2, edge)
+            s = inner(q1, q2, k1, k2, D2)
+            if edge:
+                s = tl.where(_seen(row, start, tk, CAUSAL, BN), s, float("-inf"))
+            v1, v2 = load(V, start, tk, vt * D, BN, D, D1, D2, edge)
+            top, total, o1, o2 = softmax(s, c, top, total, o1, o2, v1, v2, D2)
     total = tl.where(total > 0, total, 1.0)  # no key at all: the output is 0
     at = (begin_q * H + head) * D
     store(OUT + at, o1 / total[:, None], o2 / total[:, None], first, tq, H * D, BM, D, D1, D2)
@@ -107,10 +113,10 @@ def forward_kernel(
 
 @triton.jit
 def query_kernel(
-    Q, K, V, OUT, DO, LSE, DELTA, DQ, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
+    Q, K, V, OUT, DO, LSE, PAIRS, DQ, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """delta, and dq of BM queries of one head; the order is that of the forward pass."""
+    """dq of BM queries of one head, in the order of the forward pass; and their pairs (lse, delta), side by side."""
     block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H, blocks, PACKED, CAUSAL)
     first = block * BM
     if first >= tq:
@@ -124,98 +130,123 @@ def query_kernel(
     delta = tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
     if D2:
         delta += tl.sum(o2.to(tl.float32) * g2.to(tl.float32), 1)
-    tl.store(DELTA + per_row + row, delta, row < tq)
     lse = tl.load(LSE + per_row + row, row < tq, float("inf"))
+    pair = PAIRS + 2 * (per_row + row)[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(pair, tl.join(lse, delta), (row < tq)[:, None])
     q1, q2 = load(Q + begin_q * qt * D + head * qh * D, first, tq, qt * D, BM, D, D1, D2)
     dq1, dq2 = zeros(BM, D1, D2)
     end = tl.minimum(first + BM, tk) if CAUSAL else tk
     whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN * BN
-    for start in range(0, end, BN):
-        k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2)
-        p = tl.exp2(inner(q1, q2, k1, k2, D2) * c - lse[:, None])
-        if start >= whole:
-            key = start + tl.arange(0, BN)[None, :]
-            p = tl.where((key < tk) & (key <= row[:, None]) if CAUSAL else key < tk, p, 0.0)
-        v1, v2 = load(V, start, tk, vt * D, BN, D, D1, D2)
-        ds = p * (inner(g1, g2, v1, v2, D2) - delta[:, None])
-        dq1, dq2 = add(dq1, dq2, ds, k1, k2, D2)
+    for edge in tl.static_range(2):
+        for start in range(edge * whole, end if edge else whole, BN):
+            k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2, edge)
+            p = tl.exp2(inner(q1, q2, k1, k2, D2) * c - lse[:, None])
+            if edge:
+                p = tl.where(_seen(row, start, tk, CAUSAL, BN), p, 0.0)
+            v1, v2 = load(V, start, tk, vt * D, BN, D, D1, D2, edge)
+            ds = p * (inner(g1, g2, v1, v2, D2) - delta[:, None])
+            dq1, dq2 = add(dq1, dq2, ds, k1, k2, D2)
     store(DQ + at, dq1 * scale, dq2 * scale, first, tq, H * D, BM, D, D1, D2)
 
 
 @triton.jit
 def key_kernel(
-    Q, K, V, DO, LSE, DELTA, DK, DV, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    Q, K, V, DO, PAIRS, DK, DV, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BN keys of one key head, over its G query heads and their blocks of BM queries.
+    """dk (if KEYS) and dv (if VALUES) of BN keys of one key head, over its G query heads and their blocks of BM
+    queries: first the blocks that see all the keys, then those at the diagonal and the last, partial one.
 
     p and ds are transposed, (BN, BM), to be left operands, which stay in registers. Queries beyond the end are
-    zeros, do and delta too, and so add nothing; keys beyond the end are not stored. The order of the lines keeps few
-    numbers alive: delta and key where they are used, and the sums last.
+    zeros, do and delta too, and so add nothing; keys beyond the end are not stored.
     """
     block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H // G, blocks, PACKED, False)
     first = block * BN
     if first >= tk:
         return
     k1, k2 = load(K + begin_k * kt * D + head * kh * D, first, tk, kt * D, BN, D, D1, D2)
-    v1, v2 = load(V + begin_k * vt * D + head * vh * D, first, tk, vt * D, BN, D, D1, D2)
-    c = scale * 1.4426950408889634
+    v1, v2 = k1, k2
+    if KEYS:
+        v1, v2 = load(V + begin_k * vt * D + head * vh * D, first, tk, vt * D, BN, D, D1, D2)
+    c, row, key = scale * 1.4426950408889634, tl.arange(0, BM), first + tl.arange(0, BN)
     dk1, dk2 = zeros(BN, D1, D2)
     dv1, dv2 = zeros(BN, D1, D2)
     Q += begin_q * qt * D + head * G * qh * D
     DO += (begin_q * H + head * G) * D
-    LSE += head * G * T + begin_q
-    DELTA += head * G * T + begin_q
+    PAIRS += 2 * (head * G * T + begin_q)
     near = first // BM * BM if CAUSAL else 0  # no query before this one sees a key of the block
-    count = tl.cdiv(tl.maximum(tq - near, 0), BM)
-    for i in range(count * G):  # one loop, so that loads run ahead from one head into the next
-        h, start = (i // count).to(tl.int64), near + i % count * BM
-        row = start + tl.arange(0, BM)
-        lse = tl.load(LSE + h * T + row, row < tq, 0.0)
-        q1, q2 = load(Q + h * qh * D, start, tq, qt * D, BM, D, D1, D2)
-        p = tl.exp2(inner(k1, k2, q1, q2, D2) * c - lse[None, :])
-        if CAUSAL:
-            if start < first + BN:  # beyond, every query sees every key of the block
-                key = first - start + tl.arange(0, BN)[:, None]
-                p = tl.where(key <= tl.arange(0, BM)[None, :], p, 0.0)
-        g1, g2 = load(DO + h * D, start, tq, H * D, BM, D, D1, D2)
-        delta = tl.load(DELTA + h * T + row, row < tq, 0.0)
-        ds = p * (inner(v1, v2, g1, g2, D2) - delta[None, :])
-        dv1, dv2 = add(dv1, dv2, p, g1, g2, D2)
-        dk1, dk2 = add(dk1, dk2, ds, q1, q2, D2)
+    diagonal = tl.cdiv(tl.maximum(tl.minimum(first + BN, tq) - near, 0), BM) if CAUSAL else 0
+    whole = tl.maximum(tl.maximum(tq - near, 0) // BM - diagonal, 0)
+    far, last = near + diagonal * BM, near + (diagonal + whole) * BM
+    for edge in tl.static_range(2):
+        count = diagonal + (last < tq) if edge else whole
+        for i in range(count * G):  # one loop, so that loads run ahead from one head into the next
+            h, start = (i // count).to(tl.int64), i % count * BM
+            start = tl.where(start < diagonal * BM, near + start, last) if edge else far + start
+            pair = PAIRS + 2 * (h * T + start) + 2 * row[:, None] + tl.arange(0, 2)[None, :]
+            lse, delta = tl.split(tl.load(pair, (row < tq - start)[:, None], 0.0) if edge else tl.load(pair))
+            q1, q2 = load(Q + h * qh * D, start, tq, qt * D, BM, D, D1, D2, edge)
+            p = tl.exp2(inner(k1, k2, q1, q2, D2) * c - lse[None, :])
+            if edge and CAUSAL:
+                p = tl.where(key[:, None] <= (start + row)[None, :], p, 0.0)
+            g1, g2 = load(DO + h * D, start, tq, H * D, BM, D, D1, D2, edge)
+            if VALUES:
+                dv1, dv2 = add(dv1, dv2, p, g1, g2, D2)
+            if KEYS:
+                ds = p * (inner(v1, v2, g1, g2, D2) - delta[None, :])
+                dk1, dk2 = add(dk1, dk2, ds, q1, q2, D2)
     at, stride = (begin_k * (H // G) + head) * D, H // G * D
-    store(DK + at, dk1 * scale, dk2 * scale, first, tk, stride, BN, D, D1, D2)
-    store(DV + at, dv1, dv2, first, tk, stride, BN, D, D1, D2)
+    if KEYS:
+        store(DK + at, dk1 * scale, dk2 * scale, first, tk, stride, BN, D, D1, D2)
+    if VALUES:
+        store(DV + at, dv1, dv2, first, tk, stride, BN, D, D1, D2)
 
 
-# Queries, keys, warps and stages of loads under way, by kernel and the widest head they are for: what keeps every
-# number in registers and, on the smallest chip (sm_89), in 99 KiB of shared memory. Wider heads have smaller blocks.
+# Queries, keys, warps and stages of loads under way, by kernel and the widest head they are for, such that all numbers
+# stay in registers. On sm_90 a block is 128 rows by as much as fits in 227 KiB of shared memory: its matrix unit takes
+# 64 rows of each 4 warps, and keys and values are read from L2 once for all of them. The others fit in sm_89's 99 KiB.
 _BLOCKS = {
-    "forward": {128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "forward": {128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
     "query": {128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
-    "key": {64: (64, 128, 8, 2), 96: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "key": {80: (32, 128, 8, 2), 96: (16, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+}
+_BLOCKS_90 = {
+    "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
+    "query": {96: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+    "key": {80: (64, 128, 8, 3), 256: (32, 128, 8, 2)},
 }
 
 
-def _blocks(kernel: str, d: int, dtype: torch.dtype) -> dict:
+def _blocks(kernel: str, d: int, dtype: torch.dtype, hopper: bool) -> dict:
     """Small ones in float32, which no matrix unit multiplies exactly."""
-    bm, bn, warps, stages = next(b for width, b in _BLOCKS[kernel].items() if d <= width)
+    bm, bn, warps, stages = next(b for width, b in (_BLOCKS_90 if hopper else _BLOCKS)[kernel].items() if d <= width)
     if dtype == torch.float32:
-        bm, bn, warps, stages = 16, 32, 4, 1
+        bm, bn, warps, stages = (16, 32, 4, 1) if d <= 96 else (16, 16, 8, 1)
     return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
 
 
-def _launch(kernel, name: str, q, k, v, others, cu, samples, longest_q, longest_k, causal, scale):
+def _parts(d: int, hopper: bool) -> list[dict]:
+    """The sums of dk and of dv, 128 keys by a wide head, do not fit in sm_90's registers both: one, then the other."""
+    both = {"KEYS": True, "VALUES": True}
+    return [both | {"VALUES": False}, both | {"KEYS": False}] if hopper and d > 128 else [both]
+
+
+def _hopper(x: Tensor) -> bool:
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def _launch(kernel, name: str, q, k, v, others, cu, samples, longest_q, longest_k, causal, scale, **flags):
     """One program per block, head and sample, all in the first dimension (the others end at 65,535)."""
     (T, H, d), K = q.shape, k.size(1)
-    sizes, heads = _blocks(name, d, q.dtype), K if name == "key" else H
+    sizes, heads = _blocks(name, d, q.dtype, _hopper(q)), K if name == "key" else H
     blocks = -(-longest_k // sizes["BN"]) if name == "key" else -(-longest_q // sizes["BM"])
     if blocks * samples * heads:
         q, k, v = map(rows, (q, k, v))
         kernel[(blocks * samples * heads,)](
             q, k, v, *others, q if cu is None else cu, *(x.stride(i) // d for x in (q, k, v) for i in (0, 1)), T,
             longest_q, longest_k, H, group(H, K), blocks, d**-0.5 if scale is None else scale, PACKED=cu is not None,
-            CAUSAL=causal, **widths(d), **sizes,
+            CAUSAL=causal, **widths(d), **sizes, **flags,
         )  # fmt: skip
 
 
@@ -240,10 +271,11 @@ def _attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu: Tensor | None,
     samples: int, longest_q: int, longest_k: int, causal: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (dq, dk, dv), delta, do = (x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(lse), do.contiguous()
+    (dq, dk, dv), pairs, do = (x.new_empty(x.shape) for x in (q, k, v)), lse.new_empty(*lse.shape, 2), do.contiguous()
     rest = cu, samples, longest_q, longest_k, causal, scale
-    _launch(query_kernel, "query", q, k, v, (o, do, lse, delta, dq), *rest)
-    _launch(key_kernel, "key", q, k, v, (do, lse, delta, dk, dv), *rest)
+    _launch(query_kernel, "query", q, k, v, (o, do, lse, pairs, dq), *rest)
+    for part in _parts(q.size(-1), _hopper(q)):
+        _launch(key_kernel, "key", q, k, v, (do, pairs, dk, dv), *rest, **part)
     return dq, dk, dv
 
 
@@ -328,30 +360,35 @@ CASES = [
 
 _TYPES = (dict.fromkeys("Q K V OUT DO DQ DK DV".split(), "*bf16")
           | dict.fromkeys("qt kt vt T TQ TK H G blocks".split(), "i32")
-          | {"LSE": "*fp32", "DELTA": "*fp32", "CU": "*i32", "scale": "fp32"})  # fmt: skip
+          | {"LSE": "*fp32", "PAIRS": "*fp32", "CU": "*i32", "scale": "fp32"})  # fmt: skip
 
 
-def _build(kernel, name: str, d: int, packed: bool, grouped: bool) -> Build:
-    b = _blocks(name, d, torch.bfloat16)
-    warps, stages = b.pop("num_warps"), b.pop("num_stages")
+def _builds(d: int, packed: bool, grouped: bool, hopper: bool) -> list[Build]:
     ones = dict.fromkeys(("qh kh vh" if grouped else "qh kh vh G").split(), 1)  # an argument of 1 is compiled in
-    return Build(kernel, _TYPES, {"PACKED": packed, "CAUSAL": packed} | ones | widths(d) | b, warps, stages)
+    constants, targets = {"PACKED": packed, "CAUSAL": packed} | ones | widths(d), (90,) if hopper else (80, 89, 100)
+    kernels = [(forward_kernel, "forward", {}), (query_kernel, "query", {})]
+    kernels += [(key_kernel, "key", part) for part in _parts(d, hopper)]
+    each = [(kernel, part, *_blocks(name, d, torch.bfloat16, hopper).values()) for kernel, name, part in kernels]
+    return [Build(kernel, _TYPES, constants | part | {"BM": bm, "BN": bn}, warps, stages, targets)
+            for kernel, part, bm, bn, warps, stages in each]  # fmt: skip
 
 
 BUILDS = [
-    _build(kernel, name, *shape)
-    for kernel, name in ((forward_kernel, "forward"), (query_kernel, "query"), (key_kernel, "key"))
+    build
+    for hopper in (False, True)
     for shape in ((64, False, False), (64, True, False), (64, True, True), (72, False, False), (80, True, False),
                   (96, True, False), (128, True, False), (128, True, True), (256, True, True))
+    for build in _builds(*shape, hopper)
 ]  # fmt: skip
 MUTATIONS = [
     Mutation("(key <= row[:, None])", "(key <= row[:, None] + 1)", "causal"),
-    Mutation("key <= tl.arange", "key < tl.arange", "causal"),
+    Mutation("key[:, None] <= (start + row)", "key[:, None] < (start + row)", "causal"),
     Mutation("if CAUSAL else key < tk", "if CAUSAL else key > -1", "not causal"),
     Mutation("K += begin_k * kt", "K += 0 * kt", "packed, empty samples"),
-    Mutation("i // count", "i // count * 0", "few queries, grouped heads, scale"),
+    Mutation("(i // count)", "(i // count * 0)", "few queries, grouped heads, scale"),
     Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
     Mutation("dq1 * scale, dq2 * scale", "dq1 * scale, dq2", "packed, empty samples"),
+    Mutation("diagonal + (last < tq)", "diagonal", "not causal"),
     Mutation(" - delta[None, :]", "", "packed, empty samples"),
     Mutation("delta += tl.sum(o2", "delta -= tl.sum(o2", "packed, empty samples"),
 ]

@@ -31,11 +31,15 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | N
 
 
 @triton.jit
-def load(P, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Rows start .. start + ROWS of a head, as two blocks of columns; zeros from row `end` on."""
+def load(
+    P, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    EDGE: tl.constexpr = 1,
+):  # fmt: skip
+    """Rows start .. start + ROWS of a head, as two blocks of columns; zeros from row `end` on, which only the EDGE
+    of a sequence has."""
     row, one, two = tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :], tl.arange(0, D2 if D2 else D1)[None, :]
     P += tl.cast(start, tl.int64) * stride + row * stride
-    inside = row < end - start
+    inside = row < (end - start if EDGE else ROWS)
     x = tl.load(P + one, inside & (one < D) if D < D1 else inside, 0.0)
     y = tl.load(P + D1 + two, inside & (two < D - D1) if D < D1 + D2 else inside, 0.0) if D2 else x
     return x, y

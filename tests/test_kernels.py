@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import kernels
+from kernels import attention
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
@@ -72,6 +73,13 @@ def wrong(case, dtype) -> list[str]:
 @pytest.mark.parametrize("module, case", CASES, ids=[f"{m.__name__}: {c.name}" for m, c in CASES])
 def test_as_exact_as_plain_torch(module, case, dtype):
     assert not wrong(case, dtype)
+
+
+@pytest.mark.parametrize("case", attention.CASES, ids=lambda c: c.name)
+def test_attention_in_the_blocks_of_other_gpus(case, monkeypatch):
+    """Of a Hopper they are tested above, without a GPU too."""
+    monkeypatch.setattr(attention, "_hopper", lambda _: False)
+    assert not wrong(case, torch.float16)
 
 
 @pytest.mark.parametrize("module, mutation", MUTATIONS, ids=[f"{m.__name__}: {x.old[:40]}" for m, x in MUTATIONS])
