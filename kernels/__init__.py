@@ -31,6 +31,16 @@ def fused(x: Tensor) -> bool:
     return x.is_cuda and tl is not None
 
 
+def processors(x: Tensor) -> int:
+    """Multiprocessors of x's GPU; a few for the interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
+
+
+def hopper(x: Tensor) -> bool:
+    """Whether x's GPU is an H100, H200 or GH200, which the interpreter poses as."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
 class Case(NamedTuple):
     """Inputs of an odd size on which `fused` must be as exact as `reference`, in every gradient too.
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, Case, Mutation, randn, tl, triton
+from kernels import Build, Case, Mutation, hopper, randn, tl, triton
 from kernels.decode import add, attention_decode, eligible, group, inner, load, rows, softmax, store, widths, zeros
 
 __all__ = ["attention", "attention_decode", "attention_packed"]
@@ -84,7 +84,11 @@ def forward_kernel(
     Q, K, V, OUT, LSE, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of one head per program, over blocks of BN keys: first those that all of them see, then the edge."""
+    """BM queries of one head per program, over blocks of BN keys: first those that all of them see, then the edge.
+
+    Masks cost as much as the softmax, so the loop is written out without and with them. It counts blocks: where ptxas
+    sees that a loop is run but once, it waits for every matrix product of the kernel.
+    """
     block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H, blocks, PACKED, CAUSAL)
     first = block * BM
     if first >= tq:
@@ -96,9 +100,10 @@ def forward_kernel(
     top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     o1, o2 = zeros(BM, D1, D2)
     end = tl.minimum(first + BM, tk) if CAUSAL else tk
-    whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN * BN
-    for edge in tl.static_range(2):  # written out twice: where nothing is masked, masks cost as much as the softmax
-        for start in range(edge * whole, end if edge else whole, BN):
+    whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN
+    for edge in tl.static_range(2):
+        for i in range(edge * whole, tl.cdiv(end, BN) if edge else whole):
+            start = i * BN
             k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2, edge)
             s = inner(q1, q2, k1, k2, D2)
             if edge:
@@ -136,9 +141,10 @@ def query_kernel(
     q1, q2 = load(Q + begin_q * qt * D + head * qh * D, first, tq, qt * D, BM, D, D1, D2)
     dq1, dq2 = zeros(BM, D1, D2)
     end = tl.minimum(first + BM, tk) if CAUSAL else tk
-    whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN * BN
+    whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN
     for edge in tl.static_range(2):
-        for start in range(edge * whole, end if edge else whole, BN):
+        for i in range(edge * whole, tl.cdiv(end, BN) if edge else whole):
+            start = i * BN
             k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2, edge)
             p = tl.exp2(inner(q1, q2, k1, k2, D2) * c - lse[:, None])
             if edge:
@@ -155,12 +161,11 @@ def key_kernel(
     CAUSAL: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dk (if KEYS) and dv (if VALUES) of BN keys of one key head, over its G query heads and their blocks of BM
-    queries: first the blocks that see all the keys, then those at the diagonal and the last, partial one.
+    """dk (if KEYS) and dv (if VALUES) of BN keys of one key head, over its G query heads and their blocks of queries:
+    first blocks that see all the keys, then those at the diagonal and the last, partial one.
 
     p and ds are transposed, (BN, BM), to be left operands, which stay in registers. Queries beyond the end are
-    zeros, do and delta too, and so add nothing; keys beyond the end are not stored.
-    """
+    zeros, do and delta too, and so add nothing; keys beyond the end are not stored."""
     block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H // G, blocks, PACKED, False)
     first = block * BN
     if first >= tk:
@@ -212,34 +217,29 @@ _BLOCKS = {
     "key": {80: (32, 128, 8, 2), 96: (16, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
 }
 _BLOCKS_90 = {
-    "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
+    "forward": {64: (128, 128, 8, 3), 96: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
     "query": {96: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
     "key": {80: (64, 128, 8, 3), 256: (32, 128, 8, 2)},
 }
 
 
-def _blocks(kernel: str, d: int, dtype: torch.dtype, hopper: bool) -> dict:
-    """Small ones in float32, which no matrix unit multiplies exactly."""
-    bm, bn, warps, stages = next(b for width, b in (_BLOCKS_90 if hopper else _BLOCKS)[kernel].items() if d <= width)
-    if dtype == torch.float32:
-        bm, bn, warps, stages = (16, 32, 4, 1) if d <= 96 else (16, 16, 8, 1)
-    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+def _blocks(kernel: str, d: int, dtype: torch.dtype, sm90: bool) -> dict:
+    sizes = next(b for width, b in (_BLOCKS_90 if sm90 else _BLOCKS)[kernel].items() if d <= width)
+    if dtype == torch.float32:  # no matrix unit multiplies it exactly
+        sizes = (16, 32, 4, 1) if d <= 96 else (16, 16, 8, 1)
+    return dict(zip(("BM", "BN", "num_warps", "num_stages"), sizes, strict=True))
 
 
-def _parts(d: int, hopper: bool) -> list[dict]:
+def _parts(d: int, sm90: bool) -> list[dict]:
     """The sums of dk and of dv, 128 keys by a wide head, do not fit in sm_90's registers both: one, then the other."""
-    both = {"KEYS": True, "VALUES": True}
-    return [both | {"VALUES": False}, both | {"KEYS": False}] if hopper and d > 128 else [both]
-
-
-def _hopper(x: Tensor) -> bool:
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+    each = ((True, False), (False, True)) if sm90 and d > 128 else ((True, True),)
+    return [{"KEYS": keys, "VALUES": values} for keys, values in each]
 
 
 def _launch(kernel, name: str, q, k, v, others, cu, samples, longest_q, longest_k, causal, scale, **flags):
     """One program per block, head and sample, all in the first dimension (the others end at 65,535)."""
     (T, H, d), K = q.shape, k.size(1)
-    sizes, heads = _blocks(name, d, q.dtype, _hopper(q)), K if name == "key" else H
+    sizes, heads = _blocks(name, d, q.dtype, hopper(q)), K if name == "key" else H
     blocks = -(-longest_k // sizes["BN"]) if name == "key" else -(-longest_q // sizes["BM"])
     if blocks * samples * heads:
         q, k, v = map(rows, (q, k, v))
@@ -274,7 +274,7 @@ def _attention_backward(
     (dq, dk, dv), pairs, do = (x.new_empty(x.shape) for x in (q, k, v)), lse.new_empty(*lse.shape, 2), do.contiguous()
     rest = cu, samples, longest_q, longest_k, causal, scale
     _launch(query_kernel, "query", q, k, v, (o, do, lse, pairs, dq), *rest)
-    for part in _parts(q.size(-1), _hopper(q)):
+    for part in _parts(q.size(-1), hopper(q)):
         _launch(key_kernel, "key", q, k, v, (do, pairs, dk, dv), *rest, **part)
     return dq, dk, dv
 
@@ -363,22 +363,22 @@ _TYPES = (dict.fromkeys("Q K V OUT DO DQ DK DV".split(), "*bf16")
           | {"LSE": "*fp32", "PAIRS": "*fp32", "CU": "*i32", "scale": "fp32"})  # fmt: skip
 
 
-def _builds(d: int, packed: bool, grouped: bool, hopper: bool) -> list[Build]:
+def _builds(d: int, packed: bool, grouped: bool, sm90: bool) -> list[Build]:
     ones = dict.fromkeys(("qh kh vh" if grouped else "qh kh vh G").split(), 1)  # an argument of 1 is compiled in
-    constants, targets = {"PACKED": packed, "CAUSAL": packed} | ones | widths(d), (90,) if hopper else (80, 89, 100)
+    constants, targets = {"PACKED": packed, "CAUSAL": packed} | ones | widths(d), (90,) if sm90 else (80, 89, 100)
     kernels = [(forward_kernel, "forward", {}), (query_kernel, "query", {})]
-    kernels += [(key_kernel, "key", part) for part in _parts(d, hopper)]
-    each = [(kernel, part, *_blocks(name, d, torch.bfloat16, hopper).values()) for kernel, name, part in kernels]
+    kernels += [(key_kernel, "key", part) for part in _parts(d, sm90)]
+    each = [(kernel, part, *_blocks(name, d, torch.bfloat16, sm90).values()) for kernel, name, part in kernels]
     return [Build(kernel, _TYPES, constants | part | {"BM": bm, "BN": bn}, warps, stages, targets)
             for kernel, part, bm, bn, warps, stages in each]  # fmt: skip
 
 
 BUILDS = [
     build
-    for hopper in (False, True)
+    for sm90 in (False, True)
     for shape in ((64, False, False), (64, True, False), (64, True, True), (72, False, False), (80, True, False),
                   (96, True, False), (128, True, False), (128, True, True), (256, True, True))
-    for build in _builds(*shape, hopper)
+    for build in _builds(*shape, sm90)
 ]  # fmt: skip
 MUTATIONS = [
     Mutation("(key <= row[:, None])", "(key <= row[:, None] + 1)", "causal"),

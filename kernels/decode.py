@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, Case, Mutation, fused, randn, tl, triton
+from kernels import Build, Case, Mutation, fused, processors, randn, tl, triton
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
@@ -163,7 +163,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | Non
     (B, H, d), (K, L) = q.shape, k.shape[1:3]
     q, k, v, G, o = q.contiguous(), rows(k), rows(v), group(H, K), q.new_empty(q.shape)
     # Enough parts to fill the machine twice, but of 128 keys at least, and no more than combine_kernel holds at once.
-    many = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 16
+    many = 2 * processors(q)
     splits = max(1, min(-(-many // max(1, B * K)), -(-L // 128), 32))
     part, lse = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (d, 1))
     if B:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, Case, Mutation, fused, randn, tl, triton
+from kernels import Build, Case, Mutation, fused, processors, randn, tl, triton
 
 FEW = 64  # rows up to which multiplying with the 8-bit weight beats unpacking it first
 FEW_CPU = 16  # the same where torch's own product does it
@@ -109,7 +109,7 @@ def _matmul(x: Tensor, weight: Tensor, SCB: Tensor) -> Tensor:
     tile = _tile(M)
     tiles = triton.cdiv(N, tile["BLOCK_N"])
     # Two programs per multiprocessor; where the rows of W are too few for that, its width is split as well.
-    many = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 16
+    many = 2 * processors(x)
     split = max(1, min(many // max(1, tiles), K // tile["BLOCK_K"]))
     y = x.new_empty(split, M, N, dtype=x.dtype if split == 1 else torch.float32)
     if y.numel():

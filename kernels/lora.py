@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, Case, Mutation, fused, int8, nf4, randn, tl, triton
+from kernels import Build, Case, Mutation, fused, int8, nf4, processors, randn, tl, triton
 
 FORMATS = {nf4.NF4: nf4, int8.Int8: int8}
 MAX_RANK = 256  # of the kernels: one program holds a row of h
@@ -254,7 +254,7 @@ def _lora_backward(
     tiles = -(-K // tile["BLOCK_K"])
     if p and T:
         # Two programs per multiprocessor; their sums are added in a fixed order.
-        many = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 16
+        many = 2 * processors(x)
         split = max(1, min(many // (tiles * G), T // 64))
         dA = x.new_empty(split, G, rank, K, dtype=torch.float32)
         gradient_kernel[(tiles * G, split)](x, dh, seeds, dA, T, K, G, *dropout, **tile, **LAUNCH)

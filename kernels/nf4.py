@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, Case, Mutation, fused, randn, tl, triton
+from kernels import Build, Case, Mutation, fused, processors, randn, tl, triton
 
 NF4_CODE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -213,7 +213,7 @@ def _matmul(
     tiles = triton.cdiv(rows, tile["BLOCK_N"])
     # Four programs per multiprocessor hide each other's look-ups (a pipeline would copy every code to shared memory);
     # where the rows of W are too few for that, its width is split as well.
-    many = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 16
+    many = 4 * processors(x)
     split = max(1, min(many // max(1, tiles), K // blocksize // tile["BLOCKS"]))
     y = x.new_empty(split, M, rows, dtype=x.dtype if split == 1 else torch.float32)
     if y.numel():

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, Case, Mutation, fused, randn, tl, triton
+from kernels import Build, Case, Mutation, fused, processors, randn, tl, triton
 
 
 def reference(
@@ -135,7 +135,7 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, s = dy.contiguous(), s.contiguous()
     width, rows = s.size(-1), len(c)
-    many = torch.cuda.get_device_properties(s.device).multi_processor_count * 4 if s.is_cuda else 4
+    many = 4 * processors(s)
     each = max(1, -(-rows // many))
     programs = -(-rows // each)
     dx, dw = torch.empty_like(s), s.new_empty(programs, width, dtype=torch.float32)

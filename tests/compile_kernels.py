@@ -17,12 +17,11 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 SHARED = {"80": 163, "89": 99, "90": 227, "100": 227}  # KiB that a block may have (CUDA programming guide)
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def said(*command) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout + done.stderr
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def main(module: str, target: str) -> int:
@@ -37,16 +36,15 @@ def main(module: str, target: str) -> int:
         source = ASTSource(build.kernel, {n: signature[n] for n in names}, build.constants, aligned)
         options = {"num_warps": build.warps, "num_stages": build.stages}
         made = triton.compile(source, target=GPUTarget("cuda", int(target), 32), options=options)
-        with tempfile.TemporaryDirectory() as folder:
-            cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-            cubin.write_bytes(made.asm["cubin"])
-            ptx.write_text(made.asm["ptx"])
-            usage = said(BIN / "cuobjdump", "--dump-resource-usage", cubin)
-            # ptxas waits for each product at once, and says so, where it finds no registers to do otherwise.
-            told = said(BIN / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", cubin) if "wgmma" in made.asm["ptx"] else ""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            usage, code = (said(CUOBJDUMP, flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         local = int(re.search(r"LOCAL:(\d+)", usage).group(1))
-        bad = "SPILLS" * (stack + local > 0) + "WAITS" * ("serialized" in told)
+        # Where ptxas finds no registers to do otherwise, it waits for each product at once.
+        waits = code.count("WARPGROUP.DEPBAR") > code.count("HGMMA") / 2
+        bad = "SPILLS" * (stack + local > 0) + "WAITS" * waits
         bad += "TOO LARGE" * (made.metadata.shared > SHARED[target] * 1024)
         failed += bool(bad)
         print(f"{bad or 'ok'} {build.kernel.__name__} {build.constants} sm_{target}:", end=" ")

@@ -78,7 +78,7 @@ def test_as_exact_as_plain_torch(module, case, dtype):
 @pytest.mark.parametrize("case", attention.CASES, ids=lambda c: c.name)
 def test_attention_in_the_blocks_of_other_gpus(case, monkeypatch):
     """Of a Hopper they are tested above, without a GPU too."""
-    monkeypatch.setattr(attention, "_hopper", lambda _: False)
+    monkeypatch.setattr(attention, "hopper", lambda _: False)
     assert not wrong(case, torch.float16)
 
 
