@@ -75,6 +75,9 @@ class Block(nn.Module):
         return x + self.layer_scale2(down(self.activation(up(y))))
 
 
+torch.backends.cudnn.allow_tf32 = False  # a float32 convolution is one of float32; in products torch has it so
+
+
 class Embeddings(nn.Module):
     """Class token and registers, where there are any, then the patches row by row. Registers have no position."""
 

@@ -14,7 +14,9 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * GPU
+if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before any test file imports the kernels
 
 
@@ -23,6 +25,14 @@ def only_when_asked(request):
     """The long ones run with `make test-full`, that is pytest -m full."""
     if request.node.get_closest_marker("full") and "full" not in request.config.getoption("markexpr"):
         pytest.skip("long: make test-full")
+
+
+@pytest.fixture(autouse=True)
+def hidden_gpu(request, monkeypatch):
+    """Only tests that are marked see it: the others compare numbers of the CPU, or have more ranks than it has room."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def shared(path: str) -> Path:

@@ -33,7 +33,6 @@ def test_help_explains_and_a_wrong_option_is_one_line(script):
     assert len(wrong) == 1 and wrong[0].startswith("error: ") and "; fix: " in wrong[0]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", [("bench/kernels.py",), ("-m", "kernels.norms")], ids=" ".join)
 def test_without_a_gpu_it_says_so_in_a_line(command):
     (line,) = run(*command, ok=False).stderr.strip().splitlines()

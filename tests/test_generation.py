@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from conftest import DEVICES
 from torch import nn
 
 import engine as engine_module
@@ -62,15 +63,17 @@ def answers(engine: Engine, asked: list[Request], **options) -> dict[int, list[i
     return {r.tag: tokens for r, tokens in engine.serve(asked, **options)}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_answer_is_the_same_in_any_company(family, monkeypatch):
+def test_an_answer_is_the_same_in_any_company(family, device, monkeypatch):
     """Batches of 1, 3 and 16, ragged, refilled, in another order, with reuse and without, equal to no cache at all."""
-    model, asked = build(family), requests()
+    model, asked = build(family).to(device), requests()
     want = {r.tag: alone(model, r) for r in asked}
     assert len({tuple(t) for t in want.values()}) > 5
     shuffled = random.Random(2).sample(asked, len(asked))
     for rows, order in ((1, asked), (3, asked), (3, shuffled), (16, shuffled)):
         engine = Engine(model, rows, slots=24)
+        assert engine.graphs == (device == "cuda")
         assert answers(engine, order) == want
         assert answers(engine, order) == want  # what the rows still hold is used
     monkeypatch.setattr(engine_module, "WORTH", 10**9)

@@ -15,12 +15,13 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
+from conftest import GPU
 
 import kernels
 from kernels import attention
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 

@@ -10,17 +10,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPU, ROOT, shared
+from safetensors.torch import load_file
 
-GPU = torch.cuda.is_available()
+from kernels import int8, lora, nf4, tl, triton
+
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are first imported
-
-from conftest import ROOT, shared  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
-from kernels import int8, lora, nf4, tl, triton  # noqa: E402
-
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpreter cuts bfloat16 off, unrounded
 
 
