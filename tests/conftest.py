@@ -43,9 +43,8 @@ def shared(path: str) -> Path:
 
 
 def run(*command, ok: bool = True, **env) -> subprocess.CompletedProcess:
-    """Run `python ...` in the repository root; a failure shows its output."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}
-    )
+    """Run `python ...` in the repository root, without the GPU unless told so; a failure shows its output."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **env}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=env)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done

@@ -144,7 +144,7 @@ def test_a_gpu_trains_as_the_cpu_does(recipe):
     made, weights = {}, {}
     for name, options in ways.items():
         file, out = recipe(name)
-        run("train.py", file, *(f"train.{o}" for o in options))
+        run("train.py", file, *(f"train.{o}" for o in options), CUDA_VISIBLE_DEVICES="0")
         made[name], weights[name] = losses(out), (out / "model.safetensors").read_bytes()
     for name, rel in {"cuda": 1e-4, "compiled": 1e-4, "bf16": 0.02}.items():
         assert made[name] == pytest.approx(made["cpu"], rel=rel), name
