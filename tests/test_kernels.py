@@ -6,6 +6,7 @@ compiled, not run, for four generations of GPUs. With one they run on it, in bf1
 
 import importlib
 import importlib.util
+import math
 import os
 import pkgutil
 import subprocess
@@ -31,15 +32,15 @@ GRADS = [(m, c) for m, c in CASES if c.grads]
 MUTATIONS = [(m, x) for m in MODULES for x in getattr(m, "MUTATIONS", ())]
 
 
-def run(function, case, dtype, seed: int = 0):
+def run(function, case, dtype, place=lambda a: a):
     """Outputs and gradients of a function on the case's inputs, rounded to bf16 first: every dtype sees the same."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     args = []
     for i, a in enumerate(case.inputs(g)):
         if isinstance(a, torch.Tensor) and a.dtype == torch.float32:
-            a = a.bfloat16().to(DEVICE, dtype).requires_grad_(i in case.grads)
+            a = place(a.bfloat16().to(DEVICE, dtype)).requires_grad_(i in case.grads)
         elif isinstance(a, torch.Tensor):
-            a = a.to(DEVICE)
+            a = place(a.to(DEVICE))
         args.append(a)
     out = function(*args)
     outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
@@ -124,6 +125,29 @@ def test_nothing_given_or_saved_is_changed(module, case):
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True) if isinstance(a, torch.Tensor))
+
+
+@pytest.mark.parametrize("module, case", CASES, ids=[f"{m.__name__}: {c.name}" for m, c in CASES])
+def test_nothing_is_read_or_written_outside_of_a_tensor(module, case, monkeypatch):
+    """Every tensor lies between 4,096 NaNs (77s) on either side: they reach no result, and are there afterwards."""
+    want, kept, full, margin = run(case.fused, case, torch.float32), [], torch.full, 4096
+
+    def empty(shape, dtype):
+        fill, n = (float("nan") if dtype.is_floating_point else 77), math.prod(shape)
+        kept.append((full((n + 2 * margin,), fill, dtype=dtype, device=DEVICE), n))
+        return kept[-1][0][margin : margin + n].view(shape)
+
+    def sizes(size):
+        return size if all(isinstance(n, int) for n in size) else tuple(size[0])
+
+    monkeypatch.setattr(torch, "empty_like", lambda x, dtype=None, **_: empty(x.shape, dtype or x.dtype))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *n, dtype=None, **_: empty(sizes(n), dtype or x.dtype))
+    got = run(case.fused, case, torch.float32, lambda a: empty(a.shape, a.dtype).copy_(a))
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for whole, n in kept:
+        for part in (whole[:margin], whole[margin + n :]):
+            assert (part.isnan() if whole.is_floating_point() else part == 77).all()
 
 
 def test_every_kernel_file_has_cases_and_mistakes():
