@@ -81,8 +81,13 @@ def equals_golden(model, io, folder, behind_connector: float = 1e-4):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES if GPU else ["phi-siglip-mlp2x_gelu", "tinyllama-clip-mlp2x_gelu"])
-def test_golden_through_the_kernels(name, monkeypatch):
+@pytest.mark.parametrize(
+    "name, compiled",
+    [(name, compiled) for name in CASES for compiled in (False, True)]
+    if GPU
+    else [("phi-siglip-mlp2x_gelu", False), ("tinyllama-clip-mlp2x_gelu", True)],
+)
+def test_golden_through_the_kernels(name, compiled, monkeypatch):
     """The same on a GPU; without one, two in Triton's interpreter."""
     device = "cuda" if GPU else "cpu"
     for module in pkgutil.iter_modules(kernels.__path__):
@@ -90,7 +95,11 @@ def test_golden_through_the_kernels(name, monkeypatch):
     folder = shared("golden") / name
     io = {k: v.to(device) for k, v in load_file(folder / "io.safetensors").items()}
     # A Q-Former makes a thousand times as much of a rounding: the reference itself is 9.5e-5 from float64.
-    equals_golden(LLaVA.from_pretrained(folder, device=device), io, folder, 3e-4 if "qformer" in name else 1e-4)
+    model = LLaVA.from_pretrained(folder, device=device)
+    if compiled:
+        torch._dynamo.reset()
+        model.compile_blocks(fullgraph=True, backend="aot_eager")
+    equals_golden(model, io, folder, 3e-4 if "qformer" in name else 1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
