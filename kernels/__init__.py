@@ -58,7 +58,8 @@ class Case(NamedTuple):
 class Build(NamedTuple):
     """One kernel as it is compiled for a GPU that is not there: pointer types by argument, constants, warps, stages.
 
-    `types` gives Triton's names ("*bf16", "*fp32", "i32", "fp32"); arguments that it leaves out are in `constants`.
+    `types` gives Triton's names ("*bf16", "*fp32", "i32", "fp32"; "i32:16" where every model has a multiple of 16);
+    arguments that it leaves out are in `constants`.
     """
 
     kernel: object

@@ -226,7 +226,7 @@ CASES = [
          (0,)),
 ]  # fmt: skip
 
-_TYPES = {"Z": "*bf16", "B": "*bf16", "TARGETS": "*i64", "LOSSES": "*fp32", "V": "i32", "z_row": "i32"}
+_TYPES = {"Z": "*bf16", "B": "*bf16", "TARGETS": "*i64", "LOSSES": "*fp32", "V": "i32", "z_row": "i32:16"}
 BUILDS = [
     Build(rows_kernel, _TYPES, {"BIAS": bias, "GRADIENT": gradient, "BLOCK": 4096}, 8)
     for bias in (False, True)

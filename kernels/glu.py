@@ -183,9 +183,9 @@ CASES = [
     Case("one projection", _halves(_glu), _halves(reference), lambda g: (randn(g, 5, 2 * 37), "silu"), (0,)),
 ]
 
-_F = {"X": "*bf16", "U": "*bf16", "Y": "*bf16", "width": "i32", "x_row": "i32", "u_row": "i32"}
-_B = {"DY": "*bf16", "X": "*bf16", "U": "*bf16", "DX": "*bf16", "DU": "*bf16", "width": "i32", "dy_row": "i32",
-      "x_row": "i32", "u_row": "i32"}  # fmt: skip
+_F = {"X": "*bf16", "U": "*bf16", "Y": "*bf16", "width": "i32:16", "x_row": "i32:16", "u_row": "i32:16"}
+_B = {"DY": "*bf16", "X": "*bf16", "U": "*bf16", "DX": "*bf16", "DU": "*bf16", "width": "i32:16",
+      "dy_row": "i32:16", "x_row": "i32:16", "u_row": "i32:16"}  # fmt: skip
 _GATED, _PLAIN = (("silu", True), ("gelu_tanh", True)), (("gelu_tanh", False), ("quick_gelu", False), ("gelu", False))
 BUILDS = [
     Build(kernel, types, {"ACT": act, "GATED": gated, "BLOCK": 1024})

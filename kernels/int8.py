@@ -181,9 +181,9 @@ CASES = [
 ]
 
 BUILDS = [
-    Build(dequantize_kernel, {"Q": "*i8", "S": "*fp32", "W": "*bf16", "K": "i32"}, {"BLOCK": 1024}),
-    *(Build(matmul_kernel, {"X": "*bf16", "Q": "*i8", "S": "*fp32", "Y": "*bf16", "M": "i32", "N": "i32", "K": "i32"},
-            _tile(rows), stages=3) for rows in (1, 32, 64)),
+    Build(dequantize_kernel, {"Q": "*i8", "S": "*fp32", "W": "*bf16", "K": "i32:16"}, {"BLOCK": 1024}),
+    *(Build(matmul_kernel, {"X": "*bf16", "Q": "*i8", "S": "*fp32", "Y": "*bf16", "M": "i32", "N": "i32:16",
+                            "K": "i32:16"}, _tile(rows), stages=3) for rows in (1, 32, 64)),
 ]  # fmt: skip
 MUTATIONS = [
     Mutation(" * 7.874015718698502e-3\n", " * 7.8125e-3\n", "dequantize"),

@@ -7,8 +7,8 @@
 
 T tokens, K inputs, N_g outputs, G adapters, r ranks (R: the largest, rounded up to a power of two). W is a tensor, or
 an NF4 or Int8 weight that is unpacked in the forward pass, again in the backward pass, and never kept. Every adapter
-drops other elements of x. The mask is a hash of (seed, element), made anew by the three kernels that need it, so no
-mask and no dropped copy of x is stored. Saved for the backward pass: x and h.
+drops other elements of x. The mask is a hash of (seed, element), two elements to a hash, made anew by the three kernels
+that need it, so no mask and no dropped copy of x is stored. Saved for the backward pass: x and h.
 
 Elements moved beside the frozen products: forward x in, h out (T K + T G R), y in and out once more as B is added to
 it; backward x in for dA, dx in and out: 4 T K whatever G is. Separate operations with dropout move 10 T K per adapter,
@@ -48,18 +48,15 @@ def _mix(h, key):
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """seed () int64 -> (rows, columns) bool, true with probability 1 - p: what dropout keeps, on any device.
 
-    Element i of the row-major order is kept where hash(seed, i mod 2^32) >= p 2^32.
+    Two neighbours of a row share a hash, of pair i of the row-major order: hash(seed, i mod 2^32). One is kept where
+    its lower, the other where its upper half is p 2^16 or more.
     """
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     first = _mix(low ^ 0x1E3779B9, high)
     second = _mix(high ^ 0x05EBCA6B, first)
-    row, column = (torch.arange(n, device=seed.device, dtype=torch.int32) for n in (rows, columns))
-    h = _mix(((row * columns)[:, None] + column) ^ first, second)
-    return (h ^ -(2**31)) >= _threshold(p) - 2**31  # unsigned numbers compared as signed ones
-
-
-def _threshold(p: float) -> int:
-    return min(int(p * 2**32), 2**32 - 1)
+    row, pair = (torch.arange(n, device=seed.device, dtype=torch.int32) for n in (rows, -(-columns // 2)))
+    h = _mix(((row * len(pair))[:, None] + pair) ^ first, second)
+    return (torch.stack([h, h >> 16], -1).flatten(1)[:, :columns] & 0xFFFF) >= round(p * 2**16)
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -95,7 +92,9 @@ def kept(SEED, row, column, K, threshold):
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     first = mix(low ^ 0x1E3779B9, high)
     second = mix(high ^ 0x05EBCA6B, first)
-    return mix((row.to(tl.uint32) * K + column.to(tl.uint32)) ^ first, second) >= threshold.to(tl.uint32)
+    row, column = row.to(tl.uint32), column.to(tl.uint32)  # the compiler sees that two columns of a thread are a pair
+    h = mix((row * tl.cdiv(K, 2) + column // 2) ^ first, second)
+    return (h >> column % 2 * 16 & 0xFFFF) >= threshold.to(tl.uint32)
 
 
 @triton.jit
@@ -114,14 +113,14 @@ def down_kernel(
     """h_g = d_g(x) A_g^T. The programs of one tile of x follow each other, so that it leaves memory once."""
     g, r, t = tl.program_id(0) % G, tl.arange(0, RANK), tl.arange(0, BLOCK_T)
     start = (tl.program_id(0) // G).to(tl.int64) * BLOCK_T
-    h = tl.zeros((BLOCK_T, RANK), tl.float32)
+    h = tl.zeros((RANK, BLOCK_T), tl.float32)  # transposed: with x on the left, Hopper's products wait for each other
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = dropped(X, SEEDS + g, start, K, k, T, threshold, BLOCK_T)
-        a = tl.load(A + g * RANK * K + (r[None, :] * K + k[:, None]), (k < K)[:, None], 0.0)
-        h = tl.dot(x, a, h, input_precision="ieee")
-    at = H + (start * G + g) * RANK + (t[:, None] * (G * RANK) + r[None, :])
-    tl.store(at, (h * scale).to(H.dtype.element_ty), (t < T - start)[:, None])
+        a = tl.load(A + g * RANK * K + (r[:, None] * K + k[None, :]), (k < K)[None, :], 0.0)
+        h = tl.dot(a, tl.trans(x), h, input_precision="ieee")
+    at = H + (start * G + g) * RANK + (t[None, :] * (G * RANK) + r[:, None])
+    tl.store(at, (h * scale).to(H.dtype.element_ty), (t < T - start)[None, :])
 
 
 @triton.jit
@@ -204,13 +203,12 @@ def _product(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def _tile(rank: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of `rows` tokens; float32 tiles are half as wide."""
-    return {"RANK": rank, "BLOCK_T": rows, "BLOCK_K": 64 if dtype.itemsize == 2 else 32}
-
-
-def _down_tile(rank: int, dtype: torch.dtype) -> dict[str, int]:
-    return _tile(rank, 128 if rank <= 128 else 32, dtype)  # the sums of h, BLOCK_T x RANK, live in registers
+def _tile(kernel: str, rank: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tokens and columns of a program, as many as keep its sums in registers."""
+    narrow = {"down": (128, 64), "gradient": (64, 128), "add": (64, 128)}
+    wide = {"down": (64, 64), "gradient": (64, 64), "add": (64, 128)}
+    rows, columns = (32, 32) if dtype.itemsize > 2 else (narrow if rank <= 128 else wide)[kernel]
+    return {"RANK": rank, "BLOCK_T": rows, "BLOCK_K": columns} | ({"BLOCK_R": min(rank, 64)} if kernel == "add" else {})
 
 
 @torch.library.custom_op("barellava::lora", mutates_args=())
@@ -221,9 +219,9 @@ def _lora(
     """x (T, K) -> y of every adapter (T, N_g), and all h side by side (T, G R)."""
     x, (T, K), G, rank, A = x.contiguous(), x.shape, len(As), _rank(As), _stack(As, x.dtype)
     if p and T:
-        h, tile = x.new_empty(T, G * rank), _down_tile(rank, x.dtype)
+        h, tile = x.new_empty(T, G * rank), _tile("down", rank, x.dtype)
         grid = (G * triton.cdiv(T, tile["BLOCK_T"]),)
-        down_kernel[grid](x, A, seeds, h, T, K, G, _threshold(p), 1 / (1 - p), **tile, **LAUNCH)
+        down_kernel[grid](x, A, seeds, h, T, K, G, round(p * 2**16), 1 / (1 - p), **tile, **LAUNCH)
     else:
         h = x @ A.view(-1, K).t()
     ys = [_product(x, W, b) for W, b in zip(_restore(tensors, forms, Bs, K), biases, strict=True)]
@@ -250,14 +248,15 @@ def _lora_backward(
         dh[:, g, : B.size(1)].addmm_(dy, B.to(dtype), beta=0, alpha=s)
         dB = dy.new_empty(B.shape).addmm_(dy.t(), h[:, g, : B.size(1)], beta=0, alpha=s)
         dBs.append(dB.to(B.dtype))
-    tile, dropout = _tile(rank, 64, dtype), (_threshold(p), 1 / (1 - p))
-    tiles = -(-K // tile["BLOCK_K"])
+    dropout = round(p * 2**16), 1 / (1 - p)
     if p and T:
+        tile = _tile("gradient", rank, dtype)
+        tiles = G * triton.cdiv(K, tile["BLOCK_K"])
         # Two programs per multiprocessor; their sums are added in a fixed order.
         many = 2 * processors(x)
-        split = max(1, min(many // (tiles * G), T // 64))
+        split = max(1, min(many // tiles, T // 64))
         dA = x.new_empty(split, G, rank, K, dtype=torch.float32)
-        gradient_kernel[(tiles * G, split)](x, dh, seeds, dA, T, K, G, *dropout, **tile, **LAUNCH)
+        gradient_kernel[(tiles, split)](x, dh, seeds, dA, T, K, G, *dropout, **tile, **LAUNCH)
         dA = dA.sum(0)
     else:
         dA = (dh.flatten(1).t() @ x).view(G, rank, K)
@@ -267,8 +266,9 @@ def _lora_backward(
         for g, (dy, W) in enumerate(zip(dys, _restore(tensors, forms, Bs, K), strict=True)):
             dx = dx.addmm_(dy, dense(W, dtype)) if g else dy @ dense(W, dtype)
         if p and T:
-            grid = (triton.cdiv(T, 64), tiles)
-            add_kernel[grid](dh, A, seeds, dx, T, K, G, *dropout, **tile, BLOCK_R=min(rank, 32), **LAUNCH)
+            tile = _tile("add", rank, dtype)
+            grid = triton.cdiv(T, tile["BLOCK_T"]), triton.cdiv(K, tile["BLOCK_K"])
+            add_kernel[grid](dh, A, seeds, dx, T, K, G, *dropout, **tile, **LAUNCH)
         else:
             dx.addmm_(dh.flatten(1), A.view(-1, K))
     each = zip(dys, tensors[:G], need[1:], strict=True)
@@ -370,16 +370,14 @@ CASES = [
     _case("int8", 9, 65, (40,), (16,), 0.0, "int8"),
 ]
 
-_P = {"SEEDS": "*i64", "T": "i32", "K": "i32", "G": "i32", "threshold": "i32", "scale": "fp32"}
+_P = {"SEEDS": "*i64", "T": "i32", "K": "i32:16", "G": "i32", "threshold": "i32", "scale": "fp32"}
 
 
 def _builds(rank: int) -> list[Build]:
-    tile = _tile(rank, 64, torch.bfloat16)
-    return [
-        Build(down_kernel, _P | dict.fromkeys(("X", "A", "H"), "*bf16"), _down_tile(rank, torch.bfloat16), 8),
-        Build(gradient_kernel, _P | {"X": "*bf16", "DH": "*bf16", "DA": "*fp32"}, tile, 8),
-        Build(add_kernel, _P | dict.fromkeys(("DH", "A", "DX"), "*bf16"), tile | {"BLOCK_R": 32}, 8),
-    ]
+    types = {"down": {"X": "*bf16", "A": "*bf16", "H": "*bf16"}, "add": {"DH": "*bf16", "A": "*bf16", "DX": "*bf16"},
+             "gradient": {"X": "*bf16", "DH": "*bf16", "DA": "*fp32"}}  # fmt: skip
+    kernels = {"down": down_kernel, "gradient": gradient_kernel, "add": add_kernel}
+    return [Build(k, _P | types[name], _tile(name, rank, torch.bfloat16), 8) for name, k in kernels.items()]
 
 
 BUILDS = [*_builds(128), *_builds(256)]

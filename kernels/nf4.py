@@ -230,9 +230,9 @@ def _(x, packed, absmax, code, nested, codes, offset, rows, blocksize):
 
 
 def _tile(M: int) -> dict[str, int]:
-    """The dot has 16 rows at least; with more, half the width is in flight, for the sake of registers."""
+    """The dot has 16 rows at least; with more, half as much of W is in flight, for the sake of registers."""
     rows = max(16, 1 << (M - 1).bit_length())
-    return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCKS": 2 if rows == 16 else 1}
+    return {"BLOCK_M": rows} | ({"BLOCK_N": 16, "BLOCKS": 4} if rows == 16 else {"BLOCK_N": 32, "BLOCKS": 1})
 
 
 def triton_dequantize(q: NF4, dtype: torch.dtype) -> Tensor:
@@ -286,7 +286,7 @@ CASES = [
 _W = {"PACKED": "*u8", "ABSMAX": "*u8", "MAP": "*fp32", "ABSMAX2": "*fp32", "MAP2": "*fp32", "OFFSET": "*fp32"}
 BUILDS = [Build(dequantize_kernel, _W | {"W": "*bf16", "size": "i32", "n": "i32", "blocks": "i32"},
                 {"HALF": 32, "DOUBLE": True, "BLOCKS": 32})] + [
-    Build(matmul_kernel, _W | {"X": "*bf16", "Y": "*bf16", "size": "i32", "M": "i32", "N": "i32", "K": "i32"},
+    Build(matmul_kernel, _W | {"X": "*bf16", "Y": "*bf16", "size": "i32:16", "M": "i32", "N": "i32:16", "K": "i32:16"},
           {"HALF": 32, "DOUBLE": True, **_tile(rows)}, stages=1)
     for rows in (1, 32, 64)
 ]  # fmt: skip

@@ -216,9 +216,9 @@ CASES = [
 ]
 
 _F = {"X": "*bf16", "R": "*bf16", "W": "*bf16", "B": "*bf16", "Y": "*bf16", "S": "*bf16", "C": "*fp32", "M": "*fp32",
-      "D": "i32", "eps": "fp32"}  # fmt: skip
+      "D": "i32:16", "eps": "fp32"}  # fmt: skip
 _B = {"DY": "*bf16", "DS": "*bf16", "S": "*bf16", "W": "*bf16", "C": "*fp32", "M": "*fp32", "DX": "*bf16",
-      "DW": "*fp32", "DB": "*fp32", "T": "i32", "D": "i32", "rows": "i32"}  # fmt: skip
+      "DW": "*fp32", "DB": "*fp32", "T": "i32", "D": "i32:16", "rows": "i32"}  # fmt: skip
 BUILDS = [
     Build(kernel, types, {"ADD": True, "LAYER": layer, "BIAS": layer, "OFFSET": 0.0, "BLOCK": block}, block // 512)
     for kernel, types in ((forward_kernel, _F), (backward_kernel, _B))

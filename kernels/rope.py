@@ -145,7 +145,7 @@ CASES = [
 ]
 
 _T = dict.fromkeys(("Q", "K", "YQ", "YK"), "*bf16") | dict.fromkeys(("COS", "SIN"), "*fp32") | {"sign": "fp32"}
-_T |= dict.fromkeys(("q_heads", "k_heads", "q_row", "q_head", "k_row", "k_head"), "i32")
+_T |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head"), "i32:16") | {"q_heads": "i32", "k_heads": "i32"}
 BUILDS = [
     Build(rope_kernel, _T, _sizes(*size)) for size in ((64, 64), (64, 16), (80, 32), (96, 96), (128, 128), (256, 256))
 ]

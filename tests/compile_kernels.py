@@ -30,10 +30,13 @@ def main(module: str, target: str) -> int:
         if int(target) not in build.targets:
             continue
         signature = build.types | dict.fromkeys(build.constants, "constexpr")
-        # At run time Triton sees that pointers are aligned to 16 bytes, and compiles for that.
+        # At run time Triton sees that pointers are aligned to 16 bytes, and what is a multiple of 16.
         names = build.kernel.arg_names
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-        source = ASTSource(build.kernel, {n: signature[n] for n in names}, build.constants, aligned)
+        even = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n].endswith(":16")]
+        source = ASTSource(
+            build.kernel, {n: signature[n].removesuffix(":16") for n in names}, build.constants,
+            {(i,): [["tt.divisibility", 16]] for i in even},
+        )  # fmt: skip
         options = {"num_warps": build.warps, "num_stages": build.stages}
         made = triton.compile(source, target=GPUTarget("cuda", int(target), 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
