@@ -7,12 +7,14 @@ find it by: CASES, BUILDS, MUTATIONS. A public function picks Triton for tensors
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c as one instruction; Triton 3.10 will not by itself
 try:
     import triton
     import triton.language as tl
