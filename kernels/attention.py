@@ -79,7 +79,7 @@ def _seen(row, start, tk, CAUSAL: tl.constexpr, BN: tl.constexpr):
     return (key < tk) & (key <= row[:, None]) if CAUSAL else key < tk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "TQ", "TK", "blocks"])
 def forward_kernel(
     Q, K, V, OUT, LSE, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -116,7 +116,7 @@ def forward_kernel(
     tl.store(LSE + head * T + begin_q + row, top * c + tl.log2(total), row < tq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "TQ", "TK", "blocks"])
 def query_kernel(
     Q, K, V, OUT, DO, LSE, PAIRS, DQ, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -155,7 +155,7 @@ def query_kernel(
     store(DQ + at, dq1 * scale, dq2 * scale, first, tq, H * D, BM, D, D1, D2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "TQ", "TK", "blocks"])
 def key_kernel(
     Q, K, V, DO, PAIRS, DK, DV, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,

@@ -88,7 +88,7 @@ def softmax(s, c, top, total, o1, o2, v1, v2, D2: tl.constexpr):
     return new, total * shrink + tl.sum(p, 1), o1, o2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
     Q, K, V, LENGTHS, PART, LSE, kb, kh, kt, vb, vh, vt, KH, G, splits, scale,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -114,7 +114,7 @@ def decode_kernel(
     tl.store(LSE + at + row * splits, top * c + tl.log2(total), row < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(PART, LSE, OUT, splits, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr):
     """One head's parts, each weighted by its share of the softmax's sum."""
     head, part = tl.program_id(0).to(tl.int64), tl.arange(0, BM)

@@ -74,7 +74,7 @@ def dequantize_kernel(Q, S, W, K, BLOCK: tl.constexpr):
     tl.store(W + row * K + at, w.to(W.dtype.element_ty), at < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matmul_kernel(X, Q, S, Y, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """All rows of X by BLOCK_N rows of W, over every SPLIT-th part of the width."""
     n, m = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)

@@ -106,7 +106,7 @@ def dropped(X, SEED, first, K, k, T, threshold, BLOCK_T: tl.constexpr):
     return tl.where(kept(SEED, first + t, k[None, :], K, threshold), x, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def down_kernel(
     X, A, SEEDS, H, T, K, G, threshold, scale, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -123,7 +123,7 @@ def down_kernel(
     tl.store(at, (h * scale).to(H.dtype.element_ty), (t < T - start)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gradient_kernel(
     X, DH, SEEDS, DA, T, K, G, threshold, scale, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def gradient_kernel(
     tl.store(DA + at, da * scale, (k < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def add_kernel(
     DH, A, SEEDS, DX, T, K, G, threshold, scale,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -162,7 +162,7 @@ def dequantize_kernel(
     tl.store(W + at, w.to(W.dtype.element_ty), at < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     X, PACKED, ABSMAX, MAP, ABSMAX2, MAP2, OFFSET, Y, size, M, N, K,
     HALF: tl.constexpr, DOUBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,

@@ -66,7 +66,7 @@ def forward_kernel(
     tl.store(Y + row * D + at, y.to(Y.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows"])
 def backward_kernel(
     DY, DS, S, W, C, M, DX, DW, DB, T, D, rows,
     ADD: tl.constexpr, LAYER: tl.constexpr, BIAS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,

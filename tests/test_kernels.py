@@ -166,6 +166,45 @@ def test_compiles_without_spilling(module, target):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
+LENGTHS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+from kernels import attention, cross_entropy, glu, lora, norms, rope
+
+class NoGPU:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = get_current_stream = lambda self, device=None: 0
+    get_active_torch_device = lambda self: torch.device("cpu")
+
+driver.set_active(NoGPU())
+launch, made = JITFunction.run, set()
+def compile_only(self, *args, warmup, **options):
+    made.add((self, launch(self, *args, warmup=True, **options).hash))
+JITFunction.run = compile_only
+for lengths in ([1], [16], [17, 47]):
+    T = sum(lengths)
+    x, q = (torch.randn(T, *n, dtype=torch.bfloat16, requires_grad=True) for n in ((64,), (4, 64)))
+    A, B, W = (torch.randn(n, requires_grad=True) for n in ((16, 64), (64, 16), (64, 64)))
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    turned = rope.triton_rope(q, q, *rope._table(torch.arange(T), 64))
+    attention.triton_packed(*turned, q, cu, max(lengths)).sum().backward()
+    lora.triton_linears(x, [W], [None], [A], [B], [1.0], 0.1, torch.tensor([3]))[0].sum().backward()
+    glu._glu(norms.triton_norm(x, x, W[0], W[1], 1e-5, "layer", x.dtype)[0], x, "silu").sum().backward()
+    cross_entropy._run(x, W.bfloat16(), None, torch.zeros(T, dtype=torch.long), 1 << 20, True).backward()
+names = sorted(f"{kernel.__module__}.{kernel.__name__}" for kernel, _ in made)
+assert len(names) == len(set(names)) == 12, names
+"""
+
+
+def test_a_kernel_is_compiled_once_for_all_lengths():
+    """No packed row or batch of another size stops training to compile."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", LENGTHS], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 PEAK = """
 import resource, sys, torch
 import torch.nn.functional as F
