@@ -12,8 +12,9 @@ scale is 1/sqrt(d) unless given, and positive. The softmax, lse and every sum ar
 
 The scores stay on the chip, block by block. Bytes moved, forward: q, k, v in, o out, 2 T d (H + K) elements, where
 separate operations also move T^2 H several times. Backward: a kernel over blocks of queries (delta, dq) and one over
-blocks of keys (dk, dv), which sums the query heads of its key head itself. So scores are computed twice, but no sum
-depends on which program comes first: deterministic. Blocks that the causal mask empties are never visited.
+blocks of keys (dk, dv), which sums the query heads of its key head itself. So scores are computed twice (on sm_90 three
+times above d = 128: dk, then dv), but no sum depends on which program comes first: deterministic. Blocks that the
+causal mask empties are never visited.
 The pieces, and how a head of 80 columns is cut into 64 and 16, are in kernels/decode.py.
 
 Dao et al., FlashAttention, 2022; Dao, FlashAttention-2, 2023.
@@ -231,8 +232,7 @@ def _blocks(kernel: str, d: int, dtype: torch.dtype, sm90: bool) -> dict:
 
 
 def _parts(d: int, sm90: bool) -> list[dict]:
-    """The sums of dk and of dv, 128 keys by a wide head, do not fit in sm_90's registers both: one, then the other."""
-    each = ((True, False), (False, True)) if sm90 and d > 128 else ((True, True),)
+    each = ((True, False), (False, True)) if sm90 and d > 128 else ((True, True),)  # both sums would not fit
     return [{"KEYS": keys, "VALUES": values} for keys, values in each]
 
 
