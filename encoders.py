@@ -24,6 +24,8 @@ from kernels.attention import attention
 from kernels.glu import gelu, glu
 from layers import LayerNorm, LayerScale
 
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in convolutions too, as torch has it in products
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: gelu(x, "quick_gelu"),
     "gelu": lambda x: gelu(x, "gelu"),
@@ -73,9 +75,6 @@ class Block(nn.Module):
         q, k, v = (proj(y).unflatten(-1, (self.heads, -1)) for proj in (q_proj, k_proj, v_proj))
         y, x = self.layer_norm2.add(self.layer_scale1(out_proj(attention(q, k, v, causal=False).flatten(2))), x)
         return x + self.layer_scale2(down(self.activation(up(y))))
-
-
-torch.backends.cudnn.allow_tf32 = False  # a float32 convolution is one of float32; in products torch has it so
 
 
 class Embeddings(nn.Module):

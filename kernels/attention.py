@@ -210,8 +210,8 @@ def key_kernel(
 
 
 # Queries, keys, warps and stages of loads under way, by kernel and the widest head they are for, such that all numbers
-# stay in registers. On sm_90 a block is 128 rows by as much as fits in 227 KiB of shared memory: its matrix unit takes
-# 64 rows of each 4 warps, and keys and values are read from L2 once for all of them. The others fit in sm_89's 99 KiB.
+# stay in registers. On sm_90 a block is 128 rows by what fits there and in 227 KiB of shared memory: its matrix unit
+# takes 64 rows of each 4 warps, and L2 is read once for all of them. The others fit in sm_89's 99 KiB.
 _BLOCKS = {
     "forward": {128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
     "query": {128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},

@@ -46,7 +46,7 @@ def _mix(h, key):
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
-    """seed () int64 -> (rows, columns) bool, true with probability 1 - p: what dropout keeps, on any device.
+    """seed () int64 -> (rows, columns) bool, true with probability 1 - p to 2^-17: what dropout keeps, on any device.
 
     Two neighbours of a row share a hash, of pair i of the row-major order: hash(seed, i mod 2^32). One is kept where
     its lower, the other where its upper half is p 2^16 or more.
@@ -366,6 +366,7 @@ CASES = [
     _case("q, k, v, dropout", 129, 96, (96, 32, 32), (16, 16, 16), 0.25, bias=True),
     _case("gate, up, trained, dropout", 33, 48, (50, 50), (64, 5), 0.25, bias=True, train=True),
     _case("gate, up, trained", 33, 48, (50, 50), (64, 5), 0.0, train=True),
+    _case("rank 200, dropout", 9, 40, (24,), (200,), 0.25),
     _case("nf4, dropout", 9, 64, (40, 24), (16, 8), 0.25, "nf4", bias=True),
     _case("int8", 9, 65, (40,), (16,), 0.0, "int8"),
 ]

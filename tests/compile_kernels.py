@@ -45,7 +45,7 @@ def main(module: str, target: str) -> int:
             usage, code = (said(CUOBJDUMP, flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         local = int(re.search(r"LOCAL:(\d+)", usage).group(1))
-        # Where ptxas finds no registers to do otherwise, it waits for each product at once.
+        # Where ptxas cannot keep the registers of products under way apart from others, it waits for each at once.
         waits = code.count("WARPGROUP.DEPBAR") > code.count("HGMMA") / 2
         bad = "SPILLS" * (stack + local > 0) + "WAITS" * waits
         bad += "TOO LARGE" * (made.metadata.shared > SHARED[target] * 1024)

@@ -129,7 +129,8 @@ def test_nothing_given_or_saved_is_changed(module, case):
 
 @pytest.mark.parametrize("module, case", CASES, ids=[f"{m.__name__}: {c.name}" for m, c in CASES])
 def test_nothing_is_read_or_written_outside_of_a_tensor(module, case, monkeypatch):
-    """Every tensor lies between 4,096 NaNs (77s) on either side: they reach no result, and are there afterwards."""
+    """Arguments and what is allocated for results lie between 4,096 NaNs (77s) on either side, which reach no result
+    and are there afterwards."""
     want, kept, full, margin = run(case.fused, case, torch.float32), [], torch.full, 4096
 
     def empty(shape, dtype):
@@ -142,6 +143,7 @@ def test_nothing_is_read_or_written_outside_of_a_tensor(module, case, monkeypatc
 
     monkeypatch.setattr(torch, "empty_like", lambda x, dtype=None, **_: empty(x.shape, dtype or x.dtype))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *n, dtype=None, **_: empty(sizes(n), dtype or x.dtype))
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda x, *n, dtype=None, **_: x.new_empty(*n, dtype=dtype).zero_())
     got = run(case.fused, case, torch.float32, lambda a: empty(a.shape, a.dtype).copy_(a))
     monkeypatch.undo()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -90,15 +90,15 @@ def equals_golden(model, io, folder, behind_connector: float = 1e-4):
 def test_golden_through_the_kernels(name, compiled, monkeypatch):
     """The same on a GPU; without one, two in Triton's interpreter."""
     device = "cuda" if GPU else "cpu"
-    for module in pkgutil.iter_modules(kernels.__path__):
+    for module in () if GPU else pkgutil.iter_modules(kernels.__path__):
         monkeypatch.setattr(f"kernels.{module.name}.fused", lambda x: True, raising=False)
     folder = shared("golden") / name
     io = {k: v.to(device) for k, v in load_file(folder / "io.safetensors").items()}
-    # A Q-Former makes a thousand times as much of a rounding: the reference itself is 9.5e-5 from float64.
     model = LLaVA.from_pretrained(folder, device=device)
     if compiled:
         torch._dynamo.reset()
         model.compile_blocks(fullgraph=True, backend="aot_eager")
+    # A Q-Former enlarges roundings: the reference's own logits are 1e-4 from float64, those of the kernels 2.4e-4.
     equals_golden(model, io, folder, 3e-4 if "qformer" in name else 1e-4)
 
 
