@@ -11,10 +11,10 @@ demo: .venv/installed
 	$(PY) -m torch.distributed.run train.py
 	$(PY) evaluate.py --model out/demo --task world --data out/demo/world
 	$(PY) evaluate.py --model out/demo --task world --data out/demo/world --blank
-	$(PY) report.py out/demo
+	$(PY) -m demo.report out/demo
 
 moving: .venv/installed
-	test -d out/moving/world || $(PY) moving.py out/moving/world
+	test -d out/moving/world || $(PY) -m demo.moving out/moving/world
 	$(PY) -m torch.distributed.run train.py recipes/moving.toml
 	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world
 	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world --one-frame

@@ -31,23 +31,38 @@ def opt(default, why: str, choices: tuple[str, ...] = (), compare: bool = True):
     """A field: its default, the reason it exists, for an enumeration its values, and whether it decides what runs."""
     metadata = {"why": why, "choices": choices}
     if isinstance(default, (dict, type)):
-        return field(default_factory=dict if default == {} else default, metadata=metadata, compare=compare)
+        return field(
+            default_factory=dict if default == {} else default, metadata=metadata, compare=compare
+        )
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Model:
-    checkpoint: str = opt("", "a finished model to go on from, in any layout: all of it, in place of the fields below")
-    llm: str = opt("", "language model: a Hugging Face folder or id; its config.json decides the family")
+    checkpoint: str = opt(
+        "", "a finished model to go on from, in any layout: all of it, in place of the fields below"
+    )
+    llm: str = opt(
+        "", "language model: a Hugging Face folder or id; its config.json decides the family"
+    )
     vision: str = opt("", "vision encoder: a Hugging Face folder or id")
-    vision2: str = opt("", "a DINOv2 beside a CLIP in `vision`: their mixture of features, for the connector mof_mlp")
+    vision2: str = opt(
+        "",
+        "a DINOv2 beside a CLIP in `vision`: their mixture of features, for the connector mof_mlp",
+    )
     connector: str = opt("mlp2x_gelu", "identity, linear, mlpNx_gelu, ..., see connectors.py")
     connector_options: dict = opt({}, "sizes of a resampler or qformer, see connectors.py")
     tokenizer: str = opt("", "folder with tokenizer.json or tokenizer.model; empty = the llm's")
-    llm_config: dict = opt({}, "build the llm from these config.json fields with random weights, load nothing")
+    llm_config: dict = opt(
+        {}, "build the llm from these config.json fields with random weights, load nothing"
+    )
     vision_config: dict = opt({}, "the same for the vision encoder")
-    allow_pickle: bool = opt(False, "also read pytorch_model.bin (tensors only) where a folder has no safetensors")
-    feature_layer: int = opt(-2, "which hidden state of the encoder is used; 0 = embeddings, -1 = last block")
+    allow_pickle: bool = opt(
+        False, "also read pytorch_model.bin (tensors only) where a folder has no safetensors"
+    )
+    feature_layer: int = opt(
+        -2, "which hidden state of the encoder is used; 0 = embeddings, -1 = last block"
+    )
     feature_select: str = opt(
         "patch", "patch drops token 0, as LLaVA does; cls_patch keeps all", ("patch", "cls_patch")
     )
@@ -55,7 +70,9 @@ class Model:
         "square", "square resizes; pad makes a square first; tiles, anyres: high resolution, see views.py",
         ("square", "pad", "tiles", "anyres"),
     )  # fmt: skip
-    image_grids: str = opt("1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns")
+    image_grids: str = opt(
+        "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
+    )
     frames: int = opt(16, "how many frames of a video are seen, evenly from its first to its last")
     fps: float = opt(0.0, "so many a second instead, at most `frames`; 0 = always `frames`")
 
@@ -69,18 +86,34 @@ class Model:
 class Train:
     output: str = opt("out/run", "folder of the final model, its log and its checkpoints")
     seed: int = opt(0, "decides initial weights and the order of samples, nothing else is random")
-    precision: str = opt("auto", "auto = bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16"))
+    precision: str = opt(
+        "auto", "auto = bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16")
+    )
     device: str = opt("auto", "auto = cuda if there is one", ("auto", "cpu", "cuda"))
-    workers: int = opt(2, "processes per rank that read, decode and tokenize ahead; 0 = in the main process")
-    on_bad_row: str = opt("stop", "stop at the first unusable row, or skip: log it, take the next", ("stop", "skip"))
-    gradient_checkpointing: bool = opt(False, "recompute each block in backward: less memory, a third more time")
+    workers: int = opt(
+        2, "processes per rank that read, decode and tokenize ahead; 0 = in the main process"
+    )
+    on_bad_row: str = opt(
+        "stop", "stop at the first unusable row, or skip: log it, take the next", ("stop", "skip")
+    )
+    gradient_checkpointing: bool = opt(
+        False, "recompute each block in backward: less memory, a third more time"
+    )
     compile: bool = opt(False, "torch.compile every block: minutes at first, then less time a step")
     log_every: int = opt(10, "steps between progress lines")
     save_every: int = opt(200, "steps between checkpoints to resume from")
     keep: int = opt(2, "how many such checkpoints to keep")
-    keep_best: bool = opt(False, "also keep the lowest validation loss of a stage; the last stage's is OUTPUT/best")
-    answers: int = opt(0, "at each validation, also show what the model answers to this many of the held-out rows")
-    log: str = opt("none", "also send the log there; either is an optional package", ("none", "tensorboard", "wandb"))
+    keep_best: bool = opt(
+        False, "also keep the lowest validation loss of a stage; the last stage's is OUTPUT/best"
+    )
+    answers: int = opt(
+        0, "at each validation, also show what the model answers to this many of the held-out rows"
+    )
+    log: str = opt(
+        "none",
+        "also send the log there; either is an optional package",
+        ("none", "tensorboard", "wandb"),
+    )
     parallel: str = field(  # not compared: a run may go on with another, or with other ranks
         default="auto", compare=False,
         metadata={"why": "ddp copies the model to every rank, fsdp shards it; auto = ddp while it fits half a GPU",
@@ -94,20 +127,37 @@ class Train:
 
 @dataclass(frozen=True)
 class Tune:
-    llm: str = opt("frozen", "frozen, full, lora, qlora-nf4, qlora-int8, or partial:N (blocks from N, norm and head)")
-    vision: str = opt("frozen", "frozen, full, lora, qlora-nf4, qlora-int8, or partial:N (blocks N and later)")
+    llm: str = opt(
+        "frozen",
+        "frozen, full, lora, qlora-nf4, qlora-int8, or partial:N (blocks from N, norm and head)",
+    )
+    vision: str = opt(
+        "frozen", "frozen, full, lora, qlora-nf4, qlora-int8, or partial:N (blocks N and later)"
+    )
     connector: str = opt("full", "frozen, full, lora, qlora-nf4 or qlora-int8")
 
 
 @dataclass(frozen=True)
 class LoRA:
-    r: int = opt(128, "rank of the adapters (Hu et al., 2021): their size, and what they can express")
+    r: int = opt(
+        128, "rank of the adapters (Hu et al., 2021): their size, and what they can express"
+    )
     alpha: float = opt(256.0, "an adapter's output is multiplied by alpha / r")
     dropout: float = opt(0.05, "share of an adapter's inputs that training drops")
-    rslora: bool = opt(False, "alpha / sqrt(r) in its place, so that large ranks learn too (Kalajdzievski, 2023)")
-    dora: bool = opt(False, "train the length of each weight row beside its direction (Liu et al., 2024)")
-    targets: str = opt("", "names or globs of linears, ours or Hugging Face's: q_proj,v_proj; empty = all but the head")
-    adapter: str = opt("", "a PEFT folder to go on from: what it holds starts with its values, at its rank and alpha")
+    rslora: bool = opt(
+        False, "alpha / sqrt(r) in its place, so that large ranks learn too (Kalajdzievski, 2023)"
+    )
+    dora: bool = opt(
+        False, "train the length of each weight row beside its direction (Liu et al., 2024)"
+    )
+    targets: str = opt(
+        "",
+        "names or globs of linears, ours or Hugging Face's: q_proj,v_proj; empty = all but the head",
+    )
+    adapter: str = opt(
+        "",
+        "a PEFT folder to go on from: what it holds starts with its values, at its rank and alpha",
+    )
 
 
 @dataclass(frozen=True)
@@ -121,16 +171,27 @@ class Rates:
 class Source:
     data: str = opt("", "as the stage's data")
     images: str = opt("", "as the stage's images")
-    weight: float = opt(1.0, "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another")
+    weight: float = opt(
+        1.0,
+        "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another",
+    )
 
 
 @dataclass(frozen=True)
 class Stage:
-    data: str = opt("", "LLaVA rows: a .json list, a .jsonl file, or tar shards (a folder or glob of them)")
-    images: str = opt("", "folder that the rows' image paths start from; empty = the data file's folder")
-    mixture: dict[str, Source] = opt({}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data")
+    data: str = opt(
+        "", "LLaVA rows: a .json list, a .jsonl file, or tar shards (a folder or glob of them)"
+    )
+    images: str = opt(
+        "", "folder that the rows' image paths start from; empty = the data file's folder"
+    )
+    mixture: dict[str, Source] = opt(
+        {}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data"
+    )
     validation: str = opt("", "held-out rows for the validation loss; empty = none")
-    validation_every: int = opt(200, "steps between validation passes (one more at the end of the stage)")
+    validation_every: int = opt(
+        200, "steps between validation passes (one more at the end of the stage)"
+    )
     template: str = opt("pretrain", "chat template, see templates.py")
     tune: Tune = opt(Tune, "what trains in this stage")
     lora: LoRA = opt(LoRA, "adapters of the parts that tune says are lora or qlora")
@@ -143,8 +204,12 @@ class Stage:
     epochs: float = opt(1.0, "passes over the data")
     steps: int = opt(0, "stop after this many steps instead; 0 = epochs decide")
     global_batch: int = opt(128, "samples per optimizer step, whatever the ranks and micro-batches")
-    micro_batch_tokens: int = opt(16384, "a micro-batch packs samples up to this many tokens; 0 = one sample each")
-    max_tokens: int = opt(2048, "longest sample; a longer one loses text from its tail, never an image")
+    micro_batch_tokens: int = opt(
+        16384, "a micro-batch packs samples up to this many tokens; 0 = one sample each"
+    )
+    max_tokens: int = opt(
+        2048, "longest sample; a longer one loses text from its tail, never an image"
+    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +217,9 @@ class Recipe:
     model: Model = opt(Model, "the model")
     train: Train = opt(Train, "the run")
     stage: dict[str, Stage] = opt({}, "[stage.NAME] tables; each stage starts from the one before")
-    published: dict = opt({}, "scores that the original authors report, by benchmark", compare=False)
+    published: dict = opt(
+        {}, "scores that the original authors report, by benchmark", compare=False
+    )
 
 
 def _nearest(key: str, known) -> str:
@@ -190,7 +257,9 @@ def _build(cls, table: dict, where: str, path: str = ""):
             if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
                 raise UserError(f"{where}:{full}", "expected named tables", f"write [{full}.NAME]")
             inner = typing.get_args(kind)[1]
-            values[key] = {name: _build(inner, v, where, f"{full}.{name}") for name, v in value.items()}
+            values[key] = {
+                name: _build(inner, v, where, f"{full}.{name}") for name, v in value.items()
+            }
         else:
             values[key] = _convert(value, kind, f"{where}:{full}", known[key].metadata["choices"])
     return cls(**values)
@@ -208,12 +277,20 @@ def _leaf_type(dotted: str, table: dict):
                 known = known.get(outer, {})
             if key not in known:
                 what = f"unknown {'stage' if depth == 1 else 'source'}"
-                raise UserError(f"command line:{dotted}", what, _nearest(key, known) if known else "add its table")
+                raise UserError(
+                    f"command line:{dotted}",
+                    what,
+                    _nearest(key, known) if known else "add its table",
+                )
             cls = typing.get_args(cls)[1]
         elif cls is dict:
             return None  # inside llm_config or vision_config: whatever TOML makes of the value
         elif key not in hints:
-            raise UserError(f"command line:{dotted}", "unknown key", _nearest(key, hints or [".".join(keys[:depth])]))
+            raise UserError(
+                f"command line:{dotted}",
+                "unknown key",
+                _nearest(key, hints or [".".join(keys[:depth])]),
+            )
         else:
             cls = hints[key]
     return cls
@@ -222,7 +299,11 @@ def _leaf_type(dotted: str, table: dict):
 def _override(table: dict, text: str):
     dotted, eq, raw = text.partition("=")
     if not eq:
-        raise UserError(f"command line:{text}", "not an override", "write section.key=value, or one recipe.toml first")
+        raise UserError(
+            f"command line:{text}",
+            "not an override",
+            "write section.key=value, or one recipe.toml first",
+        )
     kind = _leaf_type(dotted, table)
     value: object = raw
     if kind is not str:
@@ -230,7 +311,9 @@ def _override(table: dict, text: str):
             value = tomllib.loads(f"v = {raw}")["v"]
         except tomllib.TOMLDecodeError:
             expected = getattr(kind, "__name__", "value")
-            raise UserError(f"command line:{dotted}", f"{raw!r} is not a {expected}", f"write a {expected}") from None
+            raise UserError(
+                f"command line:{dotted}", f"{raw!r} is not a {expected}", f"write a {expected}"
+            ) from None
     for key in dotted.split(".")[:-1]:
         table = table.setdefault(key, {})
     table[dotted.split(".")[-1]] = value
@@ -238,19 +321,31 @@ def _override(table: dict, text: str):
 
 def _merge(under: dict, over: dict) -> dict:
     """Tables key by key, anything else as `over` has it; the order is that of `under`, then what `over` adds."""
-    both = {k: _merge(under[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(under.get(k), dict)}
+    both = {
+        k: _merge(under[k], v)
+        for k, v in over.items()
+        if isinstance(v, dict) and isinstance(under.get(k), dict)
+    }
     return under | over | both
 
 
 def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
     """A recipe's table laid over its base's. `above` led here, `folder` holds what a misspelt name may have meant."""
     if path.resolve() in [p.resolve() for p in above]:
-        raise UserError(f"{above[-1]}:base", f"{path} is itself based on this recipe", "remove one base of the circle")
+        raise UserError(
+            f"{above[-1]}:base",
+            f"{path} is itself based on this recipe",
+            "remove one base of the circle",
+        )
     try:
         table = tomllib.loads(path.read_text())
     except (FileNotFoundError, IsADirectoryError):
         near = _nearest(path.name, sorted(p.name for p in folder.glob("*.toml")))
-        where, what = (f"{above[-1]}:base", f"no such recipe {path.name}") if above else (path, "no such recipe")
+        where, what = (
+            (f"{above[-1]}:base", f"no such recipe {path.name}")
+            if above
+            else (path, "no such recipe")
+        )
         raise UserError(where, what, near) from None
     except tomllib.TOMLDecodeError as e:
         raise UserError(path, f"not TOML: {e}", "mend that line") from None
@@ -280,7 +375,11 @@ def dumps(recipe) -> str:
 
     def inline(value) -> str:
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{k} = {inline(v)}" for k, v in value.items() if v is not None) + "}"
+            return (
+                "{"
+                + ", ".join(f"{k} = {inline(v)}" for k, v in value.items() if v is not None)
+                + "}"
+            )
         if isinstance(value, (list, tuple)):
             return "[" + ", ".join(map(inline, value)) + "]"
         return json.dumps(value, ensure_ascii=False)
@@ -327,10 +426,20 @@ def help_table() -> str:
             if is_dataclass(hints[f.name]):
                 walk(hints[f.name], f"{path}.{f.name}")
 
-    for section, cls in (("model", Model), ("train", Train), ("stage.NAME", Stage), (MIXTURE, Source)):
+    for section, cls in (
+        ("model", Model),
+        ("train", Train),
+        ("stage.NAME", Stage),
+        (MIXTURE, Source),
+    ):
         walk(cls, section)
-    rows.append("\n[published]\n  BENCHMARK = NUMBER, as the original authors report it for this recipe")
-    return "\n".join(rows) + '\n\nbase = "FILE.toml" before all tables: the recipe that this one is laid over'
+    rows.append(
+        "\n[published]\n  BENCHMARK = NUMBER, as the original authors report it for this recipe"
+    )
+    return (
+        "\n".join(rows)
+        + '\n\nbase = "FILE.toml" before all tables: the recipe that this one is laid over'
+    )
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

@@ -25,7 +25,9 @@ from layers import GELU, LayerNorm
 
 def identity(vision_dim: int, text_dim: int) -> nn.Module:
     if vision_dim != text_dim:
-        raise UserError("model.connector", f"identity of widths {vision_dim} and {text_dim}", "use linear")
+        raise UserError(
+            "model.connector", f"identity of widths {vision_dim} and {text_dim}", "use linear"
+        )
     return nn.Identity()
 
 
@@ -60,14 +62,19 @@ class PerceiverAttention(nn.Module):
         super().__init__()
         self.heads, inner = heads, heads * head_width
         self.norm_media, self.norm_latents = LayerNorm(width), LayerNorm(width)
-        self.to_q, self.to_kv = nn.Linear(width, inner, bias=False), nn.Linear(width, 2 * inner, bias=False)
+        self.to_q, self.to_kv = (
+            nn.Linear(width, inner, bias=False),
+            nn.Linear(width, 2 * inner, bias=False),
+        )
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         """Tokens (N, n, D) and latents (N, m, D) -> what to add to the latents."""
         x, latents = self.norm_media(x), self.norm_latents(latents)
         k, v = self.to_kv(torch.cat([x, latents], 1)).chunk(2, -1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.to_q(latents), k, v))  # (N, m or n+m, H, d)
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)) for t in (self.to_q(latents), k, v)
+        )  # (N, m or n+m, H, d)
         return self.to_out(attention(q, k, v, causal=False).flatten(2))
 
 
@@ -84,7 +91,8 @@ class Resampler(nn.Module):
         self.linear = nn.Linear(vision_dim, text_dim)
         self.latents = nn.Parameter(nn.init.normal_(torch.empty(num_queries, text_dim)))
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(text_dim), feed_forward(text_dim)]) for _ in range(num_resampler_layers)
+            nn.ModuleList([PerceiverAttention(text_dim), feed_forward(text_dim)])
+            for _ in range(num_resampler_layers)
         )
         self.norm = LayerNorm(text_dim)
 
@@ -125,7 +133,14 @@ class GroupResampler(Resampler):
     position.
     """
 
-    def __init__(self, vision_dim: int, text_dim: int, num_queries: int, num_resampler_layers: int, group: int):
+    def __init__(
+        self,
+        vision_dim: int,
+        text_dim: int,
+        num_queries: int,
+        num_resampler_layers: int,
+        group: int,
+    ):
         if num_queries % group:
             raise UserError("model.connector_options.group", f"{group} do not divide num_queries {num_queries}",
                             "choose a divisor")  # fmt: skip
@@ -136,16 +151,26 @@ class GroupResampler(Resampler):
         """(N, n, C) -> (N, m, D); n is at least `group`."""
         x = self.linear(x)
         size, longer = divmod(x.size(1), self.group)
-        stretches = x[:, : longer * (size + 1)].unflatten(1, (longer, size + 1)), x[:, longer * (size + 1) :]
+        stretches = (
+            x[:, : longer * (size + 1)].unflatten(1, (longer, size + 1)),
+            x[:, longer * (size + 1) :],
+        )
         stretches = stretches[0], stretches[1].unflatten(1, (self.group - longer, size))
-        latents = torch.cat([self.read(s.flatten(0, 1)).view(len(x), -1, x.size(-1)) for s in stretches], 1)
+        latents = torch.cat(
+            [self.read(s.flatten(0, 1)).view(len(x), -1, x.size(-1)) for s in stretches], 1
+        )
         return latents + sinusoids(latents)
 
 
 # ----------------------------------------------------------------------------------------------- Q-Former
 
 BERT_EPS = 1e-12
-BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+BERT_BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
 
 
 class BertOutput(nn.Module):
@@ -164,7 +189,10 @@ class BertAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.self = nn.ModuleDict(
-            {"query": nn.Linear(width, width), **{n: nn.Linear(source_width, width) for n in ("key", "value")}}
+            {
+                "query": nn.Linear(width, width),
+                **{n: nn.Linear(source_width, width) for n in ("key", "value")},
+            }
         )
         self.output = BertOutput(width, width)
 
@@ -221,14 +249,20 @@ class QFormer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if hidden_size % num_attention_heads:
-            where, what = "num_attention_heads", f"{num_attention_heads} do not divide hidden_size {hidden_size}"
+            where, what = (
+                "num_attention_heads",
+                f"{num_attention_heads} do not divide hidden_size {hidden_size}",
+            )
             raise UserError(f"model.connector_options.{where}", what, "choose a divisor")
         sizes = hidden_size, num_attention_heads, intermediate_size
-        self.query_tokens = nn.Parameter(nn.init.normal_(torch.empty(1, num_queries, hidden_size), std=0.02))
+        self.query_tokens = nn.Parameter(
+            nn.init.normal_(torch.empty(1, num_queries, hidden_size), std=0.02)
+        )
         self.bert = nn.Module()
         self.bert.encoder = nn.Module()
         self.bert.encoder.layer = nn.ModuleList(
-            BertLayer(*sizes) if i % 2 else CrossLayer(*sizes, vision_dim) for i in range(num_hidden_layers)
+            BertLayer(*sizes) if i % 2 else CrossLayer(*sizes, vision_dim)
+            for i in range(num_hidden_layers)
         )
         self.projector = nn.Linear(hidden_size, text_dim)
         self.spares: dict[str, Tensor] = {}
@@ -248,7 +282,9 @@ class QFormer(nn.Module):
 class Connector(NamedTuple):
     build: Callable[..., nn.Module]  # (vision_dim, text_dim, **options)
     options: dict[str, int] = {}  # names and defaults
-    tokens: Callable[..., int] = lambda n, **options: n  # positions in the text, of n encoder tokens (per encoder)
+    tokens: Callable[..., int] = lambda n, **options: (
+        n
+    )  # positions in the text, of n encoder tokens (per encoder)
     mean: bool = False  # of an item with several views their mean is taken, else all their tokens
 
 
@@ -263,8 +299,12 @@ CONNECTORS = {
     "mean_mlp2x_gelu": Connector(mlp, mean=True),
     "mof_mlp": Connector(MixtureMLP, tokens=lambda n: 2 * n),
     "resampler": Connector(Resampler, {"num_queries": 128, "num_resampler_layers": 3}, _queries),
-    "naiveresampler": Connector(NaiveResampler, {"num_queries": 512, "num_resampler_layers": 3}, _queries),
-    "groupresampler": Connector(GroupResampler, {"num_queries": 512, "num_resampler_layers": 3, "group": 16}, _queries),
+    "naiveresampler": Connector(
+        NaiveResampler, {"num_queries": 512, "num_resampler_layers": 3}, _queries
+    ),
+    "groupresampler": Connector(
+        GroupResampler, {"num_queries": 512, "num_resampler_layers": 3, "group": 16}, _queries
+    ),
     "qformer": Connector(QFormer, {"num_queries": 128, **BERT_BASE}, _queries),
 }
 
@@ -277,10 +317,18 @@ def _choose(spec: str, options: dict[str, int]) -> tuple[Connector, dict[str, in
     for name, value in options.items():
         where = f"model.connector_options.{name}"
         if name not in connector.options:
-            known = f"one of {', '.join(connector.options)}" if connector.options else "remove it, there is none"
+            known = (
+                f"one of {', '.join(connector.options)}"
+                if connector.options
+                else "remove it, there is none"
+            )
             raise UserError(where, f"unknown to {spec}", known)
         if type(value) is not int or value < 1:
-            raise UserError(where, f"{value!r} is not a positive integer", f"the default is {connector.options[name]}")
+            raise UserError(
+                where,
+                f"{value!r} is not a positive integer",
+                f"the default is {connector.options[name]}",
+            )
     return connector, connector.options | options
 
 

@@ -32,15 +32,26 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # comes with tokenizers
 
 import config
-import templates
+from checkpoints.weights import write_file
 from config import UserError
-from images import ImageTransform
-from index import kept
-from rows import Mixture, Rows, shard
-from samples import Batch, Sample, SampleSpec, encode_row, fill, make_sample, make_spec, pack, share, stage_spec
-from templates import IGNORE
-from views import TILED, Views
-from weights import write_file
+from inputs import templates
+from inputs.image_processor import ImageTransform
+from inputs.index import kept
+from inputs.rows import Mixture, Rows, shard
+from inputs.sample import (
+    Batch,
+    Sample,
+    SampleSpec,
+    encode_row,
+    fill,
+    make_sample,
+    make_spec,
+    pack,
+    share,
+    stage_spec,
+)
+from inputs.templates import IGNORE
+from inputs.tiling import TILED, Views
 
 PIXEL = ImageTransform(1, resample=Image.Resampling.NEAREST)
 # Every worker is one process of several: threads inside its tokenizer would only fight, and warn at each fork.
@@ -64,7 +75,12 @@ class Order:
     def __init__(self, n: int, seed: int, parts: tuple[tuple[int, int], ...] = ()):
         if seed < 0:
             raise UserError("train.seed", f"{seed} is negative", "write 0 or more")
-        self.n, self.seed, self.parts, self.epoch = sum(count for _, count in parts) or n, seed, parts, -1
+        self.n, self.seed, self.parts, self.epoch = (
+            sum(count for _, count in parts) or n,
+            seed,
+            parts,
+            -1,
+        )
 
     def _permutation(self, n: int, *key: int) -> np.ndarray:
         draws = np.random.PCG64(np.random.SeedSequence([self.seed, *key])).random_raw(n)
@@ -73,7 +89,9 @@ class Order:
     def _rows(self, epoch: int) -> np.ndarray:
         order = self._permutation(self.n, epoch)
         first, taken = np.int64(0), []
-        for source, (n, count) in enumerate(self.parts, 1):  # from 1: a key that ends in 0 is the key without it
+        for source, (n, count) in enumerate(
+            self.parts, 1
+        ):  # from 1: a key that ends in 0 is the key without it
             turns = range(epoch * count // n, ((epoch + 1) * count - 1) // n + 1)
             stream = np.concatenate([self._permutation(n, turn, source) for turn in turns])
             start = epoch * count - turns[0] * n
@@ -103,11 +121,19 @@ class Step:
     micro-batches with five tensors each would use up the files that a process may have open."""
 
     packed: Batch | None = None  # all its samples, micro-batch after micro-batch; None = none
-    parts: list[tuple[slice, slice]] = field(default_factory=list)  # which samples and items a micro-batch has
-    skipped: list[str] = field(default_factory=list)  # a message for each row left out by on_bad_row = "skip"
-    cut: list[tuple[int, int]] = field(default_factory=list)  # over-long rows, tokens taken off their tails
+    parts: list[tuple[slice, slice]] = field(
+        default_factory=list
+    )  # which samples and items a micro-batch has
+    skipped: list[str] = field(
+        default_factory=list
+    )  # a message for each row left out by on_bad_row = "skip"
+    cut: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # over-long rows, tokens taken off their tails
     seconds: float = 0.0  # that making it took
-    error: str = ""  # why training must stop; an exception in a worker would arrive as a page of traceback
+    error: str = (
+        ""  # why training must stop; an exception in a worker would arrive as a page of traceback
+    )
 
     @property
     def batches(self) -> list[Batch]:
@@ -126,10 +152,22 @@ class Steps(Dataset):
     validation=True: instead every row once, in file order; a rank's part may be empty, a bad row has no stand-in.
     """
 
-    def __init__(self, rows: Rows | Mixture, spec, stage, train, rank=0, world=1, validation=False, counts=None):
+    def __init__(
+        self,
+        rows: Rows | Mixture,
+        spec,
+        stage,
+        train,
+        rank=0,
+        world=1,
+        validation=False,
+        counts=None,
+    ):
         self.size = stage.global_batch
         if self.size < world:
-            raise UserError("stage.global_batch", f"{self.size}, for {world} ranks", f"write {world} or more")
+            raise UserError(
+                "stage.global_batch", f"{self.size}, for {world} ranks", f"write {world} or more"
+            )
         self.rows, self.spec, self.stage, self.validation = rows, spec, stage, validation
         self.stop_at_bad, self.rank, self.world = train.on_bad_row == "stop", rank, world
         self.order, self.counts = Order(len(rows), train.seed, rows.parts), counts
@@ -138,7 +176,9 @@ class Steps(Dataset):
         """Epochs rounded up to whole steps, so that every row is seen; what is over begins the next epoch."""
         if self.validation:
             return math.ceil(len(self.rows) / self.size)
-        return self.stage.steps or max(1, math.ceil(round(self.stage.epochs * self.order.n) / self.size))
+        return self.stage.steps or max(
+            1, math.ceil(round(self.stage.epochs * self.order.n) / self.size)
+        )
 
     def __getitem__(self, i: int) -> Step:
         begin, step, samples = time.perf_counter(), Step(), []
@@ -182,10 +222,14 @@ class Steps(Dataset):
 
 
 def _start_worker(_: int):
-    torch.set_num_threads(1)  # the ranks own the cores; and a forked thread pool must not be entered again
+    torch.set_num_threads(
+        1
+    )  # the ranks own the cores; and a forked thread pool must not be entered again
 
 
-def loader(steps: Steps, start: int = 0, workers: int = 0, pin_memory: bool = False) -> Iterator[tuple[Step, float]]:
+def loader(
+    steps: Steps, start: int = 0, workers: int = 0, pin_memory: bool = False
+) -> Iterator[tuple[Step, float]]:
     """(step, seconds waited for it), from step `start` on. `workers` processes make them ahead and change nothing
     else. Raises UserError at a bad row that must stop training."""
     loaded = DataLoader(
@@ -205,7 +249,9 @@ def loader(steps: Steps, start: int = 0, workers: int = 0, pin_memory: bool = Fa
             if step is None:
                 return
             if step.error:
-                raise UserError.__new__(UserError, step.error)  # the line is complete, UserError() would compose it
+                raise UserError.__new__(
+                    UserError, step.error
+                )  # the line is complete, UserError() would compose it
             yield step, time.perf_counter() - begin
     finally:
         del made  # ends the workers now: found by the garbage collector later, they take five seconds each to end
@@ -227,7 +273,11 @@ class Counts(Dataset):
     """Chunks of rows -> their samples' tokens, views and supervised tokens; zeros for a row that makes none."""
 
     def __init__(self, rows: Rows, spec: SampleSpec, begin: int, end: int):
-        self.rows, self.spec, self.ranges = rows, spec, [range(i, min(i + 256, end)) for i in range(begin, end, 256)]
+        self.rows, self.spec, self.ranges = (
+            rows,
+            spec,
+            [range(i, min(i + 256, end)) for i in range(begin, end, 256)],
+        )
 
     def __len__(self) -> int:
         return len(self.ranges)
@@ -252,7 +302,12 @@ def token_counts(rows: Rows | Mixture, spec: SampleSpec, workers: int = 0) -> np
     key, made = hashlib.sha256(what.encode()).hexdigest()[:12], []
     for file, begin, end in zip(rows.files, [0, *rows.ends], rows.ends, strict=False):
         chunks = Counts(rows, spec, int(begin), int(end))
-        load = DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)), generator=torch.Generator())
+        load = DataLoader(
+            chunks,
+            batch_size=None,
+            num_workers=min(workers, len(chunks)),
+            generator=torch.Generator(),
+        )
 
         def count(file=file, load=load):
             print(f"{file}: counting the tokens of its rows, once", flush=True)
@@ -279,12 +334,17 @@ def histogram(lengths: list[int], width: int = 40) -> str:
 
 def check(rows: Rows, spec: SampleSpec) -> int:
     """Reads every row as training will: a line for each that is bad or cut, then totals. Returns how many are bad."""
-    stage, train = config.Stage(global_batch=16, micro_batch_tokens=0), config.Train(on_bad_row="skip")
+    stage, train = (
+        config.Stage(global_batch=16, micro_batch_tokens=0),
+        config.Train(on_bad_row="skip"),
+    )
     if spec.views.mode not in TILED:  # of pictures only their decoding is tried: a pixel is enough
         spec = replace(spec, views=replace(spec.views, mode="square", transform=PIXEL))
     steps = Steps(rows, spec, stage, train, validation=True)
     items, lengths, bad, supervised, kept, cuts = Counter(), [], 0, 0, 0, []
-    with tqdm(total=len(rows), unit="row", disable=None, leave=False) as progress:  # None: off unless on a terminal
+    with tqdm(
+        total=len(rows), unit="row", disable=None, leave=False
+    ) as progress:  # None: off unless on a terminal
         for step, _ in loader(steps, workers=min(os.cpu_count() or 1, len(steps) // 4)):
             for line in step.skipped:
                 tqdm.write(line)
@@ -320,7 +380,11 @@ pre { white-space: pre-wrap; background: #f4f6f8; padding: 1em } mark { backgrou
 
 def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> str:
     """Prints the first samples in the order of training, what is supervised marked; returns them as HTML."""
-    order, form, html = Order(len(rows), seed, rows.parts), templates.resolve(spec.template, spec.tokenizer), []
+    order, form, html = (
+        Order(len(rows), seed, rows.parts),
+        templates.resolve(spec.template, spec.tokenizer),
+        [],
+    )
     for k in range(min(count, order.n)):
         i = order(k)[1]
         row, sample = rows[i], make_sample(rows, i, spec)
@@ -328,25 +392,41 @@ def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> st
         _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
         sides = [f"{shape.views} of {p.size(2)} x {p.size(3)}" for p, shape in sample.items]
         head = f"{rows.where(i, row)}: {len(sample.ids)} tokens, {int((sample.labels != IGNORE).sum())} supervised"
-        head += f", views: {', '.join(sides) or 'none'}" + f", {sample.cut} tokens cut off" * (sample.cut > 0)
+        head += f", views: {', '.join(sides) or 'none'}" + f", {sample.cut} tokens cut off" * (
+            sample.cut > 0
+        )
         print(f"--- {head}\n{templates.show(text, labels, offsets, sys.stdout.isatty())}")
         html.append(f"<h2>{escape(head)}</h2>")
         for pixels in (view for item in sample.items for view in item.pixels):
             file = io.BytesIO()
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-            html.append(f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
-        green = escape(templates.show(text, labels, offsets, True))  # in escapes, which the text cannot hold
-        html.append(f"<pre>{green.replace(chr(27) + '[32m', '<mark>').replace(chr(27) + '[0m', '</mark>')}</pre>")
+            html.append(
+                f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+            )
+        green = escape(
+            templates.show(text, labels, offsets, True)
+        )  # in escapes, which the text cannot hold
+        html.append(
+            f"<pre>{green.replace(chr(27) + '[32m', '<mark>').replace(chr(27) + '[0m', '</mark>')}</pre>"
+        )
     return "\n".join(html)
 
 
 def main(argv: list[str]):
     parser = config.parser(__doc__)
     parser.add_argument("command", choices=["check", "inspect", "shard"])
-    parser.add_argument("recipe", nargs="*", help="recipe.toml [section.key=value ...]; for shard: rows, new folder")
+    parser.add_argument(
+        "recipe", nargs="*", help="recipe.toml [section.key=value ...]; for shard: rows, new folder"
+    )
     parser.add_argument("--data", help="instead of a recipe: a .json or .jsonl file of rows")
-    parser.add_argument("--images", default="", help="folder of the pictures; default: the rows' own")
-    parser.add_argument("--tokenizer", default="", help="its folder; without one, tokens are bytes and nothing is cut")
+    parser.add_argument(
+        "--images", default="", help="folder of the pictures; default: the rows' own"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        help="its folder; without one, tokens are bytes and nothing is cut",
+    )
     parser.add_argument("--template", default="phi")
     parser.add_argument("--image-tokens", type=int, default=576)
     parser.add_argument("--max-tokens", type=int)
@@ -376,7 +456,9 @@ def main(argv: list[str]):
             spec = stage_spec(recipe.model, stage)
             jobs.append((f"stage {name}", Mixture.of(stage, f"{path}:stage.{name}"), spec))
             if stage.validation:
-                jobs.append((f"stage {name}, validation", Rows(stage.validation, stage.images), spec))
+                jobs.append(
+                    (f"stage {name}, validation", Rows(stage.validation, stage.images), spec)
+                )
     if args.command == "inspect":
         page = [PAGE]
         for name, rows, spec in jobs:

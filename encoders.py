@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import weights
-from images import ImageTransform, need, read_preprocessor
+from checkpoints import weights
+from inputs.image_processor import ImageTransform, need, read_preprocessor
 from kernels.attention import attention
 from kernels.glu import gelu, glu
 from layers import LayerNorm, LayerScale
 
-torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in convolutions too, as torch has it in products
+torch.backends.cudnn.allow_tf32 = (
+    False  # float32 is float32 in convolutions too, as torch has it in products
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: gelu(x, "quick_gelu"),
@@ -40,10 +42,14 @@ class VisionConfig:
 
     hf: dict  # config.json with every default filled in
     transform: ImageTransform
-    leading: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tokens before the patches: shape without C
+    leading: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # tokens before the patches: shape without C
     pre_norm: Callable[..., nn.Module] = nn.Identity
     rename: weights.Table = (("vision_model.**", "**"),)  # Hugging Face's names -> ours
-    antialias: bool | None = None  # how the position table is resized; None = made for one size of picture
+    antialias: bool | None = (
+        None  # how the position table is resized; None = made for one size of picture
+    )
     beside: VisionConfig | None = None  # in the mixture this is CLIP, and that its DINOv2
     width = property(lambda self: self.hf["hidden_size"])
     init_std = property(lambda self: self.hf["initializer_range"])
@@ -57,23 +63,35 @@ class VisionConfig:
 class Block(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
-        hidden, eps, self.heads = c.hf["intermediate_size"], c.hf["layer_norm_eps"], c.hf["num_attention_heads"]
+        hidden, eps, self.heads = (
+            c.hf["intermediate_size"],
+            c.hf["layer_norm_eps"],
+            c.hf["num_attention_heads"],
+        )
         self.layer_norm1, self.layer_norm2 = LayerNorm(c.width, eps), LayerNorm(c.width, eps)
         start = c.hf.get("layerscale_value")  # DINOv2 scales what it adds, per channel
         self.layer_scale1, self.layer_scale2 = (
             nn.Identity() if start is None else LayerScale(c.width, start) for _ in "12"
         )
-        linears = {name: nn.Linear(c.width, c.width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        linears = {
+            name: nn.Linear(c.width, c.width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+        }
         self.self_attn, self.activation = nn.ModuleDict(linears), ACTIVATIONS[c.hf["hidden_act"]]
-        gated = c.hf["hidden_act"] == "swiglu"  # then DINOv2's names, and two outputs for each hidden unit
+        gated = (
+            c.hf["hidden_act"] == "swiglu"
+        )  # then DINOv2's names, and two outputs for each hidden unit
         up, down = nn.Linear(c.width, hidden * (1 + gated)), nn.Linear(hidden, c.width)
-        self.mlp = nn.ModuleDict({"weights_in": up, "weights_out": down} if gated else {"fc1": up, "fc2": down})
+        self.mlp = nn.ModuleDict(
+            {"weights_in": up, "weights_out": down} if gated else {"fc1": up, "fc2": down}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         (q_proj, k_proj, v_proj, out_proj), (up, down) = self.self_attn.values(), self.mlp.values()
         y = self.layer_norm1(x)
         q, k, v = (proj(y).unflatten(-1, (self.heads, -1)) for proj in (q_proj, k_proj, v_proj))
-        y, x = self.layer_norm2.add(self.layer_scale1(out_proj(attention(q, k, v, causal=False).flatten(2))), x)
+        y, x = self.layer_norm2.add(
+            self.layer_scale1(out_proj(attention(q, k, v, causal=False).flatten(2))), x
+        )
         return x + self.layer_scale2(down(self.activation(up(y))))
 
 
@@ -82,16 +100,28 @@ class Embeddings(nn.Module):
 
     def __init__(self, c: VisionConfig):
         super().__init__()
-        patch, self.grid, self.antialias = c.hf["patch_size"], c.hf["image_size"] // c.hf["patch_size"], c.antialias
+        patch, self.grid, self.antialias = (
+            c.hf["patch_size"],
+            c.hf["image_size"] // c.hf["patch_size"],
+            c.antialias,
+        )
         self.patch_embedding = nn.Conv2d(3, c.width, patch, patch, bias=c.pre_norm is nn.Identity)
         self.position_embedding = nn.Embedding(self.grid**2 + bool(c.leading), c.width)
-        axis = c.leading.get("class_embedding", ())[:1]  # DINOv2's tokens and table have a leading dimension of 1
-        self.position_embedding.weight = nn.Parameter(self.position_embedding.weight.detach().view(*axis, -1, c.width))
+        axis = c.leading.get("class_embedding", ())[
+            :1
+        ]  # DINOv2's tokens and table have a leading dimension of 1
+        self.position_embedding.weight = nn.Parameter(
+            self.position_embedding.weight.detach().view(*axis, -1, c.width)
+        )
         for name, shape in c.leading.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(*shape, c.width)))
         # The code of 2023 resizes the table by a scale, (h + 0.1) / grid, today's to a size: they sample elsewhere.
         offset, size = c.hf.get("interpolate_offset", 0.0), lambda *hw: {"size": hw}
-        self.target = (lambda *hw: {"scale_factor": [(n + offset) / self.grid for n in hw]}) if offset else size
+        self.target = (
+            (lambda *hw: {"scale_factor": [(n + offset) / self.grid for n in hw]})
+            if offset
+            else size
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         N, C, h, w = (x := self.patch_embedding(pixels)).shape
@@ -100,7 +130,9 @@ class Embeddings(nn.Module):
         leading = leading + F.pad(first, (0, 0, 0, len(leading) - len(first)))
         if (h, w) != (self.grid, self.grid):  # bicubic, in float32 as Hugging Face has it
             table = table.float().T.unflatten(1, (self.grid, self.grid))[None]
-            table = F.interpolate(table, mode="bicubic", antialias=self.antialias, **self.target(h, w))
+            table = F.interpolate(
+                table, mode="bicubic", antialias=self.antialias, **self.target(h, w)
+            )
             table = table[0].flatten(1).T.to(x.dtype)
         return torch.cat([leading.expand(N, -1, -1), x.flatten(2).transpose(1, 2) + table], 1)
 
@@ -113,29 +145,54 @@ class VisionEncoder(nn.Module):
     """
 
     spare = ("encoder.layers.*.**", "post_layernorm.*", "head.**", "embeddings.mask_token")
-    ignore = ("text_model.**", "logit_scale", "logit_bias", "*_projection.weight", "**.position_ids")  # not vision
+    ignore = (
+        "text_model.**",
+        "logit_scale",
+        "logit_bias",
+        "*_projection.weight",
+        "**.position_ids",
+    )  # not vision
 
     def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
         super().__init__()
         states = range(c.hf["num_hidden_layers"] + 1)
-        need(-len(states) <= feature_layer < len(states), "model.feature_layer", feature_layer, f"-1 to {states[-1]}")
+        need(
+            -len(states) <= feature_layer < len(states),
+            "model.feature_layer",
+            feature_layer,
+            f"-1 to {states[-1]}",
+        )
         self.config, self.rename, self.spares, self.gradient_checkpointing = c, c.rename, {}, False
-        self.transform, self.preprocess, self.skip = c.transform, c.transform, int(feature_select == "patch")
-        self.embeddings, self.pre_layrnorm = Embeddings(c), c.pre_norm(c.width, c.hf["layer_norm_eps"])
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(states[feature_layer]))})
+        self.transform, self.preprocess, self.skip = (
+            c.transform,
+            c.transform,
+            int(feature_select == "patch"),
+        )
+        self.embeddings, self.pre_layrnorm = (
+            Embeddings(c),
+            c.pre_norm(c.width, c.hf["layer_norm_eps"]),
+        )
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(Block(c) for _ in range(states[feature_layer]))}
+        )
 
     blocks = property(lambda self: self.encoder["layers"])
 
     @torch.no_grad()
     def init_positions(self):
         """Random positions, class token and registers of std C**-0.5; LayerScale as configured."""
-        for p in (self.embeddings.position_embedding.weight, *self.embeddings.parameters(recurse=False)):
+        for p in (
+            self.embeddings.position_embedding.weight,
+            *self.embeddings.parameters(recurse=False),
+        ):
             p.normal_(0.0, self.config.width**-0.5)
         for p in (p for name, p in self.named_parameters() if name.endswith(".lambda1")):
             p.fill_(self.config.hf["layerscale_value"])
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.pre_layrnorm(self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype)))
+        x = self.pre_layrnorm(
+            self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype))
+        )
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
@@ -149,18 +206,27 @@ class Mixture(nn.Module):
         super().__init__()
         self.config, self.spares, self.gradient_checkpointing = c, {}, False
         self.transform = self.preprocess = c.transform
-        self.clip, self.dinov2 = (VisionEncoder(t, feature_layer, feature_select) for t in (c, c.beside))
-        self.rename = tuple((f"{n}.{a}", f"{n}.{b}") for n, t in self.named_children() for a, b in t.rename)
+        self.clip, self.dinov2 = (
+            VisionEncoder(t, feature_layer, feature_select) for t in (c, c.beside)
+        )
+        self.rename = tuple(
+            (f"{n}.{a}", f"{n}.{b}") for n, t in self.named_children() for a, b in t.rename
+        )
         self.spare = tuple(f"{n}.{glob}" for n, t in self.named_children() for glob in t.spare)
         self.ignore = tuple(f"{n}.{glob}" for n, t in self.named_children() for glob in t.ignore)
 
     @property
     def blocks(self) -> nn.ModuleList:
         """Item i holds block i of both towers."""
-        return nn.ModuleList(nn.ModuleList(filter(None, p)) for p in zip_longest(self.clip.blocks, self.dinov2.blocks))
+        return nn.ModuleList(
+            nn.ModuleList(filter(None, p))
+            for p in zip_longest(self.clip.blocks, self.dinov2.blocks)
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        self.clip.gradient_checkpointing = self.dinov2.gradient_checkpointing = self.gradient_checkpointing
+        self.clip.gradient_checkpointing = self.dinov2.gradient_checkpointing = (
+            self.gradient_checkpointing
+        )
         return torch.stack([self.clip(pixels), self.dinov2(pixels)], 1)
 
 
@@ -179,7 +245,9 @@ def _dinov2(c: dict, _: int) -> VisionConfig:
     hidden, registers = int(c["hidden_size"] * c["mlp_ratio"]), c.get("num_register_tokens")
     gated = {"hidden_act": "swiglu", "intermediate_size": (int(hidden * 2 / 3) + 7) // 8 * 8}
     c = c | (gated if c.get("use_swiglu_ffn") else {"intermediate_size": hidden})
-    leading = {"class_embedding": (1, 1)} | ({} if registers is None else {"register_tokens": (1, registers)})
+    leading = {"class_embedding": (1, 1)} | (
+        {} if registers is None else {"register_tokens": (1, registers)}
+    )
     transform = ImageTransform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return VisionConfig(c, transform, leading, nn.Identity, DINOV2, registers is not None)
 
@@ -198,41 +266,79 @@ FAMILIES: dict[str, tuple[dict, Callable[[dict, int], VisionConfig]]] = {
 }  # fmt: skip
 
 
-def vision_config(hf: dict, preprocessor: dict | None = None, where: object = "vision_config") -> VisionConfig:
+def vision_config(
+    hf: dict, preprocessor: dict | None = None, where: object = "vision_config"
+) -> VisionConfig:
     """An encoder's config, from its config.json and image processor. UserError for what we cannot reproduce."""
     kind = hf.get("model_type")
     if kind == "mof":  # TinyLLaVA Factory's mixture of features: DINOv2 sees CLIP's pictures
         clip = vision_config(hf.get("clip", {}), preprocessor, f"{where}:clip")
         dinov2 = vision_config(hf.get("dinov2", {}), clip.transform.to_hf(), f"{where}:dinov2")
         sizes = [(c.width, c.tokens("patch")) for c in (clip, dinov2)]
-        need(sizes[0] == sizes[1], f"{where}:(width, tokens)", sizes, "take a CLIP and a DINOv2 with equal ones")
+        need(
+            sizes[0] == sizes[1],
+            f"{where}:(width, tokens)",
+            sizes,
+            "take a CLIP and a DINOv2 with equal ones",
+        )
         return replace(clip, beside=dinov2)
     if kind in ("clip", "siglip"):  # a full checkpoint: its text half is not ours to load
         hf, kind = hf.get("vision_config", {}), f"{kind}_vision_model"
-    need(kind in FAMILIES, f"{where}:model_type", kind, f"one of {', '.join(FAMILIES)} (no NaFlex: its shapes vary)")
-    c = COMMON | FAMILIES[kind][0] | {k: v for k, v in hf.items() if v is not None} | {"model_type": kind}
+    need(
+        kind in FAMILIES,
+        f"{where}:model_type",
+        kind,
+        f"one of {', '.join(FAMILIES)} (no NaFlex: its shapes vary)",
+    )
+    c = (
+        COMMON
+        | FAMILIES[kind][0]
+        | {k: v for k, v in hf.items() if v is not None}
+        | {"model_type": kind}
+    )
     only = {"hidden_act": [*ACTIVATIONS], "num_channels": [3], "qkv_bias": [True], "image_size": range(1, 9999),
             "patch_size": range(1, 9999), "hidden_size": range(0, 99999, c["num_attention_heads"]),
             "head_dim": [c["hidden_size"] // c["num_attention_heads"]]}  # fmt: skip
     for key, values in only.items():
         need(c.get(key, values[0]) in values, f"{where}:{key}", c.get(key), f"one of {values}")
     config = FAMILIES[kind][1](c, c["image_size"])
-    transform = ImageTransform.from_hf(preprocessor or {}, config.transform, f"{where}:image processor")
+    transform = ImageTransform.from_hf(
+        preprocessor or {}, config.transform, f"{where}:image processor"
+    )
     fix = f"the image processor makes {transform.side}: give the one that belongs to this encoder"
-    need(config.antialias is not None or transform.side == c["image_size"], f"{where}:image_size", c["image_size"], fix)
+    need(
+        config.antialias is not None or transform.side == c["image_size"],
+        f"{where}:image_size",
+        c["image_size"],
+        fix,
+    )
     return replace(config, transform=transform)
 
 
-def build_encoder(config: VisionConfig, feature_layer: int = -2, feature_select: str = "patch") -> nn.Module:
+def build_encoder(
+    config: VisionConfig, feature_layer: int = -2, feature_select: str = "patch"
+) -> nn.Module:
     """The module of a config, on the meta device where that is the default; see VisionEncoder and Mixture."""
     return (Mixture if config.beside else VisionEncoder)(config, feature_layer, feature_select)
 
 
-def load_encoder(path, dtype=None, device="cpu", feature_layer=-2, feature_select="patch", allow_pickle=False):
+def load_encoder(
+    path, dtype=None, device="cpu", feature_layer=-2, feature_select="patch", allow_pickle=False
+):
     """A pretrained encoder from a Hugging Face folder or id. Raises UserError as weights.load does."""
     folder = weights.resolve(str(path), allow_pickle=allow_pickle)
     hf, preprocessor = weights.read_json(folder / "config.json"), read_preprocessor(folder)
     with weights.empty():
-        encoder = build_encoder(vision_config(hf, preprocessor, folder / "config.json"), feature_layer, feature_select)
-    weights.load(encoder, weights.Checkpoint(folder, allow_pickle), encoder.rename, "", dtype, device, encoder.ignore)
+        encoder = build_encoder(
+            vision_config(hf, preprocessor, folder / "config.json"), feature_layer, feature_select
+        )
+    weights.load(
+        encoder,
+        weights.Checkpoint(folder, allow_pickle),
+        encoder.rename,
+        "",
+        dtype,
+        device,
+        encoder.ignore,
+    )
     return encoder

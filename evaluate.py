@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 import config
-import weights
+from checkpoints import weights
 from config import UserError
 from evals import (
     gqa,
@@ -61,12 +61,12 @@ from evals import (
 )
 from evals.judge import Judge
 from evals.published import add_published
+from inputs.rows import load_image
+from inputs.sample import look
+from inputs.templates import IMAGE, encode_prompt, load_tokenizer, stop_id
+from inputs.tiling import Item
+from inputs.video import probe
 from model import LLaVA
-from rows import load_image
-from samples import look
-from templates import IMAGE, encode_prompt, load_tokenizer, stop_id
-from video import probe
-from views import Item
 
 
 def variant(task, **options):
@@ -116,11 +116,15 @@ def seen(example, data_dir, see):
     for i, name in enumerate(named):
         where = Path(data_dir) / name
         try:
-            made.append(see(example["pictures"][i] if "pictures" in example else where, kind, **part))
+            made.append(
+                see(example["pictures"][i] if "pictures" in example else where, kind, **part)
+            )
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(example.get("where", where), f"{where}: {error}", "restore it") from None
+            raise UserError(
+                example.get("where", where), f"{where}: {error}", "restore it"
+            ) from None
     return made
 
 
@@ -129,11 +133,19 @@ def check(examples, data_dir):
     ids = set()
     for example in examples:
         if example["id"] in ids:
-            raise UserError(example["where"], f"question {example['id']} is there twice", "fetch the file again")
+            raise UserError(
+                example["where"], f"question {example['id']} is there twice", "fetch the file again"
+            )
         ids.add(example["id"])
-        if not all((Path(data_dir) / name).exists() for name in names(example)[1]):  # or they are in its own file
+        if not all(
+            (Path(data_dir) / name).exists() for name in names(example)[1]
+        ):  # or they are in its own file
             seen(
-                example, data_dir, lambda source, kind, **part: load_image(source) if kind == "image" else probe(source)
+                example,
+                data_dir,
+                lambda source, kind, **part: (
+                    load_image(source) if kind == "image" else probe(source)
+                ),
             )
 
 
@@ -143,9 +155,13 @@ def generate(model, tok, questions, shown, **options):
     for question, items in zip(questions, shown, strict=True):
         if question.count(IMAGE) != len(items):
             question = f"{IMAGE}\n" * len(items) + question.replace(IMAGE, "")
-        prompts.append(torch.tensor(encode_prompt([{"from": "human", "value": question}], tok, template)))
+        prompts.append(
+            torch.tensor(encode_prompt([{"from": "human", "value": question}], tok, template))
+        )
     stop = stop_id(tok, template)
-    new = model.generate(prompts, images=[item for items in shown for item in items], eos_token_id=stop, **options)
+    new = model.generate(
+        prompts, images=[item for items in shown for item in items], eos_token_id=stop, **options
+    )
     rows = [row[: row.index(stop)] if stop in row else row for row in new.tolist()]
     return [tok.decode(row).strip() for row in rows]
 
@@ -154,8 +170,12 @@ def answerer(model, tok, data_dir, max_new_tokens, change=lambda item: item):
     """A function from a list of examples to the model's answers. `change`: what is shown in place of an item."""
 
     def answer(examples):
-        shown = [list(map(change, seen(e, data_dir, partial(look, views=model.views)))) for e in examples]
-        return generate(model, tok, [e["prompt"] for e in examples], shown, max_new_tokens=max_new_tokens)
+        shown = [
+            list(map(change, seen(e, data_dir, partial(look, views=model.views)))) for e in examples
+        ]
+        return generate(
+            model, tok, [e["prompt"] for e in examples], shown, max_new_tokens=max_new_tokens
+        )
 
     return answer
 
@@ -203,7 +223,9 @@ def collect(todo, answer, file, batch, done=0, quiet=False):
     total, started, shown = done + len(todo), time.monotonic(), 0.0
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+b") as lines:
-        if lines.tell():  # a killed run may have left half a line: end it, `read_answers` passes over it
+        if (
+            lines.tell()
+        ):  # a killed run may have left half a line: end it, `read_answers` passes over it
             lines.seek(-1, os.SEEK_END)
             if lines.read(1) != b"\n":
                 lines.write(b"\n")
@@ -219,7 +241,11 @@ def collect(todo, answer, file, batch, done=0, quiet=False):
             if not quiet and (tty or seconds - shown > 30 or count == len(todo)):
                 shown, rate = seconds, count / max(seconds, 1e-9)
                 line = f"{done + count}/{total} answers, {rate:.1f}/s, {(len(todo) - count) / rate:.0f} s left"
-                print(f"\r{line}   " if tty else line, end="" if tty and count < len(todo) else "\n", flush=True)
+                print(
+                    f"\r{line}   " if tty else line,
+                    end="" if tty and count < len(todo) else "\n",
+                    flush=True,
+                )
 
 
 def evaluate(examples, chosen, answer, file, batch=64, rank=0, world_size=1, barrier=lambda: None):
@@ -262,13 +288,19 @@ def limited(examples, limit):
 
 def table(scores):
     """The scores as lines of text; a column only where there is something in it."""
-    columns = [c for c in ("score", "chance", "text_only", "published") if any(c in s for s in scores.values())]
+    columns = [
+        c
+        for c in ("score", "chance", "text_only", "published")
+        if any(c in s for s in scores.values())
+    ]
     width = max(24, *(len(name) + 1 for name in scores))
     lines = [" " * width + "".join(f"{c.replace('_', ' '):>11}" for c in columns) + f"{'n':>8}"]
     for name, s in scores.items():
         cells = ("" if s.get(c) is None else f"{s[c]:.2f}" for c in columns)
         lines.append(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells) + f"{s['n']:8}")
-    return "\n".join(lines + [f"published: {s['published_of']}" for s in scores.values() if "published" in s])
+    return "\n".join(
+        lines + [f"published: {s['published_of']}" for s in scores.values() if "published" in s]
+    )
 
 
 def scored(task, examples, answers, file, args):
@@ -296,10 +328,18 @@ def arguments(argv):
                         help="replace every picture by the mean of many, as a control")  # fmt: skip
     parser.add_argument("--one-frame", dest="control", action="store_const", const="one-frame",
                         help="replace every frame of a video by its middle one, as a control")  # fmt: skip
-    parser.add_argument("--limit", type=int, help="only about so many examples, spread evenly over all")
-    parser.add_argument("--batch", type=int, default=64, help="questions answered at once (default 64)")
-    parser.add_argument("--out", help="file of the answers (default MODEL/eval/TASK.jsonl, or TASK-CONTROL.jsonl)")
-    parser.add_argument("--judge", help="OpenAI-compatible URL of the language model that judges mmvet, llava_bench")
+    parser.add_argument(
+        "--limit", type=int, help="only about so many examples, spread evenly over all"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, help="questions answered at once (default 64)"
+    )
+    parser.add_argument(
+        "--out", help="file of the answers (default MODEL/eval/TASK.jsonl, or TASK-CONTROL.jsonl)"
+    )
+    parser.add_argument(
+        "--judge", help="OpenAI-compatible URL of the language model that judges mmvet, llava_bench"
+    )
     parser.add_argument("--judge-model", default="gpt-4-0613", help="its name (default gpt-4-0613)")
     return parser.parse_args(argv)
 
@@ -316,10 +356,18 @@ def main(argv):
     examples = task.examples(args.data)
     chosen = limited(examples, args.limit)
     check(chosen, args.data)
-    file = Path(args.out or folder / "eval" / f"{args.task}{args.control and f'-{args.control}'}.jsonl")
+    file = Path(
+        args.out or folder / "eval" / f"{args.task}{args.control and f'-{args.control}'}.jsonl"
+    )
     saved = max((f.stat().st_mtime for f in folder.glob("*.safetensors")), default=0)
-    parts = sorted(file.parent.glob(f"{file.name}*"), key=lambda part: part.stat().st_mtime) if rank == 0 else []
-    if parts and parts[0].stat().st_mtime < saved:  # also where only another rank's part is left of a killed run
+    parts = (
+        sorted(file.parent.glob(f"{file.name}*"), key=lambda part: part.stat().st_mtime)
+        if rank == 0
+        else []
+    )
+    if (
+        parts and parts[0].stat().st_mtime < saved
+    ):  # also where only another rank's part is left of a killed run
         print(f"{file.name}: older than the model, starting afresh", flush=True)
         for part in parts:
             part.unlink()
@@ -332,7 +380,9 @@ def main(argv):
     answer = answerer(model.eval(), tok, args.data, task.MAX_NEW_TOKENS, *change)
     answers = evaluate(examples, chosen, answer, file, args.batch, rank, world_size, barrier)
     if rank == 0:
-        print(f"{args.task}{args.control and f', {args.control}'}: {len(answers)} answers in {file}")
+        print(
+            f"{args.task}{args.control and f', {args.control}'}: {len(answers)} answers in {file}"
+        )
         if hasattr(task, "write") and len(chosen) == len(examples):
             written = task.write(chosen, answers, file.with_suffix(""), args.data)
             print(f"in the official format: {', '.join(map(str, written))}")
@@ -350,7 +400,11 @@ def main(argv):
             weights.write_file(file.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
             print(table(scores))
         else:
-            needs = "--judge URL --judge-model NAME" if hasattr(task, "judge") else "the server, which has the answers"
+            needs = (
+                "--judge URL --judge-model NAME"
+                if hasattr(task, "judge")
+                else "the server, which has the answers"
+            )
             print(f"no score: that takes {needs}")
     if world_size > 1:
         dist.destroy_process_group()

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 import config
-import layouts
 import lora
-import templates
-import weights
+from checkpoints import layouts, weights
 from config import UserError
+from inputs import templates
+from inputs.tiling import TILED
 from model import LLaVA
-from views import TILED
 
 # Families that transformers has; its LLaVA gives every one of them a head without a bias.
 TOWER = "vision_tower.vision_model."
@@ -49,7 +48,11 @@ def write(folder: Path, state: dict[str, Tensor], files: dict[str, dict | str]):
     """Weights first, then the small files, config.json last: a folder that has it is whole."""
     weights.save(folder, state)
     for name, content in sorted(files.items(), key=lambda f: f[0] == "config.json"):
-        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
+        text = (
+            content
+            if isinstance(content, str)
+            else json.dumps(content, indent=2, ensure_ascii=False)
+        )
         weights.write_file(folder / name, text + "\n")
 
 
@@ -61,13 +64,16 @@ def check_expressible(model: LLaVA):
     c, lm, transform = model.config, model.language_model, model.vision_tower.transform
     reason = ""
     if c.connector != "mlp2x_gelu":
-        reason = (
-            f"connector {c.connector}: Hugging Face LLaVA, and the servers built on it, have the two-layer MLP alone"
-        )
+        reason = f"connector {c.connector}: Hugging Face LLaVA, and the servers built on it, have the two-layer MLP alone"
     elif c.text["model_type"] not in HF_FAMILIES:
         reason = f"{c.text['model_type']}: transformers has no such class"
-    elif model.vision_tower.config.hf["model_type"] not in ("clip_vision_model", "siglip_vision_model"):
-        reason = f"encoder {model.vision_tower.config.hf['model_type']}: its LLaVA takes CLIP or SigLIP"
+    elif model.vision_tower.config.hf["model_type"] not in (
+        "clip_vision_model",
+        "siglip_vision_model",
+    ):
+        reason = (
+            f"encoder {model.vision_tower.config.hf['model_type']}: its LLaVA takes CLIP or SigLIP"
+        )
     elif lm.lm_head.bias is not None and lm.lm_head.bias.any():
         reason = "the bias of the language model's head: Hugging Face LLaVA drops it"
     elif c.image_mode == "tiles":
@@ -91,7 +97,11 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
     state.pop("language_model.lm_head.bias", None)
     scale = c.image_scale * (lm.config.embed_scale if version >= 5 else 1.0)
     if scale != 1:
-        last = "multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias", "image_newline"
+        last = (
+            "multi_modal_projector.linear_2.weight",
+            "multi_modal_projector.linear_2.bias",
+            "image_newline",
+        )
         for key in state.keys() & last:
             state[key] = (state[key].double() * scale).to(state[key].dtype)
     vision, layer = dict(tower.config.hf), c.feature_layer
@@ -106,7 +116,9 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
         layer, last = -2, f"{TOWER}encoder.layers.{vision['num_hidden_layers'] - 1}."
         vision["num_hidden_layers"] += 1
         for key in [k for k in state if k.startswith(last)]:
-            state[key.replace(last, f"{TOWER}encoder.layers.{vision['num_hidden_layers'] - 1}.")] = 0 * state[key]
+            state[
+                key.replace(last, f"{TOWER}encoder.layers.{vision['num_hidden_layers'] - 1}.")
+            ] = 0 * state[key]
     token = image_token(tok, lm.config.vocab)
     vocab = max(lm.config.vocab, token + 1)
     if vocab > lm.config.vocab:
@@ -120,7 +132,11 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
         images |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     if c.image_mode == "anyres":  # where crop_size is a tile's, cropped or not
         kind, side = "LlavaNext", tower.transform.side
-        grids = {"image_grid_pinpoints": [[rows * side, columns * side] for rows, columns in model.views.grids]}
+        grids = {
+            "image_grid_pinpoints": [
+                [rows * side, columns * side] for rows, columns in model.views.grids
+            ]
+        }
         images |= {"image_processor_type": "LlavaNextImageProcessor", **grids,
                    "crop_size": {"height": side, "width": side}}  # fmt: skip
     files = {
@@ -135,7 +151,9 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
             "vision_feature_layer": layer,
             "vision_feature_select_strategy": select,
             "tie_word_embeddings": tied,
-            "dtype": str(state["language_model.model.embed_tokens.weight"].dtype).removeprefix("torch."),
+            "dtype": str(state["language_model.model.embed_tokens.weight"].dtype).removeprefix(
+                "torch."
+            ),
             "transformers_version": {4: "4.57.1", 5: "5.23.0"}[version],
             **grids,
         },
@@ -152,7 +170,11 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
         form = templates.resolve(c.template, tok)
         files |= tokenizer_files(tok, token) | {"chat_template.jinja": chat_template(form, tok)}
         stop = templates.stop_id(tok, c.template)
-        files["generation_config.json"] = {"bos_token_id": tok.bos_id, "eos_token_id": stop, "pad_token_id": tok.pad_id}
+        files["generation_config.json"] = {
+            "bos_token_id": tok.bos_id,
+            "eos_token_id": stop,
+            "pad_token_id": tok.pad_id,
+        }
     return state, files
 
 
@@ -171,18 +193,24 @@ def tokenizer_files(tok, token: int) -> dict[str, dict | str]:
     version in another way.
     """
     fast = (
-        tokenizers.Tokenizer.from_str(tok.files["tokenizer.json"].decode()) if "tokenizer.json" in tok.files else None
+        tokenizers.Tokenizer.from_str(tok.files["tokenizer.json"].decode())
+        if "tokenizer.json" in tok.files
+        else None
     )
     fast = fast or from_pieces(tok)
     steps = json.loads(fast.normalizer.__getstate__()) if fast.normalizer else {}
-    if any(s.get("type") == "Prepend" for s in steps.get("normalizers", [steps])) and not tok.config.get("legacy"):
+    if any(
+        s.get("type") == "Prepend" for s in steps.get("normalizers", [steps])
+    ) and not tok.config.get("legacy"):
         # The older form puts a word mark behind every control token too; training rows have it in front only.
         fast.normalizer = tokenizers.normalizers.Sequence([])
         fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("\u2581", "first", split=False)
     fast.add_special_tokens([tokenizers.AddedToken("<image>", special=True, normalized=False)])
     if fast.token_to_id("<image>") != token:
         raise UserError(
-            "tokenizer.json", f"<image> became {fast.token_to_id('<image>')}, not {token}", "report this file"
+            "tokenizer.json",
+            f"<image> became {fast.token_to_id('<image>')}, not {token}",
+            "report this file",
         )
     kept = ("model_max_length", "clean_up_tokenization_spaces")
     # Prompts of a batch are filled up on the left: an answer goes on from the last token of each.
@@ -212,15 +240,29 @@ def from_pieces(tok) -> tokenizers.Tokenizer:
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("\u2581", "first", split=False)
     decoders = tokenizers.decoders
     fast.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
-    fast.add_special_tokens([tokenizers.AddedToken(names[i], special=True, normalized=False) for i in control])
+    fast.add_special_tokens(
+        [tokenizers.AddedToken(names[i], special=True, normalized=False) for i in control]
+    )
     if tok.bos_id is not None:
         bos = tok.token(tok.bos_id)
-        fast.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tok.bos_id)])
-    for text in ("Once upon a time, 3.14 \u00e9t\u00e9 \u4e2d\u6587", "two  spaces\n\ttab \u1680 \U0001f600"):
+        fast.post_processor = tokenizers.processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[(bos, tok.bos_id)]
+        )
+    for text in (
+        "Once upon a time, 3.14 \u00e9t\u00e9 \u4e2d\u6587",
+        "two  spaces\n\ttab \u1680 \U0001f600",
+    ):
         if fast.encode(text, add_special_tokens=False).ids != pieces.encode(text):
-            raise UserError("tokenizer.model", "is no BPE of Llama's kind", "give a tokenizer.json beside it")
+            raise UserError(
+                "tokenizer.model", "is no BPE of Llama's kind", "give a tokenizer.json beside it"
+            )
     return fast
 
 
@@ -286,10 +328,21 @@ def card(model: LLaVA, to: str) -> str:
              for part, key, hf in (("language model", "llm", c.text), ("encoder", "vision", c.vision))}  # fmt: skip
     lines = [f"- {part}: {name}" for part, name in names.items()]
     mode = f"{c.image_mode}, grids {c.image_grids}" if c.image_mode in TILED else c.image_mode
-    lines.append(f"- connector: {c.connector}; {model.image_tokens} tokens for an image of one view, image mode {mode}")
-    if to != "hf-llava":  # Factory's config.json has no place for them, and transformers' class takes no video
-        lines.append(f"- frames of a video: {c.frames}" + f" at most, {c.fps:g} a second" * (c.fps > 0))
-    lines += [f"- chat template: {c.template}", f"- {count:.1f}M parameters", "", f"Opens in {OPENED_BY[to]}"]
+    lines.append(
+        f"- connector: {c.connector}; {model.image_tokens} tokens for an image of one view, image mode {mode}"
+    )
+    if (
+        to != "hf-llava"
+    ):  # Factory's config.json has no place for them, and transformers' class takes no video
+        lines.append(
+            f"- frames of a video: {c.frames}" + f" at most, {c.fps:g} a second" * (c.fps > 0)
+        )
+    lines += [
+        f"- chat template: {c.template}",
+        f"- {count:.1f}M parameters",
+        "",
+        f"Opens in {OPENED_BY[to]}",
+    ]
     return "# A small multimodal model\n\n" + "\n".join(lines)
 
 
@@ -311,9 +364,13 @@ def export(model: LLaVA, tok, to: str, folder: Path, version: int = 5):
 def export_peft(adapter: Path, out: Path):
     """The PEFT files that train.py left beside a model that it had tuned with LoRA, whole. Raises UserError."""
     if not (adapter / "adapter_config.json").exists():
-        raise UserError(adapter, "no adapters", "give the output folder of a run that tuned something as lora")
+        raise UserError(
+            adapter, "no adapters", "give the output folder of a run that tuned something as lora"
+        )
     tensors = weights.read_file(adapter / "adapter_model.safetensors")
-    weights.write_file(out / "adapter_model.safetensors", (adapter / "adapter_model.safetensors").read_bytes())
+    weights.write_file(
+        out / "adapter_model.safetensors", (adapter / "adapter_model.safetensors").read_bytes()
+    )
     weights.write_file(out / "adapter_config.json", (adapter / "adapter_config.json").read_text())
     print(f"{out}: peft, {sum(t.numel() for t in tensors.values()) / 1e6:.1f}M parameters")
 
@@ -321,13 +378,25 @@ def export_peft(adapter: Path, out: Path):
 def main(argv: list[str]):
     parser = config.parser(__doc__)
     parser.add_argument("out", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--model", required=True, help="folder or Hugging Face id, in any layout that we read")
+    parser.add_argument(
+        "--model", required=True, help="folder or Hugging Face id, in any layout that we read"
+    )
     parser.add_argument("--to", required=True, choices=("hf-llava", "tinyllava", "barellava", "peft"),
                         help="the layout")  # fmt: skip
     parser.add_argument("--adapter", help="folder of a PEFT adapter to merge first")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)")
-    parser.add_argument("--transformers", type=int, choices=(4, 5), default=5, help="hf-llava: for which of them (5)")
-    parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)"
+    )
+    parser.add_argument(
+        "--transformers",
+        type=int,
+        choices=(4, 5),
+        default=5,
+        help="hf-llava: for which of them (5)",
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only"
+    )
     a = parser.parse_args(argv)
     out = Path(a.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -335,12 +404,16 @@ def main(argv: list[str]):
     folder = weights.resolve(a.model, allow_pickle=a.allow_pickle)
     if a.to == "peft":
         return export_peft(folder / "adapter", out)
-    model = LLaVA.from_pretrained(folder, a.dtype and getattr(torch, a.dtype), allow_pickle=a.allow_pickle)
+    model = LLaVA.from_pretrained(
+        folder, a.dtype and getattr(torch, a.dtype), allow_pickle=a.allow_pickle
+    )
     if a.adapter:
         lora.load_adapter(Path(a.adapter), model, layouts.ADAPTED)
         lora.merge(model)
     if a.dtype:
-        model.vision_tower.spares = {k: v.to(getattr(torch, a.dtype)) for k, v in model.vision_tower.spares.items()}
+        model.vision_tower.spares = {
+            k: v.to(getattr(torch, a.dtype)) for k, v in model.vision_tower.spares.items()
+        }
     try:
         tok = templates.load_tokenizer(folder)
     except ValueError as e:
@@ -348,7 +421,9 @@ def main(argv: list[str]):
         tok = None
     export(model, tok, a.to, out, a.transformers)
     size = sum(f.stat().st_size for f in out.iterdir()) / 1e9
-    print(f"{out}: {a.to}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {size:.2f} GB")
+    print(
+        f"{out}: {a.to}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {size:.2f} GB"
+    )
     for file in sorted(out.iterdir()):
         print(f"  {file.name}")
 

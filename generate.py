@@ -21,12 +21,12 @@ import torch
 
 import config
 import lora
-import weights
+from checkpoints import weights
 from config import UserError
+from inputs.sample import look
+from inputs.templates import IMAGE, encode_prompt, load_tokenizer, stop_id
+from inputs.tiling import Item
 from model import LLaVA
-from samples import look
-from templates import IMAGE, encode_prompt, load_tokenizer, stop_id
-from views import Item
 
 
 class Chat:
@@ -73,7 +73,9 @@ class Chat:
             nonlocal shown
             answer, ends = read(tokens)
             # Half a character, or what may become a stop, waits for the tokens that follow.
-            half = answer.endswith("\ufffd") or any(answer.endswith(s[:n]) for s in self.stop for n in range(1, len(s)))
+            half = answer.endswith("\ufffd") or any(
+                answer.endswith(s[:n]) for s in self.stop for n in range(1, len(s))
+            )
             if ends or not half:
                 show(answer[len(shown) :])
                 shown = answer
@@ -81,7 +83,9 @@ class Chat:
 
         start = time.perf_counter()
         beams = self.options.get("num_beams", 1) > 1  # whose answer is known at the end only
-        new = self.model.generate([ids], self.items, eos_token_id=eos, until=None if beams else until, **self.options)
+        new = self.model.generate(
+            [ids], self.items, eos_token_id=eos, until=None if beams else until, **self.options
+        )
         seconds = time.perf_counter() - start
         answer, _ = read(new[0].tolist())
         show(answer[len(shown) :])
@@ -107,24 +111,47 @@ class Chat:
 
 def main(argv: list[str]):
     parser = config.parser(__doc__)
-    parser.add_argument("--model", required=True, help="folder or Hugging Face id of a trained model")
-    parser.add_argument("--image", action="append", default=[], help="a picture; may be given several times")
-    parser.add_argument("--video", action="append", default=[], help="a video, or a folder of its frames; likewise")
+    parser.add_argument(
+        "--model", required=True, help="folder or Hugging Face id of a trained model"
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], help="a picture; may be given several times"
+    )
+    parser.add_argument(
+        "--video", action="append", default=[], help="a video, or a folder of its frames; likewise"
+    )
     parser.add_argument("--prompt", help="the question; without it a chat starts")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as the "
                         "model has it, more is bolder (0)")  # fmt: skip
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability (1)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest tokens (0: from all)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the fewest tokens of this probability (1)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="draw from so many of the likeliest tokens (0: from all)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument(
-        "--stop", action="append", default=[], help="text that ends an answer; may be given several times"
+        "--stop",
+        action="append",
+        default=[],
+        help="text that ends an answer; may be given several times",
     )
     parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams (1)")
     parser.add_argument(
-        "--weights", choices=("fp32", "bf16", *lora.KINDS), help="of the language model (fp32; a GPU: bf16)"
+        "--weights",
+        choices=("fp32", "bf16", *lora.KINDS),
+        help="of the language model (fp32; a GPU: bf16)",
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only"
+    )
     a = parser.parse_args(argv)
     if a.beams > 1 and a.temperature:
         raise UserError("--beams", "beam search draws nothing", "leave out --temperature")
@@ -145,7 +172,9 @@ def main(argv: list[str]):
         chat.ask(a.prompt)
         return
     if sys.stdin.isatty():
-        print("Ask about pictures. /image FILE or /video FILE shows one, /reset forgets all, /quit leaves.")
+        print(
+            "Ask about pictures. /image FILE or /video FILE shows one, /reset forgets all, /quit leaves."
+        )
     while True:
         try:
             line = input("> ")

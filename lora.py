@@ -26,8 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import layouts
-import weights
+from checkpoints import layouts, weights
 from config import LoRA, UserError
 from kernels import int8, nf4
 from kernels.lora import dense, lora_linears
@@ -44,33 +43,50 @@ class Quantized(nn.Module):
     def __init__(self, weight: nf4.NF4 | int8.Int8, bias: nn.Parameter | None):
         super().__init__()
         self.kind, self.bias = type(weight), bias
-        self.out_features, self.in_features = (weight.weight if self.kind is int8.Int8 else weight).shape
+        self.out_features, self.in_features = (
+            weight.weight if self.kind is int8.Int8 else weight
+        ).shape
         self._hold(weight)
 
     def _hold(self, weight: nf4.NF4 | int8.Int8):
         self.rest = {k: v for k, v in weight._asdict().items() if not isinstance(v, Tensor)}
         for name, value in weight._asdict().items():
             if name not in self.rest:
-                self.register_buffer(f"field_{name}", value, persistent=False)  # state() has what lasts
+                self.register_buffer(
+                    f"field_{name}", value, persistent=False
+                )  # state() has what lasts
 
     @property
     def weight(self) -> nf4.NF4 | int8.Int8:
-        return self.kind(*(self.rest.get(k, getattr(self, f"field_{k}", None)) for k in self.kind._fields))
+        return self.kind(
+            *(self.rest.get(k, getattr(self, f"field_{k}", None)) for k in self.kind._fields)
+        )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + key: tensor for key, tensor in self.weight.state().items()})
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        state = {key: state_dict.pop(prefix + key) for key in self.weight.state() if prefix + key in state_dict}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ):
+        state = {
+            key: state_dict.pop(prefix + key)
+            for key in self.weight.state()
+            if prefix + key in state_dict
+        }
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
         if state:
             self._hold(self.kind.from_state(state).to(self.weight[0].device))
         else:
             missing.append(f"{prefix}weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0)  # no adapter: of rank 0
+        A, B = (
+            x.new_empty(0, self.in_features),
+            x.new_empty(self.out_features, 0),
+        )  # no adapter: of rank 0
         return lora_linears(x, [self.weight], [self.bias], [A], [B], [0.0])[0]
 
 
@@ -81,7 +97,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer, self.options = base, options
         self.scale = options.alpha / (math.sqrt(options.r) if options.rslora else options.r)
-        device = base.weight[0].device  # of a tensor's first row, or of the first field of a quantized weight
+        device = base.weight[
+            0
+        ].device  # of a tensor's first row, or of the first field of a quantized weight
         self.lora_A = nn.Parameter(torch.empty(options.r, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, options.r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -98,7 +116,9 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """-> W + s B A (N, K), float32."""
-        return dense(self.base_layer.weight, torch.float32).addmm(self.lora_B, self.lora_A, alpha=self.scale)
+        return dense(self.base_layer.weight, torch.float32).addmm(
+            self.lora_B, self.lora_A, alpha=self.scale
+        )
 
 
 class DoRALinear(LoRALinear):
@@ -155,13 +175,21 @@ def targets(module: nn.Module, patterns: str = "", parts: Iterable[str] = ("",))
         and any(not part or f"{name}.".startswith(f"{part}.") for part in parts)
     ]  # fmt: skip
     back, chosen = weights.reverse(_table(module)), set()
-    theirs = {name: weights.rename(f"{name}.weight", back).removesuffix(".weight") for name in linears}
+    theirs = {
+        name: weights.rename(f"{name}.weight", back).removesuffix(".weight") for name in linears
+    }
     for pattern in patterns.replace(",", " ").split() or ["**"]:
         globs = pattern, f"**.{pattern}"
-        hits = [n for n in linears if weights.matches(n, globs) or weights.matches(theirs[n], globs)]
+        hits = [
+            n for n in linears if weights.matches(n, globs) or weights.matches(theirs[n], globs)
+        ]
         if not hits:
             known = ", ".join(sorted({n.rpartition(".")[2] for n in linears})) or "none"
-            raise UserError("lora.targets", f"{pattern!r} matches no linear", f"the linears here (no head): {known}")
+            raise UserError(
+                "lora.targets",
+                f"{pattern!r} matches no linear",
+                f"the linears here (no head): {known}",
+            )
         chosen.update(hits)
     return [name for name in linears if name in chosen]
 
@@ -185,10 +213,16 @@ def apply(module: nn.Module, options: LoRA, parts: Iterable[str] = ("",)) -> lis
     Draws A from torch's generator. Raises UserError as `targets` does, and for options out of range.
     """
     if options.r < 1 or not 0 <= options.dropout < 1:
-        raise UserError("lora", f"r {options.r}, dropout {options.dropout}", "r is 1 or more, dropout below 1")
+        raise UserError(
+            "lora", f"r {options.r}, dropout {options.dropout}", "r is 1 or more, dropout below 1"
+        )
     names = targets(module, options.targets, parts)
     for name in names:
-        _put(module, name, (DoRALinear if options.dora else LoRALinear)(module.get_submodule(name), options))
+        _put(
+            module,
+            name,
+            (DoRALinear if options.dora else LoRALinear)(module.get_submodule(name), options),
+        )
     for part in parts:
         freeze(module.get_submodule(part))
     return names
@@ -208,10 +242,14 @@ def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
         for one in options:
             if not one.adapter:
                 apply(model, one, [attribute])
-            elif not adapters(model.get_submodule(attribute)):  # an earlier part's turn may have brought it
+            elif not adapters(
+                model.get_submodule(attribute)
+            ):  # an earlier part's turn may have brought it
                 load_adapter(Path(one.adapter), model, layouts.ADAPTED)
                 if not adapters(model.get_submodule(attribute)):
-                    raise UserError(one.adapter, f"adapts nothing of the {part}", f"leave tune.{part} frozen")
+                    raise UserError(
+                        one.adapter, f"adapts nothing of the {part}", f"leave tune.{part} frozen"
+                    )
 
 
 def merge(module: nn.Module, dtype: torch.dtype = torch.bfloat16):
@@ -250,7 +288,9 @@ def quantize(module: nn.Module, kind: str):
 
 def count(module: nn.Module) -> int:
     """The parameters of a module, with those that are quantized."""
-    packed = sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, Quantized))
+    packed = sum(
+        m.in_features * m.out_features for m in module.modules() if isinstance(m, Quantized)
+    )
     return packed + sum(p.numel() for p in module.parameters())
 
 
@@ -279,7 +319,10 @@ def load_quantized(
         if len(rows) < len(names) or tensor.shape != (sum(rows), linears[names[0]].in_features):
             return tensor  # another shape is weights.load's to refuse
         try:
-            made.update((n, KINDS[kind](t.to(device))) for n, t in zip(names, tensor.split(rows), strict=True))
+            made.update(
+                (n, KINDS[kind](t.to(device)))
+                for n, t in zip(names, tensor.split(rows), strict=True)
+            )
         except ValueError as e:
             raise UserError(locate(key), str(e), "use nf4") from None
         return tensor.new_empty(()).expand(tensor.shape)  # a shape and a type without storage
@@ -299,7 +342,11 @@ def load_quantized(
 # ------------------------------------------------------------------------------------------ PEFT's adapter files
 
 ROOT = "base_model.model."
-TENSORS = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude_vector": ".lora_magnitude_vector"}
+TENSORS = {
+    "lora_A": ".lora_A.weight",
+    "lora_B": ".lora_B.weight",
+    "lora_magnitude_vector": ".lora_magnitude_vector",
+}
 # Any other value is another function of x, or changes the base weights, which the file does not have.
 KNOWN = {"peft_type": ("LORA",), "bias": (None, "none"), **dict.fromkeys(
     ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
@@ -323,24 +370,36 @@ def save_adapter(folder: Path, module: nn.Module, layout: weights.Table = (), ba
     table, found, untied = _table(module), adapters(module), _untied(module)
     kinds = {(a.options.rslora, a.options.dora, a.options.dropout) for a in found.values()}
     if len(kinds) != 1:
-        raise UserError(folder, f"adapters of {len(kinds)} kinds", "PEFT's files hold one kind; apply one LoRA")
+        raise UserError(
+            folder, f"adapters of {len(kinds)} kinds", "PEFT's files hold one kind; apply one LoRA"
+        )
 
     def place(name: str) -> str:
         theirs = weights.rename(name, weights.reverse(table))
         if not isinstance(weights.rename(theirs, table), str):
-            raise UserError(name, f"one of several that are one tensor in {theirs}: PEFT has no twin", "merge instead")
+            raise UserError(
+                name,
+                f"one of several that are one tensor in {theirs}: PEFT has no twin",
+                "merge instead",
+            )
         return weights.rename(theirs, weights.reverse(layout))
 
     state, ranks, alphas, whole = {}, {}, {}, set()
     for name, adapter in found.items():
         path = place(f"{name}.weight").removesuffix(".weight")
         ranks[path], alphas[path] = adapter.options.r, adapter.options.alpha
-        state |= {f"{ROOT}{path}{TENSORS[kind]}": p for kind, p in adapter.named_parameters(recurse=False)}
+        state |= {
+            f"{ROOT}{path}{TENSORS[kind]}": p for kind, p in adapter.named_parameters(recurse=False)
+        }
     trained = {name.rpartition(".")[0] for name, p in module.named_parameters() if p.requires_grad}
     for owner in sorted(trained - found.keys()):
         for name, p in module.get_submodule(owner).named_parameters(owner, recurse=False):
             if name not in untied:
-                raise UserError(name, "trained, and tied to the head: PEFT would train two copies", "merge instead")
+                raise UserError(
+                    name,
+                    "trained, and tied to the head: PEFT would train two copies",
+                    "merge instead",
+                )
             state[ROOT + place(name)] = p
             whole.add(place(name).rpartition(".")[0])
     r, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
@@ -354,7 +413,9 @@ def save_adapter(folder: Path, module: nn.Module, layout: weights.Table = (), ba
         "fan_in_fan_out": False, "init_lora_weights": True,
     }  # fmt: skip
     tensors = {key: p.detach().contiguous().cpu() for key, p in state.items()}
-    weights.write_file(folder / "adapter_model.safetensors", lambda to: save_file(tensors, to, {"format": "pt"}))
+    weights.write_file(
+        folder / "adapter_model.safetensors", lambda to: save_file(tensors, to, {"format": "pt"})
+    )
     weights.write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -366,13 +427,22 @@ def load_adapter(folder: Path, module: nn.Module, layout: weights.Table = ()) ->
     UserError for what the module has no place for, another shape, or what is not plain LoRA or DoRA; the module is
     then as it was.
     """
-    where, file, table = folder / "adapter_config.json", folder / "adapter_model.safetensors", _table(module)
+    where, file, table = (
+        folder / "adapter_config.json",
+        folder / "adapter_model.safetensors",
+        _table(module),
+    )
     c = weights.read_json(where)
     for key, values in KNOWN.items():
         if c.get(key) not in values:
-            raise UserError(f"{where}:{key}", f"{c.get(key)!r} is not supported", "merge it with PEFT first")
+            raise UserError(
+                f"{where}:{key}", f"{c.get(key)!r} is not supported", "merge it with PEFT first"
+            )
     tensors = weights.read_file(file)
-    linears, whole = {f"{name}.weight": module.get_submodule(name) for name in targets(module)}, _untied(module)
+    linears, whole = (
+        {f"{name}.weight": module.get_submodule(name) for name in targets(module)},
+        _untied(module),
+    )
     dropout, rslora, dora = (c.get(key, 0) for key in ("lora_dropout", "use_rslora", "use_dora"))
     options, made = LoRA(dropout=dropout, rslora=bool(rslora), dora=bool(dora)), {}
     changes: list[tuple[Tensor, Tensor]] = []
@@ -391,10 +461,18 @@ def load_adapter(folder: Path, module: nn.Module, layout: weights.Table = ()) ->
         names = ours(key, f"{path}.weight", linears)
         given = {kind: tensors.pop(f"{ROOT}{path}{end}", nothing) for kind, end in TENSORS.items()}
         rows, r = [linears[name].out_features for name in names], len(given["lora_A"])
-        shapes = [r, linears[names[0]].in_features], [sum(rows), r], [sum(rows) if options.dora else 0]
+        shapes = (
+            [r, linears[names[0]].in_features],
+            [sum(rows), r],
+            [sum(rows) if options.dora else 0],
+        )
         there = [[*tensor.shape] for tensor in given.values()]
         need(there == [*shapes], key, f"adapter of shapes {there}, the model needs {[*shapes]}")
-        alphas = (v for k, v in (c.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", path))
+        alphas = (
+            v
+            for k, v in (c.get("alpha_pattern") or {}).items()
+            if re.match(rf"(.*\.)?({k})$", path)
+        )
         one = replace(options, r=r, alpha=next(alphas, c.get("lora_alpha", 8)))
         for i, name in enumerate(names):
             made[name] = (DoRALinear if one.dora else LoRALinear)(linears[name], one)

@@ -29,18 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import generation
-import layouts
-import weights
-from cache import Attend, expand, pack, packed
+from checkpoints import layouts, weights
+from checkpoints.layouts import IMAGE_TOKEN, LLaVAConfig
 from config import Model, UserError
 from connectors import build_connector
 from encoders import VisionEncoder, build_encoder, vision_config
+from inference import generation
+from inference.cache import Attend, expand, pack, packed
+from inputs.tiling import PICTURE, Item, Separated, Shape, called_for, join, order
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
-from layouts import IMAGE_TOKEN, LLaVAConfig
-from views import PICTURE, Item, Separated, Shape, called_for, join, order
 
 # ----------------------------------------------------------------------------------------- language model
 
@@ -67,7 +66,9 @@ class LMConfig:
     block: Callable[[LMConfig, int], nn.Module]
     rope_theta: float
     rotary_dim: int  # how much of each head turns with its position, from the front
-    head_norm: Callable[[int, int], nn.Module] = nn.Identity  # (heads, d), on q and k before they turn
+    head_norm: Callable[[int, int], nn.Module] = (
+        nn.Identity
+    )  # (heads, d), on q and k before they turn
     qkv_bias: bool = False
     out_bias: bool = False
     lm_head_bias: bool = False
@@ -82,12 +83,16 @@ class Scale(nn.Module):
         self.by = by
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.full((), self.by, dtype=x.dtype, device=x.device)  # rounded to x's dtype, as Gemma has it
+        return x * torch.full(
+            (), self.by, dtype=x.dtype, device=x.device
+        )  # rounded to x's dtype, as Gemma has it
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (T, 1, dim) in float32 for rotary embeddings in Llama's half-split layout (Su et al., 2021)."""
-    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim)
+    frequency = theta ** (
+        -torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    )
     angle = positions[:, None, None].float() * frequency
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
@@ -105,9 +110,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = c.head_norm(layer.heads, d), c.head_norm(layer.kv_heads, d)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(self.q_norm(q), self.k_norm(k), *rope)
-        return self.o_proj(attend(self, q, k, v).flatten(1))  # `self`: torch.compile would make a graph for each index
+        return self.o_proj(
+            attend(self, q, k, v).flatten(1)
+        )  # `self`: torch.compile would make a graph for each index
 
 
 class Block(nn.Module):
@@ -119,7 +128,9 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(c, index), c.mlp(c.width, c.layers[index].intermediate)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        n, x = self.post_attention_layernorm.add(self.self_attn(self.input_layernorm(x), rope, attend), x)
+        n, x = self.post_attention_layernorm.add(
+            self.self_attn(self.input_layernorm(x), rope, attend), x
+        )
         return x + self.mlp(n)
 
 
@@ -178,7 +189,9 @@ class LanguageModel(nn.Module):
         if c.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    ignore = ("**.rotary_emb.inv_freq",)  # a buffer that old files carry; it is a function of the config
+    ignore = (
+        "**.rotary_emb.inv_freq",
+    )  # a buffer that old files carry; it is a function of the config
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -199,7 +212,11 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu", allow_pickle: bool = False
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        device="cpu",
+        allow_pickle: bool = False,
     ) -> LanguageModel:
         """A language model from a Hugging Face folder or id; dtype None keeps the file's.
 
@@ -228,7 +245,9 @@ def _decoder(c: dict, rotary: float = 1.0, tied: bool = False, **parts) -> LMCon
     heads = c["num_attention_heads"]
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
     layer = Layer(heads, c.get("num_key_value_heads") or heads, c["intermediate_size"])
-    rope = c | (c.get("rope_parameters") or {})  # where transformers 5 keeps what has to do with rotation
+    rope = c | (
+        c.get("rope_parameters") or {}
+    )  # where transformers 5 keeps what has to do with rotation
     like_llama = {
         "vocab": c["vocab_size"], "width": c["hidden_size"], "head_dim": head_dim,
         "layers": (layer,) * c["num_hidden_layers"], "norm": partial(RMSNorm, eps=c.get("rms_norm_eps", 1e-6)),
@@ -277,13 +296,17 @@ def _phi(c: dict) -> LMConfig:
 def _openelm(c: dict) -> LMConfig:
     """Apple's OpenELM: every layer has widths of its own, its files name things otherwise."""
 
-    def divisible(value: float, by: int) -> int:  # to the nearest multiple, never more than a tenth below
+    def divisible(
+        value: float, by: int
+    ) -> int:  # to the nearest multiple, never more than a tenth below
         nearest = max(by, int(value + by / 2) // by * by)
         return nearest + by if nearest < 0.9 * value else nearest
 
     width, head_dim = c["model_dim"], c["head_dim"]
     ffn = (divisible(m * width, c["ffn_dim_divisor"]) for m in c["ffn_multipliers"])
-    layers = tuple(Layer(*sizes) for sizes in zip(c["num_query_heads"], c["num_kv_heads"], ffn, strict=True))
+    layers = tuple(
+        Layer(*sizes) for sizes in zip(c["num_query_heads"], c["num_kv_heads"], ffn, strict=True)
+    )
     return LMConfig(
         vocab=c["vocab_size"], width=width, head_dim=head_dim, layers=layers, norm=partial(RMSNorm, eps=1e-6), mlp=GLU,
         block=Block, rope_theta=c["rope_freq_constant"], rotary_dim=head_dim,
@@ -300,15 +323,24 @@ def _sizes(vocab: int, width: int, intermediate: int, layers: int, heads: int, *
 
 _QWEN_SIZES = _sizes(151936, 4096, 22016, 32, 32, num_key_value_heads=32)
 _HEAD_NORMS = (("**.q_layernorm.**", "**.q_norm.**"), ("**.k_layernorm.**", "**.k_norm.**"))
-_PHI_NAMES = (("**.self_attn.dense.*", "**.self_attn.o_proj.*"), ("model.final_layernorm.*", "model.norm.*"))
+_PHI_NAMES = (
+    ("**.self_attn.dense.*", "**.self_attn.o_proj.*"),
+    ("model.final_layernorm.*", "model.norm.*"),
+)
 _BLOCK = "model.layers.*."
 _OPENELM_NAMES = (
-    ("transformer.layers.*.attn.qkv_proj.weight", tuple(f"{_BLOCK}self_attn.{x}_proj.weight" for x in "qkv")),
+    (
+        "transformer.layers.*.attn.qkv_proj.weight",
+        tuple(f"{_BLOCK}self_attn.{x}_proj.weight" for x in "qkv"),
+    ),
     ("transformer.layers.*.attn.out_proj.weight", f"{_BLOCK}self_attn.o_proj.weight"),
     ("transformer.layers.*.attn.*_norm.weight", f"{_BLOCK}self_attn.*_norm.weight"),
     ("transformer.layers.*.attn_norm.weight", f"{_BLOCK}input_layernorm.weight"),
     ("transformer.layers.*.ffn_norm.weight", f"{_BLOCK}post_attention_layernorm.weight"),
-    ("transformer.layers.*.ffn.proj_1.weight", (f"{_BLOCK}mlp.gate_proj.weight", f"{_BLOCK}mlp.up_proj.weight")),
+    (
+        "transformer.layers.*.ffn.proj_1.weight",
+        (f"{_BLOCK}mlp.gate_proj.weight", f"{_BLOCK}mlp.up_proj.weight"),
+    ),
     ("transformer.layers.*.ffn.proj_2.weight", f"{_BLOCK}mlp.down_proj.weight"),
     ("transformer.token_embeddings.weight", "model.embed_tokens.weight"),
     ("transformer.norm.weight", "model.norm.weight"),
@@ -333,7 +365,10 @@ NEUTRAL = {
     "quantization_config": (None,), "mlp_bias": (False,), "use_sliding_window": (None, False), "use_mrope": (False,),
     "rope_interleaved": (False,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
 }  # fmt: skip
-REFUSED = {"gemma2": "soft-capped scores and sliding windows", "gemma3_text": "sliding windows of two rotary bases"}
+REFUSED = {
+    "gemma2": "soft-capped scores and sliding windows",
+    "gemma3_text": "sliding windows of two rotary bases",
+}
 
 
 def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
@@ -345,19 +380,28 @@ def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
     if kind not in FAMILIES:
         why = f": it has {REFUSED[kind]}" if kind in REFUSED else ""
         raise UserError(
-            f"{where}:model_type", f"{kind!r} is no language model known here{why}", f"one of {', '.join(FAMILIES)}"
+            f"{where}:model_type",
+            f"{kind!r} is no language model known here{why}",
+            f"one of {', '.join(FAMILIES)}",
         )
     rope = hf.get("rope_parameters") or {}
     given = hf | {"rope_parameters.rope_type": rope.get("rope_type", "default"),
                   "layer_types": sorted(set(hf.get("layer_types") or ["full_attention"]))}  # fmt: skip
-    neutral = NEUTRAL | {"rope_parameters.rope_type": ("default",), "layer_types": (["full_attention"],)}
+    neutral = NEUTRAL | {
+        "rope_parameters.rope_type": ("default",),
+        "layer_types": (["full_attention"],),
+    }
     for key, values in (neutral | FAMILIES[kind].neutral).items():
         if key in given and given[key] not in values:
-            raise UserError(f"{where}:{key}", f"{given[key]!r} is not supported for {kind}", "use another model")
+            raise UserError(
+                f"{where}:{key}", f"{given[key]!r} is not supported for {kind}", "use another model"
+            )
     try:
         return FAMILIES[kind].config(hf)
     except KeyError as e:
-        raise UserError(f"{where}:{e.args[0]}", "missing", "give the config.json that belongs to the model") from None
+        raise UserError(
+            f"{where}:{e.args[0]}", "missing", "give the config.json that belongs to the model"
+        ) from None
 
 
 @torch.no_grad()
@@ -421,7 +465,9 @@ class LLaVA(nn.Module):
         folder = weights.resolve(str(path), allow_pickle=allow_pickle)
         config, source, hf_names = layouts.read(folder, allow_pickle)
         if hf_names and config.text["model_type"] in FAMILIES:
-            config = replace(config, text=FAMILIES[config.text["model_type"]].defaults | config.text)
+            config = replace(
+                config, text=FAMILIES[config.text["model_type"]].defaults | config.text
+            )
         with weights.empty():
             model = cls(config)
         used = set()
@@ -431,11 +477,15 @@ class LLaVA(nn.Module):
             fill, ignore = (load or {}).get(name, weights.load), getattr(part, "ignore", ())
             used |= fill(part, source, table, f"{name}.", dtype=dtype, device=device, ignore=ignore)
         if left := sorted(set(source) - used):
-            raise UserError(source.locate(left[0]), "belongs to no part of the model", "check model_type")
+            raise UserError(
+                source.locate(left[0]), "belongs to no part of the model", "check model_type"
+            )
         return model
 
     @classmethod
-    def from_parts(cls, c: Model, template: str, seed: int = 0, load: Mapping[str, Callable] | None = None) -> LLaVA:
+    def from_parts(
+        cls, c: Model, template: str, seed: int = 0, load: Mapping[str, Callable] | None = None
+    ) -> LLaVA:
         """A new model as a recipe's [model] says: pretrained parts from folders, the rest random. load: as above."""
         if c.checkpoint:
             model = cls.from_pretrained(c.checkpoint, allow_pickle=c.allow_pickle, load=load)
@@ -446,15 +496,22 @@ class LLaVA(nn.Module):
         if c.vision2:
             folders["vision_tower"] = {"clip.": c.vision, "dinov2.": c.vision2}
         random = {"language_model": c.llm_config, "vision_tower": c.vision_config}
-        model = cls(layouts.from_recipe(c, template), empty=[name for name in folders if not random[name]])
+        model = cls(
+            layouts.from_recipe(c, template), empty=[name for name in folders if not random[name]]
+        )
         init_weights(model.connector, 0.02)
         for name, prefixes in folders.items():
             part = getattr(model, name)
             if random[name]:
                 init_weights(part, part.config.init_std)
             else:
-                where = {prefix: weights.resolve(f, f"model.{name}", c.allow_pickle) for prefix, f in prefixes.items()}
-                source = weights.Joined({p: weights.Checkpoint(f, c.allow_pickle) for p, f in where.items()})
+                where = {
+                    prefix: weights.resolve(f, f"model.{name}", c.allow_pickle)
+                    for prefix, f in prefixes.items()
+                }
+                source = weights.Joined(
+                    {p: weights.Checkpoint(f, c.allow_pickle) for p, f in where.items()}
+                )
                 fill = (load or {}).get(name, weights.load)
                 fill(part, source, part.rename, dtype=torch.float32, ignore=part.ignore)
         return model
@@ -502,15 +559,27 @@ class LLaVA(nn.Module):
     def encode(self, images: Tensor, shapes: Sequence[Shape] = ()) -> list[Tensor]:
         """The views (V, 3, H, W) of items (of one each), in order -> what stands in the sequence for each, (n, D)."""
         shapes = shapes or [PICTURE] * len(images)
-        kinds, made, seen = {shape.views for shape in shapes}, [None] * len(shapes), self.see(images)
+        kinds, made, seen = (
+            {shape.views for shape in shapes},
+            [None] * len(shapes),
+            self.see(images),
+        )
         parts = seen.split([shape.views for shape in shapes])
         for views in kinds:
             same = [i for i, shape in enumerate(shapes) if shape.views == views]
-            x = seen.unflatten(0, (-1, views)) if len(kinds) == 1 else torch.stack([parts[i] for i in same])
+            x = (
+                seen.unflatten(0, (-1, views))
+                if len(kinds) == 1
+                else torch.stack([parts[i] for i in same])
+            )
             tokens = self.connector(join(self.config.connector, x))
             n = tokens.size(1) - isinstance(self.connector, Separated)
             for i, item in zip(same, tokens, strict=True):
-                made[i] = item[order(shapes[i], n // views).to(item.device)] if shapes[i].rows else item[:n]
+                made[i] = (
+                    item[order(shapes[i], n // views).to(item.device)]
+                    if shapes[i].rows
+                    else item[:n]
+                )
         return made
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
@@ -518,9 +587,13 @@ class LLaVA(nn.Module):
         x = self.language_model.model.embed(input_ids.clamp(min=0))
         if features is None:
             return x
-        return x.masked_scatter((input_ids == IMAGE_TOKEN)[:, None], (features * self.config.image_scale).to(x.dtype))
+        return x.masked_scatter(
+            (input_ids == IMAGE_TOKEN)[:, None], (features * self.config.image_scale).to(x.dtype)
+        )
 
-    def loss(self, input_ids, labels, positions, cu_seqlens, max_seqlen, images=None, shapes=()) -> Tensor:
+    def loss(
+        self, input_ids, labels, positions, cu_seqlens, max_seqlen, images=None, shapes=()
+    ) -> Tensor:
         """Sum of the token losses of a packed row: ids, labels, positions (T,), cu_seqlens (S+1,), views (V, 3, H, W)
         and the shapes of the N items that they belong to.
 
@@ -528,13 +601,20 @@ class LLaVA(nn.Module):
         should stand at t, so position t-1 predicts it; the first label of each sample is -100 and predicts nothing.
         """
         features = None if images is None else torch.cat(self.encode(images, shapes))
-        hidden = self.language_model.model(self.embed(input_ids, features), positions, packed(cu_seqlens, max_seqlen))
+        hidden = self.language_model.model(
+            self.embed(input_ids, features), positions, packed(cu_seqlens, max_seqlen)
+        )
         head = self.language_model.lm_head
         targets = torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
         loss = linear_cross_entropy(hidden, head.weight, head.bias, targets)
         if images is None:
             # Every trainable parameter gets a (zero) gradient, or DDP would wait for it on the other ranks.
-            unused = [p for part in (self.connector, self.vision_tower) for p in part.parameters() if p.requires_grad]
+            unused = [
+                p
+                for part in (self.connector, self.vision_tower)
+                for p in part.parameters()
+                if p.requires_grad
+            ]
             loss = loss + 0 * sum(p.flatten()[0] for p in unused)
         return loss
 
@@ -549,7 +629,9 @@ class LLaVA(nn.Module):
         rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
         counts, features = self.features(called_for(rows, images))
         ids, positions, cu_seqlens, max_seqlen = pack(rows, counts)
-        hidden = self.language_model.model(self.embed(ids, features), positions, packed(cu_seqlens, max_seqlen))
+        hidden = self.language_model.model(
+            self.embed(ids, features), positions, packed(cu_seqlens, max_seqlen)
+        )
         logits = self.language_model.lm_head(hidden)
         lengths = cu_seqlens.diff().tolist()
         padded = torch.nn.utils.rnn.pad_sequence(logits.split(lengths), batch_first=True)
@@ -564,7 +646,9 @@ class LLaVA(nn.Module):
         """How many positions each item takes, and what stands there, (P, D)."""
         if not items:
             return [], None
-        pixels = torch.cat([item.pixels for item in items]).to(self.language_model.lm_head.weight.device)
+        pixels = torch.cat([item.pixels for item in items]).to(
+            self.language_model.lm_head.weight.device
+        )
         features = self.encode(pixels, [item.shape for item in items])
         return [len(f) for f in features], torch.cat(features)
 

@@ -27,12 +27,12 @@ from pathlib import Path
 import torch
 
 import config
-import weights
+from checkpoints import weights
 from config import UserError
+from inference.job_queue import Engine, Job, Limits, Refused, fetch
+from inputs.templates import IMAGE, load_tokenizer
+from inputs.tiling import Item
 from model import LLaVA
-from serving import Engine, Job, Limits, Refused, fetch
-from templates import IMAGE, load_tokenizer
-from views import Item
 
 NEUTRAL = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "frequency_penalty": (0,), "presence_penalty": (0,),
@@ -49,7 +49,9 @@ def number(request: dict, key: str, kind, low: float, high: float, default=None)
     if given is None:
         return default
     if isinstance(given, bool) or not isinstance(given, kind) or not low <= given <= high:
-        raise Refused(400, f"{key}: {given!r} is not a number from {low} to {high}", "invalid_value", key)
+        raise Refused(
+            400, f"{key}: {given!r} is not a number from {low} to {high}", "invalid_value", key
+        )
     return given
 
 
@@ -60,16 +62,26 @@ def read_messages(messages, picture, most: int) -> tuple[list[dict], list[Item]]
     for i, message in enumerate(messages if isinstance(messages, list) else []):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or message.get("role") not in roles:
-            raise Refused(400, f"{where}: its role must be one of {', '.join(roles)}", "invalid_value", where)
+            raise Refused(
+                400, f"{where}: its role must be one of {', '.join(roles)}", "invalid_value", where
+            )
         content, words = message.get("content"), []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or [None]:
+        for part in (
+            [{"type": "text", "text": content}] if isinstance(content, str) else content or [None]
+        ):
             kind = part.get("type") if isinstance(part, dict) else None
             inside = part.get(kind) if kind in ("text", "image_url") else None
             if kind == "text" and isinstance(inside, str) and IMAGE not in inside:
                 words.append(inside)
-            elif kind == "image_url" and isinstance(inside, dict) and isinstance(inside.get("url"), str):
+            elif (
+                kind == "image_url"
+                and isinstance(inside, dict)
+                and isinstance(inside.get("url"), str)
+            ):
                 if message["role"] != "user":
-                    raise Refused(400, f"{where}: only the user shows pictures", "invalid_value", where)
+                    raise Refused(
+                        400, f"{where}: only the user shows pictures", "invalid_value", where
+                    )
                 urls.append(inside["url"])
                 words.append(IMAGE)
             else:
@@ -79,7 +91,9 @@ def read_messages(messages, picture, most: int) -> tuple[list[dict], list[Item]]
     if not turns:
         raise Refused(400, "messages must be a list with a question", "invalid_value", "messages")
     if len(urls) > most:
-        raise Refused(400, f"{len(urls)} pictures, at most {most} are taken", "too_many_images", "messages")
+        raise Refused(
+            400, f"{len(urls)} pictures, at most {most} are taken", "too_many_images", "messages"
+        )
     return turns, [picture(url) for url in urls]
 
 
@@ -92,23 +106,39 @@ def read_request(request, engine: Engine, allow_urls: bool) -> Job:
         if key not in KNOWN and given is not None and neutral is not None and given not in neutral:
             raise Refused(400, f"{key}: {given!r} is not supported", "unsupported_parameter", key)
     if request.get("model") != engine.name:
-        raise Refused(404, f"model {request.get('model')!r}: {engine.name!r} is served", "model_not_found", "model")
+        raise Refused(
+            404,
+            f"model {request.get('model')!r}: {engine.name!r} is served",
+            "model_not_found",
+            "model",
+        )
     stop = request.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) and s for s in stop):
+    if (
+        not isinstance(stop, list)
+        or len(stop) > 4
+        or not all(isinstance(s, str) and s for s in stop)
+    ):
         raise Refused(400, "stop: a string, or up to four", "invalid_value", "stop")
-    limits, new = engine.limits, "max_completion_tokens" if request.get("max_completion_tokens") else "max_tokens"
+    limits, new = (
+        engine.limits,
+        "max_completion_tokens" if request.get("max_completion_tokens") else "max_tokens",
+    )
     options = {
         "max_tokens": number(request, new, int, 1, limits.tokens, limits.tokens),
         "temperature": number(request, "temperature", (int, float), 0, 2, 1.0),
-        "top_p": max(number(request, "top_p", (int, float), 0, 1, 1.0), 1e-6),  # 0: the likeliest token alone
+        "top_p": max(
+            number(request, "top_p", (int, float), 0, 1, 1.0), 1e-6
+        ),  # 0: the likeliest token alone
         "seed": number(request, "seed", int, -(2**63), 2**63 - 1),
     }
 
     def picture(url: str) -> Item:
         return engine.picture(fetch(url, allow_urls, limits.body))
 
-    return engine.job(*read_messages(request.get("messages"), picture, limits.images), stop=stop, **options)
+    return engine.job(
+        *read_messages(request.get("messages"), picture, limits.images), stop=stop, **options
+    )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -126,19 +156,30 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def refuse(self, refused: Refused):
-        for _ in range(100):  # a client that is still sending would not read the reply, up to a limit
+        for _ in range(
+            100
+        ):  # a client that is still sending would not read the reply, up to a limit
             self.unread -= len(self.rfile.read(min(self.unread, 1 << 20)))
         self.close_connection = self.close_connection or self.unread > 0
         self.reply(refused.status, refused.body)
 
     def do_GET(self):
         name = self.server.engine.name
-        model = {"id": name, "object": "model", "created": self.server.started, "owned_by": "barellava"}
+        model = {
+            "id": name,
+            "object": "model",
+            "created": self.server.started,
+            "owned_by": "barellava",
+        }
         found = {"/v1/models": {"object": "list", "data": [model]}, f"/v1/models/{name}": model}
         try:
             self.reply(200, found[urllib.parse.unquote(self.path)])
         except KeyError:
-            self.refuse(Refused(404, f"{self.path}: there are /v1/models and /v1/chat/completions", "not_found"))
+            self.refuse(
+                Refused(
+                    404, f"{self.path}: there are /v1/models and /v1/chat/completions", "not_found"
+                )
+            )
 
     def do_POST(self):
         try:
@@ -157,12 +198,18 @@ class Handler(BaseHTTPRequestHandler):
         length, most = self.headers.get("Content-Length", ""), self.server.engine.limits.body
         self.unread = int(length) if length.isdecimal() else 0
         if self.path != "/v1/chat/completions":
-            raise Refused(404, f"{self.path}: there are /v1/models and /v1/chat/completions", "not_found")
+            raise Refused(
+                404, f"{self.path}: there are /v1/models and /v1/chat/completions", "not_found"
+            )
         if not length.isdecimal():
             self.close_connection = True  # where this request ends is not known
             raise Refused(411, "a Content-Length is needed")
         if self.unread > most:
-            raise Refused(413, f"the request has {length} bytes, at most {most} are taken", "request_too_large")
+            raise Refused(
+                413,
+                f"the request has {length} bytes, at most {most} are taken",
+                "request_too_large",
+            )
         body, self.unread = self.rfile.read(self.unread), 0
         if self.headers.get_content_type() != "application/json":
             raise Refused(415, "Content-Type must be application/json")
@@ -174,7 +221,9 @@ class Handler(BaseHTTPRequestHandler):
     def complete(self, request: dict, job: Job, pieces):
         message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": job.finish}
-        self.reply(200, self.envelope("chat.completion") | {"choices": [choice], "usage": job.usage()})
+        self.reply(
+            200, self.envelope("chat.completion") | {"choices": [choice], "usage": job.usage()}
+        )
 
     def stream(self, request: dict, job: Job, pieces):
         """Server-sent events: the role, pieces of text, why it ended, the usage where asked for, [DONE]."""
@@ -190,7 +239,14 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"data: " + json.dumps(data).encode() + b"\n\n")
 
         def chunk(delta: dict, finish: str | None = None):
-            send(head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
+            send(
+                head
+                | {
+                    "choices": [
+                        {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+                    ]
+                }
+            )
 
         try:
             chunk({"role": "assistant", "content": ""})
@@ -235,7 +291,10 @@ def page(engine: Engine, host: str, port: int, **options):
             with engine.seat():
                 images = [*said[1], *(engine.picture(Path(f).read_bytes()) for f in files)]
                 turns = [*said[0], {"from": "human", "value": f"{IMAGE}\n" * len(files) + text}]
-                job, answer = engine.job(turns, images, stop=[], temperature=0.0, top_p=1.0, seed=None), ""
+                job, answer = (
+                    engine.job(turns, images, stop=[], temperature=0.0, top_p=1.0, seed=None),
+                    "",
+                )
                 shown = [*shown, *({"role": "user", "content": {"path": f}} for f in files)]
                 shown += [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
                 with closing(engine.answer(job)) as pieces:
@@ -247,38 +306,72 @@ def page(engine: Engine, host: str, port: int, **options):
         except Refused as e:
             raise gradio.Error(str(e), title="Not answered", print_exception=False) from None
 
-    with gradio.Blocks(title=engine.name, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    with gradio.Blocks(
+        title=engine.name, analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as blocks:
         gradio.Markdown(f"### {engine.name}")
         chat = gradio.Chatbot(show_label=False, height=480, render_markdown=False, buttons=[])
         hint = "Show a picture, ask about it"
         box = gradio.MultimodalTextbox(
-            show_label=False, file_types=["image"], sources=["upload"], file_count="multiple", placeholder=hint
+            show_label=False,
+            file_types=["image"],
+            sources=["upload"],
+            file_count="multiple",
+            placeholder=hint,
         )
         said = gradio.State(([], []), time_to_live=3600)
-        asking = box.submit(ask, [box, chat, said], [box, chat, said], concurrency_limit=1 + engine.limits.queue)
+        asking = box.submit(
+            ask, [box, chat, said], [box, chat, said], concurrency_limit=1 + engine.limits.queue
+        )
         chat.clear(lambda: ([], []), None, said, cancels=asking)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    options = {"quiet": True, "theme": theme, "footer_links": [], "max_file_size": engine.limits.body} | options
-    return blocks.queue(max_size=1 + engine.limits.queue).launch(server_name=host, server_port=port, **options)
+    options = {
+        "quiet": True,
+        "theme": theme,
+        "footer_links": [],
+        "max_file_size": engine.limits.body,
+    } | options
+    return blocks.queue(max_size=1 + engine.limits.queue).launch(
+        server_name=host, server_port=port, **options
+    )
 
 
 def main(argv: list[str]):
     parser = config.parser(__doc__)
-    parser.add_argument("--model", required=True, help="folder or Hugging Face id of a trained model")
+    parser.add_argument(
+        "--model", required=True, help="folder or Hugging Face id of a trained model"
+    )
     parser.add_argument("--web", action="store_true", help="the page in place of the API")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="(8000)")
-    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from http URLs that requests name")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
+    parser.add_argument(
+        "--allow-urls", action="store_true", help="fetch pictures from http URLs that requests name"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights (float32)",
+    )
     for f in fields(Limits):
-        parser.add_argument(f"--max-{f.name}", type=int, default=f.default, help=f"{f.metadata['why']} ({f.default})")
+        parser.add_argument(
+            f"--max-{f.name}",
+            type=int,
+            default=f.default,
+            help=f"{f.metadata['why']} ({f.default})",
+        )
     a = parser.parse_args(argv)
     limits = Limits(**{f.name: getattr(a, f"max_{f.name}") for f in fields(Limits)})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = weights.resolve(a.model)
     name = Path(a.model).resolve().name if Path(a.model).is_dir() else a.model
     engine = Engine(
-        LLaVA.from_pretrained(folder, getattr(torch, a.dtype), device), load_tokenizer(folder), name, limits
+        LLaVA.from_pretrained(folder, getattr(torch, a.dtype), device),
+        load_tokenizer(folder),
+        name,
+        limits,
     )
     address = f"http://{a.host}:{a.port}"
     try:

@@ -27,22 +27,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoints
 import config
 import lora
-import parallel
-import plan
-import seal
-import watch
-import weights
-import world as demo_world
+from checkpoints import resume, seal, weights
 from config import Recipe, Stage, Tune, UserError
 from data import Batch, Steps, loader, stage_spec, token_counts, validation_batches
+from demo import world as demo_world
+from inputs.rows import Mixture, Rows, files
+from inputs.templates import IGNORE, load_tokenizer
 from layers import RMSNorm
 from model import LLaVA
-from parallel import World, print0
-from rows import Mixture, Rows, files
-from templates import IGNORE, load_tokenizer
+from training import planner, ranks, run_log
+from training.ranks import World, print0
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "recipes" / "demo.toml"
@@ -63,7 +59,9 @@ def set_trainable(model: LLaVA, tune: Tune) -> dict[str, list[nn.Parameter]]:
         elif kind == "partial" and start.isdigit() and part != "connector":
             if int(start) >= len(module.blocks):
                 raise UserError(
-                    f"tune.{part}", f"{how}, but there are {len(module.blocks)} blocks", "name an earlier one"
+                    f"tune.{part}",
+                    f"{how}, but there are {len(module.blocks)} blocks",
+                    "name an earlier one",
                 )
             module.blocks[int(start) :].requires_grad_(True)
             if part == "llm":
@@ -74,12 +72,20 @@ def set_trainable(model: LLaVA, tune: Tune) -> dict[str, list[nn.Parameter]]:
         elif how != "frozen":
             ways = f"frozen, full, lora, {', '.join(lora.QUANTIZED)} or partial:N"
             raise UserError(f"tune.{part}", f"{how!r} is not a way to tune", f"write {ways}")
-    return {part: [p for p in getattr(model, a).parameters() if p.requires_grad] for part, a in PARTS.items()}
+    return {
+        part: [p for p in getattr(model, a).parameters() if p.requires_grad]
+        for part, a in PARTS.items()
+    }
 
 
 def make_optimizer(model: LLaVA, stage: Stage) -> torch.optim.AdamW:
     """AdamW over what is trainable: one learning rate per part, no weight decay on biases and norms."""
-    norms = {p for m in model.modules() if isinstance(m, (nn.LayerNorm, RMSNorm)) for p in m.parameters(False)}
+    norms = {
+        p
+        for m in model.modules()
+        if isinstance(m, (nn.LayerNorm, RMSNorm))
+        for p in m.parameters(False)
+    }
     groups = []
     for part, attribute in PARTS.items():
         decayed, plain = [], []
@@ -106,7 +112,7 @@ def schedule(step: int, steps: int, warmup_ratio: float) -> float:
 def update(optimizer: torch.optim.AdamW, stage: Stage, step: int, steps: int) -> float:
     """Clip, set the rates, step, clear. Returns the gradient norm before clipping; not finite = nothing was updated."""
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    total = parallel.gradient_norm(parameters)
+    total = ranks.gradient_norm(parameters)
     norm = total.item()
     if math.isfinite(norm):
         nn.utils.clip_grads_with_norm_(parameters, stage.max_grad_norm, total)
@@ -132,11 +138,11 @@ def round_frozen(model: LLaVA):
 def validate(module: nn.Module, batches, world: World) -> float:
     """Mean loss over the supervised tokens of all held-out rows."""
     loss = count = 0.0
-    with parallel.forward_only(module) as forward:
-        for batch in parallel.together(batches, module, world):
+    with ranks.forward_only(module) as forward:
+        for batch in ranks.together(batches, module, world):
             loss += forward(*packed_arguments(batch, world.device)).item()
             count += batch.supervised if batch else 0
-    loss, count = parallel.total([loss, count], world)
+    loss, count = ranks.total([loss, count], world)
     return loss / max(1, count)
 
 
@@ -144,7 +150,15 @@ def packed_arguments(batch: Batch | None, device: torch.device) -> tuple:
     """What LLaVA.loss takes, on the device. None, where other ranks have a batch: one token that teaches nothing."""
     if batch is None:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        return zero, zero + IGNORE, zero, torch.tensor([0, 1], dtype=torch.int32, device=device), 1, None, ()
+        return (
+            zero,
+            zero + IGNORE,
+            zero,
+            torch.tensor([0, 1], dtype=torch.int32, device=device),
+            1,
+            None,
+            (),
+        )
     b = batch.to(device)
     return b.input_ids, b.labels, b.positions, b.cu_seqlens, b.max_seqlen, b.images, b.shapes
 
@@ -152,62 +166,77 @@ def packed_arguments(batch: Batch | None, device: torch.device) -> tuple:
 def refuse(part, losses: list[Tensor], steps: Steps, where: str, world: World):
     """Stop all ranks with the rows whose loss is not finite, or all of the step if only a gradient is not."""
     bad = [b.rows for b, loss in zip(part.batches, losses, strict=False) if not loss.isfinite()]
-    named = parallel.collect(sorted(r for rows in bad for r in rows), world)
-    named = named or parallel.collect(sorted(r for b in part.batches for r in b.rows), world)
-    rows = ", ".join(steps.rows.where(r) for r in named[:16]) + f" and {len(named) - 16} more" * (len(named) > 16)
-    raise UserError(rows, where, "lower the learning rate or mend these rows; the last checkpoint is good")
+    named = ranks.collect(sorted(r for rows in bad for r in rows), world)
+    named = named or ranks.collect(sorted(r for b in part.batches for r in b.rows), world)
+    rows = ", ".join(steps.rows.where(r) for r in named[:16]) + f" and {len(named) - 16} more" * (
+        len(named) > 16
+    )
+    raise UserError(
+        rows, where, "lower the learning rate or mend these rows; the last checkpoint is good"
+    )
 
 
-def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: int, tensors: dict) -> bool:
+def train_stage(
+    model: LLaVA, index: int, recipe: Recipe, world: World, start: int, tensors: dict
+) -> bool:
     """One pass of the loop: a stage from optimizer step `start`. `tensors` of the checkpoint that `model` comes from
     hold AdamW's moments if it is a resumed one. Saves what the next stage begins with; False: preempted."""
     name, run = list(recipe.stage)[index], recipe.train
     stage, output = recipe.stage[name], Path(run.output)
     spec = stage_spec(recipe.model, stage)
     rows = Mixture.of(stage, f"stage.{name}")
-    counts = token_counts(rows, spec, run.workers) if world.size > 1 else None  # ranks share the tokens evenly
+    counts = (
+        token_counts(rows, spec, run.workers) if world.size > 1 else None
+    )  # ranks share the tokens evenly
     steps = Steps(rows, spec, stage, run, world.rank, world.size, counts=counts)
     held_out = stage.validation and Rows(stage.validation, stage.images)
     set_trainable(model, stage.tune)
     if world.rank == 0:
         check_room(model, recipe, output / "checkpoints")
-    bf16, cuda = parallel.use_bf16(run.precision, world.device), world.device.type == "cuda"
+    bf16, cuda = ranks.use_bf16(run.precision, world.device), world.device.type == "cuda"
     if bf16:
         round_frozen(model)
     model.to(world.device)
-    share = plan.peak_share(model, stage, steps.rows, world.device) / world.size
+    share = planner.peak_share(model, stage, steps.rows, world.device) / world.size
     if run.compile:
         model.compile_blocks()
-    mode = parallel.choose(run.parallel, model, world)
-    module = parallel.wrap(model, world, mode)
-    trainable = {part: [p for p in getattr(model, a).parameters() if p.requires_grad] for part, a in PARTS.items()}
+    mode = ranks.choose(run.parallel, model, world)
+    module = ranks.wrap(model, world, mode)
+    trainable = {
+        part: [p for p in getattr(model, a).parameters() if p.requires_grad]
+        for part, a in PARTS.items()
+    }
     optimizer = make_optimizer(model, stage)
     restore_moments(optimizer, model, tensors, start)
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
-    log = watch.Watch(output / "log.jsonl", name, len(steps), trainable, world, share)
+    log = run_log.Watch(output / "log.jsonl", name, len(steps), trainable, world, share)
     if world.rank == 0:
-        log.record = watch.recorder(run.log, output, recipe)
+        log.record = run_log.recorder(run.log, output, recipe)
     announce(log, model, start, steps, mode, world)
-    parallel.heed_signals()
+    ranks.heed_signals()
 
     for step, (part, wait) in enumerate(loader(steps, start, run.workers, cuda), start):
-        torch.manual_seed(hash((run.seed, index, step, world.rank)))  # dropout is a function of the position
+        torch.manual_seed(
+            hash((run.seed, index, step, world.rank))
+        )  # dropout is a function of the position
         counts = [sum(b.supervised for b in part.batches), sum(len(b.input_ids) for b in part.batches),
                   sum(0 if b.images is None else len(b.images) for b in part.batches)]  # fmt: skip
-        supervised, tokens, images = parallel.total(counts, world)
+        supervised, tokens, images = ranks.total(counts, world)
         losses = []
-        for i, batch in enumerate(parallel.together(part.batches, module, world)):
-            with parallel.accumulate(module, last=i + 1 == len(part.batches)), autocast:
+        for i, batch in enumerate(ranks.together(part.batches, module, world)):
+            with ranks.accumulate(module, last=i + 1 == len(part.batches)), autocast:
                 loss = module(*packed_arguments(batch, world.device)) / supervised
                 (loss * world.size).backward()  # DDP and FSDP divide by the ranks
             losses.append(loss.detach())
-        loss, stop = parallel.total([sum(losses).item(), len(parallel.asked())], world)
+        loss, stop = ranks.total([sum(losses).item(), len(ranks.asked())], world)
         last = step + 1 == len(steps)
         logs = last or (step + 1) % run.log_every == 0
         norms = log.gradient_norms() if logs else {}
         norm = update(optimizer, stage, step, len(steps)) if math.isfinite(loss) else loss
         if not math.isfinite(norm):
-            what = f"loss {loss}, gradient norm {norm} at {name} step {step + 1}: nothing was updated"
+            what = (
+                f"loss {loss}, gradient norm {norm} at {name} step {step + 1}: nothing was updated"
+            )
             refuse(part, losses, steps, what, world)
         for message in part.skipped:
             log.write("skipped", step=step + 1, row=message)
@@ -223,15 +252,25 @@ def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: i
                 value = validate(module, batches, world)
             log.validation(step + 1, value)
             if run.answers:
-                with parallel.forward_only(module), autocast:
+                with ranks.forward_only(module), autocast:
                     log.answers(step + 1, model, held_out, spec, run.answers)
-        if last or stop or (step + 1) % run.save_every == 0 or (run.keep_best and value is not None):
-            state = {"stage": index + last, "step": 0 if last else step + 1, "trained": name, "validation": value}
+        if (
+            last
+            or stop
+            or (step + 1) % run.save_every == 0
+            or (run.keep_best and value is not None)
+        ):
+            state = {
+                "stage": index + last,
+                "step": 0 if last else step + 1,
+                "trained": name,
+                "validation": value,
+            }
             copies = snapshot(model, tensors, None if last else optimizer, world)
             if world.rank == 0:
-                checkpoints.save(output / "checkpoints", run.keep, copies, state, name * run.keep_best)
+                resume.save(output / "checkpoints", run.keep, copies, state, name * run.keep_best)
         if stop and not last:
-            why = ", ".join(parallel.asked()) or "another rank was told to"
+            why = ", ".join(ranks.asked()) or "another rank was told to"
             print0(f"{name} {step + 1}/{len(steps)}  stops: {why}")
             return False
     log.write("end", seconds=time.perf_counter() - log.start)
@@ -241,15 +280,20 @@ def train_stage(model: LLaVA, index: int, recipe: Recipe, world: World, start: i
 # ---------------------------------------------------------------------------------------- before and after it
 
 
-def announce(log: watch.Watch, model: LLaVA, start: int, steps: Steps, mode: str, world: World):
+def announce(log: run_log.Watch, model: LLaVA, start: int, steps: Steps, mode: str, world: World):
     parameters = {part: lora.count(getattr(model, a)) for part, a in PARTS.items()}
     trainable = {part: sum(p.numel() for p in ps) for part, ps in log.trainable.items()}
     rows, ranks = len(steps.rows), f"; {mode} on {world.size} ranks" * (world.size > 1)
-    log.write("start", step=start, steps=len(steps), rows=rows, parameters=parameters, trainable=trainable)
-    shares = ", ".join(
-        f"{part} {n / 1e6:.2f}M{'' if trainable.get(part) else ' (frozen)'}" for part, n in parameters.items()
+    log.write(
+        "start", step=start, steps=len(steps), rows=rows, parameters=parameters, trainable=trainable
     )
-    print0(f"{log.name}: {rows} rows, {len(steps)} steps, {model.image_tokens} tokens per image; {shares}{ranks}")
+    shares = ", ".join(
+        f"{part} {n / 1e6:.2f}M{'' if trainable.get(part) else ' (frozen)'}"
+        for part, n in parameters.items()
+    )
+    print0(
+        f"{log.name}: {rows} rows, {len(steps)} steps, {model.image_tokens} tokens per image; {shares}{ranks}"
+    )
 
 
 def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
@@ -257,9 +301,15 @@ def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
 
     Raises UserError if they do not fit.
     """
-    kinds = {PARTS[p]: lora.QUANTIZED[way] for p, way in vars(stage.tune).items() if way in lora.QUANTIZED}
+    kinds = {
+        PARTS[p]: lora.QUANTIZED[way]
+        for p, way in vars(stage.tune).items()
+        if way in lora.QUANTIZED
+    }
     load = {name: partial(lora.load_quantized, kind=kind) for name, kind in kinds.items()}
-    model = LLaVA.from_parts(recipe.model, list(recipe.stage.values())[-1].template, recipe.train.seed, load)
+    model = LLaVA.from_parts(
+        recipe.model, list(recipe.stage.values())[-1].template, recipe.train.seed, load
+    )
     for name, kind in kinds.items():
         lora.quantize(getattr(model, name), kind)  # what was not loaded
     model.language_model.model.gradient_checkpointing = recipe.train.gradient_checkpointing
@@ -270,12 +320,18 @@ def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
         kind, _, name = key.partition(".")
         if kind == "weight":
             if name not in own or own[name].shape != t.shape:
-                raise UserError(f"checkpoint:{name}", f"{[*t.shape]} has no place in this model", "give its own recipe")
+                raise UserError(
+                    f"checkpoint:{name}",
+                    f"{[*t.shape]} has no place in this model",
+                    "give its own recipe",
+                )
             own[name].data.copy_(t)
     return model
 
 
-def snapshot(model: LLaVA, tensors: dict[str, Tensor], optimizer, world: World) -> dict[str, Tensor]:
+def snapshot(
+    model: LLaVA, tensors: dict[str, Tensor], optimizer, world: World
+) -> dict[str, Tensor]:
     """Every weight trained so far, and AdamW's moments: copies on rank 0's CPU. Weights that only an earlier stage
     trained are those of its checkpoint, as read."""
     out = {k: v for k, v in tensors.items() if k.startswith("weight.")}
@@ -284,24 +340,30 @@ def snapshot(model: LLaVA, tensors: dict[str, Tensor], optimizer, world: World) 
         if optimizer and p in optimizer.state:
             named |= {k: optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
         for kind, t in named.items():
-            t = parallel.whole(t.detach())
+            t = ranks.whole(t.detach())
             if world.rank == 0:
                 out[f"{kind}.{name}"] = t.to("cpu", copy=True)
     return out
 
 
-def restore_moments(optimizer: torch.optim.AdamW, model: LLaVA, moments: dict[str, Tensor], step: int):
+def restore_moments(
+    optimizer: torch.optim.AdamW, model: LLaVA, moments: dict[str, Tensor], step: int
+):
     for name, p in model.named_parameters():
         if f"exp_avg.{name}" in moments:
-            both = {k: parallel.like(moments[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
+            both = {k: ranks.like(moments[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **both}
 
 
 def check_room(model: LLaVA, recipe: Recipe, folder: Path):
     """Raise UserError unless the disk takes this stage's checkpoints and the final model."""
     run, one = recipe.train, 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    more = max(1, run.keep + 1 + run.keep_best - len(seal.listed(folder)))  # one while it is being written
-    checkpoints.need_room(folder.parent, one * more + 4 * lora.count(model), f"{more} checkpoints and the model")
+    more = max(
+        1, run.keep + 1 + run.keep_best - len(seal.listed(folder))
+    )  # one while it is being written
+    resume.need_room(
+        folder.parent, one * more + 4 * lora.count(model), f"{more} checkpoints and the model"
+    )
 
 
 def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
@@ -309,12 +371,14 @@ def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
     folder, c, last = output / "checkpoints", recipe.model, list(recipe.stage.values())[-1]
     start = c.llm or c.checkpoint
     tokenizer = load_tokenizer(weights.resolve(c.text, small=True))
-    with checkpoints.writing(output):
+    with resume.writing(output):
         if recipe.train.keep_best and (best := seal.best(folder, list(recipe.stage)[-1])):
             tokenizer.save(output / "best")
-            lora.finish(build(recipe, checkpoints.read(best)[0], last), output / "best", start).save(output / "best")
+            lora.finish(build(recipe, resume.read(best)[0], last), output / "best", start).save(
+                output / "best"
+            )
         tokenizer.save(output)
-        watch.finish(output, recipe)
+        run_log.finish(output, recipe)
         lora.finish(build(recipe, tensors, last), output, start).save(output)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -326,51 +390,67 @@ def open_output(recipe: Recipe, world: World) -> bool:
     begun = (output / "log.jsonl").exists()  # a start that failed on a mistake has claimed nothing
     if begun and saved.exists() and saved.read_text() != text:
         odd = next(
-            (b for a, b in zip(saved.read_text().splitlines(), text.splitlines(), strict=False) if a != b), "its length"
+            (
+                b
+                for a, b in zip(saved.read_text().splitlines(), text.splitlines(), strict=False)
+                if a != b
+            ),
+            "its length",
         )
         raise UserError(
-            saved, f"another recipe was trained here (now: {odd})", "set train.output, or remove the folder"
+            saved,
+            f"another recipe was trained here (now: {odd})",
+            "set train.output, or remove the folder",
         )
     if (output / "config.json").exists():
         return False
     if world.rank == 0:
         weights.write_file(saved, text)
-    parallel.barrier(world)
+    ranks.barrier(world)
     return True
 
 
 def main(argv: list[str]):
     if argv == ["--list"]:
-        return plan.print_recipes(DEMO.parent)
+        return planner.print_recipes(DEMO.parent)
     recipe, path = config.load([a for a in argv if a != "--dry-run"], DEMO)
     made = Path(next(iter(recipe.stage.values())).data).parent if path.resolve() == DEMO else None
     if "--dry-run" in argv:
-        return plan.dry_run(recipe, path, partial(lora.adapt, parts=PARTS), set_trainable, made)
+        return planner.dry_run(recipe, path, partial(lora.adapt, parts=PARTS), set_trainable, made)
     run, stages, output = recipe.train, list(recipe.stage), Path(recipe.train.output)
-    world = parallel.setup(run.device)
+    world = ranks.setup(run.device)
     if made and world.rank == 0 and not made.exists():
         demo_world.write(made)
-    parallel.barrier(world)
-    for name, stage in recipe.stage.items():  # before anything is loaded: what is missing later is missing now
-        for file in filter(None, (stage.data, stage.validation, *(s.data for s in stage.mixture.values()))):
+    ranks.barrier(world)
+    for (
+        name,
+        stage,
+    ) in recipe.stage.items():  # before anything is loaded: what is missing later is missing now
+        for file in filter(
+            None, (stage.data, stage.validation, *(s.data for s in stage.mixture.values()))
+        ):
             if not files(file):
-                raise UserError(f"{path}:stage.{name}", f"no such file {file}", "correct data or validation")
+                raise UserError(
+                    f"{path}:stage.{name}", f"no such file {file}", "correct data or validation"
+                )
     if run.keep < 1 or (run.keep_best and not recipe.stage[stages[-1]].validation):
         raise UserError(f"{path}:train", "keep is at least 1, and keep_best needs a last stage with validation",
                         "correct keep, or write stage.NAME.validation")  # fmt: skip
-    claimed = checkpoints.lock(output) if world.rank == 0 else None
+    claimed = resume.lock(output) if world.rank == 0 else None
     if not open_output(recipe, world):
-        print0(f"{run.output} is finished: this recipe's model is there; set train.output for another run")
+        print0(
+            f"{run.output} is finished: this recipe's model is there; set train.output for another run"
+        )
         return
     folder, explicit = output / "checkpoints", run.resume
     while True:  # a stage begins with what a restart would begin with
-        chosen = parallel.share(checkpoints.pick(folder, explicit) if world.rank == 0 else None, world)
-        tensors, state = checkpoints.read(chosen) if chosen else ({}, {"stage": 0, "step": 0})
+        chosen = ranks.share(resume.pick(folder, explicit) if world.rank == 0 else None, world)
+        tensors, state = resume.read(chosen) if chosen else ({}, {"stage": 0, "step": 0})
         index, start = state["stage"], state["step"]
         if chosen and explicit is not None:
             print0(f"resumed: {index} of {len(stages)} stages done, {start} steps of the next")
         if world.rank == 0:
-            watch.forget_after(output / "log.jsonl", stages, index, start)
+            run_log.forget_after(output / "log.jsonl", stages, index, start)
             (output / "PREEMPTED").unlink(missing_ok=True)
         if index == len(stages):
             break
@@ -378,18 +458,18 @@ def main(argv: list[str]):
         model = build(recipe, tensors, list(recipe.stage.values())[index])
         if not train_stage(model, index, recipe, world, start, tensors):
             if world.rank == 0:
-                checkpoints.wait()
+                resume.wait()
                 weights.write_file(output / "PREEMPTED", "the same command goes on from here\n")
             print0(f"preempted: saved in {folder}; the same command goes on from there")
             return
-        parallel.barrier(world)
+        ranks.barrier(world)
     if world.rank == 0:
         export(recipe, tensors, output)
-    parallel.barrier(world)
+    ranks.barrier(world)
     print0(f'done: {output}   try: python generate.py --model {output} --image FILE --prompt "..."')
     del claimed  # held until here
 
 
 if __name__ == "__main__":
-    with parallel.last_word():
+    with ranks.last_word():
         config.cli(main, __doc__, fields_help=True)

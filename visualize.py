@@ -30,17 +30,21 @@ from PIL import Image
 from torch import Tensor
 
 import config
-import weights
-from cache import expand
+from checkpoints import weights
 from config import UserError
+from inference.cache import expand
+from inputs.rows import load_image
+from inputs.templates import IMAGE, IMAGE_TOKEN, encode_prompt, load_tokenizer, stop_id
+from inputs.tiling import Item
 from model import LLaVA
-from rows import load_image
-from templates import IMAGE, IMAGE_TOKEN, encode_prompt, load_tokenizer, stop_id
-from views import Item
 
 SHOWN = 240  # pixels across a heat map on the page
 WINDOWS = 7  # along a side, each a quarter of it and half over the next
-PER_PATCH = ("identity", "linear", "mlp")  # connectors that keep a token for each patch, by the start of their names
+PER_PATCH = (
+    "identity",
+    "linear",
+    "mlp",
+)  # connectors that keep a token for each patch, by the start of their names
 
 
 @dataclass
@@ -51,15 +55,21 @@ class Answer:
     ids: Tensor  # (T,) prompt and answer, IMAGE_TOKEN at every image position
     first: int  # where the answer starts
     probabilities: Tensor  # (W, V)
-    attention: Tensor  # (L, W, T) of the position before each token, averaged over heads; rows sum to 1
+    attention: (
+        Tensor  # (L, W, T) of the position before each token, averaged over heads; rows sum to 1
+    )
     similarity: Tensor | None
-    occlusion: Tensor  # (W, WINDOWS + 1, WINDOWS + 1), fall of the log-probability in nats, never below 0
+    occlusion: (
+        Tensor  # (W, WINDOWS + 1, WINDOWS + 1), fall of the log-probability in nats, never below 0
+    )
 
     def attention_map(self, layer: int | None = None) -> Tensor | None:
         """(W, g, g): the share of attention that each patch gets, of all layers' mean or of one layer."""
         weight = self.attention.mean(0) if layer is None else self.attention[layer]
         return (
-            None if self.similarity is None else on_grid(weight[:, self.ids == IMAGE_TOKEN], self.similarity.size(-1))
+            None
+            if self.similarity is None
+            else on_grid(weight[:, self.ids == IMAGE_TOKEN], self.similarity.size(-1))
         )
 
 
@@ -89,11 +99,17 @@ def look(model: LLaVA, prompt: list[int], answer: list[int], picture: Tensor) ->
     lm, device = model.language_model, model.language_model.lm_head.weight.device
     counts, features = model.features([Item(picture[None])])
     ids, seen = expand(torch.tensor(prompt + answer, device=device), counts), []
-    rows = slice(len(ids) - len(answer) - 1, len(ids) - 1)  # the positions that choose the answer's tokens
-    hidden = lm.model(model.embed(ids, features), torch.arange(len(ids), device=device), recorded(rows, seen))
+    rows = slice(
+        len(ids) - len(answer) - 1, len(ids) - 1
+    )  # the positions that choose the answer's tokens
+    hidden = lm.model(
+        model.embed(ids, features), torch.arange(len(ids), device=device), recorded(rows, seen)
+    )
     vision, similarity = model.vision_tower.config, None
     if model.config.connector.startswith(PER_PATCH):
-        words = torch.nn.functional.normalize(lm.lm_head.weight[ids[-len(answer) :]].float(), dim=-1)
+        words = torch.nn.functional.normalize(
+            lm.lm_head.weight[ids[-len(answer) :]].float(), dim=-1
+        )
         patches = torch.nn.functional.normalize(hidden[ids == IMAGE_TOKEN].float(), dim=-1)
         similarity = on_grid(words @ patches.T, vision.transform.side // vision.hf["patch_size"])
     return Answer(
@@ -112,10 +128,20 @@ def occlusion(model: LLaVA, prompt: list[int], answer: list[int], picture: Tenso
     def log_probabilities(pictures: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, W)
         pixels = model.vision_tower.transform.normalise(pictures).to(device)
         logits = model(ids.expand(len(pixels), -1), pixels).logits[:, -len(answer) - 1 : -1].float()
-        return logits.log_softmax(-1).gather(-1, ids[:, -len(answer) :, None].expand(len(pixels), -1, -1))[..., 0].cpu()
+        return (
+            logits.log_softmax(-1)
+            .gather(-1, ids[:, -len(answer) :, None].expand(len(pixels), -1, -1))[..., 0]
+            .cpu()
+        )
 
-    whole, fill = log_probabilities(picture[None]), picture.flatten(1).median(1).values[:, None, None]
-    total, count = torch.zeros(len(answer), WINDOWS + 1, WINDOWS + 1), torch.zeros(WINDOWS + 1, WINDOWS + 1)
+    whole, fill = (
+        log_probabilities(picture[None]),
+        picture.flatten(1).median(1).values[:, None, None],
+    )
+    total, count = (
+        torch.zeros(len(answer), WINDOWS + 1, WINDOWS + 1),
+        torch.zeros(WINDOWS + 1, WINDOWS + 1),
+    )
     for y in range(WINDOWS):
         row = picture.repeat(WINDOWS, 1, 1, 1)
         for x in range(WINDOWS):
@@ -133,10 +159,16 @@ def heat(picture: Tensor, values: Tensor) -> Image.Image:
     """(3, S, S) uint8 under (g, g) values: red where they are largest, SHOWN pixels across."""
     low = values.min().clamp(max=0)  # cosines may all be negative
     strength = (values - low) / (values.max() - low).clamp(min=1e-12)
-    mask = Image.fromarray((strength * 255).byte().cpu().numpy()).resize((SHOWN, SHOWN), Image.Resampling.NEAREST)
-    grey = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
+    mask = Image.fromarray((strength * 255).byte().cpu().numpy()).resize(
+        (SHOWN, SHOWN), Image.Resampling.NEAREST
+    )
+    grey = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
+        (SHOWN, SHOWN), Image.Resampling.BICUBIC
+    )
     grey = Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.35)
-    return Image.composite(Image.blend(grey, Image.new("RGB", grey.size, (220, 20, 20)), 0.65), grey, mask)
+    return Image.composite(
+        Image.blend(grey, Image.new("RGB", grey.size, (220, 20, 20)), 0.65), grey, mask
+    )
 
 
 def png(image: Image.Image) -> bytes:
@@ -154,14 +186,21 @@ def image_tag(data: bytes, width: int = SHOWN) -> str:
     return f'<img width="{width}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
-def page(answer: Answer, question: str, tokenizer, k: int = 8, layer: int | None = None) -> tuple[str, list[bytes]]:
+def page(
+    answer: Answer, question: str, tokenizer, k: int = 8, layer: int | None = None
+) -> tuple[str, list[bytes]]:
     """The page as HTML, and the PNG of each token's heat maps, side by side."""
     pieces = [
-        "<image>" if i == IMAGE_TOKEN else tokenizer.decode([i]) or tokenizer.token(i) for i in answer.ids.tolist()
+        "<image>" if i == IMAGE_TOKEN else tokenizer.decode([i]) or tokenizer.token(i)
+        for i in answer.ids.tolist()
     ]
     shares = (answer.attention.mean(0) if layer is None else answer.attention[layer]).cpu()
     image = (answer.ids == IMAGE_TOKEN).cpu()
-    maps = {"attention": answer.attention_map(layer), "similarity": answer.similarity, "occlusion": answer.occlusion}
+    maps = {
+        "attention": answer.attention_map(layer),
+        "similarity": answer.similarity,
+        "occlusion": answer.occlusion,
+    }
     maps = {name: values for name, values in maps.items() if values is not None}
     said = html.escape("".join(pieces[answer.first :]))
     parts = [
@@ -204,7 +243,9 @@ def page(answer: Answer, question: str, tokenizer, k: int = 8, layer: int | None
         parts.append(
             f"<h2>{w + 1}. {html.escape(word)}</h2><div class=row>{figures}<div><table>{bars}</table></div></div>"
         )
-        parts.append(f'<p class="text"><span class="small">attention to the text: </span>{text}</p>')
+        parts.append(
+            f'<p class="text"><span class="small">attention to the text: </span>{text}</p>'
+        )
     parts.append(f'<p class="small">{html.escape(__doc__[__doc__.index("- the likeliest") :])}</p>')
     head = f"<!doctype html><meta charset=utf-8><title>{html.escape(question)}</title><style>{STYLE}</style>"
     return head + "\n".join(parts) + "\n", pngs
@@ -213,26 +254,37 @@ def page(answer: Answer, question: str, tokenizer, k: int = 8, layer: int | None
 def main(argv: list[str]):
     parser = config.parser(__doc__)
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--model", required=True, help="folder or Hugging Face id of a trained model")
+    parser.add_argument(
+        "--model", required=True, help="folder or Hugging Face id of a trained model"
+    )
     parser.add_argument("--image", required=True, help="a picture")
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--layer", type=int, help="attention of this layer alone, counted from 0")
-    parser.add_argument("--top-k", type=int, default=8, help="how many tokens to show in each place (8)")
+    parser.add_argument(
+        "--top-k", type=int, default=8, help="how many tokens to show in each place (8)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (16)")
     a = parser.parse_args(argv)
     device, folder = "cuda" if torch.cuda.is_available() else "cpu", weights.resolve(a.model)
     model, tokenizer = LLaVA.from_pretrained(folder, device=device), load_tokenizer(folder)
     layers = len(model.language_model.blocks)
     if a.layer is not None and not 0 <= a.layer < layers:
-        raise UserError("--layer", f"{a.layer}: the model has {layers} layers", f"give 0 to {layers - 1}")
+        raise UserError(
+            "--layer", f"{a.layer}: the model has {layers} layers", f"give 0 to {layers - 1}"
+        )
     try:
         picture = model.vision_tower.transform.pixels(load_image(a.image), model.config.image_mode)
     except ValueError as e:
         raise UserError(a.image, str(e), "give an image file") from None
-    template, turn = model.config.template, {"from": "human", "value": f"{IMAGE}\n{a.prompt.replace(IMAGE, '')}"}
+    template, turn = (
+        model.config.template,
+        {"from": "human", "value": f"{IMAGE}\n{a.prompt.replace(IMAGE, '')}"},
+    )
     prompt, eos = encode_prompt([turn], tokenizer, template), stop_id(tokenizer, template)
     pixels = model.vision_tower.transform.normalise(picture[None]).to(device)
-    made = model.generate([torch.tensor(prompt)], images=pixels, max_new_tokens=a.max_new_tokens, eos_token_id=eos)
+    made = model.generate(
+        [torch.tensor(prompt)], images=pixels, max_new_tokens=a.max_new_tokens, eos_token_id=eos
+    )
     answer = [t for t in made[0].tolist() if t != eos]
     if not answer:
         raise UserError("--prompt", "the model answers nothing to it", "ask something else")

@@ -41,7 +41,14 @@ SOURCES = [
     (40, 0, 4, 40, 160), (58, 1, 4, 11, 28), (77, 1, 1, 13, 115), (23, 1, 1, 9, 100), (83, 1, 5, 15, 1),
     (72, 1, 12, 17, 1), (80, 1, 5, 12, 4), (75, 1, 1, 40, 1), (22, 1, 1, 40, 12), (48, 1, 7, 14, 6), (86, 1, 10, 14, 7),
 ]  # fmt: skip
-SIZES = [(640, 480), (480, 640), (640, 427), (640, 640), (500, 375), (640, 425)]  # of COCO's most frequent ones
+SIZES = [
+    (640, 480),
+    (480, 640),
+    (640, 427),
+    (640, 640),
+    (500, 375),
+    (640, 425),
+]  # of COCO's most frequent ones
 BUDGET, IMAGE_TOKENS, MAX_TOKENS, SYSTEM = 8192, 576, 2048, 35
 PICTURES = 192
 
@@ -62,8 +69,19 @@ def write(folder: str, count: str):
     from PIL import Image
 
     r, noise = random.Random(0), np.random.default_rng(0)
-    words = ["".join(r.choices("etaoinshrdlucmf", k=min(12, 1 + round(r.expovariate(0.25))))) for _ in range(3000)]
-    words += ['"quoted"', "line\nbreak", "caf\u00e9", "\u56fe\u7247", "[brackets]", "{braces}", "\\"]
+    words = [
+        "".join(r.choices("etaoinshrdlucmf", k=min(12, 1 + round(r.expovariate(0.25)))))
+        for _ in range(3000)
+    ]
+    words += [
+        '"quoted"',
+        "line\nbreak",
+        "caf\u00e9",
+        "\u56fe\u7247",
+        "[brackets]",
+        "{braces}",
+        "\\",
+    ]
     texts = [conversation(r, words) for _ in range(8192)]
     pool = [("<image>" in t[0]["value"], json.dumps(t)) for t in texts]
     Path(folder, "images").mkdir()
@@ -119,12 +137,15 @@ def workers(folder: str):
 
     from config import Stage, Train
     from data import Rows, Steps, loader, make_spec
-    from images import ImageTransform
-    from views import Views
+    from inputs.image_processor import ImageTransform
+    from inputs.tiling import Views
 
     views = Views(IMAGE_TOKENS, transform=ImageTransform(336, 336))
     spec = make_spec("", "phi", max_tokens=100_000, views=views)
-    steps, worst = Steps(Rows(Path(folder, "rows.json")), spec, Stage(global_batch=16, steps=60), Train()), {}
+    steps, worst = (
+        Steps(Rows(Path(folder, "rows.json")), spec, Stage(global_batch=16, steps=60), Train()),
+        {},
+    )
     for _ in loader(steps, workers=2):
         for child in multiprocessing.active_children():
             now = resident(child.pid)
@@ -142,7 +163,10 @@ def packing(folder: str):
         row = found[order(k)[1]]
         text = sum(len(turn["value"]) for turn in row["conversations"])
         lengths.append(min(MAX_TOKENS, SYSTEM + text // 4 + IMAGE_TOKENS * ("image" in row)))
-    cases, tokens = {}, {"rows": len(lengths), "mean": statistics.fmean(lengths), "longest": max(lengths)}
+    cases, tokens = (
+        {},
+        {"rows": len(lengths), "mean": statistics.fmean(lengths), "longest": max(lengths)},
+    )
     for batch, world in ((128, 1), (256, 1), (512, 1), (128, 8), (256, 8)):
         used, most, seconds = (
             dict.fromkeys(("dealt", "shared", "possible"), 0),
@@ -161,7 +185,9 @@ def packing(folder: str):
         total = sum(map(sum, steps))
         fills = {f"fill {name}": total / (n * BUDGET) for name, n in used.items()}
         balance = {f"balance {name}": total / (world * n) for name, n in most.items()}
-        cases[f"{batch} samples, {world} ranks"] = fills | balance | {"ms": 500 * seconds / len(steps)}
+        cases[f"{batch} samples, {world} ranks"] = (
+            fills | balance | {"ms": 500 * seconds / len(steps)}
+        )
     print(json.dumps({"tokens": tokens, "cases": cases}))
 
 
@@ -171,8 +197,8 @@ def images(folder: str, who: str, kind: str, processes: str):
     from PIL import Image
     from torch.utils.data import DataLoader
 
-    from images import ImageTransform
-    from rows import load_image
+    from inputs.image_processor import ImageTransform
+    from inputs.rows import load_image
 
     torch.set_num_threads(1)
     clip = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
@@ -181,11 +207,17 @@ def images(folder: str, who: str, kind: str, processes: str):
         import transformers
 
         name = "CLIPImageProcessor" if kind == "clip" else "SiglipImageProcessor"
-        cls = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # the latter: transformers 4
-        processor = cls(**{k: v for k, v in transform.to_hf().items() if k != "image_processor_type"})
+        cls = getattr(transformers, f"{name}Pil", None) or getattr(
+            transformers, name
+        )  # the latter: transformers 4
+        processor = cls(
+            **{k: v for k, v in transform.to_hf().items() if k != "image_processor_type"}
+        )
 
         def make(file):
-            return processor(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            return processor(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"][
+                0
+            ]
     else:
         pixels = getattr(transform, "pixels", transform)  # uint8 where the transform is split
 
@@ -202,10 +234,15 @@ def images(folder: str, who: str, kind: str, processes: str):
             return make(files[i])
 
     def cpu() -> float:
-        return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(
+            sum(resource.getrusage(who)[:2])
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
 
     checksum, used, start = 0.0, cpu(), time.perf_counter()
-    fork = "fork" if int(processes) else None  # what is defined here could not be sent to a spawned worker
+    fork = (
+        "fork" if int(processes) else None
+    )  # what is defined here could not be sent to a spawned worker
     load = DataLoader(Files(), 16, num_workers=int(processes), multiprocessing_context=fork)
     for batch in load:
         batch = transform.normalise(batch) if batch.dtype == torch.uint8 else batch
@@ -252,9 +289,14 @@ def index_lines(found: dict) -> list[str]:
         seconds, peak = ([r[k] for r in results] for k in ("seconds", "peak_mb"))
         spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
         lines.append(f"{name:14}{spread:>22}{max(peak):22.0f}")
-    lines.append(f"a worker: {memory['rss_mb']:.0f} MB resident, {memory['pss_mb']:.0f} MB with shared pages divided")
+    lines.append(
+        f"a worker: {memory['rss_mb']:.0f} MB resident, {memory['pss_mb']:.0f} MB with shared pages divided"
+    )
     first, later = (max(r["seconds"] for r in runs[k]) for k in ("first start", "later start"))
-    lines += [verdict("first start <= 60 s", first, first <= 60), verdict("later <= 2 s", later, later <= 2)]
+    lines += [
+        verdict("first start <= 60 s", first, first <= 60),
+        verdict("later <= 2 s", later, later <= 2),
+    ]
     return [*lines, verdict("<= 300 MB a worker", memory["rss_mb"], memory["rss_mb"] <= 300)]
 
 
@@ -298,7 +340,9 @@ def images_lines(found: dict) -> list[str]:
         ours, theirs = (max(r["images_per_s"] for r in runs[who]) for who in ("ours", "theirs"))
         mine, other = (min(r["cpu_ms"] for r in runs[who]) for who in ("ours", "theirs"))
         good = verdict(">= 1.5 x", ours / theirs, ours >= 1.5 * theirs)
-        lines.append(f"{name:19}{ours:8.0f}{theirs:10.0f}{mine:14.1f}{other:8.1f}{other / mine:15.2f}  {good}")
+        lines.append(
+            f"{name:19}{ours:8.0f}{theirs:10.0f}{mine:14.1f}{other:8.1f}{other / mine:15.2f}  {good}"
+        )
     return lines
 
 
@@ -332,10 +376,17 @@ def main(argv: list[str]):
     parser = config.parser(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument(
-        "--repeats", type=int, default=3, help="runs of each: medians are printed, of pictures/s the best"
+        "--repeats",
+        type=int,
+        default=3,
+        help="runs of each: medians are printed, of pictures/s the best",
     )
-    parser.add_argument("--only", choices=KNOWN, help="one of the parts; the others keep what FILE has of them")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's numbers to this file")
+    parser.add_argument(
+        "--only", choices=KNOWN, help="one of the parts; the others keep what FILE has of them"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every run's numbers to this file"
+    )
     args = parser.parse_args(argv)
     if min(args.rows // 1024, args.repeats) < 1:
         parser.error("--rows start at 1024, --repeats at 1")

@@ -39,10 +39,10 @@ sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 import lora  # noqa: E402
 from config import Model, UserError  # noqa: E402
-from engine import Engine, Request  # noqa: E402
 from export import export  # noqa: E402
+from inference.engine import Engine, Request  # noqa: E402
+from inputs.templates import IMAGE_TOKEN  # noqa: E402
 from model import LLaVA  # noqa: E402
-from templates import IMAGE_TOKEN  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 OURS, PEER = "barellava", "transformers"
@@ -78,11 +78,18 @@ SHARE, GAIN = 0.75, 0.8
 def write(name: str, folder: Path):
     """Random weights of that shape, as Hugging Face's LLaVA."""
     text, vision = MODELS[name]
-    export(LLaVA.from_parts(Model(llm_config=text, vision_config=vision), "plain"), None, "hf-llava", folder)
+    export(
+        LLaVA.from_parts(Model(llm_config=text, vision_config=vision), "plain"),
+        None,
+        "hf-llava",
+        folder,
+    )
 
 
 def load(folder: Path, kind: str, device: str) -> LLaVA:
-    model = LLaVA.from_pretrained(folder, torch.float32 if kind == "float32" else torch.bfloat16, device).eval()
+    model = LLaVA.from_pretrained(
+        folder, torch.float32 if kind == "float32" else torch.bfloat16, device
+    ).eval()
     if kind in lora.KINDS:
         lora.quantize(model.language_model, kind)
     return model
@@ -92,7 +99,9 @@ def peer(folder: Path, dtype: torch.dtype, device: str):
     try:
         from transformers import LlavaForConditionalGeneration
     except ImportError:
-        raise UserError("bench/generate.py", "the peer transformers is missing", 'pip install ".[dev]"') from None
+        raise UserError(
+            "bench/generate.py", "the peer transformers is missing", 'pip install ".[dev]"'
+        ) from None
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
@@ -107,7 +116,9 @@ def clock(call: Callable, device: str) -> tuple[float, object]:
 
 def copy_rate(device: str) -> float:
     """Bytes per second of a large copy, in and out, the best of some."""
-    one = torch.zeros((1 << 30) if device == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
+    one = torch.zeros(
+        (1 << 30) if device == "cuda" else (1 << 27), dtype=torch.uint8, device=device
+    )
     two = torch.zeros_like(one)
     return max(2 * one.numel() / clock(lambda: two.copy_(one), device)[0] for _ in range(10))
 
@@ -118,29 +129,46 @@ def step_bytes(model: LLaVA, batch: int, filled: int) -> int:
     tensors = {t.data_ptr(): t.nbytes for t in (*lm.parameters(), *lm.buffers())}
     table = 0 if c.tied else lm.model.embed_tokens.weight.nbytes
     width = lm.model.norm.weight.itemsize
-    return sum(tensors.values()) - table + sum(2 * x.kv_heads * c.head_dim * batch * filled * width for x in c.layers)
+    return (
+        sum(tensors.values())
+        - table
+        + sum(2 * x.kv_heads * c.head_dim * batch * filled * width for x in c.layers)
+    )
 
 
 def step_seconds(model: LLaVA, prompts: torch.Tensor, new: int) -> float:
     """The median of the times between the tokens of a call."""
     at: list[float] = []
-    model.generate(prompts, max_new_tokens=new, stream=lambda tokens: at.append(time.perf_counter()))
+    model.generate(
+        prompts, max_new_tokens=new, stream=lambda tokens: at.append(time.perf_counter())
+    )
     return statistics.median(b - a for a, b in zip(at, at[1:], strict=False))
 
 
-def decoding(folder: Path, kind: str, batch: int, new: int, rounds: int, device: str, theirs) -> dict:
+def decoding(
+    folder: Path, kind: str, batch: int, new: int, rounds: int, device: str, theirs
+) -> dict:
     """One case, in turns. Everything runs once before it counts."""
     model, seconds, equal = load(folder, kind, device), {OURS: [], PEER: []}, []
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
     calls = {
         OURS: lambda ids: model.generate(ids, max_new_tokens=new),
-        PEER: lambda ids: theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[:, PROMPT:],
+        PEER: lambda ids: theirs.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **options
+        )[:, PROMPT:],
     }
     g = torch.Generator().manual_seed(batch)
-    for i in range(rounds + 1):  # other prompts each time: ours would begin with what it still has of the last
+    for i in range(
+        rounds + 1
+    ):  # other prompts each time: ours would begin with what it still has of the last
         # The last id is the token of images.
-        ids = torch.randint(3, model.language_model.config.vocab - 1, (batch, PROMPT), generator=g).to(device)
-        made = {n: clock(partial(call, ids), device) for n, call in list(calls.items())[:: 1 - i % 2 * 2]}
+        ids = torch.randint(
+            3, model.language_model.config.vocab - 1, (batch, PROMPT), generator=g
+        ).to(device)
+        made = {
+            n: clock(partial(call, ids), device)
+            for n, call in list(calls.items())[:: 1 - i % 2 * 2]
+        }
         equal.append(int((made[OURS][1] == made[PEER][1]).sum()))
         for name in seconds if i else ():
             seconds[name].append(made[name][0])
@@ -158,9 +186,13 @@ def questions(folder: Path, kind: str, rounds: int, device: str) -> dict:
     """The gain of asking one picture everything at once, and what is possible."""
     model, g = load(folder, kind, device), torch.Generator().manual_seed(0)
     side, vocab = model.vision_tower.transform.side, model.language_model.config.vocab - 1
-    image = torch.randn(1, 3, side, side, generator=g).to(device, model.language_model.model.norm.weight.dtype)
+    image = torch.randn(1, 3, side, side, generator=g).to(
+        device, model.language_model.model.norm.weight.dtype
+    )
     front = torch.tensor([5, IMAGE_TOKEN])
-    asked = [torch.cat([front, torch.randint(3, vocab, (16,), generator=g)]) for _ in range(QUESTIONS)]
+    asked = [
+        torch.cat([front, torch.randint(3, vocab, (16,), generator=g)]) for _ in range(QUESTIONS)
+    ]
     requests = [Request(ids, image, 8) for ids in asked]
     engine, fresh, made = Engine(model, 1, 1024), [], []
 
@@ -175,13 +207,20 @@ def questions(folder: Path, kind: str, rounds: int, device: str) -> dict:
         v = clock(lambda: model.encode_images(image), device)[0]
         i = clock(lambda: answer([prefill], True), device)[0] - v
         answer(requests[:1], True)
-        q = statistics.median(clock(lambda r=r: answer([r], False), device)[0] for r in requests[1:5])
+        q = statistics.median(
+            clock(lambda r=r: answer([r], False), device)[0] for r in requests[1:5]
+        )
         alone, apart = clock(lambda: [answer([r], True)[0] for r in requests], device)
         together, joined = clock(lambda: answer(requests, True), device)
         possible = QUESTIONS * (v + i + q) / (v + i + QUESTIONS * q)
         fresh.append({"v": v, "i": i, "q": q, "gain": alone / together, "possible": possible})
         made.append(apart == joined)
-    return {"kind": kind, "rounds": fresh, "equal": all(made), "shares": [r["gain"] / r["possible"] for r in fresh]}
+    return {
+        "kind": kind,
+        "rounds": fresh,
+        "equal": all(made),
+        "shares": [r["gain"] / r["possible"] for r in fresh],
+    }
 
 
 def spread(values: list[float], form: str) -> str:
@@ -193,7 +232,10 @@ def judged(value: float, least: float | None) -> str:
 
 
 def row(case: dict, rate: float, cpu: bool) -> str:
-    key, ours, theirs = (case["kind"], case["batch"]), *(spread(case["rates"][name], ".1f") for name in (OURS, PEER))
+    key, ours, theirs = (
+        (case["kind"], case["batch"]),
+        *(spread(case["rates"][name], ".1f") for name in (OURS, PEER)),
+    )
     share = case["bytes"] / case["step_ms"] * 1e3 / rate
     goals = judged(statistics.median(case["ratios"]), (CPU if cpu else GPU).get(key))
     goals += judged(share, SHARE if not cpu and key == ("bfloat16", 1) else None)
@@ -205,11 +247,16 @@ def table(result: dict) -> str:
     lines = [f"{result['date']}, torch {result['torch']}, {result['threads']} threads"]
     for name, m in result["models"].items():
         many, q = m["parameters"] / 1e6, m["questions"]
-        lines.append(f"{name}, {many:.0f} million in the language model, a copy moves {m['copy'] / 1e9:.1f} GB/s")
+        lines.append(
+            f"{name}, {many:.0f} million in the language model, a copy moves {m['copy'] / 1e9:.1f} GB/s"
+        )
         lines.append(f"{'weights':9}{'batch':>6}{OURS + ' tokens/s':>28}{PEER + ' tokens/s':>28}{'ratio':>22}"
                      f"{'step ms':>9}{'bandwidth':>11}{'equal tokens':>14}")  # fmt: skip
         lines += [row(case, m["copy"], result["machine"] == "cpu") for case in m["cases"]]
-        one = {k: statistics.median(r[k] for r in q["rounds"]) for k in ("v", "i", "q", "gain", "possible")}
+        one = {
+            k: statistics.median(r[k] for r in q["rounds"])
+            for k in ("v", "i", "q", "gain", "possible")
+        }
         parts = ", ".join(f"{k} {1e3 * one[k]:.0f} ms" for k in "viq")
         lines.append(f"{QUESTIONS} questions, {q['kind']}: {parts}, gain {one['gain']:.2f} of {one['possible']:.2f}, "
                      f"share {spread(q['shares'], '.2f')}, answers {'equal' if q['equal'] else 'DIFFER'}"
@@ -220,11 +267,19 @@ def table(result: dict) -> str:
 def main(argv: list[str]):
     parser = config.parser(__doc__)
     parser.add_argument("--cpu", action="store_true", help="about 110M parameters on the CPU")
-    parser.add_argument("--quick", action="store_true", help="a toy of few tokens, to try the script")
+    parser.add_argument(
+        "--quick", action="store_true", help="a toy of few tokens, to try the script"
+    )
     parser.add_argument("--cases", nargs="*", default=[], help="only these, as bfloat16-1 int8-1")
     parser.add_argument("--rounds", type=int, default=5, help="counted calls of each (5)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt (64)")
-    parser.add_argument("--json", type=Path, nargs="?", const=Path(), help="write every number, to this file if given")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="write every number, to this file if given",
+    )
     args = parser.parse_args(argv)
     if not args.cpu and not torch.cuda.is_available():
         raise UserError("bench/generate.py", "there is no CUDA GPU", "give --cpu")
@@ -232,7 +287,11 @@ def main(argv: list[str]):
         args.rounds, args.tokens = 2, 8
     device = "cpu" if args.cpu else "cuda"
     machine = "cpu" if args.cpu else torch.cuda.get_device_name().replace(" ", "-")
-    names = ["toy"] if args.quick else [n for n in MODELS if n != "toy" and (n == "Llama-110M") == args.cpu]
+    names = (
+        ["toy"]
+        if args.quick
+        else [n for n in MODELS if n != "toy" and (n == "Llama-110M") == args.cpu]
+    )
     result = {"machine": machine, "date": datetime.date.today().isoformat(), "torch": torch.__version__,
               "threads": torch.get_num_threads(), "models": {}}  # fmt: skip
     for name in names:
@@ -246,7 +305,9 @@ def main(argv: list[str]):
                 dtype = torch.float32 if kind == "float32" else torch.bfloat16
                 if dtype != held:
                     theirs, held = peer(Path(folder) / "model", dtype, device), dtype
-                case = decoding(Path(folder) / "model", kind, batch, args.tokens, args.rounds, device, theirs)
+                case = decoding(
+                    Path(folder) / "model", kind, batch, args.tokens, args.rounds, device, theirs
+                )
                 m["cases"].append(case)
             m["questions"] = questions(
                 Path(folder) / "model", "float32" if args.cpu else "bfloat16", args.rounds, device
@@ -258,7 +319,10 @@ def main(argv: list[str]):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [
-        c for m in result["models"].values() for c in m["cases"] if c["kind"] == "float32" and c["equal"] < c["tokens"]
+        c
+        for m in result["models"].values()
+        for c in m["cases"]
+        if c["kind"] == "float32" and c["equal"] < c["tokens"]
     ]
     if wrong:
         sys.exit(1)

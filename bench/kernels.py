@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
-import weights  # noqa: E402
 from bench.operations import Bench, Setting, shapes  # noqa: E402
+from checkpoints import weights  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 OURS, PLAIN, COMPILED = "barellava", "plain torch", "torch.compile"
@@ -65,14 +65,18 @@ def reason(error: Exception, warned: list) -> str:
     if isinstance(error, ImportError):
         return f"not installed: {error.name or error}"
     lines = [str(error), *(str(w.message) for w in warned)]
-    said = dict.fromkeys(line.strip().split("\n")[0].split(" (Triggered")[0] for line in lines if line.strip())
+    said = dict.fromkeys(
+        line.strip().split("\n")[0].split(" (Triggered")[0] for line in lines if line.strip()
+    )
     return (type(error).__name__ + ": " + " ".join(said))[:240]
 
 
 class Run:
     """One path with its own copy of the inputs; in training also the gradients of all that have one."""
 
-    def __init__(self, function: Callable, bench: Bench, train: bool, dtype: torch.dtype | None = None):
+    def __init__(
+        self, function: Callable, bench: Bench, train: bool, dtype: torch.dtype | None = None
+    ):
         self.function, self.train, self.douts = function, train, []
         self.args = [a.to(dtype or a.dtype, copy=True) for a in bench.args]
         self.leaves = [self.args[i].requires_grad_() for i in bench.grads] if train else []
@@ -85,7 +89,10 @@ class Run:
             return outs
         if not self.douts:  # the same for every path, whatever its dtype
             g = torch.Generator(outs[0].device).manual_seed(1)
-            self.douts = [torch.randn(o.shape, generator=g, device=o.device).bfloat16().to(o.dtype) for o in outs]
+            self.douts = [
+                torch.randn(o.shape, generator=g, device=o.device).bfloat16().to(o.dtype)
+                for o in outs
+            ]
         # What a bound leaves out has no gradient; ours and its peers are compared, and fail, if one is missing.
         grads = torch.autograd.grad(outs, self.leaves, self.douts, allow_unused=True)
         return [o.detach() for o in outs] + list(grads)
@@ -133,14 +140,23 @@ def race(runs: dict[str, Callable], s: Setting) -> dict[str, list[float]]:
                 took[name].append(1e3 * (time.perf_counter() - start))
     if cuda:
         torch.cuda.synchronize()
-        took = {name: [begin.elapsed_time(end) for begin, end in events] for name, events in took.items()}
+        took = {
+            name: [begin.elapsed_time(end) for begin, end in events]
+            for name, events in took.items()
+        }
     return took
 
 
-def measure(s: Setting, bench: Bench, train: bool, limits: tuple[float, float] | None) -> tuple[dict, list[str]]:
+def measure(
+    s: Setting, bench: Bench, train: bool, limits: tuple[float, float] | None
+) -> tuple[dict, list[str]]:
     """-> the numbers of every path, and what is wrong with ours."""
     exact = Run(bench.reference, bench, train, torch.float32)()
-    paths = {OURS: lambda: bench.ours, PLAIN: lambda: bench.reference, COMPILED: lambda: s.compiled(bench.reference)}
+    paths = {
+        OURS: lambda: bench.ours,
+        PLAIN: lambda: bench.reference,
+        COMPILED: lambda: s.compiled(bench.reference),
+    }
     runs, cells, errors = {}, {}, {}
     for name, make in (paths | bench.peers).items():
         with warnings.catch_warnings(record=True) as warned:
@@ -153,28 +169,38 @@ def measure(s: Setting, bench: Bench, train: bool, limits: tuple[float, float] |
                 if not name.endswith("(bound)") and name not in UNCHECKED:
                     errors[name] = relative(made, exact)
                     if name != OURS and not max(errors[name]) < 0.1:
-                        raise ArithmeticError(f"another result: {max(errors[name]):.1e} away from the reference")
+                        raise ArithmeticError(
+                            f"another result: {max(errors[name]):.1e} away from the reference"
+                        )
                 made = None
                 cells[name] = {"megabytes": peak(run) / 1e6 if s.device == "cuda" else None}
                 runs[name] = run
             except Exception as e:  # whatever a peer throws, its cell says it
                 cells[name] = {"reason": reason(e, warned)}
     del exact
-    flops, moved = (sum(x) for x in zip(bench.forward, bench.backward, strict=True)) if train else bench.forward
+    flops, moved = (
+        (sum(x) for x in zip(bench.forward, bench.backward, strict=True))
+        if train
+        else bench.forward
+    )
     floor = 1e3 * max(flops / limits[0], moved / limits[1]) if limits else None
     for name, times in race(runs, s).items():
         ms = statistics.median(times)
         cells[name] |= {"ms": ms, "range": [min(times), max(times)], "share": floor and floor / ms,
                         "error": max(errors[name]) if name in errors else None}  # fmt: skip
     for cell in cells.values():
-        cell["ratio"] = cell["ms"] / cells[OURS]["ms"] if "ms" in cell and "ms" in cells[OURS] else None
+        cell["ratio"] = (
+            cell["ms"] / cells[OURS]["ms"] if "ms" in cell and "ms" in cells[OURS] else None
+        )
     if "reason" in cells[OURS]:
         return cells, [cells[OURS]["reason"]]
     if PLAIN not in errors:
         return cells, ["nothing to compare with: " + cells[PLAIN]["reason"]]
     # tests/test_kernels.py grants the same
     pairs, grant = zip(errors[OURS], errors[PLAIN], strict=True), torch.finfo(s.dtype).eps / 2
-    return cells, [f"error {o:.1e}, plain torch's {p:.1e}" for o, p in pairs if not o <= 2 * p + grant]
+    return cells, [
+        f"error {o:.1e}, plain torch's {p:.1e}" for o, p in pairs if not o <= 2 * p + grant
+    ]
 
 
 def show(cells: dict):
@@ -186,7 +212,10 @@ def show(cells: dict):
         share = f"{c['share']:7.0%}" if c["share"] else ""
         error = "" if c["error"] is None else f"   error {c['error']:.1e}"
         spread = f"({c['range'][0]:.3f} to {c['range'][1]:.3f})"
-        print(f"  {name:26}{c['ms']:10.3f} ms {spread:22}{share}{size}{c['ratio'] or 0:8.2f} x{error}", flush=True)
+        print(
+            f"  {name:26}{c['ms']:10.3f} ms {spread:22}{share}{size}{c['ratio'] or 0:8.2f} x{error}",
+            flush=True,
+        )
 
 
 def ceilings(s: Setting) -> dict[str, float]:
@@ -198,7 +227,12 @@ def ceilings(s: Setting) -> dict[str, float]:
 
 
 def versions() -> dict[str, str | None]:
-    found = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda, "driver": None}
+    found = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": None,
+    }
     for package in ("triton", "liger-kernel", "bitsandbytes", "peft", "nvidia-cudnn-cu13"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -206,7 +240,9 @@ def versions() -> dict[str, str | None]:
             found[package] = None
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[
+            0
+        ]
     return found
 
 
@@ -214,9 +250,15 @@ def main(argv: list[str]):
     every = shapes()
     parser = config.parser(__doc__)
     parser.prog = "bench/kernels.py"
-    parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"of {', '.join(every)}; without: all")
-    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write the numbers to a file")
-    parser.add_argument("--quick", action="store_true", help="the first shape of each operation, short")
+    parser.add_argument(
+        "operations", nargs="*", metavar="OPERATION", help=f"of {', '.join(every)}; without: all"
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="write the numbers to a file"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the first shape of each operation, short"
+    )
     parser.add_argument("--cpu", action="store_true", help="on the CPU")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.operations if name not in every]:
@@ -230,17 +272,37 @@ def main(argv: list[str]):
     s = (Setting("cpu", torch.float32, 64, 3 * seconds, False) if args.cpu
          else Setting("cuda", torch.bfloat16, 1, seconds, not args.quick))  # fmt: skip
     limits = None if args.cpu else MACHINES.get(gpu)
-    started, facts = time.perf_counter(), {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "versions": versions()}
-    print(f"{gpu}, {facts['date']},", ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v))
+    started, facts = (
+        time.perf_counter(),
+        {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "versions": versions()},
+    )
+    print(
+        f"{gpu}, {facts['date']},", ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
+    )
     if not args.cpu:
         facts["ceilings"] = ceilings(s)
-        shares = f"shares are of {limits[0]:.3g} and {limits[1]:.3g}" if limits else "no shares: it is not in MACHINES"
+        shares = (
+            f"shares are of {limits[0]:.3g} and {limits[1]:.3g}"
+            if limits
+            else "no shares: it is not in MACHINES"
+        )
         print("; ".join(f"{k} {v:.3g}" for k, v in facts["ceilings"].items()) + ";", shares)
     else:
         print(f"1/{s.cut} of the tokens, batches and vocabularies that the names say")
-    file = Path(args.json) if args.json else RESULTS / gpu.lower().replace(" ", "-") / "kernels.json"
-    found = json.loads(file.read_text()) if args.json is not None and file.exists() else {"operations": {}}
-    found |= {"gpu": gpu, "limits": limits, "dtype": str(s.dtype).removeprefix("torch."), "cut": s.cut}
+    file = (
+        Path(args.json) if args.json else RESULTS / gpu.lower().replace(" ", "-") / "kernels.json"
+    )
+    found = (
+        json.loads(file.read_text())
+        if args.json is not None and file.exists()
+        else {"operations": {}}
+    )
+    found |= {
+        "gpu": gpu,
+        "limits": limits,
+        "dtype": str(s.dtype).removeprefix("torch."),
+        "cut": s.cut,
+    }
     failures = []
     for operation in args.operations or every:
         found["operations"][operation] = done = facts | {"shapes": {}}
@@ -254,7 +316,10 @@ def main(argv: list[str]):
                     bench = bench._replace(peers={})  # they are GPUs' libraries
                 done["shapes"][name] = {"targets": bench.targets, "forward": {}}
                 for mode in ("forward", "training")[: 2 if bench.grads else 1]:
-                    print(f"\n{operation}: {name}, {mode}  [{time.perf_counter() - started:.0f} s]", flush=True)
+                    print(
+                        f"\n{operation}: {name}, {mode}  [{time.perf_counter() - started:.0f} s]",
+                        flush=True,
+                    )
                     cells, wrong = measure(s, bench, mode == "training", limits)
                     done["shapes"][name][mode] = cells
                     show(cells)
@@ -268,9 +333,14 @@ def main(argv: list[str]):
                 torch.cuda.empty_cache()
             if args.json is not None:
                 weights.write_file(file, json.dumps(found, indent=1) + "\n")
-    print(f"\n{time.perf_counter() - started:.0f} s" + (f", {file} written" if args.json is not None else ""))
+    print(
+        f"\n{time.perf_counter() - started:.0f} s"
+        + (f", {file} written" if args.json is not None else "")
+    )
     if failures:
-        sys.exit(f"error: bench/kernels.py: {'; '.join(failures)}; fix: python -m pytest tests/test_kernels.py")
+        sys.exit(
+            f"error: bench/kernels.py: {'; '.join(failures)}; fix: python -m pytest tests/test_kernels.py"
+        )
 
 
 if __name__ == "__main__":

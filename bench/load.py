@@ -43,14 +43,17 @@ def write(folder: str, layers: str):
     """A random checkpoint of SHAPE with that many layers."""
     import torch
 
-    import weights
+    from checkpoints import weights
     from model import LanguageModel, lm_config
 
     hf = SHAPE | {"num_hidden_layers": int(layers)}
     with torch.device("meta"):
         shapes = weights.tensors(LanguageModel(lm_config(hf)))
     torch.manual_seed(0)
-    weights.save(Path(folder), {k: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for k, t in shapes.items()})
+    weights.save(
+        Path(folder),
+        {k: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for k, t in shapes.items()},
+    )
     weights.write_file(Path(folder) / "config.json", json.dumps(hf))
 
 
@@ -59,12 +62,16 @@ def measure(load):
     import torch
 
     def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes (Linux counts in KiB)
+        return (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )  # bytes (Linux counts in KiB)
 
     imports, start = peak(), time.perf_counter()
     parameters = list(load().parameters())
     loaded = time.perf_counter()
-    checksum = sum(int(p.detach().flatten().view(torch.int64).sum()) for p in parameters)  # a narrower sum copies
+    checksum = sum(
+        int(p.detach().flatten().view(torch.int64).sum()) for p in parameters
+    )  # a narrower sum copies
     print(json.dumps({
         "seconds": time.perf_counter() - start, "seconds_before_touching": loaded - start, "peak": peak(),
         "imports": imports, "weights": sum(p.nbytes for p in parameters), "checksum": checksum,
@@ -89,7 +96,9 @@ LOADERS = {"barellava": barellava, "transformers": transformers}
 
 def child(*arguments: str) -> str:
     """Run one function of this file in a process of its own; its output."""
-    done = subprocess.run([sys.executable, __file__, "--child", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", *arguments], capture_output=True, text=True
+    )
     if "ModuleNotFoundError: No module named 'transformers'" in done.stderr:
         raise UserError("bench/load.py", "the peer transformers is missing", 'pip install ".[dev]"')
     if done.returncode:
@@ -116,10 +125,20 @@ def table(runs: dict[str, list[dict]]) -> str:
         lines.append(f"{name:14}{spread:>22}{peak / 1e9:10.2f}{peak / size:11.3f}{imports / 1e9:12.2f}"
                      f"{above[name] / size:22.3f}")  # fmt: skip
     faster, leaner = (value["barellava"] / value["transformers"] for value in (seconds, above))
-    lines.append(f"barellava / transformers: {faster:.2f} of the seconds, {leaner:.2f} of the memory above imports")
-    worst_seconds, worst_above = max(r["seconds"] for r in ours), max(r["peak"] - r["imports"] for r in ours) / size
-    for what, value, target in (("seconds", worst_seconds, SECONDS), ("memory / weights", worst_above, MEMORY)):
-        lines.append(f"target {what} <= {target}: {'met' if value <= target else 'MISSED'} ({value:.3f} at worst)")
+    lines.append(
+        f"barellava / transformers: {faster:.2f} of the seconds, {leaner:.2f} of the memory above imports"
+    )
+    worst_seconds, worst_above = (
+        max(r["seconds"] for r in ours),
+        max(r["peak"] - r["imports"] for r in ours) / size,
+    )
+    for what, value, target in (
+        ("seconds", worst_seconds, SECONDS),
+        ("memory / weights", worst_above, MEMORY),
+    ):
+        lines.append(
+            f"target {what} <= {target}: {'met' if value <= target else 'MISSED'} ({value:.3f} at worst)"
+        )
     return "\n".join(lines)
 
 
@@ -128,7 +147,9 @@ def main(argv: list[str]):
         return {"write": write, **LOADERS}[argv[1]](*argv[2:])
     parser = config.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="counted runs of each loader")
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="blocks of the model")
+    parser.add_argument(
+        "--layers", type=int, default=SHAPE["num_hidden_layers"], help="blocks of the model"
+    )
     parser.add_argument("--json", type=Path, help="write every run's numbers to this file")
     args = parser.parse_args(argv)
     if min(args.repeats, args.layers) < 1:

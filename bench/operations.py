@@ -34,7 +34,9 @@ class Bench(NamedTuple):
     peers: dict[str, Callable[[], Callable]]  # called to make the function; raises what it lacks
     forward: tuple[float, float]  # FLOPs, bytes
     backward: tuple[float, float] = (0, 0)
-    targets: dict[str, float] = {}  # least ratio by peer, or least "share", in training (else forward)
+    targets: dict[
+        str, float
+    ] = {}  # least ratio by peer, or least "share", in training (else forward)
 
 
 class Setting(NamedTuple):
@@ -71,7 +73,10 @@ LMS = {
     "Qwen2.5-3B": LM(16, 2, 128, 128, 2048, 11008, 151936),
     "Gemma-2B": LM(8, 1, 256, 256, 2048, 16384, 256000),
 }
-ENCODERS = {"SigLIP-so400m": (729, 16, 72, 1152, 4304), "CLIP-L-336": (577, 16, 64, 1024, 4096)}  # tokens, heads, ...
+ENCODERS = {
+    "SigLIP-so400m": (729, 16, 72, 1152, 4304),
+    "CLIP-L-336": (577, 16, 64, 1024, 4096),
+}  # tokens, heads, ...
 IMAGES, TOKENS = 32, 16384
 
 
@@ -87,7 +92,9 @@ def forced(backend: SDPBackend, function) -> Callable:
 
 def liger(name: str, call: Callable) -> Callable:
     """Makes args -> call(Liger's function, *args)."""
-    return lambda: partial(call, getattr(importlib.import_module("liger_kernel.transformers.functional"), name))
+    return lambda: partial(
+        call, getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
+    )
 
 
 def attention_cost(lengths: list[int], heads: int, kv_heads: int, d: int, causal: bool):
@@ -98,13 +105,22 @@ def attention_cost(lengths: list[int], heads: int, kv_heads: int, d: int, causal
 
 
 def attention_targets(d: int) -> dict[str, float]:
-    flash, cudnn = {64: (1.2, 0.9), 72: (1.3, 1.0), 80: (1.3, 1.0), 128: (1.1, 0.75), 256: (1.0, 0.7)}[d]
+    flash, cudnn = {
+        64: (1.2, 0.9),
+        72: (1.3, 1.0),
+        80: (1.3, 1.0),
+        128: (1.1, 0.75),
+        256: (1.0, 0.7),
+    }[d]
     return {"FlashAttention-2": flash, "cuDNN": cudnn}
 
 
 def dense(s: Setting, n: int, H: int, d: int) -> Bench:
     plain = partial(attention.reference, causal=False)
-    peers = {"FlashAttention-2": lambda: forced(FLASH, plain), "cuDNN": lambda: forced(CUDNN, plain)}
+    peers = {
+        "FlashAttention-2": lambda: forced(FLASH, plain),
+        "cuDNN": lambda: forced(CUDNN, plain),
+    }
     B = max(1, IMAGES // s.cut)
     return Bench(tuple(s.randn(B, n, H, d) for _ in range(3)), (0, 1, 2), partial(attention.attention, causal=False),
                  plain, peers, *attention_cost([n] * B, H, H, d, False), attention_targets(d))  # fmt: skip
@@ -132,7 +148,11 @@ def packed(s: Setting, c: LM, tokens: int, equal: bool) -> Bench:
     def varlen():
         from torch.nn.attention.varlen import varlen_attn
 
-        more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        more = (
+            {"enable_gqa": True}
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters
+            else {}
+        )
         place = cu, cu, max(lengths), max(lengths)
         return lambda q, k, v: varlen_attn(q, k, v, *place, window_size=(-1, 0), **more)
 
@@ -154,7 +174,11 @@ def packed(s: Setting, c: LM, tokens: int, equal: bool) -> Bench:
                  "barellava, dense": lambda: batch(attention.attention)}  # fmt: skip
         targets |= {"barellava, dense": 0.95}
     else:
-        peers = {"FlashAttention-2": varlen, "cuDNN": lambda: forced(CUDNN, plain), "flex_attention": flex}
+        peers = {
+            "FlashAttention-2": varlen,
+            "cuDNN": lambda: forced(CUDNN, plain),
+            "flex_attention": flex,
+        }
     return Bench((s.randn(tokens, H, d), s.randn(tokens, K, d), s.randn(tokens, K, d)), (0, 1, 2),
                  partial(attention.attention_packed, **rest), plain, peers, *attention_cost(lengths, H, K, d, True),
                  targets)  # fmt: skip
@@ -163,7 +187,11 @@ def packed(s: Setting, c: LM, tokens: int, equal: bool) -> Bench:
 def decode(s: Setting, c: LM, full: bool) -> Bench:
     """The filled part of the cache is read once; two products of one row."""
     B, L, (H, K, d) = 16, 4096 // s.cut, c[:3]
-    lengths = torch.full((B,), L, device=s.device) if full else torch.linspace(L / 4, L, B, device=s.device).long()
+    lengths = (
+        torch.full((B,), L, device=s.device)
+        if full
+        else torch.linspace(L / 4, L, B, device=s.device).long()
+    )
 
     def plain(q, k, v):  # a full cache needs no mask, which FlashAttention-2 does not know
         return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=K < H)[:, :, 0]
@@ -179,7 +207,9 @@ def decode(s: Setting, c: LM, full: bool) -> Bench:
 def loss(s: Setting, c: LM, tokens: int, supervised: float) -> Bench:
     """One product forward, two backward, over n supervised rows; their hidden states and the head, then gradients."""
     T, V, D = tokens // s.cut, c.vocabulary // s.cut, c.width
-    targets = torch.randint(0, V, (T,), device=s.device).masked_fill(torch.rand(T, device=s.device) >= supervised, -100)
+    targets = torch.randint(0, V, (T,), device=s.device).masked_fill(
+        torch.rand(T, device=s.device) >= supervised, -100
+    )
     at = (targets >= 0).nonzero()[:, 0]
     rest, n = {"bias": None, "targets": targets}, len(at)
     args = s.randn(T, D), s.randn(V, D, scale=D**-0.5)
@@ -207,9 +237,14 @@ def adapters(s: Setting, K: int, widths: tuple[int, ...], base: str) -> Bench:
         if base == "NF4":
             from bitsandbytes.nn import Linear4bit, Params4bit
 
-            layers = [Linear4bit(K, n, bias=False, compute_dtype=s.dtype, quant_type="nf4") for n in widths]
+            layers = [
+                Linear4bit(K, n, bias=False, compute_dtype=s.dtype, quant_type="nf4")
+                for n in widths
+            ]
             for layer, w in zip(layers, plain, strict=True):
-                layer.weight = Params4bit(w.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+                layer.weight = Params4bit(
+                    w.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
         else:
             layers = [torch.nn.Linear(K, n, bias=False, device="meta") for n in widths]
             for layer, w in zip(layers, plain, strict=True):
@@ -220,7 +255,9 @@ def adapters(s: Setting, K: int, widths: tuple[int, ...], base: str) -> Bench:
         inject_adapter_in_model(options, box)
         box.train().forward = lambda x: tuple(linear(x) for linear in box.linears)
         slots = [f"linears.{g}.lora_{part}.default.weight" for part in "AB" for g in names]
-        return lambda x, *AB: torch.func.functional_call(box, dict(zip(slots, AB, strict=True)), (x,))
+        return lambda x, *AB: torch.func.functional_call(
+            box, dict(zip(slots, AB, strict=True)), (x,)
+        )
 
     def linears():
         return lambda x, *_: tuple(F.linear(x, lora.dense(w, x.dtype)) for w in frozen)
@@ -228,7 +265,10 @@ def adapters(s: Setting, K: int, widths: tuple[int, ...], base: str) -> Bench:
     N = sum(widths)
     stored, small = K * N * (0.516 if base == "NF4" else 2), 2 * r * (G * K + N)
     low = 2 * T * r * (G * K + N)
-    As, Bs = [s.randn(r, K, scale=K**-0.5) for _ in widths], [s.randn(n, r, scale=r**-0.5) for n in widths]
+    As, Bs = (
+        [s.randn(r, K, scale=K**-0.5) for _ in widths],
+        [s.randn(n, r, scale=r**-0.5) for n in widths],
+    )
     return Bench((s.randn(T, K), *As, *Bs), tuple(range(1 + 2 * G)), of(lora.lora_linears), of(lora.reference),
                  {"PEFT": peft, "frozen linears (bound)": linears},
                  (2 * T * K * N + low, 2 * T * (K + N) + stored + small),
@@ -245,7 +285,10 @@ def unpack(s: Setting, module, N: int, K: int) -> Bench:
         import bitsandbytes.functional as bnb
 
         if module is nf4:
-            return partial(bnb.dequantize_4bit, *bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True))
+            return partial(
+                bnb.dequantize_4bit,
+                *bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True),
+            )
         return lambda: bnb.int8_vectorwise_dequant(q.weight, q.SCB).to(s.dtype)
 
     size = sum(t.nbytes for t in q if isinstance(t, torch.Tensor))
@@ -342,7 +385,11 @@ def shapes() -> dict[str, dict[str, Callable[[Setting], Bench]]]:
     heads = {name: f"{name}, {c.heads}/{c.kv_heads} x {c.head}" for name, c in LMS.items()}
     made = {"attention": {f"{name}, {IMAGES} x {e[0]} x {e[1]} x {e[2]}": partial(dense, n=e[0], H=e[1], d=e[2])
                           for name, e in ENCODERS.items()}}  # fmt: skip
-    for what, tokens, equal in (("packed 8k", 8192, False), ("packed 16k", TOKENS, False), ("8 x 2k", TOKENS, True)):
+    for what, tokens, equal in (
+        ("packed 8k", 8192, False),
+        ("packed 16k", TOKENS, False),
+        ("8 x 2k", TOKENS, True),
+    ):
         made["attention"] |= {f"{heads[n]}, {what}": partial(packed, c=c, tokens=tokens, equal=equal)
                               for n, c in LMS.items()}  # fmt: skip
     made["decode"] = {f"{heads[n]}, 16 caches of {what}": partial(decode, c=c, full=full)
@@ -354,7 +401,9 @@ def shapes() -> dict[str, dict[str, Callable[[Setting], Bench]]]:
     made["cross_entropy"] = {f"{n}, {c.vocabulary / 1000:.0f}k words, {share:.0%} of 16k tokens":
                              partial(loss, c=c, tokens=TOKENS, supervised=share)
                              for (n, c), share in zip(LMS.items(), (0.2, 0.3, 0.1, 0.2), strict=True)}  # fmt: skip
-    made["cross_entropy"]["Qwen2.5-3B, 152k words, all of 8k tokens"] = partial(loss, c=qwen, tokens=8192, supervised=1)
+    made["cross_entropy"]["Qwen2.5-3B, 152k words, all of 8k tokens"] = partial(
+        loss, c=qwen, tokens=8192, supervised=1
+    )
     for name, module in (("nf4", nf4), ("int8", int8)):
         made[name] = {f"unpack {N} x {K}": partial(unpack, module=module, N=N, K=K)
                       for N, K in ((10240, 2560), (16384, 2048))}  # fmt: skip
@@ -373,5 +422,7 @@ def shapes() -> dict[str, dict[str, Callable[[Setting], Bench]]]:
                        ("Phi-2's GELU", "gelu_tanh", TOKENS, phi.mlp, False),
                        ("SigLIP's GELU", "gelu_tanh", siglip, 4304, False),
                        ("CLIP's quick GELU", "quick_gelu", clip, 4096, False))}  # fmt: skip
-    made["rope"] = {f"{heads[n]}, {c.rotary} of {c.head} turn": partial(rotary, c=c) for n, c in LMS.items()}
+    made["rope"] = {
+        f"{heads[n]}, {c.rotary} of {c.head} turn": partial(rotary, c=c) for n, c in LMS.items()
+    }
     return made

@@ -58,7 +58,9 @@ class Case(NamedTuple):
     dtype: str
     rows: int  # of an optimizer step
     budget: int  # tokens of one of our micro-batches
-    targets: dict[str, float]  # least ratio of rows/s, most of memory, least share of the machine's rate
+    targets: dict[
+        str, float
+    ]  # least ratio of rows/s, most of memory, least share of the machine's rate
 
 
 # config.json of the models on the Hub; the small one is SmolLM-135M with 16 of 30 layers and a ViT-S as SigLIP has it.
@@ -111,8 +113,20 @@ def sizes(case: Case, quick: bool) -> tuple[dict, dict]:
     """config.json of the language model and of the encoder."""
     text, vision = MODELS[case.model]
     if quick:
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2 if text["model_type"] != "phi" else 4}
-        text = text | heads | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        heads = {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2 if text["model_type"] != "phi" else 4,
+        }
+        text = (
+            text
+            | heads
+            | {
+                "vocab_size": 500,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+            }
+        )
         vision = vision | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
                            "image_size": 56, "patch_size": 14}  # fmt: skip
     return text, vision
@@ -135,13 +149,15 @@ def make_rows(case: Case, text: dict, vision: dict) -> list:
     import torch
 
     from bench.operations import sample_lengths
-    from samples import Sample
-    from templates import IGNORE, IMAGE_TOKEN
-    from views import Item
+    from inputs.sample import Sample
+    from inputs.templates import IGNORE, IMAGE_TOKEN
+    from inputs.tiling import Item
 
     g, rows = torch.Generator().manual_seed(0), []
     n = (vision["image_size"] // vision["patch_size"]) ** 2 - 1  # the first is dropped
-    for i, length in enumerate(sample_lengths(10**6, 0)[16 : 16 + case.rows]):  # the first hold an unusually long one
+    for i, length in enumerate(
+        sample_lengths(10**6, 0)[16 : 16 + case.rows]
+    ):  # the first hold an unusually long one
         ids = torch.randint(text["vocab_size"], (length,), generator=g)
         labels = ids.index_fill(0, torch.arange(length - length // 2), IGNORE)
         side, images = vision["image_size"], []
@@ -173,18 +189,16 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
     """-> a function that makes one step and returns loss and gradient norm, its modules, and what there is to say."""
     import torch
 
-    import layouts
     import lora
-    import parallel
-    import plan
     import train
-    import weights
+    from checkpoints import layouts, weights
     from config import Model, Stage, Tune
+    from inputs.sample import fill, pack
     from model import LLaVA
-    from samples import fill, pack
+    from training import planner, ranks
 
     imports, bf16 = peak(device), case.dtype == "bfloat16"
-    world = parallel.World(0, 1, torch.device(device))
+    world = ranks.World(0, 1, torch.device(device))
     stage = Stage(tune=Tune(llm=case.tune), learning_rate=RATES[case.tune], warmup_ratio=0.0,
                   micro_batch_tokens=case.budget)  # fmt: skip
     with torch.device(device):
@@ -202,15 +216,20 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
     train.set_trainable(model, stage.tune)
     rows = make_rows(case, text, vision)
     places = [len(r.items) * model.image_tokens for r in rows]
-    facts = [(len(r.items), n, len(r.ids) - n, int((r.labels >= 0).sum())) for r, n in zip(rows, places, strict=True)]
-    flops = sum(plan.estimate(model, stage, fact, recompute=False)[1] for fact in facts)
+    facts = [
+        (len(r.items), n, len(r.ids) - n, int((r.labels >= 0).sum()))
+        for r, n in zip(rows, places, strict=True)
+    ]
+    flops = sum(planner.estimate(model, stage, fact, recompute=False)[1] for fact in facts)
     if device == "cuda":  # as a user would: recompute only where it does not fit
         row = [sum(f) / len(facts) for f in zip(*facts, strict=True)]
-        need = sum(plan.estimate(model, stage, row, recompute=False)[0].values())
-        model.language_model.model.gradient_checkpointing = need > torch.cuda.get_device_properties(0).total_memory
+        need = sum(planner.estimate(model, stage, row, recompute=False)[0].values())
+        model.language_model.model.gradient_checkpointing = (
+            need > torch.cuda.get_device_properties(0).total_memory
+        )
     if bf16:
         train.round_frozen(model)
-    module, optimizer = parallel.wrap(model, world, "none"), train.make_optimizer(model, stage)
+    module, optimizer = ranks.wrap(model, world, "none"), train.make_optimizer(model, stage)
     batches = [pack([rows[j] for j in b]) for b in fill([len(r.ids) for r in rows], case.budget)]
     supervised = sum(b.supervised for b in batches)
     batches = [b.pin_memory() for b in batches] if device == "cuda" else batches
@@ -240,7 +259,7 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple:
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 
-    from templates import IMAGE_TOKEN
+    from inputs.templates import IMAGE_TOKEN
 
     if case.tune == "lora":
         import peft
@@ -253,14 +272,21 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple:
         lm = AutoModelForCausalLM.from_config(kinds[0], **wide)
         tower = SiglipVisionModel._from_config(kinds[1], **wide)
         first = nn.Linear(vision["hidden_size"], text["hidden_size"])
-        connector = nn.Sequential(first, nn.GELU(), nn.Linear(text["hidden_size"], text["hidden_size"]))
+        connector = nn.Sequential(
+            first, nn.GELU(), nn.Linear(text["hidden_size"], text["hidden_size"])
+        )
     for name, part in (("language_model", lm), ("vision_tower", tower), ("connector", connector)):
-        fill_by_name({f"{name}.{k}".replace(".vision_model.", "."): p for k, p in part.named_parameters()})
+        fill_by_name(
+            {f"{name}.{k}".replace(".vision_model.", "."): p for k, p in part.named_parameters()}
+        )
     tower.requires_grad_(False)
     lm.config.use_cache = False
     if case.tune == "lora":
         lm.requires_grad_(False)
-        targets = sorted({k.split(".")[-1] for k, m in lm.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"})
+        targets = sorted(
+            {k.split(".")[-1] for k, m in lm.named_modules() if isinstance(m, nn.Linear)}
+            - {"lm_head"}
+        )
         options = peft.LoraConfig(r=128, lora_alpha=256, lora_dropout=0.05, target_modules=targets)
         adapted = peft.get_peft_model(lm, options, autocast_adapter_dtype=False)
         named = {k.replace(".default", "").replace("base_model.model.", "language_model.", 1): p
@@ -272,8 +298,12 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple:
     trained = [p for m in (lm, connector) for p in m.parameters() if p.requires_grad]
     masters = [p.detach().clone().requires_grad_() for p in trained] if bf16 else trained
     for p in (p for m in (lm, tower, connector) for p in m.parameters()):
-        p.data = p.data.to(getattr(torch, case.dtype))  # not the table of rope's frequencies, as from_pretrained has it
-    optimizer = torch.optim.AdamW(masters, lr=RATES[case.tune], betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        p.data = p.data.to(
+            getattr(torch, case.dtype)
+        )  # not the table of rope's frequencies, as from_pretrained has it
+    optimizer = torch.optim.AdamW(
+        masters, lr=RATES[case.tune], betas=(0.9, 0.999), weight_decay=0.0, fused=True
+    )
     rows = make_rows(case, text, vision)
     supervised = sum(int((r.labels >= 0).sum()) for r in rows)
     if case.tune == "full":  # group_by_modality_length
@@ -285,7 +315,9 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple:
         ids, labels = (nn.utils.rnn.pad_sequence([getattr(r, k) for r in some], True, v)
                        for k, v in (("ids", 0), ("labels", -100)))  # fmt: skip
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(r.ids) for r in some], True)
-        images = torch.stack([r.items[0].pixels[0] if r.items else blank for r in some]).to(getattr(torch, case.dtype))
+        images = torch.stack([r.items[0].pixels[0] if r.items else blank for r in some]).to(
+            getattr(torch, case.dtype)
+        )
         seen = torch.tensor([bool(r.items) for r in some])
         batch = ids, labels, mask, images, seen
         batches.append([t.pin_memory() for t in batch] if device == "cuda" else batch)
@@ -295,10 +327,17 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple:
         total = 0.0
         for batch in batches:
             ids, labels, mask, images, seen = (t.to(device, non_blocking=True) for t in batch)
-            features = connector(tower(images, output_hidden_states=True).hidden_states[-2][:, 1:])[seen]
+            features = connector(tower(images, output_hidden_states=True).hidden_states[-2][:, 1:])[
+                seen
+            ]
             embedded = lm.get_input_embeddings()(ids.clamp(min=0))
             embedded = embedded.masked_scatter((ids == IMAGE_TOKEN)[..., None], features)
-            loss = lm(inputs_embeds=embedded, attention_mask=mask, labels=labels, num_items_in_batch=supervised).loss
+            loss = lm(
+                inputs_embeds=embedded,
+                attention_mask=mask,
+                labels=labels,
+                num_items_in_batch=supervised,
+            ).loss
             loss.backward()
             total += loss.detach()
         if bf16:
@@ -313,7 +352,12 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple:
         return total.item(), norm
 
     padding = 1 - sum(len(r.ids) for r in rows) / padded
-    facts = {"imports": imports, "padding": padding, "attention": attention, "transformers": transformers.__version__}
+    facts = {
+        "imports": imports,
+        "padding": padding,
+        "attention": attention,
+        "transformers": transformers.__version__,
+    }
     return step, lm, facts
 
 
@@ -322,7 +366,9 @@ def serve(path: str, device: str, quick: str, *fields: str):
     import torch
 
     case = Case(*json.loads(fields[0]))
-    step, model, facts = {OURS: ours, PEER: peer}[path](case, *sizes(case, quick == "quick"), device)
+    step, model, facts = {OURS: ours, PEER: peer}[path](
+        case, *sizes(case, quick == "quick"), device
+    )
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # what building took, a run does not
     print(json.dumps(facts), flush=True)
@@ -337,7 +383,12 @@ def serve(path: str, device: str, quick: str, *fields: str):
         loss, norm = step()
         if device == "cuda":
             torch.cuda.synchronize()
-        made = {"seconds": time.perf_counter() - start, "loss": loss, "norm": norm, "peak": peak(device)}
+        made = {
+            "seconds": time.perf_counter() - start,
+            "loss": loss,
+            "norm": norm,
+            "peak": peak(device),
+        }
         print(json.dumps(made), flush=True)
 
 
@@ -356,7 +407,11 @@ def machine(device: str, quick: str):
         a, b = s.randn(n, n), s.randn(n, n)
         rates[dtype] = 2 * n**3 / statistics.median(race({"": lambda a=a, b=b: a @ b}, s)[""]) * 1e3
     found = versions() | {"transformers": metadata.version("transformers")}
-    print(json.dumps({"machine": name, "versions": found, "rates": rates, "threads": torch.get_num_threads()}))
+    print(
+        json.dumps(
+            {"machine": name, "versions": found, "rates": rates, "threads": torch.get_num_threads()}
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------- in the first process
@@ -369,7 +424,9 @@ class Worker:
         self.errors = tempfile.TemporaryFile("w+")
         command = [sys.executable, __file__, "--child", *arguments]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True
+        )
 
     def answer(self) -> dict:
         """What it says, or as `reason` its last words if it has ended."""
@@ -394,13 +451,17 @@ class Worker:
 def race(case: Case, device: str, rounds: int, quick: bool) -> dict[str, dict]:
     """-> for each path its facts and its steps, of which the first does not count, or the reason why there are none."""
     paths = {}
-    for group in [(OURS, PEER)] if device == "cpu" else [(OURS,), (PEER,)]:  # a GPU cannot hold both
+    for group in (
+        [(OURS, PEER)] if device == "cpu" else [(OURS,), (PEER,)]
+    ):  # a GPU cannot hold both
         workers = {name: Worker(name, device, "quick" * quick, json.dumps(case)) for name in group}
         paths |= {name: worker.answer() | {"steps": []} for name, worker in workers.items()}
         for i in range(rounds + 1):
             for name, worker in list(workers.items())[:: 1 - i % 2 * 2]:
                 made = {} if "reason" in paths[name] else worker.step()
-                paths[name] |= made if "reason" in made else {"steps": [*paths[name]["steps"], made]}
+                paths[name] |= (
+                    made if "reason" in made else {"steps": [*paths[name]["steps"], made]}
+                )
         for worker in workers.values():
             worker.close()
     return paths
@@ -425,13 +486,22 @@ def judge(result: dict) -> tuple[dict[str, dict], list[str]]:
     if len(numbers) < 2:
         return numbers, []
     mine, theirs = numbers[OURS], numbers[PEER]
-    mine |= {"speed": theirs["seconds"] / mine["seconds"], "leaner": mine["memory"] / theirs["memory"]}
+    mine |= {
+        "speed": theirs["seconds"] / mine["seconds"],
+        "leaner": mine["memory"] / theirs["memory"],
+    }
     both = list(zip(paths[OURS]["steps"], paths[PEER]["steps"], strict=True))
-    loss = max((abs(a["loss"] / b["loss"] - 1) for a, b in both), key=lambda x: (x != x, x))  # NaN is the largest
+    loss = max(
+        (abs(a["loss"] / b["loss"] - 1) for a, b in both), key=lambda x: (x != x, x)
+    )  # NaN is the largest
     norm = abs(both[0][0]["norm"] / both[0][1]["norm"] - 1)
     mine |= {"loss": loss, "norm": norm}
     found = ("loss", loss, LOSS[case.dtype]), ("gradient norm", norm, NORM[case.dtype])
-    return numbers, [f"{what} {value:.1e} away from the peer's" for what, value, most in found if not value <= most]
+    return numbers, [
+        f"{what} {value:.1e} away from the peer's"
+        for what, value, most in found
+        if not value <= most
+    ]
 
 
 def show(name: str, result: dict) -> list[str]:
@@ -441,7 +511,9 @@ def show(name: str, result: dict) -> list[str]:
         print(f"\n{name}: {facts['parameters'] / 1e6:.0f}M parameters; a step is {case.rows} rows, {facts['images']} "
               f"pictures, {facts['tokens']} tokens, {facts['supervised']} supervised, {facts['flops'] / 1e12:.2f} "
               f"TFLOP; large products {result['rate'] / 1e12:.3g} TFLOP/s")  # fmt: skip
-        print(f"{'':14}{'seconds a step':>24}{'rows/s':>9}{'supervised/s':>14}{'padding':>9}{'share':>7}{'peak GB':>9}")
+        print(
+            f"{'':14}{'seconds a step':>24}{'rows/s':>9}{'supervised/s':>14}{'padding':>9}{'share':>7}{'peak GB':>9}"
+        )
     for path in result["paths"]:
         if path not in numbers:
             print(f"{path:14}{result['paths'][path].get('reason', 'nothing to compare with')}")
@@ -480,15 +552,24 @@ def table(result: dict) -> str:
         case, (numbers, wrong) = Case(*one["case"]), judge(one)
         for path, n in numbers.items():
             goals = judged(case, n) if path == OURS else []
-            words = "; ".join(f"{what} {value}" if met else f"{what} **{value}**" for what, value, met in goals)
+            words = "; ".join(
+                f"{what} {value}" if met else f"{what} **{value}**" for what, value, met in goals
+            )
             low, high = n["range"]
             lines.append(f"| {name} | {path} | {n['seconds']:.2f} ({low:.2f} to {high:.2f}) | {n['rows/s']:.2f} | "
                          f"{n['supervised/s']:.0f} | {n['padding']:.0%} | {n['share']:.0%} | {n['memory'] / 1e9:.2f} | "
                          f"{words} |")  # fmt: skip
         reasons = [f"{path}: {p['reason']}" for path, p in one["paths"].items() if "reason" in p]
         versions = [f"{k} {v}" for k, v in one["versions"].items() if v]
-        apart = f"losses {numbers[OURS]['loss']:.0e} apart" if "loss" in numbers.get(OURS, {}) else ""
-        facts = [one["date"], f"{one['threads']} threads", *versions, f"products {one['rate'] / 1e12:.3g} TFLOP/s"]
+        apart = (
+            f"losses {numbers[OURS]['loss']:.0e} apart" if "loss" in numbers.get(OURS, {}) else ""
+        )
+        facts = [
+            one["date"],
+            f"{one['threads']} threads",
+            *versions,
+            f"products {one['rate'] / 1e12:.3g} TFLOP/s",
+        ]
         told.append(f"- {name}: " + ", ".join(filter(None, [*facts, apart, *reasons, *wrong])))
     return "\n".join([*lines, "", *told])
 
@@ -498,8 +579,12 @@ def main(argv: list[str]):
         return machine(*argv[2:]) if argv[1] == "machine" else serve(*argv[1:])
     parser = config.parser(__doc__)
     every = "; ".join(name for cases in CASES.values() for name in cases)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {every}; without: all of the machine's")
-    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write the numbers to a file")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {every}; without: all of the machine's"
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="write the numbers to a file"
+    )
     parser.add_argument("--quick", action="store_true", help="toy sizes, all cases")
     parser.add_argument("--cpu", action="store_true", help="on the CPU")
     parser.add_argument("--rounds", type=int, default=3, help="counted steps of each path")
@@ -519,21 +604,33 @@ def main(argv: list[str]):
     facts = {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"} | facts
     print(f"{facts['machine']}, {facts['date']}, {facts['threads']} threads,",
           ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v))  # fmt: skip
-    file = Path(args.json) if args.json else RESULTS / facts["machine"].lower().replace(" ", "-") / "training.json"
-    found = json.loads(file.read_text()) if args.json is not None and file.exists() else {"cases": {}}
+    file = (
+        Path(args.json)
+        if args.json
+        else RESULTS / facts["machine"].lower().replace(" ", "-") / "training.json"
+    )
+    found = (
+        json.loads(file.read_text()) if args.json is not None and file.exists() else {"cases": {}}
+    )
     found |= {"machine": facts["machine"]}
     failures = []
     for name in args.cases or known:
         case = toy(known[name]) if args.quick else known[name]
         rate = facts["rates"][case.dtype]
-        result = facts | {"case": list(case), "rate": rate, "paths": race(case, device, args.rounds, args.quick)}
+        result = facts | {
+            "case": list(case),
+            "rate": rate,
+            "paths": race(case, device, args.rounds, args.quick),
+        }
         failures += show(name, result)
         found["cases"][name] = result
         if args.json is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found, indent=1) + "\n")
     if failures:
-        sys.exit(f"error: bench/training.py: {'; '.join(failures)}; fix: python -m pytest tests/test_train.py")
+        sys.exit(
+            f"error: bench/training.py: {'; '.join(failures)}; fix: python -m pytest tests/test_train.py"
+        )
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import config  # noqa: E402
-import video  # noqa: E402
-from images import ImageTransform  # noqa: E402
+from inputs import video  # noqa: E402
+from inputs.image_processor import ImageTransform  # noqa: E402
 
 COPIES, PEAKS, TARGET = 12, 3, 2.0  # PEAKS: processes for each count of frames
 
@@ -52,9 +52,15 @@ def longer(source: Path, out: Path) -> Path:
                 origin = container.streams.best("video")
                 stream = stream or target.add_stream_from_template(origin)
                 packets = [packet for packet in container.demux(origin) if packet.size]
-                length = max(p.pts for p in packets) + round(1 / (origin.average_rate * origin.time_base))
+                length = max(p.pts for p in packets) + round(
+                    1 / (origin.average_rate * origin.time_base)
+                )
                 for packet in packets:
-                    packet.stream, packet.pts, packet.dts = stream, packet.pts + offset, packet.dts + offset
+                    packet.stream, packet.pts, packet.dts = (
+                        stream,
+                        packet.pts + offset,
+                        packet.dts + offset,
+                    )
                     target.mux(packet)
                 offset += length
     return out
@@ -69,7 +75,9 @@ def every(file: Path, wanted: list[int], convert: bool = True) -> list[Image.Ima
         stream = container.streams.best("video")
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         shown = enumerate(container.decode(stream))
-        arrays = {i: frame.to_ndarray(format="rgb24") for i, frame in shown if convert or i in wanted}
+        arrays = {
+            i: frame.to_ndarray(format="rgb24") for i, frame in shown if convert or i in wanted
+        }
     return [Image.fromarray(arrays[i]) for i in wanted]
 
 
@@ -108,7 +116,7 @@ def status(key: str) -> int:
 @torch.inference_mode()
 def encode(file: str, count: int):
     """Prints the peak of encoding so many frames above what was there before, and what the features take of it."""
-    from layouts import LLaVAConfig
+    from checkpoints.layouts import LLaVAConfig
     from model import LLaVA
 
     model = LLaVA(LLaVAConfig(TEXT, SIGLIP_BASE, {})).to(torch.bfloat16).eval()
@@ -117,7 +125,15 @@ def encode(file: str, count: int):
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
     features = model.see(item.pixels)
-    print(json.dumps({"peak": status("VmHWM") - before, "features": features.nbytes, "pixels": item.pixels.nbytes}))
+    print(
+        json.dumps(
+            {
+                "peak": status("VmHWM") - before,
+                "features": features.nbytes,
+                "pixels": item.pixels.nbytes,
+            }
+        )
+    )
 
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # bytes: glibc maps larger blocks, and unmaps them
@@ -142,13 +158,21 @@ def table(result: dict) -> str:
         best = statistics.median(clip["ms"]["barellava"])
         for way, ms in clip["ms"].items():
             middle = statistics.median(ms)
-            lines.append(f"  {way:14}{middle:8.0f} ({min(ms):.0f} to {max(ms):.0f}){middle / best:8.2f} x")
+            lines.append(
+                f"  {way:14}{middle:8.0f} ({min(ms):.0f} to {max(ms):.0f}){middle / best:8.2f} x"
+            )
         ratios[name] = statistics.median(clip["ms"]["every frame"]) / best
-    longest = max((name for name in clips if f"{COPIES} x {name}" in clips), key=lambda name: clips[name]["seconds"])
+    longest = max(
+        (name for name in clips if f"{COPIES} x {name}" in clips),
+        key=lambda name: clips[name]["seconds"],
+    )
     for name in (longest, f"{COPIES} x {longest}"):
         good = "met" if ratios[name] >= TARGET else "MISSED"
         lines.append(f"target >= {TARGET:g} x every frame, {name}: {good} ({ratios[name]:.2f})")
-    middle = {n: {k: statistics.median(m[k] for m in runs) for k in ("peak", "features")} for n, runs in taken.items()}
+    middle = {
+        n: {k: statistics.median(m[k] for m in runs) for k in ("peak", "features")}
+        for n, runs in taken.items()
+    }
     for n, runs in taken.items():
         peaks, (peak, size) = [m["peak"] / 1e6 for m in runs], middle[n].values()
         lines.append(f"encoding {n} frames: {peak / 1e6:.0f} MB ({min(peaks):.0f} to {max(peaks):.0f}) of {len(runs)}, "
@@ -161,7 +185,11 @@ def table(result: dict) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {"python": sys.version.split()[0], "av": video._av().__version__, "torch": torch.__version__}
+    return {
+        "python": sys.version.split()[0],
+        "av": video._av().__version__,
+        "torch": torch.__version__,
+    }
 
 
 def main(argv: list[str]):

@@ -20,7 +20,11 @@ def first(data_dir, *names):
     for name in names:
         if (path := Path(data_dir) / name).exists():
             return path
-    raise UserError(Path(data_dir) / names[0], "no such file or folder", f"--data: a folder with {' or '.join(names)}")
+    raise UserError(
+        Path(data_dir) / names[0],
+        "no such file or folder",
+        f"--data: a folder with {' or '.join(names)}",
+    )
 
 
 def table(file, lines=False, part=None):
@@ -39,7 +43,9 @@ def table(file, lines=False, part=None):
         return dict(value.items() if isinstance(value, dict) else enumerate(value))
     except (OSError, ValueError, KeyError, TypeError) as error:
         where = file if at is None else f"{file}:{at}"
-        raise UserError(where, f"cannot be read: {words(error)}", "mend it, or fetch it again") from None
+        raise UserError(
+            where, f"cannot be read: {words(error)}", "mend it, or fetch it again"
+        ) from None
 
 
 def rows(file, lines=False, part=None):
@@ -54,9 +60,13 @@ def parquet_rows(file):
     except ModuleNotFoundError:
         raise UserError("pyarrow", f"reads {file}, not installed", "pip install pyarrow") from None
     try:
-        return [(f"{file}:{at}", row) for at, row in enumerate(parquet.read_table(file).to_pylist())]
+        return [
+            (f"{file}:{at}", row) for at, row in enumerate(parquet.read_table(file).to_pylist())
+        ]
     except (OSError, ValueError) as error:
-        raise UserError(file, f"cannot be read: {words(error)}", "mend it, or fetch it again") from None
+        raise UserError(
+            file, f"cannot be read: {words(error)}", "mend it, or fetch it again"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -67,7 +77,9 @@ def reading(where):
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(where, f"not as published: {words(error)}", "mend the row, or fetch the file again") from None
+        raise UserError(
+            where, f"not as published: {words(error)}", "mend the row, or fetch the file again"
+        ) from None
 
 
 def words(error):

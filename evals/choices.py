@@ -26,7 +26,9 @@ def letter_of(answer, choices):
 
 def bracketed(question, choices):
     """The question, then "(A) ..." a line, as MVBench and MLVU list options."""
-    return "\n".join([question, *(f"({letter}) {text}" for letter, text in choices.items())]).rstrip()
+    return "\n".join(
+        [question, *(f"({letter}) {text}" for letter, text in choices.items())]
+    ).rstrip()
 
 
 def example(where, name, video, prompt, choices, label, groups):

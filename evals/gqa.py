@@ -11,7 +11,7 @@ questions that query are `open`, all others `binary`. Chance is what the best co
 import json
 from pathlib import Path
 
-import weights
+from checkpoints import weights
 from config import UserError
 from evals import WORD, first, open_scores, reading, rows, table
 
@@ -23,13 +23,23 @@ def examples(data_dir):
     """[{"id", "image", "prompt", "label", "type": open or binary}] in file order."""
     folder = first(data_dir, "data/images", "images").relative_to(data_dir)
     name = "testdev_balanced_questions.json"
-    file = first(data_dir, f"data/{name}", name, f"data/questions1.2/{name}", f"questions1.2/{name}")
+    file = first(
+        data_dir, f"data/{name}", name, f"data/questions1.2/{name}", f"questions1.2/{name}"
+    )
     found = {}
     for number, row in table(file).items():
         with reading(f"{file}:{number}"):
             kind = "open" if row["types"]["structural"] == "query" else "binary"
-            found[number] = {"id": number, "image": f"{folder}/{row['imageId']}.jpg", "where": f"{file}:{number}"}
-            found[number] |= {"prompt": row["question"] + WORD, "label": row["answer"], "type": kind}
+            found[number] = {
+                "id": number,
+                "image": f"{folder}/{row['imageId']}.jpg",
+                "where": f"{file}:{number}",
+            }
+            found[number] |= {
+                "prompt": row["question"] + WORD,
+                "label": row["answer"],
+                "type": kind,
+            }
     llava = Path(data_dir) / "llava_gqa_testdev_balanced.jsonl"
     if not llava.exists():
         return list(found.values())
@@ -38,7 +48,11 @@ def examples(data_dir):
         with reading(where):
             number, image = str(row["question_id"]), f"{folder}/{row['image']}"
             if number not in found:
-                raise UserError(where, f"question {number} is not in {file.name}", "take both of the same version")
+                raise UserError(
+                    where,
+                    f"question {number} is not in {file.name}",
+                    "take both of the same version",
+                )
             asked.append(found[number] | {"image": image, "prompt": row["text"], "where": where})
     return asked
 
@@ -49,12 +63,17 @@ def prediction(answer):
 
 def score(examples, answers):
     pairs = zip(examples, answers, strict=True)
-    return open_scores([(("all", e["type"]), prediction(a) == e["label"], {e["label"]: 1}) for e, a in pairs])
+    return open_scores(
+        [(("all", e["type"]), prediction(a) == e["label"], {e["label"]: 1}) for e, a in pairs]
+    )
 
 
 def write(examples, answers, stem, data_dir):
     """The predictions as GQA's eval.py takes them."""
     file = Path(f"{stem}-testdev_balanced_predictions.json")
-    made = [{"questionId": e["id"], "prediction": prediction(a)} for e, a in zip(examples, answers, strict=True)]
+    made = [
+        {"questionId": e["id"], "prediction": prediction(a)}
+        for e, a in zip(examples, answers, strict=True)
+    ]
     weights.write_file(file, json.dumps(made))
     return [file]

@@ -22,7 +22,9 @@ class Judge:
         """wait: seconds before the second try; each further one waits twice as long."""
         url = url.rstrip("/")
         if not url.startswith(("http://", "https://")):
-            raise UserError(url, "not an http address", "--judge: such as https://api.openai.com/v1")
+            raise UserError(
+                url, "not an http address", "--judge: such as https://api.openai.com/v1"
+            )
         self.url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         self.model, self.file, self.wait, self.known = model, file, wait, {}
         for line in file.read_text().splitlines() if file.exists() else []:
@@ -34,18 +36,29 @@ class Judge:
 
     def __call__(self, messages, temperature, max_tokens):
         """The reply to [{"role", "content"}]. Raises UserError when the endpoint refuses or does not answer."""
-        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+        }
         text = json.dumps(body)
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in self.known:
             self.known[key] = self.ask(text)
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a") as lines:  # a line break first: a killed run may have left half a line
-                lines.write("\n" * (lines.tell() > 0) + json.dumps({"key": key, "reply": self.known[key]}))
+            with open(
+                self.file, "a"
+            ) as lines:  # a line break first: a killed run may have left half a line
+                lines.write(
+                    "\n" * (lines.tell() > 0) + json.dumps({"key": key, "reply": self.known[key]})
+                )
         return self.known[key]
 
     def ask(self, text):
-        request = urllib.request.Request(self.url, text.encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url, text.encode(), {"Content-Type": "application/json"}
+        )
         if key := os.environ.get("OPENAI_API_KEY"):
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         for attempt in range(TRIES):
@@ -58,6 +71,16 @@ class Judge:
                 failure = f"HTTP {error.code}: {' '.join(error.read(200).decode(errors='replace').split())}"
                 if error.code not in (408, 409, 429) and error.code < 500:
                     break
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            except (
+                OSError,
+                http.client.HTTPException,
+                ValueError,
+                LookupError,
+                TypeError,
+            ) as error:
                 failure = f"{type(error).__name__}: {error}"
-        raise UserError(self.url, failure, "see --judge, --judge-model and OPENAI_API_KEY; then run the same again")
+        raise UserError(
+            self.url,
+            failure,
+            "see --judge, --judge-model and OPENAI_API_KEY; then run the same again",
+        )

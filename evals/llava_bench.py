@@ -11,7 +11,7 @@ review that does not begin with two scores counts -1 for both, as there. The pap
 import json
 from pathlib import Path
 
-import weights
+from checkpoints import weights
 from config import UserError
 from evals import first, reading, rows
 
@@ -46,9 +46,22 @@ def examples(data_dir):
         with reading(where):
             number, image, category = row["question_id"], row["image"], row["category"]
             if category not in CATEGORIES:
-                raise UserError(where, f"category {category!r} has no rule", f"one of {', '.join(CATEGORIES)}")
-            found.append({"id": str(number), "image": f"images/{image}", "prompt": row["text"], "where": where})
-            found[-1] |= {"label": reference[number], "context": contexts[image], "category": category}
+                raise UserError(
+                    where, f"category {category!r} has no rule", f"one of {', '.join(CATEGORIES)}"
+                )
+            found.append(
+                {
+                    "id": str(number),
+                    "image": f"images/{image}",
+                    "prompt": row["text"],
+                    "where": where,
+                }
+            )
+            found[-1] |= {
+                "label": reference[number],
+                "context": contexts[image],
+                "category": category,
+            }
             found[-1] |= {"question_id": number}
     return found
 
@@ -57,7 +70,14 @@ def write(examples, answers, stem, data_dir):
     """The answers as LLaVA's scripts take them."""
     made = []
     for e, answer in zip(examples, answers, strict=True):
-        made.append({"question_id": e["question_id"], "prompt": e["prompt"], "text": answer, "answer_id": e["id"]})
+        made.append(
+            {
+                "question_id": e["question_id"],
+                "prompt": e["prompt"],
+                "text": answer,
+                "answer_id": e["id"],
+            }
+        )
         made[-1] |= {"model_id": Path(stem).parent.parent.name, "metadata": {}}
     file = Path(f"{stem}-answers.jsonl")
     weights.write_file(file, "".join(json.dumps(row) + "\n" for row in made))
@@ -67,7 +87,8 @@ def write(examples, answers, stem, data_dir):
 def content(example, answer):
     """What the judge reads."""
     said = "".join(
-        f"[Assistant {i}]\n{text}\n\n[End of Assistant {i}]\n\n" for i, text in enumerate((example["label"], answer), 1)
+        f"[Assistant {i}]\n{text}\n\n[End of Assistant {i}]\n\n"
+        for i, text in enumerate((example["label"], answer), 1)
     )
     return f"[Context]\n{example['context']}\n\n[Question]\n{example['prompt']}\n\n{said}[System]\n{RULE}\n\n"
 
@@ -89,7 +110,11 @@ def summary(reviews):
     scores = {}
     for name, pairs in groups.items():
         theirs, ours = (round(sum(column) / len(pairs), 3) for column in zip(*pairs, strict=True))
-        scores[name] = {"score": round(ours / theirs * 100, 1) if theirs else 0.0, "chance": None, "n": len(pairs)}
+        scores[name] = {
+            "score": round(ours / theirs * 100, 1) if theirs else 0.0,
+            "chance": None,
+            "n": len(pairs),
+        }
         scores[name] |= {"gpt4": round(theirs * 10, 1), "model": round(ours * 10, 1)}
     return scores
 
@@ -97,9 +122,21 @@ def summary(reviews):
 def judge(examples, answers, ask, stem, data_dir):
     made = []
     for i, (example, answer) in enumerate(zip(examples, answers, strict=True), 1):
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content(example, answer)}]
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": content(example, answer)},
+        ]
         review, category = ask(messages, 0.2, 1024), f"llava_bench_{example['category']}"
-        made.append({"id": i, "question_id": example["question_id"], "category": category, "content": review})
+        made.append(
+            {
+                "id": i,
+                "question_id": example["question_id"],
+                "category": category,
+                "content": review,
+            }
+        )
         made[-1]["tuple"] = parse(review)
-    weights.write_file(Path(f"{stem}-reviews.jsonl"), "".join(json.dumps(row) + "\n" for row in made))
+    weights.write_file(
+        Path(f"{stem}-reviews.jsonl"), "".join(json.dumps(row) + "\n" for row in made)
+    )
     return summary([(row["category"].removeprefix("llava_bench_"), row["tuple"]) for row in made])

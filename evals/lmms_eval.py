@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 import config
-import weights
+from checkpoints import weights
 from config import UserError
 from evaluate import generate
+from inputs.sample import look
+from inputs.templates import IGNORE, IMAGE, encode, load_tokenizer
 from model import LLaVA
-from samples import look
-from templates import IGNORE, IMAGE, encode, load_tokenizer
 
 try:
     from lmms_eval.api.model import lmms
@@ -40,7 +40,10 @@ class Barellava(lmms):
         super().__init__()
         cuda = torch.cuda.is_available() and device != "cpu"
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._rank, self._world_size = (
+            int(os.environ.get("RANK", 0)),
+            int(os.environ.get("WORLD_SIZE", 1)),
+        )
         folder = weights.resolve(pretrained)
         dtype = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
         self.llava = LLaVA.from_pretrained(folder, dtype=dtype, device=self.device).eval()
@@ -58,7 +61,9 @@ class Barellava(lmms):
                 try:
                     made.append(look(visual, "video", views))
                 except ValueError as e:
-                    raise UserError(f"lmms-eval:{task}", f"{visual}: {e}", "fetch it again") from None
+                    raise UserError(
+                        f"lmms-eval:{task}", f"{visual}: {e}", "fetch it again"
+                    ) from None
             else:
                 what = f"it shows a {type(visual).__name__}"
                 raise UserError(f"lmms-eval:{task}", what, "take a task of pictures or videos")
@@ -85,7 +90,9 @@ class Barellava(lmms):
                 questions = [requests[i].args[0] for i in part]
                 pictures = [self.items(requests[i].args) for i in part]
                 for i, text in zip(
-                    part, generate(self.llava, self.tokenizer, questions, pictures, **options), strict=True
+                    part,
+                    generate(self.llava, self.tokenizer, questions, pictures, **options),
+                    strict=True,
                 ):
                     for stop in [stops] if isinstance(stops, str) else stops:
                         text = text.split(stop)[0] if stop else text
@@ -105,7 +112,10 @@ class Barellava(lmms):
             if text.count(IMAGE) != len(seen):
                 text = f"{IMAGE}\n" * len(seen) + text.replace(IMAGE, "")
             turns = [{"from": "human", "value": text}, {"from": "gpt", "value": str(target)}]
-            ids, labels = (torch.tensor([row]) for row in encode(turns, self.tokenizer, self.llava.config.template))
+            ids, labels = (
+                torch.tensor([row])
+                for row in encode(turns, self.tokenizer, self.llava.config.template)
+            )
             out = self.llava(ids.to(self.device), seen, labels=labels.to(self.device))
             tail = labels[0, int((labels[0] != IGNORE).nonzero()[0]) :]
             said = out.logits[0, -len(tail) - 1 : -1].argmax(-1).cpu()

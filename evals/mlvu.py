@@ -11,7 +11,15 @@ from evals import LETTER, choices, first, reading, rows
 
 MAX_NEW_TOKENS = choices.MAX_NEW_TOKENS
 PUBLISHED = ("M-Avg", "MLVU")
-TASKS = ("1_plotQA", "2_needle", "3_ego", "4_count", "5_order", "6_anomaly_reco", "7_topic_reasoning")
+TASKS = (
+    "1_plotQA",
+    "2_needle",
+    "3_ego",
+    "4_count",
+    "5_order",
+    "6_anomaly_reco",
+    "7_topic_reasoning",
+)
 # The answer to two questions of 2_needle, but none of their choices: no answer is right, as officially.
 NO_CHOICE = "Catching a flying drone quadcopter"
 
@@ -23,10 +31,18 @@ def examples(data_dir):
         for number, (where, row) in enumerate(rows(first(data_dir, f"json/{task}.json"))):
             with reading(where):
                 options = choices.letters(row["candidates"])
-                label = None if row["answer"] == NO_CHOICE else choices.letter_of(row["answer"], options)
+                label = (
+                    None
+                    if row["answer"] == NO_CHOICE
+                    else choices.letter_of(row["answer"], options)
+                )
                 prompt = choices.bracketed(row["question"], options) + LETTER
                 video = choices.clip(data_dir, f"video/{task}/{row['video']}")
-                found.append(choices.example(where, f"{task}-{number}", video, prompt, options, label, (task[2:],)))
+                found.append(
+                    choices.example(
+                        where, f"{task}-{number}", video, prompt, options, label, (task[2:],)
+                    )
+                )
     return found
 
 

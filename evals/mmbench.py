@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-import weights
+from checkpoints import weights
 from config import UserError
 from evals import LETTER, first, grouped, lettered, reading
 
@@ -51,8 +51,19 @@ def examples(data_dir):
                 text = row["question"] + lettered(choices.values()) + LETTER
                 text = text if row["hint"] in EMPTY else f"{row['hint']}\n{text}"
                 label = row.get("answer") or None
-                found.append({"id": str(index), "image": f"{file.name}:{index}", "prompt": text, "label": label})
-                found[-1] |= {"pictures": [pictures[index]], "choices": choices, "group": index % 10**6}
+                found.append(
+                    {
+                        "id": str(index),
+                        "image": f"{file.name}:{index}",
+                        "prompt": text,
+                        "label": label,
+                    }
+                )
+                found[-1] |= {
+                    "pictures": [pictures[index]],
+                    "choices": choices,
+                    "group": index % 10**6,
+                }
                 found[-1] |= {"row": row, "where": f"{file}:{number}"}
     if not found:
         raise UserError(file, "no questions in it", "fetch it again")
@@ -67,7 +78,9 @@ def parse(answer, choices):
         return said[0]
     if not said and "Z" in tokens:  # for none of them
         return None
-    if (match := re.search(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", answer)) and match[1].upper() in choices:
+    if (match := re.search(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", answer)) and match[
+        1
+    ].upper() in choices:
         return match[1].upper()
     if len(answer) > 2 * sum(map(len, choices.values())):
         return None
@@ -85,10 +98,19 @@ def score(examples, answers):
     for group in groups.values():
         example, right = group[0]
         chance = 1 / len(example["choices"])
-        results.append((("circular", example["row"].get("category")), all(r for _, r in group), chance ** len(group)))
+        results.append(
+            (
+                ("circular", example["row"].get("category")),
+                all(r for _, r in group),
+                chance ** len(group),
+            )
+        )
         results.append((("vanilla",), right, chance))
     scores = grouped(results)
-    return {name: scores[name] for name in sorted(scores, key=lambda name: name not in ("circular", "vanilla"))}
+    return {
+        name: scores[name]
+        for name in sorted(scores, key=lambda name: name not in ("circular", "vanilla"))
+    }
 
 
 def write(examples, answers, stem, data_dir):

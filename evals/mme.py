@@ -10,7 +10,7 @@ and perception and cognition are sums over their tasks. Chance is a coin: 75 a t
 
 from pathlib import Path
 
-import weights
+from checkpoints import weights
 from config import UserError
 from evals import WORD, first, reading, rows
 
@@ -31,7 +31,9 @@ def examples(data_dir):
     release = release.parent if release.name in TASKS else release
     found = list(official(data_dir, release))
     if not found:
-        raise UserError(release, "no questions in it", f"--data: a folder with {release.name}/TASK/*.txt")
+        raise UserError(
+            release, "no questions in it", f"--data: a folder with {release.name}/TASK/*.txt"
+        )
     llava = Path(data_dir) / "llava_mme.jsonl"
     if not llava.exists():
         return found
@@ -41,7 +43,11 @@ def examples(data_dir):
             name = Path(row["question_id"])  # TASK/PICTURE or TASK/images/PICTURE
             key = f"{name.parts[0]}/{name.stem}", bare(row["text"].replace(WORD, ""))
             if key not in known:
-                raise UserError(where, f"its question is not in {release.name}/{name.parts[0]}", "fetch both again")
+                raise UserError(
+                    where,
+                    f"its question is not in {release.name}/{name.parts[0]}",
+                    "fetch both again",
+                )
             image = (release / row["image"]).relative_to(data_dir)
             asked.append(known[key] | {"prompt": row["text"], "image": str(image), "where": where})
     return asked
@@ -51,16 +57,29 @@ def official(data_dir, release):
     """The examples as the archive has them."""
     for task in TASKS:
         folder = release / task
-        texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").exists() else folder
-        pictures = {f.stem: f for f in (folder / "images" if texts != folder else folder).glob("*.[jp][pn]*g")}
+        texts = (
+            folder / "questions_answers_YN"
+            if (folder / "questions_answers_YN").exists()
+            else folder
+        )
+        pictures = {
+            f.stem: f
+            for f in (folder / "images" if texts != folder else folder).glob("*.[jp][pn]*g")
+        }
         for file in sorted(texts.glob("*.txt")):
             lines = file.read_text(encoding="utf-8").strip().split("\n")
             for number, line in enumerate(lines):
                 where, parts = f"{file}:{number}", line.rstrip().split("\t")
                 if len(parts) != 2 or parts[1] not in ("Yes", "No") or len(lines) != 2:
-                    raise UserError(where, "not two lines of `question<TAB>Yes or No`", "fetch the file again")
+                    raise UserError(
+                        where, "not two lines of `question<TAB>Yes or No`", "fetch the file again"
+                    )
                 if file.stem not in pictures:
-                    raise UserError(where, f"no picture {file.stem}.jpg or .png for it", "fetch the archive again")
+                    raise UserError(
+                        where,
+                        f"no picture {file.stem}.jpg or .png for it",
+                        "fetch the archive again",
+                    )
                 yield {
                     "id": f"{task}/{file.stem}/{number}",
                     "image": str(pictures[file.stem].relative_to(data_dir)),
@@ -92,7 +111,9 @@ def score(examples, answers):
     for task, asked in pictures.items():
         if asked:
             every = [right for both in asked.values() for right in both]
-            points = 100 * (sum(every) / len(every)) + 100 * (sum(map(all, asked.values())) / len(asked))
+            points = 100 * (sum(every) / len(every)) + 100 * (
+                sum(map(all, asked.values())) / len(asked)
+            )
             scores[task] = {"score": points, "chance": 75.0, "n": len(every)}
     sums = {}
     for name, tasks in GROUPS.items():

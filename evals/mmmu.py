@@ -44,13 +44,24 @@ def factory(data_dir, file):
         with reading(where):
             image, label = row.get("image"), labels[row["id"]]["ground_truth"]
             choices = row["index2ans"] if row["question_type"] == "multiple-choice" else {}
-            found.append({"id": row["id"], "image": image and f"all_images/{image}", "prompt": row["prompt"]})
-            found[-1] |= {"label": label, "choices": choices, "subject": subject(row["id"]), "where": where}
+            found.append(
+                {"id": row["id"], "image": image and f"all_images/{image}", "prompt": row["prompt"]}
+            )
+            found[-1] |= {
+                "label": label,
+                "choices": choices,
+                "subject": subject(row["id"]),
+                "where": where,
+            }
     return found
 
 
 def original(data_dir):
-    files = [file for name in SUBJECTS for file in sorted(Path(data_dir).glob(f"{name}/validation-*.parquet"))]
+    files = [
+        file
+        for name in SUBJECTS
+        for file in sorted(Path(data_dir).glob(f"{name}/validation-*.parquet"))
+    ]
     if not files:
         first(data_dir, "anns_for_eval.json", "Accounting/validation-00000-of-00001.parquet")
     found = []
@@ -65,9 +76,22 @@ def original(data_dir):
                 else:
                     text, choices = row["question"] + WORD, {}
                 numbers, text = placed(text, [i for i in range(1, 8) if row.get(f"image_{i}")])
-                label = ast.literal_eval(row["answer"]) if row["answer"].startswith("[") else row["answer"]
-                found.append({"id": row["id"], "image": [f"{row['id']}:{i}" for i in numbers], "prompt": text})
-                found[-1] |= {"pictures": [row[f"image_{i}"]["bytes"] for i in numbers], "label": label}
+                label = (
+                    ast.literal_eval(row["answer"])
+                    if row["answer"].startswith("[")
+                    else row["answer"]
+                )
+                found.append(
+                    {
+                        "id": row["id"],
+                        "image": [f"{row['id']}:{i}" for i in numbers],
+                        "prompt": text,
+                    }
+                )
+                found[-1] |= {
+                    "pictures": [row[f"image_{i}"]["bytes"] for i in numbers],
+                    "label": label,
+                }
                 found[-1] |= {"choices": choices, "subject": subject(row["id"]), "where": where}
     return found
 
@@ -139,12 +163,16 @@ def parse_open(answer):
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
             keys.append(shortest)
     keys = keys or [answer]
-    texts = keys + [found for key in keys for pattern in NUMBER for found in re.findall(pattern, key)]
+    texts = keys + [
+        found for key in keys for pattern in NUMBER for found in re.findall(pattern, key)
+    ]
     return {meaning for text in texts for meaning in normal(text)}
 
 
 def open_right(answer, label):
-    labels = [value for text in (label if isinstance(label, list) else [label]) for value in normal(text)]
+    labels = [
+        value for text in (label if isinstance(label, list) else [label]) for value in normal(text)
+    ]
     words = [value for value in labels if isinstance(value, str)]
     said = parse_open(answer)
     return any(any(w in s for w in words) if isinstance(s, str) else s in labels for s in said)
@@ -158,9 +186,17 @@ def score(examples, answers):
             names.append("pictures missing")
         if choices := example["choices"]:
             said = parse_choice(answer, choices) if example["image"] else None
-            results.append((names, (said or rng.choice(list(choices))) == example["label"], 1 / len(choices)))
+            results.append(
+                (names, (said or rng.choice(list(choices))) == example["label"], 1 / len(choices))
+            )
         else:
-            results.append((names, bool(example["image"]) and open_right(answer, example["label"]), 0))
+            results.append(
+                (names, bool(example["image"]) and open_right(answer, example["label"]), 0)
+            )
     scores = grouped(results)
-    order = ["Overall", "pictures missing", *(n for d, s in DOMAINS.items() for n in (d, *s.split()))]
+    order = [
+        "Overall",
+        "pictures missing",
+        *(n for d, s in DOMAINS.items() for n in (d, *s.split())),
+    ]
     return {name: scores[name] for name in order if name in scores}

@@ -12,7 +12,7 @@ gpt-4-0613.
 import json
 from pathlib import Path
 
-import weights
+from checkpoints import weights
 from config import UserError
 from evals import first, grouped, reading, rows, table
 
@@ -52,14 +52,22 @@ AGAIN = "\nPredict the correctness of the answer (digit): "
 def examples(data_dir):
     """[{"id": v1_0 ..., "image", "prompt", "label" or None, "question", "capability"}] in file order."""
     folder, llava = first(data_dir, "images"), Path(data_dir) / "llava-mm-vet.jsonl"
-    files = [file for name in ("mm-vet.json", "mm-vet/mm-vet.json") if (file := Path(data_dir) / name).exists()]
+    files = [
+        file
+        for name in ("mm-vet.json", "mm-vet/mm-vet.json")
+        if (file := Path(data_dir) / name).exists()
+    ]
     if not files and not llava.exists():
         first(data_dir, "mm-vet.json", llava.name)
     found = {}
     for number, row in table(files[0]).items() if files else ():
         where = f"{files[0]}:{number}"
         with reading(where):
-            found[number] = {"id": number, "image": f"{folder.name}/{row['imagename']}", "prompt": row["question"]}
+            found[number] = {
+                "id": number,
+                "image": f"{folder.name}/{row['imagename']}",
+                "prompt": row["question"],
+            }
             found[number] |= {"label": row["answer"], "question": row["question"], "where": where}
             found[number] |= {"capability": sorted(set(row["capability"]))}
     if not llava.exists():
@@ -68,7 +76,9 @@ def examples(data_dir):
     for where, row in rows(llava):
         with reading(where):
             number = f"v1_{str(row['question_id']).removeprefix('v1_')}"
-            asked.append({"label": None} | found.get(number, {}) | {"id": number, "prompt": row["text"]})
+            asked.append(
+                {"label": None} | found.get(number, {}) | {"id": number, "prompt": row["text"]}
+            )
             asked[-1] |= {"image": f"{folder.name}/{row['image']}", "where": where}
     return asked
 
@@ -84,7 +94,10 @@ def write(examples, answers, stem, data_dir):
 def grade(example, answer, ask):
     truth = example["label"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     question = f"{PROMPT}\n" + " | ".join([example["question"], truth, answer, ""])
-    for temperature, text in ((0.0, question), *((t, question + AGAIN) for t in (0.0, 0.5, 1.0, 1.5))):
+    for temperature, text in (
+        (0.0, question),
+        *((t, question + AGAIN) for t in (0.0, 0.5, 1.0, 1.5)),
+    ):
         reply = ask([{"role": "user", "content": text}], temperature, 3)
         try:
             value = float(reply.split(" ")[0].strip())
@@ -99,6 +112,10 @@ def judge(examples, answers, ask, stem, data_dir):
     results = []
     for example, answer in zip(examples, answers, strict=True):
         if example["label"] is None:
-            raise UserError(example["where"], "no ground truth for it", "put mm-vet.json of mm-vet.zip beside it")
+            raise UserError(
+                example["where"],
+                "no ground truth for it",
+                "put mm-vet.json of mm-vet.zip beside it",
+            )
         results.append((("all", *example["capability"]), grade(example, answer, ask), 0))
     return {name: s | {"chance": None} for name, s in grouped(results).items()}

@@ -22,7 +22,11 @@ DISCIPLINES = {
     "Engineering": "Biomedical_Engineering Civil_Engineering Computer_Science Electrical_Engineering "
     "Electronics_and_Communication Mechanical_Engineering",
 }
-SUBJECTS = {subject: discipline for discipline, subjects in DISCIPLINES.items() for subject in subjects.split()}
+SUBJECTS = {
+    subject: discipline
+    for discipline, subjects in DISCIPLINES.items()
+    for subject in subjects.split()
+}
 
 
 def examples(data_dir):
@@ -31,10 +35,18 @@ def examples(data_dir):
     found = []
     for where, row in rows(first(data_dir, "validation.json")):
         with reading(where):
-            kind, options, label, ask = KINDS[row["question_type"]], {}, row["answer"].strip(), DIRECT
+            kind, options, label, ask = (
+                KINDS[row["question_type"]],
+                {},
+                row["answer"].strip(),
+                DIRECT,
+            )
             if kind == "multiple choice":
                 options = row["choices"]
-                label, ask = choices.letter_of(label, {letter: letter for letter in options}), LETTER
+                label, ask = (
+                    choices.letter_of(label, {letter: letter for letter in options}),
+                    LETTER,
+                )
             prompt = row["question"] + lettered(options.values()) + ask
             video = choices.clip(data_dir, row["video"].split("/resolve/main/")[-1])
             groups = ("all", kind, SUBJECTS[video.split("/")[-2]])

@@ -15,7 +15,11 @@ def examples(data_dir):
     found = []
     for where, row in rows(first(data_dir, "benchmark/moving.jsonl")):
         with reading(where):
-            names = {"id": f"moving-{row['question_id']}", "image": None, "video": f"videos/{row['video']}"}
+            names = {
+                "id": f"moving-{row['question_id']}",
+                "image": None,
+                "video": f"videos/{row['video']}",
+            }
             found.append(row | names | {"prompt": row["text"], "where": where})
     return found
 
@@ -23,6 +27,10 @@ def examples(data_dir):
 def score(examples, answers):
     """{name: {"score" %, "chance" %, "n"}} of all and of each kind: the words, but for case and a final period."""
     return grouped(
-        (("moving", e["kind"]), answer.strip().lower().removesuffix(".") == e["label"], 1 / len(e["choices"]))
+        (
+            ("moving", e["kind"]),
+            answer.strip().lower().removesuffix(".") == e["label"],
+            1 / len(e["choices"]),
+        )
         for e, answer in zip(examples, answers, strict=True)
     )

@@ -36,7 +36,13 @@ TASKS = {
     "Episodic Reasoning": "tvqa/frames_fps3_hq",
     "Counterfactual Inference": "clevrer/video_validation",
 }
-SPANS = {"Action Sequence", "Action Prediction", "Object Interaction", "Action Localization", "Episodic Reasoning"}
+SPANS = {
+    "Action Sequence",
+    "Action Prediction",
+    "Object Interaction",
+    "Action Localization",
+    "Episodic Reasoning",
+}
 FRAMES = {"Episodic Reasoning": 3}  # frames a second
 
 
@@ -55,7 +61,11 @@ def examples(data_dir, without=()):
                 prompt = choices.bracketed(row["question"], options) + LETTER
                 clip = f"{folder}/{row['video']}"
                 video = choices.clip(data_dir, f"video/{clip}", f"video/data0613/{clip}")
-                found.append(choices.example(where, f"{name}-{number}", video, prompt, options, label, (task,)))
+                found.append(
+                    choices.example(
+                        where, f"{name}-{number}", video, prompt, options, label, (task,)
+                    )
+                )
                 if task in SPANS:
                     found[-1]["span"] = float(row["start"]), float(row["end"])
                 if task in FRAMES:

@@ -12,7 +12,9 @@ def nearest(column, sources):
     """(number, recipe's name) that TinyLLaVA's authors published for the model whose names are most like `sources`."""
 
     def alike(a, b):
-        return difflib.SequenceMatcher(None, a.split("/")[-1].lower(), b.split("/")[-1].lower()).ratio()
+        return difflib.SequenceMatcher(
+            None, a.split("/")[-1].lower(), b.split("/")[-1].lower()
+        ).ratio()
 
     best = None
     for file in sorted(RECIPES.glob("*.toml")):
@@ -31,5 +33,9 @@ def add_published(scores, task, c):
     if name in scores:
         names = {"llm": c.text.get("model_type", ""), "vision": c.vision.get("model_type", "")}
         names |= {key: value for key, value in c.sources.items() if value}
-        number, of = nearest(source, names) if isinstance(source, str) else next((n, m) for m, n in source.items())
+        number, of = (
+            nearest(source, names)
+            if isinstance(source, str)
+            else next((n, m) for m, n in source.items())
+        )
         scores[name] |= {"published": number, "published_of": of}

@@ -19,31 +19,51 @@ LETTERS = ("A", "B", "C", "D", "E")
 
 def examples(data_dir):
     """[{"id", "image" or None, "prompt", "label": letter, "choices", "names": groups it counts in}] in file order."""
-    file, llava, found = first(data_dir, "problems.json"), Path(data_dir) / "llava_test_CQM-A.json", []
+    file, llava, found = (
+        first(data_dir, "problems.json"),
+        Path(data_dir) / "llava_test_CQM-A.json",
+        [],
+    )
     problems = table(file)
     if llava.exists():
         asked = rows(llava)
     else:
-        asked = [(f"{file}:{number}", number) for _, number in rows(first(data_dir, "pid_splits.json"), part="test")]
+        asked = [
+            (f"{file}:{number}", number)
+            for _, number in rows(first(data_dir, "pid_splits.json"), part="test")
+        ]
     for where, row in asked:
         with reading(where):
             number = row["id"] if llava.exists() else row
             problem = problems[number]
             if llava.exists():
-                image, text = row.get("image"), row["conversations"][0]["value"].replace("<image>", "").strip()
+                image, text = (
+                    row.get("image"),
+                    row["conversations"][0]["value"].replace("<image>", "").strip(),
+                )
             else:
                 image = problem["image"] and f"{number}/{problem['image']}"
                 text = f"Context: {problem['hint']}\n" * bool(problem["hint"]) + problem["question"]
                 text += lettered(problem["choices"])
             image, label = image and f"images/test/{image}", LETTERS[problem["answer"]]
-            found.append({"id": number, "image": image, "prompt": text + LETTER, "label": label, "where": where})
+            found.append(
+                {
+                    "id": number,
+                    "image": image,
+                    "prompt": text + LETTER,
+                    "label": label,
+                    "where": where,
+                }
+            )
             found[-1] |= {"choices": problem["choices"], "names": names(problem)}
     return found
 
 
 def names(problem):
     grade = "grades 1-6" if int(problem["grade"].removeprefix("grade")) <= 6 else "grades 7-12"
-    context = [name for name, has in (("text", problem["hint"]), ("IMG", problem["image"])) if has] or ["no context"]
+    context = [
+        name for name, has in (("text", problem["hint"]), ("IMG", problem["image"])) if has
+    ] or ["no context"]
     return ["all", *context, problem["subject"], grade, problem["topic"]]
 
 

@@ -9,7 +9,7 @@ Scored as LLaVA's convert_seed_for_submission.py: the answer must be the letter 
 import json
 from pathlib import Path
 
-import weights
+from checkpoints import weights
 from evals import LETTER, first, grouped, lettered, reading, rows, table
 
 MAX_NEW_TOKENS = 128
@@ -29,10 +29,25 @@ def examples(data_dir):
         with reading(where):
             if row["data_type"] != "image":
                 continue
-            number, choices = str(row["question_id"]), [row[f"choice_{letter}"] for letter in "abcd"]
-            plain = where, f"SEED-Bench-image/{row['data_id']}", row["question"] + lettered(choices) + LETTER
+            number, choices = (
+                str(row["question_id"]),
+                [row[f"choice_{letter}"] for letter in "abcd"],
+            )
+            plain = (
+                where,
+                f"SEED-Bench-image/{row['data_id']}",
+                row["question"] + lettered(choices) + LETTER,
+            )
             where, image, text = prompts[number] if prompts else plain
-            found.append({"id": number, "image": image, "prompt": text, "label": row["answer"], "where": where})
+            found.append(
+                {
+                    "id": number,
+                    "image": image,
+                    "prompt": text,
+                    "label": row["answer"],
+                    "where": where,
+                }
+            )
             found[-1] |= {"kind": kinds[row["question_type_id"]], "question_id": row["question_id"]}
     return found
 
@@ -45,6 +60,9 @@ def score(examples, answers):
 def write(examples, answers, stem, data_dir):
     """The predictions as the leaderboard takes them."""
     file = Path(f"{stem}-predictions.jsonl")
-    made = [{"question_id": e["question_id"], "prediction": a} for e, a in zip(examples, answers, strict=True)]
+    made = [
+        {"question_id": e["question_id"], "prediction": a}
+        for e, a in zip(examples, answers, strict=True)
+    ]
     weights.write_file(file, "".join(json.dumps(row) + "\n" for row in made))
     return [file]

@@ -20,24 +20,42 @@ OCR = "\nReference OCR token: "
 def examples(data_dir, ocr=True):
     """[{"id", "image", "prompt", "label": ten answers}] in file order."""
     folder = first(data_dir, "train_images", "train_val_images/train_images").relative_to(data_dir)
-    file, llava = first(data_dir, "TextVQA_0.5.1_val.json"), Path(data_dir) / "llava_textvqa_val_v051_ocr.jsonl"
+    file, llava = (
+        first(data_dir, "TextVQA_0.5.1_val.json"),
+        Path(data_dir) / "llava_textvqa_val_v051_ocr.jsonl",
+    )
     tokens = ocr_tokens(data_dir) if ocr and not llava.exists() else {}
     found = []
     for where, row in rows(file, part="data"):
         with reading(where):
             seen = OCR + ", ".join(tokens.get(row["image_id"], [])) if ocr else ""
             prompt = row["question"].capitalize() + seen + WORD
-            found.append({"id": str(row["question_id"]), "image": f"{folder}/{row['image_id']}.jpg", "prompt": prompt})
-            found[-1] |= {"label": row["answers"], "key": (row["image_id"], row["question"].lower()), "where": where}
+            found.append(
+                {
+                    "id": str(row["question_id"]),
+                    "image": f"{folder}/{row['image_id']}.jpg",
+                    "prompt": prompt,
+                }
+            )
+            found[-1] |= {
+                "label": row["answers"],
+                "key": (row["image_id"], row["question"].lower()),
+                "where": where,
+            }
     if not llava.exists():
         return found
     known, asked = {example["key"]: example for example in found}, []
     for where, row in rows(llava):
         with reading(where):
             question, *rest = row["text"].split("\n")
-            key = row["question_id"], question.lower()  # the picture's id, as the official script looks it up
+            key = (
+                row["question_id"],
+                question.lower(),
+            )  # the picture's id, as the official script looks it up
             if key not in known:
-                raise UserError(where, f"its question is not in {file.name}", "take both of the same version")
+                raise UserError(
+                    where, f"its question is not in {file.name}", "take both of the same version"
+                )
             kept = [line for line in rest if ocr or not line.startswith(OCR.strip())]
             asked.append(known[key] | {"prompt": "\n".join([question, *kept]), "where": where})
             asked[-1]["image"] = f"{folder}/{row['image']}"

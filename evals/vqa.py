@@ -19,7 +19,9 @@ WORDS = """'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn'
     there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're
     what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
     would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've""".split()
-CONTRACTIONS = {word[: m.start()] + word[m.end() :]: word for word in WORDS for m in re.finditer("'", word)}
+CONTRACTIONS = {
+    word[: m.start()] + word[m.end() :]: word for word in WORDS for m in re.finditer("'", word)
+}
 CONTRACTIONS["somebody'd"] = "somebodyd"  # this way round in the official list
 
 
@@ -54,7 +56,11 @@ def prepared(humans):
     """(how VQA's scorer normalises an answer here, the human answers normalised so). Only where the humans differ
     does it normalise more than space: ten times yes makes Yes wrong."""
     humans = [spaced(text) for text in humans]
-    return (spaced, humans) if len(set(humans)) == 1 else (official, [official(text) for text in humans])
+    return (
+        (spaced, humans)
+        if len(set(humans)) == 1
+        else (official, [official(text) for text in humans])
+    )
 
 
 def spaced(text):

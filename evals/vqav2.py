@@ -11,7 +11,7 @@ Chance is what the best constant answer gets.
 import json
 from pathlib import Path
 
-import weights
+from checkpoints import weights
 from evals import WORD, first, open_scores, reading, rows, vqa
 
 MAX_NEW_TOKENS = 128
@@ -22,7 +22,9 @@ def examples(data_dir, split="test-dev2015"):
     """[{"id", "image", "prompt", "label": ten answers or None, "question_id", "type"}] in file order."""
     pictures = split.replace("-dev", "")
     folder = first(data_dir, pictures)
-    file = first(data_dir, f"llava_vqav2_mscoco_{split}.jsonl", f"v2_OpenEnded_mscoco_{split}_questions.json")
+    file = first(
+        data_dir, f"llava_vqav2_mscoco_{split}.jsonl", f"v2_OpenEnded_mscoco_{split}_questions.json"
+    )
     humans = annotations(Path(data_dir) / f"v2_mscoco_{split}_annotations.json")
     llava, found = file.suffix == ".jsonl", []
     for where, row in rows(file, part=None if llava else "questions"):
@@ -31,7 +33,14 @@ def examples(data_dir, split="test-dev2015"):
             name = row["image"] if llava else f"COCO_{pictures}_{row['image_id']:012d}.jpg"
             text = row["text"] if llava else row["question"] + WORD
             label, kind = humans.get(number, (None, None))
-            found.append({"id": str(number), "image": f"{folder.name}/{name}", "prompt": text, "label": label})
+            found.append(
+                {
+                    "id": str(number),
+                    "image": f"{folder.name}/{name}",
+                    "prompt": text,
+                    "label": label,
+                }
+            )
             found[-1] |= {"type": kind, "question_id": number, "where": where}
     return found
 
@@ -57,12 +66,16 @@ def score(examples, answers):
 
 def write(examples, answers, stem, data_dir):
     """The file for the server: every question of test2015, with an empty answer where none was asked."""
-    answered = {e["question_id"]: vqa.m4c(answer) for e, answer in zip(examples, answers, strict=True)}
+    answered = {
+        e["question_id"]: vqa.m4c(answer) for e, answer in zip(examples, answers, strict=True)
+    }
     asked, whole = list(answered), Path(data_dir) / "llava_vqav2_mscoco_test2015.jsonl"
     if whole.exists():
         asked = [row["question_id"] for _, row in rows(whole)]
     elif (whole := Path(data_dir) / "v2_OpenEnded_mscoco_test2015_questions.json").exists():
         asked = [row["question_id"] for _, row in rows(whole, part="questions")]
     file = Path(f"{stem}-server.json")
-    weights.write_file(file, json.dumps([{"question_id": n, "answer": answered.get(n, "")} for n in asked]))
+    weights.write_file(
+        file, json.dumps([{"question_id": n, "answer": answered.get(n, "")} for n in asked])
+    )
     return [file]

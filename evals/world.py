@@ -21,10 +21,18 @@ def examples(data_dir):
     for split in SPLITS:
         file = Path(data_dir) / "benchmark" / f"{split}.jsonl"
         if not file.is_file():
-            raise UserError(file, "no such file", "write the data set with `python world.py OUT`, give that OUT")
+            raise UserError(
+                file,
+                "no such file",
+                "write the data set with `python -m demo.world OUT`, give that OUT",
+            )
         for where, row in rows(file):
             with reading(where):
-                names = {"id": f"{split}-{row['question_id']}", "image": f"images/{row['image']}", "split": split}
+                names = {
+                    "id": f"{split}-{row['question_id']}",
+                    "image": f"images/{row['image']}",
+                    "split": split,
+                }
                 found.append(row | names | {"prompt": row["text"], "where": where})
     return found
 

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c as one instruction; Triton 3.10 will not by itself
+os.environ.setdefault(
+    "TRITON_DEFAULT_FP_FUSION", "1"
+)  # a * b + c as one instruction; Triton 3.10 will not by itself
 try:
     import triton
     import triton.language as tl

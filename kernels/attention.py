@@ -27,7 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Build, Case, Mutation, hopper, randn, tl, triton
-from kernels.decode import add, attention_decode, eligible, group, inner, load, rows, softmax, store, widths, zeros
+from kernels.decode import (
+    add,
+    attention_decode,
+    eligible,
+    group,
+    inner,
+    load,
+    rows,
+    softmax,
+    store,
+    widths,
+    zeros,
+)
 
 __all__ = ["attention", "attention_decode", "attention_packed"]
 
@@ -35,7 +47,9 @@ __all__ = ["attention", "attention_decode", "attention_packed"]
 def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+    ).transpose(1, 2)
 
 
 def reference_packed(
@@ -48,10 +62,14 @@ def reference_packed(
     if not torch.compiler.is_compiling() and (q.is_cpu or samples * max_seqlen > 2 * tokens):
         # On a CPU, and for very unequal lengths, padding costs more than a loop, which only a trace cannot take.
         parts = [t.split(lengths.tolist()) for t in (q, k, v)]
-        return torch.cat([reference(*(t[None] for t in s), True, scale)[0] for s in zip(*parts, strict=True)])
+        return torch.cat(
+            [reference(*(t[None] for t in s), True, scale)[0] for s in zip(*parts, strict=True)]
+        )
     # Pad on the right. Under a causal mask no real token sees the padding behind it, so no mask is needed.
     start = torch.arange(samples, device=q.device) * max_seqlen - cu_seqlens[:-1]
-    slot = torch.arange(tokens, device=q.device) + start.repeat_interleave(lengths, output_size=tokens)
+    slot = torch.arange(tokens, device=q.device) + start.repeat_interleave(
+        lengths, output_size=tokens
+    )
 
     def pad(t: Tensor) -> Tensor:
         rows = t.new_zeros(samples * max_seqlen, *t.shape[1:]).index_copy(0, slot, t)
@@ -64,7 +82,9 @@ def reference_packed(
 def _place(CU, TQ, TK, heads, blocks, PACKED: tl.constexpr, REVERSE: tl.constexpr):
     """This program's block and head, where its sample begins and how long it is, as queries and as keys."""
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    block = blocks - 1 - block if REVERSE else block  # the longest work first: what starts last should be short
+    block = (
+        blocks - 1 - block if REVERSE else block
+    )  # the longest work first: what starts last should be short
     sample, head = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
     if PACKED:
         begin = tl.load(CU + sample).to(tl.int64)
@@ -97,7 +117,10 @@ def forward_kernel(
     K += begin_k * kt * D + head // G * kh * D
     V += begin_k * vt * D + head // G * vh * D
     q1, q2 = load(Q + begin_q * qt * D + head * qh * D, first, tq, qt * D, BM, D, D1, D2)
-    row, c = first + tl.arange(0, BM), scale * 1.4426950408889634  # the machine's exponential is of 2
+    row, c = (
+        first + tl.arange(0, BM),
+        scale * 1.4426950408889634,
+    )  # the machine's exponential is of 2
     top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     o1, o2 = zeros(BM, D1, D2)
     end = tl.minimum(first + BM, tk) if CAUSAL else tk
@@ -191,7 +214,9 @@ def key_kernel(
             h, start = (i // count).to(tl.int64), i % count * BM
             start = tl.where(start < diagonal * BM, near + start, last) if edge else far + start
             pair = PAIRS + 2 * (h * T + start) + 2 * row[:, None] + tl.arange(0, 2)[None, :]
-            lse, delta = tl.split(tl.load(pair, (row < tq - start)[:, None], 0.0) if edge else tl.load(pair))
+            lse, delta = tl.split(
+                tl.load(pair, (row < tq - start)[:, None], 0.0) if edge else tl.load(pair)
+            )
             q1, q2 = load(Q + h * qh * D, start, tq, qt * D, BM, D, D1, D2, edge)
             p = tl.exp2(inner(k1, k2, q1, q2, D2) * c - lse[None, :])
             if edge and CAUSAL:
@@ -218,7 +243,12 @@ _BLOCKS = {
     "key": {80: (32, 128, 8, 2), 96: (16, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
 }
 _BLOCKS_90 = {
-    "forward": {64: (128, 128, 8, 3), 96: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+    "forward": {
+        64: (128, 128, 8, 3),
+        96: (128, 128, 8, 2),
+        128: (128, 64, 8, 3),
+        256: (128, 32, 8, 2),
+    },
     "query": {96: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
     "key": {80: (64, 128, 8, 3), 256: (32, 128, 8, 2)},
 }
@@ -232,11 +262,15 @@ def _blocks(kernel: str, d: int, dtype: torch.dtype, sm90: bool) -> dict:
 
 
 def _parts(d: int, sm90: bool) -> list[dict]:
-    each = ((True, False), (False, True)) if sm90 and d > 128 else ((True, True),)  # both sums would not fit
+    each = (
+        ((True, False), (False, True)) if sm90 and d > 128 else ((True, True),)
+    )  # both sums would not fit
     return [{"KEYS": keys, "VALUES": values} for keys, values in each]
 
 
-def _launch(kernel, name: str, q, k, v, others, cu, samples, longest_q, longest_k, causal, scale, **flags):
+def _launch(
+    kernel, name: str, q, k, v, others, cu, samples, longest_q, longest_k, causal, scale, **flags
+):
     """One program per block, head and sample, all in the first dimension (the others end at 65,535)."""
     (T, H, d), K = q.shape, k.size(1)
     sizes, heads = _blocks(name, d, q.dtype, hopper(q)), K if name == "key" else H
@@ -257,7 +291,20 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (T, H, d), k and v (keys, K, d); without cu all samples have the longest length -> o, lse (H, T) in base 2."""
     o, lse = q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-    _launch(forward_kernel, "forward", q, k, v, (o, lse), cu, samples, longest_q, longest_k, causal, scale)
+    _launch(
+        forward_kernel,
+        "forward",
+        q,
+        k,
+        v,
+        (o, lse),
+        cu,
+        samples,
+        longest_q,
+        longest_k,
+        causal,
+        scale,
+    )
     return o, lse
 
 
@@ -271,7 +318,11 @@ def _attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu: Tensor | None,
     samples: int, longest_q: int, longest_k: int, causal: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (dq, dk, dv), pairs, do = (x.new_empty(x.shape) for x in (q, k, v)), lse.new_empty(*lse.shape, 2), do.contiguous()
+    (dq, dk, dv), pairs, do = (
+        (x.new_empty(x.shape) for x in (q, k, v)),
+        lse.new_empty(*lse.shape, 2),
+        do.contiguous(),
+    )
     rest = cu, samples, longest_q, longest_k, causal, scale
     _launch(query_kernel, "query", q, k, v, (o, do, lse, pairs, dq), *rest)
     for part in _parts(q.size(-1), hopper(q)):
@@ -304,7 +355,9 @@ def triton_attention(q, k, v, causal, scale=None):
 
 def triton_packed(q, k, v, cu_seqlens, max_seqlen, scale=None):
     q, k = q.to(v.dtype), k.to(v.dtype)
-    return _attention(q, k, v, cu_seqlens, len(cu_seqlens) - 1, max_seqlen, max_seqlen, True, scale)[0]
+    return _attention(
+        q, k, v, cu_seqlens, len(cu_seqlens) - 1, max_seqlen, max_seqlen, True, scale
+    )[0]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
@@ -320,10 +373,22 @@ def attention_packed(
     q (T, H, d), k and v (T, K, d), cu_seqlens (S+1,) int32 with sample s at [cu_seqlens[s], cu_seqlens[s+1]),
     max_seqlen the longest sample -> (T, H, d).
     """
-    return (triton_packed if eligible(q) else reference_packed)(q, k, v, cu_seqlens, max_seqlen, scale)
+    return (triton_packed if eligible(q) else reference_packed)(
+        q, k, v, cu_seqlens, max_seqlen, scale
+    )
 
 
-def _dense(name: str, B: int, T: int, M: int, H: int, K: int, d: int, causal: bool, scale: float | None = None) -> Case:
+def _dense(
+    name: str,
+    B: int,
+    T: int,
+    M: int,
+    H: int,
+    K: int,
+    d: int,
+    causal: bool,
+    scale: float | None = None,
+) -> Case:
     def inputs(g):
         return randn(g, B, T, H, d), randn(g, B, M, K, d), randn(g, B, M, K, d), causal, scale
 
@@ -364,11 +429,19 @@ _TYPES = (dict.fromkeys("Q K V OUT DO DQ DK DV".split(), "*bf16")
 
 
 def _builds(d: int, packed: bool, grouped: bool, sm90: bool) -> list[Build]:
-    ones = dict.fromkeys(("qh kh vh" if grouped else "qh kh vh G").split(), 1)  # an argument of 1 is compiled in
-    constants, targets = {"PACKED": packed, "CAUSAL": packed} | ones | widths(d), (90,) if sm90 else (80, 89, 100)
+    ones = dict.fromkeys(
+        ("qh kh vh" if grouped else "qh kh vh G").split(), 1
+    )  # an argument of 1 is compiled in
+    constants, targets = (
+        {"PACKED": packed, "CAUSAL": packed} | ones | widths(d),
+        (90,) if sm90 else (80, 89, 100),
+    )
     kernels = [(forward_kernel, "forward", {}), (query_kernel, "query", {})]
     kernels += [(key_kernel, "key", part) for part in _parts(d, sm90)]
-    each = [(kernel, part, *_blocks(name, d, torch.bfloat16, sm90).values()) for kernel, name, part in kernels]
+    each = [
+        (kernel, part, *_blocks(name, d, torch.bfloat16, sm90).values())
+        for kernel, name, part in kernels
+    ]
     return [Build(kernel, _TYPES, constants | part | {"BM": bm, "BN": bn}, warps, stages, targets)
             for kernel, part, bm, bn, warps, stages in each]  # fmt: skip
 

@@ -76,7 +76,9 @@ def rows_kernel(
             tl.store(Z + at, dz.to(Z.dtype.element_ty), at < z_row)
 
 
-def triton_rows(z: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, gradient: bool) -> Tensor:
+def triton_rows(
+    z: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, gradient: bool
+) -> Tensor:
     """z (n, V) in rows of a multiple of 16 elements, targets (n,): fills losses (n,) and, over z, returns dz."""
     # 16 elements per thread: two 16-byte loads in flight, 6 programs to an SM
     block = min(4096, 1 << (z.size(1) - 1).bit_length())
@@ -87,11 +89,17 @@ def triton_rows(z: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor,
     return z
 
 
-def torch_rows(z: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, gradient: bool) -> Tensor:
+def torch_rows(
+    z: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, gradient: bool
+) -> Tensor:
     """The same in plain torch, with dz beside z."""
     y = F.log_softmax(z if bias is None else z + bias, -1, dtype=losses.dtype)
     torch.neg(y.gather(1, targets[:, None])[:, 0], out=losses)
-    return y.exp_().scatter_add_(1, targets[:, None], losses.new_full((len(z), 1), -1)).to(z.dtype) if gradient else y
+    return (
+        y.exp_().scatter_add_(1, targets[:, None], losses.new_full((len(z), 1), -1)).to(z.dtype)
+        if gradient
+        else y
+    )
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool):
@@ -148,7 +156,12 @@ def _linear_cross_entropy(
 def _(hidden, weight, bias, targets, dtype, chunk, kernel, with_dh, with_dw, with_db):
     loss = hidden.new_empty((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     dw = torch.empty(weight.shape if with_dw else 0, dtype=weight.dtype, device=weight.device)
-    return loss, hidden.new_empty(hidden.shape if with_dh else 0), dw, weight.new_empty(len(weight) if with_db else 0)
+    return (
+        loss,
+        hidden.new_empty(hidden.shape if with_dh else 0),
+        dw,
+        weight.new_empty(len(weight) if with_db else 0),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -159,7 +172,10 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dloss, *_):
-    made = [g * dloss if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    made = [
+        g * dloss if wanted else None
+        for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    ]
     return *made, *(None,) * 7
 
 
@@ -170,11 +186,16 @@ def _run(hidden, weight, bias, targets, chunk: int, kernel: bool) -> Tensor:
     """Inside an operation autocast does not reach and what requires a gradient is not known: both are asked here."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    wanted = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
     return _linear_cross_entropy(hidden, weight, bias, targets, dtype, chunk, kernel, *wanted)[0]
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
     """hidden (T, D), weight (V, D), bias (V,) or None, targets (T,) with -100 unsupervised -> scalar float32 sum.
 
     Under autocast the products are in its dtype; gradients have their tensors' dtypes. No second derivatives.
@@ -188,7 +209,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     return _run(hidden, weight, bias, targets, CHUNK_CPU, False)
 
 
-def _case(name: str, tokens: int, D: int, V: int, masked: float = 0.4, bias=False, chunk=CHUNK, scale=1.0, kernel=True):
+def _case(
+    name: str,
+    tokens: int,
+    D: int,
+    V: int,
+    masked: float = 0.4,
+    bias=False,
+    chunk=CHUNK,
+    scale=1.0,
+    kernel=True,
+):
     """`masked` of the targets are unsupervised, but never the first; 1.0 leaves that one, 2.0 none."""
 
     def inputs(g):
@@ -226,7 +257,14 @@ CASES = [
          (0,)),
 ]  # fmt: skip
 
-_TYPES = {"Z": "*bf16", "B": "*bf16", "TARGETS": "*i64", "LOSSES": "*fp32", "V": "i32", "z_row": "i32:16"}
+_TYPES = {
+    "Z": "*bf16",
+    "B": "*bf16",
+    "TARGETS": "*i64",
+    "LOSSES": "*fp32",
+    "V": "i32",
+    "z_row": "i32:16",
+}
 BUILDS = [
     Build(rows_kernel, _TYPES, {"BIAS": bias, "GRADIENT": gradient, "BLOCK": 4096}, 8)
     for bias in (False, True)

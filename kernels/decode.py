@@ -24,10 +24,14 @@ from torch import Tensor
 from kernels import Build, Case, Mutation, fused, processors, randn, tl, triton
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
     seen = torch.arange(k.size(2), device=q.device) < lengths[:, None]
     grouped, q, mask = q.size(1) != k.size(1), q[:, :, None], seen[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[:, :, 0]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[
+        :, :, 0
+    ]
 
 
 @triton.jit
@@ -37,7 +41,11 @@ def load(
 ):  # fmt: skip
     """Rows start .. start + ROWS of a head, as two blocks of columns; zeros from row `end` on, which only the EDGE
     of a sequence has."""
-    row, one, two = tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :], tl.arange(0, D2 if D2 else D1)[None, :]
+    row, one, two = (
+        tl.arange(0, ROWS)[:, None],
+        tl.arange(0, D1)[None, :],
+        tl.arange(0, D2 if D2 else D1)[None, :],
+    )
     P += tl.cast(start, tl.int64) * stride + row * stride
     inside = row < (end - start if EDGE else ROWS)
     x = tl.load(P + one, inside & (one < D) if D < D1 else inside, 0.0)
@@ -46,7 +54,18 @@ def load(
 
 
 @triton.jit
-def store(P, x, y, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+def store(
+    P,
+    x,
+    y,
+    start,
+    end,
+    stride,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+):
     # Not the words of `load`: the compiler would keep the loads' masks and rows in registers all through the loop.
     row, at = start + tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :]
     P += row.to(tl.int64) * stride
@@ -106,7 +125,9 @@ def decode_kernel(
     o1, o2 = zeros(BM, D1, D2)
     for start in range(split * part, end, BN):
         k1, k2 = load(K, start, end, kt, BN, D, D1, D2)
-        s = tl.where((start + tl.arange(0, BN) < end)[None, :], inner(q1, q2, k1, k2, D2), float("-inf"))
+        s = tl.where(
+            (start + tl.arange(0, BN) < end)[None, :], inner(q1, q2, k1, k2, D2), float("-inf")
+        )
         v1, v2 = load(V, start, end, vt, BN, D, D1, D2)
         top, total, o1, o2 = softmax(s, c, top, total, o1, o2, v1, v2, D2)
     total, at = tl.where(total > 0, total, 1.0), rest * G * splits + split
@@ -115,11 +136,15 @@ def decode_kernel(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def combine_kernel(PART, LSE, OUT, splits, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr):
+def combine_kernel(
+    PART, LSE, OUT, splits, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr
+):
     """One head's parts, each weighted by its share of the softmax's sum."""
     head, part = tl.program_id(0).to(tl.int64), tl.arange(0, BM)
     lse = tl.load(LSE + head * splits + part, part < splits, float("-inf"))
-    share = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -1e30))[:, None]  # all are 0 where nothing is filled
+    share = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -1e30))[
+        :, None
+    ]  # all are 0 where nothing is filled
     x, y = load(PART + head * splits * D, 0, splits, D, BM, D, D1, D2)
     x, y = tl.sum(x * share, 0)[None, :], tl.sum(y * share, 0)[None, :]
     total = tl.maximum(tl.sum(share, 0), 1e-30)[None, :]
@@ -145,7 +170,11 @@ def rows(x: Tensor) -> Tensor:
 
     Strides are then counted in heads: a multiple of d in numbers, which makes wide loads at every d.
     """
-    return x if x.stride(-1) == 1 and not any(s % x.size(-1) for s in x.stride()[:-1]) else x.contiguous()
+    return (
+        x
+        if x.stride(-1) == 1 and not any(s % x.size(-1) for s in x.stride()[:-1])
+        else x.contiguous()
+    )
 
 
 def eligible(q: Tensor) -> bool:
@@ -171,7 +200,9 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | Non
             q, k, v, lengths, part, lse, *k.stride()[:3], *v.stride()[:3], K, G, splits,
             d**-0.5 if scale is None else scale, **widths(d), **_blocks(d, G), num_warps=4, num_stages=2,
         )  # fmt: skip
-        combine_kernel[(B * H,)](part, lse, o, splits, **widths(d), BM=1 << (splits - 1).bit_length())
+        combine_kernel[(B * H,)](
+            part, lse, o, splits, **widths(d), BM=1 << (splits - 1).bit_length()
+        )
     return o
 
 
@@ -182,7 +213,9 @@ def triton_decode(q, k, v, lengths, scale=None):
     return _decode(q, k, v, lengths, scale)
 
 
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
     """One query per sequence against a cache: q (B, H, d), k and v (B, K, L, d), lengths (B,) filled slots.
 
     -> (B, H, d). On a GPU it has no gradient. ValueError where H is no multiple of K.
@@ -220,8 +253,16 @@ BUILDS = [
 ]  # fmt: skip
 MUTATIONS = [
     Mutation("tl.minimum(split * part + part, length)", "split * part + part", "grouped heads"),
-    Mutation("s = tl.dot(a2, tl.trans(b2), s, input", "tl.dot(a2, tl.trans(b2), s, input", "grouped heads"),
-    Mutation("c2 = tl.dot(p.to(b1.dtype), b2, c2, input", "tl.dot(p.to(b1.dtype), b2, c2, input", "80 columns"),
+    Mutation(
+        "s = tl.dot(a2, tl.trans(b2), s, input",
+        "tl.dot(a2, tl.trans(b2), s, input",
+        "grouped heads",
+    ),
+    Mutation(
+        "c2 = tl.dot(p.to(b1.dtype), b2, c2, input",
+        "tl.dot(p.to(b1.dtype), b2, c2, input",
+        "80 columns",
+    ),
     Mutation("scale * 1.4426950408889634", "1.4426950408889634", "narrow, an empty sequence"),
     Mutation("o1 * shrink[:, None]", "o1", "wide"),
     Mutation("x * share", "x / splits", "several parts"),

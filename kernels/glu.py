@@ -59,7 +59,9 @@ def soft_step(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(X, U, Y, width, x_row, u_row, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def forward_kernel(
+    X, U, Y, width, x_row, u_row, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
     """BLOCK elements of one row per program; x_row and u_row are the distances between rows, in elements."""
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -75,7 +77,18 @@ def forward_kernel(X, U, Y, width, x_row, u_row, ACT: tl.constexpr, GATED: tl.co
 
 @triton.jit
 def backward_kernel(
-    DY, X, U, DX, DU, width, dy_row, x_row, u_row, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+    DY,
+    X,
+    U,
+    DX,
+    DU,
+    width,
+    dy_row,
+    x_row,
+    u_row,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -158,7 +171,9 @@ def gelu(x: Tensor, kind: str) -> Tensor:
     return (_glu if fused(x) else reference)(x, None, kind)
 
 
-def _case(name: str, shape: tuple[int, ...], act: str, gated: bool = True, scale: float = 2.0) -> Case:
+def _case(
+    name: str, shape: tuple[int, ...], act: str, gated: bool = True, scale: float = 2.0
+) -> Case:
     def inputs(g):
         return randn(g, *shape, scale=scale), randn(g, *shape) if gated else None, act
 
@@ -180,13 +195,29 @@ CASES = [
     _case("gelu_tanh plain", (7, 5, 18), "gelu_tanh", gated=False),
     _case("quick_gelu plain", (5, 80), "quick_gelu", gated=False),
     _case("gelu plain", (129, 7), "gelu", gated=False),
-    Case("one projection", _halves(_glu), _halves(reference), lambda g: (randn(g, 5, 2 * 37), "silu"), (0,)),
+    Case(
+        "one projection",
+        _halves(_glu),
+        _halves(reference),
+        lambda g: (randn(g, 5, 2 * 37), "silu"),
+        (0,),
+    ),
 ]
 
-_F = {"X": "*bf16", "U": "*bf16", "Y": "*bf16", "width": "i32:16", "x_row": "i32:16", "u_row": "i32:16"}
+_F = {
+    "X": "*bf16",
+    "U": "*bf16",
+    "Y": "*bf16",
+    "width": "i32:16",
+    "x_row": "i32:16",
+    "u_row": "i32:16",
+}
 _B = {"DY": "*bf16", "X": "*bf16", "U": "*bf16", "DX": "*bf16", "DU": "*bf16", "width": "i32:16",
       "dy_row": "i32:16", "x_row": "i32:16", "u_row": "i32:16"}  # fmt: skip
-_GATED, _PLAIN = (("silu", True), ("gelu_tanh", True)), (("gelu_tanh", False), ("quick_gelu", False), ("gelu", False))
+_GATED, _PLAIN = (
+    (("silu", True), ("gelu_tanh", True)),
+    (("gelu_tanh", False), ("quick_gelu", False), ("gelu", False)),
+)
 BUILDS = [
     Build(kernel, types, {"ACT": act, "GATED": gated, "BLOCK": 1024})
     for kernel, types in ((forward_kernel, _F), (backward_kernel, _B))
@@ -196,7 +227,11 @@ MUTATIONS = [
     Mutation("slope * t * c * c", "slope * t * c", "silu"),
     Mutation("1.702 if", "1.0 if", "quick_gelu plain"),
     Mutation("(1.0 + 0.134145 * x * x)", "(1.0 + 0.044715 * x * x)", "gelu_tanh plain"),
-    Mutation("0.3989422804014327 * tl.exp(-0.5 * x * x)", "0.3989422804014327 * tl.exp(-x * x)", "gelu plain"),
+    Mutation(
+        "0.3989422804014327 * tl.exp(-0.5 * x * x)",
+        "0.3989422804014327 * tl.exp(-x * x)",
+        "gelu plain",
+    ),
     Mutation("tl.load(U + row * u_row + at", "tl.load(U + row * width + at", "one projection"),
     Mutation("(dy * x * s).to", "(dy * s).to", "gelu_tanh gated"),
 ]

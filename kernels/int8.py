@@ -36,13 +36,19 @@ class Int8(NamedTuple):
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of a bitsandbytes state dict, under the names that follow the layer's own."""
-        return {"weight": self.weight, "SCB": self.SCB, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return {
+            "weight": self.weight,
+            "SCB": self.SCB,
+            "weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Int8:
         """The inverse of `state`. ValueError for the tiled layouts of older GPUs."""
         if int(state.get("weight_format", 0)) != 0:
-            raise ValueError(f"only row-wise int8 weights are read, not weight_format {int(state['weight_format'])}")
+            raise ValueError(
+                f"only row-wise int8 weights are read, not weight_format {int(state['weight_format'])}"
+            )
         return cls(state["weight"], state["SCB"])
 
 
@@ -53,7 +59,9 @@ def quantize(weight: Tensor) -> Int8:
     if not SCB.isfinite().all():
         raise ValueError("a weight is not finite in float16, through which int8 weights are made")
     ratio = 127.0 / SCB.clamp(min=1e-30)  # a row of zeros stays zeros
-    parts = zip(rows.split(4096), ratio.split(4096), strict=True)  # the products are float32: not all at once
+    parts = zip(
+        rows.split(4096), ratio.split(4096), strict=True
+    )  # the products are float32: not all at once
     return Int8(torch.cat([torch.round(w * r[:, None]).to(torch.int8) for w, r in parts]), SCB)
 
 
@@ -70,12 +78,18 @@ def reference_matmul(x: Tensor, q: Int8) -> Tensor:
 def dequantize_kernel(Q, S, W, K, BLOCK: tl.constexpr):
     """BLOCK numbers of one row per program."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(Q + row * K + at, at < K, 0).to(tl.float32) * tl.load(S + row) * 7.874015718698502e-3
+    w = (
+        tl.load(Q + row * K + at, at < K, 0).to(tl.float32)
+        * tl.load(S + row)
+        * 7.874015718698502e-3
+    )
     tl.store(W + row * K + at, w.to(W.dtype.element_ty), at < K)
 
 
 @triton.jit(do_not_specialize=["M"])
-def matmul_kernel(X, Q, S, Y, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def matmul_kernel(
+    X, Q, S, Y, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """All rows of X by BLOCK_N rows of W, over every SPLIT-th part of the width."""
     n, m = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     part = tl.program_id(1)
@@ -92,9 +106,14 @@ def matmul_kernel(X, Q, S, Y, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 @torch.library.custom_op("barellava::int8_dequantize", mutates_args=())
 def _dequantize(weight: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
-    weight, w = weight.contiguous(), torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    weight, w = (
+        weight.contiguous(),
+        torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format),
+    )
     if w.numel():
-        dequantize_kernel[(w.size(0), triton.cdiv(w.size(1), 1024))](weight, SCB, w, w.size(1), 1024)
+        dequantize_kernel[(w.size(0), triton.cdiv(w.size(1), 1024))](
+            weight, SCB, w, w.size(1), 1024
+        )
     return w
 
 
@@ -149,10 +168,14 @@ def matmul(x: Tensor, q: Int8) -> Tensor:
     few = x.numel() <= FEW * x.size(-1) and x.element_size() == 2
     if few and fused(x):
         return triton_matmul(x, q)
-    even = not any(size % 64 for size in q.weight.shape)  # torch's product reads beyond the end of others
+    even = not any(
+        size % 64 for size in q.weight.shape
+    )  # torch's product reads beyond the end of others
     if x.is_cpu and x.dtype == torch.bfloat16 and even and x.numel() <= FEW_CPU * x.size(-1):
         # Its scales would be rounded to bfloat16: they are 1 in it, and the finished sums are multiplied.
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), q.weight, x.new_ones(q.weight.size(0)))
+        y = torch._weight_int8pack_mm(
+            x.reshape(-1, x.size(-1)), q.weight, x.new_ones(q.weight.size(0))
+        )
         return (y * (q.SCB * STEP)).to(x.dtype).view(*x.shape[:-1], q.weight.size(0))
     return F.linear(x, dequantize(q, x.dtype))
 
@@ -168,7 +191,12 @@ def _multiply(name: str, rows: int, shape: tuple[int, int]) -> Case:
     def of(function):
         return lambda x, w: function(x, quantize(w))
 
-    return Case(name, of(triton_matmul), of(reference_matmul), lambda g: (randn(g, rows, shape[1]), randn(g, *shape)))
+    return Case(
+        name,
+        of(triton_matmul),
+        of(reference_matmul),
+        lambda g: (randn(g, rows, shape[1]), randn(g, *shape)),
+    )
 
 
 CASES = [

@@ -54,14 +54,20 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     first = _mix(low ^ 0x1E3779B9, high)
     second = _mix(high ^ 0x05EBCA6B, first)
-    row, pair = (torch.arange(n, device=seed.device, dtype=torch.int32) for n in (rows, -(-columns // 2)))
+    row, pair = (
+        torch.arange(n, device=seed.device, dtype=torch.int32) for n in (rows, -(-columns // 2))
+    )
     h = _mix(((row * len(pair))[:, None] + pair) ^ first, second)
     return (torch.stack([h, h >> 16], -1).flatten(1)[:, :columns] & 0xFFFF) >= round(p * 2**16)
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """-> the weight (N, K) in dtype, unpacked where it is quantized."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else FORMATS[type(weight)].dequantize(weight, dtype)
+    return (
+        weight.to(dtype)
+        if isinstance(weight, Tensor)
+        else FORMATS[type(weight)].dequantize(weight, dtype)
+    )
 
 
 def reference(
@@ -92,7 +98,10 @@ def kept(SEED, row, column, K, threshold):
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     first = mix(low ^ 0x1E3779B9, high)
     second = mix(high ^ 0x05EBCA6B, first)
-    row, column = row.to(tl.uint32), column.to(tl.uint32)  # the compiler sees that two columns of a thread are a pair
+    row, column = (
+        row.to(tl.uint32),
+        column.to(tl.uint32),
+    )  # the compiler sees that two columns of a thread are a pair
     h = mix((row * tl.cdiv(K, 2) + column // 2) ^ first, second)
     return (h >> column % 2 * 16 & 0xFFFF) >= threshold.to(tl.uint32)
 
@@ -113,7 +122,9 @@ def down_kernel(
     """h_g = d_g(x) A_g^T. The programs of one tile of x follow each other, so that it leaves memory once."""
     g, r, t = tl.program_id(0) % G, tl.arange(0, RANK), tl.arange(0, BLOCK_T)
     start = (tl.program_id(0) // G).to(tl.int64) * BLOCK_T
-    h = tl.zeros((RANK, BLOCK_T), tl.float32)  # transposed: with x on the left, Hopper's products wait for each other
+    h = tl.zeros(
+        (RANK, BLOCK_T), tl.float32
+    )  # transposed: with x on the left, Hopper's products wait for each other
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = dropped(X, SEEDS + g, start, K, k, T, threshold, BLOCK_T)
@@ -128,7 +139,11 @@ def gradient_kernel(
     X, DH, SEEDS, DA, T, K, G, threshold, scale, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """dA_g = dh_g^T d_g(x) for BLOCK_K columns, over every SPLIT-th tile of tokens."""
-    k, g, r = tl.program_id(0) // G * BLOCK_K + tl.arange(0, BLOCK_K), tl.program_id(0) % G, tl.arange(0, RANK)
+    k, g, r = (
+        tl.program_id(0) // G * BLOCK_K + tl.arange(0, BLOCK_K),
+        tl.program_id(0) % G,
+        tl.arange(0, RANK),
+    )
     t, part = tl.arange(0, BLOCK_T), tl.program_id(1).to(tl.int64)
     da = tl.zeros((RANK, BLOCK_K), tl.float32)
     for start in range(part * BLOCK_T, T, tl.num_programs(1) * BLOCK_T):
@@ -158,11 +173,17 @@ def add_kernel(
             one = tl.dot(dh, a, one, input_precision="ieee")
         total += tl.where(kept(SEEDS + g, start + t, k, K, threshold), one, 0.0)
     at, inside = DX + start * K + (t * K + k), inside & (k < K)
-    tl.store(at, (tl.load(at, inside, 0.0).to(tl.float32) + total * scale).to(DX.dtype.element_ty), inside)
+    tl.store(
+        at,
+        (tl.load(at, inside, 0.0).to(tl.float32) + total * scale).to(DX.dtype.element_ty),
+        inside,
+    )
 
 
 def _rank(As: Sequence[Tensor]) -> int:
-    return max(16, 1 << (max(len(A) for A in As) - 1).bit_length())  # a dot has 16 rows and columns at least
+    return max(
+        16, 1 << (max(len(A) for A in As) - 1).bit_length()
+    )  # a dot has 16 rows and columns at least
 
 
 def _stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -175,12 +196,16 @@ def _flatten(weights: Sequence[Weight]) -> tuple[list[Tensor], list[int]]:
 
     The form of a weight is 0 for a tensor, 1 for Int8 and the blocksize for NF4.
     """
-    parts = [[W] if isinstance(W, Tensor) else [f for f in W if isinstance(f, Tensor)] for W in weights]
+    parts = [
+        [W] if isinstance(W, Tensor) else [f for f in W if isinstance(f, Tensor)] for W in weights
+    ]
     forms = [0 if isinstance(W, Tensor) else getattr(W, "blocksize", 1) for W in weights]
     return [first for first, *_ in parts] + [t for _, *rest in parts for t in rest], forms
 
 
-def _restore(tensors: Sequence[Tensor], forms: Sequence[int], Bs: Sequence[Tensor], width: int) -> list[Weight]:
+def _restore(
+    tensors: Sequence[Tensor], forms: Sequence[int], Bs: Sequence[Tensor], width: int
+) -> list[Weight]:
     """The inverse of `_flatten`; the rows of B and the width of x are the shape of W."""
     G = len(forms)
     rest, weights = iter(tensors[G:]), []
@@ -208,7 +233,9 @@ def _tile(kernel: str, rank: int, dtype: torch.dtype) -> dict[str, int]:
     narrow = {"down": (128, 64), "gradient": (64, 128), "add": (64, 128)}
     wide = {"down": (64, 64), "gradient": (64, 64), "add": (64, 128)}
     rows, columns = (32, 32) if dtype.itemsize > 2 else (narrow if rank <= 128 else wide)[kernel]
-    return {"RANK": rank, "BLOCK_T": rows, "BLOCK_K": columns} | ({"BLOCK_R": min(rank, 64)} if kernel == "add" else {})
+    return {"RANK": rank, "BLOCK_T": rows, "BLOCK_K": columns} | (
+        {"BLOCK_R": min(rank, 64)} if kernel == "add" else {}
+    )
 
 
 @torch.library.custom_op("barellava::lora", mutates_args=())
@@ -278,7 +305,10 @@ def _lora_backward(
 
 @_lora_backward.register_fake
 def _(dys, x, tensors, forms, As, Bs, h, scales, p, seeds, need):
-    dx, *dWs = [t.new_empty(t.shape if n else 0) for t, n in zip([x, *tensors[: len(As)]], need, strict=True)]
+    dx, *dWs = [
+        t.new_empty(t.shape if n else 0)
+        for t, n in zip([x, *tensors[: len(As)]], need, strict=True)
+    ]
     return [dx, *(t.new_empty(t.shape) for t in (*As, *Bs)), *dWs]
 
 
@@ -294,7 +324,10 @@ def _gradients(ctx, grads):
     each, need = iter(ctx.saved_tensors), ctx.needs_input_grad
     (x, h), tensors, As, Bs, (seeds,) = [list(islice(each, n)) for n in ctx.sizes]
     G = len(As)
-    dys = [x.new_zeros(len(x), len(B)) if d is None else d.contiguous() for d, B in zip(grads[:-1], Bs, strict=True)]
+    dys = [
+        x.new_zeros(len(x), len(B)) if d is None else d.contiguous()
+        for d, B in zip(grads[:-1], Bs, strict=True)
+    ]
     needs = [need[0], *need[1][:G]]
     made = _lora_backward(dys, x, tensors, ctx.forms, As, Bs, h, ctx.scales, ctx.p, seeds, needs)
     dx, *dWs = [d if n else None for d, n in zip([made[0], *made[1 + 2 * G :]], needs, strict=True)]
@@ -335,7 +368,9 @@ def _case(
     bias: bool = False, train: bool = False,
 ) -> Case:  # fmt: skip
     G = len(widths)
-    make = {"plain": lambda w: w, "nf4": lambda w: nf4.quantize(w.float()), "int8": int8.quantize}[form]
+    make = {"plain": lambda w: w, "nf4": lambda w: nf4.quantize(w.float()), "int8": int8.quantize}[
+        form
+    ]
 
     def inputs(g):
         return (torch.randint(2**62, (G,), generator=g), randn(g, T, K),
@@ -348,7 +383,16 @@ def _case(
         def call(seeds, x, *flat):
             Ws, As, Bs, bs = (flat[i * G : (i + 1) * G] for i in range(4))
             scales = [2.0, 0.5, 3.0][:G]
-            return function(x, [make(w) for w in Ws], list(bs or [None] * G), list(As), list(Bs), scales, p, seeds)
+            return function(
+                x,
+                [make(w) for w in Ws],
+                list(bs or [None] * G),
+                list(As),
+                list(Bs),
+                scales,
+                p,
+                seeds,
+            )
 
         return call
 
@@ -378,7 +422,10 @@ def _builds(rank: int) -> list[Build]:
     types = {"down": {"X": "*bf16", "A": "*bf16", "H": "*bf16"}, "add": {"DH": "*bf16", "A": "*bf16", "DX": "*bf16"},
              "gradient": {"X": "*bf16", "DH": "*bf16", "DA": "*fp32"}}  # fmt: skip
     kernels = {"down": down_kernel, "gradient": gradient_kernel, "add": add_kernel}
-    return [Build(k, _P | types[name], _tile(name, rank, torch.bfloat16), 8) for name, k in kernels.items()]
+    return [
+        Build(k, _P | types[name], _tile(name, rank, torch.bfloat16), 8)
+        for name, k in kernels.items()
+    ]
 
 
 BUILDS = [*_builds(128), *_builds(256)]

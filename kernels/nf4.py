@@ -52,10 +52,21 @@ class NF4(NamedTuple):
         """The tensors of a bitsandbytes state dict, under the names that follow the layer's own."""
         facts = {"quant_type": "nf4", "blocksize": self.blocksize, "dtype": str(self.dtype).removeprefix("torch."),
                  "shape": list(self.shape)}  # fmt: skip
-        state = {"weight": self.packed, "weight.absmax": self.absmax, "weight.quant_map": self.quant_map}
+        state = {
+            "weight": self.packed,
+            "weight.absmax": self.absmax,
+            "weight.quant_map": self.quant_map,
+        }
         if self.absmax.dtype == torch.uint8:
-            facts |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": self.nested_offset.item()}
-            state |= {"weight.nested_absmax": self.nested_absmax, "weight.nested_quant_map": self.nested_quant_map}
+            facts |= {
+                "nested_blocksize": NESTED,
+                "nested_dtype": "float32",
+                "nested_offset": self.nested_offset.item(),
+            }
+            state |= {
+                "weight.nested_absmax": self.nested_absmax,
+                "weight.nested_quant_map": self.nested_quant_map,
+            }
         text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
         return state | {"weight.quant_state.bitsandbytes__nf4": text}
 
@@ -115,9 +126,13 @@ def quantize(weight: Tensor, double: bool = True, blocksize: int = 64) -> NF4:
         codes, offset, blocks = dynamic_map().to(weight.device), absmax.mean(), len(absmax)
         scaled, nested = _scaled(absmax - offset, NESTED)
         # bitsandbytes looks 8-bit codes up in a table of 65,536 steps over [-1, 1]; a block of zeros has code 0.
-        scaled = ((scaled + 1) * 32767.5 + 0.5).floor() / 32767.5 - 1 - (nested == 0)[:, None].float()
+        scaled = (
+            ((scaled + 1) * 32767.5 + 0.5).floor() / 32767.5 - 1 - (nested == 0)[:, None].float()
+        )
         absmax = _nearest(scaled, codes)[:blocks]
-    return NF4(packed, absmax, code, nested, codes, offset, tuple(weight.shape), weight.dtype, blocksize)
+    return NF4(
+        packed, absmax, code, nested, codes, offset, tuple(weight.shape), weight.dtype, blocksize
+    )
 
 
 def reference(q: NF4, dtype: torch.dtype) -> Tensor:
@@ -126,7 +141,9 @@ def reference(q: NF4, dtype: torch.dtype) -> Tensor:
     if scale.dtype == torch.uint8:
         scale = F.pad(q.nested_quant_map[scale.int()], (0, -len(scale) % NESTED)).view(-1, NESTED)
         scale = (scale * q.nested_absmax[:, None] + q.nested_offset).view(-1)[: len(q.absmax)]
-    pairs = torch.cartesian_prod(q.quant_map, q.quant_map)  # one look-up for the two numbers of a byte
+    pairs = torch.cartesian_prod(
+        q.quant_map, q.quant_map
+    )  # one look-up for the two numbers of a byte
     w = pairs[q.packed.view(-1).int()].view(-1)[:n]
     return (_blocks(w, q.blocksize) * scale[:, None]).view(-1)[:n].view(q.shape).to(dtype)
 
@@ -157,7 +174,9 @@ def dequantize_kernel(
 ):  # fmt: skip
     """BLOCKS quantization blocks per program: a scale is found once for its 64 numbers."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    w = weights(PACKED, ABSMAX, MAP, ABSMAX2, MAP2, OFFSET, block, block < blocks, size, HALF, DOUBLE)
+    w = weights(
+        PACKED, ABSMAX, MAP, ABSMAX2, MAP2, OFFSET, block, block < blocks, size, HALF, DOUBLE
+    )
     at = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
     tl.store(W + at, w.to(W.dtype.element_ty), at < n)
 
@@ -232,7 +251,9 @@ def _(x, packed, absmax, code, nested, codes, offset, rows, blocksize):
 def _tile(M: int) -> dict[str, int]:
     """The dot has 16 rows at least; with more, half as much of W is in flight, for the sake of registers."""
     rows = max(16, 1 << (M - 1).bit_length())
-    return {"BLOCK_M": rows} | ({"BLOCK_N": 16, "BLOCKS": 4} if rows == 16 else {"BLOCK_N": 32, "BLOCKS": 1})
+    return {"BLOCK_M": rows} | (
+        {"BLOCK_N": 16, "BLOCKS": 4} if rows == 16 else {"BLOCK_N": 32, "BLOCKS": 1}
+    )
 
 
 def triton_dequantize(q: NF4, dtype: torch.dtype) -> Tensor:
@@ -240,7 +261,9 @@ def triton_dequantize(q: NF4, dtype: torch.dtype) -> Tensor:
 
 
 def triton_matmul(x: Tensor, q: NF4) -> Tensor:
-    return _matmul(x.reshape(-1, x.size(-1)), *q[:6], q.shape[0], q.blocksize).view(*x.shape[:-1], q.shape[0])
+    return _matmul(x.reshape(-1, x.size(-1)), *q[:6], q.shape[0], q.blocksize).view(
+        *x.shape[:-1], q.shape[0]
+    )
 
 
 def dequantize(q: NF4, dtype: torch.dtype) -> Tensor:
@@ -253,7 +276,12 @@ def matmul(x: Tensor, q: NF4) -> Tensor:
 
     The fused kernel is for the 16-bit dtypes and rows of W that are whole blocks of 64, as every model's are.
     """
-    few = x.numel() <= FEW * x.size(-1) and x.element_size() == 2 and q.blocksize == 64 and x.size(-1) % 64 == 0
+    few = (
+        x.numel() <= FEW * x.size(-1)
+        and x.element_size() == 2
+        and q.blocksize == 64
+        and x.size(-1) % 64 == 0
+    )
     return triton_matmul(x, q) if few and fused(x) else F.linear(x, dequantize(q, x.dtype))
 
 
@@ -268,7 +296,12 @@ def _multiply(name: str, rows: int, shape: tuple[int, int], double: bool = True)
     def of(function):
         return lambda x, w: function(x, quantize(w.float(), double))
 
-    return Case(name, of(triton_matmul), of(reference_matmul), lambda g: (randn(g, rows, shape[1]), randn(g, *shape)))
+    return Case(
+        name,
+        of(triton_matmul),
+        of(reference_matmul),
+        lambda g: (randn(g, rows, shape[1]), randn(g, *shape)),
+    )
 
 
 CASES = [
@@ -283,7 +316,14 @@ CASES = [
     _multiply("matmul, no row", 0, (48, 64)),
 ]
 
-_W = {"PACKED": "*u8", "ABSMAX": "*u8", "MAP": "*fp32", "ABSMAX2": "*fp32", "MAP2": "*fp32", "OFFSET": "*fp32"}
+_W = {
+    "PACKED": "*u8",
+    "ABSMAX": "*u8",
+    "MAP": "*fp32",
+    "ABSMAX2": "*fp32",
+    "MAP2": "*fp32",
+    "OFFSET": "*fp32",
+}
 BUILDS = [Build(dequantize_kernel, _W | {"W": "*bf16", "size": "i32", "n": "i32", "blocks": "i32"},
                 {"HALF": 32, "DOUBLE": True, "BLOCKS": 32})] + [
     Build(matmul_kernel, _W | {"X": "*bf16", "Y": "*bf16", "size": "i32:16", "M": "i32", "N": "i32:16", "K": "i32:16"},

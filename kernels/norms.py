@@ -28,7 +28,13 @@ from kernels import Build, Case, Mutation, fused, processors, randn, tl, triton
 
 
 def reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str, out: torch.dtype
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    out: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """x, residual (..., D) -> (y in dtype `out`, s); kind is "rms", "rms1" (weight stored less 1) or "layer"."""
     s = x if residual is None else x + residual
@@ -52,7 +58,9 @@ def forward_kernel(
     if ADD:
         s = (s + tl.load(R + row * D + at, inside, 0.0).to(tl.float32)).to(S.dtype.element_ty)
         tl.store(S + row * D + at, s, inside)
-        s = s.to(tl.float32)  # what is normalised is what the residual stream holds, rounding included
+        s = s.to(
+            tl.float32
+        )  # what is normalised is what the residual stream holds, rounding included
     if LAYER:
         mean = tl.sum(s, 0) / D
         s = tl.where(inside, s - mean, 0.0)
@@ -106,18 +114,30 @@ def _flags(kind: str, add: bool, bias: bool, width: int) -> dict:
 
 @torch.library.custom_op("barellava::norm", mutates_args=())
 def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str, out: torch.dtype
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    out: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y, s (empty without a residual: an operation may not return its input), 1 / sqrt per row, mean per row."""
     x = x.contiguous()
     width, rows = x.size(-1), x.numel() // x.size(-1)
     y, c = torch.empty_like(x, dtype=out), x.new_empty(rows, dtype=torch.float32)
-    s = x.new_empty(0) if residual is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    s = (
+        x.new_empty(0)
+        if residual is None
+        else torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    )
     mean = torch.empty_like(c) if kind == "layer" else x.new_empty(0, dtype=torch.float32)
     if rows:
         r = x if residual is None else residual.contiguous()
         flags = _flags(kind, residual is not None, bias is not None, width)
-        forward_kernel[(rows,)](x, r, weight, weight if bias is None else bias, y, s, c, mean, width, eps, **flags)
+        forward_kernel[(rows,)](
+            x, r, weight, weight if bias is None else bias, y, s, c, mean, width, eps, **flags
+        )
     return y, s, c, mean
 
 
@@ -125,13 +145,29 @@ def _norm(
 def _(x, residual, weight, bias, eps, kind, out):
     x = x.contiguous()
     c = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
-    s = x.new_empty(0) if residual is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return torch.empty_like(x, dtype=out), s, c, torch.empty_like(c) if kind == "layer" else c.new_empty(0)
+    s = (
+        x.new_empty(0)
+        if residual is None
+        else torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    )
+    return (
+        torch.empty_like(x, dtype=out),
+        s,
+        c,
+        torch.empty_like(c) if kind == "layer" else c.new_empty(0),
+    )
 
 
 @torch.library.custom_op("barellava::norm_backward", mutates_args=())
 def _norm_backward(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, c: Tensor, mean: Tensor, kind: str, bias: bool
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    mean: Tensor,
+    kind: str,
+    bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, s = dy.contiguous(), s.contiguous()
     width, rows = s.size(-1), len(c)
@@ -143,7 +179,9 @@ def _norm_backward(
     if rows:
         extra = dy if ds is None else ds.contiguous()
         flags = _flags(kind, ds is not None, bias, width)
-        backward_kernel[(programs,)](dy, extra, s, weight, c, mean, dx, dw, db, rows, width, each, **flags)
+        backward_kernel[(programs,)](
+            dy, extra, s, weight, c, mean, dx, dw, db, rows, width, each, **flags
+        )
     return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(weight.dtype)
 
 
@@ -175,7 +213,13 @@ def triton_norm(x, residual, weight, bias, eps, kind, out):
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float, kind: str, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    kind: str,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x, residual (..., D); weight, bias (D,) -> (y, s): the normalised sum s = x + residual, and that sum.
 
@@ -220,7 +264,12 @@ _F = {"X": "*bf16", "R": "*bf16", "W": "*bf16", "B": "*bf16", "Y": "*bf16", "S":
 _B = {"DY": "*bf16", "DS": "*bf16", "S": "*bf16", "W": "*bf16", "C": "*fp32", "M": "*fp32", "DX": "*bf16",
       "DW": "*fp32", "DB": "*fp32", "T": "i32", "D": "i32:16", "rows": "i32"}  # fmt: skip
 BUILDS = [
-    Build(kernel, types, {"ADD": True, "LAYER": layer, "BIAS": layer, "OFFSET": 0.0, "BLOCK": block}, block // 512)
+    Build(
+        kernel,
+        types,
+        {"ADD": True, "LAYER": layer, "BIAS": layer, "OFFSET": 0.0, "BLOCK": block},
+        block // 512,
+    )
     for kernel, types in ((forward_kernel, _F), (backward_kernel, _B))
     for layer in (False, True)
     for block in (2048, 4096)

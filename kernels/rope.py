@@ -62,8 +62,32 @@ def rope_kernel(
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)[None]
     cos = tl.load(COS + token * 2 * HALF + at, at < HALF, 0.0).to(tl.float32)
     sin = tl.load(SIN + token * 2 * HALF + at, at < HALF, 0.0).to(tl.float32) * sign
-    turn_heads(Q + token * q_row, YQ + token * q_heads * D, cos, sin, q_heads, q_head, D, HALF, BLOCK, REST, HEADS)
-    turn_heads(K + token * k_row, YK + token * k_heads * D, cos, sin, k_heads, k_head, D, HALF, BLOCK, REST, HEADS)
+    turn_heads(
+        Q + token * q_row,
+        YQ + token * q_heads * D,
+        cos,
+        sin,
+        q_heads,
+        q_head,
+        D,
+        HALF,
+        BLOCK,
+        REST,
+        HEADS,
+    )
+    turn_heads(
+        K + token * k_row,
+        YK + token * k_heads * D,
+        cos,
+        sin,
+        k_heads,
+        k_head,
+        D,
+        HALF,
+        BLOCK,
+        REST,
+        HEADS,
+    )
 
 
 def _sizes(width: int, rotary: int) -> dict:
@@ -116,12 +140,16 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 def _table(positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    angle = positions[:, None, None].float() * 100.0 ** (-torch.arange(0, dim, 2, device=positions.device) / dim)
+    angle = positions[:, None, None].float() * 100.0 ** (
+        -torch.arange(0, dim, 2, device=positions.device) / dim
+    )
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
 
 
-def _case(name: str, tokens: int, heads: int, kv_heads: int, width: int, rotary: int, turned=lambda x: x) -> Case:
+def _case(
+    name: str, tokens: int, heads: int, kv_heads: int, width: int, rotary: int, turned=lambda x: x
+) -> Case:
     """The table is made in float32 inside, so that no dtype under test rounds it; `turned` changes the strides."""
 
     def on(function):
@@ -144,10 +172,18 @@ CASES = [
     _case("strided", 6, 6, 4, 16, 8, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)),
 ]
 
-_T = dict.fromkeys(("Q", "K", "YQ", "YK"), "*bf16") | dict.fromkeys(("COS", "SIN"), "*fp32") | {"sign": "fp32"}
-_T |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head"), "i32:16") | {"q_heads": "i32", "k_heads": "i32"}
+_T = (
+    dict.fromkeys(("Q", "K", "YQ", "YK"), "*bf16")
+    | dict.fromkeys(("COS", "SIN"), "*fp32")
+    | {"sign": "fp32"}
+)
+_T |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head"), "i32:16") | {
+    "q_heads": "i32",
+    "k_heads": "i32",
+}
 BUILDS = [
-    Build(rope_kernel, _T, _sizes(*size)) for size in ((64, 64), (64, 16), (80, 32), (96, 96), (128, 128), (256, 256))
+    Build(rope_kernel, _T, _sizes(*size))
+    for size in ((64, 64), (64, 16), (80, 32), (96, 96), (128, 128), (256, 256))
 ]
 MUTATIONS = [
     Mutation("-ctx.sign", "ctx.sign", "full"),

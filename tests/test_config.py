@@ -4,11 +4,11 @@ import tomllib
 from dataclasses import asdict
 
 import pytest
-from conftest import ROOT, shared
 
 import config
-import plan
 from config import UserError
+from tests.tools.environment import ROOT, shared
+from training import planner
 
 TEXT = """
 [model]
@@ -28,13 +28,17 @@ def file(tmp_path):
 
 
 def test_file_defaults_and_overrides(file):
-    r, path = config.load([file, "stage.two.epochs=3", "model.llm_config.hidden_size=16", "train.output=a=b"], "x")
+    r, path = config.load(
+        [file, "stage.two.epochs=3", "model.llm_config.hidden_size=16", "train.output=a=b"], "x"
+    )
     assert str(path) == file and list(r.stage) == ["one", "two"]
     assert r.stage["one"].learning_rate == 1.0 and isinstance(r.stage["one"].learning_rate, float)
     assert r.stage["one"].tune.llm == "full" and r.stage["two"].tune.llm == "frozen"
     assert r.stage["two"].epochs == 3.0
     assert r.model.llm_config == {"hidden_size": 16} and r.train.output == "a=b"
-    assert config.load(["stage.one.steps=2"], file)[0].stage["one"].steps == 2  # no recipe named: the default
+    assert (
+        config.load(["stage.one.steps=2"], file)[0].stage["one"].steps == 2
+    )  # no recipe named: the default
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,9 @@ def test_a_wrong_file(file, tmp_path):
     with pytest.raises(UserError, match="not TOML"):
         config.load([str(tmp_path / "bad.toml")], file)
     (tmp_path / "key.toml").write_text("[stage.one.tune]\nllmm = 'full'\n")
-    with pytest.raises(UserError, match=r"stage\.one\.tune\.llmm: unknown key; fix: did you mean \"llm\""):
+    with pytest.raises(
+        UserError, match=r"stage\.one\.tune\.llmm: unknown key; fix: did you mean \"llm\""
+    ):
         config.load([str(tmp_path / "key.toml")], file)
     (tmp_path / "none.toml").write_text("[model]\n")
     with pytest.raises(UserError, match="no stage"):
@@ -89,17 +95,29 @@ def test_a_recipe_is_laid_over_its_base(tmp_path):
     assert (r.train.workers, r.train.seed) == (7, 2)
     assert list(r.stage) == ["one", "two", "three"]
     one = r.stage["one"]
-    assert (one.tune.llm, one.tune.vision, one.tune.connector, one.steps) == ("full", "partial:2", "full", 4)
+    assert (one.tune.llm, one.tune.vision, one.tune.connector, one.steps) == (
+        "full",
+        "partial:2",
+        "full",
+        4,
+    )
     assert r.published == {"GQA": 5}
 
 
 def test_a_base_that_cannot_be_read_is_named(tmp_path):
     a, b, c, gone, odd = write(
-        tmp_path, a="base = 'b.toml'", b="base = 'c.toml'", c="base = 'a.toml'", gone="base = 'bb.toml'", odd="base = 3"
+        tmp_path,
+        a="base = 'b.toml'",
+        b="base = 'c.toml'",
+        c="base = 'a.toml'",
+        gone="base = 'bb.toml'",
+        odd="base = 3",
     )
     with pytest.raises(UserError, match=rf"^{c}:base: {a} is itself based on this recipe; fix: "):
         config.load([a], "x")
-    with pytest.raises(UserError, match=rf'^{gone}:base: no such recipe bb.toml; fix: did you mean "b.toml"'):
+    with pytest.raises(
+        UserError, match=rf'^{gone}:base: no such recipe bb.toml; fix: did you mean "b.toml"'
+    ):
         config.load([gone], "x")
     with pytest.raises(UserError, match=rf"^{odd}:base: 3 is not a str"):
         config.load([odd], "x")
@@ -108,17 +126,25 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path):
         config.load([self], "x")
     (mistaken,) = write(tmp_path, mistaken="base = 'wrong.toml'\n")
     write(tmp_path, wrong="[stage.one]\nstep = 1\n")
-    with pytest.raises(UserError, match=r"stage\.one\.step: unknown key; fix: did you mean \"steps\""):
+    with pytest.raises(
+        UserError, match=r"stage\.one\.step: unknown key; fix: did you mean \"steps\""
+    ):
         config.load([mistaken], "x")
 
 
 def test_what_is_saved_is_resolved_and_says_nothing_that_a_run_does_not_depend_on(file, tmp_path):
-    over, plain = write(tmp_path, over="base = 'r.toml'\n[published]\nGQA = 5.5\n", plain="base = 'r.toml'\n")
+    over, plain = write(
+        tmp_path, over="base = 'r.toml'\n[published]\nGQA = 5.5\n", plain="base = 'r.toml'\n"
+    )
     text = config.dumps(config.load([over], "x")[0])
-    assert text == config.dumps(config.load([plain], "x")[0])  # so a score that is corrected later stops no resuming
+    assert text == config.dumps(
+        config.load([plain], "x")[0]
+    )  # so a score that is corrected later stops no resuming
     assert "base" not in text and "published" not in text and "hidden_size = 8" in text
     (again,) = write(tmp_path, again=text)
-    assert config.load([again], "x")[0] == config.load([over], "x")[0] == config.load([file], "x")[0]
+    assert (
+        config.load([again], "x")[0] == config.load([over], "x")[0] == config.load([file], "x")[0]
+    )
     assert config.load([over], "x")[0].published == {"GQA": 5.5}
 
 
@@ -143,7 +169,11 @@ def facts(section: int) -> list[list[str]]:
     """The rows of the first table of a section of FACTS.md."""
     text = shared("design/FACTS.md").read_text().split(f"\n## {section}. ")[1].split("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|--")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if not line.startswith("|--")
+    ]
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
@@ -160,7 +190,9 @@ def test_a_recipe_states_what_it_is_and_only_what_differs(file):
     differs = {k: v for k, v in resolved.items() if k not in under or under[k] != v}
     needless = set(flat(stated)) - set(differs)
     assert {k: v for k, v in flat(stated).items() if k not in needless} == differs
-    assert not needless or file.stem in GROUND | {"demo"}  # these say the important things even where they are defaults
+    assert not needless or file.stem in GROUND | {
+        "demo"
+    }  # these say the important things even where they are defaults
 
 
 WHOLE = [f for f in RECIPES if f.stem not in GROUND | {"demo", "moving", "custom-lora"}]
@@ -169,14 +201,16 @@ WHOLE = [f for f in RECIPES if f.stem not in GROUND | {"demo", "moving", "custom
 @pytest.mark.parametrize("file", WHOLE, ids=lambda p: p.stem)
 def test_a_recipe_is_whole(file):
     r, _ = config.load([str(file)], file)
-    llm = next(name for name in sorted(TEMPLATE, key=len, reverse=True) if file.stem.startswith(f"{name}-"))
+    llm = next(
+        name for name in sorted(TEMPLATE, key=len, reverse=True) if file.stem.startswith(f"{name}-")
+    )
     assert r.train.output == f"out/{file.stem}"
     assert r.model.llm.count("/") == r.model.vision.count("/") == 1
     assert list(r.stage.values())[-1].template == TEMPLATE[llm]
     assert {s.template for s in list(r.stage.values())[:-1]} == {"pretrain"}
     assert all(s.data.endswith(".json") for s in r.stage.values())
     assert ("clip-vit-large-patch14-336" in r.model.vision) == r.model.allow_pickle
-    assert set(r.published) <= set(plan.BENCHMARKS) or set(r.published) == set(plan.VIDEO)
+    assert set(r.published) <= set(planner.BENCHMARKS) or set(r.published) == set(planner.VIDEO)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +238,13 @@ def test_stages_are_as_the_original_has_them(row, recipe, stage):
     assert asdict(s.tune) == tuned
     assert s.template == template or template == "per LLM"
     assert not data.endswith(".json") or s.data == f"data/{data}"
-    assert (s.weight_decay, s.warmup_ratio, s.max_grad_norm, s.epochs, s.beta2) == (0, 0.03, 1.0, 1, 0.999)
+    assert (s.weight_decay, s.warmup_ratio, s.max_grad_norm, s.epochs, s.beta2) == (
+        0,
+        0.03,
+        1.0,
+        1,
+        0.999,
+    )
 
 
 def test_published_scores_are_those_of_the_facts():
@@ -214,7 +254,7 @@ def test_published_scores_are_those_of_the_facts():
     }  # fmt: skip
     kinds = {"base": "base", "share": "share-factory", "base, LoRA": "lora"}
     head, *table = facts(6)
-    assert head[2:] == list(plan.BENCHMARKS) and len(table) == 14
+    assert head[2:] == list(planner.BENCHMARKS) and len(table) == 14
     scored = {f.stem for f in RECIPES if config.load([str(f)], f)[0].published}
     for towers, kind, *scores in table:
         vision, llm = towers.split(" + ")
@@ -226,6 +266,8 @@ def test_published_scores_are_those_of_the_facts():
     for name, row in zip(names, facts(9)[1:], strict=True):
         if name:
             published = config.load([str(ROOT / "recipes" / f"{name}.toml")], "x")[0].published
-            assert list(published.values()) == list(map(float, row[1:])) and list(published) == list(plan.VIDEO)
+            assert list(published.values()) == list(map(float, row[1:])) and list(
+                published
+            ) == list(planner.VIDEO)
             scored.remove(name)
     assert not scored

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shared
 from safetensors.torch import load_file
 
-import weights
+from checkpoints import weights
 from config import UserError
 from connectors import CONNECTORS, build_connector, connector_tokens
+from tests.tools.environment import shared
 
 # Options that keep the large ones small; a new connector with options adds its own here.
 SMALL = {
@@ -30,7 +30,9 @@ SMALL = {
 
 def make(spec, vision_dim=7, text_dim=11, **options):
     torch.manual_seed(0)
-    return build_connector(spec, vision_dim, vision_dim if spec == "identity" else text_dim, **options)
+    return build_connector(
+        spec, vision_dim, vision_dim if spec == "identity" else text_dim, **options
+    )
 
 
 def features(spec, n=6, vision_dim=7):
@@ -52,7 +54,10 @@ def features(spec, n=6, vision_dim=7):
 )
 def test_features_are_tinyllavas(case, spec):
     folder = shared(f"golden/{case}")
-    config, io = json.loads((folder / "config.json").read_text()), load_file(folder / "io.safetensors")
+    config, io = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "io.safetensors"),
+    )
     prefix, source = "connector._connector.", weights.Checkpoint(folder)
     sizes = config | config.get("qformer_config", {}) if spec in ("resampler", "qformer") else {}
     options = {name: sizes[name] for name in CONNECTORS[spec].options}  # they have Factory's names
@@ -88,7 +93,9 @@ def test_every_entry_makes_the_tokens_it_declares(spec):
 def test_identity_and_linear():
     x = features("identity")
     assert make("identity")(x) is x
-    with pytest.raises(UserError, match="model.connector: identity of widths 7 and 11; fix: use linear"):
+    with pytest.raises(
+        UserError, match="model.connector: identity of widths 7 and 11; fix: use linear"
+    ):
         build_connector("identity", 7, 11)
     linear = make("linear")
     assert (linear(x) - (x @ linear.weight.T + linear.bias)).abs().max() < 1e-6
@@ -114,7 +121,9 @@ def test_the_mixture_takes_turns():
 
 
 def norm(x, weight=1.0, bias=0.0, eps=1e-5):
-    return (x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt() * weight + bias
+    return (x - x.mean(-1, True)) / (
+        x.var(-1, unbiased=False, keepdim=True) + eps
+    ).sqrt() * weight + bias
 
 
 def heads_one_by_one(q, k, v, heads):
@@ -166,7 +175,10 @@ def test_the_qformer_is_a_bert_that_looks_every_second_layer():
         return norm(summed, w[key + ".LayerNorm.weight"], w[key + ".LayerNorm.bias"], 1e-12)
 
     def attend(x, source, key):
-        q, (k, v) = dense(x, key + ".self.query"), (dense(source, f"{key}.self.{n}") for n in ("key", "value"))
+        q, (k, v) = (
+            dense(x, key + ".self.query"),
+            (dense(source, f"{key}.self.{n}") for n in ("key", "value")),
+        )
         return out(heads_one_by_one(q, k, v, 3), x, key + ".output")
 
     image = x.double()
@@ -184,20 +196,31 @@ def test_the_qformer_is_a_bert_that_looks_every_second_layer():
 
 def test_sizes_are_tinyllavas_unless_chosen():
     with weights.empty():
-        resampler, qformer = build_connector("resampler", 1152, 2048), build_connector("qformer", 1152, 2048)
+        resampler, qformer = (
+            build_connector("resampler", 1152, 2048),
+            build_connector("qformer", 1152, 2048),
+        )
     assert resampler.latents.shape == (128, 2048) and len(resampler.layers) == 3
-    assert resampler.layers[0][0].to_kv.weight.shape == (1024, 2048)  # 8 heads of 64, keys and values
+    assert resampler.layers[0][0].to_kv.weight.shape == (
+        1024,
+        2048,
+    )  # 8 heads of 64, keys and values
     assert resampler.layers[0][1][1].weight.shape == (8192, 2048)
     layers = qformer.bert.encoder.layer
     assert qformer.query_tokens.shape == (1, 128, 768) and len(layers) == 12
-    assert layers[0].intermediate_query["dense"].weight.shape == (3072, 768) and layers[0].attention.heads == 12
+    assert (
+        layers[0].intermediate_query["dense"].weight.shape == (3072, 768)
+        and layers[0].attention.heads == 12
+    )
     assert layers[0].crossattention.self["key"].weight.shape == (768, 1152)
     assert connector_tokens("resampler", 729) == connector_tokens("qformer", 729) == 128
 
 
 def test_bare_parameters_start_random():
     latents = make("resampler", text_dim=512, num_queries=64, num_resampler_layers=1).latents
-    queries = make("qformer", **SMALL["qformer"] | {"num_queries": 64, "hidden_size": 510}).query_tokens
+    queries = make(
+        "qformer", **SMALL["qformer"] | {"num_queries": 64, "hidden_size": 510}
+    ).query_tokens
     assert abs(latents.std() - 1) < 0.02 and abs(latents.mean()) < 0.02
     assert abs(queries.std() - 0.02) < 0.0004 and abs(queries.mean()) < 0.0004
 
@@ -209,8 +232,12 @@ def test_berts_positions_wait_in_the_spares():
         empty = build_connector("qformer", 7, 11, **SMALL["qformer"])
     weights.load(empty, state)
     assert "bert.embeddings.position_ids" not in empty.state_dict()
-    assert torch.equal(weights.tensors(empty)["bert.embeddings.position_ids"], torch.arange(512)[None])
-    with pytest.raises(UserError, match="bert.embeddings.word_embeddings.weight: a tensor this model has no place"):
+    assert torch.equal(
+        weights.tensors(empty)["bert.embeddings.position_ids"], torch.arange(512)[None]
+    )
+    with pytest.raises(
+        UserError, match="bert.embeddings.word_embeddings.weight: a tensor this model has no place"
+    ):
         weights.load(connector, state | {"bert.embeddings.word_embeddings.weight": torch.ones(1)})
 
 
@@ -231,7 +258,10 @@ def test_berts_positions_wait_in_the_spares():
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_menu_is_named(spec, options, message):
-    for call in (lambda: build_connector(spec, 8, 12, **options), lambda: connector_tokens(spec, 6, **options)):
+    for call in (
+        lambda: build_connector(spec, 8, 12, **options),
+        lambda: connector_tokens(spec, 6, **options),
+    ):
         with pytest.raises(UserError) as error:
             call()
         assert message in str(error.value)
@@ -239,7 +269,8 @@ def test_a_mistake_in_the_menu_is_named(spec, options, message):
 
 def test_heads_divide_the_width():
     with pytest.raises(
-        UserError, match="model.connector_options.num_attention_heads: 5 do not divide hidden_size 12; fix: "
+        UserError,
+        match="model.connector_options.num_attention_heads: 5 do not divide hidden_size 12; fix: ",
     ):
         build_connector("qformer", 8, 12, **SMALL["qformer"] | {"num_attention_heads": 5})
 
@@ -252,7 +283,10 @@ def test_video_resamplers_are_tinyllava_videos(spec):
     options = {name: sizes[name] for name in CONNECTORS[spec].options}
     connector = build_connector(spec, sizes["vision_hidden_size"], sizes["hidden_size"], **options)
     weights.load(
-        connector, {k: v for k, v in io.items() if ".weights." in k and k.startswith(spec)}, (), f"{spec}.weights."
+        connector,
+        {k: v for k, v in io.items() if ".weights." in k and k.startswith(spec)},
+        (),
+        f"{spec}.weights.",
     )
     x = io[f"{spec}.input"].requires_grad_()
     out = connector(x)
@@ -275,5 +309,7 @@ def test_group_resampler_reads_stretches_apart(n):
 
 
 def test_groups_divide_the_queries():
-    with pytest.raises(UserError, match="model.connector_options.group: 4 do not divide num_queries 6; fix: "):
+    with pytest.raises(
+        UserError, match="model.connector_options.group: 4 do not divide num_queries 6; fix: "
+    ):
         build_connector("groupresampler", 8, 12, num_queries=6, group=4)

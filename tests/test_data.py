@@ -8,16 +8,16 @@ import resource
 import numpy as np
 import pytest
 import torch
-from conftest import run, shared
 from PIL import Image
 
 import data
 from config import Stage, Train, UserError
 from data import IGNORE, Order, Rows, Sample, SampleSpec, Steps, loader, make_sample, pack
-from rows import load_image
-from samples import byte_tokenizer, make_spec
-from templates import IMAGE_TOKEN
-from views import Item, Views
+from inputs.rows import load_image
+from inputs.sample import byte_tokenizer, make_spec
+from inputs.templates import IMAGE_TOKEN
+from inputs.tiling import Item, Views
+from tests.tools.environment import run, shared
 
 
 def turns(*texts):
@@ -38,12 +38,18 @@ class MeanColour:
     """A picture is (3, 2, 2) of its mean colour, so that a sample shows which one it got."""
 
     def pixels(self, image, image_mode):
-        return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)))[:, None, None].expand(3, 2, 2).clone()
+        return (
+            torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)))[:, None, None]
+            .expand(3, 2, 2)
+            .clone()
+        )
 
 
 @pytest.fixture(scope="module")
 def spec():
-    return SampleSpec(byte_tokenizer(), "plain", max_tokens=1000, views=Views(5, transform=MeanColour()))
+    return SampleSpec(
+        byte_tokenizer(), "plain", max_tokens=1000, views=Views(5, transform=MeanColour())
+    )
 
 
 @pytest.fixture
@@ -70,7 +76,9 @@ def test_every_golden_image_decodes_so_or_is_named():
         assert image.mode == "RGB" and list(image.size) == golden["transposed_size"], name
         assert list(image.getpixel((0, 0))) == golden["transposed_corner"], name
         mean = np.asarray(image, np.float64).mean((0, 1))
-        assert np.abs(mean - golden["rgb_mean"]).max() < 1e-4, name  # the golden is rounded to 4 digits
+        assert np.abs(mean - golden["rgb_mean"]).max() < 1e-4, (
+            name
+        )  # the golden is rounded to 4 digits
 
 
 @pytest.mark.parametrize(
@@ -130,11 +138,18 @@ def test_exif_turns_and_damaged_exif_does_not_matter(tmp_path):
 def test_rows_of_a_list_and_of_lines(folder):
     rows = write(folder, [row("x"), {"conversations": []}])
     assert len(rows) == 2 and rows[0]["id"] == "x" and rows.images == folder
-    assert rows.where(0) == f"{folder}/rows.json:row 0 (id x)" and rows.where(1) == f"{folder}/rows.json:row 1"
+    assert (
+        rows.where(0) == f"{folder}/rows.json:row 0 (id x)"
+        and rows.where(1) == f"{folder}/rows.json:row 1"
+    )
     text = f"\ufeff{json.dumps(row('y'))}\n\n{json.dumps(row('z'))}\n{{oops\n[1]\n"
     (folder / "rows.jsonl").write_text(text, encoding="utf-8")
     lines = Rows(folder / "rows.jsonl", folder)
-    assert len(lines) == 4 and lines[0]["id"] == "y" and lines.where(1) == f"{folder}/rows.jsonl:line 3 (id z)"
+    assert (
+        len(lines) == 4
+        and lines[0]["id"] == "y"
+        and lines.where(1) == f"{folder}/rows.jsonl:line 3 (id z)"
+    )
     with pytest.raises(UserError, match=r"rows.jsonl:line 4: not JSON .*column 2.*; fix: "):
         lines[2]
     with pytest.raises(UserError, match=r"rows.jsonl:line 5: a JSON list, not a row; fix: "):
@@ -183,11 +198,21 @@ def test_samples_of_no_one_and_two_images(folder, spec):
     text, one, two = (make_sample(rows, i, spec) for i in range(3))
     decode = spec.tokenizer.decode
     for sample, images in ((text, 0), (one, 1), (two, 2)):
-        assert sample.ids.dtype == sample.labels.dtype == torch.int64 and sample.ids.shape == sample.labels.shape
+        assert (
+            sample.ids.dtype == sample.labels.dtype == torch.int64
+            and sample.ids.shape == sample.labels.shape
+        )
         at = sample.ids == IMAGE_TOKEN
-        assert int(at.sum()) == 5 * images == 5 * len(sample.items) and (sample.labels[at] == IGNORE).all()
+        assert (
+            int(at.sum()) == 5 * images == 5 * len(sample.items)
+            and (sample.labels[at] == IGNORE).all()
+        )
         learned = sample.labels != IGNORE
-        assert (sample.labels[learned] == sample.ids[learned]).all() and not learned[0] and sample.cut == 0
+        assert (
+            (sample.labels[learned] == sample.ids[learned]).all()
+            and not learned[0]
+            and sample.cut == 0
+        )
         assert decode(sample.ids[learned].tolist()) == " A dog."
         assert sample.labels[-1] == spec.tokenizer.eos_id
     runs = "".join("i" if t == IMAGE_TOKEN else "." for t in two.ids.tolist()).split("iiiii")
@@ -206,7 +231,11 @@ def test_an_over_long_row_loses_text_and_never_an_image(folder, spec):
     rows = write(folder, [row("x"), row("late", "What? <image> <image>", image=["a.png", "b.png"])])
     whole = make_sample(rows, 0, spec)
     short = make_sample(rows, 0, dataclasses.replace(spec, max_tokens=len(whole.ids) - 3))
-    assert short.cut == 3 and torch.equal(short.ids, whole.ids[:-3]) and torch.equal(short.labels, whole.labels[:-3])
+    assert (
+        short.cut == 3
+        and torch.equal(short.ids, whole.ids[:-3])
+        and torch.equal(short.labels, whole.labels[:-3])
+    )
     exact = make_sample(rows, 0, dataclasses.replace(spec, max_tokens=len(whole.ids)))
     assert exact.cut == 0
     first_target = int((whole.labels != IGNORE).nonzero()[0])
@@ -215,10 +244,19 @@ def test_an_over_long_row_loses_text_and_never_an_image(folder, spec):
     assert make_sample(rows, 0, dataclasses.replace(spec, max_tokens=first_target + 1)).cut
     late = make_sample(rows, 1, spec)
     image_end = int((late.ids == IMAGE_TOKEN).nonzero()[-1]) + 1
-    for limit in (image_end - 1, image_end - 5, image_end - 8):  # inside the last image, before it, inside the first
-        with pytest.raises(UserError, match=f"row 1 .*image cut, it ends at token {image_end} .*fix: raise max_tokens"):
+    for limit in (
+        image_end - 1,
+        image_end - 5,
+        image_end - 8,
+    ):  # inside the last image, before it, inside the first
+        with pytest.raises(
+            UserError,
+            match=f"row 1 .*image cut, it ends at token {image_end} .*fix: raise max_tokens",
+        ):
             make_sample(rows, 1, dataclasses.replace(spec, max_tokens=limit))
-    with pytest.raises(UserError, match="nothing supervised"):  # the image is whole, the answer is gone
+    with pytest.raises(
+        UserError, match="nothing supervised"
+    ):  # the image is whole, the answer is gone
         make_sample(rows, 1, dataclasses.replace(spec, max_tokens=image_end))
 
 
@@ -231,9 +269,18 @@ BAD = {
     "role": ({"id": "q", "conversations": [{"from": "user", "value": "a"}]}, "conversations[0]: "),
     "nothing": ({"id": "s", "conversations": turns("a", " ")}, "nothing is supervised"),
     "no turns": ({"id": "t"}, "conversations: "),
-    "video": ({"id": "v", "video": "a.mp4", "conversations": turns("a", "b")}, "but 1 videos in the row"),
-    "no video": ({"id": "v", "video": "a.mp4", "conversations": turns("<image> a", "b")}, "a.mp4: no such file"),
-    "both": ({"id": "v", "video": "a.mp4", "image": "a.png", "conversations": turns("a", "b")}, "an image and a video"),
+    "video": (
+        {"id": "v", "video": "a.mp4", "conversations": turns("a", "b")},
+        "but 1 videos in the row",
+    ),
+    "no video": (
+        {"id": "v", "video": "a.mp4", "conversations": turns("<image> a", "b")},
+        "a.mp4: no such file",
+    ),
+    "both": (
+        {"id": "v", "video": "a.mp4", "image": "a.png", "conversations": turns("a", "b")},
+        "an image and a video",
+    ),
     "no dict": ([1], "a JSON list, not a row"),
     "surrogate": (row("w", "Hi \ud83d", image=None), "text that is not Unicode"),
 }
@@ -274,7 +321,9 @@ def test_a_pack_keeps_samples_apart():
     alone = pack([sample(3, 2), sample(5, 3, images=1)])
     for name, value in vars(alone).items():
         other = getattr(part, name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, (
+            name
+        )
     assert batch.part(slice(1, 2), slice(2, 2)).images is None
 
 
@@ -295,12 +344,28 @@ def test_fill_holds_the_budget_and_loses_nothing():
 def test_the_order_is_a_permutation_per_epoch_and_a_pure_function():
     order = Order(50, seed=3)
     epochs = [[order(k)[1] for k in range(50 * e, 50 * e + 50)] for e in range(3)]
-    assert all(sorted(rows) == list(range(50)) for rows in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert (
+        all(sorted(rows) == list(range(50)) for rows in epochs)
+        and epochs[0] != epochs[1] != epochs[2]
+    )
     assert order(49)[0] == 0 and order(50)[0] == 1
-    assert [Order(50, 3)(k)[1] for k in (120, 7, 60)] == [epochs[2][20], epochs[0][7], epochs[1][10]]
+    assert [Order(50, 3)(k)[1] for k in (120, 7, 60)] == [
+        epochs[2][20],
+        epochs[0][7],
+        epochs[1][10],
+    ]
     assert [order(k)[1] for k in range(50)] == epochs[0]  # and back
     assert [Order(50, 4)(k)[1] for k in range(50)] != epochs[0]
-    assert [Order(8, 0)(k)[1] for k in range(8)] == [3, 2, 1, 6, 0, 7, 4, 5]  # for ever: a resumed run relies on it
+    assert [Order(8, 0)(k)[1] for k in range(8)] == [
+        3,
+        2,
+        1,
+        6,
+        0,
+        7,
+        4,
+        5,
+    ]  # for ever: a resumed run relies on it
     with pytest.raises(UserError, match="train.seed: -1 is negative"):
         Order(8, -1)
 
@@ -321,7 +386,13 @@ STAGE = Stage(global_batch=8, micro_batch_tokens=200, epochs=1.0)
 def flat(steps):
     """Steps as comparable text: everything in them but the time."""
     return [
-        [[[v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(b).values()] for b in s.batches], s.skipped]
+        [
+            [
+                [v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(b).values()]
+                for b in s.batches
+            ],
+            s.skipped,
+        ]
         for s in steps
     ]
 
@@ -341,11 +412,15 @@ def test_steps_follow_the_order_and_hold_the_budget(many, spec):
         assert 1 < len(step.batches) < 8 and all(len(b.input_ids) <= 200 for b in step.batches)
         for batch in step.batches:
             images = [10 if r % 2 == 0 else 40 for r in batch.rows if r >= 20]
-            assert (batch.images[:, 0, 0, 0].tolist() if images else batch.images) == (images or None)
+            assert (batch.images[:, 0, 0, 0].tolist() if images else batch.images) == (
+                images or None
+            )
             assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == len(batch.input_ids)
     assert set(rows_of(steps[i] for i in range(5))) == set(range(37))
     single = Steps(many, spec, dataclasses.replace(STAGE, micro_batch_tokens=0), Train(seed=1))[0]
-    assert [len(b.rows) for b in single.batches] == [1] * 8 and sorted(rows_of([single])) == sorted(rows_of([steps[0]]))
+    assert [len(b.rows) for b in single.batches] == [1] * 8 and sorted(rows_of([single])) == sorted(
+        rows_of([steps[0]])
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -355,7 +430,9 @@ def test_ranks_together_are_one_rank(many, spec, world):
     for i in range(len(one)):
         parts = [rows_of([rank[i]]) for rank in ranks]
         assert all(parts) and sorted(sum(parts, [])) == sorted(rows_of([one[i]]))
-        assert sum(b.supervised for rank in ranks for b in rank[i].batches) == sum(b.supervised for b in one[i].batches)
+        assert sum(b.supervised for rank in ranks for b in rank[i].batches) == sum(
+            b.supervised for b in one[i].batches
+        )
     with pytest.raises(UserError, match="stage.global_batch: 2, for 3 ranks; fix: write 3 or more"):
         Steps(many, spec, Stage(global_batch=2), Train(), 0, 3)
 
@@ -365,8 +442,13 @@ def test_workers_and_the_place_of_resuming_change_nothing(many, spec):
     expected = flat(steps[i] for i in range(5))
     state = torch.get_rng_state()
     for start, workers in ((0, 0), (0, 2), (3, 1), (5, 0)):
-        assert flat(step for step, wait in loader(steps, start, workers) if wait >= 0) == expected[start:]
-    assert torch.equal(torch.get_rng_state(), state)  # else the data loader would shift the seeds of dropout
+        assert (
+            flat(step for step, wait in loader(steps, start, workers) if wait >= 0)
+            == expected[start:]
+        )
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # else the data loader would shift the seeds of dropout
     assert steps[0].seconds > 0
 
 
@@ -393,7 +475,9 @@ def test_a_bad_row_stops_with_its_line(some_bad, spec, workers):
         list(loader(Steps(some_bad, spec, STAGE, Train()), workers=workers))
     assert type(e.value) is UserError and "\n" not in str(e.value)
     assert not multiprocessing.active_children()  # they would hold up what comes next, or the exit
-    assert str(e.value).startswith(str(some_bad.file)) and ".png: no such file or directory; fix: " in str(e.value)
+    assert str(e.value).startswith(
+        str(some_bad.file)
+    ) and ".png: no such file or directory; fix: " in str(e.value)
 
 
 def test_a_bad_row_is_skipped_for_the_next_of_the_epoch(some_bad, spec):
@@ -406,21 +490,30 @@ def test_a_bad_row_is_skipped_for_the_next_of_the_epoch(some_bad, spec):
             j, skipped = j + 1, skipped + 1
         expected.append(order(j % 16)[1])
     made = [steps[0], steps[1]]
-    assert sorted(rows_of(made[:1])) == sorted(expected[:8]) and sorted(rows_of(made[1:])) == sorted(expected[8:])
+    assert sorted(rows_of(made[:1])) == sorted(expected[:8]) and sorted(
+        rows_of(made[1:])
+    ) == sorted(expected[8:])
     messages = made[0].skipped + made[1].skipped
     assert len(messages) == skipped >= 4 and all("(id " in m and "; fix: " in m for m in messages)
     ranks = [Steps(some_bad, spec, STAGE, train, rank, 2)[i] for rank in range(2) for i in range(2)]
-    assert sorted(rows_of(ranks)) == sorted(expected) and flat(made) == flat(s for s, _ in loader(steps, workers=2))
+    assert sorted(rows_of(ranks)) == sorted(expected) and flat(made) == flat(
+        s for s, _ in loader(steps, workers=2)
+    )
 
 
 def test_when_every_row_is_bad_skipping_ends(folder, spec, monkeypatch):
     rows = write(folder, [row(i, image="none.png") for i in range(16)])
-    with pytest.raises(UserError, match="no usable row among 16, the last one: .*none.png: no such file.*; fix: "):
+    with pytest.raises(
+        UserError, match="no usable row among 16, the last one: .*none.png: no such file.*; fix: "
+    ):
         list(loader(Steps(rows, spec, STAGE, Train(on_bad_row="skip"))))
     tried = []
     monkeypatch.setattr(data, "make_sample", lambda *args: tried.append(args) or make_sample(*args))
     monkeypatch.setattr(data, "GIVE_UP", 4)
-    assert "no usable row among 4" in Steps(rows, spec, STAGE, Train(on_bad_row="skip"))[0].error and len(tried) == 4
+    assert (
+        "no usable row among 4" in Steps(rows, spec, STAGE, Train(on_bad_row="skip"))[0].error
+        and len(tried) == 4
+    )
 
 
 def test_cut_tokens_are_counted(folder, spec):
@@ -434,19 +527,33 @@ def test_cut_tokens_are_counted(folder, spec):
 def test_validation_reads_every_row_once(many, some_bad, spec):
     train = Train(workers=0)
     for world in (1, 2, 3):
-        found = [b.rows for r in range(world) for b in data.validation_batches(many, spec, STAGE, train, r, world)]
+        found = [
+            b.rows
+            for r in range(world)
+            for b in data.validation_batches(many, spec, STAGE, train, r, world)
+        ]
         assert sorted(sum(found, [])) == list(range(37))
     batches = list(data.validation_batches(many, spec, STAGE, Train(workers=1)))
     assert [min(b.rows) // 8 for b in batches] == sorted(min(b.rows) // 8 for b in batches)
     assert all(len(b.input_ids) <= 200 for b in batches)
     # The last chunk of 17 rows by 16 has one row: the other rank has none, and does not fail.
-    assert sum(len(b.rows) for b in data.validation_batches(many, spec, Stage(global_batch=36), train, 1, 2)) == 18
+    assert (
+        sum(
+            len(b.rows)
+            for b in data.validation_batches(many, spec, Stage(global_batch=36), train, 1, 2)
+        )
+        == 18
+    )
 
 
 def test_validation_names_bad_rows(some_bad, spec):
     lines = []
     skip = Train(on_bad_row="skip", workers=0)
-    rows = [r for b in data.validation_batches(some_bad, spec, STAGE, skip, log=lines.append) for r in b.rows]
+    rows = [
+        r
+        for b in data.validation_batches(some_bad, spec, STAGE, skip, log=lines.append)
+        for r in b.rows
+    ]
     assert sorted(rows) == sorted(set(range(16)) - {3, 4, 5, 11}) and len(lines) == 4
     with pytest.raises(UserError, match="row 3 "):
         list(data.validation_batches(some_bad, spec, STAGE, Train(workers=0)))
@@ -475,31 +582,63 @@ def test_check_names_every_bad_row_and_counts_the_rest(folder, capsys):
     rows = write(folder, [bad for bad, _ in BAD.values()] + good)
     lines, error = run_check(capsys, "--data", rows.file, "--image-tokens", 7)
     for i, (_, what) in enumerate(BAD.values()):
-        (line,) = [line for line in lines if line.startswith((f"{rows.file}:row {i} ", f"{rows.file}:row {i}:"))]
+        (line,) = [
+            line
+            for line in lines
+            if line.startswith((f"{rows.file}:row {i} ", f"{rows.file}:row {i}:"))
+        ]
         assert what in line and "; fix: " in line
     n = len(BAD)
-    assert error == f"{rows.file}: {n} of {n + 4} rows are bad; fix: mend or remove them, or set train.on_bad_row=skip"
+    assert (
+        error
+        == f"{rows.file}: {n} of {n + 4} rows are bad; fix: mend or remove them, or set train.on_bad_row=skip"
+    )
     good = "1 text-only, 2 with one image or video, 1 with several"
     assert f"{rows.file}: {n + 4} rows, {n} bad; the good ones: {good}" in lines
-    assert any("█" in line for line in lines) and "  over-long: 0 rows lose 0 tokens of their tails" in lines
+    assert (
+        any("█" in line for line in lines)
+        and "  over-long: 0 rows lose 0 tokens of their tails" in lines
+    )
 
 
 def test_check_takes_the_tokenizer_and_the_lengths_of_training(folder, capsys):
     tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tok")
-    rows = write(folder, [row("x"), row("long", answer="y" * 300), row("z", "a" * 300 + "<image>"), row("w")])
-    args = ["--data", rows.file, "--tokenizer", folder / "tok", "--template", "plain", "--image-tokens", 5]
+    rows = write(
+        folder, [row("x"), row("long", answer="y" * 300), row("z", "a" * 300 + "<image>"), row("w")]
+    )
+    args = [
+        "--data",
+        rows.file,
+        "--tokenizer",
+        folder / "tok",
+        "--template",
+        "plain",
+        "--image-tokens",
+        5,
+    ]
     lines, error = run_check(capsys, *args, "--max-tokens", 100)
     spec = SampleSpec(tokenizer, "plain", 10**6, Views(5, transform=MeanColour()))
     length = [len(make_sample(rows, i, spec).ids) for i in range(4)]
     (note,) = [line for line in lines if "note: " in line]
-    assert f"row 1 (id long): note: over-long, loses {length[1] - 100} tokens" in note and "; fix: " in note
-    assert f"  over-long: 2 rows lose {length[1] + length[2] - 200} tokens of their tails" not in lines
-    assert f"  tokens: {length[0]} shortest, " in "\n".join(lines) and f"{length[1]} longest" in "\n".join(lines)
+    assert (
+        f"row 1 (id long): note: over-long, loses {length[1] - 100} tokens" in note
+        and "; fix: " in note
+    )
+    assert (
+        f"  over-long: 2 rows lose {length[1] + length[2] - 200} tokens of their tails" not in lines
+    )
+    assert f"  tokens: {length[0]} shortest, " in "\n".join(
+        lines
+    ) and f"{length[1]} longest" in "\n".join(lines)
     assert "row 2 (id z)" in "\n".join(lines) and error and "1 of 4" in error
     lines, error = run_check(capsys, *args, "--max-tokens", 1000)
     targets = [int((make_sample(rows, i, spec).labels != IGNORE).sum()) for i in range(4)]
-    assert error is None and f"  supervised: {100 * sum(targets) / sum(length):.1f} % of {sum(length)} tokens" in lines
+    assert (
+        error is None
+        and f"  supervised: {100 * sum(targets) / sum(length):.1f} % of {sum(length)} tokens"
+        in lines
+    )
 
 
 def test_check_of_a_recipe_reads_every_stage(folder, capsys):
@@ -515,10 +654,19 @@ def test_check_of_a_recipe_reads_every_stage(folder, capsys):
         f'[stage.b]\ntemplate = "phi"\ndata = "{folder}/one.json"\nvalidation = "{folder}/two.json"\n'
     )
     lines, error = run_check(capsys, recipe)
-    assert [line for line in lines if line[:3] == "== "] == ["== stage a", "== stage b", "== stage b, validation"]
-    assert error == f"{recipe}: 1 of 4 rows are bad; fix: mend or remove them, or set train.on_bad_row=skip"
+    assert [line for line in lines if line[:3] == "== "] == [
+        "== stage a",
+        "== stage b",
+        "== stage b, validation",
+    ]
+    assert (
+        error
+        == f"{recipe}: 1 of 4 rows are bad; fix: mend or remove them, or set train.on_bad_row=skip"
+    )
     assert sum("9 per image" in line for line in lines) == 3
-    lines, error = run_check(capsys, recipe, f"stage.b.validation={folder}/one.json", "stage.a.max_tokens=14")
+    lines, error = run_check(
+        capsys, recipe, f"stage.b.validation={folder}/one.json", "stage.a.max_tokens=14"
+    )
     assert error is None and sum("note: over-long, loses 2 tokens" in line for line in lines) == 1
     for override, what in (
         ("stage.a.data=", f"{recipe}:stage.a.data: not set; fix: "),
@@ -547,7 +695,9 @@ def test_inspect_shows_the_first_samples_of_training(folder, capsys):
     assert [line.split("row ")[1][0] for line in shown] == [str(order(k)[1]) for k in (0, 1)]
     assert all("views: 1 of 24 x 24" in line for line in shown)
     html, first = page.read_text(), order(0)[1]
-    assert html.count('<img src="data:image/png;base64,') == 2 and html.count("<mark>") == 2 + 1  # and the legend
+    assert (
+        html.count('<img src="data:image/png;base64,') == 2 and html.count("<mark>") == 2 + 1
+    )  # and the legend
     assert f"{first} &lt;b&gt;[[x]]" in html and chr(27) not in html
 
 
@@ -555,7 +705,11 @@ def test_the_command_line_ends_with_one_line(folder):
     write(folder, [row("x", image="none.png")])
     done = run("data.py", "check", "--data", folder / "rows.json", ok=False)
     assert done.returncode == 1 and "none.png: no such file" in done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "; fix: " in done.stderr
+    assert (
+        done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+        and "; fix: " in done.stderr
+    )
     with pytest.raises(SystemExit, match="error: command line: .*; fix: see python .* --help"):
         data.main(["chekc"])
     with pytest.raises(SystemExit, match="command line: name a recipe, or rows with --data"):
@@ -574,11 +728,17 @@ def test_check_reports_each_unreadable_asset_in_one_line(tmp_path, capsys):
 
 def test_the_sample_rows_make_samples(capsys):
     assets = shared("assets")
-    file, tokenizer = assets / "conversations/llava_format_samples.json", assets / "tokenizers/microsoft--phi-2"
+    file, tokenizer = (
+        assets / "conversations/llava_format_samples.json",
+        assets / "tokenizers/microsoft--phi-2",
+    )
     lines, error = run_check(capsys, "--data", file, "--images", assets, "--tokenizer", tokenizer)
     missing = [line for line in lines if "no such file or directory; fix: " in line]
     assert len(missing) == 14 and "14 of 22 rows are bad" in error
-    assert f"{file}: 22 rows, 14 bad; the good ones: 4 text-only, 4 with one image or video, 0 with several" in lines
+    assert (
+        f"{file}: 22 rows, 14 bad; the good ones: 4 text-only, 4 with one image or video, 0 with several"
+        in lines
+    )
     rows = Rows(file, assets)
     spec = make_spec(str(tokenizer), "phi", max_tokens=2048, views=Views(3, transform=MeanColour()))
     samples = [make_sample(rows, i, spec) for i in range(14, 22)]

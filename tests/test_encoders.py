@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import shared
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import weights
+from checkpoints import weights
 from config import UserError
 from encoders import build_encoder, load_encoder, vision_config
-from images import ImageTransform, read_preprocessor
+from inputs.image_processor import ImageTransform, read_preprocessor
+from tests.tools.environment import shared
 
 PROCESSORS = {
     "clip-vit-large-patch14-336": "openai--clip-vit-large-patch14-336",
@@ -45,26 +45,35 @@ def test_pixels_equal_the_published_processors():
     checked = set()
     for case in cases:
         folder = shared("assets/configs") / PROCESSORS[case["processor"]]
-        config = vision_config(json.loads((folder / "config.json").read_text()), read_preprocessor(folder))
+        config = vision_config(
+            json.loads((folder / "config.json").read_text()), read_preprocessor(folder)
+        )
         image = Image.open(shared("assets/images") / case["image"])
         pixels = config.transform(image, "pad" if case["pad"] else "square")
         assert list(pixels.shape) == case["shape"], case["image"]
         assert pixels.mean((1, 2)).tolist() == pytest.approx(case["mean"], abs=1e-5)
         for c, y, x, value in case["points"]:
-            assert pixels[c, y, x].item() == pytest.approx(value, abs=1e-5), (case["image"], case["processor"])
+            assert pixels[c, y, x].item() == pytest.approx(value, abs=1e-5), (
+                case["image"],
+                case["processor"],
+            )
         checked.add((case["image"], case["processor"], case["pad"]))
     assert len(checked) == 160 and {c["processor"] for c in cases} == set(PROCESSORS)
 
 
 def test_the_real_photograph_gives_exactly_its_pixels():
     folder = shared("assets/weights/tinyllava--TinyLLaVA-Phi-2-SigLIP-3.1B-golden")
-    want = torch.frombuffer(bytearray((folder / "image_tensor_f32_3x384x384.bin").read_bytes()), dtype=torch.float32)
+    want = torch.frombuffer(
+        bytearray((folder / "image_tensor_f32_3x384x384.bin").read_bytes()), dtype=torch.float32
+    )
     got = ImageTransform(384)(Image.open(folder / "test.jpg"))
     assert (got.flatten() - want).abs().max() <= 1e-6
 
 
 def picture(width: int, height: int) -> Image.Image:
-    noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(
+        0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     return Image.fromarray(noise.numpy())
 
 
@@ -81,9 +90,13 @@ def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, opti
     processor.save_pretrained(tmp_path)
     if nested:
         flat = tmp_path / "preprocessor_config.json"
-        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(flat.read_text())}))
+        (tmp_path / "processor_config.json").write_text(
+            json.dumps({"image_processor": json.loads(flat.read_text())})
+        )
         flat.unlink()
-    transform = ImageTransform.from_hf(read_preprocessor(tmp_path), ImageTransform(99, 0 if name == "Siglip" else 98))
+    transform = ImageTransform.from_hf(
+        read_preprocessor(tmp_path), ImageTransform(99, 0 if name == "Siglip" else 98)
+    )
     assert ImageTransform.from_hf(transform.to_hf(), ImageTransform()) == transform
     for size in ((31, 40), (53, 18), (16, 16)):
         want = processor(picture(*size), return_tensors="pt")["pixel_values"][0]
@@ -91,16 +104,23 @@ def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, opti
 
 
 def test_the_processor_survives_a_round_trip():
-    for transform in (ImageTransform(384), ImageTransform(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2)):
+    for transform in (
+        ImageTransform(384),
+        ImageTransform(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2),
+    ):
         assert ImageTransform.from_hf(transform.to_hf(), ImageTransform()) == transform
 
 
 def test_pad_centres_the_picture_on_the_mean_colour():
     transform = ImageTransform(5, 0, (0.2, 0.5, 0.9), (1.0, 1.0, 1.0))
     image = picture(5, 2)
-    colour = torch.tensor([int(m * 255) for m in transform.mean]) / 255 - torch.tensor(transform.mean)
+    colour = torch.tensor([int(m * 255) for m in transform.mean]) / 255 - torch.tensor(
+        transform.mean
+    )
     want = colour[:, None, None].repeat(1, 5, 5)
-    want[:, 1:3] = ImageTransform(5, 0, transform.mean, transform.std)(image.crop((0, -1, 5, 4)))[:, 1:3]
+    want[:, 1:3] = ImageTransform(5, 0, transform.mean, transform.std)(image.crop((0, -1, 5, 4)))[
+        :, 1:3
+    ]
     assert torch.equal(transform(image, "pad"), want)
 
 
@@ -108,10 +128,21 @@ def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
     assert read_preprocessor(tmp_path) == {}
     default = ImageTransform(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2)
     assert ImageTransform.from_hf({}, default) == default
-    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 30, "crop_size": 20, "do_center_crop": True}
-    assert ImageTransform.from_hf(old, default) == ImageTransform(30, 20, default.mean, default.std, 2)
-    assert ImageTransform.from_hf({"size": 30, "resample": None}, ImageTransform()) == ImageTransform(30)
-    assert vision_config(DINOV2).transform == ImageTransform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3)
+    old = {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "size": 30,
+        "crop_size": 20,
+        "do_center_crop": True,
+    }
+    assert ImageTransform.from_hf(old, default) == ImageTransform(
+        30, 20, default.mean, default.std, 2
+    )
+    assert ImageTransform.from_hf(
+        {"size": 30, "resample": None}, ImageTransform()
+    ) == ImageTransform(30)
+    assert vision_config(DINOV2).transform == ImageTransform(
+        256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3
+    )
     assert (vision_config(CLIP).transform.size, vision_config(CLIP).transform.crop) == (12, 12)
 
 
@@ -126,7 +157,12 @@ def test_a_field_that_would_change_the_pixels_is_refused(field, value):
     good = ImageTransform(30, 20).to_hf()
     good.pop("image_processor_type")
     with pytest.raises(
-        UserError, match="size" if field == "do_center_crop" else "processor_type" if "type" in field else field
+        UserError,
+        match="size"
+        if field == "do_center_crop"
+        else "processor_type"
+        if "type" in field
+        else field,
     ):
         ImageTransform.from_hf(good | {field: value}, ImageTransform())
 
@@ -189,7 +225,9 @@ def test_a_checkpoint_goes_out_under_the_names_it_came_with(tmp_path, name, conf
     oracle(name, config, tmp_path)
     source = weights.Checkpoint(tmp_path)
     encoder = load_encoder(tmp_path, feature_layer=1)
-    assert len(encoder.blocks) == 1 and any(k.startswith("encoder.layers.1.") for k in encoder.spares)
+    assert len(encoder.blocks) == 1 and any(
+        k.startswith("encoder.layers.1.") for k in encoder.spares
+    )
     out = weights.tensors(encoder, encoder.rename)
     whole = {k if k in source else k.removeprefix("vision_model."): t for k, t in out.items()}
     assert set(whole) == set(source) and all(torch.equal(whole[k], source[k]) for k in source)
@@ -201,8 +239,12 @@ def test_the_scale_of_2023_samples_the_position_table_elsewhere(tmp_path):
     model = oracle("dinov2", config, tmp_path)
     side, patch, grid = 31, config["patch_size"], config["image_size"] // config["patch_size"]
     hf = json.loads((tmp_path / "config.json").read_text())
-    table = model.embeddings.position_embeddings[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
-    table = torch.nn.functional.interpolate(table, scale_factor=(side // patch + 0.1) / grid, mode="bicubic")
+    table = (
+        model.embeddings.position_embeddings[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    )
+    table = torch.nn.functional.interpolate(
+        table, scale_factor=(side // patch + 0.1) / grid, mode="bicubic"
+    )
     table = table.permute(0, 2, 3, 1).reshape(1, (side // patch) ** 2, -1)
     pixels = torch.randn(1, 3, side, side)
     with torch.no_grad():
@@ -244,7 +286,11 @@ def test_published_sizes():
     # SigLIP's pooling head: probe, attention (in and out), layer norm, two linears.
     siglip_head = 1152 + 4 * (1152 + 1) * 1152 + 2 * 1152 + (1152 + 1) * 4304 + (4304 + 1) * 1152
     for name, published, behind in (
-        ("google--siglip-so400m-patch14-384", 428_225_600, siglip_head + 2 * 1152),  # and post_layernorm
+        (
+            "google--siglip-so400m-patch14-384",
+            428_225_600,
+            siglip_head + 2 * 1152,
+        ),  # and post_layernorm
         ("openai--clip-vit-large-patch14-336", 303_507_456, 2 * 1024),  # post_layernorm
         ("facebook--dinov2-large", 304_368_640, 1024 + 2 * 1024),  # mask_token, layernorm
     ):
@@ -264,10 +310,17 @@ def test_the_real_siglip_embeddings():
     with torch.device("meta"):
         encoder = build_encoder(config, 0, "cls_patch")
     prefix = "vision_tower._vision_tower."
-    names = {f"{prefix}vision_model.embeddings.{n}": p.shape for n, p in encoder.embeddings.named_parameters()}
-    read = lambda name: torch.frombuffer(bytearray((folder / f"{name}.bin").read_bytes()), dtype=torch.float16)  # noqa: E731
+    names = {
+        f"{prefix}vision_model.embeddings.{n}": p.shape
+        for n, p in encoder.embeddings.named_parameters()
+    }
+    read = lambda name: torch.frombuffer(
+        bytearray((folder / f"{name}.bin").read_bytes()), dtype=torch.float16
+    )  # noqa: E731
     source = {name: read(name).view(shape) for name, shape in names.items()}
-    weights.load(encoder, source, encoder.rename, prefix, dtype=torch.float32, ignore=encoder.ignore)
+    weights.load(
+        encoder, source, encoder.rename, prefix, dtype=torch.float32, ignore=encoder.ignore
+    )
     pixels = encoder.preprocess(Image.open(folder / "test.jpg"))[None]
     with torch.no_grad():
         patches = encoder.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)[0]
@@ -313,7 +366,9 @@ def test_feature_layer_and_selection(tmp_path):
         got = load_encoder(tmp_path, feature_layer=layer, feature_select="cls_patch")(pixels)
         assert torch.equal(got, states[layer])
     assert torch.equal(load_encoder(tmp_path)(pixels), states[-2][:, 1:])
-    assert vision_config(CLIP).tokens("patch") == 9 and vision_config(CLIP).tokens("cls_patch") == 10
+    assert (
+        vision_config(CLIP).tokens("patch") == 9 and vision_config(CLIP).tokens("cls_patch") == 10
+    )
     for layer in (-5, 4):
         with pytest.raises(UserError, match="feature_layer"):
             load_encoder(tmp_path, feature_layer=layer)
@@ -333,13 +388,17 @@ def test_the_text_half_of_a_full_checkpoint_is_left_where_it_is(tmp_path):
     whole = folder_of(tmp_path, CLIP, logit_scale=torch.ones(()), **text)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP}))
     pixels = torch.randn(1, 3, 12, 12)
-    assert torch.equal(load_encoder(tmp_path, feature_layer=-1, feature_select="cls_patch")(pixels), whole(pixels))
+    assert torch.equal(
+        load_encoder(tmp_path, feature_layer=-1, feature_select="cls_patch")(pixels), whole(pixels)
+    )
 
 
 def test_spares_go_back_under_their_names(tmp_path):
     folder_of(tmp_path, CLIP, **{"vision_model.post_layernorm.weight": torch.ones(32)})
     encoder = load_encoder(tmp_path)
-    assert len(encoder.blocks) == 2 and any(k.startswith("encoder.layers.2.") for k in encoder.spares)
+    assert len(encoder.blocks) == 2 and any(
+        k.startswith("encoder.layers.2.") for k in encoder.spares
+    )
     assert set(weights.tensors(encoder, encoder.rename)) == set(weights.Checkpoint(tmp_path))
 
 
@@ -350,7 +409,9 @@ def test_pickled_weights_only_where_asked_for(tmp_path):
     with pytest.raises(UserError, match="pickle"):
         load_encoder(tmp_path)
     encoder = load_encoder(tmp_path, feature_layer=-1, allow_pickle=True)
-    assert all(torch.equal(p, q) for p, q in zip(encoder.parameters(), whole.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(encoder.parameters(), whole.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("base, change, message", [
@@ -382,7 +443,11 @@ def test_the_mixture_is_both_encoders_side_by_side():
     mixture = randomized(MOF, layer=-2, select="patch")
     pixels = torch.randn(2, 3, 12, 12)
     got = mixture(pixels)
-    assert got.shape == (2, 2, 9, 32) and mixture.config.tokens("patch") == 9 and mixture.config.width == 32
+    assert (
+        got.shape == (2, 2, 9, 32)
+        and mixture.config.tokens("patch") == 9
+        and mixture.config.width == 32
+    )
     for i, (name, config) in enumerate((("clip", CLIP), ("dinov2", DINOV2))):
         single = build_encoder(vision_config(config, SQUARE))
         single.load_state_dict(getattr(mixture, name).state_dict())
@@ -400,9 +465,14 @@ def test_blocks_of_the_mixture_are_those_of_both_towers():
     mixture.requires_grad_(False)
     mixture.blocks[2:].requires_grad_(True)
     trains = {
-        n.rsplit(".layers.")[0] + n.rsplit(".layers.")[1][:2] for n, p in mixture.named_parameters() if p.requires_grad
+        n.rsplit(".layers.")[0] + n.rsplit(".layers.")[1][:2]
+        for n, p in mixture.named_parameters()
+        if p.requires_grad
     }
-    assert trains == {"clip.encoder2.", "dinov2.encoder2.", "dinov2.encoder3."} and set(mixture.state_dict()) == keys
+    assert (
+        trains == {"clip.encoder2.", "dinov2.encoder2.", "dinov2.encoder3."}
+        and set(mixture.state_dict()) == keys
+    )
 
 
 def test_the_mixture_from_two_folders_goes_out_whole(tmp_path):
@@ -417,7 +487,10 @@ def test_the_mixture_from_two_folders_goes_out_whole(tmp_path):
     assert weights.load(mixture, source, mixture.rename, ignore=mixture.ignore) == set(source)
     out = weights.tensors(mixture, mixture.rename)
     assert {k.replace("clip.vision_model.", "clip.") for k in out} == set(source)
-    assert any(k.startswith("clip.vision_model.post") for k in out) and "dinov2.embeddings.mask_token" in out
+    assert (
+        any(k.startswith("clip.vision_model.post") for k in out)
+        and "dinov2.embeddings.mask_token" in out
+    )
 
 
 @pytest.mark.parametrize("config", (CLIP, DINOV2, MOF), ids=("clip", "dinov2", "mof"))
@@ -438,7 +511,11 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(config):
 
 
 def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured():
-    config = DINOV2 | {"model_type": "dinov2_with_registers", "hidden_size": 256, "layerscale_value": 0.25}
+    config = DINOV2 | {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 256,
+        "layerscale_value": 0.25,
+    }
     encoder = randomized(config)
     linear = encoder.blocks[0].mlp["fc1"].weight.clone()
     encoder.init_positions()
@@ -446,6 +523,10 @@ def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured()
     assert set(own) == {"class_embedding", "register_tokens"}
     for p in (encoder.embeddings.position_embedding.weight, *own.values()):
         assert p.std().item() == pytest.approx(256**-0.5, rel=0.2)
-    scales = [s for block in encoder.blocks for s in (block.layer_scale1.lambda1, block.layer_scale2.lambda1)]
+    scales = [
+        s
+        for block in encoder.blocks
+        for s in (block.layer_scale1.lambda1, block.layer_scale2.lambda1)
+    ]
     assert len(scales) == 6 and all((s == 0.25).all() for s in scales)
     assert torch.equal(encoder.blocks[0].mlp["fc1"].weight, linear)

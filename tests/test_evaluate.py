@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run
 from PIL import Image
 from torch import Tensor
 
 import evaluate
-import report
-import world as demo_world
 from config import Model, UserError
+from demo import report
+from demo import world as demo_world
 from evals import world
+from inputs.templates import load_tokenizer
+from inputs.tiling import Views
 from model import LLaVA
-from templates import load_tokenizer
-from views import Views
+from tests.tools.environment import run
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,14 @@ def test_existence_is_read_as_pope_reads_it(answer, said):
 def example(i, kind="colour", label="red", choices=("red", "green", "blue", "yellow"), **more):
     split = kind if kind.startswith("existence") else "attributes"
     kind = kind.split("_")[0]
-    row = {"id": f"q{i}", "split": split, "kind": kind, "label": label, "choices": choices, "image": f"{i}.png"}
+    row = {
+        "id": f"q{i}",
+        "split": split,
+        "kind": kind,
+        "label": label,
+        "choices": choices,
+        "image": f"{i}.png",
+    }
     return row | {"prompt": f"question {'x' * (i * 7 % 5)} {i}"} | more
 
 
@@ -125,7 +132,9 @@ def test_a_limited_run_keeps_the_other_answers(tmp_path):
     examples = [example(i) for i in range(6)]
     file = tmp_path / "a.jsonl"
     evaluate.evaluate(examples, examples, Oracle(), file)
-    assert evaluate.evaluate(examples, examples[::3], Oracle(0), file) == [e["prompt"][::-1] for e in examples[::3]]
+    assert evaluate.evaluate(examples, examples[::3], Oracle(0), file) == [
+        e["prompt"][::-1] for e in examples[::3]
+    ]
     assert len(file.read_text().splitlines()) == 6
 
 
@@ -157,7 +166,9 @@ def test_the_model_is_given_pictures_and_prompts_in_order(data):
     tok, seen = load_tokenizer(data / "tokenizer"), []
 
     def generate(rows, images, max_new_tokens, eos_token_id):
-        assert len(rows) == len(images) and [(row == -200).sum().item() for row in rows] == [1] * len(rows)
+        assert len(rows) == len(images) and [(row == -200).sum().item() for row in rows] == [
+            1
+        ] * len(rows)
         seen.append((rows, images))
         words = [tok.encode(word)[0] + [tok.eos_id] for word in (" yes", " a circle", " no", "")]
         longest = max(map(len, words))
@@ -185,10 +196,14 @@ def test_the_model_is_given_pictures_and_prompts_in_order(data):
 
     every = [pixels(Image.open(data / e["image"])).float() for e in world.examples(data)]
     every = torch.stack(every[:: len(every) // evaluate.MEAN_OF][: evaluate.MEAN_OF])
-    evaluate.answerer(model, tok, data, 5, evaluate.blanked(world.examples(data), data, model))(examples)
+    evaluate.answerer(model, tok, data, 5, evaluate.blanked(world.examples(data), data, model))(
+        examples
+    )
     assert all(torch.equal(blank.pixels, every.mean(0, keepdim=True)) for blank in seen[1][1])
     evaluate.answerer(model, tok, data, 5, evaluate.blanked(examples[:1], data, model))(examples)
-    assert torch.equal(seen[2][1][3].pixels[0], pixels(Image.open(data / examples[0]["image"])).float())
+    assert torch.equal(
+        seen[2][1][3].pixels[0], pixels(Image.open(data / examples[0]["image"])).float()
+    )
 
     examples[1]["image"] = "images/benchmark/none.png"
     with pytest.raises(UserError, match="none.png: no such file.*; fix:"):
@@ -200,7 +215,12 @@ def model(data, tmp_path_factory):
     """A folder with an untrained model of the demo's kind."""
     folder = tmp_path_factory.mktemp("model")
     tok = load_tokenizer(data / "tokenizer")
-    width = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    width = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     text = {"model_type": "llama", "vocab_size": tok.vocab_size} | width
     vision = {"model_type": "siglip_vision_model", "image_size": 48, "patch_size": 16} | width
     LLaVA.from_parts(Model(llm_config=text, vision_config=vision), "plain").save(folder)
@@ -226,20 +246,36 @@ def test_one_rank_and_two_write_the_same_and_a_newer_model_starts_afresh(model, 
     os.utime(saved, (file.stat().st_mtime + 5,) * 2)
     evaluate.main(options)
     assert "starting afresh" in capsys.readouterr().out and file.read_bytes() == one
-    part = file.rename(file.with_name("world.jsonl.rank1"))  # all that a killed run of several ranks has left
+    part = file.rename(
+        file.with_name("world.jsonl.rank1")
+    )  # all that a killed run of several ranks has left
     part.write_text(part.read_text().replace('"answer": "', '"answer": "stale'))
     os.utime(part, (saved.stat().st_mtime - 5,) * 2)
     evaluate.main(options)
-    assert "starting afresh" in capsys.readouterr().out and file.read_bytes() == one and not part.exists()
+    assert (
+        "starting afresh" in capsys.readouterr().out
+        and file.read_bytes() == one
+        and not part.exists()
+    )
     os.utime(saved, (1, 1))
 
     file.unlink()
-    run("-m", "torch.distributed.run", "--nproc-per-node", 2, "evaluate.py", *options, OMP_NUM_THREADS="1")
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        "evaluate.py",
+        *options,
+        OMP_NUM_THREADS="1",
+    )
     assert file.read_bytes() == one and not list((model / "eval").glob("*.rank*"))
 
 
 def test_a_folder_without_the_benchmark(tmp_path):
-    with pytest.raises(UserError, match=r"existence_random.jsonl: no such file; fix: write the data set with"):
+    with pytest.raises(
+        UserError, match=r"existence_random.jsonl: no such file; fix: write the data set with"
+    ):
         evaluate.main(["--model", str(tmp_path), "--task", "world", "--data", str(tmp_path)])
 
 
@@ -258,7 +294,9 @@ def finished(data, tmp_path):
         if name == "world-blank":
             answers = ["no"] * len(examples)
         rows = [{"id": e["id"], "answer": a} for e, a in zip(examples, answers, strict=True)]
-        (tmp_path / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "eval" / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
         scores = world.score(examples, answers)
         for key, value in world.text_only(data).items():
             scores[key]["text_only"] = value
@@ -266,11 +304,22 @@ def finished(data, tmp_path):
         (tmp_path / "eval" / f"{name}.json").write_text(json.dumps(result))
     sizes = {"llm": 800_000, "vision": 300_000, "connector": 12_345}
     log = []
-    for stage, trainable in (("pretrain", {"llm": 0, "vision": 300_000, "connector": 12_345}), ("finetune", sizes)):
+    for stage, trainable in (
+        ("pretrain", {"llm": 0, "vision": 300_000, "connector": 12_345}),
+        ("finetune", sizes),
+    ):
         log.append({"event": "start", "stage": stage, "parameters": sizes, "trainable": trainable})
         for step in (10, 20, 20, 30):  # 20 twice: a run that was resumed
-            speed = {"tokens_per_s": 20_000, "images_per_s": 200, "data_wait": 0.02, "memory_gb": 0.5}
-            log.append({"event": "step", "stage": stage, "step": step, "steps": 30, "loss": 3 / step} | speed)
+            speed = {
+                "tokens_per_s": 20_000,
+                "images_per_s": 200,
+                "data_wait": 0.02,
+                "memory_gb": 0.5,
+            }
+            log.append(
+                {"event": "step", "stage": stage, "step": step, "steps": 30, "loss": 3 / step}
+                | speed
+            )
         log.append({"event": "validation", "stage": stage, "step": 30, "loss": 0.1234})
         log.append({"event": "end", "stage": stage, "seconds": 75})
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
@@ -284,9 +333,15 @@ def test_report(finished, data, capsys):
     scores = json.loads((finished / "eval" / "world.json").read_text())["scores"]
     for name, s in scores.items():
         assert f"{s['score']:.1f}" in html and name in printed and f"{s['score']:.1f}" in printed
-    assert "src=" in html and not re.findall(r'(?:src|href)="(?!data:)|https?://|<script|@import|url\(', html)
-    assert html.count("<polyline") == 4 and html.count("validation loss 0.123") == 4  # a point and a caption per stage
-    assert "1,112,345" not in html and "12,345" in html and "frozen" in html and "1 min 15 s" in html
+    assert "src=" in html and not re.findall(
+        r'(?:src|href)="(?!data:)|https?://|<script|@import|url\(', html
+    )
+    assert (
+        html.count("<polyline") == 4 and html.count("validation loss 0.123") == 4
+    )  # a point and a caption per stage
+    assert (
+        "1,112,345" not in html and "12,345" in html and "frozen" in html and "1 min 15 s" in html
+    )
     assert "2 min 30 s" in html and "&lt;b&gt;" in html and "[train]" in html
 
     cards = html.split("<h2>What it sees</h2>")[1].split("<details>")[0]
@@ -294,7 +349,13 @@ def test_report(finished, data, capsys):
     assert 1 <= cards.count("✗") <= 4  # a tenth of 24
     assert cards.count("truth: ") == cards.count("✗")
     text = re.sub(r"<[^>]+>", "", cards)
-    for kind in ("existence, random", "existence, popular", "existence, adversarial", "count", "relation"):
+    for kind in (
+        "existence, random",
+        "existence, popular",
+        "existence, adversarial",
+        "count",
+        "relation",
+    ):
         assert kind in text
 
 
@@ -315,7 +376,7 @@ def test_report_names_a_missing_file(finished):
         (finished / "eval" / name).unlink()
         with pytest.raises(UserError, match=f"{name.removeprefix('../')}: no such file; fix: "):
             report.main([str(finished)])
-    failed = run("report.py", finished, ok=False)
+    failed = run("-m", "demo.report", finished, ok=False)
     assert re.fullmatch(r"error: \S+/recipe.toml: no such file; fix: .+\n", failed.stderr)
     assert not (finished / "report.html").exists()
 

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import shared
 
-import weights
+from checkpoints import weights
 from model import FAMILIES, LanguageModel, lm_config
+from tests.tools.environment import shared
 
-transformers = pytest.importorskip("transformers", reason="the oracle is a development dependency: pip install .[dev]")
+transformers = pytest.importorskip(
+    "transformers", reason="the oracle is a development dependency: pip install .[dev]"
+)
 
 SIZES = {
     "vocab_size": 131,
@@ -48,7 +50,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[(kind, i) for kind in CONFIGS for i in (0, 1)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[(kind, i) for kind in CONFIGS for i in (0, 1)],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
 def pair(request, tmp_path_factory):
     """A random model of transformers, no weight at a value that hides a mistake, and ours loaded from its files."""
     kind, i = request.param
@@ -99,7 +105,7 @@ def test_every_gradient_equals_transformers(pair):
 
 
 def test_cached_decoding_equals_the_full_forward(pair):
-    from cache import Cache
+    from inference.cache import Cache
 
     _, ours, _ = pair
     ids = torch.randint(0, 131, (1, 9), generator=torch.Generator().manual_seed(3))
@@ -108,8 +114,13 @@ def test_cached_decoding_equals_the_full_forward(pair):
         x = ours.model.embed_tokens(ids[0])
         cache = Cache(ours.config, 1, 9, x)
         cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
-        first = ours.lm_head(ours.model(x[:4], torch.arange(4), cache.prefill(cu_seqlens, 4, torch.arange(4))))
-        steps = [ours.lm_head(ours.model(x[t : t + 1], torch.tensor([t]), cache.step())) for t in range(4, 9)]
+        first = ours.lm_head(
+            ours.model(x[:4], torch.arange(4), cache.prefill(cu_seqlens, 4, torch.arange(4)))
+        )
+        steps = [
+            ours.lm_head(ours.model(x[t : t + 1], torch.tensor([t]), cache.step()))
+            for t in range(4, 9)
+        ]
     assert (torch.cat([first, *steps]) - full).abs().max().item() <= 1e-5
 
 

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
 from PIL import Image
 
-import world as demo_world
 from config import Model
+from demo import world as demo_world
 from generate import Chat
+from inputs.templates import load_tokenizer
 from model import LLaVA
-from templates import load_tokenizer
+from tests.tools.environment import ROOT, run
 
 TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "initializer_range": 0.3}  # fmt: skip
@@ -39,7 +39,15 @@ def chat(folder) -> Chat:
 def test_one_shot_prints_the_answer_and_its_speed(folder):
     picture = folder / "red.png"
     said = run(
-        "generate.py", "--model", folder, "--image", picture, "--prompt", "How many?", "--max-new-tokens", 6
+        "generate.py",
+        "--model",
+        folder,
+        "--image",
+        picture,
+        "--prompt",
+        "How many?",
+        "--max-new-tokens",
+        6,
     ).stdout
     talk = chat(folder)
     talk.show(str(picture))
@@ -61,11 +69,25 @@ def test_the_stream_is_the_answer_and_turns_are_kept(folder):
 def test_an_answer_ends_in_front_of_a_stop(folder):
     whole, shown = chat(folder).ask("What?", show=lambda text: None), []
     stop = whole[3:5]
-    talk = Chat(LLaVA.from_pretrained(folder), load_tokenizer(folder), OPTIONS, [whole[-2:], "never said", stop])
+    talk = Chat(
+        LLaVA.from_pretrained(folder),
+        load_tokenizer(folder),
+        OPTIONS,
+        [whole[-2:], "never said", stop],
+    )
     cut = talk.ask("What?", show=shown.append)
-    assert len(stop) == 2 and cut == whole[: whole.index(stop)].strip() and stop not in "".join(shown[:-1])
+    assert (
+        len(stop) == 2
+        and cut == whole[: whole.index(stop)].strip()
+        and stop not in "".join(shown[:-1])
+    )
     assert "".join(shown[:-1]).strip() == cut
-    beams = Chat(LLaVA.from_pretrained(folder), load_tokenizer(folder), OPTIONS | {"num_beams": 2}, [whole[1:]])
+    beams = Chat(
+        LLaVA.from_pretrained(folder),
+        load_tokenizer(folder),
+        OPTIONS | {"num_beams": 2},
+        [whole[1:]],
+    )
     assert beams.ask("What?", show=lambda text: None) != whole
 
 
@@ -76,17 +98,28 @@ def test_seeds_and_weights_are_options(folder):
         command = ("generate.py", "--model", folder, "--prompt", "What?", "--max-new-tokens", 12)
         return run(*command, *options).stdout.partition("\n[")[0]
 
-    drawn = [said("--temperature", 1.5, "--top-p", 0.95, "--top-k", 400, "--seed", seed) for seed in (3, 3, 4)]
+    drawn = [
+        said("--temperature", 1.5, "--top-p", 0.95, "--top-k", 400, "--seed", seed)
+        for seed in (3, 3, 4)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     by_weights = {kind: said("--weights", kind) for kind in ("fp32", "bf16", "int8", "nf4")}
-    assert by_weights["fp32"] == said() and all(by_weights.values()) and by_weights["nf4"] != by_weights["fp32"]
-    wrong = run("generate.py", "--model", folder, "--beams", 2, "--temperature", 1, ok=False).stderr.strip()
+    assert (
+        by_weights["fp32"] == said()
+        and all(by_weights.values())
+        and by_weights["nf4"] != by_weights["fp32"]
+    )
+    wrong = run(
+        "generate.py", "--model", folder, "--beams", 2, "--temperature", 1, ok=False
+    ).stderr.strip()
     assert wrong == "error: --beams: beam search draws nothing; fix: leave out --temperature"
 
 
 def test_the_picture_matters(folder):
     model = LLaVA.from_pretrained(folder)
-    pixels = [model.vision_tower.preprocess(Image.open(folder / f)) for f in ("red.png", "blue.png")]
+    pixels = [
+        model.vision_tower.preprocess(Image.open(folder / f)) for f in ("red.png", "blue.png")
+    ]
     ids = torch.tensor([5, -200, 9])
     logits = [model(ids[None], p[None]).logits[0, -1] for p in pixels]
     assert (logits[0] - logits[1]).abs().max() > 1e-3
@@ -103,5 +136,9 @@ def test_the_chat_goes_on_after_a_mistake(folder):
 
 def test_a_wrong_model_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava_onevision"}')
-    wrong = run("generate.py", "--model", tmp_path, "--prompt", "x", ok=False).stderr.strip().splitlines()
+    wrong = (
+        run("generate.py", "--model", tmp_path, "--prompt", "x", ok=False)
+        .stderr.strip()
+        .splitlines()
+    )
     assert len(wrong) == 1 and "'llava_onevision' is no layout known here; fix: " in wrong[0]

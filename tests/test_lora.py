@@ -8,25 +8,24 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run, shared
 from safetensors.torch import load_file, save_file
-from test_families import CONFIGS, SIZES
-from test_safety import scripted
-from test_train import RECIPE
 
 import config
 import export
-import layouts
 import lora
-import weights
-import world
+from checkpoints import layouts, weights
+from checkpoints.layouts import LLaVAConfig
 from config import LoRA, UserError
 from connectors import build_connector
+from demo import world
 from encoders import build_encoder, vision_config
 from kernels import int8, nf4
 from kernels.lora import keep_mask
-from layouts import LLaVAConfig
 from model import FAMILIES, LanguageModel, LLaVA
+from tests.test_families import CONFIGS, SIZES
+from tests.test_train import RECIPE
+from tests.tools.environment import run, shared
+from tests.training.test_safety import scripted
 
 PLAIN = LoRA(r=4, alpha=6.0, dropout=0.0)
 KINDS = {
@@ -49,7 +48,9 @@ def filled(module, seed: int = 0):
     g = torch.Generator().manual_seed(seed)
     for p in (p for p in module.parameters() if p.requires_grad):
         p.copy_(
-            p + 0.2 * torch.randn(p.shape, generator=g) if p.dim() == 1 else 0.1 * torch.randn(p.shape, generator=g)
+            p + 0.2 * torch.randn(p.shape, generator=g)
+            if p.dim() == 1
+            else 0.1 * torch.randn(p.shape, generator=g)
         )
     return module
 
@@ -71,8 +72,15 @@ def adapted(hf=LLAMA, options=PLAIN):
 
 def oracle(model, options, **more):
     """A copy of `model` with PEFT's adapters, all random."""
-    peft = pytest.importorskip("peft", reason="the oracle is a development dependency: pip install .[dev]")
-    config = {"r": options.r, "lora_alpha": options.alpha, "use_rslora": options.rslora, "use_dora": options.dora}
+    peft = pytest.importorskip(
+        "peft", reason="the oracle is a development dependency: pip install .[dev]"
+    )
+    config = {
+        "r": options.r,
+        "lora_alpha": options.alpha,
+        "use_rslora": options.rslora,
+        "use_dora": options.dora,
+    }
     config |= {"target_modules": "all-linear", **more}
     return filled(peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)), 3)
 
@@ -83,7 +91,9 @@ def family(request, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **(SIZES | CONFIGS[kind][1] | {"num_hidden_layers": 2}))
+    config = transformers.AutoConfig.for_model(
+        kind, **(SIZES | CONFIGS[kind][1] | {"num_hidden_layers": 2})
+    )
     model = filled(transformers.AutoModelForCausalLM.from_config(config).eval())
     model.save_pretrained(folder)
     return model, folder
@@ -98,9 +108,13 @@ def compare(ours, want, got, theirs, table=(), close=1e-5):
     for name, p in ours.named_parameters():
         if p.requires_grad:
             module, _, kind = name.rpartition(".")
-            path = weights.rename(f"{module}.weight", weights.reverse(table)).removesuffix(".weight")
+            path = weights.rename(f"{module}.weight", weights.reverse(table)).removesuffix(
+                ".weight"
+            )
             grad = grads.pop(f"base_model.model.{path}.{kind}.default.weight", None)
-            grad = grads.pop(f"base_model.model.{path}.{kind}.default", None) if grad is None else grad
+            grad = (
+                grads.pop(f"base_model.model.{path}.{kind}.default", None) if grad is None else grad
+            )
             assert (p.grad - grad).norm() <= close * grad.norm() and grad.norm() > 0, name
     assert not grads
 
@@ -153,7 +167,10 @@ def test_patterns_and_modules_to_save_of_a_peft_file(family, tmp_path):
     final = "final_layernorm" if family[0].config.model_type == "phi" else "norm"
     more = {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {names[0]: 2}, "alpha_pattern": {r"1.*k_proj": 3},
             "modules_to_save": [f"model.{final}"]}  # fmt: skip
-    theirs, ours = oracle(family[0], kind_of(family), **more), LanguageModel.from_pretrained(family[1])
+    theirs, ours = (
+        oracle(family[0], kind_of(family), **more),
+        LanguageModel.from_pretrained(family[1]),
+    )
     theirs.save_pretrained(tmp_path)
     lora.load_adapter(tmp_path, ours)
     want = theirs(IDS).logits
@@ -207,11 +224,15 @@ def test_a_llava_and_hugging_faces_exchange_adapters(tmp_path):
     spread = torch.tensor([[5, 9, *[token] * ours.image_tokens, 17, 30]])
     with torch.no_grad():
         want = ours(ids, pixels).logits
-        got = theirs(input_ids=spread, pixel_values=pixels, attention_mask=torch.ones_like(spread)).logits
+        got = theirs(
+            input_ids=spread, pixel_values=pixels, attention_mask=torch.ones_like(spread)
+        ).logits
     assert (got[..., : want.size(-1)] - want).abs().max() <= 1e-4 * want.abs().max()
     again = LLaVA.from_pretrained(tmp_path / "model")
     lora.load_adapter(tmp_path, again, layouts.LAYOUTS["llava"].table)
-    assert (again(ids, pixels).logits[..., : want.size(-1)] - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (
+        again(ids, pixels).logits[..., : want.size(-1)] - want
+    ).abs().max() <= 1e-5 * want.abs().max()
 
 
 def llava(connector: str):
@@ -243,7 +264,9 @@ def test_an_adapter_of_openelms_fused_linear_becomes_one_of_each(dora, tmp_path)
     tensors = pair("transformer.layers.1.attn.qkv_proj", 12 * 16, 64)
     if dora:
         magnitude = torch.rand(12 * 16, generator=torch.Generator().manual_seed(1)) + 0.5
-        tensors["base_model.model.transformer.layers.1.attn.qkv_proj.lora_magnitude_vector"] = magnitude
+        tensors["base_model.model.transformer.layers.1.attn.qkv_proj.lora_magnitude_vector"] = (
+            magnitude
+        )
     A, B = list(tensors.values())[:2]
     attention = lm.model.layers[1].self_attn
     fused = torch.cat([getattr(attention, f"{x}_proj").weight for x in "qkv"]) + 6 / 4 * B @ A
@@ -271,18 +294,25 @@ def test_a_lora_folder_of_tinyllava_factory_loads_merged(tmp_path):
     (folder / "model.safetensors").unlink()
     name = "language_model.model.layers.1.mlp.up_proj"
     state[f"{name}.base_layer.weight"] = state.pop(f"{name}.weight")
-    state |= {f"{name}.lora_A.default.weight": torch.zeros(4, 60), f"{name}.lora_B.default.weight": torch.zeros(94, 4)}
+    state |= {
+        f"{name}.lora_A.default.weight": torch.zeros(4, 60),
+        f"{name}.lora_B.default.weight": torch.zeros(94, 4),
+    }
     for part, prefix in layouts._FACTORY_FOLDERS.items():
         mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         weights.save(folder / part, mine)
     low = pair(name, 94, 60)
     write_adapter(folder, low)
     loaded, wanted = LLaVA.from_pretrained(folder), model.state_dict()
-    wanted[f"{name}.weight"] = wanted[f"{name}.weight"] + 6 / 4 * [*low.values()][1] @ [*low.values()][0]
+    wanted[f"{name}.weight"] = (
+        wanted[f"{name}.weight"] + 6 / 4 * [*low.values()][1] @ [*low.values()][0]
+    )
     for k, v in loaded.state_dict().items():
         assert (v - wanted[k]).abs().max() <= 1e-6 * wanted[k].abs().max(), k
     write_adapter(folder, pair(name.replace("layers.1", "layers.9"), 94, 60))
-    with pytest.raises(UserError, match="layers.9.mlp.up_proj.lora_A.weight: the model has no place for it"):
+    with pytest.raises(
+        UserError, match="layers.9.mlp.up_proj.lora_A.weight: the model has no place for it"
+    ):
         LLaVA.from_pretrained(folder)
     write_adapter(folder, low, use_dora=True)
     with pytest.raises(UserError, match="adapter_config.json:use_dora: not supported"):
@@ -321,10 +351,18 @@ GOOD = pair(Q, 60, 60)
         (pair(Q, 61, 60), {}, r"needs \[\[4, 60\], \[60, 4\]"),
         (pair(Q, 60, 60) | {f"base_model.model.{Q}.lora_B.weight": torch.ones(60, 3)}, {}, "needs"),
         ({f"base_model.model.{Q}.lora_A.weight": torch.ones(4, 60)}, {}, "needs"),
-        (GOOD | {f"base_model.model.{Q}.lora_B.bias": torch.ones(60)}, {}, "lora_B.bias: the model has no place"),
+        (
+            GOOD | {f"base_model.model.{Q}.lora_B.bias": torch.ones(60)},
+            {},
+            "lora_B.bias: the model has no place",
+        ),
         (pair("model.layers.9.self_attn.q_proj", 60, 60), {}, "layers.9.*: the model has no place"),
         (pair("lm_head", 131, 60), {}, "lm_head.*: the model has no place"),
-        (GOOD | {"base_model.model.model.norm.weight": torch.ones(61)}, {}, r"shape \[61\], the model has \[60\]"),
+        (
+            GOOD | {"base_model.model.model.norm.weight": torch.ones(61)},
+            {},
+            r"shape \[61\], the model has \[60\]",
+        ),
     ],
 )
 def test_an_adapter_that_is_not_this_models_is_refused(tensors, config, message, tmp_path):
@@ -336,14 +374,18 @@ def test_an_adapter_that_is_not_this_models_is_refused(tensors, config, message,
 
 def test_a_tied_head_that_was_saved_apart_is_refused(tmp_path):
     lm = small(LLAMA | {"tie_word_embeddings": True})
-    folder = write_adapter(tmp_path, GOOD | {"base_model.model.lm_head.weight": torch.ones(131, 60)})
+    folder = write_adapter(
+        tmp_path, GOOD | {"base_model.model.lm_head.weight": torch.ones(131, 60)}
+    )
     with pytest.raises(UserError, match="lm_head.weight: the model has no place"):
         lora.load_adapter(folder, lm)
 
 
 def test_a_damaged_adapter_file(tmp_path):
     folder = write_adapter(tmp_path, GOOD)
-    (folder / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (folder / "adapter_model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1"
+    )
     with pytest.raises(UserError, match="Git LFS"):
         lora.load_adapter(folder, small())
     (folder / "adapter_model.safetensors").unlink()
@@ -361,7 +403,9 @@ def test_an_adapter_changes_nothing_at_first_and_starts_as_pefts():
         module = kind(base, LoRA(r=16)).eval()
         assert (module(x) - base(x)).abs().max() <= 1e-5 and not module.lora_B.any()
         torch.manual_seed(1)
-        assert torch.equal(module.lora_A, torch.nn.init.kaiming_uniform_(torch.empty(16, 300), a=5**0.5))
+        assert torch.equal(
+            module.lora_A, torch.nn.init.kaiming_uniform_(torch.empty(16, 300), a=5**0.5)
+        )
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -377,7 +421,10 @@ def test_dropout_is_one_mask_per_call(dora):
     seed = torch.randint(2**62, (1,))[0]
     W, (A, B) = m.base_layer.weight, (m.lora_A, m.lora_B)
     norm = m.lora_magnitude_vector / (W + 1.5 * B @ A).norm(dim=1) if dora else 1
-    want = norm * (x @ W.T + 1.5 * (x * keep_mask(seed, 7, 40, 0.3) / 0.7) @ A.T @ B.T) + m.base_layer.bias
+    want = (
+        norm * (x @ W.T + 1.5 * (x * keep_mask(seed, 7, 40, 0.3) / 0.7) @ A.T @ B.T)
+        + m.base_layer.bias
+    )
     assert (got - want).abs().max() <= 1e-5 and not torch.equal(got, other)
     state = torch.get_rng_state()
     plain = norm * (x @ W.T + 1.5 * x @ A.T @ B.T) + m.base_layer.bias
@@ -427,7 +474,9 @@ def test_under_autocast_and_with_bf16_weights(kind):
 def test_doras_norm_is_not_rounded_by_autocast():
     torch.manual_seed(0)
     m, x = (
-        filled(lora.DoRALinear(torch.nn.Linear(64, 32, bias=False), LoRA(r=8, alpha=16.0)), 1).eval(),
+        filled(
+            lora.DoRALinear(torch.nn.Linear(64, 32, bias=False), LoRA(r=8, alpha=16.0)), 1
+        ).eval(),
         torch.randn(9, 64),
     )
     factor = m.lora_magnitude_vector / (m.base_layer.weight + 2 * m.lora_B @ m.lora_A).norm(dim=1)
@@ -458,11 +507,17 @@ def test_quantized_forward_and_gradients_are_the_dequantized_products(kind, modu
     trained = [p for p in m.parameters() if p.requires_grad]
     if options:
         other = (lora.DoRALinear if options.dora else lora.LoRALinear)(plain, options)
-        other.load_state_dict({k: v for k, v in m.state_dict().items() if "lora" in k}, strict=False)
+        other.load_state_dict(
+            {k: v for k, v in m.state_dict().items() if "lora" in k}, strict=False
+        )
         plain = other
     want = plain(x)
-    assert (y - want).abs().max() <= 1e-5 and len(trained) == (0 if not options else 3 if options.dora else 2)
-    assert (got - torch.autograd.grad(want.square().sum(), x, retain_graph=True)[0]).abs().max() <= 1e-4
+    assert (y - want).abs().max() <= 1e-5 and len(trained) == (
+        0 if not options else 3 if options.dora else 2
+    )
+    assert (
+        got - torch.autograd.grad(want.square().sum(), x, retain_graph=True)[0]
+    ).abs().max() <= 1e-4
     same = [p for n, p in plain.named_parameters() if "lora" in n]
     if options:
         for a, c in zip(torch.autograd.grad(y.square().sum(), trained), torch.autograd.grad(want.square().sum(), same),
@@ -476,7 +531,9 @@ def test_the_kernel_takes_a_linear_without_an_adapter():
     from kernels.lora import triton_linears
 
     q, x = nf4.quantize(torch.randn(40, 64)), torch.randn(3, 64, requires_grad=True)
-    (y,) = triton_linears(x, [q], [None], [x.new_empty(0, 64)], [x.new_empty(40, 0)], [0.0], 0.0, None)
+    (y,) = triton_linears(
+        x, [q], [None], [x.new_empty(0, 64)], [x.new_empty(40, 0)], [0.0], 0.0, None
+    )
     W = nf4.dequantize(q, torch.float32)
     assert (y - x @ W.T).abs().max() <= 1e-5
     assert (torch.autograd.grad(y.sum(), x)[0] - W.sum(0)).abs().max() <= 1e-5
@@ -489,7 +546,9 @@ def test_the_state_dict_is_bitsandbytes_and_loads_again(kind, module):
     lora.quantize(lm, kind)
     state = lm.state_dict()
     got = {k.removeprefix(name): t for k, t in state.items() if k.startswith(name)}
-    assert got.keys() == q.state().keys() and all(torch.equal(got[k], t) for k, t in q.state().items())
+    assert got.keys() == q.state().keys() and all(
+        torch.equal(got[k], t) for k, t in q.state().items()
+    )
     assert state["lm_head.weight"].dtype == torch.float32
     other = filled(LanguageModel.from_hf(OPENELM), 9)
     lora.quantize(other, kind)
@@ -521,11 +580,16 @@ class Watched(dict):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_loading_quantized_is_loading_and_then_quantizing(kind, hf):
     lm = small(hf | {"tie_word_embeddings": True})
-    source = Watched({f"part.{k}": t.bfloat16() for k, t in weights.tensors(lm, lm.rename).items()} | {"other": IDS})
+    source = Watched(
+        {f"part.{k}": t.bfloat16() for k, t in weights.tensors(lm, lm.rename).items()}
+        | {"other": IDS}
+    )
     with weights.empty():
         got = LanguageModel.from_hf(hf | {"tie_word_embeddings": True})
     used = lora.load_quantized(got, source, lm.rename, "part.", kind, torch.float32)
-    assert used == set(source) - {"other"} and source.most <= 2  # the one at hand, and the one just read
+    assert (
+        used == set(source) - {"other"} and source.most <= 2
+    )  # the one at hand, and the one just read
     lm.bfloat16().float()
     names = lora.targets(lm)
     for name in names:
@@ -533,7 +597,10 @@ def test_loading_quantized_is_loading_and_then_quantizing(kind, hf):
         linear.weight.data = linear.weight.data.bfloat16()
     lora.quantize(lm, kind)
     assert len(names) == 7 * len(lm.model.layers) and torch.equal(got(IDS), lm(IDS))
-    assert got.lm_head.weight is got.model.embed_tokens.weight and got.lm_head.weight.dtype == torch.bfloat16
+    assert (
+        got.lm_head.weight is got.model.embed_tokens.weight
+        and got.lm_head.weight.dtype == torch.bfloat16
+    )
     assert got.model.norm.weight.dtype == torch.float32
     assert not any(p.requires_grad for p in got.parameters())
 
@@ -560,7 +627,9 @@ def test_weights_that_cannot_be_quantized_are_named():
     lm.get_submodule(Q).weight[3, 4] = 1e5
     with weights.empty():
         got = LanguageModel.from_hf(LLAMA)
-    with pytest.raises(UserError, match=f"checkpoint:{Q}.weight: a weight is not finite in float16"):
+    with pytest.raises(
+        UserError, match=f"checkpoint:{Q}.weight: a weight is not finite in float16"
+    ):
         lora.load_quantized(got, source, kind="int8")
     source[f"{Q}.weight"] = torch.ones(61, 60)
     with pytest.raises(UserError, match=rf"{Q}.weight: shape \[61, 60\]"):
@@ -574,11 +643,23 @@ def test_targets_are_named_as_we_or_hugging_face_do():
     phi = small({"model_type": "phi", **SIZES, "num_attention_heads": 5, "num_key_value_heads": 5})
     layers = [f"model.layers.{i}" for i in range(3)]
     dense = [f"{x}.self_attn.o_proj" for x in layers]
-    assert lora.targets(phi, "o_proj") == lora.targets(phi, "dense") == lora.targets(phi, "**.self_attn.dense") == dense
-    assert lora.targets(phi, "model.layers.1.mlp.*") == ["model.layers.1.mlp.fc1", "model.layers.1.mlp.fc2"]
-    assert lora.targets(phi, "q_proj, v_proj") == [f"{x}.self_attn.{n}_proj" for x in layers for n in "qv"]
+    assert (
+        lora.targets(phi, "o_proj")
+        == lora.targets(phi, "dense")
+        == lora.targets(phi, "**.self_attn.dense")
+        == dense
+    )
+    assert lora.targets(phi, "model.layers.1.mlp.*") == [
+        "model.layers.1.mlp.fc1",
+        "model.layers.1.mlp.fc2",
+    ]
+    assert lora.targets(phi, "q_proj, v_proj") == [
+        f"{x}.self_attn.{n}_proj" for x in layers for n in "qv"
+    ]
     openelm = small(OPENELM)
-    assert lora.targets(openelm, "qkv_proj") == [f"{x}.self_attn.{n}_proj" for x in layers[:2] for n in "qkv"]
+    assert lora.targets(openelm, "qkv_proj") == [
+        f"{x}.self_attn.{n}_proj" for x in layers[:2] for n in "qkv"
+    ]
     assert len(lora.targets(phi)) == 18
     with pytest.raises(UserError, match="the linears here .*: none"):
         lora.targets(adapted())  # what lies under an adapter has one
@@ -588,7 +669,9 @@ def test_targets_are_named_as_we_or_hugging_face_do():
 def test_a_pattern_that_matches_nothing_is_an_error(pattern):
     lm = small()
     wrong = pattern.rpartition(",")[2].replace("*", r"\*")
-    with pytest.raises(UserError, match=f"'{wrong}' matches no linear; fix: the linears here .*q_proj"):
+    with pytest.raises(
+        UserError, match=f"'{wrong}' matches no linear; fix: the linears here .*q_proj"
+    ):
         lora.apply(lm, dataclasses.replace(PLAIN, targets=pattern))
     assert not lora.adapters(lm)
 
@@ -601,11 +684,19 @@ def test_options_out_of_range():
 
 def test_parts_of_a_llava():
     model = llava("linear")
-    names = lora.apply(model, dataclasses.replace(PLAIN, targets="q_proj,connector"), ["language_model", "connector"])
-    assert names == [f"language_model.model.layers.{i}.self_attn.q_proj" for i in range(3)] + ["connector"]
+    names = lora.apply(
+        model,
+        dataclasses.replace(PLAIN, targets="q_proj,connector"),
+        ["language_model", "connector"],
+    )
+    assert names == [f"language_model.model.layers.{i}.self_attn.q_proj" for i in range(3)] + [
+        "connector"
+    ]
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "vision" not in n}
     assert trained == {f"{n}.lora_{x}" for n in names for x in "AB"}
-    assert all(p.requires_grad for p in model.vision_tower.parameters())  # not asked for, not touched
+    assert all(
+        p.requires_grad for p in model.vision_tower.parameters()
+    )  # not asked for, not touched
     filled(model, 1)
     pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([[5, -200, 7]])
     want = model(ids, pixels).logits
@@ -646,8 +737,18 @@ def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
     world.write(tmp_path / "world", scenes=60)
     file, out = tmp_path / "r.toml", tmp_path / "out"
     file.write_text(RECIPE.format(world=tmp_path / "world", out=out))
-    tune = ["stage.finetune.tune.llm=lora", "stage.finetune.tune.vision=frozen", "stage.finetune.lora.r=4"]
-    run("train.py", file, *tune, "stage.pretrain.tune.llm=frozen", "stage.pretrain.tune.vision=frozen")
+    tune = [
+        "stage.finetune.tune.llm=lora",
+        "stage.finetune.tune.vision=frozen",
+        "stage.finetune.lora.r=4",
+    ]
+    run(
+        "train.py",
+        file,
+        *tune,
+        "stage.pretrain.tune.llm=frozen",
+        "stage.pretrain.tune.vision=frozen",
+    )
     made = LLaVA.from_pretrained(out)
     recipe = config.load([str(file), *tune], file)[0]
     start = LLaVA.from_parts(recipe.model, "plain", recipe.train.seed)
@@ -656,26 +757,45 @@ def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
     wanted = {f"language_model.{name}.weight" for name in linears}
     assert wanted == {k for k in moved if k.startswith("language_model.")}
     assert not any(k.startswith("vision_tower.") for k in moved)
-    assert {f.name for f in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {f.name for f in (out / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     run("export.py", "--model", out, "--to", "peft", tmp_path / "peft")
     for file in (out / "adapter").iterdir():
         assert (tmp_path / "peft" / file.name).read_bytes() == file.read_bytes()
-    start.save(tmp_path / "start")  # before the pretrain stage, which trains the connector alone: it is in the adapter
-    arguments = ("--model", tmp_path / "start", "--adapter", out / "adapter", "--to", "barellava", tmp_path / "merged")
+    start.save(
+        tmp_path / "start"
+    )  # before the pretrain stage, which trains the connector alone: it is in the adapter
+    arguments = (
+        "--model",
+        tmp_path / "start",
+        "--adapter",
+        out / "adapter",
+        "--to",
+        "barellava",
+        tmp_path / "merged",
+    )
     run("export.py", *arguments)
     merged = LLaVA.from_pretrained(tmp_path / "merged").state_dict()
     assert all((merged[k] - v).abs().max() <= 1e-6 for k, v in made.state_dict().items())
-    wrong = run("export.py", "--model", tmp_path / "start", "--to", "peft", tmp_path / "none", ok=False)
-    assert "no adapters; fix: give the output folder of a run that tuned something as lora" in wrong.stderr
+    wrong = run(
+        "export.py", "--model", tmp_path / "start", "--to", "peft", tmp_path / "none", ok=False
+    )
+    assert (
+        "no adapters; fix: give the output folder of a run that tuned something as lora"
+        in wrong.stderr
+    )
 
 
 STOP = """
-import os, signal, watch
-def step(self, n, *rest, real=watch.Watch.step):
+import os, signal
+from training import run_log
+def step(self, n, *rest, real=run_log.Watch.step):
     real(self, n, *rest)
     if (self.name, n) == ("finetune", 5):
         os.kill(os.getpid(), signal.SIGTERM)
-watch.Watch.step = step
+run_log.Watch.step = step
 """
 
 
@@ -697,25 +817,32 @@ def test_training_on_a_quantized_model(kind, tmp_path):
     scripted(STOP, file, *own, f"train.output={out}", ok=True)
     assert (out / "PREEMPTED").exists()
     run("train.py", file, *own, f"train.output={out}")
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
 
     made, module = LLaVA.from_pretrained(out).language_model, {"nf4": nf4, "int8": int8}[kind]
     made.requires_grad_(False)
     trained = load_file(out / "adapter" / "adapter_model.safetensors")
     for name in lora.targets(made):
-        A, B = (trained[f"{lora.ROOT}model.language_model.{name[6:]}.lora_{x}.weight"] for x in "AB")
+        A, B = (
+            trained[f"{lora.ROOT}model.language_model.{name[6:]}.lora_{x}.weight"] for x in "AB"
+        )
         base = module.dequantize(module.quantize(state[f"{name}.weight"]), torch.float32)
         want = base + 256 / 4 * B @ A
-        assert (made.get_submodule(name).weight - want).abs().max() <= 1e-6 and not torch.equal(want, base)
+        assert (made.get_submodule(name).weight - want).abs().max() <= 1e-6 and not torch.equal(
+            want, base
+        )
     assert torch.equal(made.model.embed_tokens.weight, state["model.embed_tokens.weight"].float())
 
 
 REAL = """
 import json, resource, sys, time
 import torch
-import lora, weights
+import lora
+from checkpoints import weights
 from config import LoRA
-from cache import packed
+from inference.cache import packed
 from kernels.cross_entropy import linear_cross_entropy
 from model import LanguageModel
 from pathlib import Path
@@ -751,7 +878,9 @@ print(json.dumps({"held": held, "layer": layer, "loading": loading, "losses": [x
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_real_size_loads_quantized_without_ever_being_whole(kind, tmp_path):
     """Qwen2.5-0.5B, random: the peak is the quantized weights, one layer in bfloat16 and 300 MB, and a fifth."""
-    (tmp_path / "config.json").write_text(shared("assets/configs/Qwen--Qwen2.5-0.5B/config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        shared("assets/configs/Qwen--Qwen2.5-0.5B/config.json").read_text()
+    )
     run("-c", REAL, tmp_path, "write")
     found = json.loads(run("-c", REAL, tmp_path, kind).stdout)
     print(f"{kind}: {found}", flush=True)

@@ -5,15 +5,15 @@ import pkgutil
 
 import pytest
 import torch
-from conftest import DEVICES, GPU, shared
 from safetensors.torch import load_file
 
 import kernels
-import weights
-from cache import expand
-from layouts import LLaVAConfig
+from checkpoints import weights
+from checkpoints.layouts import LLaVAConfig
+from inference.cache import expand
+from inputs.templates import IMAGE_TOKEN, load_tokenizer
 from model import LanguageModel, LLaVA, init_weights
-from templates import IMAGE_TOKEN, load_tokenizer
+from tests.tools.environment import DEVICES, GPU, shared
 
 CASES = (
     "gemma-siglip-qformer", "openelm-dinov2-mlp3x_gelu", "phi-siglip-mlp2x_gelu", "qwen2-clip-mlp-cls_patch",
@@ -74,7 +74,9 @@ def equals_golden(model, io, folder, behind_connector: float = 1e-4):
         module = getattr(model, part)
         table = weights.reverse(getattr(module, "rename", ()))
         for name, p in module.named_parameters():
-            squares[prefix + weights.rename(name, table)] += p.grad.square().sum().item()  # OpenELM's are stored fused
+            squares[prefix + weights.rename(name, table)] += (
+                p.grad.square().sum().item()
+            )  # OpenELM's are stored fused
     for key, square in squares.items():
         # A key bias does not change the softmax: its gradient is rounding noise around zero.
         assert square**0.5 == pytest.approx(norms[key], rel=1e-3, abs=1e-5), key
@@ -115,7 +117,9 @@ def test_golden_generation(case, use_cache, device):
 def test_stories_continues_as_documented():
     folder = shared("assets/weights/stories260K-hf")
     model = LanguageModel.from_pretrained(folder)
-    golden = json.loads(shared("assets/weights/karpathy--tinyllamas-stories260K/golden_greedy.json").read_text())
+    golden = json.loads(
+        shared("assets/weights/karpathy--tinyllamas-stories260K/golden_greedy.json").read_text()
+    )
     ids = [1]
     for _ in range(40):
         ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
@@ -191,7 +195,7 @@ def test_beam_search_finds_the_most_probable_sequence():
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
-    from engine import choose
+    from inference.engine import choose
 
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, -1)
     seen = set(choose(logits, 1.0, 0.6, torch.Generator().manual_seed(0)).tolist())
@@ -214,7 +218,9 @@ def test_save_and_load_is_bit_exact_and_tied_weights_are_stored_once(tmp_path, t
     model.save(tmp_path)
     again = LLaVA.from_pretrained(tmp_path)
     assert ("language_model.lm_head.weight" in weights.Checkpoint(tmp_path)) == (not tied)
-    assert (again.language_model.lm_head.weight is again.language_model.model.embed_tokens.weight) == tied
+    assert (
+        again.language_model.lm_head.weight is again.language_model.model.embed_tokens.weight
+    ) == tied
     a, b = model.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert again.config.template == "phi" and again.config.feature_layer == -1
@@ -233,7 +239,9 @@ def test_blocks_compile_whole_and_once_for_all_lengths(case):
     model.compile_blocks(fullgraph=True, backend=backend)
     io, made = case[1], []
     for lengths in ([7, 30, 5, 2, 8, 4], [9, 9], [3, 4, 11, 2, 17], [6, 21]):
-        ids = torch.randint(1, 90, (sum(lengths),), generator=torch.Generator().manual_seed(sum(lengths)))
+        ids = torch.randint(
+            1, 90, (sum(lengths),), generator=torch.Generator().manual_seed(sum(lengths))
+        )
         cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
         positions = torch.cat([torch.arange(n) for n in lengths])
         losses = [m.loss(ids, ids, positions, cu, max(lengths)) for m in (plain, model)]

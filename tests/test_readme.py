@@ -4,9 +4,9 @@ import re
 import tomllib
 
 import pytest
-from conftest import ROOT, run
 
 import config
+from tests.tools.environment import ROOT, run
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ["train.py", "generate.py", "evaluate.py", "export.py", "report.py", "world.py", "moving.py", "data.py",
@@ -23,7 +23,9 @@ def test_stated_sizes_are_true_and_within_their_limits():
     stated = dict(re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.M))
     top = {f.name for f in ROOT.glob("*.py")} | {"kernels/"}
     assert set(stated) == top
-    assert {name: int(n) for name, n in stated.items()} == {name: lines(ROOT / name) for name in stated}
+    assert {name: int(n) for name, n in stated.items()} == {
+        name: lines(ROOT / name) for name in stated
+    }
     for name, limit in LIMITS.items():
         assert lines(ROOT / name) <= limit
     for kernel in (ROOT / "kernels").glob("*.py"):
@@ -50,7 +52,11 @@ def test_help_explains_and_a_wrong_option_is_one_line(script):
 
 def test_files_and_recipes_that_the_readme_names_exist():
     named = set(re.findall(r"\b(?:recipes/[\w.-]+\.toml|[\w]+\.(?:py|png))\b", README))
-    assert {"recipes/tinyllama-clip-base.toml", "recipes/qwen2-siglip-base.toml", "report.png"} <= named
+    assert {
+        "recipes/tinyllama-clip-base.toml",
+        "recipes/qwen2-siglip-base.toml",
+        "report.png",
+    } <= named
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
 

@@ -15,16 +15,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
-from conftest import ROOT, run
 from PIL import Image
 
 import serve
-import world as demo_world
 from config import Model
+from demo import world as demo_world
 from evaluate import generate
+from inference.job_queue import Engine, Limits, held_back
+from inputs.templates import encode_prompt, load_tokenizer
 from model import LLaVA
-from serving import Engine, Limits, held_back
-from templates import encode_prompt, load_tokenizer
+from tests.tools.environment import ROOT, run
 
 TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "initializer_range": 0.3}  # fmt: skip
@@ -86,19 +86,25 @@ def question(text="How many?", *pictures, **more):
 def post(url, body, path="/v1/chat/completions", **headers):
     """(status, JSON or, for a stream, the list of its events)."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"} | headers)
+    request = urllib.request.Request(
+        url + path, data, {"Content-Type": "application/json"} | headers
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
             text = reply.read().decode()
             if reply.headers["Content-Type"] == "text/event-stream":
-                return reply.status, [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+                return reply.status, [
+                    line.removeprefix("data: ") for line in text.split("\n\n") if line
+                ]
             return reply.status, json.loads(text)
     except urllib.error.HTTPError as e:
         return e.code, json.loads(e.read())["error"]
 
 
 def job(engine, text):
-    return engine.job([{"from": "human", "value": text}], [], stop=[], temperature=0.0, top_p=1.0, seed=None)
+    return engine.job(
+        [{"from": "human", "value": text}], [], stop=[], temperature=0.0, top_p=1.0, seed=None
+    )
 
 
 def until(true, seconds=20):
@@ -128,13 +134,20 @@ def test_answers_are_those_of_generate(engine, url):
 
 
 def test_a_conversation_is_the_prompt_of_all_its_turns(engine, url):
-    talk = [{"role": "system", "content": "Be brief."}, *question("What?", shown(png()))["messages"]]
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        *question("What?", shown(png()))["messages"],
+    ]
     talk += [{"role": "assistant", "content": "red"}, {"role": "user", "content": "Sure?"}]
     seen = []
     turns, pictures = serve.read_messages(talk, lambda url: seen.append(url), 2)
-    assert [t["from"] for t in turns] == ["system", "human", "gpt", "human"] and len(pictures) == len(seen) == 1
+    assert [t["from"] for t in turns] == ["system", "human", "gpt", "human"] and len(
+        pictures
+    ) == len(seen) == 1
     assert turns[1]["value"] == "<image>\nWhat?" and turns[3]["value"] == "Sure?"
-    assert answer(url, question() | {"messages": talk}) != answer(url, question() | {"messages": talk[3:]})
+    assert answer(url, question() | {"messages": talk}) != answer(
+        url, question() | {"messages": talk[3:]}
+    )
 
 
 def test_a_stream_is_the_answer_in_pieces(url):
@@ -145,8 +158,14 @@ def test_a_stream_is_the_answer_in_pieces(url):
     deltas = [c["choices"][0]["delta"] for c in chunks]
     assert deltas[0]["role"] == "assistant" and deltas[-1] == {} and len(deltas) > 4
     whole = post(url, question("How many?", shown(png())))[1]
-    assert "".join(d.get("content", "") for d in deltas) == whole["choices"][0]["message"]["content"]
-    assert chunks[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
+    assert (
+        "".join(d.get("content", "") for d in deltas) == whole["choices"][0]["message"]["content"]
+    )
+    assert (
+        chunks[-1]["choices"][0]["finish_reason"]
+        == whole["choices"][0]["finish_reason"]
+        == "length"
+    )
     assert last["choices"] == [] and last["usage"] == whole["usage"]
     assert all("usage" not in c and c["id"] == last["id"] for c in chunks)
 
@@ -154,7 +173,9 @@ def test_a_stream_is_the_answer_in_pieces(url):
 def test_usage_counts_every_position(engine, url):
     usage = post(url, question("How many?", shown(png()), shown(png()), max_tokens=5))[1]["usage"]
     plain = post(url, question("How many?", max_tokens=5))[1]["usage"]
-    ids = encode_prompt([{"from": "human", "value": "<image>\n<image>\nHow many?"}], engine.tokenizer, "plain")
+    ids = encode_prompt(
+        [{"from": "human", "value": "<image>\n<image>\nHow many?"}], engine.tokenizer, "plain"
+    )
     each = engine.model.encode_images(torch.zeros(1, 3, 48, 48)).size(1)
     assert usage["prompt_tokens"] == len(ids) - 2 + 2 * each > plain["prompt_tokens"] + 2 * each
     assert usage["completion_tokens"] == 5 and usage["total_tokens"] == usage["prompt_tokens"] + 5
@@ -165,20 +186,32 @@ def test_stop_strings_end_the_answer_and_are_never_shown(url):
     stop = whole[4:6]
     status, reply = post(url, question(stop=["never to be seen", stop]))
     choice = reply["choices"][0]
-    assert choice["message"]["content"] == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
+    assert (
+        choice["message"]["content"] == whole[: whole.index(stop)]
+        and choice["finish_reason"] == "stop"
+    )
     events = post(url, question(stop=stop, stream=True))[1]
     text = "".join(json.loads(e)["choices"][0]["delta"].get("content", "") for e in events[:-1])
     assert text == whole[: whole.index(stop)]
-    assert answer(url, question(stop=whole[-1] + "never")) == whole  # a beginning that was held back comes out
+    assert (
+        answer(url, question(stop=whole[-1] + "never")) == whole
+    )  # a beginning that was held back comes out
 
 
 @pytest.mark.parametrize("text, stop, said", [("I say stop, now", "stop", "I say "), ("I say sto", "stop", "I say sto"),
                                               ("a to b", "b", "a to "), ("stool stop", "stop", "stool ")])  # fmt: skip
-def test_a_stop_string_that_comes_in_pieces_is_never_shown(engine, url, monkeypatch, text, stop, said):
+def test_a_stop_string_that_comes_in_pieces_is_never_shown(
+    engine, url, monkeypatch, text, stop, said
+):
     ids = [i for letter in text for i in engine.tokenizer.encode(letter)[0]]
     assert len(ids) == len(text)
-    monkeypatch.setattr(engine.model, "generate", lambda prompt, stream, **options: [stream([i]) for i in ids])
-    deltas = [json.loads(e)["choices"][0]["delta"] for e in post(url, question(stop=stop, stream=True))[1][:-1]]
+    monkeypatch.setattr(
+        engine.model, "generate", lambda prompt, stream, **options: [stream([i]) for i in ids]
+    )
+    deltas = [
+        json.loads(e)["choices"][0]["delta"]
+        for e in post(url, question(stop=stop, stream=True))[1][:-1]
+    ]
     assert "".join(d.get("content", "") for d in deltas) == said == answer(url, question(stop=stop))
 
 
@@ -201,12 +234,17 @@ def test_sampling_is_decided_by_the_seed(url):
 def test_max_tokens_ends_it_by_length(url):
     for field in ("max_tokens", "max_completion_tokens"):
         reply = post(url, question(max_tokens=None) | {field: 3})[1]
-        assert reply["usage"]["completion_tokens"] == 3 and reply["choices"][0]["finish_reason"] == "length"
+        assert (
+            reply["usage"]["completion_tokens"] == 3
+            and reply["choices"][0]["finish_reason"] == "length"
+        )
     assert post(url, question(max_tokens=None))[1]["usage"]["completion_tokens"] <= LIMITS.tokens
 
 
 def test_an_end_token_ends_it(engine, url, monkeypatch):
-    made = engine.model.generate([torch.tensor(job(engine, "How many?").ids)], max_new_tokens=12)[0].tolist()
+    made = engine.model.generate([torch.tensor(job(engine, "How many?").ids)], max_new_tokens=12)[
+        0
+    ].tolist()
     monkeypatch.setattr(engine, "eos", made[5])
     reply = post(url, question())[1]
     assert reply["choices"][0]["finish_reason"] == "stop"
@@ -266,7 +304,11 @@ def test_a_wrong_request_is_told_what_is_wrong(url, body, status, what):
     got, reply = post(url, body)
     assert got == status, reply
     if status != 200:
-        assert what in reply["message"] and reply["type"] == "invalid_request_error" and "param" in reply
+        assert (
+            what in reply["message"]
+            and reply["type"] == "invalid_request_error"
+            and "param" in reply
+        )
 
 
 def test_only_json_from_a_known_length_is_read(url):
@@ -290,10 +332,21 @@ def test_urls_are_fetched_only_where_allowed(engine):
     threading.Thread(target=host.serve_forever, daemon=True).start()
     server, url = listen(engine, allow_urls=True)
     there = f"http://127.0.0.1:{host.server_port}/"
-    assert answer(url, question("How many?", at(f"{there}red.png"))).strip() == expected(engine, "How many?", png())
-    assert "has over 100000 bytes" in post(url, question("How many?", at(f"{there}large.png")))[1]["message"]
-    assert "cannot be fetched" in post(url, question("How many?", at(f"{there}none.png")))[1]["message"]
-    assert "pictures are taken as" in post(url, question("How many?", at("file:///etc/passwd")))[1]["message"]
+    assert answer(url, question("How many?", at(f"{there}red.png"))).strip() == expected(
+        engine, "How many?", png()
+    )
+    assert (
+        "has over 100000 bytes"
+        in post(url, question("How many?", at(f"{there}large.png")))[1]["message"]
+    )
+    assert (
+        "cannot be fetched"
+        in post(url, question("How many?", at(f"{there}none.png")))[1]["message"]
+    )
+    assert (
+        "pictures are taken as"
+        in post(url, question("How many?", at("file:///etc/passwd")))[1]["message"]
+    )
     server.shutdown()
     host.shutdown()
 
@@ -302,7 +355,12 @@ class Slow:
     """In the place of a model's generate: waits for a signal, then answers as the model."""
 
     def __init__(self, model, monkeypatch):
-        self.go, self.started, self.order, real = threading.Event(), threading.Semaphore(0), [], model.generate
+        self.go, self.started, self.order, real = (
+            threading.Event(),
+            threading.Semaphore(0),
+            [],
+            model.generate,
+        )
 
         def generate(ids, **options):
             self.order.append(len(ids[0]))
@@ -316,14 +374,20 @@ class Slow:
 def test_a_full_queue_refuses_and_the_others_are_answered_in_order(engine, url, monkeypatch):
     slow, got = Slow(engine.model, monkeypatch), []
     texts = ["x" * n for n in (3, 90, 30)]
-    threads = [threading.Thread(target=lambda t=t: got.append(post(url, question(t))[0])) for t in texts]
+    threads = [
+        threading.Thread(target=lambda t=t: got.append(post(url, question(t))[0])) for t in texts
+    ]
     for i, thread in enumerate(threads):
         thread.start()
         if i == 0:
             assert slow.started.acquire(timeout=30)
         until(lambda i=i: engine.jobs.qsize() == i)
     status, reply = post(url, question())
-    assert status == 429 and reply["type"] == "rate_limit_error" and "2 requests are waiting" in reply["message"]
+    assert (
+        status == 429
+        and reply["type"] == "rate_limit_error"
+        and "2 requests are waiting" in reply["message"]
+    )
     slow.go.set()
     for thread in threads:
         thread.join(30)
@@ -344,7 +408,9 @@ def test_a_reader_that_leaves_stops_the_model(engine, monkeypatch):
     pieces.close()
     read.set()
     after = job(engine, "Hello")
-    assert "".join(engine.answer(after)) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
+    assert (
+        "".join(engine.answer(after)) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
+    )
 
 
 def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(engine, url, monkeypatch, capfd):
@@ -354,7 +420,9 @@ def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(engine, url, m
     with monkeypatch.context() as m:
         m.setattr(engine.model, "generate", broken)
         status, reply = post(url, question())
-        assert status == 500 and reply["type"] == "server_error" and "secret" not in reply["message"]
+        assert (
+            status == 500 and reply["type"] == "server_error" and "secret" not in reply["message"]
+        )
         events = post(url, question(stream=True))[1]
         assert json.loads(events[-2])["error"]["type"] == "server_error" and events[-1] == "[DONE]"
     assert "secret path" in capfd.readouterr().err
@@ -364,12 +432,18 @@ def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(engine, url, m
 def test_openais_client(engine, url):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve(
+        "tiny"
+    ).id == "tiny"
     ask = question("How many?", shown(png()))
     whole = client.chat.completions.create(**ask)
     text = whole.choices[0].message.content
-    assert text.strip() == expected(engine, "How many?", png()) and whole.usage.completion_tokens == 12
-    stream = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    assert (
+        text.strip() == expected(engine, "How many?", png()) and whole.usage.completion_tokens == 12
+    )
+    stream = client.chat.completions.create(
+        **ask, stream=True, stream_options={"include_usage": True}
+    )
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == text
     assert chunks[-1].usage == whole.usage
@@ -384,12 +458,22 @@ def test_openais_client(engine, url):
 
 def test_the_command(folder):
     command = [sys.executable, "serve.py", "--model", folder, "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
         url = server.stdout.readline().split()[-1]
-        assert url.startswith("http://127.0.0.1:") and post(url.removesuffix("/v1"), question())[0] == 200
-        taken = run("serve.py", "--model", folder, "--port", url.split(":")[2].split("/")[0], ok=False).stderr.strip()
+        assert (
+            url.startswith("http://127.0.0.1:")
+            and post(url.removesuffix("/v1"), question())[0] == 200
+        )
+        taken = run(
+            "serve.py", "--model", folder, "--port", url.split(":")[2].split("/")[0], ok=False
+        ).stderr.strip()
         server.terminate()
-    assert taken.startswith(f"error: {url.removesuffix('/v1')}: ") and "; fix: give another --port" in taken
+    assert (
+        taken.startswith(f"error: {url.removesuffix('/v1')}: ")
+        and "; fix: give another --port" in taken
+    )
 
 
 @pytest.fixture(scope="module")
@@ -411,18 +495,30 @@ def test_the_page_takes_no_path_of_the_server(engine, page, folder, monkeypatch)
     monkeypatch.setattr(engine, "picture", lambda data: seen.append(data) or real(data))
 
     def send(path):
-        data = [{"text": "What?", "files": [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]}, [], None]
+        data = [
+            {"text": "What?", "files": [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]},
+            [],
+            None,
+        ]
         body = {"data": data, "fn_index": 0, "session_hash": f"test{len(str(path))}"}
         assert "event_id" in post(page, body, "/gradio_api/queue/join")[1]
-        with urllib.request.urlopen(f"{page}/gradio_api/queue/data?session_hash={body['session_hash']}") as events:
+        with urllib.request.urlopen(
+            f"{page}/gradio_api/queue/data?session_hash={body['session_hash']}"
+        ) as events:
             return next(json.loads(e[6:])["success"] for e in events if b"process_completed" in e)
 
     for path in (folder / "secret.png", ROOT / "report.png", "report.png", "../../report.png"):
         assert send(path) is False and not seen
         with pytest.raises(urllib.error.HTTPError, match="403|404"):
             urllib.request.urlopen(f"{page}/gradio_api/file={path}")
-    boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n" + png() + b"\r\n--x--\r\n"
-    given = post(page, boundary, "/gradio_api/upload", **{"Content-Type": "multipart/form-data; boundary=x"})[1]
+    boundary = (
+        b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+        + png()
+        + b"\r\n--x--\r\n"
+    )
+    given = post(
+        page, boundary, "/gradio_api/upload", **{"Content-Type": "multipart/form-data; boundary=x"}
+    )[1]
     assert send(given[0]) is True and seen == [png()]  # the same request with what was uploaded
 
 
@@ -432,7 +528,13 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
     names = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"
     if not (browser := next(filter(None, map(shutil.which, names)), None)):
         pytest.skip("no Chromium here")
-    files = {"red.png": png(), "not.png": b"no picture", "many.png": BIG, "large.png": bytes(120_000), "a.txt": b"text"}
+    files = {
+        "red.png": png(),
+        "not.png": b"no picture",
+        "many.png": BIG,
+        "large.png": bytes(120_000),
+        "a.txt": b"text",
+    }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     go, real, pixels, asked = threading.Event(), engine.model.generate, [], []
@@ -452,7 +554,12 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
     with playwright.sync_playwright() as p:
         window = p.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
         elsewhere = []
-        window.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((page, "data:", "blob:")) else 0)
+        window.on(
+            "request",
+            lambda r: (
+                elsewhere.append(r.url) if not r.url.startswith((page, "data:", "blob:")) else 0
+            ),
+        )
         window.goto(page)
         answers = window.locator("[data-testid=bot]")
 
@@ -461,7 +568,9 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
             if file:
                 window.set_input_files("input[type=file]", tmp_path / file)
                 window.wait_for_timeout(700)
-            window.keyboard.press("Enter") if not file else window.locator("textarea").press("Enter")
+            window.keyboard.press("Enter") if not file else window.locator("textarea").press(
+                "Enter"
+            )
 
         def wait(true):
             until(lambda: window.wait_for_timeout(50) or true(), 40)
@@ -474,7 +583,9 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
         assert whole
         wait(lambda: len(answers.inner_text().strip()) > len(first))
         ask("And now?")
-        wait(lambda: answers.count() == 2 and len(asked) == 3 and answers.nth(1).inner_text().strip())
+        wait(
+            lambda: answers.count() == 2 and len(asked) == 3 and answers.nth(1).inner_text().strip()
+        )
         assert torch.equal(pixels[0][0].pixels, engine.picture(png()).pixels)
         assert torch.equal(pixels[0][0].pixels, pixels[2][0].pixels)
         assert asked[2] > asked[0]

@@ -11,20 +11,20 @@ import time
 
 import pytest
 import torch
-from conftest import DEVICES, GPU, ROOT, run, shared
 from safetensors.torch import load_file
 
 import config
 import lora
-import parallel
-import seal
 import train
-import world as demo_world
+from checkpoints import seal
 from config import Stage, Tune
 from data import Rows, stage_spec, validation_batches
+from demo import world as demo_world
+from inputs.rows import load_image
+from inputs.templates import encode_prompt, load_tokenizer, stop_id
 from model import LLaVA
-from rows import load_image
-from templates import encode_prompt, load_tokenizer, stop_id
+from tests.tools.environment import DEVICES, GPU, ROOT, run, shared
+from training import ranks
 
 RECIPE = """
 [model]
@@ -76,7 +76,9 @@ weight_decay = 0.1
 def tiny_world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "world"
     demo_world.write(folder, scenes=240)
-    rows = folder / "finetune.json"  # some rows without a picture, so that micro-batches differ in kind
+    rows = (
+        folder / "finetune.json"
+    )  # some rows without a picture, so that micro-batches differ in kind
     table = json.loads(rows.read_text())
     for row in table[::5]:
         del row["image"]
@@ -117,7 +119,10 @@ def test_trajectory_of_the_reference(device):
     assert {t["tune"] for t in golden} == {"c", "cl", "clv"}
     for run_ in golden:
         folder = shared("golden") / run_["case"]
-        model, io = LLaVA.from_pretrained(folder, device=device), load_file(folder / "io.safetensors", device)
+        model, io = (
+            LLaVA.from_pretrained(folder, device=device),
+            load_file(folder / "io.safetensors", device),
+        )
         tune = Tune(
             connector="full" if "c" in run_["tune"] else "frozen",
             llm="full" if "l" in run_["tune"] else "frozen",
@@ -133,14 +138,22 @@ def test_trajectory_of_the_reference(device):
             norm = train.update(optimizer, stage, step, run_["steps"])
             assert loss.item() == pytest.approx(run_["loss"][step], rel=1e-4)
             assert norm == pytest.approx(run_["grad_norm"][step], rel=1e-4)
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(run_["lr"][step], rel=1e-9, abs=1e-15)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(
+                run_["lr"][step], rel=1e-9, abs=1e-15
+            )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no GPU")
 def test_a_gpu_trains_as_the_cpu_does(recipe):
     """In float32 to rounding, compiled too, and again with the same bits; nearly so in bfloat16."""
-    ways = {"cpu": ["device=cpu"], "cuda": [], "again": [], "compiled": ["compile=true"], "bf16": ["precision=bf16"]}
+    ways = {
+        "cpu": ["device=cpu"],
+        "cuda": [],
+        "again": [],
+        "compiled": ["compile=true"],
+        "bf16": ["precision=bf16"],
+    }
     made, weights = {}, {}
     for name, options in ways.items():
         file, out = recipe(name)
@@ -163,7 +176,11 @@ def test_ranks_packing_and_accumulation_change_nothing(recipe):
     budgets = {"accumulate": 250, "unpacked": 0}  # three to six micro-batches a step, and twelve
     for name, budget in budgets.items():
         file, out = recipe(name)
-        run("train.py", file, *(f"stage.{s}.micro_batch_tokens={budget}" for s in ("pretrain", "finetune")))
+        run(
+            "train.py",
+            file,
+            *(f"stage.{s}.micro_batch_tokens={budget}" for s in ("pretrain", "finetune")),
+        )
         assert losses(out) == pytest.approx(want, rel=1e-5), name
     file, out = recipe("ranks")
     torchrun(2, file, "stage.finetune.micro_batch_tokens=0")
@@ -176,8 +193,12 @@ def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
     whole = (out / "model.safetensors").read_bytes()
     for when in (2, 9, 17):  # in the first stage before any checkpoint, in the second, near the end
         file, out = recipe(f"killed{when}")
-        process = subprocess.Popen([sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (not (out / "log.jsonl").exists() or len(losses_so_far(out)) < when):
+        process = subprocess.Popen(
+            [sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None and (
+            not (out / "log.jsonl").exists() or len(losses_so_far(out)) < when
+        ):
             time.sleep(0.002)
         assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
@@ -191,7 +212,9 @@ def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
 
 
 def losses_so_far(out) -> list[str]:
-    return [line for line in (out / "log.jsonl").read_text().splitlines() if '"event": "step"' in line]
+    return [
+        line for line in (out / "log.jsonl").read_text().splitlines() if '"event": "step"' in line
+    ]
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe):
@@ -199,7 +222,9 @@ def test_a_damaged_checkpoint_is_passed_over(recipe):
     run("train.py", file)
     whole = (out / "model.safetensors").read_bytes()
     file, out = recipe("cut")
-    process = subprocess.Popen([sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     while process.poll() is None and not (out / "checkpoints" / "01-00000004").exists():
         time.sleep(0.002)
     process.kill()
@@ -217,7 +242,10 @@ def test_finished_run_says_so_and_another_recipe_is_refused(recipe):
     file, out = recipe("done")
     run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1")
     before = (out / "model.safetensors").stat().st_mtime_ns
-    assert "finished" in run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1").stdout
+    assert (
+        "finished"
+        in run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1").stdout
+    )
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert "another recipe" in run("train.py", file, ok=False).stderr
 
@@ -237,11 +265,20 @@ def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):
     file, out = recipe("frozen")
     run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=3")
     short, out1 = recipe("first")
-    run("train.py", short, "stage.pretrain.steps=1", "stage.finetune.steps=1", "stage.finetune.learning_rate=0.0")
+    run(
+        "train.py",
+        short,
+        "stage.pretrain.steps=1",
+        "stage.finetune.steps=1",
+        "stage.finetune.learning_rate=0.0",
+    )
     after, before = load_file(out / "model.safetensors"), load_file(out1 / "model.safetensors")
     moved = {k for k in after if not torch.equal(after[k], before[k])}
     assert moved, "nothing trained"
-    assert all(not k.startswith("vision_tower.") and ".layers.0." not in k and "embed" not in k for k in moved)
+    assert all(
+        not k.startswith("vision_tower.") and ".layers.0." not in k and "embed" not in k
+        for k in moved
+    )
     must = ("language_model.model.layers.1.mlp.up_proj.weight", "language_model.model.norm.weight",
             "language_model.lm_head.weight", "connector.weight")  # fmt: skip
     assert set(must) <= moved
@@ -249,7 +286,9 @@ def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):
 
 def test_a_part_that_does_not_move_is_reported(recipe):
     file, _ = recipe("still")
-    said = run("train.py", file, "stage.pretrain.rate.vision=1e-30", "stage.finetune.steps=1").stdout
+    said = run(
+        "train.py", file, "stage.pretrain.rate.vision=1e-30", "stage.finetune.steps=1"
+    ).stdout
     assert "warning: pretrain: tune.vision is trainable but has not moved" in said
     assert "tune.llm is trainable" not in said
 
@@ -260,7 +299,15 @@ def test_log_holds_what_a_reader_wants(recipe):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["event"] for r in rows if r["event"] in ("start", "end")] == ["start", "end"] * 2
     step = next(r for r in rows if r["event"] == "step" and r["stage"] == "finetune")
-    assert {"loss", "learning_rate", "grad_norm", "tokens_per_s", "images_per_s", "data_wait", "memory_gb"} <= set(step)
+    assert {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_s",
+        "images_per_s",
+        "data_wait",
+        "memory_gb",
+    } <= set(step)
     assert set(step["grad_norms"]) == {"llm", "connector"}
     norm = math.hypot(*step["grad_norms"].values())
     assert norm == pytest.approx(step["grad_norm"], rel=1e-4)
@@ -291,7 +338,10 @@ def test_bf16_learns(recipe):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["stage.pretrain.learnin_rate=1"], 'learnin_rate: unknown key; fix: did you mean "learning_rate"?'),
+        (
+            ["stage.pretrain.learnin_rate=1"],
+            'learnin_rate: unknown key; fix: did you mean "learning_rate"?',
+        ),
         (["stage.pretrain.data=nowhere.json"], "no such file nowhere.json"),
         (["stage.pretrain.tune.llm=frosen"], "'frosen' is not a way to tune"),
         (["stage.pretrain.tune.vision=partial:2"], "partial:2, but there are 2 blocks"),
@@ -342,7 +392,13 @@ def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):
 def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
     """model.checkpoint and a mixture: what trains starts where the first run ended, its adapters too."""
     file, first = recipe("first")
-    run("train.py", file, "stage.finetune.tune.llm=lora", "stage.finetune.lora.r=4", "stage.pretrain.tune.llm=frozen")
+    run(
+        "train.py",
+        file,
+        "stage.finetune.tune.llm=lora",
+        "stage.finetune.lora.r=4",
+        "stage.pretrain.tune.llm=frozen",
+    )
     file = tmp_path / "more.toml"
     file.write_text(
         f'[model]\ncheckpoint = "{first}"\n[train]\noutput = "{tmp_path}/more"\nprecision = "fp32"\nlog_every = 1\n'
@@ -357,11 +413,18 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
     before, after = LLaVA.from_pretrained(first), LLaVA.from_pretrained(tmp_path / "more")
     moved = {k for k, v in after.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
     assert moved and all(k.startswith("language_model.model.layers.") for k in moved)
-    assert after.config.template == "plain" and after.vision_tower.transform == before.vision_tower.transform
+    assert (
+        after.config.template == "plain"
+        and after.vision_tower.transform == before.vision_tower.transform
+    )
     card = (tmp_path / "more" / "README.md").read_text()
     assert f"all of {first}" in card and "finetune.json x 1.0" in card
-    wrong = run("train.py", file, f"train.output={tmp_path}/other", "model.image_mode=pad", ok=False)
-    assert "error: model.checkpoint: it brings its own parts and image settings; fix: " in wrong.stderr
+    wrong = run(
+        "train.py", file, f"train.output={tmp_path}/other", "model.image_mode=pad", ok=False
+    )
+    assert (
+        "error: model.checkpoint: it brings its own parts and image settings; fix: " in wrong.stderr
+    )
     # The recipe of the first run, from the adapters that it ended with: its merged model before any step.
     file, _ = recipe("first")
     own = config.load([str(file), "stage.finetune.tune.llm=lora", "stage.finetune.tune.vision=frozen",
@@ -391,17 +454,23 @@ def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):
         question, answer = held_out[i]["conversations"][:2]
         assert (r["question"], r["wanted"]) == (question["value"], answer["value"])
         ids = torch.tensor(encode_prompt([question, {"from": "gpt", "value": None}], tok, "plain"))
-        image = model.vision_tower.preprocess(load_image(tiny_world / "images" / held_out[i]["image"]))[None]
+        image = model.vision_tower.preprocess(
+            load_image(tiny_world / "images" / held_out[i]["image"])
+        )[None]
         stop = stop_id(tok, "plain")
         made = model.generate([ids], image, max_new_tokens=64, eos_token_id=stop)[0].tolist()
         assert r["said"] == tok.decode(made[: made.index(stop)] if stop in made else made).strip()
     spec = stage_spec(config.load([str(file)], file)[0].model, Stage(template="plain"))
     batches = list(
-        validation_batches(held_out, spec, Stage(template="plain", global_batch=16), config.Train(workers=0))
+        validation_batches(
+            held_out, spec, Stage(template="plain", global_batch=16), config.Train(workers=0)
+        )
     )
-    world = parallel.World(0, 1, torch.device("cpu"))
-    loss = train.validate(parallel.wrap(model, world, "none"), batches, world)
-    assert loss == pytest.approx([r for r in rows if r["event"] == "validation"][-1]["loss"], rel=1e-4)
+    world = ranks.World(0, 1, torch.device("cpu"))
+    loss = train.validate(ranks.wrap(model, world, "none"), batches, world)
+    assert loss == pytest.approx(
+        [r for r in rows if r["event"] == "validation"][-1]["loss"], rel=1e-4
+    )
 
 
 @pytest.mark.full

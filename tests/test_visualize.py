@@ -5,14 +5,14 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, run
 from PIL import Image
 
 import visualize
-import world as demo_world
 from config import Model
+from demo import world as demo_world
+from inputs.templates import IMAGE_TOKEN, encode_prompt, load_tokenizer
 from model import LLaVA
-from templates import IMAGE_TOKEN, encode_prompt, load_tokenizer
+from tests.tools.environment import ROOT, run
 
 TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
@@ -73,7 +73,9 @@ def test_maps_have_a_cell_for_each_patch(folder):
     assert image.shape == (3, 8)  # SigLIP under feature_select "patch" loses its first
     assert drawn.shape == answer.similarity.shape == (3, 3, 3) and (drawn[:, 0, 0] == 0).all()
     assert torch.equal(drawn.flatten(1)[:, 1:], image)
-    assert torch.equal(answer.attention_map(1).flatten(1)[:, 1:], answer.attention[1][:, answer.ids == IMAGE_TOKEN])
+    assert torch.equal(
+        answer.attention_map(1).flatten(1)[:, 1:], answer.attention[1][:, answer.ids == IMAGE_TOKEN]
+    )
     assert answer.similarity.abs().max() <= 1
     with_class = visualize.on_grid(torch.arange(10.0)[None], 3)
     assert with_class.flatten().tolist() == list(range(1, 10))
@@ -86,9 +88,17 @@ def test_occlusion_is_the_fall_of_the_log_probability(folder):
     normalise, ids = model.vision_tower.transform.normalise, torch.tensor([prompt + MADE])
 
     def log_probabilities(pixels):
-        return model(ids, normalise(pixels[None])).logits[0, -4:-1].log_softmax(-1).gather(-1, ids[0, -3:, None])[:, 0]
+        return (
+            model(ids, normalise(pixels[None]))
+            .logits[0, -4:-1]
+            .log_softmax(-1)
+            .gather(-1, ids[0, -3:, None])[:, 0]
+        )
 
-    for cell, rows, columns in ((0, 0), slice(0, 12), slice(0, 12)), ((7, 0), slice(36, 48), slice(0, 12)):
+    for cell, rows, columns in (
+        ((0, 0), slice(0, 12), slice(0, 12)),
+        ((7, 0), slice(36, 48), slice(0, 12)),
+    ):
         corner = picture.clone()  # a corner's cell is covered by one window alone
         corner[:, rows, columns] = picture.flatten(1).median(1).values[:, None, None]
         fall = (log_probabilities(picture) - log_probabilities(corner)).clamp(min=0)
@@ -98,10 +108,21 @@ def test_occlusion_is_the_fall_of_the_log_probability(folder):
 
 
 def test_a_resampler_has_no_patches_to_draw_on(tmp_path):
-    made = Model(llm_config=TEXT, vision_config=VISION, connector="resampler", connector_options={"num_queries": 4})
+    made = Model(
+        llm_config=TEXT,
+        vision_config=VISION,
+        connector="resampler",
+        connector_options={"num_queries": 4},
+    )
     model = LLaVA.from_parts(made, "plain")
-    answer = visualize.look(model, [5, IMAGE_TOKEN, 9], MADE, torch.randint(0, 255, (3, 48, 48)).byte())
-    assert answer.similarity is None and answer.attention_map() is None and answer.occlusion.shape == (3, 8, 8)
+    answer = visualize.look(
+        model, [5, IMAGE_TOKEN, 9], MADE, torch.randint(0, 255, (3, 48, 48)).byte()
+    )
+    assert (
+        answer.similarity is None
+        and answer.attention_map() is None
+        and answer.occlusion.shape == (3, 8, 8)
+    )
 
 
 def test_heat_is_red_where_it_is_largest():
@@ -114,16 +135,33 @@ def test_heat_is_red_where_it_is_largest():
 
 def test_the_command_writes_a_page_and_pictures(folder, tmp_path):
     question = "What is <b>it</b>?"
-    command = ["visualize.py", "--model", folder, "--image", folder / "noise.png", "--prompt", question]
+    command = [
+        "visualize.py",
+        "--model",
+        folder,
+        "--image",
+        folder / "noise.png",
+        "--prompt",
+        question,
+    ]
     said = run(*command, "--max-new-tokens", 3, "--top-k", 5, tmp_path / "out").stdout
     text = (tmp_path / "out" / "index.html").read_text()
-    assert "index.html" in said and "<b>it</b>" not in text and "What is &lt;b&gt;it&lt;/b&gt;?" in text
+    assert (
+        "index.html" in said
+        and "<b>it</b>" not in text
+        and "What is &lt;b&gt;it&lt;/b&gt;?" in text
+    )
     assert len(re.findall("<h2>", text)) == 3 and len(re.findall("<tr>", text)) == 3 * 5
     assert len(re.findall("<img", text)) == 1 + 3 * 3 and 'src="http' not in text
-    assert sorted(f.name for f in (tmp_path / "out").glob("*.png")) == [f"token-{i}.png" for i in (1, 2, 3)]
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.png")) == [
+        f"token-{i}.png" for i in (1, 2, 3)
+    ]
     assert Image.open(tmp_path / "out" / "token-1.png").size == (736, 240)
     wrong = run(*command, "--layer", 2, tmp_path / "no", ok=False).stderr.strip()
-    assert wrong == "error: --layer: 2: the model has 2 layers; fix: give 0 to 1" and not (tmp_path / "no").exists()
+    assert (
+        wrong == "error: --layer: 2: the model has 2 layers; fix: give 0 to 1"
+        and not (tmp_path / "no").exists()
+    )
 
 
 def measure(folder, scenes):
@@ -145,9 +183,14 @@ def measure(folder, scenes):
         prompt = encode_prompt([turn], tokenizer, model.config.template)
         made = tokenizer.encode(f" {question.answer}")[0]
         look = visualize.look(model, prompt, made, model.vision_tower.transform.pixels(image))
-        patch, (left, top, right, bottom) = thing["cell"][0] * 2 + thing["cell"][1], map(round, thing["box"])
+        patch, (left, top, right, bottom) = (
+            thing["cell"][0] * 2 + thing["cell"][1],
+            map(round, thing["box"]),
+        )
         attention, similarity = look.attention_map()[0].flatten(), look.similarity[0].flatten()
-        heat = torch.nn.functional.interpolate(look.occlusion[None, :1], 48)[0, 0]  # cells of 6 pixels
+        heat = torch.nn.functional.interpolate(look.occlusion[None, :1], 48)[
+            0, 0
+        ]  # cells of 6 pixels
         y, x = divmod(int(heat.argmax()), 48)
         found.append({
             "right": look.probabilities[0].argmax().item() == made[0],
@@ -169,5 +212,7 @@ def test_on_the_demo_the_heat_map_of_a_colour_or_shape_lies_on_its_object(tmp_pa
         run("train.py", f"train.output={demo}")
     numbers = measure(demo, 100)
     print(numbers)
-    assert numbers["occlusion peaks in the box"] >= 60 and numbers["occlusion's mass in the box"] >= 60
+    assert (
+        numbers["occlusion peaks in the box"] >= 60 and numbers["occlusion's mass in the box"] >= 60
+    )
     assert numbers["attention peaks on the patch"] >= 60

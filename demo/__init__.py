@@ -1,0 +1,1 @@
+"""The demo worlds and their report."""

@@ -1,0 +1,329 @@
+"""The benchmarks: what they print and write without a GPU, that a wrong kernel is seen, and the page made of it."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import bench.data
+import bench.kernels
+import bench.report
+from bench.kernels import OURS, PLAIN, measure
+from bench.operations import LM, TOKENS, Bench, Setting, packed, sample_lengths, shapes
+from bench.report import SECTIONS
+from config import UserError
+from tests.tools.environment import ROOT, run
+
+SCRIPTS = [
+    f"bench/{f.name}" for f in sorted((ROOT / "bench").glob("*.py")) if f.name != "operations.py"
+]
+CPU = Setting("cpu", torch.float32, 64, 0.01, False)
+
+
+def test_sizes_are_within_their_limits():
+    limits = {
+        "kernels.py": 400,
+        "operations.py": 400,
+        "report.py": 160,
+        "training.py": 540,
+        "data.py": 360,
+    }
+    for name, limit in limits.items():
+        assert len((ROOT / "bench" / name).read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_and_a_wrong_option_is_one_line(script):
+    assert f"python {script}" in run(script, "--help").stdout
+    wrong = run(script, "--no-such-option", ok=False).stderr.strip().splitlines()
+    assert len(wrong) == 1 and wrong[0].startswith("error: ") and "; fix: " in wrong[0]
+
+
+@pytest.mark.parametrize("command", [("bench/kernels.py",), ("-m", "kernels.norms")], ids=" ".join)
+def test_without_a_gpu_it_says_so_in_a_line(command):
+    (line,) = run(*command, ok=False).stderr.strip().splitlines()
+    assert line.startswith("error: ") and "CUDA" in line and "; fix: " in line
+
+
+def test_every_kernel_file_is_measured():
+    assert set(shapes()) == {f.stem for f in (ROOT / "kernels").glob("*.py")} - {"__init__"}
+
+
+def test_results_of_the_cpu_become_a_page(tmp_path, capsys):
+    """The public functions against plain torch; a second run replaces its own operation only."""
+    results = tmp_path / "results" / "cpu" / "kernels.json"
+    for operations in (["norms", "decode"], ["norms"]):
+        bench.kernels.main([*operations, "--cpu", "--quick", "--json", str(results)])
+        printed = capsys.readouterr().out
+    assert "norms: RMS, 16384 x 2048, residual, training" in printed and "decode" not in printed
+    found = json.loads(results.read_text())["operations"]
+    assert list(found) == ["norms", "decode"]
+    for operation, modes in (("norms", ("forward", "training")), ("decode", ("forward",))):
+        (shape,) = found[operation]["shapes"].values()
+        assert tuple(m for m in shape if m != "targets") == modes
+        for mode in modes:
+            assert all(
+                shape[mode][path]["ms"] > 0 and shape[mode][path]["error"] < 1e-6
+                for path in (OURS, PLAIN)
+            )
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "PERFORMANCE.md").read_text())
+    bench.report.main(["--results", str(tmp_path / "results"), "--page", str(page)])
+    text = page.read_text()
+    assert "| on a GPU | shapes | |" in text and "1/64 of the tokens" in text
+    assert re.search(r"\| RMS, 16384 x 2048, residual \| training \| \d+\.\d{3} \|", text)
+    assert "| RMS, 16384 x 2048 | forward | not measured yet |" in text
+
+
+def product(ours=lambda x, y: x * y, **peers) -> Bench:
+    args = torch.rand(9, 5), torch.rand(9, 5)
+    return Bench(args, (0, 1), ours, lambda x, y: x * y, peers, (45.0, 540.0), (90.0, 900.0))
+
+
+def test_a_wrong_kernel_is_seen_and_a_wrong_peer_has_no_time():
+    class Wrong(torch.autograd.Function):
+        """The product, with the gradient of the second factor halved."""
+
+        @staticmethod
+        def forward(ctx, x, y):
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx, d):
+            x, y = ctx.saved_tensors
+            return d * y, d * x / 2
+
+    def missing():
+        import no_such_package  # noqa: F401
+
+    def refuses(x, y):
+        raise RuntimeError("not this shape\nand more")
+
+    cells, wrong = measure(CPU, product(), True, (1e6, 1e6))
+    assert not wrong and cells[OURS]["share"] == pytest.approx(1e3 * 1440e-6 / cells[OURS]["ms"])
+    peers = {"wrong": lambda: Wrong.apply, "missing": missing, "refuses": lambda: refuses,
+             "half (bound)": lambda: lambda x, y: x / 2}  # fmt: skip
+    cells, wrong = measure(CPU, product(Wrong.apply, **peers), True, None)
+    assert len(wrong) == 1 and "error 5.0e-01" in wrong[0]
+    assert not measure(CPU, product(Wrong.apply), False, None)[1]  # the forward pass alone is right
+    assert (
+        cells["wrong"]["reason"]
+        == "ArithmeticError: another result: 5.0e-01 away from the reference"
+    )
+    assert cells["missing"]["reason"] == "not installed: no_such_package"
+    assert cells["refuses"]["reason"] == "RuntimeError: not this shape"
+    assert cells["half (bound)"]["ratio"] == pytest.approx(
+        cells["half (bound)"]["ms"] / cells[OURS]["ms"]
+    )
+    assert measure(CPU, product(refuses), False, None)[1] == ["RuntimeError: not this shape"]
+
+
+def test_rows_have_realistic_samples_and_equal_ones_are_a_dense_batch():
+    lengths = sample_lengths(TOKENS, 729)
+    assert (
+        sum(lengths) == TOKENS
+        and min(lengths) > 0
+        and 10 < len(lengths) < 40
+        and max(lengths) <= 729 + 1300
+    )
+    made = packed(CPU, LM(4, 2, 64, 64, 256, 512, 1000), TOKENS, True)
+    exact = made.reference(*made.args)
+    assert torch.allclose(made.peers["barellava, dense"]()(*made.args), exact, atol=1e-6)
+    # 8 samples of 32 tokens, 4 heads of 64: half of 4 * 32^2 * 4 * 64 FLOPs each
+    assert made.forward[0] == 8 * 2 * 32**2 * 4 * 64 and made.backward[0] == 2.5 * made.forward[0]
+
+
+def cell(ms: float, ratio: float, share: float = 0.5) -> dict:
+    return {
+        "megabytes": 12.3,
+        "ms": ms,
+        "range": [ms, ms],
+        "share": share,
+        "error": 2e-3,
+        "ratio": ratio,
+    }
+
+
+def marks(*names: str) -> str:
+    return "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names)
+
+
+def test_report_judges_targets_and_draws(tmp_path):
+    shape = next(iter(shapes()["attention"]))
+    cells = {OURS: cell(1.0, 1.0), "FlashAttention-2": cell(1.25, 1.25), "cuDNN": cell(0.8, 0.8),
+             "half (bound)": cell(0.1, 0.1), "flex_attention": {"reason": "RuntimeError: not <this>"}}  # fmt: skip
+    result = {"gpu": "Made-up GPU", "limits": [1.0, 1.0], "dtype": "bfloat16", "cut": 1, "operations": {"attention": {
+        "date": "2026-01-01 00:00", "versions": {"torch": "2.11"}, "ceilings": {"product, FLOP/s": 7.9e14},
+        "shapes": {shape: {"targets": {"FlashAttention-2": 1.2, "cuDNN": 0.9}, "forward": cells}}}}}  # fmt: skip
+    (tmp_path / "made-up").mkdir()
+    (tmp_path / "made-up" / "kernels.json").write_text(json.dumps(result))
+    page = tmp_path / "page.md"
+    page.write_text(
+        f"before\n<!-- kernels -->\nold\n<!-- end -->\nbetween\n{marks(*list(SECTIONS)[1:])}after\n"
+    )
+    for _ in range(2):  # the second time changes nothing
+        bench.report.main(["--results", str(tmp_path), "--page", str(page)])
+        text = page.read_text()
+        assert (
+            text.startswith("before\n")
+            and text.endswith("after\n")
+            and "\nbetween\n" in text
+            and "old" not in text
+        )
+        row = f"| {shape} | forward | 1.000 | 50% | 12 | 2e-03 | 1.25 (≥ 1.20) | **0.80** (≥ 0.90) | 0.10 | [1] |"
+        assert (
+            text.count(row) == 1
+            and text.count("1. flex_attention: RuntimeError: not &lt;this&gt;") == 1
+        )
+        assert (
+            "2026-01-01 00:00, torch 2.11, product, FLOP/s 7.9e+14\n" in text
+            and "on a GPU" not in text
+        )
+    assert "![each kernel beside its fastest peer](made-up/kernels.svg)" in text
+    drawn = ElementTree.parse(tmp_path / "made-up" / "kernels.svg")
+    texts = [t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert (
+        "0.80 x" in texts and texts.count("not measured yet") == len(shapes()) - 1
+    )  # the bound is no peer
+    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}circle"))) == 1
+    page.write_text("no marks\n")
+    with pytest.raises(UserError, match="no <!-- kernels -->.*; fix: "):
+        bench.report.main(["--results", str(tmp_path), "--page", str(page)])
+    assert page.read_text() == "no marks\n"
+
+
+def printed() -> dict[str, dict]:
+    """Small results of the scripts whose own tables go onto the page, every target met."""
+    facts = {"date": "2026-01-02", "versions": {"python": "3.11", "transformers": None}}
+    ms = {
+        "barellava": [10.0, 12.0, 11.0],
+        "every frame": [22.0, 23.0, 21.0],
+        "16 converted": [16.0, 18.0, 17.0],
+    }
+    clip, rows = (
+        {"frames": 100, "seconds": 4.0, "ms": ms},
+        {"seconds": 2.0, "peak_mb": 30.0, "rows": 5000},
+    )
+    fills = {"fill dealt": 0.97, "balance dealt": 0.5, "ms": 1.0}
+    pictures = [{"images_per_s": 100.0, "cpu_ms": 9.0}, {"images_per_s": 150.0, "cpu_ms": 6.0}]
+    case = {"kind": "bfloat16", "batch": 1, "rates": {"barellava": [13.0], "transformers": [10.0]}, "ratios": [1.3],
+            "step_ms": 1.0, "bytes": 10, "equal": 1, "tokens": 2}  # fmt: skip
+    one = {"v": 1.0, "i": 1.0, "q": 1.0, "gain": 1.6, "possible": 2.0}
+    asked = {"kind": "float32", "rounds": [one], "equal": True, "shares": [0.8]}
+    models = {"toy": {"copy": 1e6, "parameters": 2e6, "cases": [case], "questions": asked}}
+    takes = {n: [{"peak": (peak + more) * 1e6, "features": size} for more in (0, 9, -1)]
+             for n, peak, size in (("32", 50, 10e6), ("128", 80, 40e6))}  # fmt: skip
+    video = {"date": "2026-01-02", "versions": {"python": "3.11"}, "repeats": 3, "memory": takes,
+             "clips": {"a.mp4": clip, "12 x a.mp4": clip | {"frames": 1200}}}  # fmt: skip
+    index = {"bytes": 2e9, "worker": {"rss_mb": 300.0, "pss_mb": 90.0},
+             "runs": {name: [rows] for name in ("json.load", "first start", "later start")}}  # fmt: skip
+    packing = {"tokens": {"rows": 4000, "mean": 700.0, "longest": 2048},
+               "cases": {f"{n} samples, 1 ranks": fills for n in (128, 256)}}  # fmt: skip
+    images = {"clip, 0 workers": {"ours": pictures, "theirs": pictures[:1]}}
+    made = {
+        "video": video,
+        "data": {k: facts | {"results": v} for k, v in (("images", images), ("index", index), ("packing", packing))},
+        "generate": {"machine": "cpu", "date": "2026-01-02", "torch": "2.11", "threads": 2, "models": models},
+        "load": {name: [{"seconds": 3.0, "weights": 10**9, "peak": 2 * 10**9, "imports": 10**9}]
+                 for name in ("barellava", "transformers")},
+    }  # fmt: skip
+    return json.loads(json.dumps(made))  # nothing is shared between its parts
+
+
+# what of it makes a target missed, and the words for it
+MISSED = {
+    "video, speed": (lambda r: r["video"]["clips"]["12 x a.mp4"]["ms"].update({"every frame": [21.0, 22.0, 20.0]}),
+                     "target >= 2 x every frame, 12 x a.mp4: MISSED (1.91)"),
+    "video, memory": (lambda r: r["video"]["memory"]["128"][0].update(peak=81e6),
+                      "target 128 frames <= 32 and the features (30 MB more): MISSED (31 MB more)"),
+    "index, first": (lambda r: r["data"]["index"]["results"]["runs"]["first start"][0].update(seconds=61.0),
+                     "target first start <= 60 s: MISSED (61)"),
+    "index, later": (lambda r: r["data"]["index"]["results"]["runs"]["later start"].append(
+                         {"seconds": 2.5, "peak_mb": 1.0, "rows": 5000}), "target later <= 2 s: MISSED (2.5)"),
+    "index, worker": (lambda r: r["data"]["index"]["results"]["worker"].update(rss_mb=301.0),
+                      "target <= 300 MB a worker: MISSED (301)"),
+    "packing": (lambda r: r["data"]["packing"]["results"]["cases"].update(
+                    {"128 samples, 1 ranks": {"fill dealt": 0.96, "balance dealt": 1.0, "ms": 1.0}}),
+                "target fill >= 97 %, 128 samples, 1 ranks: MISSED (0.96)"),
+    "images": (lambda r: r["data"]["images"]["results"]["clip, 0 workers"].update(
+                   theirs=[{"images_per_s": 120.0, "cpu_ms": 9.0}]), "target >= 1.5 x: MISSED (1.25)"),
+    "generate": (lambda r: r["generate"]["models"]["toy"]["cases"][0].update(ratios=[1.29]), "target 1.3: MISSED"),
+    "load": (lambda r: r["load"]["barellava"][0].update(seconds=3.1), "target seconds <= 3.0: MISSED (3.100 at worst)"),
+}  # fmt: skip
+
+
+def page_of(results: dict[str, dict], folder) -> str:
+    """What report.py makes of them, as results of a machine `m`."""
+    (folder / "m").mkdir(exist_ok=True)
+    for name, result in results.items():
+        (folder / "m" / f"{name}.json").write_text(json.dumps(result))
+    page = folder / "page.md"
+    page.write_text(marks(*SECTIONS))
+    bench.report.main(["--results", str(folder), "--page", str(page)])
+    return page.read_text()
+
+
+def test_printed_tables_stand_on_the_page(tmp_path):
+    text = page_of(printed(), tmp_path)
+    for name in ("generate", "load", "data", "video"):
+        section = text.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0].strip()
+        assert section.startswith("### m\n\n```\n") and section.endswith("\n```")
+        assert section.count("```") == 2 and ": met" in section and "MISSED" not in section
+    rows = ("2026-01-02, python 3.11\na.mp4: 100 frames, 4.0 s; ms, median (range) of 3",
+            "  barellava           11 (10 to 12)    1.00 x", "  every frame         22 (21 to 23)    2.00 x",
+            "encoding 128 frames: 80 MB (79 to 89) of 3, features 40 MB",
+            "index: 2026-01-02, python 3.11\n5000 rows, 2.00 GB, median (range) of 1 runs",
+            f"first start      2.00 (2.00 to 2.00){'30':>22}",
+            "128 samples, 1 ranks            97.0%           50.0%        1.0",
+            "clip, 0 workers         150       100           6.0     9.0           1.50  target >= 1.5 x: met (1.5)",
+            "2026-01-02, torch 2.11, 2 threads\ntoy, 2 million")  # fmt: skip
+    assert [row for row in rows if row not in text] == []
+    parts = [text.index(part) for part in ("index: 2026", "packing: 2026", "images: 2026")]
+    assert parts == sorted(parts)
+    assert "not measured yet" not in text.split("<!-- generate -->")[1]
+    (tmp_path / "m" / "video.json").unlink()
+    assert page_of({}, tmp_path).endswith("<!-- video -->\n\nnot measured yet.\n\n<!-- end -->\n")
+
+
+@pytest.mark.parametrize("which", MISSED)
+def test_a_missed_target_is_said(which, tmp_path):
+    results = printed()
+    change, words = MISSED[which]
+    change(results)
+    text = page_of(results, tmp_path)
+    assert words in text and text.count("MISSED") == 1
+
+
+def test_a_part_of_the_data_keeps_the_others(tmp_path, monkeypatch, capsys):
+    file, before = tmp_path / "new" / "data.json", printed()["data"]
+    fill = before["packing"]["results"] | {"tokens": {"rows": 4321, "mean": 700.0, "longest": 2048}}
+    monkeypatch.setattr(bench.data, "child", lambda name, *more: fill if name == "packing" else {})
+    bench.data.main(["--only", "packing", "--json", str(file)])
+    assert list(json.loads(file.read_text())) == ["packing"]
+    file.write_text(json.dumps(before))
+    bench.data.main(["--only", "packing", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert found.pop("packing")["results"] == fill and before.pop("packing") and found == before
+    printed_now = capsys.readouterr().out
+    assert "4321 rows" in printed_now and "index" not in printed_now and ", torch " in printed_now
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_missing_mark_is_an_error(name, tmp_path):
+    page, text = tmp_path / "page.md", marks(*(n for n in SECTIONS if n != name))
+    page.write_text(text)
+    with pytest.raises(UserError, match=f"no <!-- {name} --> before an <!-- end -->; fix: "):
+        bench.report.main(["--results", str(tmp_path), "--page", str(page)])
+    assert page.read_text() == text
+
+
+def test_the_page_holds_what_was_measured(tmp_path):
+    """PERFORMANCE.md is what report.py makes of bench/results now."""
+    text, again = (ROOT / "PERFORMANCE.md").read_text(), tmp_path / "PERFORMANCE.md"
+    again.write_text(text)
+    bench.report.main(["--page", str(again)])
+    without_links = [re.sub(r"\]\([^)]*\)", "]", t) for t in (again.read_text(), text)]
+    assert without_links[0] == without_links[1]

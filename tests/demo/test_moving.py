@@ -1,0 +1,275 @@
+"""moving.py: the same bytes for a seed, lossless clips, true answers that no single frame gives away."""
+
+import itertools
+import json
+from collections import Counter, defaultdict
+
+import pytest
+from PIL import Image
+
+from config import UserError
+from demo import moving, world
+from evals import moving as task
+from inputs import video
+from inputs.templates import load_tokenizer
+from tests.demo.test_world import asked, digest
+from tests.tools.environment import run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("moving") / "data"
+    world.write(out, 3, 300, moving.fill_folder)
+    return out
+
+
+def rows(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def benchmark(folder):
+    return [
+        json.loads(line)
+        for line in (folder / "benchmark" / "moving.jsonl").read_text().splitlines()
+    ]
+
+
+def frames(folder, row):
+    return video.frames(folder / "videos" / row["video"], 3)
+
+
+def seen(frame):
+    """{"red circle": (row, column)} of a picture, from its pixels alone."""
+    found = {}
+    for row, column in itertools.product(range(2), repeat=2):
+        pixels = frame.crop((24 * column, 24 * row, 24 * column + 24, 24 * row + 24))
+        for name, colour in world.COLOURS.items():
+            at = [
+                divmod(i, 24)
+                for i, value in enumerate(pixels.get_flattened_data())
+                if value == colour
+            ]
+            if at:
+                height, width = (max(p) - min(p) + 1 for p in zip(*at, strict=True))
+                filled = len(at) / (height * width)  # 1, less than pi / 4, about a half
+                shape = "square" if filled > 0.95 else "circle" if filled > 0.7 else "triangle"
+                found[f"{name} {shape}"] = (row, column)
+    return found
+
+
+def happened(film):
+    """[("red circle", "left")] in order, from the pixels of the frames."""
+    places, events = [seen(frame) for frame in film], []
+    assert len(places) == 3 and len({tuple(sorted(p)) for p in places}) == 1 and len(places[0]) == 2
+    for before, after in itertools.pairwise(places):
+        ((what, (y, x)),) = set(after.items()) - set(before.items())  # one moves, the other stays
+        way = {(-1, 0): "up", (1, 0): "down", (0, -1): "left", (0, 1): "right"}
+        events.append((what, way[y - before[what][0], x - before[what][1]]))
+    assert events[0][0] != events[1][0]
+    return events
+
+
+def truth(question, events):
+    words = question.rstrip("?").split()
+    if question.startswith("Which way did the "):
+        return dict(events)[" ".join(words[4:6])]
+    if question.startswith("Which moved first, "):
+        return events[0][0]
+    (found,) = [
+        what for what, way in events if way == words[2].rstrip(",")
+    ]  # fails if it is ambiguous
+    return found
+
+
+def test_same_seed_same_bytes_from_the_command_line(folder, tmp_path):
+    """In another process, whose sets have another order."""
+    run("-m", "demo.moving", tmp_path / "again", "--seed", 3, "--scenes", 300, PYTHONHASHSEED="7")
+    assert digest(tmp_path / "again") == digest(folder)
+    assert "exists already; fix:" in run("-m", "demo.moving", tmp_path / "again", ok=False).stderr
+    run("-m", "demo.moving", tmp_path / "other", "--seed", 4, "--scenes", 10)
+    assert benchmark(tmp_path / "other")[0]["scene"] != benchmark(folder)[0]["scene"]
+
+
+def test_held_out_compositions_are_in_no_training_clip(folder):
+    train, val, held = (
+        {world.composition(scene) for name in names for row in name for scene in row["scene"]}
+        for names in (
+            (rows(folder, "pretrain"), rows(folder, "finetune")),
+            (rows(folder, "val"), rows(folder, "val_pretrain")),
+            (benchmark(folder),),
+        )
+    )
+    assert not train & held and not train & val and not val & held
+    assert len(train) > 40 and len(val) == 1 and len(held) == 7
+    assert {pair for scene in train for pair in scene} == set(
+        world.PAIRS
+    )  # each object itself has been seen
+
+
+def test_clips_are_lossless(folder):
+    for row in rows(folder, "finetune")[:100] + benchmark(folder)[::8]:
+        film = frames(folder, row)
+        assert Image.open(folder / "videos" / row["video"]).n_frames == 3
+        empty = {(y, x) for y in range(2) for x in range(2)} - {
+            tuple(thing["cell"]) for thing in row["scene"][0]
+        }
+        y, x = empty.pop()
+        background = film[0].getpixel((47 * x, 47 * y))
+        for frame, scene in zip(film, row["scene"], strict=True):
+            assert frame.tobytes() == world.render(scene, background).tobytes()
+
+
+def test_every_answer_is_what_the_pixels_show(folder):
+    kinds = Counter()
+    for row in rows(folder, "finetune") + rows(folder, "val"):
+        events = happened(frames(folder, row))
+        assert len({question for question, _ in asked(row)}) == 3
+        for question, answer in asked(row):
+            assert answer == truth(question, events), (row["id"], question)
+            kinds[kind_of(question)] += 1
+    assert kinds["order"] == 350 and min(kinds["direction"], kinds["way"]) > 200
+    clips = {row["video"]: row for row in benchmark(folder)}
+    events = {name: happened(frames(folder, row)) for name, row in clips.items()}
+    for row in benchmark(folder):
+        assert row["label"] == truth(row["text"], events[row["video"]])
+        assert row["kind"] == kind_of(row["text"])
+
+
+def kind_of(question):
+    return {"Which way": "way", "Which moved first": "order"}.get(
+        question.partition(" did ")[0].partition(",")[0], "direction"
+    )
+
+
+def test_captions_follow_the_objects_or_note_true_answers(folder):
+    followed = 0
+    captions = rows(folder, "pretrain") + rows(folder, "val_pretrain")
+    for row in captions:
+        ((_, text),) = asked(row)
+        film = frames(folder, row)
+        events, places = happened(film), [seen(frame) for frame in film]
+        told = dict(note.split(": ") for note in text.rstrip(".").split(". "))
+        if set(told) == set(places[0]):
+            followed += 1
+            for what, track in told.items():
+                assert track == ", ".join(f"{'top bottom'.split()[p[what][0]]} {'left right'.split()[p[what][1]]}"
+                                          for p in places)  # fmt: skip
+        else:
+            assert len(told) == 3
+            for note, answer in told.items():
+                question = (
+                    f"Which way did the {note} move?"
+                    if note in places[0]
+                    else f"Which moved {note}, a or b?"
+                )
+                assert answer == truth(question, events), (row["id"], note)
+    assert 0.4 < followed / len(captions) < 0.6
+
+
+def test_neither_the_middle_frame_nor_the_words_tell_more_than_chance(folder):
+    """Of each picture in the middle and of each text, every question has each of its answers equally often."""
+    by_frame, by_text = defaultdict(Counter), defaultdict(Counter)
+    for row in benchmark(folder):
+        middle = frames(folder, row)[1].tobytes()
+        by_frame[middle, row["text"], tuple(row["choices"])][row["label"]] += 1
+        by_text[row["text"], tuple(row["choices"])][row["label"]] += 1
+    assert (
+        len({middle for middle, *_ in by_frame}) == 14 * 4
+    )  # pairs named in either order, cells of the first
+    for counts in (by_frame, by_text):
+        for (*_, choices), answers in counts.items():
+            assert set(answers) == set(choices) and len(set(answers.values())) == 1
+
+
+def test_the_first_frame_or_the_last_decides_half_of_the_directions(folder):
+    """As the benchmark's description says: to who knows which of the three it is, by where the two objects stand."""
+    for k in (0, 2):
+        counts = defaultdict(Counter)
+        for row in benchmark(folder):
+            cells = tuple(tuple(thing["cell"]) for thing in row["scene"][k])
+            counts[row["kind"], row["text"], cells][row["label"]] += 1
+        for kind, best in (("order", 0.5), ("direction", 0.75), ("way", 0.75)):
+            groups = [c for (name, *_), c in counts.items() if name == kind]
+            assert sum(max(c.values()) for c in groups) / sum(c.total() for c in groups) == best, (
+                kind,
+                k,
+            )
+
+
+def test_no_frame_decides_a_question(folder):
+    """Each is also a frame of another clip, about which the same question has another answer."""
+    answers = defaultdict(set)
+    for row in benchmark(folder):
+        for frame in frames(folder, row):
+            answers[frame.tobytes(), row["text"]].add(row["label"])
+    assert min(map(len, answers.values())) >= 2
+
+
+def test_scores_by_hand(folder):
+    examples = task.examples(folder)
+    assert len({e["id"] for e in examples}) == len(examples)
+    assert all(e["image"] is None and (folder / e["video"]).is_file() for e in examples)
+    assert Counter(e["kind"] for e in examples) == {"order": 448, "direction": 448, "way": 896}
+    ways, orders = ([e for e in examples if e["kind"] == kind][:4] for kind in ("way", "order"))
+    answers = [f" {ways[0]['label'].title()}. ", ways[1]["label"] + "s", "", ways[3]["label"]]
+    scores = task.score(
+        ways + orders, answers + [e["label"] for e in orders[:3]] + ["the " + orders[3]["label"]]
+    )
+    assert scores == {
+        "moving": {"score": 62.5, "chance": 37.5, "n": 8},
+        "way": {"score": 50, "chance": 25, "n": 4},
+        "order": {"score": 75, "chance": 50, "n": 4},
+    }
+    with pytest.raises(UserError, match="no such file"):
+        task.examples(folder / "none")
+
+
+def test_each_word_is_one_token(folder):
+    tok = load_tokenizer(folder / "tokenizer")
+    for row in rows(folder, "finetune"):
+        for question, answer in asked(row):
+            for word in (
+                (question + " " + answer).replace(",", "").replace("?", "").rstrip(".").split()
+            ):
+                assert len(tok.encode(" " + word)[0]) == 1, word
+
+
+@pytest.mark.full
+def test_the_recipe_learns_what_one_frame_does_not_show(tmp_path):
+    data, out = tmp_path / "world", tmp_path / "out"
+    run("-m", "demo.moving", data)
+    paths = {
+        "model.tokenizer": "tokenizer",
+        "stage.pretrain.data": "pretrain.json",
+        "stage.finetune.data": "finetune.json",
+    }
+    paths |= {
+        "stage.pretrain.validation": "val_pretrain.json",
+        "stage.finetune.validation": "val.json",
+    }
+    paths |= {"stage.pretrain.images": "videos", "stage.finetune.images": "videos"}
+    run(
+        "train.py",
+        "recipes/moving.toml",
+        f"train.output={out}",
+        *(f"{key}={data / p}" for key, p in paths.items()),
+    )
+
+    def scores(control, *options):
+        run("evaluate.py", "--model", out, "--task", "moving", "--data", data, *options)
+        found = json.loads((out / "eval" / f"moving{control}.json").read_text())["scores"]
+        print(control, found)
+        return found
+
+    seeing, one_frame, blank = (
+        scores(""),
+        scores("-one-frame", "--one-frame"),
+        scores("-blank", "--blank"),
+    )
+    for kind in ("order", "direction"):
+        assert seeing[kind]["score"] >= 80
+    for kind, chance in (("order", 50), ("direction", 50), ("way", 25)):
+        assert seeing[kind]["chance"] == chance
+        assert (
+            max(one_frame[kind]["score"], blank[kind]["score"]) <= chance + 1
+        )  # + 1: near ties, rounded by batch

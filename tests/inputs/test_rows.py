@@ -1,0 +1,554 @@
+"""index.py, rows.py and what data.py makes of them: offsets, shards, mixtures, token counts, shares of ranks."""
+
+import collections
+import dataclasses
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+import data
+from config import Stage, Train, UserError
+from data import Mixture, Order, Rows, SampleSpec, Steps, shard, share, token_counts
+from inputs import index
+from inputs import rows as rows_module
+from inputs.image_processor import ImageTransform
+from inputs.sample import byte_tokenizer
+from inputs.tiling import Views
+from tests.test_data import MeanColour, flat, row, rows_of, turns, write
+from tests.tools.environment import ROOT
+
+HARD = [
+    '"',
+    '\\"',
+    "]",
+    "}",
+    "[{",
+    ",",
+    "\n",
+    "\u56fe\u7247",
+    "\U0001f600",
+    "\ud83d",
+    "\\",
+    '\\\\"',
+    "\t",
+    "a" * 50,
+    "",
+]
+VALUES = [
+    12,
+    -1.5e-7,
+    1e300,
+    True,
+    False,
+    None,
+    [],
+    {},
+    [[["x]"]]],
+    {"a": {"}": "{"}},
+    float("inf"),
+    -0.0,
+]
+
+
+def odd_row(r: random.Random) -> dict:
+    text = "".join(r.choices(HARD, k=r.randint(0, 9)))
+    return {
+        "id": r.choice(["", text, r.randint(0, 10**9)]),
+        text + "k": r.choice(VALUES),
+        "conversations": turns(text),
+    }
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Files of any size get an index, and are read in small pieces."""
+    for module in (index, rows_module):
+        monkeypatch.setattr(module, "SMALL", 0)
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return SampleSpec(
+        byte_tokenizer(), "plain", max_tokens=1000, views=Views(5, transform=MeanColour())
+    )
+
+
+# ---- the index
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 24])
+def test_every_row_of_a_list_is_found_whatever_it_holds(tmp_path, always, monkeypatch, chunk):
+    monkeypatch.setattr(index, "CHUNK", chunk)
+    r = random.Random(chunk)
+    for n, options in enumerate(
+        [
+            {},
+            {"indent": 1},
+            {"separators": (",", ":")},
+            {"ensure_ascii": False},
+            {"indent": "\t", "ensure_ascii": False},
+        ]
+    ):
+        rows = [odd_row(r) for _ in range(60)]
+        text = json.dumps(rows, **options).encode("utf-8", "replace").decode()
+        file = tmp_path / f"{n}.json"
+        file.write_bytes(
+            b"\xef\xbb\xbf" * (n % 2)
+            + r.choice(["", " \r\n"]).encode()
+            + text.encode()
+            + b" \n" * (n % 3)
+        )
+        found, expected = Rows(file), json.loads(text)
+        assert len(found) == 60 and [found[i] for i in range(60)] == expected
+        assert (tmp_path / f"{n}.json.index").exists() and found[-1] == expected[-1]
+        with pytest.raises(IndexError):
+            found[60]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 24])
+def test_what_is_no_row_of_a_list_is_named_when_it_is_read(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(index, "CHUNK", chunk)
+    (tmp_path / "rows.json").write_text('[12345 , -1.5e10,"a",{"id": 3}]')
+    rows = Rows(tmp_path / "rows.json")
+    assert len(rows) == 4 and rows[3] == {"id": 3}
+    for i, kind in enumerate(("int", "float", "str")):
+        with pytest.raises(UserError, match=f"rows.json:row {i}: a JSON {kind}, not a row; fix: "):
+            rows[i]
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ('[{"a": 1},\n  {"b" 2}, {"c": 3}]', r"line 2 column 8 \(row 1, byte 18\): Expecting ':'"),
+        (
+            '[{"a": "\u00e9"},\n {"b": "\u00e9" 2}]',
+            r"line 2 column 12 \(row 1, byte 26\): Expecting ','",
+        ),
+        ('[{"a": 1} {"b": 2}]', r"line 1 column 11 \(row 1, byte 10\): Expecting ','"),
+        ('[{"a": 1}, ]', r"line 1 column 12 \(row 1, byte 11\): Expecting value"),
+        ('[{"a": 1}, {"b": "c', r"line 1 column 18 \(row 1, byte 17\): Unterminated string"),
+        ('[{"a": 1}', r"line 1 column 10 \(row 1, byte 9\): Expecting ','"),
+        ('[{"a": 1}] x', r"line 1 column 12 \(row 1, byte 11\): Extra data"),
+        ('[{"a": tru}]', r"line 1 column 8 \(row 0, byte 7\): Expecting value"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [3, 1 << 24])
+def test_a_row_that_does_not_parse_is_named_with_line_row_and_byte(
+    tmp_path, monkeypatch, text, what, chunk
+):
+    monkeypatch.setattr(index, "CHUNK", chunk)
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"rows.json: not JSON at {what}.*; fix: "):
+        Rows(tmp_path / "rows.json")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(text)
+
+
+def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CHUNK", 4)
+    for cut, at in ((b'[{"a": "\xff"}]', 8), (b'[{"a": "\xe5\x9b', 8)):
+        (tmp_path / "rows.json").write_bytes(cut)
+        with pytest.raises(UserError, match=f"rows.json: not UTF-8 at byte {at}; fix: "):
+            Rows(tmp_path / "rows.json")
+
+
+def test_a_line_that_does_not_parse_is_named_when_it_is_read(tmp_path, always):
+    (tmp_path / "rows.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"id": 1}\r\n \t\r\n\n{"id": 2}\n{"id" 3}\n{"id": "\xff"}'
+    )
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert len(rows) == 4 and [rows[i]["id"] for i in (0, 1)] == [1, 2]
+    assert rows.where(1) == f"{tmp_path}/rows.jsonl:line 4 (id 2)"
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:line 5: not JSON at line 1 column 7, from byte 29: .*; fix: "
+    ):
+        rows[2]
+    with pytest.raises(UserError, match="rows.jsonl:line 6: not UTF-8 at byte 46; fix: "):
+        rows[3]
+
+
+def scans(monkeypatch):
+    counted, scan = [], index.scan_list
+    monkeypatch.setattr(index, "scan_list", lambda file: counted.append(file) or scan(file))
+    return counted
+
+
+def test_the_index_is_scanned_once_and_again_when_the_file_changes(tmp_path, always, monkeypatch):
+    counted = scans(monkeypatch)
+    first = write(tmp_path, [row(i) for i in range(5)])
+    assert len(Rows(first.file)) == 5 and len(counted) == 1
+    assert isinstance(first.tables[0], np.memmap)
+    os.utime(first.file, ns=(1, 1))  # another time
+    assert len(Rows(first.file)) == 5 and len(counted) == 2
+    with pytest.raises(
+        UserError, match="rows.json: has changed since it was opened; fix: start again"
+    ):
+        first[0]
+    text = first.file.read_text()
+    first.file.write_text(
+        text.replace('"id": 0', '"id": 7')
+    )  # the same size and time, another head
+    os.utime(first.file, ns=(1, 1))
+    assert Rows(first.file)[0]["id"] == 7 and len(counted) == 3
+    os.utime(write(tmp_path, [row(i) for i in range(6)]).file, ns=(1, 1))  # another size
+    assert len(Rows(first.file)) == 6 and len(counted) == 5
+    saved = tmp_path / "rows.json.index"
+    whole = saved.read_bytes()
+    for damage in (b"", whole[:50], whole[:-8], b"x" * len(whole)):
+        saved.write_bytes(damage)
+        assert Rows(first.file)[5]["id"] == 5 and saved.read_bytes() == whole
+    assert len(counted) == 9 and not list(tmp_path.glob(".*"))
+
+
+def test_a_read_only_folder_gets_its_index_in_the_cache_and_without_one_it_stays_in_memory(
+    tmp_path, always, monkeypatch
+):
+    counted, put = scans(monkeypatch), index.write_file
+    allowed = [tmp_path / "cache"]
+
+    def write_file(path, content):
+        if not any(path.is_relative_to(folder) for folder in allowed):
+            raise OSError(30, "Read-only file system")
+        put(path, content)
+
+    monkeypatch.setattr(index, "write_file", write_file)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = write(tmp_path, [row("x")])
+    assert rows[0]["id"] == "x" and not (tmp_path / "rows.json.index").exists()
+    assert Rows(rows.file)[0]["id"] == "x" and len(counted) == 1
+    (tmp_path / "other").mkdir()
+    other = write(
+        tmp_path / "other", [row("y"), row("z")]
+    )  # the same name elsewhere: an index of its own
+    assert len(other) == 2 and len(Rows(rows.file)) == 1 and len(counted) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
+    assert Rows(rows.file)[0]["id"] == "x" and len(counted) == 3
+
+
+def test_a_small_file_leaves_nothing_beside_it(tmp_path):
+    write(tmp_path, [row("x")])
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_processes_that_start_together_scan_once_and_agree(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([row(i) for i in range(20000)]))
+    code = (
+        "import sys, time, pathlib; from inputs import index; index.SMALL = 0; scan = index.scan_list\n"
+        "def slow(file): print('scanned'); time.sleep(0.3); return scan(file)\n"
+        "index.scan_list = slow; t = index.index(pathlib.Path(sys.argv[1])); print(len(t), t.sum(), type(t).__name__)"
+    )
+    start = [sys.executable, "-c", code, str(file)]
+    started = [
+        subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
+    ]
+    said = [process.communicate()[0].split("\n") for process in started]
+    assert sum(lines.count("scanned") for lines in said) == 1
+    assert (
+        len({lines[-2] for lines in said}) == 1
+        and said[0][-2].startswith("20000 ")
+        and "memmap" in said[0][-2]
+    )
+
+
+def test_rows_are_sent_to_a_process_by_name(tmp_path, always):
+    rows = write(tmp_path, [row(i) for i in range(1000)])
+    sent = pickle.dumps(rows)
+    assert len(sent) < 1000 and pickle.loads(sent)[999] == rows[999]
+
+
+# ---- shards
+
+
+@pytest.fixture
+def many(tmp_path):
+    for i, name in enumerate(("a.png", "b.png", "c.JPEG")):
+        Image.new("RGB", (8, 8), (10 * i, 20, 30)).save(tmp_path / name)
+    found = [row(i, "Hi" + "." * (7 * i % 40), image=None) for i in range(20)]
+    found += [row(20 + i, "<image>" + "." * i, image="ab"[i % 2] + ".png") for i in range(17)]
+    found += [row("two \u56fe \ud83d", "<image><image>", image=["c.JPEG", "a.png"])]
+    return write(tmp_path, found)
+
+
+def test_shards_give_the_samples_and_steps_of_the_plain_files(many, spec, tmp_path):
+    out = tmp_path / "shards"
+    assert shard(many, out, 20_000) == len(list(out.glob("*.tar"))) > 2 and not list(
+        tmp_path.glob(".shards*")
+    )
+    assert len(list(out.glob("*.tar.index"))) == len(list(out.glob("*.tar")))
+    stage = Stage(global_batch=8, micro_batch_tokens=200)
+    plain = Steps(many, spec, stage, Train(seed=1))
+    for given in (out, f"{out}/*.tar", f"{out}/0000*.tar"):
+        rows = Rows(given)
+        assert [rows[i] for i in range(38)] == [many[i] for i in range(38)]
+        made = Steps(rows, spec, stage, Train(seed=1))
+        assert flat(made[i] for i in range(5)) == flat(plain[i] for i in range(5))
+        assert not any(made[i].error for i in range(5))
+    last = sorted(out.glob("*.tar"))[-1]
+    before = sum(name.endswith(".json") for name in tarfile.open(last).getnames()) - 1
+    assert rows.where(37) == f"{last}:row {before} (id two \u56fe \ud83d)"
+    assert rows.image(37, 0, "") == (tmp_path / "c.JPEG").read_bytes()  # as they were
+    one = Rows(sorted(out.glob("*.tar"))[0])
+    assert one[0] == many[0] and len(one) < 38
+    assert shard(rows, tmp_path / "again", 10**9) == 1 and Rows(tmp_path / "again")[37] == many[37]
+    names = tarfile.open(tmp_path / "again/00000.tar").getnames()
+    assert names[:2] == ["000000000.json", "000000001.json"] and "000000020.png" in names
+    assert names[-3:] == ["000000037.json", "000000037.0.jpeg", "000000037.1.png"]
+
+
+def test_what_is_wrong_with_shards_is_one_line(many, tmp_path, spec):
+    def tar(name, *members):
+        with tarfile.open(tmp_path / name, "w") as made:
+            for member, content in members:
+                (tmp_path / "content").write_bytes(content)
+                made.add(tmp_path / "content", member)
+        return tmp_path / name
+
+    text = json.dumps(row("x", "<image><image>", image=["p.png", "q.png"])).encode()
+    a, b = ((tmp_path / f"{name}.png").read_bytes() for name in "ab")
+    mixed = Rows(
+        tar(
+            "mixed.tar",
+            ("d/k.1.png", b),
+            ("d/k.json", text),
+            ("d/k.0.png", a),
+            ("d/l.json", b"[1]"),
+        )
+    )
+    assert len(mixed) == 2 and [mixed.image(0, j, "") for j in (0, 1)] == [
+        a,
+        b,
+    ]  # other writers sort by name
+    with pytest.raises(UserError, match="mixed.tar:row 1: a JSON list, not a row; fix: "):
+        mixed[1]
+    short = Rows(tar("short.tar", ("k.json", text), ("k.png", a)))
+    with pytest.raises(UserError, match="short.tar:row 0: image q.png: not in the shard; fix: "):
+        data.make_sample(short, 0, spec)
+    broken = Rows(tar("broken.tar", ("k.json", text), ("k.0.png", a), ("k.1.png", b"<html>")))
+    with pytest.raises(
+        UserError, match=r"broken.tar:row 0 \(id x\): image q.png: an HTML page; fix: "
+    ):
+        data.make_sample(broken, 0, spec)
+    for bad, what in (
+        (tar("none.tar", ("k.png", a)), "none.tar:/k: not exactly one .json"),
+        (tar("two.tar", ("k.json", text), ("k.json", text)), "two.tar:/k: not exactly one .json"),
+        (tar("empty.tar"), "empty.tar: no rows"),
+        (tmp_path / "gone.tar", "gone.tar: no such file or directory"),
+        (tmp_path / "cut.tar", "cut.tar: not a tar file, or a damaged one"),
+        (tmp_path, "a folder without .tar shards"),
+    ):
+        (tmp_path / "cut.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:700])
+        if bad == tmp_path:
+            bad = tmp_path / "folder"
+            bad.mkdir()
+        with pytest.raises(UserError, match=what + ".*; fix: "):
+            Rows(bad)
+
+
+def test_sharding_writes_all_or_nothing(many, tmp_path, monkeypatch):
+    rows = write(tmp_path, [row("x"), row("y", image="none.png")], "bad.json")
+    with pytest.raises(
+        UserError, match=r"bad.json:row 1 \(id y\): image .*none.png: no such file; fix: "
+    ):
+        shard(rows, tmp_path / "out", 10**6)
+    with pytest.raises(UserError, match="exists already; fix: "):
+        shard(many, tmp_path, 10**6)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shard(many, tmp_path / "out", 10**6)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command_that_shards(many, tmp_path, capsys):
+    data.main(["shard", str(many.file), str(tmp_path / "out"), "--size", "1"])
+    assert (
+        capsys.readouterr().out == f"{tmp_path}/out: 38 rows in 1 tar files\n"
+        and len(Rows(tmp_path / "out")) == 38
+    )
+    with pytest.raises(SystemExit, match="command line: shard takes rows and a new folder; fix: "):
+        data.main(["shard", str(many.file)])
+
+
+# ---- mixtures
+
+
+def test_a_mixture_takes_of_each_source_what_its_weight_says(tmp_path):
+    a, b, c = (
+        write(tmp_path, [row(f"{k}{i}") for i in range(n)], f"{k}.json")
+        for k, n in (("a", 10), ("b", 7), ("c", 4))
+    )
+    mixture = Mixture([a, b, c], [0.5, 1.0, 2.5])
+    assert len(mixture) == 21 and mixture.parts == ((10, 5), (7, 7), (4, 10))
+    assert (
+        mixture[9]["id"] == "a9" and mixture[10]["id"] == "b0" and mixture.where(20) == c.where(3)
+    )
+    assert mixture.image(11, 0, "x.png") == tmp_path / "x.png"
+    order = Order(21, 3, mixture.parts)
+    epochs = [[order(k)[1] for k in range(22 * e, 22 * e + 22)] for e in range(4)]
+    for e, epoch in enumerate(epochs):
+        times = collections.Counter(epoch)
+        assert sum(times[r] for r in range(10)) == 5 and max(times[r] for r in range(10)) == 1
+        assert [times[r] for r in range(10, 17)] == [1] * 7
+        assert sorted(times[r] for r in range(17, 21)) == [2, 2, 3, 3], e
+    for e in (
+        0,
+        2,
+    ):  # half of `a` each: in two epochs all of it, and 20 of 4 rows of `c` five times each
+        times = collections.Counter(epochs[e] + epochs[e + 1])
+        assert [times[r] for r in range(10)] == [1] * 10 and [times[r] for r in range(17, 21)] == [
+            5
+        ] * 4
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0]) and order(22)[0] == 1
+    again = Order(21, 3, mixture.parts)
+    assert [again(k)[1] for k in (70, 3, 30)] == [epochs[3][4], epochs[0][3], epochs[1][8]]
+    assert [Order(21, 4, mixture.parts)(k)[1] for k in range(22)] != epochs[0]
+    assert set(order.candidates(5)) <= set(epochs[0]) and next(order.candidates(5)) == epochs[0][5]
+    assert any(r >= 10 for r in epochs[0][:5])  # sources are mixed, not one after the other
+    twins = [Order(20, 0, ((10, 5), (10, 5)))(k)[1] for k in range(10)]
+    assert {r for r in twins if r < 10} != {
+        r - 10 for r in twins if r >= 10
+    }  # each has an order of its own
+    first = [r for r in epochs[0] if 10 <= r < 17]
+    assert first != sorted(first)
+    with pytest.raises(UserError, match="b.json: weight 0.01 takes none of 7 rows; fix: "):
+        Mixture([a, b], [1, 0.01])
+
+
+def test_steps_of_a_mixture(tmp_path, spec, many):
+    mixture = Mixture([many, many], [1.0, 0.5])
+    steps = Steps(mixture, spec, Stage(global_batch=8, epochs=2.0), Train())
+    assert len(steps) == 15 and steps.order.n == 57  # 38 + 19
+    seen = collections.Counter(r for i in range(15) for r in rows_of([steps[i]]))
+    assert all(seen[r] >= 2 for r in range(38)) and all(seen[r] >= 1 for r in range(38, 76))
+    ranks = [Steps(mixture, spec, Stage(global_batch=8), Train(), rank, 2)[3] for rank in range(2)]
+    assert sorted(rows_of(ranks)) == sorted(rows_of([steps[3]]))
+
+
+# ---- token counts, and who makes which samples
+
+
+def test_token_counts_are_those_of_the_samples_and_kept(many, tmp_path, spec, monkeypatch):
+    (tmp_path / "rows.json").unlink()
+    rows = write(tmp_path, [many[i] for i in range(37)] + [{"id": "bad"}])
+    counts = token_counts(rows, spec, workers=1)
+    for i in range(37):
+        sample = data.make_sample(rows, i, spec)
+        assert counts[i].tolist() == [
+            len(sample.ids),
+            len(sample.items),
+            int((sample.labels != data.IGNORE).sum()),
+        ]
+    assert counts[37].tolist() == [0, 0, 0] and isinstance(counts, np.memmap)
+    tried = []
+    real = data.encode_row
+    monkeypatch.setattr(data, "encode_row", lambda *args: tried.append(1) or real(*args))
+    assert np.array_equal(token_counts(rows, spec), counts) and not tried
+    wider = {"views": dataclasses.replace(spec.views, tokens=6)}
+    for change in ({"max_tokens": 30}, {"template": "phi", "tokenizer": spec.tokenizer}, wider):
+        other = token_counts(rows, dataclasses.replace(spec, **change))
+        assert not np.array_equal(other, counts) and len(tried) == 38
+        tried.clear()
+    doubled = token_counts(Mixture([rows, rows], [1, 1]), spec)
+    assert np.array_equal(doubled, np.concatenate([counts, counts]))
+
+
+def test_counts_of_shards_are_those_of_the_files(tmp_path, spec):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = write(tmp_path, [row(i, "<image>" + "x" * i) for i in range(40)])
+    shard(rows, tmp_path / "out", 20_000)
+    found = Rows(tmp_path / "out")
+    assert len(found.files) > 1 and np.array_equal(
+        token_counts(found, spec), token_counts(rows, spec)
+    )
+
+
+def test_shares_are_balanced_and_complete():
+    r = np.random.default_rng(0)
+    for world in (1, 2, 3, 8):
+        lengths = r.integers(50, 2048, 128).tolist() + [0, 0]
+        shares = share(lengths, world)
+        assert sorted(j for s in shares for j in s) == list(range(130)) and shares == share(
+            lengths, world
+        )
+        tokens = [sum(lengths[j] for j in s) for s in shares]
+        assert max(tokens) - min(tokens) < 0.02 * sum(tokens) / world and all(
+            s == sorted(s) for s in shares
+        )
+    assert share([5, 9, 1], 3) == [[1], [0], [2]] and share([0, 0], 2) == [[0], [1]]
+
+
+def test_ranks_with_counts_make_the_step_of_one_rank_with_as_many_tokens_each(many, spec, tmp_path):
+    rows = write(
+        tmp_path, [row(i, "x" * (13 * i % 200), image=None) for i in range(64)], "texts.json"
+    )
+    stage, counts = Stage(global_batch=32, micro_batch_tokens=400), token_counts(rows, spec)
+    one = Steps(rows, spec, stage, Train())
+    for world in (1, 2, 3):
+        ranks = [
+            Steps(rows, spec, stage, Train(), rank, world, counts=counts) for rank in range(world)
+        ]
+        dealt = [Steps(rows, spec, stage, Train(), rank, world) for rank in range(world)]
+        for i in range(len(one)):
+            assert sorted(rows_of([rank[i] for rank in ranks])) == sorted(rows_of([one[i]]))
+            tokens, before = (
+                [sum(len(b.input_ids) for b in r[i].batches) for r in rs] for rs in (ranks, dealt)
+            )
+            assert max(tokens) - min(tokens) <= 0.03 * max(tokens)
+            assert world == 1 or max(tokens) < max(before)
+
+
+def test_micro_batches_are_the_fewest_possible():
+    r = np.random.default_rng(1)
+    for n in (16, 64, 128):
+        lengths = np.clip(
+            r.choice([610, 640, 700, 900, 1500], n) + r.integers(-20, 20, n), 1, 2048
+        ).tolist()
+        bins = data.fill(lengths, 8192)
+        assert sorted(j for b in bins for j in b) == list(range(n))
+        assert max(sum(lengths[j] for j in b) for b in bins) <= 8192
+        assert len(bins) == -(-sum(lengths) // 8192)
+
+
+def test_uint8_pixels_reach_the_batch_as_they_are(many, spec, tmp_path):
+    spec = dataclasses.replace(spec, views=Views(5, transform=ImageTransform(8)))
+    steps = Steps(many, spec, Stage(global_batch=38), Train(on_bad_row="skip"))
+    batches = [b for b in steps[0].batches if b.images is not None]
+    assert batches and all(b.images.dtype == torch.uint8 for b in batches)
+
+
+# ------------------------------------------------------------------------------------------ as a recipe names them
+
+
+def test_a_recipe_mixes_sources_by_name(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name, n in (("some", 10), ("rare", 40)):
+        write(tmp_path, [row(f"{name}{i}", "x", image=None) for i in range(n)], f"{name}.json")
+    file = tmp_path / "r.toml"
+    file.write_text(
+        f'[stage.a.mixture.some]\ndata = "{tmp_path}/some.json"\nweight = 2\n'
+        f'[stage.a.mixture.rare]\ndata = "{tmp_path}/rare.json"\n'
+    )
+    recipe, _ = config.load([str(file), "stage.a.mixture.rare.weight=0.25"], file)
+    rows = Mixture.of(recipe.stage["a"], "stage.a")
+    assert rows.parts == ((10, 20), (40, 10))
+    file.write_text(config.dumps(recipe))
+    assert config.load([str(file)], file)[0] == recipe
+    for wrong, message in (
+        ("stage.a.data=b.json", "stage.a.data: set beside a mixture; fix"),
+        ("stage.a.mixture.rere.weight=1", 'rere.weight: unknown source; fix: did you mean "rare"?'),
+        ("stage.a.mixture.rare.wait=1", 'unknown key; fix: did you mean "weight"?'),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            Mixture.of(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")

@@ -1,0 +1,356 @@
+"""video.py: which frames of a clip are taken, and that those are the ones, whatever way leads to them."""
+
+import gc
+import json
+import os
+import random
+import signal
+import sys
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import UserError
+from inputs import video
+from tests.tools.environment import shared
+
+CLIPS = (
+    "corrupted.mp4",
+    "flipping_a_pancake.mkv",
+    "video_0.mov",
+    "video_90.mov",
+    "video_180.mov",
+    "video_270.mov",
+)
+
+
+def golden(name):
+    pytest.importorskip("av")
+    return shared(f"assets/videos/{name}"), json.loads(
+        shared("assets/videos/golden_video.json").read_text()
+    )["files"][name]
+
+
+def decode_all(source):
+    """Every frame as decoding from the start shows it, not turned; and the stream's own rotations."""
+    av = pytest.importorskip("av")
+    with av.open(str(source)) as container:
+        shown = list(container.decode(container.streams.best("video")))
+        return [frame.to_ndarray(format="rgb24") for frame in shown], [
+            frame.rotation for frame in shown
+        ]
+
+
+def make(
+    path,
+    codec="libx264",
+    n=60,
+    options=None,
+    container=None,
+    times=None,
+    base=Fraction(1, 25),
+    kind="yuv420p",
+):
+    """A clip of moving squares; each frame's corner has a grey of its own."""
+    av = pytest.importorskip("av")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg cannot write {codec}")
+    squares = (
+        np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    )
+    with av.open(str(path), "w", options=container or {}) as out:
+        stream = out.add_stream(codec, rate=25, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, kind
+        stream.codec_context.time_base = base
+        for i in range(n):
+            pixels = np.roll(squares, (2 * i, 3 * i), (0, 1))
+            pixels[:16, :16] = 4 * i
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = times[i] if times else i, base
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+X264 = {"x264-params": "keyint=12:bframes=3:scenecut=0:b-adapt=0"}
+OPEN = {"x264-params": "keyint=12:bframes=3:scenecut=0:b-adapt=0:open-gop=1"}
+REFRESH = {"x264-params": "keyint=12:bframes=0:intra-refresh=1"}
+ALT = {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "20", "b": "300k"}
+UNEVEN = np.cumsum(np.random.default_rng(1).integers(1, 40, 60)).tolist()
+MADE = {
+    "b.mp4": dict(options=X264), "b.mov": dict(options=X264), "b.mkv": dict(options=X264),
+    "open.mp4": dict(options=OPEN), "open.mkv": dict(options=OPEN), "refresh.mkv": dict(options=REFRESH),
+    "uneven.mp4": dict(options=X264, times=UNEVEN, base=Fraction(1, 1000)), "one.mp4": dict(n=1),
+    "live.mkv": dict(options=X264, container={"live": "1"}), "live.webm": dict(codec="libvpx", container={"live": "1"}),
+    "pieces.mp4": dict(options=X264, container={"movflags": "frag_keyframe+empty_moov"}),
+    "late.mkv": dict(options=X264, times=[i + 100 for i in range(60)]),
+    "edited.mp4": dict(options=X264, times=[i - 7 for i in range(60)]),
+    "alt.webm": dict(codec="libvpx", options=ALT), "b.ts": dict(options=X264),
+    "vp9.webm": dict(codec="libvpx-vp9", options=ALT | {"cpu-used": "5"}),
+    "av1.mp4": dict(codec="libsvtav1", options={"preset": "12"}),
+    "x265.mp4": dict(codec="libx265", options={"x265-params": "keyint=12:log-level=none:bframes=4"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "frames,duration", [(1, 0.04), (7, 0.9), (16, 2.0), (310, 10.381), (5000, 200.7)]
+)
+def test_indices_are_the_formulas(frames, duration):
+    clip = video.Clip(frames, duration)
+    for n in (1, 8, 16):
+        expected = [int(i * (frames - 1) / (n - 1)) if n > 1 else 0 for i in range(n)]
+        assert video.indices(clip, n) == expected, n
+    asked = max(1, int(duration))
+    assert (
+        video.indices(clip, 10_000, fps=1) == np.linspace(0, frames - 1, asked, dtype=int).tolist()
+    )
+    assert (
+        video.indices(clip, 64, fps=1)
+        == np.linspace(0, frames - 1, min(64, asked), dtype=int).tolist()
+    )
+    assert len(video.indices(clip, 10_000, fps=2)) == max(1, int(2 * duration))
+
+
+def test_a_span_is_a_part_of_the_clip():
+    clip = video.Clip(100, 10.0)
+    assert video.indices(clip, 3, span=(2.0, 5.0)) == [20, 35, 50]
+    assert video.indices(clip, 3, span=(2.04, 2.06)) == [
+        20,
+        20,
+        21,
+    ]  # 20.4 and 20.6 frames, rounded
+    assert video.indices(clip, 9, fps=1, span=(2.0, 4.9)) == [20, 34, 49]  # three seconds of it
+    assert video.indices(clip, 2, span=(9.0, 99.0)) == [90, 99] and video.indices(
+        clip, 2, span=(-1, 1.0)
+    ) == [0, 10]
+    assert video.indices(clip, 2, span=(5.0, 4.0)) == [50, 50] and video.indices(
+        clip, 1, span=(50, 60.0)
+    ) == [99]
+    with pytest.raises(ValueError, match="no duration"):
+        video.indices(video.Clip(100, None), 2, span=(1.0, 2.0))
+
+
+def test_a_folder_has_a_duration_where_its_rate_is_known(tmp_path):
+    for i in range(12):
+        Image.new("L", (4, 4), 20 * i).save(tmp_path / f"{i:05d}.png")
+    shades = [
+        image.getpixel((0, 0))[0] // 20
+        for image in video.stream(tmp_path, 3, span=(1.0, 3.0), rate=3)
+    ]
+    assert shades == [3, 6, 9]
+    assert len(list(video.stream(tmp_path, 16, fps=1, rate=3))) == 4
+
+
+def test_a_worker_forked_after_a_clip_was_read_can_free_its_frames(tmp_path, monkeypatch):
+    """Of a converter with threads it could not: they are not in the fork, and freeing it waits for them."""
+    kept, upright = [], video._upright
+    monkeypatch.setattr(video, "_upright", lambda frame: kept.append(frame) or upright(frame))
+    make(tmp_path / "clip.mp4", n=8)
+    assert len(video.frames(tmp_path / "clip.mp4", 4)) == 4 == len(kept)
+    if (child := os.fork()) == 0:
+        kept.clear()
+        gc.collect()
+        os._exit(0)
+    for _ in range(200):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the forked process hangs")
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_golden(name):
+    """Counts, durations, rotations, first-frame means; frames of uniform 8 and 16 and of fps."""
+    file, expected = golden(name)
+    clip = video.probe(file)
+    assert clip.frames == (expected["declared_frames"] or expected["decoded_frames"])
+    assert round(clip.duration, 3) == expected["duration_s"]
+    (first,) = video.frames(file, 1)
+    assert np.asarray(first).mean((0, 1)) == pytest.approx(
+        expected["first_frame_rgb_mean"], abs=0.0051
+    )
+    quarter = expected["rotation"] // 90  # counter-clockwise
+    assert first.size == (expected["width"], expected["height"])[:: -1 if quarter % 2 else 1]
+    if "decode_error" in expected:
+        return
+    shown = [np.rot90(frame, quarter) for frame in decode_all(file)[0]]
+    assert len(shown) == expected["decoded_frames"] == clip.frames
+    for n, fps in ((8, 0), (16, 0), (64, 1)):
+        taken = video.frames(file, n, fps)
+        assert len(taken) == (n if not fps else max(1, int(expected["duration_s"])))
+        for i, image in zip(video.indices(clip, n, fps), taken, strict=True):
+            assert np.array_equal(image, shown[i]), (n, i)
+
+
+def test_corrupted_is_one_line(capfd):
+    file, expected = golden("corrupted.mp4")
+    for n, fps in ((8, 0), (16, 0), (64, 1)):
+        with pytest.raises(ValueError, match="damaged: no good frame at") as error:
+            video.frames(file, n, fps)
+        assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")  # FFmpeg prints nothing of its own
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_seeking_leads_to_the_same_frames(name, tmp_path):
+    """Every frame alone, and several of one pass, bit-equal to decoding from the start."""
+    file = make(tmp_path / name, **MADE[name])
+    shown, _ = decode_all(file)
+    clip = video.probe(file)
+    assert clip.frames == len(shown)
+    with video._opened(file) as reader:
+        for i in [*range(len(shown))[::-1], 0]:
+            assert np.array_equal(next(reader.pick([i])), shown[i]), i
+    for n in (5, 16, len(shown)):
+        for i, image in zip(video.indices(clip, n), video.stream(file, n), strict=True):
+            assert np.array_equal(image, shown[i]), (n, i)
+    corners = [
+        np.asarray(image)[2:14, 2:14].mean()
+        for image in video.frames(file.read_bytes(), clip.frames)
+    ]
+    assert np.diff(corners[::8]).min(initial=99) > 20  # in the order in which they were written
+
+
+@pytest.mark.parametrize(
+    "name,duration",
+    [("live.webm", 2.4), ("live.mkv", 2.4), ("one.mp4", 0.04), ("edited.mp4", 2.12)],
+)
+def test_durations(name, duration, tmp_path):
+    """Of containers that state none: the frames' own times."""
+    assert video.probe(make(tmp_path / name, **MADE[name])).duration == pytest.approx(
+        duration, abs=1e-6
+    )
+
+
+def test_open_groups_are_entered(tmp_path, monkeypatch):
+    """What leads up to a keyframe from the group before is left out, so none is decoded from the start."""
+    starts, decode = [], video._Film._decode
+    monkeypatch.setattr(video._Film, "_decode", lambda *a: starts.append(a[1]) or decode(*a))
+    with video._opened(make(tmp_path / "open.mp4", options=OPEN)) as reader:
+        list(reader.pick([len(reader.times) - 1]))
+        assert starts == reader.keys[-1:] != reader.keys
+
+
+def test_decodes_only_what_is_needed(tmp_path, monkeypatch):
+    """One frame of the last group: nothing before its keyframe, nothing to which no frame refers."""
+    file = make(tmp_path / "b.mp4", options=X264)
+    converted, decoded, decode = [], [], video._Film._decode
+    monkeypatch.setattr(video, "_upright", lambda frame: converted.append(frame.pts))
+    monkeypatch.setattr(
+        video._Film, "_decode", lambda *a: (decoded.append(f) or f for f in decode(*a))
+    )
+    with video._opened(file) as reader:
+        list(reader.pick([50]))
+        assert converted == [reader.times[50]]
+        # from 48 on, with 3 B-frames of which the middle one is referred to: 48, 50
+        assert [reader.times.index(frame.pts) for frame in decoded] == [48, 50]
+        keys, starts = reader.keys, []
+        monkeypatch.setattr(video._Film, "_decode", lambda *a: starts.append(a[1]) or decode(*a))
+        list(reader.pick(range(60)))
+        assert starts == keys and len(keys) == 5  # on from where it is, inside a group
+        threads = reader.context.thread_type, reader.context.thread_count
+        assert [str(t).split(".")[-1] for t in threads] in (["NONE", "1"], ["0", "1"])
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (0, 1, 1, 0)],
+)
+def test_upright(matrix):
+    """Turned and mirrored as the matrix says where each corner goes."""
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+
+    class Matrix(bytes):
+        type = type("Type", (), {"name": "DISPLAYMATRIX"})
+
+    class Frame:
+        a, b, c, d = (65536 * entry for entry in matrix)
+        side_data = [Matrix(np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], "=i4").tobytes())]
+
+        def to_ndarray(self, format, threads):
+            return pixels
+
+    a, b, c, d = matrix
+    places = {(a * x + c * y, b * x + d * y): pixels[y, x] for y in range(2) for x in range(3)}
+    left, top = (min(place[i] for place in places) for i in (0, 1))
+    image = video._upright(Frame())
+    for (x, y), pixel in places.items():
+        assert image.getpixel((x - left, y - top)) == tuple(pixel), (x, y)
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.5, 0.97])
+def test_truncated(keep, tmp_path):
+    """An .mp4 that states at its start how many frames it has."""
+    content = make(
+        tmp_path / "b.mp4", options=X264, container={"movflags": "faststart"}
+    ).read_bytes()
+    with pytest.raises(
+        ValueError, match="truncated: .. of its 60 frames" if keep > 0.1 else "no video"
+    ):
+        video.frames(content[: int(len(content) * keep)], 8)
+
+
+def test_damage_is_not_patched_up(tmp_path):
+    """Three wrong bytes: FFmpeg goes on with what it has of a picture unless told otherwise."""
+    content = bytearray(make(tmp_path / "b.mkv", options=X264 | {"b": "4M"}).read_bytes())
+    for at in random.Random(0).sample(range(len(content) // 3, 2 * len(content) // 3), 3):
+        content[at] ^= 255
+    (tmp_path / "b.mkv").write_bytes(content)
+    assert len(decode_all(tmp_path / "b.mkv")[0]) == 60
+    with pytest.raises(ValueError, match="damaged: no good frame at"):
+        video.frames(tmp_path / "b.mkv", 16)
+
+
+def test_messages(tmp_path):
+    pytest.importorskip("av")
+    (tmp_path / "sound.mp4").write_text("x" * 999)
+    cases = {
+        tmp_path / "absent.mp4": "no such file or directory", tmp_path: "a folder without pictures",
+        tmp_path / "sound.mp4": "not a video, or a damaged one: Invalid data", b"": "empty file",
+        b"<!DOCTYPE html><html>": "an HTML page", b"GIF89a" + bytes(50): "not a video, or a damaged one: ",
+    }  # fmt: skip
+    for source, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            video.frames(source, 8)
+
+
+def test_without_pyav(tmp_path, monkeypatch):
+    """Gifs and folders are read, a film asks for the extra."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=r"PyAV.*not installed; fix: pip install '.\[video\]'"):
+        video.probe(tmp_path / "a.mp4")
+
+
+def test_gif(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    pictures = [Image.new("RGB", (20, 10), (i * 20, 0, 0)) for i in range(11)]
+    delays = [300] * 5 + [0] * 5 + [500]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=delays)
+    clip = video.probe(tmp_path / "a.gif")
+    assert clip == video.Clip(11, 2.5)
+    for n, fps, expected in ((4, 0, [0, 3, 6, 10]), (99, 1, [0, 10]), (1, 1, [0])):
+        for source in (tmp_path / "a.gif", (tmp_path / "a.gif").read_bytes()):
+            taken = video.frames(source, n, fps)
+            assert [round(image.getpixel((5, 5))[0] / 20) for image in taken] == expected
+            assert {image.mode for image in taken} == {"RGB"}
+    with pytest.raises(ValueError, match="damaged"):
+        video.frames((tmp_path / "a.gif").read_bytes()[:30], 4)
+
+
+def test_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    for i in range(12):
+        Image.new("RGB", (20, 10), (i * 20, 0, 0)).save(tmp_path / f"frame{i}.png")
+    (tmp_path / "times.txt").write_text("0 1 2")
+    assert video.probe(tmp_path) == video.Clip(12, None)
+    assert [image.getpixel((0, 0))[0] // 20 for image in video.frames(tmp_path, 4)] == [0, 3, 7, 11]
+    with pytest.raises(ValueError, match="no duration"):
+        video.frames(tmp_path, 4, fps=1)
+    (tmp_path / "frame7.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="frame frame7.png: empty file"):
+        video.frames(tmp_path, 4)

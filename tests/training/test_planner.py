@@ -1,0 +1,422 @@
+"""The plan of a recipe: what is found and what is missing, exact counts, and an estimate that is about right."""
+
+import json
+import re
+import shutil
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+
+import config
+import train
+from checkpoints import layouts
+from config import Stage, Tune, UserError
+from model import LLaVA
+from tests.tools.environment import ROOT, run, shared
+from train import set_trainable
+from training import planner
+
+LLM = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+VISION = {
+    "model_type": "siglip_vision_model", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "patch_size": 8, "image_size": 32,
+}  # fmt: skip
+# What the authors' own files add up to; each part's own tensors once, tied ones once.
+PUBLISHED = {
+    "TinyLlama--TinyLlama-1.1B-Chat-v1.0": 1_100_048_384, "Qwen--Qwen2-0.5B": 494_032_768,
+    "Qwen--Qwen2.5-3B": 3_085_938_688, "google--gemma-2b": 2_506_172_416, "microsoft--phi-2": 2_779_683_840,
+    "stabilityai--stablelm-2-zephyr-1_6b": 1_644_515_328, "apple--OpenELM-450M-Instruct": 457_179_136,
+}  # fmt: skip
+RECIPE = """
+[model]
+llm = "{llm}"
+vision = "{vision}"
+tokenizer = "{tokenizer}"
+[train]
+output = "{out}"
+gradient_checkpointing = true
+[stage.pretrain]
+data = "{data}"
+global_batch = 4
+[stage.finetune]
+data = "{data}"
+validation = "{data}"
+template = "plain"
+global_batch = 4
+epochs = 2.0
+tune = {{ llm = "full" }}
+"""
+
+
+def folder(path, hf: dict, *files: str):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(hf))
+    for name in files:
+        (path / name).touch()
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe on made-up local folders: (its file, what to .format() into it)."""
+    rows = [
+        {"image": "a.jpg", "conversations": [{"from": "human", "value": f"<image>\n{'x' * 40}"},
+                                             {"from": "gpt", "value": "y" * 80}]},
+        {"conversations": [{"from": "human", "value": "x" * 120}, {"from": "gpt", "value": "y" * 240}]},
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows * 5))
+    names = {
+        "llm": folder(tmp_path / "llm", LLM, "model.safetensors"),
+        "vision": folder(tmp_path / "vision", VISION, "model.safetensors"),
+        "tokenizer": folder(tmp_path / "tokenizer", {}, "tokenizer.json"),
+        "data": tmp_path / "rows.json", "out": tmp_path / "out",
+    }  # fmt: skip
+
+    def write(**other):
+        (tmp_path / "r.toml").write_text(RECIPE.format(**(names | other)))
+        return tmp_path / "r.toml"
+
+    return write
+
+
+def build(llm: dict = LLM, vision: dict = VISION, device: str = "cpu", **options) -> LLaVA:
+    with torch.device(device):
+        return LLaVA(
+            layouts.from_recipe(config.Model(llm_config=llm, vision_config=vision, **options), "")
+        )
+
+
+def count(module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+# ------------------------------------------------------------------------------------------------------ --list
+
+
+def test_list_shows_every_recipe_and_its_scores():
+    head, *rows, legend = [line for line in run("train.py", "--list").stdout.splitlines() if line]
+    assert head.split() == ["recipe", "llm", "vision", "trains", *planner.BENCHMARKS]
+    table = {row.split()[0]: row for row in rows}
+    assert table.pop("recipe").split() == ["recipe", "llm", "vision", "trains", *planner.VIDEO]
+    assert table["qwen2.5-3b-siglip-video"].split()[-5:] == ["47.0", "45.5", "42.4", "52.5", "34.3"]
+    assert set(table) == {f.stem for f in (ROOT / "recipes").glob("*.toml")} - {
+        "base",
+        "share",
+        "video",
+    }
+    phi = re.split(r"\s{2,}", table["phi2-siglip-share-factory"])
+    assert phi[1:4] == ["phi-2", "siglip-so400m-patch14-384", "c > c+l > c+l"]
+    assert phi[4:] == "80.1 62.1 73.0 60.3 37.5 87.2 1466.4 38.4".split()
+    paper = re.split(r"\s{2,}", table["phi2-siglip-share-paper"])
+    assert paper[3:] == ["c > c+l+v(partial:12) > c+l", *["-"] * 8]
+    assert re.split(r"\s{2,}", table["demo"])[1:3] == ["random", "random"]
+    assert "clip-vit-large-patch14 + dinov2-large" in table["tinyllama-mof-base"]
+    assert legend.startswith("trains: c connector")
+
+
+# ---------------------------------------------------------------------------------------------------- --dry-run
+
+
+def test_dry_run_of_the_demo():
+    world = ROOT / "out/demo/world"
+    there = world.exists()
+    said = run("train.py", "--dry-run").stdout
+    assert world.exists() == there  # it makes nothing
+    assert said.count("found" if there else "train.py makes it") == 7 and "MISSING" not in said
+    r, _ = config.load([], ROOT / "recipes/demo.toml")
+    model = build(
+        r.model.llm_config, r.model.vision_config, connector=r.model.connector, feature_layer=-1
+    )
+    for part in (model.language_model, model.vision_tower, model.connector):
+        assert f" {count(part):,}" in said
+    assert said.count(f"trains {count(model):,} of {count(model):,} parameters") == 2
+
+
+def test_dry_run_counts_parameters_steps_and_tokens(recipe, tmp_path):
+    file = recipe()
+    said = run("train.py", file, "--dry-run", "stage.finetune.global_batch=5").stdout
+    model = build()
+    for name, part in model.named_children():
+        assert f" {name} {count(part):,}" in said
+    assert f"{(32 // 8) ** 2 - 1} tokens per image" in said
+    first, second = said.split("\nstage ")[1:]
+    whole = f" of {count(model):,} parameters"
+    assert first.startswith(
+        f"pretrain: 3 steps of 4 rows; trains {count(model.connector):,}{whole}"
+    )
+    both = count(model.connector) + count(model.language_model)
+    assert second.startswith(f"finetune: 4 steps of 5 rows; trains {both:,}{whole}")
+    # half the rows have 10 + 20 tokens and a picture, half 30 + 60; the template `pretrain` leaves the question out
+    assert "0.50 views of 8 tokens, 40 text tokens, 40 supervised (data: 10 rows)" in first
+    assert "0.50 views of 8 tokens, 60 text tokens, 40 supervised (data: 10 rows)" in second
+    assert (
+        said.count("estimate") == 4
+        and "stage.finetune.validation" in said
+        and "MISSING" not in said
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("llm", [name for name in PUBLISHED])
+def test_dry_run_of_each_published_model(llm, recipe, tmp_path, capsys):
+    source = shared(f"assets/configs/{llm}/config.json")
+    (tmp_path / "llm" / "config.json").unlink()
+    file = recipe()
+    shutil.copy(source, tmp_path / "llm")
+    vision = tmp_path / "siglip"
+    shutil.copytree(shared("assets/configs/google--siglip-so400m-patch14-384"), vision)
+    (vision / "model.safetensors").touch()
+    train.main([str(file), "--dry-run", f"model.vision={vision}"])
+    said = capsys.readouterr().out
+    assert f" language_model {PUBLISHED[llm]:,}" in said and "728 tokens per image" in said
+
+
+@pytest.mark.parametrize(
+    "other, key, why",
+    [
+        ({"data": "nowhere/rows.json"}, "stage.pretrain.data", "'nowhere/rows.json': MISSING"),
+        ({"llm": "./no/model"}, "model.llm", "'./no/model': MISSING: no such folder"),
+        ({"vision": "no-such-folder"}, "model.vision", "'no-such-folder': MISSING: no such folder"),
+        (
+            {"tokenizer": "recipes"},
+            "model.tokenizer",
+            "MISSING: it has no tokenizer.json or tokenizer.model",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(recipe, other, key, why, capsys):
+    file = recipe(**other)
+    with pytest.raises(UserError, match="; fix: correct the path") as e:
+        train.main([str(file), "--dry-run"])
+    said = capsys.readouterr().out
+    assert str(e.value).startswith(f"{file}:{key}: ") and why in str(e.value) and "MISSING" in said
+    assert (
+        ("steps unknown: no data" in said)
+        == ("hours per 100,000 rows" in said)
+        == ("data" in other)
+    )
+    assert (
+        "1.00 views of 15 tokens, 200 text tokens, 100 supervised (assumed: no data)" in said
+    ) == ("data" in other)
+
+
+def test_pickled_weights_are_found_where_they_are_allowed(recipe, tmp_path, capsys):
+    (tmp_path / "vision/model.safetensors").rename(tmp_path / "vision/pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model.vision: .*it has no \*.safetensors; "):
+        train.main([str(recipe()), "--dry-run"])
+    train.main([str(recipe()), "--dry-run", "model.allow_pickle=true"])
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """A folder served as the Hub serves a model's files: /org/name/resolve/main/FILE."""
+
+    asked: list[str] = []
+
+    def send_head(self):
+        Hub.asked += (
+            [self.path] if "/resolve/" in self.path else []
+        )  # its client asks for other things too
+        self.path = self.path.replace("/resolve/main", "")
+        return super().send_head()
+
+    def end_headers(self):
+        self.send_header("ETag", '"0123456789abcdef"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        super().end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The environment in which tmp_path/hub is the Hub."""
+    Hub.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=tmp_path / "hub"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+    }
+    yield where | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    server.shutdown()
+    server.server_close()
+
+
+def cache(path, *files: str):
+    """org/llm in the Hugging Face cache below a path: its snapshot."""
+    home = path / "cache/hub/models--org--llm"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs/main").write_text("b" * 40)
+    return folder(home / "snapshots" / ("b" * 40), LLM, *files)
+
+
+def test_a_model_that_would_be_downloaded_is_not(recipe, tmp_path, hub):
+    folder(tmp_path / "hub/org/llm", LLM, "model.safetensors", "tokenizer_config.json")
+    cached = cache(tmp_path)  # without weights: no model
+    said = run("train.py", recipe(llm="org/llm", tokenizer=""), "--dry-run", **hub).stdout
+    assert re.search(r"model.llm +org/llm +would be downloaded\n", said)
+    assert re.search(r"model.tokenizer +org/llm +would be downloaded\n", said)
+    assert f"language_model {count(build().language_model):,}" in said
+    assert {path.split("/")[-1] for path in Hub.asked} == {
+        "config.json", "preprocessor_config.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert list((tmp_path / "cache").rglob("*.json")) == [cached / "config.json"]
+
+
+def test_a_name_that_the_hub_does_not_know_is_missing(recipe, hub):
+    done = run("train.py", file := recipe(vision="org/typo"), "--dry-run", ok=False, **hub)
+    what = "MISSING: the Hub answers 404; check the name, or log in for a gated model"
+    fix = "correct the path, or put it there"
+    assert done.stderr == f"error: {file}:model.vision: 'org/typo': {what}; fix: {fix}\n"
+
+
+def test_a_cached_model_needs_no_network(recipe, tmp_path, hub):
+    snapshot = cache(tmp_path, "model.safetensors")
+    said = run("train.py", recipe(llm="org/llm"), "--dry-run", **hub).stdout
+    assert f"in the Hugging Face cache: {snapshot}" in said and "estimate" in said and not Hub.asked
+
+
+def test_without_a_network_one_line_says_so(recipe, hub):
+    nobody = hub | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run("train.py", recipe(llm="org/llm"), "--dry-run", ok=False, **nobody)
+    assert re.search(
+        r"model.llm +org/llm +would be downloaded, but the Hub cannot be reached now", done.stdout
+    )
+    assert (
+        len(done.stderr.strip().splitlines()) == 1
+        and "; fix: connect, or name a local folder" in done.stderr
+    )
+    assert "estimate" not in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- estimate
+
+
+def test_memory_is_the_sum_that_the_docstring_gives():
+    model = build(device="meta")
+    stage = Stage(tune=Tune(llm="full"), global_batch=8, micro_batch_tokens=200)
+    set_trainable(model, stage.tune)
+    memory, _ = planner.estimate(model, stage, (1, 15, 20, 10), recompute=True)
+    lm, connector = count(model.language_model), count(model.connector)
+    linears = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
+               for name, part in model.named_children()}  # fmt: skip
+    assert (
+        memory["weights"] == 4 * count(model) - 2 * linears["vision_tower"]
+    )  # frozen, so in bfloat16
+    assert memory["copies"] == 2 * (linears["language_model"] + linears["connector"])
+    assert memory["gradients"] == 4 * (lm + connector) and memory["AdamW"] == 8 * (lm + connector)
+    rows, tokens = 5, 15 + 20  # 200 // 35
+    block = 16 * 64 + 2 * (4 * (64 + 64) + 3 * (64 + 160))
+    mlp = 16 * (
+        16 * 64 + 2 * ((48 + 64) + (64 + 64))
+    )  # the connector, at all 16 encoder tokens, kept whole
+    assert memory["activations"] == rows * (3 * 4 * 64 * tokens + mlp + block * tokens)
+    assert memory["logits"] == 16 * 96 * rows * 10
+    kept, _ = planner.estimate(model, stage, (1, 15, 20, 10), recompute=False)
+    assert kept["activations"] == rows * (3 * block * tokens + mlp + block * tokens)
+    quantized, _ = planner.estimate(
+        model, replace(stage, tune=Tune(llm="qlora-nf4")), (1, 15, 20, 10), recompute=True
+    )
+    assert quantized["weights"] == memory["weights"]  # what trains is in float32 all the same
+    set_trainable(model, Tune())
+    quantized, _ = planner.estimate(
+        model, replace(stage, tune=Tune(llm="qlora-nf4")), (1, 15, 20, 10), recompute=True
+    )
+    head, rest = model.language_model.lm_head.weight.numel(), lm - linears["language_model"]
+    packed = 0.516 * (linears["language_model"] - head) + 2 * head + 4 * rest
+    assert quantized["weights"] == pytest.approx(
+        packed + 4 * (count(model) - lm) - 2 * linears["vision_tower"]
+    )
+    set_trainable(model, stage.tune)
+    one, _ = planner.estimate(
+        model, replace(stage, micro_batch_tokens=0), (1, 15, 20, 10), recompute=False
+    )
+    assert one["activations"] * rows == kept["activations"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "tune", [Tune(), Tune(llm="full"), Tune(llm="full", vision="full"), Tune("partial:2", "frozen", "frozen"),
+             Tune(vision="partial:1")],
+)  # fmt: skip
+def test_operations_are_those_that_torch_counts(tune, recompute):
+    """Matrices wide, sequences short: what the counter does not see (attention on the CPU) is below a percent."""
+    model = build(LLM | {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8},
+                  VISION | {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 6})  # fmt: skip
+    for part in (model.language_model.model, model.vision_tower):
+        part.gradient_checkpointing = recompute
+    set_trainable(model, tune)
+    ids = torch.cat([torch.full((30,), layouts.IMAGE_TOKEN), torch.arange(9)])
+    labels = torch.cat([torch.full((31,), -100), torch.arange(1, 9)])
+    # Torch ends a recomputation at the last input that backward needs; the formula has the whole block.
+    with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
+        cu_seqlens = torch.tensor([0, 39], dtype=torch.int32)
+        loss = model.loss(ids, labels, torch.arange(39), cu_seqlens, 39, torch.rand(2, 3, 32, 32))
+        loss.backward()
+    _, flops = planner.estimate(model, Stage(tune=tune), (2, 30, 9, 8), recompute)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_attention_grows_with_the_square_and_backward_is_two_and_a_half():
+    model = build(device="meta")
+    set_trainable(model, Tune(llm="full"))
+    lm, heads = model.language_model, 3 * 64
+
+    def work(tokens, causal, recompute=False):
+        linear = planner.cost(lm.model, lm.blocks, 64, 0, tokens, True, recompute, causal)[0]
+        return (
+            planner.cost(lm.model, lm.blocks, 64, heads, tokens, True, recompute, causal)[0]
+            - linear
+        )
+
+    assert work(100, causal=False) == 4 * 100**2 * heads * 3.5
+    assert work(100, causal=True) == 4 * 100**2 * heads * 3.5 / 2
+    assert work(100, causal=True, recompute=True) == 4 * 100**2 * heads * 4.5 / 2
+    assert work(200, causal=True) == 4 * work(100, causal=True)
+
+
+def test_both_encoders_of_a_mixture_are_counted():
+    one, two = build(device="meta"), build(device="meta")
+    two.vision_tower = nn.Module()
+    two.vision_tower.clip, two.vision_tower.dinov2 = (
+        build(device="meta").vision_tower for _ in range(2)
+    )
+    stage, row = Stage(), (1, 15, 20, 10)
+    for model in (one, two):
+        set_trainable(model, stage.tune)
+    first, second = (planner.estimate(m, stage, row, True) for m in (one, two))
+    encoder = planner.cost(one.vision_tower, one.vision_tower.blocks, 48, 48 * 3, 16, False, True)[
+        0
+    ]
+    assert second[1] - first[1] == pytest.approx(encoder)
+
+
+def test_the_largest_run_that_was_reported():
+    """Phi-2 with SigLIP through both stages of `base`: about 12 hours on 8 A100-40G, by a loop that pads its batches
+    (a third to a half of the tokens) and shards the model, without which it does not fit. Ours packs."""
+    names = ("microsoft--phi-2", "google--siglip-so400m-patch14-384")
+    llm, vision = (
+        json.loads(shared(f"assets/configs/{name}/config.json").read_text()) for name in names
+    )
+    model = build(llm, vision, device="meta")
+    r, _ = config.load([str(ROOT / "recipes/phi2-siglip-base.toml")], "x")
+    hours = []
+    for stage, rows in zip(r.stage.values(), (558_128, 665_298), strict=True):
+        set_trainable(model, stage.tune)
+        memory, flops = planner.estimate(
+            model, stage, planner.mean_row(None, stage.template, model.views), True
+        )
+        hours.append(rows * flops / planner.GPUS["A100-40G"][1] / planner.SHARE / 8 / 3600)
+    assert 6 < sum(hours) < 12
+    assert 40 < sum(memory.values()) / 1e9 < 80
