@@ -222,6 +222,35 @@ class Recipe:
     )
 
 
+@dataclass(frozen=True)
+class LLaVAConfig:
+    """What makes a model, whatever layout it came from; text and vision are Hugging Face config dicts, verbatim."""
+
+    text: dict
+    vision: dict
+    preprocessor: dict = field(default_factory=dict)
+    connector: str = "mlp2x_gelu"
+    connector_options: dict = field(default_factory=dict)
+    feature_layer: int = -2
+    feature_select: str = "patch"
+    image_mode: str = "square"
+    template: str = "llama"
+    image_scale: float = (
+        1.0  # on the connector's output; only Gemma in transformers 5 needs another
+    )
+    sources: dict = field(
+        default_factory=dict
+    )  # llm, vision, vision2: the names the parts were loaded by
+    image_grids: str = Model.image_grids
+    frames: int = Model.frames
+    fps: float = Model.fps
+
+    def __post_init__(self):
+        if (self.connector == "mof_mlp") != (self.vision.get("model_type") == "mof"):
+            raise UserError("model.connector", f"{self.connector} with {self.vision.get('model_type')}",
+                            "mof_mlp and the mixture of CLIP and DINOv2 (model.vision2) need each other")  # fmt: skip
+
+
 def _nearest(key: str, known) -> str:
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else f"one of: {', '.join(known)}"

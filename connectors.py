@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from config import UserError
 from kernels.attention import attention
 from kernels.glu import gelu
 from layers import GELU, LayerNorm
+from packing import ItemShape
 
 
 def identity(vision_dim: int, text_dim: int) -> nn.Module:
@@ -344,3 +346,38 @@ def connector_tokens(spec: str, tokens: int, views: int = 1, **options: int) -> 
     mixture). Raises UserError as build_connector does."""
     connector, options = _choose(spec, options)
     return connector.tokens(tokens if connector.mean else views * tokens, **options)
+
+
+# ------------------------------------------------------------------------------------------ several views
+
+
+def anyres_order(shape: ItemShape, n: int) -> Tensor:
+    """Where the tokens of an anyres item come from, of `views` times n and one separator behind them: the first view's,
+    then those of the tiles as of one large picture, row by row without its borders, the separator behind each row."""
+    side = isqrt(n)
+    tiles = torch.arange(n, shape.views * n).view(shape.rows, shape.columns, side, side)
+    large = tiles.transpose(1, 2).reshape(shape.rows * side, shape.columns * side)
+    large = large[shape.top : len(large) - shape.top, shape.left : large.size(1) - shape.left]
+    return torch.cat([torch.arange(n), F.pad(large, (0, 1), value=shape.views * n).flatten()])
+
+
+def join_views(spec: str, x: Tensor) -> Tensor:
+    """The views of items (N, v, n, C) as their connector reads them: (N, v n, C), or the mean (N, n, C). Of a mixture
+    (N, v, 2, n, C) -> (N, 2, v n, C)."""
+    return x.mean(1) if CONNECTORS[spec].mean else x.transpose(1, -3).flatten(-3, -2)
+
+
+class Separated(nn.Sequential):
+    """An MLP of connectors.py and anyres's separator: (N, n, C) -> (N, n + 1, D), of each item the last."""
+
+    def __init__(self, layers: nn.Module):
+        if not isinstance(layers, nn.Sequential):
+            raise UserError(
+                "model.image_mode", "anyres takes a connector mlpNx_gelu", "use one, or tiles"
+            )
+        super().__init__(*layers)
+        width = layers[-1].out_features
+        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x), self.image_newline.expand(len(x), 1, -1)], 1)

@@ -32,28 +32,43 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # comes with tokenizers
 
 import config
-from checkpoints.weights import write_file
+from checkpoints.files import resolve, write_file
+from checkpoints.layouts import from_recipe
 from config import UserError
 from inputs import templates
-from inputs.image_processor import ImageTransform
+from inputs.image_processor import ImageProcessor
 from inputs.index import kept
 from inputs.rows import Mixture, Rows, shard
-from inputs.sample import (
-    Batch,
-    Sample,
-    SampleSpec,
-    encode_row,
-    fill,
-    make_sample,
-    make_spec,
-    pack,
-    share,
-    stage_spec,
-)
-from inputs.templates import IGNORE
-from inputs.tiling import TILED, Views
+from inputs.sample import Sample, SampleSpec, encode_row, make_sample, user_error
+from inputs.templates import byte_tokenizer
+from inputs.tiling import TILED, Tiling
+from inputs.tokenizer import load_tokenizer
+from model import tiling_of
+from packing import IGNORE, Batch, bin_pack, pack_samples, split_by_tokens
 
-PIXEL = ImageTransform(1, resample=Image.Resampling.NEAREST)
+
+def make_spec(tokenizer: str, template: str, **rest) -> SampleSpec:
+    """A spec whose tokenizer (folder or Hugging Face id) and template fit. Raises UserError."""
+    folder = resolve(tokenizer, small=True) if tokenizer else None
+    try:
+        tok = load_tokenizer(folder) if folder else byte_tokenizer()
+        templates.resolve(template, tok)
+    except ValueError as e:
+        raise user_error(tokenizer or "command line", e) from None
+    return SampleSpec(tok, template, **rest)
+
+
+def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
+    """The spec that training and `check` share. Raises UserError for a missing tokenizer, template or encoder."""
+    if not model.text:
+        raise UserError(
+            "model.tokenizer", "not set", "name a folder with tokenizer.json or tokenizer.model"
+        )
+    views = tiling_of(from_recipe(model, stage.template))
+    return make_spec(model.text, stage.template, max_tokens=stage.max_tokens, views=views)
+
+
+PIXEL = ImageProcessor(1, resample=Image.Resampling.NEAREST)
 # Every worker is one process of several: threads inside its tokenizer would only fight, and warn at each fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -187,8 +202,8 @@ class Steps(Dataset):
                 samples += self._sample(k, step.skipped)
         except UserError as e:
             return Step(error=str(e))
-        bins = fill([len(s.ids) for s in samples], self.stage.micro_batch_tokens)
-        step.packed = pack([samples[j] for b in bins for j in b]) if samples else None
+        bins = bin_pack([len(s.ids) for s in samples], self.stage.micro_batch_tokens)
+        step.packed = pack_samples([samples[j] for b in bins for j in b]) if samples else None
         s = n = 0
         for b in bins:
             s, n, s0, n0 = s + len(b), n + sum(len(samples[j].items) for j in b), s, n
@@ -204,7 +219,7 @@ class Steps(Dataset):
         if self.counts is None:
             return [k for k in ks if k % self.world == self.rank]
         lengths = [int(self.counts[self.order(k)[1], 0]) for k in ks]
-        return [ks[j] for j in share(lengths, self.world)[self.rank]]
+        return [ks[j] for j in split_by_tokens(lengths, self.world)[self.rank]]
 
     def _sample(self, k: int, skipped: list[str]) -> list[Sample]:
         """The stream's k-th sample, or its first usable stand-in."""
@@ -445,7 +460,7 @@ def main(argv: list[str]):
     jobs, seed = [], 0  # (name, rows, spec): all are opened before any is read to the end
     if args.data:
         limit = args.max_tokens or (2048 if args.tokenizer else sys.maxsize)
-        views = Views(0, "resampler", {"num_queries": args.image_tokens}, PIXEL)
+        views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, PIXEL)
         spec = make_spec(args.tokenizer, args.template, max_tokens=limit, views=views)
         name = args.data if args.tokenizer else f"{args.data}, in bytes (no --tokenizer)"
         jobs.append((name, Rows(args.data, args.images), spec))

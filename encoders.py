@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import weights
-from inputs.image_processor import ImageTransform, need, read_preprocessor
+from checkpoints.files import read_json, resolve
+from checkpoints.names import Table
+from inputs.image_processor import ImageProcessor, need, read_preprocessor
 from kernels.attention import attention
 from kernels.glu import gelu, glu
 from layers import LayerNorm, LayerScale
@@ -41,12 +43,12 @@ class VisionConfig:
     """An encoder as numbers, under Hugging Face's names, and as parts; absent parts are nn.Identity."""
 
     hf: dict  # config.json with every default filled in
-    transform: ImageTransform
+    transform: ImageProcessor
     leading: dict[str, tuple[int, ...]] = field(
         default_factory=dict
     )  # tokens before the patches: shape without C
     pre_norm: Callable[..., nn.Module] = nn.Identity
-    rename: weights.Table = (("vision_model.**", "**"),)  # Hugging Face's names -> ours
+    rename: Table = (("vision_model.**", "**"),)  # Hugging Face's names -> ours
     antialias: bool | None = (
         None  # how the position table is resized; None = made for one size of picture
     )
@@ -248,7 +250,7 @@ def _dinov2(c: dict, _: int) -> VisionConfig:
     leading = {"class_embedding": (1, 1)} | (
         {} if registers is None else {"register_tokens": (1, registers)}
     )
-    transform = ImageTransform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    transform = ImageProcessor(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return VisionConfig(c, transform, leading, nn.Identity, DINOV2, registers is not None)
 
 
@@ -259,8 +261,8 @@ DINO = {"hidden_act": "gelu", "mlp_ratio": 4, "layerscale_value": 1.0}
 CLIP_STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FAMILIES: dict[str, tuple[dict, Callable[[dict, int], VisionConfig]]] = {
     "clip_vision_model": ({"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32}, lambda c, n:
-        VisionConfig(c, ImageTransform(n, n, *CLIP_STATS), {"class_embedding": ()}, LayerNorm)),
-    "siglip_vision_model": ({"hidden_act": "gelu_pytorch_tanh"}, lambda c, n: VisionConfig(c, ImageTransform(n))),
+        VisionConfig(c, ImageProcessor(n, n, *CLIP_STATS), {"class_embedding": ()}, LayerNorm)),
+    "siglip_vision_model": ({"hidden_act": "gelu_pytorch_tanh"}, lambda c, n: VisionConfig(c, ImageProcessor(n))),
     "dinov2": (DINO | {"patch_size": 14}, _dinov2),
     "dinov2_with_registers": (DINO | {"num_register_tokens": 4}, _dinov2),
 }  # fmt: skip
@@ -302,7 +304,7 @@ def vision_config(
     for key, values in only.items():
         need(c.get(key, values[0]) in values, f"{where}:{key}", c.get(key), f"one of {values}")
     config = FAMILIES[kind][1](c, c["image_size"])
-    transform = ImageTransform.from_hf(
+    transform = ImageProcessor.from_hf(
         preprocessor or {}, config.transform, f"{where}:image processor"
     )
     fix = f"the image processor makes {transform.side}: give the one that belongs to this encoder"
@@ -326,8 +328,8 @@ def load_encoder(
     path, dtype=None, device="cpu", feature_layer=-2, feature_select="patch", allow_pickle=False
 ):
     """A pretrained encoder from a Hugging Face folder or id. Raises UserError as weights.load does."""
-    folder = weights.resolve(str(path), allow_pickle=allow_pickle)
-    hf, preprocessor = weights.read_json(folder / "config.json"), read_preprocessor(folder)
+    folder = resolve(str(path), allow_pickle=allow_pickle)
+    hf, preprocessor = read_json(folder / "config.json"), read_preprocessor(folder)
     with weights.empty():
         encoder = build_encoder(
             vision_config(hf, preprocessor, folder / "config.json"), feature_layer, feature_select

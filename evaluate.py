@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 import config
-from checkpoints import weights
+from checkpoints.files import resolve, write_file
 from config import UserError
 from evals import (
     gqa,
@@ -62,11 +62,12 @@ from evals import (
 from evals.judge import Judge
 from evals.published import add_published
 from inputs.rows import load_image
-from inputs.sample import look
-from inputs.templates import IMAGE, encode_prompt, load_tokenizer, stop_id
-from inputs.tiling import Item
+from inputs.sample import load_item
+from inputs.templates import IMAGE, encode_prompt, stop_id
+from inputs.tokenizer import load_tokenizer
 from inputs.video import probe
 from model import LLaVA
+from packing import Item
 
 
 def variant(task, **options):
@@ -171,7 +172,8 @@ def answerer(model, tok, data_dir, max_new_tokens, change=lambda item: item):
 
     def answer(examples):
         shown = [
-            list(map(change, seen(e, data_dir, partial(look, views=model.views)))) for e in examples
+            list(map(change, seen(e, data_dir, partial(load_item, views=model.views))))
+            for e in examples
         ]
         return generate(
             model, tok, [e["prompt"] for e in examples], shown, max_new_tokens=max_new_tokens
@@ -187,7 +189,9 @@ def blanked(examples, data_dir, model):
     """
     some = [example for example in examples if names(example)[1]]
     some = some[:: max(1, len(some) // MEAN_OF)][:MEAN_OF]
-    items = [item for e in some for item in seen(e, data_dir, partial(look, views=model.views))]
+    items = [
+        item for e in some for item in seen(e, data_dir, partial(load_item, views=model.views))
+    ]
     normalise = model.vision_tower.transform.normalise
     mean = torch.cat([normalise(item.pixels).mean(0, keepdim=True) for item in items]).mean(0)
     return lambda item: Item(mean.expand_as(item.pixels), item.shape)
@@ -270,7 +274,7 @@ def evaluate(examples, chosen, answer, file, batch=64, rank=0, world_size=1, bar
     for part in parts:
         known |= read_answers(part, examples)
     rows = [known[example["id"]] for example in examples if example["id"] in known]
-    weights.write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
     for part in parts[1:]:
         part.unlink()
     return [known[example["id"]]["answer"] for example in chosen]
@@ -352,7 +356,7 @@ def main(argv):
     if world_size > 1:  # only to wait for each other, for as long as the slowest needs
         dist.init_process_group("gloo", timeout=timedelta(days=7))
         barrier = dist.barrier
-    task, folder, started = TASKS[args.task], weights.resolve(args.model), time.monotonic()
+    task, folder, started = TASKS[args.task], resolve(args.model), time.monotonic()
     examples = task.examples(args.data)
     chosen = limited(examples, args.limit)
     check(chosen, args.data)
@@ -397,7 +401,7 @@ def main(argv):
                 "seconds": seconds,
                 "scores": scores,
             }
-            weights.write_file(file.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+            write_file(file.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
             print(table(scores))
         else:
             needs = (

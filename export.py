@@ -25,9 +25,12 @@ from torch import Tensor
 import config
 import lora
 from checkpoints import layouts, weights
+from checkpoints.files import resolve, write_file
+from checkpoints.names import Table, rename, reverse
 from config import UserError
 from inputs import templates
 from inputs.tiling import TILED
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 
 # Families that transformers has; its LLaVA gives every one of them a head without a bias.
@@ -35,13 +38,13 @@ TOWER = "vision_tower.vision_model."
 HF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "stablelm", "phi")
 
 
-def flat_state(model: LLaVA, table: weights.Table, hf_names: bool) -> dict[str, Tensor]:
+def flat_state(model: LLaVA, table: Table, hf_names: bool) -> dict[str, Tensor]:
     """Every tensor of the model under a layout's names."""
     state = {}
     for name in model.PARTS:
         part = getattr(model, name)
         state |= weights.tensors(part, getattr(part, "rename", ()) if hf_names else (), f"{name}.")
-    return {weights.rename(k, weights.reverse(table)): v for k, v in state.items()}
+    return {rename(k, reverse(table)): v for k, v in state.items()}
 
 
 def write(folder: Path, state: dict[str, Tensor], files: dict[str, dict | str]):
@@ -53,7 +56,7 @@ def write(folder: Path, state: dict[str, Tensor], files: dict[str, dict | str]):
             if isinstance(content, str)
             else json.dumps(content, indent=2, ensure_ascii=False)
         )
-        weights.write_file(folder / name, text + "\n")
+        write_file(folder / name, text + "\n")
 
 
 # ------------------------------------------------------------------------------------- Hugging Face LLaVA
@@ -368,10 +371,10 @@ def export_peft(adapter: Path, out: Path):
             adapter, "no adapters", "give the output folder of a run that tuned something as lora"
         )
     tensors = weights.read_file(adapter / "adapter_model.safetensors")
-    weights.write_file(
+    write_file(
         out / "adapter_model.safetensors", (adapter / "adapter_model.safetensors").read_bytes()
     )
-    weights.write_file(out / "adapter_config.json", (adapter / "adapter_config.json").read_text())
+    write_file(out / "adapter_config.json", (adapter / "adapter_config.json").read_text())
     print(f"{out}: peft, {sum(t.numel() for t in tensors.values()) / 1e6:.1f}M parameters")
 
 
@@ -401,7 +404,7 @@ def main(argv: list[str]):
     out = Path(a.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(out, "exists", "name a new folder")
-    folder = weights.resolve(a.model, allow_pickle=a.allow_pickle)
+    folder = resolve(a.model, allow_pickle=a.allow_pickle)
     if a.to == "peft":
         return export_peft(folder / "adapter", out)
     model = LLaVA.from_pretrained(
@@ -415,7 +418,7 @@ def main(argv: list[str]):
             k: v.to(getattr(torch, a.dtype)) for k, v in model.vision_tower.spares.items()
         }
     try:
-        tok = templates.load_tokenizer(folder)
+        tok = load_tokenizer(folder)
     except ValueError as e:
         print(f"warning: exported without a tokenizer: {e}")
         tok = None

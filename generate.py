@@ -21,12 +21,13 @@ import torch
 
 import config
 import lora
-from checkpoints import weights
+from checkpoints.files import resolve
 from config import UserError
-from inputs.sample import look
-from inputs.templates import IMAGE, encode_prompt, load_tokenizer, stop_id
-from inputs.tiling import Item
+from inputs.sample import load_item
+from inputs.templates import IMAGE, encode_prompt, stop_id
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
+from packing import Item
 
 
 class Chat:
@@ -45,7 +46,7 @@ class Chat:
     def show(self, file: str, kind: str = "image"):
         """Show a picture or a video (kind); the next question is about it. Raises UserError if it cannot be read."""
         try:
-            self.items.append(look(file, kind, self.model.views))
+            self.items.append(load_item(file, kind, self.model.views))
         except UserError:
             raise
         except ValueError as e:
@@ -157,7 +158,7 @@ def main(argv: list[str]):
         raise UserError("--beams", "beam search draws nothing", "leave out --temperature")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = a.weights or ("bf16" if device == "cuda" else "fp32")
-    folder = weights.resolve(a.model, allow_pickle=a.allow_pickle)
+    folder = resolve(a.model, allow_pickle=a.allow_pickle)
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     model = LLaVA.from_pretrained(folder, dtype, device, a.allow_pickle)
     if kind in lora.KINDS:

@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoints import layouts, weights
+from checkpoints.files import read_json, write_file
+from checkpoints.names import Names, Table, matches, rename, reverse
 from config import LoRA, UserError
 from kernels import int8, nf4
 from kernels.lora import dense, lora_linears
@@ -146,7 +148,7 @@ class DoRALinear(LoRALinear):
 # ------------------------------------------------------------------------------------- which linears, and how
 
 
-def _table(module: nn.Module) -> weights.Table:
+def _table(module: nn.Module) -> Table:
     """A module's table of Hugging Face's names and ours; of a LLaVA, those of its parts behind their names."""
     parts = {f"{p}.": getattr(module, p) for p in getattr(module, "PARTS", ())} or {"": module}
     return tuple(
@@ -155,7 +157,7 @@ def _table(module: nn.Module) -> weights.Table:
     )  # fmt: skip
 
 
-def _tuple(names: weights.Names) -> tuple[str, ...]:
+def _tuple(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
@@ -174,15 +176,11 @@ def targets(module: nn.Module, patterns: str = "", parts: Iterable[str] = ("",))
         if name and isinstance(m, (nn.Linear, Quantized)) and name.rpartition(".")[2] not in ("base_layer", "lm_head")
         and any(not part or f"{name}.".startswith(f"{part}.") for part in parts)
     ]  # fmt: skip
-    back, chosen = weights.reverse(_table(module)), set()
-    theirs = {
-        name: weights.rename(f"{name}.weight", back).removesuffix(".weight") for name in linears
-    }
+    back, chosen = reverse(_table(module)), set()
+    theirs = {name: rename(f"{name}.weight", back).removesuffix(".weight") for name in linears}
     for pattern in patterns.replace(",", " ").split() or ["**"]:
         globs = pattern, f"**.{pattern}"
-        hits = [
-            n for n in linears if weights.matches(n, globs) or weights.matches(theirs[n], globs)
-        ]
+        hits = [n for n in linears if matches(n, globs) or matches(theirs[n], globs)]
         if not hits:
             known = ", ".join(sorted({n.rpartition(".")[2] for n in linears})) or "none"
             raise UserError(
@@ -301,7 +299,7 @@ class _Read(dict):
 
 
 def load_quantized(
-    part: nn.Module, source: Mapping[str, Tensor], table: weights.Table = (), prefix: str = "", kind: str = "nf4",
+    part: nn.Module, source: Mapping[str, Tensor], table: Table = (), prefix: str = "", kind: str = "nf4",
     dtype: torch.dtype | None = None, device: torch.device | str = "cpu", ignore: Iterable[str] = (),
 ) -> set[str]:  # fmt: skip
     """weights.load for an `empty` part that leaves every linear but the head in `kind`.
@@ -314,7 +312,7 @@ def load_quantized(
     locate = getattr(source, "locate", lambda key: f"checkpoint:{key}")
 
     def read(key: str) -> Tensor:
-        tensor, names = source[key], _tuple(weights.rename(key.removeprefix(prefix), table))
+        tensor, names = source[key], _tuple(rename(key.removeprefix(prefix), table))
         rows = [linears[name].out_features for name in names if name in linears]
         if len(rows) < len(names) or tensor.shape != (sum(rows), linears[names[0]].in_features):
             return tensor  # another shape is weights.load's to refuse
@@ -360,7 +358,7 @@ def _untied(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if uses[p] == 1}
 
 
-def save_adapter(folder: Path, module: nn.Module, layout: weights.Table = (), base: str = ""):
+def save_adapter(folder: Path, module: nn.Module, layout: Table = (), base: str = ""):
     """Write the adapters as PEFT does, whatever else trains as `modules_to_save`, and the config last.
 
     Names are Hugging Face's for the module; `layout` is a table of layouts.LAYOUTS over them. base: the model's name.
@@ -375,14 +373,14 @@ def save_adapter(folder: Path, module: nn.Module, layout: weights.Table = (), ba
         )
 
     def place(name: str) -> str:
-        theirs = weights.rename(name, weights.reverse(table))
-        if not isinstance(weights.rename(theirs, table), str):
+        theirs = rename(name, reverse(table))
+        if not isinstance(rename(theirs, table), str):
             raise UserError(
                 name,
                 f"one of several that are one tensor in {theirs}: PEFT has no twin",
                 "merge instead",
             )
-        return weights.rename(theirs, weights.reverse(layout))
+        return rename(theirs, reverse(layout))
 
     state, ranks, alphas, whole = {}, {}, {}, set()
     for name, adapter in found.items():
@@ -413,14 +411,14 @@ def save_adapter(folder: Path, module: nn.Module, layout: weights.Table = (), ba
         "fan_in_fan_out": False, "init_lora_weights": True,
     }  # fmt: skip
     tensors = {key: p.detach().contiguous().cpu() for key, p in state.items()}
-    weights.write_file(
+    write_file(
         folder / "adapter_model.safetensors", lambda to: save_file(tensors, to, {"format": "pt"})
     )
-    weights.write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
-def load_adapter(folder: Path, module: nn.Module, layout: weights.Table = ()) -> list[str]:
+def load_adapter(folder: Path, module: nn.Module, layout: Table = ()) -> list[str]:
     """Put a PEFT adapter on a model -> the names of the linears. What is in the file trains, nothing else.
 
     An adapter of a linear that is several here (OpenELM's qkv) becomes one for each, with copies of A. Raises
@@ -432,7 +430,7 @@ def load_adapter(folder: Path, module: nn.Module, layout: weights.Table = ()) ->
         folder / "adapter_model.safetensors",
         _table(module),
     )
-    c = weights.read_json(where)
+    c = read_json(where)
     for key, values in KNOWN.items():
         if c.get(key) not in values:
             raise UserError(
@@ -452,7 +450,7 @@ def load_adapter(folder: Path, module: nn.Module, layout: weights.Table = ()) ->
             raise UserError(f"{file}:{key}", what, "give the model that it was made for")
 
     def ours(key: str, path: str, known: Mapping) -> tuple[str, ...]:
-        names = _tuple(weights.rename(weights.rename(path, layout), table))
+        names = _tuple(rename(rename(path, layout), table))
         need(set(names) <= known.keys(), key, "the model has no place for it")
         return names
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,16 +31,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import layouts, weights
-from checkpoints.layouts import IMAGE_TOKEN, LLaVAConfig
-from config import Model, UserError
-from connectors import build_connector
+from checkpoints.files import read_json, resolve, write_file
+from checkpoints.names import Table
+from config import LLaVAConfig, Model, UserError
+from connectors import CONNECTORS, Separated, anyres_order, build_connector, join_views
 from encoders import VisionEncoder, build_encoder, vision_config
 from inference import generation
-from inference.cache import Attend, expand, pack, packed
-from inputs.tiling import PICTURE, Item, Separated, Shape, called_for, join, order
-from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from inputs.tiling import Tiling, read_grids
+from kernels.cross_entropy import linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
+from packing import (
+    IGNORE,
+    IMAGE_TOKEN,
+    ONE_VIEW,
+    Attend,
+    Batch,
+    Item,
+    ItemShape,
+    expand_images,
+    match_images,
+    pack_prompts,
+    packed_attention,
+)
 
 # ----------------------------------------------------------------------------------------- language model
 
@@ -180,7 +194,7 @@ class Head(nn.Linear):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, c: LMConfig, rename: weights.Table = ()):
+    def __init__(self, c: LMConfig, rename: Table = ()):
         super().__init__()
         self.config, self.rename = c, rename  # rename: Hugging Face's names -> ours
         self.model = Decoder(c)
@@ -203,7 +217,9 @@ class LanguageModel(nn.Module):
         cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=input_ids.device)
         positions = torch.arange(T, device=input_ids.device).repeat(B)
         x = self.model.embed(input_ids.flatten())
-        return self.lm_head(self.model(x, positions, packed(cu_seqlens, T))).view(B, T, -1)
+        return self.lm_head(self.model(x, positions, packed_attention(cu_seqlens, T))).view(
+            B, T, -1
+        )
 
     @classmethod
     def from_hf(cls, hf: dict, where: object = "llm_config") -> LanguageModel:
@@ -222,9 +238,9 @@ class LanguageModel(nn.Module):
 
         allow_pickle also reads pytorch_model.bin, tensors only. Raises UserError.
         """
-        folder = weights.resolve(str(path), allow_pickle=allow_pickle)
+        folder = resolve(str(path), allow_pickle=allow_pickle)
         with weights.empty():
-            model = cls.from_hf(weights.read_json(folder / "config.json"), folder / "config.json")
+            model = cls.from_hf(read_json(folder / "config.json"), folder / "config.json")
         source = weights.Checkpoint(folder, allow_pickle)
         weights.load(model, source, model.rename, dtype=dtype, device=device, ignore=model.ignore)
         return model
@@ -235,7 +251,7 @@ class LanguageModel(nn.Module):
 
 class Family(NamedTuple):
     config: Callable[[dict], LMConfig]
-    rename: weights.Table = ()  # (theirs, ours)
+    rename: Table = ()  # (theirs, ours)
     defaults: dict = {}  # what Hugging Face's config class fills in; multimodal config.json files leave it out
     neutral: dict = {}  # fields that would change the arithmetic, and the values at which they do not
 
@@ -424,6 +440,29 @@ def init_weights(module: nn.Module, std: float):
 # ------------------------------------------------------------------------------------------------- LLaVA
 
 
+def tiling_of(c: LLaVAConfig) -> Tiling:
+    """How a model's pictures and videos become items. Raises UserError for what does not go together."""
+    vision = vision_config(c.vision, c.preprocessor)
+    n = vision.tokens(c.feature_select)
+    if c.image_mode == "anyres" and CONNECTORS[c.connector].mean:
+        raise UserError(
+            "model.image_mode",
+            f"anyres with {c.connector}, the mean of all views",
+            "use mlp2x_gelu",
+        )
+    if c.image_mode == "anyres" and isqrt(n) ** 2 != n:
+        raise UserError("model.image_mode", f"anyres, with {n} tokens of a view that are no square",
+                        "set model.feature_select so that only patches are left, or use tiles")  # fmt: skip
+    if c.frames < 1 or c.fps < 0:
+        raise UserError(
+            "model.frames",
+            f"{c.frames} frames, {c.fps} a second",
+            "write 1 or more, and fps 0 or more",
+        )
+    return Tiling(n, c.connector, c.connector_options, vision.transform, c.image_mode, read_grids(c.image_grids),
+                 c.frames, c.fps)  # fmt: skip
+
+
 class Output(NamedTuple):
     logits: Tensor  # (B, T', V), right-padded after image expansion
     loss: Tensor | None  # mean over supervised tokens
@@ -448,7 +487,7 @@ class LLaVA(nn.Module):
         self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
         if c.image_mode == "anyres":
             self.connector = Separated(self.connector)
-        self.views = layouts.views_of(c)
+        self.views = tiling_of(c)
 
     # -- construction ------------------------------------------------------------------------------------
 
@@ -462,7 +501,7 @@ class LLaVA(nn.Module):
         dtype None keeps the file's; allow_pickle also reads pytorch_model.bin, tensors only; load: for a part's name
         what loads it instead of weights.load, with the same arguments. Raises UserError.
         """
-        folder = weights.resolve(str(path), allow_pickle=allow_pickle)
+        folder = resolve(str(path), allow_pickle=allow_pickle)
         config, source, hf_names = layouts.read(folder, allow_pickle)
         if hf_names and config.text["model_type"] in FAMILIES:
             config = replace(
@@ -506,7 +545,7 @@ class LLaVA(nn.Module):
                 init_weights(part, part.config.init_std)
             else:
                 where = {
-                    prefix: weights.resolve(f, f"model.{name}", c.allow_pickle)
+                    prefix: resolve(f, f"model.{name}", c.allow_pickle)
                     for prefix, f in prefixes.items()
                 }
                 source = weights.Joined(
@@ -523,8 +562,8 @@ class LLaVA(nn.Module):
             state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
         weights.save(folder, state)
         preprocessor = self.vision_tower.transform.to_hf()
-        weights.write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
-        weights.write_file(folder / "config.json", json.dumps(self.config.to_json(), indent=2))
+        write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
+        write_file(folder / "config.json", json.dumps(layouts.to_ours(self.config), indent=2))
 
     def compile_blocks(self, **options):
         """torch.compile every block of language model and encoder in place, one graph for all lengths."""
@@ -556,9 +595,9 @@ class LLaVA(nn.Module):
             made[at : at + AT_ONCE] = seen
         return made
 
-    def encode(self, images: Tensor, shapes: Sequence[Shape] = ()) -> list[Tensor]:
+    def encode(self, images: Tensor, shapes: Sequence[ItemShape] = ()) -> list[Tensor]:
         """The views (V, 3, H, W) of items (of one each), in order -> what stands in the sequence for each, (n, D)."""
-        shapes = shapes or [PICTURE] * len(images)
+        shapes = shapes or [ONE_VIEW] * len(images)
         kinds, made, seen = (
             {shape.views for shape in shapes},
             [None] * len(shapes),
@@ -572,11 +611,11 @@ class LLaVA(nn.Module):
                 if len(kinds) == 1
                 else torch.stack([parts[i] for i in same])
             )
-            tokens = self.connector(join(self.config.connector, x))
+            tokens = self.connector(join_views(self.config.connector, x))
             n = tokens.size(1) - isinstance(self.connector, Separated)
             for i, item in zip(same, tokens, strict=True):
                 made[i] = (
-                    item[order(shapes[i], n // views).to(item.device)]
+                    item[anyres_order(shapes[i], n // views).to(item.device)]
                     if shapes[i].rows
                     else item[:n]
                 )
@@ -591,23 +630,25 @@ class LLaVA(nn.Module):
             (input_ids == IMAGE_TOKEN)[:, None], (features * self.config.image_scale).to(x.dtype)
         )
 
-    def loss(
-        self, input_ids, labels, positions, cu_seqlens, max_seqlen, images=None, shapes=()
-    ) -> Tensor:
-        """Sum of the token losses of a packed row: ids, labels, positions (T,), cu_seqlens (S+1,), views (V, 3, H, W)
-        and the shapes of the N items that they belong to.
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum of the token losses of a packed batch.
 
         The sum, not the mean: the trainer divides by the supervised tokens of the whole step. labels[t] is what
         should stand at t, so position t-1 predicts it; the first label of each sample is -100 and predicts nothing.
         """
-        features = None if images is None else torch.cat(self.encode(images, shapes))
+        features = None
+        if batch.images is not None:
+            features = torch.cat(self.encode(batch.images, batch.shapes))
         hidden = self.language_model.model(
-            self.embed(input_ids, features), positions, packed(cu_seqlens, max_seqlen)
+            self.embed(batch.input_ids, features),
+            batch.positions,
+            packed_attention(batch.cu_seqlens, batch.max_seqlen),
         )
+        labels = batch.labels
         head = self.language_model.lm_head
         targets = torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
         loss = linear_cross_entropy(hidden, head.weight, head.bias, targets)
-        if images is None:
+        if batch.images is None:
             # Every trainable parameter gets a (zero) gradient, or DDP would wait for it on the other ranks.
             unused = [
                 p
@@ -627,10 +668,13 @@ class LLaVA(nn.Module):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
-        counts, features = self.features(called_for(rows, images))
-        ids, positions, cu_seqlens, max_seqlen = pack(rows, counts)
+        features = self.encode_items(match_images(rows, images))
+        counts = [len(f) for f in features]
+        ids, positions, cu_seqlens, max_seqlen = pack_prompts(rows, counts)
         hidden = self.language_model.model(
-            self.embed(ids, features), positions, packed(cu_seqlens, max_seqlen)
+            self.embed(ids, torch.cat(features) if features else None),
+            positions,
+            packed_attention(cu_seqlens, max_seqlen),
         )
         logits = self.language_model.lm_head(hidden)
         lengths = cu_seqlens.diff().tolist()
@@ -638,19 +682,18 @@ class LLaVA(nn.Module):
         if labels is None:
             return Output(padded, None)
         given = [row[m.bool()] for row, m in zip(labels, mask, strict=True)]
-        wide = expand(torch.cat(rows), counts, torch.cat(given)).split(lengths)
+        wide = expand_images(torch.cat(rows), counts, torch.cat(given)).split(lengths)
         targets = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE) for row in wide])
         return Output(padded, F.cross_entropy(logits.float(), targets))
 
-    def features(self, items: list[Item]) -> tuple[list[int], Tensor | None]:
-        """How many positions each item takes, and what stands there, (P, D)."""
+    def encode_items(self, items: Sequence[Item]) -> list[Tensor]:
+        """What stands in the sequence for each item, (n, D)."""
         if not items:
-            return [], None
+            return []
         pixels = torch.cat([item.pixels for item in items]).to(
             self.language_model.lm_head.weight.device
         )
-        features = self.encode(pixels, [item.shape for item in items])
-        return [len(f) for f in features], torch.cat(features)
+        return self.encode(pixels, [item.shape for item in items])
 
     # -- generation --------------------------------------------------------------------------------------
 
@@ -675,6 +718,6 @@ class LLaVA(nn.Module):
             input_ids = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
         rows = [row.to(self.language_model.lm_head.weight.device) for row in input_ids]
         return generation.generate(
-            self, rows, called_for(rows, images), max_new_tokens, num_beams, eos_token_id, use_cache, generator,
+            self, rows, match_images(rows, images), max_new_tokens, num_beams, eos_token_id, use_cache, generator,
             stream, temperature=temperature, top_p=top_p, top_k=top_k, until=until,
         )  # fmt: skip

@@ -27,12 +27,13 @@ from pathlib import Path
 import torch
 
 import config
-from checkpoints import weights
+from checkpoints.files import resolve
 from config import UserError
 from inference.job_queue import Engine, Job, Limits, Refused, fetch
-from inputs.templates import IMAGE, load_tokenizer
-from inputs.tiling import Item
+from inputs.templates import IMAGE
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
+from packing import Item
 
 NEUTRAL = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "frequency_penalty": (0,), "presence_penalty": (0,),
@@ -365,7 +366,7 @@ def main(argv: list[str]):
     a = parser.parse_args(argv)
     limits = Limits(**{f.name: getattr(a, f"max_{f.name}") for f in fields(Limits)})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = weights.resolve(a.model)
+    folder = resolve(a.model)
     name = Path(a.model).resolve().name if Path(a.model).is_dir() else a.model
     engine = Engine(
         LLaVA.from_pretrained(folder, getattr(torch, a.dtype), device),

@@ -29,14 +29,16 @@ from torch import Tensor, nn
 
 import config
 import lora
-from checkpoints import resume, seal, weights
+from checkpoints import resume, seal
+from checkpoints.files import resolve, write_file
 from config import Recipe, Stage, Tune, UserError
-from data import Batch, Steps, loader, stage_spec, token_counts, validation_batches
+from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world as demo_world
 from inputs.rows import Mixture, Rows, files
-from inputs.templates import IGNORE, load_tokenizer
+from inputs.tokenizer import load_tokenizer
 from layers import RMSNorm
 from model import LLaVA
+from packing import EMPTY, Batch
 from training import planner, ranks, run_log
 from training.ranks import World, print0
 
@@ -140,27 +142,15 @@ def validate(module: nn.Module, batches, world: World) -> float:
     loss = count = 0.0
     with ranks.forward_only(module) as forward:
         for batch in ranks.together(batches, module, world):
-            loss += forward(*packed_arguments(batch, world.device)).item()
+            loss += forward(on_device(batch, world.device)).item()
             count += batch.supervised if batch else 0
     loss, count = ranks.total([loss, count], world)
     return loss / max(1, count)
 
 
-def packed_arguments(batch: Batch | None, device: torch.device) -> tuple:
-    """What LLaVA.loss takes, on the device. None, where other ranks have a batch: one token that teaches nothing."""
-    if batch is None:
-        zero = torch.zeros(1, dtype=torch.int64, device=device)
-        return (
-            zero,
-            zero + IGNORE,
-            zero,
-            torch.tensor([0, 1], dtype=torch.int32, device=device),
-            1,
-            None,
-            (),
-        )
-    b = batch.to(device)
-    return b.input_ids, b.labels, b.positions, b.cu_seqlens, b.max_seqlen, b.images, b.shapes
+def on_device(batch: Batch | None, device: torch.device) -> Batch:
+    """The batch on the device. None, where other ranks have a batch: one token that teaches nothing."""
+    return (batch or EMPTY).to(device)
 
 
 def refuse(part, losses: list[Tensor], steps: Steps, where: str, world: World):
@@ -225,7 +215,7 @@ def train_stage(
         losses = []
         for i, batch in enumerate(ranks.together(part.batches, module, world)):
             with ranks.accumulate(module, last=i + 1 == len(part.batches)), autocast:
-                loss = module(*packed_arguments(batch, world.device)) / supervised
+                loss = module(on_device(batch, world.device)) / supervised
                 (loss * world.size).backward()  # DDP and FSDP divide by the ranks
             losses.append(loss.detach())
         loss, stop = ranks.total([sum(losses).item(), len(ranks.asked())], world)
@@ -370,7 +360,7 @@ def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
     """The finished model with all that belongs to it; config.json, written last, says that it is finished."""
     folder, c, last = output / "checkpoints", recipe.model, list(recipe.stage.values())[-1]
     start = c.llm or c.checkpoint
-    tokenizer = load_tokenizer(weights.resolve(c.text, small=True))
+    tokenizer = load_tokenizer(resolve(c.text, small=True))
     with resume.writing(output):
         if recipe.train.keep_best and (best := seal.best(folder, list(recipe.stage)[-1])):
             tokenizer.save(output / "best")
@@ -405,7 +395,7 @@ def open_output(recipe: Recipe, world: World) -> bool:
     if (output / "config.json").exists():
         return False
     if world.rank == 0:
-        weights.write_file(saved, text)
+        write_file(saved, text)
     ranks.barrier(world)
     return True
 
@@ -459,7 +449,7 @@ def main(argv: list[str]):
         if not train_stage(model, index, recipe, world, start, tensors):
             if world.rank == 0:
                 resume.wait()
-                weights.write_file(output / "PREEMPTED", "the same command goes on from here\n")
+                write_file(output / "PREEMPTED", "the same command goes on from here\n")
             print0(f"preempted: saved in {folder}; the same command goes on from there")
             return
         ranks.barrier(world)

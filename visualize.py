@@ -30,13 +30,13 @@ from PIL import Image
 from torch import Tensor
 
 import config
-from checkpoints import weights
+from checkpoints.files import resolve, write_file
 from config import UserError
-from inference.cache import expand
 from inputs.rows import load_image
-from inputs.templates import IMAGE, IMAGE_TOKEN, encode_prompt, load_tokenizer, stop_id
-from inputs.tiling import Item
+from inputs.templates import IMAGE, encode_prompt, stop_id
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
+from packing import IMAGE_TOKEN, Item, expand_images
 
 SHOWN = 240  # pixels across a heat map on the page
 WINDOWS = 7  # along a side, each a quarter of it and half over the next
@@ -97,8 +97,9 @@ def recorded(rows: slice, into: list[Tensor]):
 def look(model: LLaVA, prompt: list[int], answer: list[int], picture: Tensor) -> Answer:
     """What made the model give `answer` to a prompt with one picture, (3, S, S) uint8."""
     lm, device = model.language_model, model.language_model.lm_head.weight.device
-    counts, features = model.features([Item(picture[None])])
-    ids, seen = expand(torch.tensor(prompt + answer, device=device), counts), []
+    (features,) = model.encode_items([Item(picture[None])])
+    counts = [len(features)]
+    ids, seen = expand_images(torch.tensor(prompt + answer, device=device), counts), []
     rows = slice(
         len(ids) - len(answer) - 1, len(ids) - 1
     )  # the positions that choose the answer's tokens
@@ -265,7 +266,7 @@ def main(argv: list[str]):
     )
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (16)")
     a = parser.parse_args(argv)
-    device, folder = "cuda" if torch.cuda.is_available() else "cpu", weights.resolve(a.model)
+    device, folder = "cuda" if torch.cuda.is_available() else "cpu", resolve(a.model)
     model, tokenizer = LLaVA.from_pretrained(folder, device=device), load_tokenizer(folder)
     layers = len(model.language_model.blocks)
     if a.layer is not None and not 0 <= a.layer < layers:
@@ -290,8 +291,8 @@ def main(argv: list[str]):
         raise UserError("--prompt", "the model answers nothing to it", "ask something else")
     text, pngs = page(look(model, prompt, answer, picture), a.prompt, tokenizer, a.top_k, a.layer)
     for i, data in enumerate(pngs, 1):
-        weights.write_file(Path(a.out) / f"token-{i}.png", data)
-    weights.write_file(Path(a.out) / "index.html", text)
+        write_file(Path(a.out) / f"token-{i}.png", data)
+    write_file(Path(a.out) / "index.html", text)
     print(f"{tokenizer.decode(answer).strip()}: {Path(a.out) / 'index.html'}")
 
 

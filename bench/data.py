@@ -113,7 +113,7 @@ def json_load(folder: str):
 
 
 def rows(folder: str):
-    from data import Rows
+    from inputs.rows import Rows
 
     def load():
         made = Rows(Path(folder, "rows.json"))
@@ -136,11 +136,12 @@ def workers(folder: str):
     import multiprocessing
 
     from config import Stage, Train
-    from data import Rows, Steps, loader, make_spec
-    from inputs.image_processor import ImageTransform
-    from inputs.tiling import Views
+    from data import Steps, loader, make_spec
+    from inputs.image_processor import ImageProcessor
+    from inputs.rows import Rows
+    from inputs.tiling import Tiling
 
-    views = Views(IMAGE_TOKENS, transform=ImageTransform(336, 336))
+    views = Tiling(IMAGE_TOKENS, transform=ImageProcessor(336, 336))
     spec = make_spec("", "phi", max_tokens=100_000, views=views)
     steps, worst = (
         Steps(Rows(Path(folder, "rows.json")), spec, Stage(global_batch=16, steps=60), Train()),
@@ -155,7 +156,9 @@ def workers(folder: str):
 
 def packing(folder: str):
     """How full and how balanced, by (samples of a step, ranks), over rows in the order of training."""
-    from data import Order, Rows, fill, share
+    from data import Order
+    from inputs.rows import Rows
+    from packing import bin_pack, split_by_tokens
 
     found = Rows(Path(folder, "rows.json"))
     order, lengths = Order(len(found), 0), []
@@ -176,9 +179,9 @@ def packing(folder: str):
         steps = [lengths[i : i + batch] for i in range(0, len(lengths) - batch + 1, batch)]
         for step in steps:
             dealt = [range(batch)[r::world] for r in range(world)]
-            for name, parts in (("dealt", dealt), ("shared", share(step, world))):
+            for name, parts in (("dealt", dealt), ("shared", split_by_tokens(step, world))):
                 start = time.perf_counter()
-                used[name] += sum(len(fill([step[j] for j in part], BUDGET)) for part in parts)
+                used[name] += sum(len(bin_pack([step[j] for j in part], BUDGET)) for part in parts)
                 seconds += time.perf_counter() - start
                 most[name] += max(sum(step[j] for j in part) for part in parts)
             used["possible"] += world * -(-sum(step) // (BUDGET * world))
@@ -197,12 +200,12 @@ def images(folder: str, who: str, kind: str, processes: str):
     from PIL import Image
     from torch.utils.data import DataLoader
 
-    from inputs.image_processor import ImageTransform
+    from inputs.image_processor import ImageProcessor
     from inputs.rows import load_image
 
     torch.set_num_threads(1)
     clip = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-    transform = ImageTransform(336, 336, **clip) if kind == "clip" else ImageTransform(384)
+    transform = ImageProcessor(336, 336, **clip) if kind == "clip" else ImageProcessor(384)
     if who == "theirs":
         import transformers
 

@@ -41,8 +41,8 @@ import lora  # noqa: E402
 from config import Model, UserError  # noqa: E402
 from export import export  # noqa: E402
 from inference.engine import Engine, Request  # noqa: E402
-from inputs.templates import IMAGE_TOKEN  # noqa: E402
 from model import LLaVA  # noqa: E402
+from packing import IMAGE_TOKEN
 
 RESULTS = ROOT / "bench" / "results"
 OURS, PEER = "barellava", "transformers"

@@ -36,12 +36,13 @@ from pathlib import Path
 
 import torch
 
+from checkpoints.files import write_file
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
 from bench.operations import Bench, Setting, shapes  # noqa: E402
-from checkpoints import weights  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 OURS, PLAIN, COMPILED = "barellava", "plain torch", "torch.compile"
@@ -332,7 +333,7 @@ def main(argv: list[str]):
             if s.device == "cuda":
                 torch.cuda.empty_cache()
             if args.json is not None:
-                weights.write_file(file, json.dumps(found, indent=1) + "\n")
+                write_file(file, json.dumps(found, indent=1) + "\n")
     print(
         f"\n{time.perf_counter() - started:.0f} s"
         + (f", {file} written" if args.json is not None else "")

@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from checkpoints.files import write_file
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -54,7 +56,7 @@ def write(folder: str, layers: str):
         Path(folder),
         {k: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for k, t in shapes.items()},
     )
-    weights.write_file(Path(folder) / "config.json", json.dumps(hf))
+    write_file(Path(folder) / "config.json", json.dumps(hf))
 
 
 def measure(load):

@@ -17,6 +17,8 @@ from math import ceil, floor, log2
 from pathlib import Path
 from statistics import geometric_mean
 
+from checkpoints.files import write_file
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -24,7 +26,6 @@ import config  # noqa: E402
 from bench import data, generate, load, training, video  # noqa: E402
 from bench.kernels import OURS  # noqa: E402
 from bench.operations import shapes  # noqa: E402
-from checkpoints import weights  # noqa: E402
 
 UNMEASURED = "not measured yet"
 
@@ -143,7 +144,7 @@ def kernels_section(results: dict[Path, dict], page: Path) -> str:
         parts.append("\n".join(["| on a GPU | shapes | |", "|---|--:|---|", *lines]))
     for file, result in results.items():
         image, cut = file.with_name("kernels.svg"), result["cut"]
-        weights.write_file(image, picture(result["gpu"], result["operations"]))
+        write_file(image, picture(result["gpu"], result["operations"]))
         of = (
             ""
             if cut == 1
@@ -213,7 +214,7 @@ def main(argv: list[str]):
         }
         text = f"{before}{mark}\n{section(results, args.page)}\n\n{end}{after}"
         print(f"{name}: {len(results)} files")
-    weights.write_file(args.page, text)
+    write_file(args.page, text)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoints.names import rename, reverse
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -150,8 +152,7 @@ def make_rows(case: Case, text: dict, vision: dict) -> list:
 
     from bench.operations import sample_lengths
     from inputs.sample import Sample
-    from inputs.templates import IGNORE, IMAGE_TOKEN
-    from inputs.tiling import Item
+    from packing import IGNORE, IMAGE_TOKEN, Item
 
     g, rows = torch.Generator().manual_seed(0), []
     n = (vision["image_size"] // vision["patch_size"]) ** 2 - 1  # the first is dropped
@@ -191,10 +192,10 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
 
     import lora
     import train
-    from checkpoints import layouts, weights
+    from checkpoints import layouts
     from config import Model, Stage, Tune
-    from inputs.sample import fill, pack
     from model import LLaVA
+    from packing import bin_pack, pack_samples
     from training import planner, ranks
 
     imports, bf16 = peak(device), case.dtype == "bfloat16"
@@ -205,13 +206,13 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
         model = LLaVA(layouts.from_recipe(Model(llm_config=text, vision_config=vision), ""))
     for part in train.PARTS.values():
         module = getattr(model, part)
-        back = weights.reverse(getattr(module, "rename", ()))
-        named = {f"{part}.{weights.rename(k, back)}": p for k, p in module.named_parameters()}
+        back = reverse(getattr(module, "rename", ()))
+        named = {f"{part}.{rename(k, back)}": p for k, p in module.named_parameters()}
         fill_by_name({k.replace(".vision_model.", "."): p for k, p in named.items()})
     lora.adapt(model, [stage], train.PARTS)
-    back = weights.reverse(model.language_model.rename)
+    back = reverse(model.language_model.rename)
     for name, m in lora.adapters(model.language_model).items():
-        key = "language_model." + weights.rename(f"{name}.weight", back).removesuffix("weight")
+        key = "language_model." + rename(f"{name}.weight", back).removesuffix("weight")
         fill_by_name({f"{key}lora_A.weight": m.lora_A, f"{key}lora_B.weight": m.lora_B})
     train.set_trainable(model, stage.tune)
     rows = make_rows(case, text, vision)
@@ -230,7 +231,10 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
     if bf16:
         train.round_frozen(model)
     module, optimizer = ranks.wrap(model, world, "none"), train.make_optimizer(model, stage)
-    batches = [pack([rows[j] for j in b]) for b in fill([len(r.ids) for r in rows], case.budget)]
+    batches = [
+        pack_samples([rows[j] for j in b])
+        for b in bin_pack([len(r.ids) for r in rows], case.budget)
+    ]
     supervised = sum(b.supervised for b in batches)
     batches = [b.pin_memory() for b in batches] if device == "cuda" else batches
     autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
@@ -239,7 +243,7 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
         losses = []
         for batch in batches:
             with autocast:
-                loss = module(*train.packed_arguments(batch, world.device)) / supervised
+                loss = module(train.on_device(batch, world.device)) / supervised
                 loss.backward()
             losses.append(loss.detach())
         return sum(losses).item(), train.update(optimizer, stage, 0, 10**9)
@@ -259,7 +263,7 @@ def peer(case: Case, text: dict, vision: dict, device: str) -> tuple:
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 
-    from inputs.templates import IMAGE_TOKEN
+    from packing import IMAGE_TOKEN
 
     if case.tune == "lora":
         import peft

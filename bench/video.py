@@ -37,7 +37,7 @@ from PIL import Image  # noqa: E402
 
 import config  # noqa: E402
 from inputs import video  # noqa: E402
-from inputs.image_processor import ImageTransform  # noqa: E402
+from inputs.image_processor import ImageProcessor
 
 COPIES, PEAKS, TARGET = 12, 3, 2.0  # PEAKS: processes for each count of frames
 
@@ -87,7 +87,7 @@ def some(file: Path, wanted: list[int]) -> list[Image.Image]:
 
 def measure(file: Path, n: int, repeats: int) -> dict:
     """Milliseconds of each run of each way; the first, uncounted, checks that the pixels are the same."""
-    transform, clip = ImageTransform(384), video.probe(file)
+    transform, clip = ImageProcessor(384), video.probe(file)
     wanted = video.indices(clip, n)
     ways = {"barellava": ours, "every frame": every, f"{n} converted": some}
     runs: dict[str, list[float]] = {name: [] for name in ways}
@@ -116,7 +116,7 @@ def status(key: str) -> int:
 @torch.inference_mode()
 def encode(file: str, count: int):
     """Prints the peak of encoding so many frames above what was there before, and what the features take of it."""
-    from checkpoints.layouts import LLaVAConfig
+    from config import LLaVAConfig
     from model import LLaVA
 
     model = LLaVA(LLaVAConfig(TEXT, SIGLIP_BASE, {})).to(torch.bfloat16).eval()

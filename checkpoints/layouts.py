@@ -10,54 +10,19 @@ Face's in all others; the tables of the parts (model.py, encoders.py) take it fr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from math import isqrt
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from checkpoints import weights
-from config import Model, UserError
+from checkpoints.files import read_json, resolve
+from checkpoints.names import Table, rename
+from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
 from encoders import vision_config
 from inputs.image_processor import read_preprocessor
-from inputs.templates import IMAGE_TOKEN
-from inputs.tiling import TILED, Views, read_grids
-
-
-@dataclass(frozen=True)
-class LLaVAConfig:
-    """What makes a model, whatever layout it came from; text and vision are Hugging Face config dicts, verbatim."""
-
-    text: dict
-    vision: dict
-    preprocessor: dict = field(default_factory=dict)
-    connector: str = "mlp2x_gelu"
-    connector_options: dict = field(default_factory=dict)
-    feature_layer: int = -2
-    feature_select: str = "patch"
-    image_mode: str = "square"
-    template: str = "llama"
-    image_scale: float = (
-        1.0  # on the connector's output; only Gemma in transformers 5 needs another
-    )
-    sources: dict = field(
-        default_factory=dict
-    )  # llm, vision, vision2: the names the parts were loaded by
-    image_grids: str = Model.image_grids
-    frames: int = Model.frames
-    fps: float = Model.fps
-
-    def __post_init__(self):
-        if (self.connector == "mof_mlp") != (self.vision.get("model_type") == "mof"):
-            raise UserError("model.connector", f"{self.connector} with {self.vision.get('model_type')}",
-                            "mof_mlp and the mixture of CLIP and DINOv2 (model.vision2) need each other")  # fmt: skip
-
-    def to_json(self) -> dict:
-        """config.json of our own layout; the image processor has a file of its own."""
-        rest = asdict(self)
-        parts = {"text_config": rest.pop("text"), "vision_config": rest.pop("vision")}
-        del rest["preprocessor"]
-        return {"model_type": "barellava", **parts, **rest, "image_token_index": IMAGE_TOKEN}
+from inputs.tiling import TILED
+from packing import IMAGE_TOKEN
 
 
 def from_recipe(c: Model, template: str) -> LLaVAConfig:
@@ -68,15 +33,15 @@ def from_recipe(c: Model, template: str) -> LLaVAConfig:
             raise UserError("model.checkpoint", "it brings its own parts and image settings",
                             "remove the other fields of [model]")  # fmt: skip
         return replace(
-            read_config(weights.resolve(c.checkpoint, "model.checkpoint", small=True)),
+            read_config(resolve(c.checkpoint, "model.checkpoint", small=True)),
             template=template,
         )
 
     def folder(key: str) -> Path:
-        return weights.resolve(getattr(c, key), f"model.{key}", small=True)
+        return resolve(getattr(c, key), f"model.{key}", small=True)
 
-    text = c.llm_config or weights.read_json(folder("llm") / "config.json")
-    vision = dict(c.vision_config) or weights.read_json(folder("vision") / "config.json")
+    text = c.llm_config or read_json(folder("llm") / "config.json")
+    vision = dict(c.vision_config) or read_json(folder("vision") / "config.json")
     preprocessor = (
         vision.pop("preprocessor", {}) if c.vision_config else read_preprocessor(folder("vision"))
     )
@@ -84,7 +49,7 @@ def from_recipe(c: Model, template: str) -> LLaVAConfig:
         vision = {
             "model_type": "mof",
             "clip": vision,
-            "dinov2": weights.read_json(folder("vision2") / "config.json"),
+            "dinov2": read_json(folder("vision2") / "config.json"),
         }
     return LLaVAConfig(
         text, vision, preprocessor, c.connector, c.connector_options, c.feature_layer, c.feature_select, c.image_mode,
@@ -92,32 +57,9 @@ def from_recipe(c: Model, template: str) -> LLaVAConfig:
     )  # fmt: skip
 
 
-def views_of(c: LLaVAConfig) -> Views:
-    """How a model's pictures and videos become items. Raises UserError for what does not go together."""
-    vision = vision_config(c.vision, c.preprocessor)
-    n = vision.tokens(c.feature_select)
-    if c.image_mode == "anyres" and CONNECTORS[c.connector].mean:
-        raise UserError(
-            "model.image_mode",
-            f"anyres with {c.connector}, the mean of all views",
-            "use mlp2x_gelu",
-        )
-    if c.image_mode == "anyres" and isqrt(n) ** 2 != n:
-        raise UserError("model.image_mode", f"anyres, with {n} tokens of a view that are no square",
-                        "set model.feature_select so that only patches are left, or use tiles")  # fmt: skip
-    if c.frames < 1 or c.fps < 0:
-        raise UserError(
-            "model.frames",
-            f"{c.frames} frames, {c.fps} a second",
-            "write 1 or more, and fps 0 or more",
-        )
-    return Views(n, c.connector, c.connector_options, vision.transform, c.image_mode, read_grids(c.image_grids),
-                 c.frames, c.fps)  # fmt: skip
-
-
 class Layout(NamedTuple):
     read: Callable[[dict, Path], LLaVAConfig]
-    table: weights.Table = ()
+    table: Table = ()
     hf_names: bool = True
     writes: Callable[[LLaVAConfig], dict] | None = (
         None  # config.json of this layout, where we write it
@@ -125,6 +67,14 @@ class Layout(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------- ours
+
+
+def to_ours(c: LLaVAConfig) -> dict:
+    """config.json of our own layout; the image processor has a file of its own."""
+    rest = asdict(c)
+    parts = {"text_config": rest.pop("text"), "vision_config": rest.pop("vision")}
+    del rest["preprocessor"]
+    return {"model_type": "barellava", **parts, **rest, "image_token_index": IMAGE_TOKEN}
 
 
 def _ours(c: dict, folder: Path) -> LLaVAConfig:
@@ -253,10 +203,10 @@ def _bench(family: str, template: str):
     """
 
     def read(c: dict, folder: Path) -> LLaVAConfig:
-        tower = weights.resolve(
+        tower = resolve(
             c["mm_vision_tower"], f"{folder / 'config.json'}:mm_vision_tower", small=True
         )
-        vision = weights.read_json(tower / "config.json")
+        vision = read_json(tower / "config.json")
         siglip = vision["model_type"].startswith("siglip")
         text = {k: v for k, v in c.items() if not k.startswith(("mm_", "tune_"))} | {
             "model_type": family
@@ -372,7 +322,7 @@ _HF_TABLE = (
     ("lm_head.**", "language_model.lm_head.**"),
 )
 LAYOUTS: dict[str, Layout] = {
-    "barellava": Layout(_ours, hf_names=False, writes=LLaVAConfig.to_json),
+    "barellava": Layout(_ours, hf_names=False, writes=to_ours),
     "tinyllava": Layout(_factory, _FACTORY_TABLE, writes=_to_factory),
     "tiny_llava_phi": _bench("phi", "phi"),
     "tiny_llava": _bench("llama", "llama"),
@@ -390,10 +340,10 @@ ADAPTED = (
 class Renamed(Mapping):
     """A checkpoint seen through a layout's table: keys as `language_model.*`, `vision_tower.*`, `connector.*`."""
 
-    def __init__(self, source: Mapping, table: weights.Table):
+    def __init__(self, source: Mapping, table: Table):
         self.source, self.theirs = source, {}
         for key in source:
-            ours = weights.rename(key, table)
+            ours = rename(key, table)
             if ours in self.theirs:
                 raise UserError(
                     source.locate(key),
@@ -423,7 +373,7 @@ class _Merged(Renamed):
 
     def __init__(self, source: weights.Joined, folder: Path):
         super().__init__(source, (("**.base_layer.**", "**.**"),))
-        c, file = weights.read_json(folder / "adapter_config.json"), "adapter_model.safetensors"
+        c, file = read_json(folder / "adapter_config.json"), "adapter_model.safetensors"
         for key in (
             "use_dora",
             "rank_pattern",
@@ -467,7 +417,7 @@ class _Merged(Renamed):
 def read_config(folder: Path) -> LLaVAConfig:
     """The config of a checkpoint of any layout. Raises UserError for an unknown or incomplete config.json."""
     where = folder / "config.json"
-    c = weights.read_json(where)
+    c = read_json(where)
     kind = c.get("model_type")
     if kind not in LAYOUTS:
         raise UserError(
@@ -486,7 +436,7 @@ def read(folder: Path, allow_pickle: bool = False) -> tuple[LLaVAConfig, Mapping
 
     Raises UserError as read_config and weights.Checkpoint do.
     """
-    config, kind = read_config(folder), weights.read_json(folder / "config.json")["model_type"]
+    config, kind = read_config(folder), read_json(folder / "config.json")["model_type"]
     layout = LAYOUTS[kind]
     if (
         kind == "tinyllava" and (folder / "language_model").is_dir()

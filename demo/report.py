@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 
 import config
-from checkpoints import weights
+from checkpoints.files import write_file
 from config import UserError
 from evals import world
 
@@ -443,7 +443,7 @@ def main(argv):
     )
     folder = Path(parser.parse_args(argv).folder)
     run = read_run(folder)
-    weights.write_file(folder / "report.html", page(run))
+    write_file(folder / "report.html", page(run))
     print(f"{'':24}{'score':>8}{'blanked':>9}{'text only':>11}{'chance':>8}{'n':>7}")
     for name, s in run["world"]["scores"].items():
         blank = run["world-blank"]["scores"][name]["score"]

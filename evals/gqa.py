@@ -11,7 +11,7 @@ questions that query are `open`, all others `binary`. Chance is what the best co
 import json
 from pathlib import Path
 
-from checkpoints import weights
+from checkpoints.files import write_file
 from config import UserError
 from evals import WORD, first, open_scores, reading, rows, table
 
@@ -75,5 +75,5 @@ def write(examples, answers, stem, data_dir):
         {"questionId": e["id"], "prediction": prediction(a)}
         for e, a in zip(examples, answers, strict=True)
     ]
-    weights.write_file(file, json.dumps(made))
+    write_file(file, json.dumps(made))
     return [file]

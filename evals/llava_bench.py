@@ -11,7 +11,7 @@ review that does not begin with two scores counts -1 for both, as there. The pap
 import json
 from pathlib import Path
 
-from checkpoints import weights
+from checkpoints.files import write_file
 from config import UserError
 from evals import first, reading, rows
 
@@ -80,7 +80,7 @@ def write(examples, answers, stem, data_dir):
         )
         made[-1] |= {"model_id": Path(stem).parent.parent.name, "metadata": {}}
     file = Path(f"{stem}-answers.jsonl")
-    weights.write_file(file, "".join(json.dumps(row) + "\n" for row in made))
+    write_file(file, "".join(json.dumps(row) + "\n" for row in made))
     return [file]
 
 
@@ -136,7 +136,5 @@ def judge(examples, answers, ask, stem, data_dir):
             }
         )
         made[-1]["tuple"] = parse(review)
-    weights.write_file(
-        Path(f"{stem}-reviews.jsonl"), "".join(json.dumps(row) + "\n" for row in made)
-    )
+    write_file(Path(f"{stem}-reviews.jsonl"), "".join(json.dumps(row) + "\n" for row in made))
     return summary([(row["category"].removeprefix("llava_bench_"), row["tuple"]) for row in made])

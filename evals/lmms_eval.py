@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 
 import config
-from checkpoints import weights
+from checkpoints.files import resolve
 from config import UserError
 from evaluate import generate
-from inputs.sample import look
-from inputs.templates import IGNORE, IMAGE, encode, load_tokenizer
+from inputs.sample import load_item
+from inputs.templates import IMAGE, encode
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
+from packing import IGNORE
 
 try:
     from lmms_eval.api.model import lmms
@@ -44,7 +46,7 @@ class Barellava(lmms):
             int(os.environ.get("RANK", 0)),
             int(os.environ.get("WORLD_SIZE", 1)),
         )
-        folder = weights.resolve(pretrained)
+        folder = resolve(pretrained)
         dtype = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
         self.llava = LLaVA.from_pretrained(folder, dtype=dtype, device=self.device).eval()
         self.tokenizer, self.batch_size = load_tokenizer(folder), int(batch_size)
@@ -59,7 +61,7 @@ class Barellava(lmms):
                 made.append(views.picture(visual.convert("RGB")))
             elif isinstance(visual, str):
                 try:
-                    made.append(look(visual, "video", views))
+                    made.append(load_item(visual, "video", views))
                 except ValueError as e:
                     raise UserError(
                         f"lmms-eval:{task}", f"{visual}: {e}", "fetch it again"

@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from checkpoints import weights
+from checkpoints.files import write_file
 from config import UserError
 from evals import LETTER, first, grouped, lettered, reading
 
@@ -122,7 +122,7 @@ def write(examples, answers, stem, data_dir):
         table.append(cells[:6] + [answer] + cells[6:])
     text, files = io.StringIO(), [Path(f"{stem}-server.tsv")]
     csv.writer(text, delimiter="\t", lineterminator="\n").writerows(table)
-    weights.write_file(files[0], text.getvalue())
+    write_file(files[0], text.getvalue())
     if importlib.util.find_spec("openpyxl"):
         from openpyxl import Workbook
 
@@ -130,5 +130,5 @@ def write(examples, answers, stem, data_dir):
         for row in table:
             book.active.append(row)
         files.append(Path(f"{stem}-server.xlsx"))
-        weights.write_file(files[1], book.save)
+        write_file(files[1], book.save)
     return files

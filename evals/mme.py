@@ -10,7 +10,7 @@ and perception and cognition are sums over their tasks. Chance is a coin: 75 a t
 
 from pathlib import Path
 
-from checkpoints import weights
+from checkpoints.files import write_file
 from config import UserError
 from evals import WORD, first, reading, rows
 
@@ -130,5 +130,5 @@ def write(examples, answers, stem, data_dir):
         lines.setdefault(e["task"], []).append("\t".join(cells) + "\n")
     files = [Path(f"{stem}-results") / f"{task}.txt" for task in lines]
     for file, text in zip(files, lines.values(), strict=True):
-        weights.write_file(file, "".join(text))
+        write_file(file, "".join(text))
     return files

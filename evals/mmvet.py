@@ -12,7 +12,7 @@ gpt-4-0613.
 import json
 from pathlib import Path
 
-from checkpoints import weights
+from checkpoints.files import write_file
 from config import UserError
 from evals import first, grouped, reading, rows, table
 
@@ -87,7 +87,7 @@ def write(examples, answers, stem, data_dir):
     """{question: answer}, the file that mm-vet_evaluator.py and its web page take."""
     file = Path(f"{stem}-results.json")
     made = {example["id"]: answer for example, answer in zip(examples, answers, strict=True)}
-    weights.write_file(file, json.dumps(made, indent=4))
+    write_file(file, json.dumps(made, indent=4))
     return [file]
 
 

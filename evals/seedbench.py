@@ -9,7 +9,7 @@ Scored as LLaVA's convert_seed_for_submission.py: the answer must be the letter 
 import json
 from pathlib import Path
 
-from checkpoints import weights
+from checkpoints.files import write_file
 from evals import LETTER, first, grouped, lettered, reading, rows, table
 
 MAX_NEW_TOKENS = 128
@@ -64,5 +64,5 @@ def write(examples, answers, stem, data_dir):
         {"question_id": e["question_id"], "prediction": a}
         for e, a in zip(examples, answers, strict=True)
     ]
-    weights.write_file(file, "".join(json.dumps(row) + "\n" for row in made))
+    write_file(file, "".join(json.dumps(row) + "\n" for row in made))
     return [file]

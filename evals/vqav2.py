@@ -11,7 +11,7 @@ Chance is what the best constant answer gets.
 import json
 from pathlib import Path
 
-from checkpoints import weights
+from checkpoints.files import write_file
 from evals import WORD, first, open_scores, reading, rows, vqa
 
 MAX_NEW_TOKENS = 128
@@ -75,7 +75,5 @@ def write(examples, answers, stem, data_dir):
     elif (whole := Path(data_dir) / "v2_OpenEnded_mscoco_test2015_questions.json").exists():
         asked = [row["question_id"] for _, row in rows(whole, part="questions")]
     file = Path(f"{stem}-server.json")
-    weights.write_file(
-        file, json.dumps([{"question_id": n, "answer": answered.get(n, "")} for n in asked])
-    )
+    write_file(file, json.dumps([{"question_id": n, "answer": answered.get(n, "")} for n in asked]))
     return [file]

@@ -5,45 +5,12 @@ B sequences, T tokens of a packed row, H heads, K key-value heads, d head width,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import islice
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inputs.templates import IMAGE_TOKEN
 from kernels.attention import attention_decode, attention_packed
-from kernels.cross_entropy import IGNORE
-
-Attend = Callable[
-    [nn.Module, Tensor, Tensor, Tensor], Tensor
-]  # (layer, q, k, v) -> attention output, packed
-
-
-def expand(ids: Tensor, counts: Sequence[int], labels: Tensor | None = None) -> Tensor:
-    """One placeholder -> its image's `counts` positions; with labels, their expansion instead (-100 at images)."""
-    image, repeats = ids == IMAGE_TOKEN, torch.ones_like(ids)
-    repeats[image] = torch.tensor(counts, dtype=ids.dtype, device=ids.device)
-    return (ids if labels is None else labels.masked_fill(image, IGNORE)).repeat_interleave(repeats)
-
-
-def pack(rows: list[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Rows of ids with single placeholders, images with so many positions -> packed ids, positions, cu_seqlens,
-    max_seqlen."""
-    counts, device, wide = iter(counts), rows[0].device, []
-    for row in rows:
-        wide.append(expand(row, list(islice(counts, int((row == IMAGE_TOKEN).sum())))))
-    lengths = [len(r) for r in wide]
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-    return torch.cat(wide), positions, cu_seqlens, max(lengths)
-
-
-def packed(cu_seqlens: Tensor, max_seqlen: int) -> Attend:
-    """Causal attention inside each sample of a packed row."""
-    return lambda layer, q, k, v: attention_packed(q, k, v, cu_seqlens, max_seqlen)
-
+from packing import Attend
 
 # -------------------------------------------------------------------------------------------------- the cache
 

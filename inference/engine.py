@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.cache import Cache, pack
-from inputs.templates import IMAGE_TOKEN
-from inputs.tiling import Item, items_of
+from inference.cache import Cache
 from kernels import nf4
 from kernels.lora import FORMATS
+from packing import IMAGE_TOKEN, Item, as_items, pack_prompts
 
 WORTH = 16  # slots: a beginning that two prompts share is used again from this length on
 GRAIN = 256  # the slots of a cache grow by multiples of it
@@ -248,7 +247,7 @@ class Engine:
         """Prompts into the rows behind those that are decoded, and the logits of their first tokens behind theirs."""
         asked, seen = [], {}
         for r in new:
-            items = [Item(item.pixels.to(self.device), item.shape) for item in items_of(r.images)]
+            items = [Item(item.pixels.to(self.device), item.shape) for item in as_items(r.images)]
             names = [fingerprint(item) for item in items]
             holes = int((r.ids == IMAGE_TOKEN).sum())
             if holes != len(items) or len(r.ids) == 0:
@@ -295,8 +294,7 @@ class Engine:
 
     def _encode(self, items: dict[int, Item]) -> dict[int, Tensor]:
         """Items by name -> what stands for each, (n, D)."""
-        counts, features = self.model.features(list(items.values()))
-        return dict(zip(items, features.split(counts), strict=True)) if items else {}
+        return dict(zip(items, self.model.encode_items(list(items.values())), strict=True))
 
     def _prefill(self, parts: list[tuple[int, int, int]], features: dict[int, Tensor]) -> Tensor:
         """(row, where its beginning is, how much of its prompt that is) of each -> logits behind the prompts."""
@@ -306,7 +304,7 @@ class Engine:
         rows = [
             torch.tensor([max(i, IMAGE_TOKEN) for i in tail], device=self.device) for tail in tails
         ]
-        ids, positions, cu_seqlens, longest = pack(rows, [len(image) for image in images])
+        ids, positions, cu_seqlens, longest = pack_prompts(rows, [len(image) for image in images])
         to = [row for row, _, _ in parts]
         if any(starts):
             for (row, source, _), filled in zip(parts, starts, strict=True):

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inference.cache import Cache, pack, packed
+from inference.cache import Cache
 from inference.engine import Request, Row, choose, engine_of
-from inputs.templates import IMAGE_TOKEN
-from inputs.tiling import Item
+from packing import IMAGE_TOKEN, Item, pack_prompts, packed_attention
 
 
 def generate(
@@ -25,8 +24,9 @@ def generate(
     """LLaVA.generate, whose prompts are rows on the model's device and whose items are one for each placeholder."""
     fill = 0 if eos is None else eos
     if beams > 1 or not use_cache:
-        counts, features = model.features(items)
-        decoding = Decoding(model, pack(rows, counts), features, beams, new, use_cache)
+        encoded = model.encode_items(items)
+        counts, features = [len(f) for f in encoded], torch.cat(encoded) if encoded else None
+        decoding = Decoding(model, pack_prompts(rows, counts), features, beams, new, use_cache)
     if beams > 1:
         if stream or options["temperature"] or options["until"]:
             raise ValueError("beam search has no temperature, no stream and no stopping text")
@@ -99,7 +99,9 @@ class Decoding:
             self.lengths = self.lengths + 1
             cu_seqlens = F.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
             positions = torch.cat([torch.arange(n, device=x.device) for n in self.lengths.tolist()])
-            hidden = self.lm.model(self.x, positions, packed(cu_seqlens, int(self.lengths.max())))
+            hidden = self.lm.model(
+                self.x, positions, packed_attention(cu_seqlens, int(self.lengths.max()))
+            )
             hidden = hidden[cu_seqlens[1:].long() - 1]
         self.logits = self.lm.lm_head(hidden).float()
 

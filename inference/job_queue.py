@@ -22,8 +22,8 @@ from PIL import Image
 from config import UserError
 from inputs.rows import load_image
 from inputs.templates import encode_prompt, stop_id
-from inputs.tiling import Item
 from model import LLaVA
+from packing import Item
 
 FORMATS = (
     "PNG",

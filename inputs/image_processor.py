@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from checkpoints import weights
+from checkpoints.files import read_json
 from config import UserError
 
 PROCESSORS = (
@@ -26,7 +26,7 @@ def need(good: bool, where: object, value: object, fix: str):
 
 
 @dataclass(frozen=True)
-class ImageTransform:
+class ImageProcessor:
     """A published image processor as numbers. Small and picklable: data workers carry it without the weights."""
 
     size: int = 224  # pixels: the square's side, or the shortest side where crop is set
@@ -38,7 +38,7 @@ class ImageTransform:
 
     @classmethod
     def from_hf(
-        cls, config: dict, default: ImageTransform, where: object = "preprocessor_config.json"
+        cls, config: dict, default: ImageProcessor, where: object = "preprocessor_config.json"
     ):
         """From an image processor's fields; a missing one is the default's. UserError for one we cannot reproduce."""
         given = {
@@ -134,7 +134,7 @@ class ImageTransform:
 
 def read_preprocessor(folder) -> dict:
     """The image processor's fields in a folder: transformers 4's file, else transformers 5's, else {}."""
-    flat = weights.read_json(folder / "preprocessor_config.json", optional=True)
-    return flat or weights.read_json(folder / "processor_config.json", optional=True).get(
+    flat = read_json(folder / "preprocessor_config.json", optional=True)
+    return flat or read_json(folder / "processor_config.json", optional=True).get(
         "image_processor", {}
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.weights import write_file
+from checkpoints.files import write_file
 from config import UserError
 
 CHUNK = 1 << 24  # bytes of a JSON file that are read at a time

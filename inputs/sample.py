@@ -8,20 +8,17 @@ IMAGE_TOKEN at each of an item's positions, labels hold IGNORE where nothing is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-import config
-from checkpoints.layouts import from_recipe, views_of
-from checkpoints.weights import resolve
 from config import UserError
 from inputs import templates, video
 from inputs.rows import Mixture, Rows, image_size, load_image, media
-from inputs.templates import IGNORE, IMAGE_TOKEN
-from inputs.tiling import TILED, Item, Shape, Views
+from inputs.tiling import TILED, Tiling
+from inputs.tokenizer import Tokenizer
+from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape
 
 # --------------------------------------------------------------------------------------------------- samples
 
@@ -30,55 +27,18 @@ from inputs.tiling import TILED, Item, Shape, Views
 class SampleSpec:
     """All that decides how a row becomes a sample."""
 
-    tokenizer: templates.Tokenizer
+    tokenizer: Tokenizer
     template: str
     max_tokens: int
-    views: Views
+    views: Tiling
 
 
-def make_spec(tokenizer: str, template: str, **rest) -> SampleSpec:
-    """A spec whose tokenizer (folder or Hugging Face id) and template fit. Raises UserError."""
-    folder = resolve(tokenizer, small=True) if tokenizer else None
-    try:
-        tok = templates.load_tokenizer(folder) if folder else byte_tokenizer()
-        templates.resolve(template, tok)
-    except ValueError as e:
-        raise _user_error(tokenizer or "command line", e) from None
-    return SampleSpec(tok, template, **rest)
-
-
-def byte_tokenizer() -> templates.Tokenizer:
-    """One token per byte, and every template's eos: lets `check` see a row's structure where no tokenizer is named."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(sorted({t.eos for t in templates.TEMPLATES.values() if t.eos}))
-    files = {
-        "tokenizer.json": tok.to_str().encode(),
-        "tokenizer_config.json": b'{"eos_token": "</s>"}',
-    }
-    return templates.JsonTokenizer(files)
-
-
-def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
-    """The spec that training and `check` share. Raises UserError for a missing tokenizer, template or encoder."""
-    if not model.text:
-        raise UserError(
-            "model.tokenizer", "not set", "name a folder with tokenizer.json or tokenizer.model"
-        )
-    views = views_of(from_recipe(model, stage.template))
-    return make_spec(model.text, stage.template, max_tokens=stage.max_tokens, views=views)
-
-
-def _user_error(where, error: ValueError) -> UserError:
+def user_error(where, error: ValueError) -> UserError:
     what, _, fix = str(error).partition("; fix: ")
     return UserError(where, what, fix or "mend the row, or remove it")
 
 
-def look(source, kind: str, views: Views, **part) -> Item:
+def load_item(source, kind: str, views: Tiling, **part) -> Item:
     """A picture or video (kind) as the encoder sees it; part: video.stream's span and rate. Raises ValueError(what is
     wrong with it), UserError where what reads videos is not installed."""
     if kind == "image":
@@ -86,15 +46,15 @@ def look(source, kind: str, views: Views, **part) -> Item:
     return views.clip(video.stream(source, views.frames, views.fps, **part))
 
 
-def measure(source, kind: str, views: Views) -> Shape:
+def item_shape(source, kind: str, views: Tiling) -> ItemShape:
     """The shape of the item that `look` makes of it, without reading more of it than that takes."""
     if kind == "video":
-        return Shape(
+        return ItemShape(
             len(video.indices(video.probe(source), views.frames, views.fps))
             if views.fps
             else views.frames
         )
-    return views.shape(image_size(source)) if views.mode in TILED else Shape()
+    return views.shape(image_size(source)) if views.mode in TILED else ItemShape()
 
 
 @dataclass
@@ -134,7 +94,7 @@ def encode_row(
     try:
         tokens = templates.encode(row.get("conversations"), spec.tokenizer, spec.template)
     except ValueError as e:
-        raise _user_error(where, e) from None
+        raise user_error(where, e) from None
     except (
         TypeError
     ) as e:  # what `tokenizers` says of half a surrogate pair ("\ud83d"), which JSON may hold
@@ -146,7 +106,7 @@ def encode_row(
     if marks != len(names):
         what = f"{marks} <image> in what the humans say but {len(names)} {kind}s in the row"
         raise UserError(where, what, "write one <image> for each, or remove the row")
-    shapes = read(rows, i, spec, measure, where, row)
+    shapes = read(rows, i, spec, item_shape, where, row)
     sizes = iter([spec.views.positions(shape) for shape in shapes])
     ids, labels, images_end = [], [], 0
     for token, label in zip(*tokens, strict=True):
@@ -176,103 +136,8 @@ def make_sample(rows: Rows | Mixture, i: int, spec: SampleSpec) -> Sample:
     row = rows[i]
     where = rows.where(i, row)
     ids, labels, _, cut = encode_row(rows, i, row, where, spec)
-    items = read(rows, i, spec, look, where, row)
+    items = read(rows, i, spec, load_item, where, row)
     return Sample(torch.tensor(ids), torch.tensor(labels), items, i, cut)
 
 
 # ------------------------------------------------------------------------------------------- batches
-
-
-@dataclass
-class Batch:
-    """S samples in one row of T tokens."""
-
-    input_ids: Tensor  # (T,) int64, IMAGE_TOKEN at image positions
-    labels: Tensor  # (T,) int64, NOT shifted, IGNORE where unsupervised
-    positions: Tensor  # (T,) int64, from 0 in each sample
-    cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
-    max_seqlen: int
-    images: Tensor | None  # (V, 3, H, W) uint8, in order of occurrence
-    shapes: list[Shape]  # of the N items
-    rows: list[int]  # S row numbers
-
-    @property
-    def supervised(self) -> int:
-        """Targets that count: no sample's first token is one, so the model's shift loses none. Waits for a GPU."""
-        return int((self.labels != IGNORE).sum())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self, **{k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        )
-
-    def to(self, device) -> Batch:
-        return self._each(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
-
-    def part(self, samples: slice, items: slice) -> Batch:
-        """Some of its samples, with their items, as tensor views."""
-        cu = self.cu_seqlens[samples.start : samples.stop + 1]
-        t, cu = slice(int(cu[0]), int(cu[-1])), cu - cu[0]
-        first, last = (
-            sum(shape.views for shape in self.shapes[:i]) for i in (items.start, items.stop)
-        )
-        pixels = self.images[first:last] if last > first else None
-        ids, labels, positions, shapes = (
-            self.input_ids[t],
-            self.labels[t],
-            self.positions[t],
-            self.shapes[items],
-        )
-        return Batch(
-            ids, labels, positions, cu, int(cu.diff().max()), pixels, shapes, self.rows[samples]
-        )
-
-
-def pack(samples: list[Sample]) -> Batch:
-    """Samples one after the other, in the order given."""
-    lengths = [len(s.ids) for s in samples]
-    items = [item for s in samples for item in s.items]
-    return Batch(
-        input_ids=torch.cat([s.ids for s in samples]),
-        labels=torch.cat([s.labels for s in samples]),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        max_seqlen=max(lengths),
-        images=torch.cat([item.pixels for item in items]) if items else None,
-        shapes=[item.shape for item in items],
-        rows=[s.row for s in samples],
-    )
-
-
-def share(lengths: list[int], world: int) -> list[list[int]]:
-    """Which samples of a step each rank takes, so that all have as many tokens: longest first, to who has fewest."""
-    shares, tokens = [[] for _ in range(world)], [0] * world
-    for j in sorted(range(len(lengths)), key=lambda j: -lengths[j]):
-        rank = min(range(world), key=lambda r: (tokens[r], len(shares[r])))
-        shares[rank].append(j)
-        tokens[rank] += lengths[j]
-    return [sorted(s) for s in shares]
-
-
-def fill(lengths: list[int], budget: int) -> list[list[int]]:
-    """Which samples share a micro-batch of at most `budget` tokens: the longest left, and of the others those that
-    together come closest to filling it, which all sums that they can make show (bit t of `sums`: t tokens).
-
-    A sample longer than the budget is alone; with budget 0 every one is. Inside, stream order.
-    """
-    bins, left = [], sorted(range(len(lengths)), key=lambda j: -lengths[j])
-    while left:
-        chosen, room, sums = left[:1], max(0, budget - lengths[left[0]]), [1]
-        for j in left[1:]:
-            sums.append((sums[-1] | sums[-1] << lengths[j]) & ((1 << room + 1) - 1))
-        total = sums.pop().bit_length() - 1
-        for j in reversed(left[1:]):
-            if not sums.pop() >> total & 1:  # longer ones alone do not make this total
-                chosen.append(j)
-                total -= lengths[j]
-        bins.append(sorted(chosen))
-        left = [j for j in left if j not in chosen]
-    return sorted(bins)

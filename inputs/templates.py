@@ -24,12 +24,9 @@ import config
 from config import UserError
 from inputs.tokenizer import JsonTokenizer as JsonTokenizer
 from inputs.tokenizer import Tokenizer, load_tokenizer
+from packing import IGNORE, IMAGE_TOKEN
 
 IMAGE = "<image>"
-IMAGE_TOKEN = (
-    -200
-)  # TinyLLaVA's id for "an image goes here"; negative, so no vocabulary can contain it
-IGNORE = -100  # the label that torch's cross-entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -386,6 +383,22 @@ def read_rows(path):
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}:0", "not a list of rows, or empty", fix)
     return rows
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, and every template's eos: lets `check` see a row's structure where no tokenizer is named."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens(sorted({t.eos for t in TEMPLATES.values() if t.eos}))
+    files = {
+        "tokenizer.json": tok.to_str().encode(),
+        "tokenizer_config.json": b'{"eos_token": "</s>"}',
+    }
+    return JsonTokenizer(files)
 
 
 def main(arguments):

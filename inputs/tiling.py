@@ -17,89 +17,19 @@ views of a whole batch in one call, the connector those of an item together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil, isqrt
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
 
 from config import UserError
-from connectors import CONNECTORS, connector_tokens
-from inputs.image_processor import ImageTransform
-from inputs.templates import IMAGE_TOKEN
+from connectors import connector_tokens
+from inputs.image_processor import ImageProcessor
+from packing import ONE_VIEW, Item, ItemShape
 
 TILED = ("tiles", "anyres")
-
-
-class Shape(NamedTuple):
-    """What of an item decides how many tokens it takes and in which order. Rows and columns only in anyres."""
-
-    views: int = 1
-    rows: int = 0  # of tiles, behind the first view
-    columns: int = 0
-    top: int = 0  # rows of tokens that are border, above and below
-    left: int = 0
-
-
-PICTURE = Shape()
-
-
-class Item(NamedTuple):
-    pixels: Tensor  # (v, 3, H, W), uint8 or normalised
-    shape: Shape = PICTURE
-
-
-def items_of(images: Tensor | Sequence[Item]) -> list[Item]:
-    """Pictures (N, 3, H, W) as items of one view; items as they are."""
-    return [Item(image[None]) for image in images] if isinstance(images, Tensor) else list(images)
-
-
-def called_for(rows: list[Tensor], images: Tensor | Sequence[Item] | None) -> list[Item]:
-    """The items that the placeholders in rows of ids call for, in their order; of as many images as rows, those of the
-    rows with a placeholder. Raises ValueError."""
-    counts = [int((row == IMAGE_TOKEN).sum()) for row in rows]
-    items = items_of(images) if images is not None and sum(counts) else []
-    if len(items) == sum(counts):
-        return items
-    if len(items) != len(rows) or max(counts) > 1:
-        raise ValueError(f"{sum(counts)} image placeholders but {len(items)} images")
-    return [item for item, count in zip(items, counts, strict=True) if count]
-
-
-def order(shape: Shape, n: int) -> Tensor:
-    """Where the tokens of an anyres item come from, of `views` times n and one separator behind them: the first view's,
-    then those of the tiles as of one large picture, row by row without its borders, the separator behind each row."""
-    side = isqrt(n)
-    tiles = torch.arange(n, shape.views * n).view(shape.rows, shape.columns, side, side)
-    large = tiles.transpose(1, 2).reshape(shape.rows * side, shape.columns * side)
-    large = large[shape.top : len(large) - shape.top, shape.left : large.size(1) - shape.left]
-    return torch.cat([torch.arange(n), F.pad(large, (0, 1), value=shape.views * n).flatten()])
-
-
-def join(spec: str, x: Tensor) -> Tensor:
-    """The views of items (N, v, n, C) as their connector reads them: (N, v n, C), or the mean (N, n, C). Of a mixture
-    (N, v, 2, n, C) -> (N, 2, v n, C)."""
-    return x.mean(1) if CONNECTORS[spec].mean else x.transpose(1, -3).flatten(-3, -2)
-
-
-class Separated(nn.Sequential):
-    """An MLP of connectors.py and anyres's separator: (N, n, C) -> (N, n + 1, D), of each item the last."""
-
-    def __init__(self, layers: nn.Module):
-        if not isinstance(layers, nn.Sequential):
-            raise UserError(
-                "model.image_mode", "anyres takes a connector mlpNx_gelu", "use one, or tiles"
-            )
-        super().__init__(*layers)
-        width = layers[-1].out_features
-        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([super().forward(x), self.image_newline.expand(len(x), 1, -1)], 1)
 
 
 def read_grids(text: str) -> tuple[tuple[int, int], ...]:
@@ -116,13 +46,13 @@ def read_grids(text: str) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True)
-class Views:
+class Tiling:
     """How pictures and videos become items. Small and picklable: data workers carry it without the weights."""
 
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
     connector: str = "identity"
     options: dict = field(default_factory=dict)
-    transform: ImageTransform | None = (
+    transform: ImageProcessor | None = (
         None  # None: pictures are decoded and dropped (data.py check)
     )
     mode: str = "square"
@@ -130,7 +60,7 @@ class Views:
     frames: int = 16
     fps: float = 0.0
 
-    def positions(self, shape: Shape = PICTURE) -> int:
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
         """How many tokens an item takes in the text."""
         if shape.rows:
             side = isqrt(self.tokens)
@@ -138,20 +68,20 @@ class Views:
             return self.tokens + height * (width + 1)
         return connector_tokens(self.connector, self.tokens, shape.views, **self.options)
 
-    def shape(self, size: tuple[int, int]) -> Shape:
+    def shape(self, size: tuple[int, int]) -> ItemShape:
         """The shape of the item that a picture of this width and height becomes."""
         if self.mode not in TILED:
-            return Shape()
+            return ItemShape()
         rows, columns = self.grid(size)
         if self.mode == "tiles":
-            return Shape(1 + rows * columns)
+            return ItemShape(1 + rows * columns)
         (width, height), side = size, isqrt(self.tokens)
         w, h = columns * side, rows * side  # and how much of it the picture fills
         if width / height > w / h:
-            return Shape(
+            return ItemShape(
                 1 + rows * columns, rows, columns, (h - int(round(height * (w / width), 7))) // 2, 0
             )
-        return Shape(
+        return ItemShape(
             1 + rows * columns, rows, columns, 0, (w - int(round(width * (h / height), 7))) // 2
         )
 
@@ -206,4 +136,4 @@ class Views:
         """The frames of a video -> its item, in uint8. A tiled model sees them whole."""
         mode = "square" if self.mode in TILED else self.mode
         pixels = torch.stack([self.transform.pixels(frame, mode) for frame in frames])
-        return Item(pixels, Shape(len(pixels)))
+        return Item(pixels, ItemShape(len(pixels)))

@@ -12,11 +12,12 @@ from PIL import Image
 
 import data
 from config import Stage, Train, UserError
-from data import IGNORE, Order, Rows, Sample, SampleSpec, Steps, loader, make_sample, pack
-from inputs.rows import load_image
-from inputs.sample import byte_tokenizer, make_spec
-from inputs.templates import IMAGE_TOKEN
-from inputs.tiling import Item, Views
+from data import Order, Steps, loader, make_spec
+from inputs.rows import Rows, load_image
+from inputs.sample import Sample, SampleSpec, make_sample
+from inputs.templates import byte_tokenizer
+from inputs.tiling import Tiling
+from packing import IGNORE, IMAGE_TOKEN, Item, bin_pack, pack_samples
 from tests.tools.environment import run, shared
 
 
@@ -48,7 +49,7 @@ class MeanColour:
 @pytest.fixture(scope="module")
 def spec():
     return SampleSpec(
-        byte_tokenizer(), "plain", max_tokens=1000, views=Views(5, transform=MeanColour())
+        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, transform=MeanColour())
     )
 
 
@@ -307,18 +308,18 @@ def sample(length, i=0, images=0):
 
 
 def test_a_pack_keeps_samples_apart():
-    batch = pack([sample(4, 1, images=2), sample(3, 2), sample(5, 3, images=1)])
+    batch = pack_samples([sample(4, 1, images=2), sample(3, 2), sample(5, 3, images=1)])
     assert batch.input_ids.tolist() == [100, 101, 102, 103, 200, 201, 202, 300, 301, 302, 303, 304]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]
     assert batch.cu_seqlens.tolist() == [0, 4, 7, 12] and batch.cu_seqlens.dtype == torch.int32
     assert batch.max_seqlen == 5 and batch.rows == [1, 2, 3] and batch.supervised == 2 + 1 + 2
     assert batch.images[:, 0, 0, 0].tolist() == [1, 1, 3] and batch.images.shape == (3, 3, 2, 2)
-    assert pack([sample(3)]).images is None
+    assert pack_samples([sample(3)]).images is None
     moved = batch.to("meta")
     tensors = [moved.input_ids, moved.labels, moved.positions, moved.cu_seqlens, moved.images]
     assert all(t.is_meta for t in tensors) and moved.rows == batch.rows
     part = batch.part(slice(1, 3), slice(2, 3))
-    alone = pack([sample(3, 2), sample(5, 3, images=1)])
+    alone = pack_samples([sample(3, 2), sample(5, 3, images=1)])
     for name, value in vars(alone).items():
         other = getattr(part, name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, (
@@ -329,13 +330,13 @@ def test_a_pack_keeps_samples_apart():
 
 def test_fill_holds_the_budget_and_loses_nothing():
     lengths = np.random.default_rng(0).integers(50, 1500, 300).tolist() + [9000]
-    bins = data.fill(lengths, 8192)
+    bins = bin_pack(lengths, 8192)
     assert sorted(j for b in bins for j in b) == list(range(301))
     assert all(sum(lengths[j] for j in b) <= 8192 or len(b) == 1 for b in bins)
     assert len(bins) == 1 + -(-sum(lengths[:-1]) // 8192)  # and that is the fewest possible
-    assert all(b == sorted(b) for b in bins) and bins == sorted(bins) == data.fill(lengths, 8192)
-    assert data.fill([3, 3, 7, 7], 10) == [[0, 2], [1, 3]]  # in stream order it would take three
-    assert data.fill([3, 3, 3], 0) == [[0], [1], [2]] and data.fill([5, 6, 4], 9) == [[0, 2], [1]]
+    assert all(b == sorted(b) for b in bins) and bins == sorted(bins) == bin_pack(lengths, 8192)
+    assert bin_pack([3, 3, 7, 7], 10) == [[0, 2], [1, 3]]  # in stream order it would take three
+    assert bin_pack([3, 3, 3], 0) == [[0], [1], [2]] and bin_pack([5, 6, 4], 9) == [[0, 2], [1]]
 
 
 # ---- the order
@@ -618,7 +619,7 @@ def test_check_takes_the_tokenizer_and_the_lengths_of_training(folder, capsys):
         5,
     ]
     lines, error = run_check(capsys, *args, "--max-tokens", 100)
-    spec = SampleSpec(tokenizer, "plain", 10**6, Views(5, transform=MeanColour()))
+    spec = SampleSpec(tokenizer, "plain", 10**6, Tiling(5, transform=MeanColour()))
     length = [len(make_sample(rows, i, spec).ids) for i in range(4)]
     (note,) = [line for line in lines if "note: " in line]
     assert (
@@ -740,8 +741,10 @@ def test_the_sample_rows_make_samples(capsys):
         in lines
     )
     rows = Rows(file, assets)
-    spec = make_spec(str(tokenizer), "phi", max_tokens=2048, views=Views(3, transform=MeanColour()))
+    spec = make_spec(
+        str(tokenizer), "phi", max_tokens=2048, views=Tiling(3, transform=MeanColour())
+    )
     samples = [make_sample(rows, i, spec) for i in range(14, 22)]
     assert [len(s.items) for s in samples] == [0] * 4 + [1] * 4
     text = spec.tokenizer.decode(samples[4].labels[samples[4].labels != IGNORE].tolist())
-    assert text.strip() == "B" and pack(samples).images.shape == (4, 3, 2, 2)
+    assert text.strip() == "B" and pack_samples(samples).images.shape == (4, 3, 2, 2)

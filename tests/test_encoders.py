@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import weights
 from config import UserError
 from encoders import build_encoder, load_encoder, vision_config
-from inputs.image_processor import ImageTransform, read_preprocessor
+from inputs.image_processor import ImageProcessor, read_preprocessor
 from tests.tools.environment import shared
 
 PROCESSORS = {
@@ -66,7 +66,7 @@ def test_the_real_photograph_gives_exactly_its_pixels():
     want = torch.frombuffer(
         bytearray((folder / "image_tensor_f32_3x384x384.bin").read_bytes()), dtype=torch.float32
     )
-    got = ImageTransform(384)(Image.open(folder / "test.jpg"))
+    got = ImageProcessor(384)(Image.open(folder / "test.jpg"))
     assert (got.flatten() - want).abs().max() <= 1e-6
 
 
@@ -94,10 +94,10 @@ def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, opti
             json.dumps({"image_processor": json.loads(flat.read_text())})
         )
         flat.unlink()
-    transform = ImageTransform.from_hf(
-        read_preprocessor(tmp_path), ImageTransform(99, 0 if name == "Siglip" else 98)
+    transform = ImageProcessor.from_hf(
+        read_preprocessor(tmp_path), ImageProcessor(99, 0 if name == "Siglip" else 98)
     )
-    assert ImageTransform.from_hf(transform.to_hf(), ImageTransform()) == transform
+    assert ImageProcessor.from_hf(transform.to_hf(), ImageProcessor()) == transform
     for size in ((31, 40), (53, 18), (16, 16)):
         want = processor(picture(*size), return_tensors="pt")["pixel_values"][0]
         assert (transform(picture(*size)) - want).abs().max() <= 1e-5
@@ -105,20 +105,20 @@ def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, opti
 
 def test_the_processor_survives_a_round_trip():
     for transform in (
-        ImageTransform(384),
-        ImageTransform(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2),
+        ImageProcessor(384),
+        ImageProcessor(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2),
     ):
-        assert ImageTransform.from_hf(transform.to_hf(), ImageTransform()) == transform
+        assert ImageProcessor.from_hf(transform.to_hf(), ImageProcessor()) == transform
 
 
 def test_pad_centres_the_picture_on_the_mean_colour():
-    transform = ImageTransform(5, 0, (0.2, 0.5, 0.9), (1.0, 1.0, 1.0))
+    transform = ImageProcessor(5, 0, (0.2, 0.5, 0.9), (1.0, 1.0, 1.0))
     image = picture(5, 2)
     colour = torch.tensor([int(m * 255) for m in transform.mean]) / 255 - torch.tensor(
         transform.mean
     )
     want = colour[:, None, None].repeat(1, 5, 5)
-    want[:, 1:3] = ImageTransform(5, 0, transform.mean, transform.std)(image.crop((0, -1, 5, 4)))[
+    want[:, 1:3] = ImageProcessor(5, 0, transform.mean, transform.std)(image.crop((0, -1, 5, 4)))[
         :, 1:3
     ]
     assert torch.equal(transform(image, "pad"), want)
@@ -126,21 +126,21 @@ def test_pad_centres_the_picture_on_the_mean_colour():
 
 def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
     assert read_preprocessor(tmp_path) == {}
-    default = ImageTransform(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2)
-    assert ImageTransform.from_hf({}, default) == default
+    default = ImageProcessor(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2)
+    assert ImageProcessor.from_hf({}, default) == default
     old = {
         "feature_extractor_type": "CLIPFeatureExtractor",
         "size": 30,
         "crop_size": 20,
         "do_center_crop": True,
     }
-    assert ImageTransform.from_hf(old, default) == ImageTransform(
+    assert ImageProcessor.from_hf(old, default) == ImageProcessor(
         30, 20, default.mean, default.std, 2
     )
-    assert ImageTransform.from_hf(
-        {"size": 30, "resample": None}, ImageTransform()
-    ) == ImageTransform(30)
-    assert vision_config(DINOV2).transform == ImageTransform(
+    assert ImageProcessor.from_hf(
+        {"size": 30, "resample": None}, ImageProcessor()
+    ) == ImageProcessor(30)
+    assert vision_config(DINOV2).transform == ImageProcessor(
         256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3
     )
     assert (vision_config(CLIP).transform.size, vision_config(CLIP).transform.crop) == (12, 12)
@@ -154,7 +154,7 @@ def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
     ("feature_extractor_type", "ViTFeatureExtractor"), ("do_center_crop", False),
 ])  # fmt: skip
 def test_a_field_that_would_change_the_pixels_is_refused(field, value):
-    good = ImageTransform(30, 20).to_hf()
+    good = ImageProcessor(30, 20).to_hf()
     good.pop("image_processor_type")
     with pytest.raises(
         UserError,
@@ -164,7 +164,7 @@ def test_a_field_that_would_change_the_pixels_is_refused(field, value):
         if "type" in field
         else field,
     ):
-        ImageTransform.from_hf(good | {field: value}, ImageTransform())
+        ImageProcessor.from_hf(good | {field: value}, ImageProcessor())
 
 
 # ------------------------------------------------------------------------------------------------ the arithmetic
@@ -205,7 +205,7 @@ def test_features_equal_those_of_transformers(tmp_path, name, config):
     if name.startswith("dinov2"):  # larger, smaller, and not a multiple of the patch
         sides += [config["image_size"] + 2 * config["patch_size"], 2 * config["patch_size"] + 1]
     for side in sides:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(ImageTransform(side).to_hf()))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(ImageProcessor(side).to_hf()))
         pixels = torch.randn(2, 3, side, side)
         with torch.no_grad():
             states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
@@ -431,7 +431,7 @@ def test_an_encoder_we_do_not_know_is_refused(base, change, message):
 
 
 def test_a_processor_of_another_size_is_refused_except_for_dinov2():
-    processor = ImageTransform(16).to_hf()
+    processor = ImageProcessor(16).to_hf()
     for kind in ("clip_vision_model", "siglip_vision_model"):
         with pytest.raises(UserError, match="image_size"):
             vision_config(CLIP | {"model_type": kind}, processor)

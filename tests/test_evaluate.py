@@ -17,8 +17,8 @@ from config import Model, UserError
 from demo import report
 from demo import world as demo_world
 from evals import world
-from inputs.templates import load_tokenizer
-from inputs.tiling import Views
+from inputs.tiling import Tiling
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import run
 
@@ -183,7 +183,7 @@ def test_the_model_is_given_pictures_and_prompts_in_order(data):
     model = SimpleNamespace(
         vision_tower=SimpleNamespace(transform=transform),
         config=SimpleNamespace(template="plain"),
-        views=Views(1, transform=transform),
+        views=Tiling(1, transform=transform),
         generate=generate,
     )
     examples = world.examples(data)[:4]

@@ -13,14 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from checkpoints import weights
-from checkpoints.layouts import LLaVAConfig
+from checkpoints.files import read_json
+from config import LLaVAConfig
 from export import export
 from inputs import templates
 from inputs.rows import load_image
-from inputs.sample import byte_tokenizer
-from inputs.templates import IMAGE_TOKEN, load_tokenizer
-from inputs.tiling import Item, Shape
+from inputs.templates import byte_tokenizer
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA, init_weights
+from packing import IMAGE_TOKEN, Item, ItemShape
 from tests.tools.environment import ROOT, SHARED, shared
 
 GOLDEN = (
@@ -123,7 +124,7 @@ def test_transformers_loads_what_we_write(version, tmp_path):
         model = small(family, tower, feature_select="patch" if i % 2 else "cls_patch")
         folder = tmp_path / f"{family}-{tower}"
         export(model, None, "hf-llava", folder, int(version))
-        image = weights.read_json(folder / "config.json")["image_token_index"]
+        image = read_json(folder / "config.json")["image_token_index"]
         rows = [
             [1, 5, *[image] * model.image_tokens, 7, 9],
             [3, *[image] * model.image_tokens, 8, 2, 60],
@@ -144,7 +145,7 @@ def test_what_came_from_transformers_goes_back_complete(written, version, tmp_pa
     model = LLaVA.from_pretrained(source)
     export(model, None, "hf-llava", tmp_path / "out", int(version))
     io = load_file(source / "io.safetensors")
-    io["input_ids"][io["input_ids"] == 90] = weights.read_json(tmp_path / "out" / "config.json")[
+    io["input_ids"][io["input_ids"] == 90] = read_json(tmp_path / "out" / "config.json")[
         "image_token_index"
     ]
     save_file(io, tmp_path / "out" / "io.safetensors")
@@ -233,7 +234,7 @@ def chat_is_ours(version: str, ours: dict):
         )
         template, image = (
             model.config.template,
-            weights.read_json(folder / "config.json")["image_token_index"],
+            read_json(folder / "config.json")["image_token_index"],
         )
         stop, again = templates.stop_id(tok, template), LLaVA.from_pretrained(folder)
         assert len(got["alone"]) == len(asked)
@@ -284,7 +285,7 @@ def test_chat_pipelines_of_transformers_work_on_the_exported_folder(version, tmp
         for file in files:
             shutil.copy(shared("assets/tokenizers") / tokenizer / file, source)
         if template == "chat":
-            config = weights.read_json(
+            config = read_json(
                 shared("assets/tokenizers/Qwen--Qwen2.5-0.5B-Instruct/tokenizer_config.json")
             )
             (source / "tokenizer_config.json").write_text(json.dumps(config))
@@ -328,7 +329,7 @@ def test_anyres_becomes_llava_next(version, tmp_path):
         ours[tmp_path / family] = model, tok, asked
     chat_is_ours(version, ours)
     config, again = (
-        weights.read_json(tmp_path / "llama" / "config.json"),
+        read_json(tmp_path / "llama" / "config.json"),
         LLaVA.from_pretrained(tmp_path / "llama"),
     )
     assert config["image_grid_pinpoints"] == [[12, 24], [24, 12], [24, 24], [12, 36], [36, 12]]
@@ -400,8 +401,8 @@ def test_factory_round_trip_is_key_for_key_and_bit_for_bit(case, tmp_path):
             torch.equal(after[k], before[k]) and after[k].dtype == before[k].dtype for k in before
         )
     want, got = (
-        weights.read_json(source / "config.json"),
-        weights.read_json(tmp_path / "again" / "config.json"),
+        read_json(source / "config.json"),
+        read_json(tmp_path / "again" / "config.json"),
     )
     same = (
         "connector_type", "vision_feature_layer", "vision_feature_select_strategy", "image_aspect_ratio",
@@ -428,7 +429,7 @@ def test_tinyllava_videos_round_trip(kind, options, tmp_path):
     )
     export(model, None, "tinyllava", tmp_path / "1")
     config, state = (
-        weights.read_json(tmp_path / "1" / "config.json"),
+        read_json(tmp_path / "1" / "config.json"),
         load_file(tmp_path / "1" / "model.safetensors"),
     )
     said = {k: config[k] for k in ("connector_type", "group", *sizes) if k in config}
@@ -444,13 +445,16 @@ def test_tinyllava_videos_round_trip(kind, options, tmp_path):
     assert "- frames of a video: 5 at most, 2 a second\n" in card and "TinyLLaVA-Video" in card
     again = LLaVA.from_pretrained(tmp_path / "1", dtype=None)
     export(again, None, "tinyllava", tmp_path / "2")
-    assert weights.read_json(tmp_path / "2" / "config.json") == config
+    assert read_json(tmp_path / "2" / "config.json") == config
     if kind == "naiveresampler":  # has had another name, and may have a `group` that says nothing
         for change in ({"connector_type": "resamplerwithpe"}, {"group": None}, {"group": 16}):
             (tmp_path / "1" / "config.json").write_text(json.dumps(config | change))
             again = LLaVA.from_pretrained(tmp_path / "1", dtype=None)
             assert again.config.connector == kind
-    ids, clip = torch.tensor([[1, IMAGE_TOKEN, 5]]), [Item(torch.randn(5, 3, SIDE, SIDE), Shape(5))]
+    ids, clip = (
+        torch.tensor([[1, IMAGE_TOKEN, 5]]),
+        [Item(torch.randn(5, 3, SIDE, SIDE), ItemShape(5))],
+    )
     logits = again(ids, clip).logits
     assert logits.size(1) == 2 + 6 and torch.equal(logits, model(ids, clip).logits)
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from checkpoints import weights
+from checkpoints.files import read_json
+from checkpoints.names import rename, reverse
 from model import FAMILIES, LanguageModel, lm_config
 from tests.tools.environment import shared
 
@@ -95,10 +97,10 @@ def test_every_gradient_equals_transformers(pair):
     ids = torch.randint(1, 131, (2, 11), generator=torch.Generator().manual_seed(2))
     theirs(ids).logits.square().mean().backward()
     ours(ids).square().mean().backward()
-    table = weights.reverse(ours.rename)
+    table = reverse(ours.rename)
     want = {name: p.grad for name, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
-        grad = want.pop(weights.rename(name, table))
+        grad = want.pop(rename(name, table))
         assert (p.grad - grad).norm().item() <= 1e-4 * max(1e-3, grad.norm().item()), name
     assert not want
     ours.zero_grad()
@@ -154,7 +156,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_configurations_have_the_published_number_of_parameters(name):
-    hf = weights.read_json(shared("assets/configs") / name / "config.json")
+    hf = read_json(shared("assets/configs") / name / "config.json")
     with torch.device("meta"):
         model = LanguageModel.from_hf(hf)
     assert sum(p.numel() for p in model.parameters()) == REAL[name]

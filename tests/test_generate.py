@@ -10,7 +10,7 @@ from PIL import Image
 from config import Model
 from demo import world as demo_world
 from generate import Chat
-from inputs.templates import load_tokenizer
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import ROOT, run
 

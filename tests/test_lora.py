@@ -14,8 +14,9 @@ import config
 import export
 import lora
 from checkpoints import layouts, weights
-from checkpoints.layouts import LLaVAConfig
-from config import LoRA, UserError
+from checkpoints.files import write_file
+from checkpoints.names import rename, reverse
+from config import LLaVAConfig, LoRA, UserError
 from connectors import build_connector
 from demo import world
 from encoders import build_encoder, vision_config
@@ -108,9 +109,7 @@ def compare(ours, want, got, theirs, table=(), close=1e-5):
     for name, p in ours.named_parameters():
         if p.requires_grad:
             module, _, kind = name.rpartition(".")
-            path = weights.rename(f"{module}.weight", weights.reverse(table)).removesuffix(
-                ".weight"
-            )
+            path = rename(f"{module}.weight", reverse(table)).removesuffix(".weight")
             grad = grads.pop(f"base_model.model.{path}.{kind}.default.weight", None)
             grad = (
                 grads.pop(f"base_model.model.{path}.{kind}.default", None) if grad is None else grad
@@ -809,7 +808,7 @@ def test_training_on_a_quantized_model(kind, tmp_path):
     whole = LLaVA.from_parts(recipe.model, "plain")
     state = {k: t.bfloat16() for k, t in weights.tensors(whole.language_model).items()}
     weights.save(lm, state)
-    weights.write_file(lm / "config.json", json.dumps(recipe.model.llm_config))
+    write_file(lm / "config.json", json.dumps(recipe.model.llm_config))
     own = [f"model.llm={lm}", "model.llm_config={}", f"stage.finetune.tune.llm=qlora-{kind}", "stage.finetune.lora.r=4",
            "stage.finetune.tune.vision=frozen", "stage.pretrain.tune.llm=frozen"]  # fmt: skip
     run("train.py", file, *own)

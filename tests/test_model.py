@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 import kernels
 from checkpoints import weights
-from checkpoints.layouts import LLaVAConfig
-from inference.cache import expand
-from inputs.templates import IMAGE_TOKEN, load_tokenizer
+from checkpoints.names import rename, reverse
+from config import LLaVAConfig
+from inputs.tokenizer import load_tokenizer
 from model import LanguageModel, LLaVA, init_weights
+from packing import IMAGE_TOKEN, Batch, expand_images
 from tests.tools.environment import DEVICES, GPU, shared
 
 CASES = (
@@ -72,9 +73,9 @@ def equals_golden(model, io, folder, behind_connector: float = 1e-4):
     squares = dict.fromkeys((k for k, n in norms.items() if n is not None), 0.0)
     for part, prefix in prefixes.items():
         module = getattr(model, part)
-        table = weights.reverse(getattr(module, "rename", ()))
+        table = reverse(getattr(module, "rename", ()))
         for name, p in module.named_parameters():
-            squares[prefix + weights.rename(name, table)] += (
+            squares[prefix + rename(name, table)] += (
                 p.grad.square().sum().item()
             )  # OpenELM's are stored fused
     for key, square in squares.items():
@@ -152,7 +153,7 @@ def test_several_images_in_one_prompt_go_in_their_order():
     images = torch.randn(2, 3, 12, 12)
     ids = torch.tensor([[5, IMAGE_TOKEN, 9, IMAGE_TOKEN, 3]])
     features = model.encode_images(images)
-    x = model.embed(expand(ids[0], [model.image_tokens] * len(images)), features)
+    x = model.embed(expand_images(ids[0], [model.image_tokens] * len(images)), features)
     close(x[1 : 1 + model.image_tokens], features[0], 0)
     close(x[2 + model.image_tokens : 2 + 2 * model.image_tokens], features[1], 0)
 
@@ -244,7 +245,8 @@ def test_blocks_compile_whole_and_once_for_all_lengths(case):
         )
         cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
         positions = torch.cat([torch.arange(n) for n in lengths])
-        losses = [m.loss(ids, ids, positions, cu, max(lengths)) for m in (plain, model)]
+        batch = Batch(ids, ids, positions, cu, max(lengths), None, [], [])
+        losses = [m.loss(batch) for m in (plain, model)]
         assert (losses[0] - losses[1]).abs() <= 1e-5 * losses[0].abs()
         made.append(len(graphs))
     losses[1].backward()

@@ -22,7 +22,8 @@ from config import Model
 from demo import world as demo_world
 from evaluate import generate
 from inference.job_queue import Engine, Limits, held_back
-from inputs.templates import encode_prompt, load_tokenizer
+from inputs.templates import encode_prompt
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import ROOT, run
 

@@ -18,10 +18,11 @@ import lora
 import train
 from checkpoints import seal
 from config import Stage, Tune
-from data import Rows, stage_spec, validation_batches
+from data import stage_spec, validation_batches
 from demo import world as demo_world
-from inputs.rows import load_image
-from inputs.templates import encode_prompt, load_tokenizer, stop_id
+from inputs.rows import Rows, load_image
+from inputs.templates import encode_prompt, stop_id
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import DEVICES, GPU, ROOT, run, shared
 from training import ranks

@@ -10,8 +10,10 @@ from PIL import Image
 import visualize
 from config import Model
 from demo import world as demo_world
-from inputs.templates import IMAGE_TOKEN, encode_prompt, load_tokenizer
+from inputs.templates import encode_prompt
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
+from packing import IMAGE_TOKEN
 from tests.tools.environment import ROOT, run
 
 TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -36,8 +36,9 @@ from config import Recipe, Stage, UserError, load
 from data import Steps
 from encoders import VisionEncoder
 from inputs.rows import Mixture, Rows, files, media
-from inputs.tiling import Shape, Views
+from inputs.tiling import Tiling
 from model import LLaVA
+from packing import ItemShape
 from training.ranks import print0
 
 SHARE = 0.3  # of the peak, over a whole run: assumed, plain PyTorch reaches about 0.2 to 0.4
@@ -249,10 +250,10 @@ def estimate(
     return memory, head + sum(flops)
 
 
-def mean_row(rows: Rows | None, template: str, views: Views) -> tuple[float, float, float, float]:
+def mean_row(rows: Rows | None, template: str, views: Tiling) -> tuple[float, float, float, float]:
     """Views that the encoder sees, the positions of their items, text tokens and supervised tokens: of up to 200 rows
     at 4 characters a token, or what is assumed. Pictures of any row are taken to be of PICTURE's size."""
-    items = {"image": views.shape(PICTURE), "video": Shape(views.frames)}
+    items = {"image": views.shape(PICTURE), "video": ItemShape(views.frames)}
     if not rows:
         return items["image"].views, views.positions(items["image"]), TEXT, TEXT * ANSWERS
     seen, placed, asked, said = 0, 0, 0.0, 0.0

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
+from packing import Batch
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *batch) -> Tensor:
-        return self.model.loss(*batch)
+    def forward(self, batch: Batch) -> Tensor:
+        return self.model.loss(batch)
 
 
 def choose(mode: str, model: nn.Module, world: World) -> str:

@@ -18,10 +18,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import config
-from checkpoints import resume, weights
+from checkpoints import resume
+from checkpoints.files import write_file
 from config import Recipe, UserError
 from inputs.rows import Rows
-from inputs.sample import SampleSpec, look, read
+from inputs.sample import SampleSpec, load_item, read
 from inputs.templates import IMAGE, encode_prompt, stop_id
 from model import LLaVA
 from training import ranks
@@ -133,7 +134,7 @@ class Watch:
         for i in range(min(count, len(rows))):
             row = rows[i]
             asked, wanted = row["conversations"][:2]
-            items = read(rows, i, spec, look, rows.where(i, row), row)[
+            items = read(rows, i, spec, load_item, rows.where(i, row), row)[
                 : asked["value"].count(IMAGE)
             ]
             ids = torch.tensor(
@@ -219,7 +220,7 @@ def forget_after(file: Path, stages: list[str], stage: int, step: int):
             at == stage and row.get("step", 0) <= step and row["event"] not in ("start", "end")
         )
 
-    weights.write_file(file, "".join(line for line in rows if stays(json.loads(line))))
+    write_file(file, "".join(line for line in rows if stays(json.loads(line))))
 
 
 def draw_losses(rows: list[dict], file: Path, width: int = 900, height: int = 420, edge: int = 50):
@@ -250,7 +251,7 @@ def draw_losses(rows: list[dict], file: Path, width: int = 900, height: int = 42
         for x, y in (at(r) for r in points if r["stage"] == name and r["event"] == "validation"):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((edge + 10 + 160 * i, 14), f"{name} (dots: validation)", colour)
-    weights.write_file(file, lambda path: image.save(path, "PNG"))
+    write_file(file, lambda path: image.save(path, "PNG"))
 
 
 def card(recipe: Recipe, rows: list[dict]) -> str:
@@ -290,4 +291,4 @@ def finish(output: Path, recipe: Recipe):
     """loss.png and README.md."""
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     draw_losses(rows, output / "loss.png")
-    weights.write_file(output / "README.md", card(recipe, rows))
+    write_file(output / "README.md", card(recipe, rows))

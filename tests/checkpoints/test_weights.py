@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from checkpoints import weights
+from checkpoints.files import read_json, resolve, write_file
+from checkpoints.names import rename, reverse
 from config import UserError
 from tests.tools.environment import run
 
@@ -56,9 +58,9 @@ def test_rename_goes_both_ways():
         ("old.a.b", "head.a.b"),
         ("other", "other"),
     ):
-        assert weights.rename(theirs, TABLE) == ours
-        assert weights.rename(ours, weights.reverse(TABLE)) == theirs
-    assert weights.rename("attn.7.x.kernel", TABLE) == "attn.7.x.kernel"  # `*` is one component
+        assert rename(theirs, TABLE) == ours
+        assert rename(ours, reverse(TABLE)) == theirs
+    assert rename("attn.7.x.kernel", TABLE) == "attn.7.x.kernel"  # `*` is one component
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 40])
@@ -189,9 +191,9 @@ def test_what_is_no_config(tmp_path, content):
     message = {None: "missing", "folder": "Is a directory", b"": "an empty file", HTML: "an HTML page, not JSON",
                LFS: "a Git LFS pointer", b"[]": "not a JSON object"}.get(content, "not JSON")  # fmt: skip
     with pytest.raises(UserError, match=f"config.json: .*{message}.*; fix: "):
-        weights.read_json(file)
+        read_json(file)
     if content is None:
-        assert weights.read_json(file, optional=True) == {}
+        assert read_json(file, optional=True) == {}
 
 
 def header(*entries) -> bytes:
@@ -339,13 +341,13 @@ def fused_state():
 
 
 def test_a_fused_tensor_is_split_and_comes_back(tmp_path):
-    assert weights.rename("l.7.qkv.kernel", FUSED) == (
+    assert rename("l.7.qkv.kernel", FUSED) == (
         "l.7.q.weight",
         "l.7.k.weight",
         "l.7.v.weight",
     )
     for name in "qkv":
-        assert weights.rename(f"l.7.{name}.weight", weights.reverse(FUSED)) == "l.7.qkv.kernel"
+        assert rename(f"l.7.{name}.weight", reverse(FUSED)) == "l.7.qkv.kernel"
     state = fused_state()
     weights.save(tmp_path, state)
     for dtype in (None, torch.bfloat16):
@@ -490,23 +492,23 @@ def test_checkpoints_joined_under_prefixes(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.txt"
-    weights.write_file(file, "old")
+    write_file(file, "old")
 
     def fail(path):
         open(path, "w").write("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        weights.write_file(file, fail)
+        write_file(file, fail)
     assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_names(tmp_path, monkeypatch):
-    assert weights.resolve(str(tmp_path)) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("", "./nowhere", "a/b/c", "no-such-org/no-such-model"):
         with pytest.raises(UserError, match="fix: "):
-            weights.resolve(name)
+            resolve(name)
 
 
 def test_pickled_weights_are_downloaded_only_when_asked_for(tmp_path, monkeypatch):
@@ -530,14 +532,14 @@ def test_pickled_weights_are_downloaded_only_when_asked_for(tmp_path, monkeypatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     hub.update({"config.json", "pytorch_model.bin", "training_args.bin"})
     for allow, there in ((False, {"config.json"}), (True, {"config.json", "pytorch_model.bin"})):
-        assert weights.resolve("org/name", allow_pickle=allow) == cache
+        assert resolve("org/name", allow_pickle=allow) == cache
         assert {f.name for f in cache.iterdir()} == there
     hub.clear()  # what is cached is not asked for again
-    assert weights.resolve("org/name", allow_pickle=True) == cache
+    assert resolve("org/name", allow_pickle=True) == cache
 
     shutil.rmtree(cache)
     hub.update({"config.json", "pytorch_model.bin", "model.safetensors"})
-    weights.resolve("org/name", small=True)  # what a tokenizer or a plan needs
+    resolve("org/name", small=True)  # what a tokenizer or a plan needs
     assert {f.name for f in cache.iterdir()} == {"config.json"}
-    weights.resolve("org/name", allow_pickle=True)  # a cache without the weights does not do
+    resolve("org/name", allow_pickle=True)  # a cache without the weights does not do
     assert {f.name for f in cache.iterdir()} == {"config.json", "model.safetensors"}

@@ -11,7 +11,7 @@ from config import UserError
 from demo import moving, world
 from evals import moving as task
 from inputs import video
-from inputs.templates import load_tokenizer
+from inputs.tokenizer import load_tokenizer
 from tests.demo.test_world import asked, digest
 from tests.tools.environment import run
 

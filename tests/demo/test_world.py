@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from demo import world
-from inputs.templates import load_tokenizer
+from inputs.tokenizer import load_tokenizer
 from tests.tools.environment import run
 
 

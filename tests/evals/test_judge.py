@@ -18,8 +18,9 @@ import evaluate
 from config import UserError
 from evals import llava_bench, mmvet
 from evals.judge import Judge
-from inputs.templates import IGNORE, encode
+from inputs.templates import encode
 from model import Output
+from packing import IGNORE
 from tests.tools.benchmark_files import CASES, FILES, evaluated, mmvet_files, png, tiny_model
 
 

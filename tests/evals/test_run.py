@@ -19,9 +19,10 @@ import evaluate
 from config import UserError
 from evals.published import nearest
 from inputs.rows import load_image
-from inputs.templates import encode_prompt, load_tokenizer
-from inputs.tiling import Shape
+from inputs.templates import encode_prompt
+from inputs.tokenizer import load_tokenizer
 from model import LLaVA
+from packing import ItemShape
 from tests.tools.benchmark_files import (
     CASES,
     FILES,
@@ -341,7 +342,7 @@ def test_a_video_is_seen_in_frames_its_span_only_and_as_one_frame(tmp_path, mode
     ((prompts, items), (_, ones)) = shown
     frames = [llava.views.transform.pixels(Image.open(io.BytesIO(png(i)))) for i in range(12)]
     for item, taken in zip(items, ([0, 3, 7, 11], [3, 5, 7, 9]), strict=True):
-        assert item.shape == Shape(4) and torch.equal(
+        assert item.shape == ItemShape(4) and torch.equal(
             item.pixels, torch.stack([frames[i] for i in taken])
         )
     assert all((p == -200).sum() == 1 for p in prompts)

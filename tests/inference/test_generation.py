@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import lora
-from checkpoints.layouts import LLaVAConfig
+from config import LLaVAConfig
 from inference import engine as engine_module
 from inference.engine import Engine, Request, choose
-from inputs.templates import IMAGE_TOKEN
 from kernels import int8
 from model import LLaVA, init_weights
+from packing import IMAGE_TOKEN
 from tests.tools.environment import DEVICES
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

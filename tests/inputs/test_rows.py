@@ -19,12 +19,15 @@ from PIL import Image
 import config
 import data
 from config import Stage, Train, UserError
-from data import Mixture, Order, Rows, SampleSpec, Steps, shard, share, token_counts
+from data import Order, Steps, token_counts
 from inputs import index
 from inputs import rows as rows_module
-from inputs.image_processor import ImageTransform
-from inputs.sample import byte_tokenizer
-from inputs.tiling import Views
+from inputs.image_processor import ImageProcessor
+from inputs.rows import Mixture, Rows, shard
+from inputs.sample import SampleSpec, encode_row, make_sample
+from inputs.templates import byte_tokenizer
+from inputs.tiling import Tiling
+from packing import IGNORE, bin_pack, split_by_tokens
 from tests.test_data import MeanColour, flat, row, rows_of, turns, write
 from tests.tools.environment import ROOT
 
@@ -80,7 +83,7 @@ def always(monkeypatch):
 @pytest.fixture(scope="module")
 def spec():
     return SampleSpec(
-        byte_tokenizer(), "plain", max_tokens=1000, views=Views(5, transform=MeanColour())
+        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, transform=MeanColour())
     )
 
 
@@ -334,12 +337,12 @@ def test_what_is_wrong_with_shards_is_one_line(many, tmp_path, spec):
         mixed[1]
     short = Rows(tar("short.tar", ("k.json", text), ("k.png", a)))
     with pytest.raises(UserError, match="short.tar:row 0: image q.png: not in the shard; fix: "):
-        data.make_sample(short, 0, spec)
+        make_sample(short, 0, spec)
     broken = Rows(tar("broken.tar", ("k.json", text), ("k.0.png", a), ("k.1.png", b"<html>")))
     with pytest.raises(
         UserError, match=r"broken.tar:row 0 \(id x\): image q.png: an HTML page; fix: "
     ):
-        data.make_sample(broken, 0, spec)
+        make_sample(broken, 0, spec)
     for bad, what in (
         (tar("none.tar", ("k.png", a)), "none.tar:/k: not exactly one .json"),
         (tar("two.tar", ("k.json", text), ("k.json", text)), "two.tar:/k: not exactly one .json"),
@@ -444,15 +447,15 @@ def test_token_counts_are_those_of_the_samples_and_kept(many, tmp_path, spec, mo
     rows = write(tmp_path, [many[i] for i in range(37)] + [{"id": "bad"}])
     counts = token_counts(rows, spec, workers=1)
     for i in range(37):
-        sample = data.make_sample(rows, i, spec)
+        sample = make_sample(rows, i, spec)
         assert counts[i].tolist() == [
             len(sample.ids),
             len(sample.items),
-            int((sample.labels != data.IGNORE).sum()),
+            int((sample.labels != IGNORE).sum()),
         ]
     assert counts[37].tolist() == [0, 0, 0] and isinstance(counts, np.memmap)
     tried = []
-    real = data.encode_row
+    real = encode_row
     monkeypatch.setattr(data, "encode_row", lambda *args: tried.append(1) or real(*args))
     assert np.array_equal(token_counts(rows, spec), counts) and not tried
     wider = {"views": dataclasses.replace(spec.views, tokens=6)}
@@ -478,15 +481,18 @@ def test_shares_are_balanced_and_complete():
     r = np.random.default_rng(0)
     for world in (1, 2, 3, 8):
         lengths = r.integers(50, 2048, 128).tolist() + [0, 0]
-        shares = share(lengths, world)
-        assert sorted(j for s in shares for j in s) == list(range(130)) and shares == share(
-            lengths, world
-        )
+        shares = split_by_tokens(lengths, world)
+        assert sorted(j for s in shares for j in s) == list(
+            range(130)
+        ) and shares == split_by_tokens(lengths, world)
         tokens = [sum(lengths[j] for j in s) for s in shares]
         assert max(tokens) - min(tokens) < 0.02 * sum(tokens) / world and all(
             s == sorted(s) for s in shares
         )
-    assert share([5, 9, 1], 3) == [[1], [0], [2]] and share([0, 0], 2) == [[0], [1]]
+    assert split_by_tokens([5, 9, 1], 3) == [[1], [0], [2]] and split_by_tokens([0, 0], 2) == [
+        [0],
+        [1],
+    ]
 
 
 def test_ranks_with_counts_make_the_step_of_one_rank_with_as_many_tokens_each(many, spec, tmp_path):
@@ -515,14 +521,14 @@ def test_micro_batches_are_the_fewest_possible():
         lengths = np.clip(
             r.choice([610, 640, 700, 900, 1500], n) + r.integers(-20, 20, n), 1, 2048
         ).tolist()
-        bins = data.fill(lengths, 8192)
+        bins = bin_pack(lengths, 8192)
         assert sorted(j for b in bins for j in b) == list(range(n))
         assert max(sum(lengths[j] for j in b) for b in bins) <= 8192
         assert len(bins) == -(-sum(lengths) // 8192)
 
 
 def test_uint8_pixels_reach_the_batch_as_they_are(many, spec, tmp_path):
-    spec = dataclasses.replace(spec, views=Views(5, transform=ImageTransform(8)))
+    spec = dataclasses.replace(spec, views=Tiling(5, transform=ImageProcessor(8)))
     steps = Steps(many, spec, Stage(global_batch=38), Train(on_bad_row="skip"))
     batches = [b for b in steps[0].batches if b.images is not None]
     assert batches and all(b.images.dtype == torch.uint8 for b in batches)

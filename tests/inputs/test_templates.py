@@ -14,16 +14,9 @@ import pytest
 import tokenizers
 
 from inputs import templates, tokenizer
-from inputs.templates import (
-    IGNORE,
-    IMAGE_TOKEN,
-    TEMPLATES,
-    encode,
-    encode_prompt,
-    load_tokenizer,
-    render,
-    stop_id,
-)
+from inputs.templates import TEMPLATES, encode, encode_prompt, render, stop_id
+from inputs.tokenizer import load_tokenizer
+from packing import IGNORE, IMAGE_TOKEN
 from tests.inputs import test_tokenizer
 from tests.inputs.test_tokenizer import (
     LLAMA,

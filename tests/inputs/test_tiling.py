@@ -12,15 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoints.layouts import LLaVAConfig, read_config
-from config import Model, Stage, Train, UserError
-from data import Rows, Steps, check, loader, token_counts
-from inputs import tiling as views_module
-from inputs.rows import image_size, load_image
-from inputs.sample import SampleSpec, byte_tokenizer, make_sample, pack
-from inputs.templates import IGNORE, IMAGE_TOKEN
-from inputs.tiling import Item, Shape, order, read_grids
+from checkpoints.layouts import read_config
+from config import LLaVAConfig, Model, Stage, Train, UserError
+from connectors import anyres_order, join_views
+from data import Steps, check, loader, token_counts
+from inputs.rows import Rows, image_size, load_image
+from inputs.sample import SampleSpec, make_sample
+from inputs.templates import byte_tokenizer
+from inputs.tiling import read_grids
 from model import LLaVA, init_weights
+from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
 from tests.test_data import row, write
 from tests.tools.environment import shared
 
@@ -50,7 +51,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 # ---- shapes and positions
 
 
-def brute_order(shape: Shape, side: int) -> list:
+def brute_order(shape: ItemShape, side: int) -> list:
     """Walks over the large picture row by row, as one would point with a finger."""
     out = list(range(side * side))
     for y in range(shape.top, shape.rows * side - shape.top):
@@ -63,8 +64,8 @@ def brute_order(shape: Shape, side: int) -> list:
 
 def test_tokens_of_tiles_are_those_of_one_large_picture():
     for rows, columns, top, left in itertools.product((1, 2, 3), (1, 2, 3), (0, 1), (0, 2)):
-        shape = Shape(1 + rows * columns, rows, columns, top, left)
-        assert order(shape, 36).tolist() == brute_order(shape, 6)
+        shape = ItemShape(1 + rows * columns, rows, columns, top, left)
+        assert anyres_order(shape, 36).tolist() == brute_order(shape, 6)
 
 
 @pytest.mark.parametrize("mode", ["square", "pad", "tiles", "anyres"])
@@ -79,7 +80,7 @@ def test_positions_are_the_tokens_that_come(mode):
         assert features.shape == (model.views.positions(item.shape), 32)
     clip = model.views.clip([photo(20, 30, i) for i in range(5)])
     (features,) = model.encode(clip.pixels, [clip.shape])
-    assert features.shape == (5 * 16, 32) == (model.views.positions(Shape(5)), 32)
+    assert features.shape == (5 * 16, 32) == (model.views.positions(ItemShape(5)), 32)
 
 
 @pytest.mark.parametrize("connector, options, want", [("mean_mlp2x_gelu", {}, 16), ("resampler", SMALL, 6),
@@ -87,8 +88,8 @@ def test_positions_are_the_tokens_that_come(mode):
 def test_a_video_takes_what_its_connector_says(connector, options, want):
     model = build(connector, options=options)
     clip = torch.randn(5, 3, 16, 16)
-    (features,) = model.encode(clip, [Shape(5)])
-    assert len(features) == want == model.views.positions(Shape(5))
+    (features,) = model.encode(clip, [ItemShape(5)])
+    assert len(features) == want == model.views.positions(ItemShape(5))
     seen = model.vision_tower(clip)
     joined = seen.mean(0)[None] if connector.startswith("mean") else seen.flatten(0, 1)[None]
     assert torch.allclose(features, model.connector(joined)[0], atol=1e-6)
@@ -96,7 +97,7 @@ def test_a_video_takes_what_its_connector_says(connector, options, want):
 
 def test_a_mixtures_views_are_joined_in_each_encoder():
     x = torch.arange(2 * 3 * 2 * 4 * 5.0).view(2, 3, 2, 4, 5)  # (N, v, 2, n, C)
-    joined = views_module.join("mof_mlp", x)
+    joined = join_views("mof_mlp", x)
     assert joined.shape == (2, 2, 12, 5) and torch.equal(joined[1, 0, 4:8], x[1, 1, 0])
 
 
@@ -245,7 +246,7 @@ def test_a_packed_batch_of_all_kinds_is_each_row_alone(kinds, connector, mode, o
     model = build(connector, mode, frames=16, options=options).train()
     spec = SampleSpec(byte_tokenizer(), "plain", 5000, model.views)
     samples = [make_sample(kinds, i, spec) for i in range(4)]
-    assert samples[3].items[0].shape == Shape(16) and len(samples[2].items) == 3
+    assert samples[3].items[0].shape == ItemShape(16) and len(samples[2].items) == 3
     if mode in ("anyres", "tiles"):
         assert [s.shape.views for s in samples[2].items] == [5, 4, 4]
 
@@ -253,10 +254,8 @@ def test_a_packed_batch_of_all_kinds_is_each_row_alone(kinds, connector, mode, o
         model.zero_grad()
         total = 0.0
         for group in groups:
-            b = pack(group)
-            loss = model.loss(
-                b.input_ids, b.labels, b.positions, b.cu_seqlens, b.max_seqlen, b.images, b.shapes
-            )
+            b = pack_samples(group)
+            loss = model.loss(b)
             loss.backward()
             total += loss.item()
         return total, {
@@ -280,7 +279,7 @@ def test_parts_of_a_step_have_the_views_of_their_rows(kinds):
     step = Steps(kinds, spec, stage, Train())[0]
     assert sorted(b.rows[0] for b in step.batches) == [0, 1, 2, 3]
     for batch in step.batches:
-        alone = pack([make_sample(kinds, batch.rows[0], spec)])
+        alone = pack_samples([make_sample(kinds, batch.rows[0], spec)])
         assert batch.shapes == alone.shapes
         assert batch.images is alone.images is None or torch.equal(batch.images, alone.images)
     counts = token_counts(kinds, spec)
@@ -302,7 +301,9 @@ def test_fps_asks_the_clip(kinds):
     views = dataclasses.replace(model.views, fps=4.0)  # the clip: 20 frames of 50 ms, a second
     spec = SampleSpec(byte_tokenizer(), "plain", 5000, views)
     sample = make_sample(kinds, 3, spec)
-    assert sample.items[0].shape == Shape(4) and int((sample.ids == IMAGE_TOKEN).sum()) == 4 * 16
+    assert (
+        sample.items[0].shape == ItemShape(4) and int((sample.ids == IMAGE_TOKEN).sum()) == 4 * 16
+    )
 
 
 def test_check_names_a_damaged_clip(kinds, capsys):
@@ -343,10 +344,12 @@ def test_items_that_differ_in_order_or_shape_are_not_taken_for_each_other():
     from inference.engine import fingerprint
 
     pixels = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
-    names = {fingerprint(Item(p, s)) for p, s in [(pixels, Shape(4)), (pixels.flip(0), Shape(4)),
-             (pixels[:2], Shape(2)), (pixels, Shape(4, 1, 3)), (pixels, Shape(4, 3, 1))]}  # fmt: skip
+    names = {fingerprint(Item(p, s)) for p, s in [(pixels, ItemShape(4)), (pixels.flip(0), ItemShape(4)),
+             (pixels[:2], ItemShape(2)), (pixels, ItemShape(4, 1, 3)), (pixels, ItemShape(4, 3, 1))]}  # fmt: skip
     assert (
-        len(names) == 5 and fingerprint(Item(pixels.clone(), Shape(4))) in names and max(names) < 0
+        len(names) == 5
+        and fingerprint(Item(pixels.clone(), ItemShape(4))) in names
+        and max(names) < 0
     )
 
 
@@ -356,14 +359,15 @@ def test_without_gradients_views_are_encoded_in_parts():
     model.vision_tower.forward = lambda pixels: most.append(len(pixels)) or forward(pixels)
     pixels = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        (features,) = model.encode(pixels, [Shape(40)])
+        (features,) = model.encode(pixels, [ItemShape(40)])
     assert most == [16, 16, 8]
-    assert torch.allclose(features, model.encode(pixels, [Shape(40)])[0], atol=1e-5) and most[
+    assert torch.allclose(features, model.encode(pixels, [ItemShape(40)])[0], atol=1e-5) and most[
         3:
     ] == [40]
 
 
 def test_a_recipe_names_grids_and_frames():
+    from checkpoints import layouts
     from checkpoints.layouts import from_recipe
 
     c = from_recipe(
@@ -374,9 +378,9 @@ def test_a_recipe_names_grids_and_frames():
     )
     model = LLaVA(c)
     assert model.views.grids == ((1, 4),) and model.views.frames == 3
-    saved = copy.deepcopy(c.to_json())
+    saved = copy.deepcopy(layouts.to_ours(c))
     assert (saved["image_grids"], saved["frames"], saved["fps"]) == ("1x4", 3, 0.0)
-    assert model.views.picture(photo(9, 9)).shape == Shape(5)
+    assert model.views.picture(photo(9, 9)).shape == ItemShape(5)
     assert IGNORE == -100
 
 
@@ -399,4 +403,4 @@ def test_the_corrupted_clip_is_one_line_from_check_and_from_training(tmp_path, c
     ((step, _),) = loader(
         Steps(rows, spec, Stage(global_batch=2, steps=1), Train(on_bad_row="skip")), workers=1
     )
-    assert step.skipped == [line] and step.packed.shapes == [Shape(4)] * 2
+    assert step.skipped == [line] and step.packed.shapes == [ItemShape(4)] * 2

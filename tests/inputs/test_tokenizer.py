@@ -16,8 +16,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from inputs.templates import IMAGE_TOKEN, encode
+from inputs.templates import encode
 from inputs.tokenizer import load_tokenizer
+from packing import IMAGE_TOKEN
 from tests.tools.environment import SHARED
 
 VOCABULARIES = SHARED / "assets/tokenizers"

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from config import Model
-from inputs.sample import byte_tokenizer
+from inputs.templates import byte_tokenizer
 from model import LLaVA
 
 PYARROW = find_spec("pyarrow")

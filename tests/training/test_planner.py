@@ -19,6 +19,7 @@ import train
 from checkpoints import layouts
 from config import Stage, Tune, UserError
 from model import LLaVA
+from packing import IMAGE_TOKEN, ONE_VIEW, Batch
 from tests.tools.environment import ROOT, run, shared
 from train import set_trainable
 from training import planner
@@ -357,12 +358,15 @@ def test_operations_are_those_that_torch_counts(tune, recompute):
     for part in (model.language_model.model, model.vision_tower):
         part.gradient_checkpointing = recompute
     set_trainable(model, tune)
-    ids = torch.cat([torch.full((30,), layouts.IMAGE_TOKEN), torch.arange(9)])
+    ids = torch.cat([torch.full((30,), IMAGE_TOKEN), torch.arange(9)])
     labels = torch.cat([torch.full((31,), -100), torch.arange(1, 9)])
     # Torch ends a recomputation at the last input that backward needs; the formula has the whole block.
     with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
         cu_seqlens = torch.tensor([0, 39], dtype=torch.int32)
-        loss = model.loss(ids, labels, torch.arange(39), cu_seqlens, 39, torch.rand(2, 3, 32, 32))
+        pixels = torch.rand(2, 3, 32, 32)
+        loss = model.loss(
+            Batch(ids, labels, torch.arange(39), cu_seqlens, 39, pixels, [ONE_VIEW] * 2, [])
+        )
         loss.backward()
     _, flops = planner.estimate(model, Stage(tune=tune), (2, 30, 9, 8), recompute)
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.03)

@@ -480,7 +480,7 @@ def test_a_batch_of_nothing_has_no_loss_and_no_gradient(recipe):  # noqa: F811
 
     loaded, _ = config.load([str(recipe("nothing")[0])], "")
     model = train.build(loaded, {}, loaded.stage["finetune"])
-    loss = model.loss(*train.packed_arguments(None, torch.device("cpu")))
+    loss = model.loss(train.on_device(None, torch.device("cpu")))
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
