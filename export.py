@@ -164,7 +164,7 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
         "processor_config.json": {
             "processor_class": f"{kind}Processor",
             "patch_size": vision["patch_size"],
-            "num_additional_image_tokens": len(tower.config.leading),
+            "num_additional_image_tokens": tower.config.leading,
             "vision_feature_select_strategy": select,
             "image_token": "<image>",
         },

@@ -1,4 +1,4 @@
-"""Image transforms against the published processors; encoders against transformers and the golden features."""
+"""Image processors against the published ones; encoders against transformers and golden files."""
 
 import json
 
@@ -37,7 +37,7 @@ def golden(case: str):
     return c, hf, weights.Checkpoint(folder), load_file(folder / "io.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------- transforms
+# -------------------------------------------------------------------------------------- processors
 
 
 def test_pixels_equal_the_published_processors():
@@ -94,34 +94,34 @@ def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, opti
             json.dumps({"image_processor": json.loads(flat.read_text())})
         )
         flat.unlink()
-    transform = ImageProcessor.from_hf(
+    ours = ImageProcessor.from_hf(
         read_preprocessor(tmp_path), ImageProcessor(99, 0 if name == "Siglip" else 98)
     )
-    assert ImageProcessor.from_hf(transform.to_hf(), ImageProcessor()) == transform
+    assert ImageProcessor.from_hf(ours.to_hf(), ImageProcessor()) == ours
     for size in ((31, 40), (53, 18), (16, 16)):
         want = processor(picture(*size), return_tensors="pt")["pixel_values"][0]
-        assert (transform(picture(*size)) - want).abs().max() <= 1e-5
+        assert (ours(picture(*size)) - want).abs().max() <= 1e-5
 
 
 def test_the_processor_survives_a_round_trip():
-    for transform in (
+    for processor in (
         ImageProcessor(384),
         ImageProcessor(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2),
     ):
-        assert ImageProcessor.from_hf(transform.to_hf(), ImageProcessor()) == transform
+        assert ImageProcessor.from_hf(processor.to_hf(), ImageProcessor()) == processor
 
 
 def test_pad_centres_the_picture_on_the_mean_colour():
-    transform = ImageProcessor(5, 0, (0.2, 0.5, 0.9), (1.0, 1.0, 1.0))
+    processor = ImageProcessor(5, 0, (0.2, 0.5, 0.9), (1.0, 1.0, 1.0))
     image = picture(5, 2)
-    colour = torch.tensor([int(m * 255) for m in transform.mean]) / 255 - torch.tensor(
-        transform.mean
+    colour = torch.tensor([int(m * 255) for m in processor.mean]) / 255 - torch.tensor(
+        processor.mean
     )
     want = colour[:, None, None].repeat(1, 5, 5)
-    want[:, 1:3] = ImageProcessor(5, 0, transform.mean, transform.std)(image.crop((0, -1, 5, 4)))[
+    want[:, 1:3] = ImageProcessor(5, 0, processor.mean, processor.std)(image.crop((0, -1, 5, 4)))[
         :, 1:3
     ]
-    assert torch.equal(transform(image, "pad"), want)
+    assert torch.equal(processor(image, "pad"), want)
 
 
 def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
@@ -167,7 +167,7 @@ def test_a_field_that_would_change_the_pixels_is_refused(field, value):
         ImageProcessor.from_hf(good | {field: value}, ImageProcessor())
 
 
-# ------------------------------------------------------------------------------------------------ the arithmetic
+# ---------------------------------------------------------------------------------- the arithmetic
 
 ODD = dict(hidden_size=33, num_attention_heads=3, num_hidden_layers=3, patch_size=5, image_size=17)
 FIVE = dict(hidden_size=40, num_attention_heads=5, num_hidden_layers=2, patch_size=3, image_size=21)
@@ -335,7 +335,7 @@ def test_the_real_siglip_embeddings():
         assert got[row, col].item() == pytest.approx(embedded, abs=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- the module
+# -------------------------------------------------------------------------------------- the module
 
 
 def randomized(config: dict, preprocessor=None, layer: int = -1, select: str = "cls_patch"):
@@ -517,7 +517,7 @@ def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured()
         "layerscale_value": 0.25,
     }
     encoder = randomized(config)
-    linear = encoder.blocks[0].mlp["fc1"].weight.clone()
+    linear = encoder.blocks[0].mlp.fc1.weight.clone()
     encoder.init_positions()
     own = dict(encoder.embeddings.named_parameters(recurse=False))
     assert set(own) == {"class_embedding", "register_tokens"}
@@ -529,4 +529,4 @@ def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured()
         for s in (block.layer_scale1.lambda1, block.layer_scale2.lambda1)
     ]
     assert len(scales) == 6 and all((s == 0.25).all() for s in scales)
-    assert torch.equal(encoder.blocks[0].mlp["fc1"].weight, linear)
+    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, linear)
