@@ -34,7 +34,7 @@ from checkpoints import layouts, weights
 from checkpoints.files import read_json, resolve, write_file
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
-from connectors import CONNECTORS, Separated, anyres_order, build_connector, join_views
+from connectors import CONNECTORS, MLPWithNewline, anyres_order, build_connector, join_views
 from encoders import VisionEncoder, build_encoder, vision_config
 from inference import generation
 from inputs.tiling import Tiling, read_grids
@@ -486,7 +486,7 @@ class LLaVA(nn.Module):
         width = self.language_model.config.width
         self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
         if c.image_mode == "anyres":
-            self.connector = Separated(self.connector)
+            self.connector = MLPWithNewline(self.connector)
         self.views = tiling_of(c)
 
     # -- construction ------------------------------------------------------------------------------------
@@ -612,7 +612,7 @@ class LLaVA(nn.Module):
                 else torch.stack([parts[i] for i in same])
             )
             tokens = self.connector(join_views(self.config.connector, x))
-            n = tokens.size(1) - isinstance(self.connector, Separated)
+            n = tokens.size(1) - isinstance(self.connector, MLPWithNewline)
             for i, item in zip(same, tokens, strict=True):
                 made[i] = (
                     item[anyres_order(shapes[i], n // views).to(item.device)]

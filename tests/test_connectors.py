@@ -209,10 +209,10 @@ def test_sizes_are_tinyllavas_unless_chosen():
     layers = qformer.bert.encoder.layer
     assert qformer.query_tokens.shape == (1, 128, 768) and len(layers) == 12
     assert (
-        layers[0].intermediate_query["dense"].weight.shape == (3072, 768)
+        layers[0].intermediate_query.dense.weight.shape == (3072, 768)
         and layers[0].attention.heads == 12
     )
-    assert layers[0].crossattention.self["key"].weight.shape == (768, 1152)
+    assert layers[0].crossattention.self.key.weight.shape == (768, 1152)
     assert connector_tokens("resampler", 729) == connector_tokens("qformer", 729) == 128
 
 
