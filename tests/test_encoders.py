@@ -19,10 +19,24 @@ PROCESSORS = {
     "siglip-so400m-patch14-384": "google--siglip-so400m-patch14-384",
     "dinov2-large": "facebook--dinov2-large",
 }
-CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "patch_size": 4, "image_size": 12}  # fmt: skip
-DINOV2 = {"model_type": "dinov2", "hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 3,
-          "num_attention_heads": 2, "patch_size": 4, "image_size": 20}  # fmt: skip
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 12,
+}
+DINOV2 = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "mlp_ratio": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 20,
+}
 MOF = {"model_type": "mof", "clip": CLIP, "dinov2": DINOV2}
 SQUARE = {"size": {"height": 12, "width": 12}, "do_center_crop": False}
 
@@ -77,12 +91,15 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(noise.numpy())
 
 
-@pytest.mark.parametrize("name, options", [
+SAVED = [
     ("CLIP", {"size": {"shortest_edge": 17}, "crop_size": {"height": 13, "width": 13}}),
     ("CLIP", {"size": 15, "crop_size": 21, "resample": 2}),  # a crop that needs black borders
     ("Siglip", {"size": {"height": 19, "width": 19}, "resample": 2}),  # SigLIP2's
     ("Bit", {"size": {"shortest_edge": 25}, "crop_size": {"height": 22, "width": 22}}),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("name, options", SAVED)
 @pytest.mark.parametrize("nested", (False, True))
 def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, options, nested):
     image_processors = pytest.importorskip("transformers")
@@ -146,24 +163,34 @@ def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
     assert (vision_config(CLIP).processor.size, vision_config(CLIP).processor.crop) == (12, 12)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("do_rescale", False), ("do_resize", False), ("do_normalize", False), ("do_pad", True), ("do_thumbnail", True),
-    ("rescale_factor", 1 / 127.5), ("size", {"longest_edge": 30}), ("size", {"height": 30, "width": 20}),
-    ("crop_size", {"height": 30, "width": 20}), ("image_processor_type", "ConvNextImageProcessor"),
-    ("size", {"shortest_edge": 30, "longest_edge": 40}), ("size", {"height": 30, "width": 30}),
-    ("feature_extractor_type", "ViTFeatureExtractor"), ("do_center_crop", False),
-])  # fmt: skip
+CHANGED = [
+    ("do_rescale", False),
+    ("do_resize", False),
+    ("do_normalize", False),
+    ("do_pad", True),
+    ("do_thumbnail", True),
+    ("rescale_factor", 1 / 127.5),
+    ("size", {"longest_edge": 30}),
+    ("size", {"height": 30, "width": 20}),
+    ("crop_size", {"height": 30, "width": 20}),
+    ("image_processor_type", "ConvNextImageProcessor"),
+    ("size", {"shortest_edge": 30, "longest_edge": 40}),
+    ("size", {"height": 30, "width": 30}),
+    ("feature_extractor_type", "ViTFeatureExtractor"),
+    ("do_center_crop", False),
+]
+
+
+@pytest.mark.parametrize("field, value", CHANGED)
 def test_a_field_that_would_change_the_pixels_is_refused(field, value):
     good = ImageProcessor(30, 20).to_hf()
     good.pop("image_processor_type")
-    with pytest.raises(
-        UserError,
-        match="size"
-        if field == "do_center_crop"
-        else "processor_type"
-        if "type" in field
-        else field,
-    ):
+    named = field
+    if field == "do_center_crop":
+        named = "size"
+    elif "type" in field:
+        named = "processor_type"
+    with pytest.raises(UserError, match=named):
         ImageProcessor.from_hf(good | {field: value}, ImageProcessor())
 
 
@@ -172,21 +199,40 @@ def test_a_field_that_would_change_the_pixels_is_refused(field, value):
 ODD = dict(hidden_size=33, num_attention_heads=3, num_hidden_layers=3, patch_size=5, image_size=17)
 FIVE = dict(hidden_size=40, num_attention_heads=5, num_hidden_layers=2, patch_size=3, image_size=21)
 KINDS = {
-    "clip": ("CLIPVisionModel", [
-        ODD | dict(intermediate_size=50),
-        FIVE | dict(intermediate_size=31, hidden_act="gelu", layer_norm_eps=1e-3)]),
-    "siglip": ("SiglipVisionModel", [ODD | dict(intermediate_size=50), FIVE | dict(intermediate_size=31)]),
-    "dinov2": ("Dinov2Model", [
-        ODD | dict(mlp_ratio=3), FIVE | dict(mlp_ratio=4, use_swiglu_ffn=True, layerscale_value=0.5)]),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", [
-        ODD | dict(mlp_ratio=3, num_register_tokens=3, use_swiglu_ffn=True),
-        FIVE | dict(mlp_ratio=2, num_register_tokens=1)]),
-}  # fmt: skip
+    "clip": (
+        "CLIPVisionModel",
+        [
+            ODD | dict(intermediate_size=50),
+            FIVE | dict(intermediate_size=31, hidden_act="gelu", layer_norm_eps=1e-3),
+        ],
+    ),
+    "siglip": (
+        "SiglipVisionModel",
+        [
+            ODD | dict(intermediate_size=50),
+            FIVE | dict(intermediate_size=31),
+        ],
+    ),
+    "dinov2": (
+        "Dinov2Model",
+        [
+            ODD | dict(mlp_ratio=3),
+            FIVE | dict(mlp_ratio=4, use_swiglu_ffn=True, layerscale_value=0.5),
+        ],
+    ),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        [
+            ODD | dict(mlp_ratio=3, num_register_tokens=3, use_swiglu_ffn=True),
+            FIVE | dict(mlp_ratio=2, num_register_tokens=1),
+        ],
+    ),
+}
 CASES = [(name, c) for name, (_, configs) in KINDS.items() for c in configs]
 
 
 def oracle(name: str, config: dict, folder):
-    """A random model of transformers, saved to a folder. Every parameter is random, zero-initialised ones too."""
+    """Save a random model of transformers to a folder; parameters that start at 0 are random too."""
     transformers = pytest.importorskip("transformers")
     cls = getattr(transformers, KINDS[name][0])
     torch.manual_seed(0)
@@ -234,7 +280,7 @@ def test_a_checkpoint_goes_out_under_the_names_it_came_with(tmp_path, name, conf
 
 
 def test_the_scale_of_2023_samples_the_position_table_elsewhere(tmp_path):
-    """transformers 4.40 and the code of 2023 pass scale_factor = (patches + 0.1) / old instead of a size."""
+    """transformers 4.40 passes scale_factor = (patches + 0.1) / old instead of a size."""
     config = CASES[4][1]
     model = oracle("dinov2", config, tmp_path)
     side, patch, grid = 31, config["patch_size"], config["image_size"] // config["patch_size"]
@@ -257,9 +303,16 @@ def test_the_scale_of_2023_samples_the_position_table_elsewhere(tmp_path):
     assert (got[0.0] - want).abs().max() > 1e-2
 
 
-CASES_GOLDEN = ["tinyllama-clip-mlp2x_gelu", "phi-siglip-mlp2x_gelu", "stablelm-clip-resampler", "gemma-siglip-qformer",
-                "qwen2-siglip-linear", "openelm-dinov2-mlp3x_gelu", "tinyllama-mof-mof_mlp",
-                "qwen2-clip-mlp-cls_patch"]  # fmt: skip
+CASES_GOLDEN = [
+    "tinyllama-clip-mlp2x_gelu",
+    "phi-siglip-mlp2x_gelu",
+    "stablelm-clip-resampler",
+    "gemma-siglip-qformer",
+    "qwen2-siglip-linear",
+    "openelm-dinov2-mlp3x_gelu",
+    "tinyllama-mof-mof_mlp",
+    "qwen2-clip-mlp-cls_patch",
+]
 
 
 @pytest.mark.parametrize("case", CASES_GOLDEN)
@@ -282,7 +335,7 @@ def test_golden_features_of_factory_checkpoints(case):
 
 
 def test_published_sizes():
-    """Parameters of the whole vision tower as published: what is built, and what always lies behind it."""
+    """Parameters of a whole tower as published: what is built, and what always lies behind it."""
     # SigLIP's pooling head: probe, attention (in and out), layer norm, two linears.
     siglip_head = 1152 + 4 * (1152 + 1) * 1152 + 2 * 1152 + (1152 + 1) * 4304 + (4304 + 1) * 1152
     for name, published, behind in (
@@ -314,9 +367,11 @@ def test_the_real_siglip_embeddings():
         f"{prefix}vision_model.embeddings.{n}": p.shape
         for n, p in encoder.embeddings.named_parameters()
     }
-    read = lambda name: torch.frombuffer(
-        bytearray((folder / f"{name}.bin").read_bytes()), dtype=torch.float16
-    )  # noqa: E731
+
+    def read(name: str) -> torch.Tensor:
+        data = bytearray((folder / f"{name}.bin").read_bytes())
+        return torch.frombuffer(data, dtype=torch.float16)
+
     source = {name: read(name).view(shape) for name, shape in names.items()}
     weights.load(
         encoder, source, encoder.rename, prefix, dtype=torch.float32, ignore=encoder.ignore
@@ -347,7 +402,7 @@ def randomized(config: dict, preprocessor=None, layer: int = -1, select: str = "
 
 
 def folder_of(tmp_path, config: dict, prefix: str = "vision_model.", **extra):
-    """A Hugging Face folder with random weights, and the encoder they came from (all blocks run)."""
+    """Write a Hugging Face folder with random weights; return their encoder, with all blocks."""
     encoder = randomized(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     state = {prefix + k: v.contiguous() for k, v in encoder.state_dict().items()} | extra
@@ -414,17 +469,26 @@ def test_pickled_weights_only_where_asked_for(tmp_path):
     )
 
 
-@pytest.mark.parametrize("base, change, message", [
-    (CLIP, {"model_type": "clip_vison_model"}, "clip_vison_model"), (CLIP, {"hidden_act": "relu"}, "hidden_act"),
+UNKNOWN = [
+    (CLIP, {"model_type": "clip_vison_model"}, "clip_vison_model"),
+    (CLIP, {"hidden_act": "relu"}, "hidden_act"),
     (CLIP, {"model_type": "siglip2_vision_model"}, "siglip2_vision_model.*NaFlex"),
     (CLIP, {"num_channels": 1}, "num_channels"),
-    (CLIP, {"model_type": "siglip2"}, "'siglip2'.*NaFlex"), (DINOV2, {"qkv_bias": False}, "qkv_bias"),
-    (DINOV2, {"hidden_act": "silu"}, "hidden_act"), (DINOV2, {"head_dim": 8}, "head_dim"),
-    (DINOV2, {"num_attention_heads": 3}, "hidden_size"), (DINOV2, {"image_size": [20, 20]}, "image_size"),
-    (MOF, {"clip": CLIP | {"hidden_act": "relu"}}, "clip:hidden_act"), (MOF, {"dinov2": {}}, "dinov2:model_type"),
-    (MOF, {"dinov2": DINOV2 | {"hidden_size": 48}}, "width"), (MOF, {"dinov2": DINOV2 | {"patch_size": 3}}, "tokens"),
+    (CLIP, {"model_type": "siglip2"}, "'siglip2'.*NaFlex"),
+    (DINOV2, {"qkv_bias": False}, "qkv_bias"),
+    (DINOV2, {"hidden_act": "silu"}, "hidden_act"),
+    (DINOV2, {"head_dim": 8}, "head_dim"),
+    (DINOV2, {"num_attention_heads": 3}, "hidden_size"),
+    (DINOV2, {"image_size": [20, 20]}, "image_size"),
+    (MOF, {"clip": CLIP | {"hidden_act": "relu"}}, "clip:hidden_act"),
+    (MOF, {"dinov2": {}}, "dinov2:model_type"),
+    (MOF, {"dinov2": DINOV2 | {"hidden_size": 48}}, "width"),
+    (MOF, {"dinov2": DINOV2 | {"patch_size": 3}}, "tokens"),
     (MOF, {"dinov2": DINOV2 | {"model_type": "dinov2_with_registers"}}, "tokens"),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("base, change, message", UNKNOWN)
 def test_an_encoder_we_do_not_know_is_refused(base, change, message):
     with pytest.raises(UserError, match=message):
         vision_config(base | change)
