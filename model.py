@@ -34,7 +34,7 @@ from checkpoints import layouts, weights
 from checkpoints.files import read_json, resolve, write_file
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
-from connectors import CONNECTORS, Separated, anyres_order, build_connector, join_views
+from connectors import CONNECTORS, MLPWithNewline, anyres_order, build_connector, join_views
 from encoders import VisionEncoder, build_encoder, vision_config
 from inference import generation
 from inputs.tiling import Tiling, read_grids
@@ -459,7 +459,7 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
             f"{c.frames} frames, {c.fps} a second",
             "write 1 or more, and fps 0 or more",
         )
-    return Tiling(n, c.connector, c.connector_options, vision.transform, c.image_mode, read_grids(c.image_grids),
+    return Tiling(n, c.connector, c.connector_options, vision.processor, c.image_mode, read_grids(c.image_grids),
                  c.frames, c.fps)  # fmt: skip
 
 
@@ -486,7 +486,7 @@ class LLaVA(nn.Module):
         width = self.language_model.config.width
         self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
         if c.image_mode == "anyres":
-            self.connector = Separated(self.connector)
+            self.connector = MLPWithNewline(self.connector)
         self.views = tiling_of(c)
 
     # -- construction ------------------------------------------------------------------------------------
@@ -561,7 +561,7 @@ class LLaVA(nn.Module):
         for name in self.PARTS:
             state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
         weights.save(folder, state)
-        preprocessor = self.vision_tower.transform.to_hf()
+        preprocessor = self.vision_tower.processor.to_hf()
         write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
         write_file(folder / "config.json", json.dumps(layouts.to_ours(self.config), indent=2))
 
@@ -586,7 +586,7 @@ class LLaVA(nn.Module):
     def see(self, views: Tensor) -> Tensor:
         """Views (V, 3, H, W), normalised or uint8 -> the encoder's tokens (V, n, C). Without gradients so few at once
         that the memory it takes beside them does not grow with V."""
-        normalise, made = self.vision_tower.transform.normalise, None
+        normalise, made = self.vision_tower.processor.normalise, None
         if torch.is_grad_enabled():
             return self.vision_tower(normalise(views))
         for at in range(0, len(views), AT_ONCE):
@@ -612,7 +612,7 @@ class LLaVA(nn.Module):
                 else torch.stack([parts[i] for i in same])
             )
             tokens = self.connector(join_views(self.config.connector, x))
-            n = tokens.size(1) - isinstance(self.connector, Separated)
+            n = tokens.size(1) - isinstance(self.connector, MLPWithNewline)
             for i, item in zip(same, tokens, strict=True):
                 made[i] = (
                     item[anyres_order(shapes[i], n // views).to(item.device)]
