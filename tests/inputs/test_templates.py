@@ -903,15 +903,21 @@ def test_command_line_errors(tiny, rows, tmp_path):
             r"bad.json:row 0.*: conversations\[0\]: from 'bot', 'human' was due; fix: ",
         ),
         (("bad.json", "--row", 1), r"bad.json:row 1.*: conversations: empty, or not a list; fix: "),
-        (("bad.jsonl",), r"bad.jsonl:row 1: .*; fix: "),
-        (("none.json",), r"none.json: .*; fix: "),
+        (("bad.jsonl",), r"bad.jsonl:line 2: not JSON .*; fix: "),
+        (("none.json",), r"none.json:.*; fix: "),
         (("absent.json",), r"absent.json: .*; fix: "),
-        (("rows.json", "--row", 7), r"7.*; fix: .* 0 to 6"),
+        (("rows.json", "--row", 7), r"rows.json:.*7.*; fix: .* 0 to 6"),
         (("rows.json", "--template", "fi"), r"'fi' is unknown, did you mean 'phi'\?; fix: "),
         (("rows.json", "--tokenizer", tmp_path / "absent"), r"absent'?: no such folder.*; fix: "),
     ]
     for (file, *options), what in cases:
-        done = inspect(tmp_path / file, "--tokenizer", tiny, *options, ok=False)
-        assert re.fullmatch(f"error: [^\n]*{what}[^\n]*\n", done.stderr), done.stderr
+        command = ["inspect", "--data", tmp_path / file, "--tokenizer", tiny, *options]
+        with pytest.raises(ValueError) as error:
+            data.main([str(word) for word in command])
+        assert re.fullmatch(f"[^\n]*{what}[^\n]*", str(error.value)), str(error.value)
+
+    # On the command line each is one line, and the exit code is not 0.
+    done = inspect(tmp_path / "bad.jsonl", "--tokenizer", tiny, ok=False)
+    assert re.fullmatch(f"error: [^\n]*{cases[2][1]}[^\n]*\n", done.stderr), done.stderr
     done = run("data.py", "inspect", ok=False)
     assert re.fullmatch(r"error: command line: [^\n]*rows[^\n]*; fix: [^\n]*\n", done.stderr)
