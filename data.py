@@ -355,7 +355,7 @@ def check(rows: Rows, spec: SampleSpec) -> int:
         config.Train(on_bad_row="skip"),
     )
     if spec.views.mode not in TILED:  # of pictures only their decoding is tried: a pixel is enough
-        spec = replace(spec, views=replace(spec.views, mode="square", transform=PIXEL))
+        spec = replace(spec, views=replace(spec.views, mode="square", processor=PIXEL))
     steps = Steps(rows, spec, stage, train, validation=True)
     items, lengths, bad, supervised, kept, cuts = Counter(), [], 0, 0, 0, []
     with tqdm(

@@ -43,7 +43,7 @@ class VisionConfig:
     """An encoder as numbers, under Hugging Face's names, and as parts; absent parts are nn.Identity."""
 
     hf: dict  # config.json with every default filled in
-    transform: ImageProcessor
+    processor: ImageProcessor
     leading: dict[str, tuple[int, ...]] = field(
         default_factory=dict
     )  # tokens before the patches: shape without C
@@ -58,7 +58,7 @@ class VisionConfig:
 
     def tokens(self, select: str) -> int:
         """Tokens per image: all of them, less the first one for `patch` (also where it is no class token)."""
-        grid, leading = self.transform.side // self.hf["patch_size"], self.leading.values()
+        grid, leading = self.processor.side // self.hf["patch_size"], self.leading.values()
         return grid**2 + sum((1, *shape)[-1] for shape in leading) - (select == "patch")
 
 
@@ -165,9 +165,9 @@ class VisionEncoder(nn.Module):
             f"-1 to {states[-1]}",
         )
         self.config, self.rename, self.spares, self.gradient_checkpointing = c, c.rename, {}, False
-        self.transform, self.preprocess, self.skip = (
-            c.transform,
-            c.transform,
+        self.processor, self.preprocess, self.skip = (
+            c.processor,
+            c.processor,
             int(feature_select == "patch"),
         )
         self.embeddings, self.pre_layrnorm = (
@@ -207,7 +207,7 @@ class Mixture(nn.Module):
     def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
         super().__init__()
         self.config, self.spares, self.gradient_checkpointing = c, {}, False
-        self.transform = self.preprocess = c.transform
+        self.processor = self.preprocess = c.processor
         self.clip, self.dinov2 = (
             VisionEncoder(t, feature_layer, feature_select) for t in (c, c.beside)
         )
@@ -275,7 +275,7 @@ def vision_config(
     kind = hf.get("model_type")
     if kind == "mof":  # TinyLLaVA Factory's mixture of features: DINOv2 sees CLIP's pictures
         clip = vision_config(hf.get("clip", {}), preprocessor, f"{where}:clip")
-        dinov2 = vision_config(hf.get("dinov2", {}), clip.transform.to_hf(), f"{where}:dinov2")
+        dinov2 = vision_config(hf.get("dinov2", {}), clip.processor.to_hf(), f"{where}:dinov2")
         sizes = [(c.width, c.tokens("patch")) for c in (clip, dinov2)]
         need(
             sizes[0] == sizes[1],
@@ -305,7 +305,7 @@ def vision_config(
         need(c.get(key, values[0]) in values, f"{where}:{key}", c.get(key), f"one of {values}")
     config = FAMILIES[kind][1](c, c["image_size"])
     transform = ImageProcessor.from_hf(
-        preprocessor or {}, config.transform, f"{where}:image processor"
+        preprocessor or {}, config.processor, f"{where}:image processor"
     )
     fix = f"the image processor makes {transform.side}: give the one that belongs to this encoder"
     need(
@@ -314,7 +314,7 @@ def vision_config(
         c["image_size"],
         fix,
     )
-    return replace(config, transform=transform)
+    return replace(config, processor=transform)
 
 
 def build_encoder(

@@ -192,7 +192,7 @@ def blanked(examples, data_dir, model):
     items = [
         item for e in some for item in seen(e, data_dir, partial(load_item, views=model.views))
     ]
-    normalise = model.vision_tower.transform.normalise
+    normalise = model.vision_tower.processor.normalise
     mean = torch.cat([normalise(item.pixels).mean(0, keepdim=True) for item in items]).mean(0)
     return lambda item: Item(mean.expand_as(item.pixels), item.shape)
 

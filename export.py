@@ -64,7 +64,7 @@ def write(folder: Path, state: dict[str, Tensor], files: dict[str, dict | str]):
 
 def check_expressible(model: LLaVA):
     """Raises UserError naming the part that neither LlavaForConditionalGeneration nor LlavaNext's has a place for."""
-    c, lm, transform = model.config, model.language_model, model.vision_tower.transform
+    c, lm, transform = model.config, model.language_model, model.vision_tower.processor
     reason = ""
     if c.connector != "mlp2x_gelu":
         reason = f"connector {c.connector}: Hugging Face LLaVA, and the servers built on it, have the two-layer MLP alone"
@@ -130,11 +130,11 @@ def hf_llava(model: LLaVA, tok, version: int) -> tuple[dict[str, Tensor], dict[s
             if key in state:
                 state[key] = torch.cat([state[key], state[key][:1]])
     tied, select = lm.config.tied, {"patch": "default", "cls_patch": "full"}[c.feature_select]
-    kind, images, grids = "Llava", tower.transform.to_hf(), {}
+    kind, images, grids = "Llava", tower.processor.to_hf(), {}
     if c.image_mode == "pad":
         images |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     if c.image_mode == "anyres":  # where crop_size is a tile's, cropped or not
-        kind, side = "LlavaNext", tower.transform.side
+        kind, side = "LlavaNext", tower.processor.side
         grids = {
             "image_grid_pinpoints": [
                 [rows * side, columns * side] for rows, columns in model.views.grids
@@ -360,7 +360,7 @@ def export(model: LLaVA, tok, to: str, folder: Path, version: int = 5):
     if tok:
         tok.save(folder)
     write(folder, flat_state(model, layout.table, layout.hf_names), {
-        "preprocessor_config.json": model.vision_tower.transform.to_hf(), "README.md": card(model, to),
+        "preprocessor_config.json": model.vision_tower.processor.to_hf(), "README.md": card(model, to),
         "config.json": settings})  # fmt: skip
 
 

@@ -459,7 +459,7 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
             f"{c.frames} frames, {c.fps} a second",
             "write 1 or more, and fps 0 or more",
         )
-    return Tiling(n, c.connector, c.connector_options, vision.transform, c.image_mode, read_grids(c.image_grids),
+    return Tiling(n, c.connector, c.connector_options, vision.processor, c.image_mode, read_grids(c.image_grids),
                  c.frames, c.fps)  # fmt: skip
 
 
@@ -561,7 +561,7 @@ class LLaVA(nn.Module):
         for name in self.PARTS:
             state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
         weights.save(folder, state)
-        preprocessor = self.vision_tower.transform.to_hf()
+        preprocessor = self.vision_tower.processor.to_hf()
         write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
         write_file(folder / "config.json", json.dumps(layouts.to_ours(self.config), indent=2))
 
@@ -586,7 +586,7 @@ class LLaVA(nn.Module):
     def see(self, views: Tensor) -> Tensor:
         """Views (V, 3, H, W), normalised or uint8 -> the encoder's tokens (V, n, C). Without gradients so few at once
         that the memory it takes beside them does not grow with V."""
-        normalise, made = self.vision_tower.transform.normalise, None
+        normalise, made = self.vision_tower.processor.normalise, None
         if torch.is_grad_enabled():
             return self.vision_tower(normalise(views))
         for at in range(0, len(views), AT_ONCE):

@@ -141,7 +141,7 @@ def workers(folder: str):
     from inputs.rows import Rows
     from inputs.tiling import Tiling
 
-    views = Tiling(IMAGE_TOKENS, transform=ImageProcessor(336, 336))
+    views = Tiling(IMAGE_TOKENS, processor=ImageProcessor(336, 336))
     spec = make_spec("", "phi", max_tokens=100_000, views=views)
     steps, worst = (
         Steps(Rows(Path(folder, "rows.json")), spec, Stage(global_batch=16, steps=60), Train()),

@@ -244,7 +244,7 @@ PINPOINTS = [
 def _hf_next(c: dict, folder: Path) -> LLaVAConfig:
     """LlavaNextForConditionalGeneration: LLaVA in high resolution. Grids stand in its files as height, width."""
     config = _hf_llava(c, folder)
-    side = vision_config(config.vision, config.preprocessor).transform.side
+    side = vision_config(config.vision, config.preprocessor).processor.side
     pixels = c.get("image_grid_pinpoints") or PINPOINTS
     if odd := [edge for pair in pixels for edge in pair if edge % side]:
         what = f"{odd[0]} pixels are not whole views of {side}"

@@ -52,7 +52,7 @@ class Tiling:
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
     connector: str = "identity"
     options: dict = field(default_factory=dict)
-    transform: ImageProcessor | None = (
+    processor: ImageProcessor | None = (
         None  # None: pictures are decoded and dropped (data.py check)
     )
     mode: str = "square"
@@ -87,7 +87,7 @@ class Tiling:
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """The grid in which a picture keeps the most pixels, of those the one with the least border."""
-        (width, height), side = size, self.transform.side
+        (width, height), side = size, self.processor.side
 
         def kept(grid: tuple[int, int]) -> tuple[int, int]:
             h, w = grid[0] * side, grid[1] * side
@@ -100,8 +100,8 @@ class Tiling:
     def picture(self, image: Image.Image) -> Item:
         """A picture in RGB -> its item, in uint8."""
         if self.mode not in TILED:
-            return Item(self.transform.pixels(image, self.mode)[None])
-        side, resample = self.transform.side, self.transform.resample
+            return Item(self.processor.pixels(image, self.mode)[None])
+        side, resample = self.processor.side, self.processor.resample
         rows, columns = self.grid(image.size)
         large = (
             image.resize((columns * side, rows * side), resample)
@@ -114,12 +114,12 @@ class Tiling:
             *(large.crop((x, y, x + side, y + side)) for x, y in corners),
         ]
         return Item(
-            torch.stack([self.transform.tensor(part) for part in parts]), self.shape(image.size)
+            torch.stack([self.processor.tensor(part) for part in parts]), self.shape(image.size)
         )
 
     def _boxed(self, image: Image.Image) -> Image.Image:
         """As large as its grid allows, in the middle of black."""
-        width, height = (edge * self.transform.side for edge in reversed(self.grid(image.size)))
+        width, height = (edge * self.processor.side for edge in reversed(self.grid(image.size)))
         across, down = width / image.width, height / image.height
         if across < down:
             size = width, min(ceil(image.height * across), height)
@@ -127,7 +127,7 @@ class Tiling:
             size = min(ceil(image.width * down), width), height
         canvas = Image.new("RGB", (width, height))
         canvas.paste(
-            image.resize(size, self.transform.resample),
+            image.resize(size, self.processor.resample),
             ((width - size[0]) // 2, (height - size[1]) // 2),
         )
         return canvas
@@ -135,5 +135,5 @@ class Tiling:
     def clip(self, frames: Iterable[Image.Image]) -> Item:
         """The frames of a video -> its item, in uint8. A tiled model sees them whole."""
         mode = "square" if self.mode in TILED else self.mode
-        pixels = torch.stack([self.transform.pixels(frame, mode) for frame in frames])
+        pixels = torch.stack([self.processor.pixels(frame, mode) for frame in frames])
         return Item(pixels, ItemShape(len(pixels)))

@@ -49,7 +49,7 @@ class MeanColour:
 @pytest.fixture(scope="module")
 def spec():
     return SampleSpec(
-        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, transform=MeanColour())
+        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, processor=MeanColour())
     )
 
 
@@ -619,7 +619,7 @@ def test_check_takes_the_tokenizer_and_the_lengths_of_training(folder, capsys):
         5,
     ]
     lines, error = run_check(capsys, *args, "--max-tokens", 100)
-    spec = SampleSpec(tokenizer, "plain", 10**6, Tiling(5, transform=MeanColour()))
+    spec = SampleSpec(tokenizer, "plain", 10**6, Tiling(5, processor=MeanColour()))
     length = [len(make_sample(rows, i, spec).ids) for i in range(4)]
     (note,) = [line for line in lines if "note: " in line]
     assert (
@@ -742,7 +742,7 @@ def test_the_sample_rows_make_samples(capsys):
     )
     rows = Rows(file, assets)
     spec = make_spec(
-        str(tokenizer), "phi", max_tokens=2048, views=Tiling(3, transform=MeanColour())
+        str(tokenizer), "phi", max_tokens=2048, views=Tiling(3, processor=MeanColour())
     )
     samples = [make_sample(rows, i, spec) for i in range(14, 22)]
     assert [len(s.items) for s in samples] == [0] * 4 + [1] * 4

@@ -49,7 +49,7 @@ def test_pixels_equal_the_published_processors():
             json.loads((folder / "config.json").read_text()), read_preprocessor(folder)
         )
         image = Image.open(shared("assets/images") / case["image"])
-        pixels = config.transform(image, "pad" if case["pad"] else "square")
+        pixels = config.processor(image, "pad" if case["pad"] else "square")
         assert list(pixels.shape) == case["shape"], case["image"]
         assert pixels.mean((1, 2)).tolist() == pytest.approx(case["mean"], abs=1e-5)
         for c, y, x, value in case["points"]:
@@ -140,10 +140,10 @@ def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
     assert ImageProcessor.from_hf(
         {"size": 30, "resample": None}, ImageProcessor()
     ) == ImageProcessor(30)
-    assert vision_config(DINOV2).transform == ImageProcessor(
+    assert vision_config(DINOV2).processor == ImageProcessor(
         256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3
     )
-    assert (vision_config(CLIP).transform.size, vision_config(CLIP).transform.crop) == (12, 12)
+    assert (vision_config(CLIP).processor.size, vision_config(CLIP).processor.crop) == (12, 12)
 
 
 @pytest.mark.parametrize("field, value", [
@@ -453,7 +453,7 @@ def test_the_mixture_is_both_encoders_side_by_side():
         single.load_state_dict(getattr(mixture, name).state_dict())
         assert torch.equal(got[:, i], single(pixels)), name
     assert {k.split(".")[0] for k in mixture.state_dict()} == {"clip", "dinov2"}
-    assert mixture.transform == mixture.clip.transform == vision_config(CLIP).transform
+    assert mixture.processor == mixture.clip.processor == vision_config(CLIP).processor
     assert mixture.preprocess(picture(30, 20), "pad").shape == (3, 12, 12)
 
 

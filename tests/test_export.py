@@ -252,7 +252,7 @@ def chat_is_ours(version: str, ours: dict):
             assert alone["input_ids"] == want, alone["prompt"]
             pixels = theirs[f"pixels{i}"].view(len(items), -1, 3, SIDE, SIDE)
             for item, seen in zip(items, pixels, strict=True):
-                mine = model.vision_tower.transform.normalise(item.pixels)
+                mine = model.vision_tower.processor.normalise(item.pixels)
                 assert (seen[: len(mine)] - mine).abs().max().item() <= 1e-5
             for loaded in (model, again):
                 with torch.no_grad():

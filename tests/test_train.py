@@ -416,7 +416,7 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
     assert moved and all(k.startswith("language_model.model.layers.") for k in moved)
     assert (
         after.config.template == "plain"
-        and after.vision_tower.transform == before.vision_tower.transform
+        and after.vision_tower.processor == before.vision_tower.processor
     )
     card = (tmp_path / "more" / "README.md").read_text()
     assert f"all of {first}" in card and "finetune.json x 1.0" in card

@@ -83,7 +83,7 @@ def always(monkeypatch):
 @pytest.fixture(scope="module")
 def spec():
     return SampleSpec(
-        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, transform=MeanColour())
+        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, processor=MeanColour())
     )
 
 
@@ -528,7 +528,7 @@ def test_micro_batches_are_the_fewest_possible():
 
 
 def test_uint8_pixels_reach_the_batch_as_they_are(many, spec, tmp_path):
-    spec = dataclasses.replace(spec, views=Tiling(5, transform=ImageProcessor(8)))
+    spec = dataclasses.replace(spec, views=Tiling(5, processor=ImageProcessor(8)))
     steps = Steps(many, spec, Stage(global_batch=38), Train(on_bad_row="skip"))
     batches = [b for b in steps[0].batches if b.images is not None]
     assert batches and all(b.images.dtype == torch.uint8 for b in batches)

@@ -157,7 +157,7 @@ def test_tiles_are_those_of_transformers(size):
     model = build(mode="anyres")
     item = model.views.picture(photo(*size))
     assert item.pixels.shape == want.shape
-    assert (model.vision_tower.transform.normalise(item.pixels) - want).abs().max() <= 1e-5
+    assert (model.vision_tower.processor.normalise(item.pixels) - want).abs().max() <= 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_llava_next_is_transformers(next_folder, sizes):
     for n, item in enumerate(items):
         ids += [IMAGE_TOKEN, 9 + n]
         wide += [319] * model.views.positions(item.shape) + [9 + n]
-    pixels = [model.vision_tower.transform.normalise(item.pixels) for item in items]
+    pixels = [model.vision_tower.processor.normalise(item.pixels) for item in items]
     most = max(map(len, pixels))
     pixels = torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels])
     want = theirs(input_ids=torch.tensor([wide]), pixel_values=pixels,
