@@ -38,6 +38,7 @@ from config import UserError
 from inputs import templates
 from inputs.image_processor import ImageProcessor
 from inputs.index import kept
+from inputs.preview import mark_supervised, show_supervised, wants_colour
 from inputs.rows import Mixture, Rows, shard
 from inputs.sample import Sample, SampleSpec, encode_row, make_sample, user_error
 from inputs.templates import byte_tokenizer
@@ -410,7 +411,7 @@ def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> st
         head += f", views: {', '.join(sides) or 'none'}" + f", {sample.cut} tokens cut off" * (
             sample.cut > 0
         )
-        print(f"--- {head}\n{templates.show(text, labels, offsets, sys.stdout.isatty())}")
+        print(f"--- {head}\n{show_supervised(text, labels, offsets, wants_colour())}")
         html.append(f"<h2>{escape(head)}</h2>")
         for pixels in (view for item in sample.items for view in item.pixels):
             file = io.BytesIO()
@@ -418,12 +419,7 @@ def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> st
             html.append(
                 f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
             )
-        green = escape(
-            templates.show(text, labels, offsets, True)
-        )  # in escapes, which the text cannot hold
-        html.append(
-            f"<pre>{green.replace(chr(27) + '[32m', '<mark>').replace(chr(27) + '[0m', '</mark>')}</pre>"
-        )
+        html.append(f"<pre>{mark_supervised(text, labels, offsets)}</pre>")
     return "\n".join(html)
 
 

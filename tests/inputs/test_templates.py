@@ -1,24 +1,26 @@
 """templates.py: golden ids and labels, structure that data cannot forge, chat templates, errors, the viewer.
 
-python -m pytest tests/test_templates.py
+python -m pytest tests/inputs/test_templates.py
 """
 
 import itertools
 import json
 import pickle
 import re
-import subprocess
 import sys
 
 import pytest
 import tokenizers
+from PIL import Image
 
+import data
 from inputs import templates, tokenizer
+from inputs.preview import show_supervised
 from inputs.templates import TEMPLATES, encode, encode_prompt, render, stop_id
 from inputs.tokenizer import load_tokenizer
 from packing import IGNORE, IMAGE_TOKEN
-from tests.inputs import test_tokenizer
-from tests.inputs.test_tokenizer import (
+from tests.tools.environment import SHARED, run
+from tests.tools.vocabularies import (
     LLAMA,
     PHI,
     QWEN,
@@ -29,14 +31,6 @@ from tests.inputs.test_tokenizer import (
     turns,
     write,
 )
-from tests.tools.environment import SHARED
-
-tiny, piece_model, llama_json = (
-    test_tokenizer.tiny,
-    test_tokenizer.piece_model,
-    test_tokenizer.llama_json,
-)  # fixtures
-
 
 # ---------------------------------------------------------------- golden data
 
@@ -121,9 +115,8 @@ def supervised(conversation, tok, template):
     text, spans, marks = render(conversation, form)
     ids, labels, offsets = templates.tokenize(text, spans, marks, tok)
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels, strict=True))
-    return re.findall(
-        r"\[\[(.*?)\]\]", templates.show(text, labels, offsets, colour=False), re.DOTALL
-    )
+    shown = show_supervised(text, labels, offsets, colour=False)
+    return re.findall(r"\[\[(.*?)\]\]", shown, re.DOTALL)
 
 
 def test_render_is_the_published_format():
@@ -837,18 +830,22 @@ def test_chat_of_llava_hf_is_llava():
     assert [tok.token(i) for i in labels if i != IGNORE] == ["▁A", "▁cat", ".", "▁Red", ".", "</s>"]
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- the viewer: data.py inspect
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "inputs.templates", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+def inspect(file, *options, **given):
+    return run("data.py", "inspect", "--data", file, "--image-tokens", 1, *options, **given)
 
 
 @pytest.fixture
 def rows(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     data = [
-        {"conversations": turns("<image>\nWho?", f"Dog {k}\u2028 你.", "Sure?", "Yes.")}
+        {
+            "id": f"{k}",
+            "image": "a.png",
+            "conversations": turns("<image>\nWho?", f"Dog {k}\u2028 你.", "Sure?", "Yes."),
+        }
         for k in range(7)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(data), encoding="utf-8")
@@ -858,51 +855,42 @@ def rows(tmp_path):
 
 
 def test_viewer(tiny, rows):
-    """The commands of the docstring, the one with chat in test_viewer_of_a_chat."""
-    done = run("--model", tiny, "--template", "phi", rows, "--row", 3)
+    """One row by its number, the first rows, and all of them."""
+    done = inspect(rows, "--tokenizer", tiny, "--template", "phi", "--row", 3)
     tok = load_tokenizer(tiny)
     ids, labels = encode(turns("<image>\nWho?", "Dog 3\u2028 你.", "Sure?", "Yes."), tok, "phi")
-    count = f"{len(ids)} tokens, {len(labels) - labels.count(IGNORE)} supervised"
+    count = f"{len(ids)} tokens, {len(labels) - labels.count(IGNORE)} supervised, "
+    (head,) = [line for line in done.stdout.split("\n") if line.startswith("--- ")]
+    assert f"{rows}:row 3 (id 3): {count}" in head and "1 of 1 x 1" in head
     shown = "USER: <image>\nWho? ASSISTANT:[[ Dog 3\u2028 你.<|endoftext|>]]"
-    assert done.stdout == (
-        f"--- row 3: {count}, 1 images\n{SYSTEM}{shown}USER: Sure? ASSISTANT:[[ Yes.<|endoftext|>]]\n"
-        f"=== 1 rows: {count}\n"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        run("--model", tiny, "--template", "phi", rows).stdout.count("\n--- row") == 4
-    )  # five, the first on top
-    done = run("--model", tiny, "--template", "pretrain", rows.with_suffix(".jsonl"), "--limit", 20)
-    assert done.stdout.count("<image>[[Dog") == 7 and "=== 7 rows: " in done.stdout
+    shown = f"{SYSTEM}{shown}USER: Sure? ASSISTANT:[[ Yes.<|endoftext|>]]"
+    assert f"{head}\n{shown}\n" in done.stdout and done.stderr == ""
+
+    done = inspect(rows, "--tokenizer", tiny, "--template", "phi")
+    assert done.stdout.count("\n--- ") == 3
+    file = rows.with_suffix(".jsonl")
+    done = inspect(file, "--tokenizer", tiny, "--template", "pretrain", "--rows", 20)
+    assert done.stdout.count("<image>[[Dog") == 7 == done.stdout.count("\n--- ")
 
 
 def test_viewer_of_a_chat(chatty, rows, tmp_path):
     chatty(CHAT["chatml"]).save(tmp_path / "a")
-    done = run(
-        "--model", tmp_path / "a", "--template", "chat", rows.with_suffix(".jsonl"), "--limit", 20
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        "\n<|im_start|>user\n<image>\nWho?<|im_end|>\n<|im_start|>assistant\n[[Dog 6\u2028 你.<|im_end|>]]\n"
-        in done.stdout
-    )
-    assert "=== 7 rows: " in done.stdout
+    file = rows.with_suffix(".jsonl")
+    done = inspect(file, "--tokenizer", tmp_path / "a", "--template", "chat", "--rows", 20)
+    question = "\n<|im_start|>user\n<image>\nWho?<|im_end|>\n"
+    answer = "<|im_start|>assistant\n[[Dog 6\u2028 你.<|im_end|>]]\n"
+    assert question + answer in done.stdout and done.stderr == ""
+    assert done.stdout.count("\n--- ") == 7
 
 
 def test_colours(tiny, rows, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for value, colour in (("", True), ("1", False)):
         monkeypatch.setenv("NO_COLOR", value)
-        templates.main(["--model", str(tiny), str(rows)])
+        data.main(["inspect", "--data", str(rows), "--tokenizer", str(tiny)])
         out = capsys.readouterr().out
-        assert ("ASSISTANT:\033[32m Yes." in out, "ASSISTANT:[[ Yes." in out) == (
-            colour,
-            not colour,
-        )
-    assert (
-        templates.show("ab\033c", [IGNORE, 5, IGNORE], [(0, 1), (1, 2), (2, 4)], True)
-        == "a\033[32mb\033[0m\\033c"
-    )
+        assert ("ASSISTANT:\033[32m Yes." in out) == colour
+        assert ("ASSISTANT:[[ Yes." in out) == (not colour)
 
 
 def test_command_line_errors(tiny, rows, tmp_path):
@@ -911,25 +899,25 @@ def test_command_line_errors(tiny, rows, tmp_path):
     (tmp_path / "none.json").write_text("[]")
     cases = [
         (
-            (tmp_path / "bad.json",),
-            r"bad.json:0: conversations\[0\]: from 'bot', 'human' was due; fix: ",
+            ("bad.json", "--row", 0),
+            r"bad.json:row 0.*: conversations\[0\]: from 'bot', 'human' was due; fix: ",
         ),
-        ((tmp_path / "bad.json", "--row", 1), r"bad.json:1: no conversations in it; fix: "),
-        ((tmp_path / "bad.jsonl",), r"bad.jsonl:1: cannot be read: .*; fix: "),
-        ((tmp_path / "none.json",), r"none.json:0: not a list of rows, or empty; fix: "),
-        ((tmp_path / "absent.json",), r"absent.json:0: cannot be read: .*; fix: "),
-        ((rows, "--row", 7), r"rows.json:7: there are only 7 rows; fix: a --row from 0 to 6"),
-        (
-            (rows, "--template", "fi"),
-            r"templates.py:--template: 'fi' is unknown, did you mean 'phi'\?; fix: ",
-        ),
-        (
-            (rows, "--model", tmp_path / "absent"),
-            r"absent:tokenizer: no such folder or file; fix: ",
-        ),
-        ((), r"command line: .*rows.*; fix: "),
+        (("bad.json", "--row", 1), r"bad.json:row 1.*: conversations: empty, or not a list; fix: "),
+        (("bad.jsonl",), r"bad.jsonl:line 2: not JSON .*; fix: "),
+        (("none.json",), r"none.json:.*; fix: "),
+        (("absent.json",), r"absent.json: .*; fix: "),
+        (("rows.json", "--row", 7), r"rows.json:.*7.*; fix: .* 0 to 6"),
+        (("rows.json", "--template", "fi"), r"'fi' is unknown, did you mean 'phi'\?; fix: "),
+        (("rows.json", "--tokenizer", tmp_path / "absent"), r"absent'?: no such folder.*; fix: "),
     ]
-    for arguments, what in cases:
-        done = run("--model", tiny, *arguments)
-        assert done.returncode == 1, arguments
-        assert re.fullmatch(f"error: [^\n]*{what}[^\n]*\n", done.stderr), done.stderr
+    for (file, *options), what in cases:
+        command = ["inspect", "--data", tmp_path / file, "--tokenizer", tiny, *options]
+        with pytest.raises(ValueError) as error:
+            data.main([str(word) for word in command])
+        assert re.fullmatch(f"[^\n]*{what}[^\n]*", str(error.value)), str(error.value)
+
+    # On the command line each is one line, and the exit code is not 0.
+    done = inspect(tmp_path / "bad.jsonl", "--tokenizer", tiny, ok=False)
+    assert re.fullmatch(f"error: [^\n]*{cases[2][1]}[^\n]*\n", done.stderr), done.stderr
+    done = run("data.py", "inspect", ok=False)
+    assert re.fullmatch(r"error: command line: [^\n]*rows[^\n]*; fix: [^\n]*\n", done.stderr)
