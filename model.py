@@ -1,17 +1,36 @@
-"""Decoder language models (one class, a table of families) and LLaVA: encoder + connector + language model.
+"""Decoder language models, and LLaVA: an encoder, a connector and a language model.
 
-    lm = LanguageModel.from_pretrained("TinyLlama/TinyLlama-1.1B-Chat-v1.0")   # folder or Hugging Face id
+    lm = LanguageModel.from_pretrained("TinyLlama/TinyLlama-1.1B-Chat-v1.0")   # folder or Hub id
     logits = lm(input_ids)                                                     # (B, T) -> (B, T, V)
     model = LLaVA.from_pretrained("out/demo")
-    out = model(input_ids, images, attention_mask, labels)                     # out.logits, out.loss
+    out = model(input_ids, images, attention_mask, labels)                     # .logits, .loss
 
-B batch, T tokens of a packed row, S samples in it, N images, n tokens per image, P of all of them, D width, H heads,
-K key-value heads, d head width, L cache slots, V vocabulary; beside N also the views of all images.
+A map of this file:
+    LMConfig         a language model as parts and numbers
+    LanguageModel    embedding, blocks and norm (Decoder), then the lm_head
+    FAMILIES         how each family differs from Llama; lm_config reads its config.json.
+                     A new family is one function and one entry
+    init_weights     random weights
+    LLaVA            pixels -> encode_items -> embed -> the decoder -> logits, loss or new tokens
 
-Everything runs on packed rows: (T, D) activations, positions that restart with each sample, and cu_seqlens
-(S+1,) that says where samples begin. A padded batch, a prompt and one decoded token are special cases of it.
-Parameter names are Hugging Face's Llama names, so rename tables are short. Configuration is read when a module
-is built; forward never branches on it. A new family is one entry of FAMILIES.
+To follow a token through Llama, read `forward` of LanguageModel, Decoder, Block and Attention, in
+this order. Five of the calls on its way are fused kernels, with plain PyTorch of the same meaning
+beside them:
+    rotate                  kernels/rope.py: turns q and k by an angle that grows with the position
+    attend                  kernels/attention.py: causal attention inside each sample
+    norm.add                kernels/norms.py: adds to the residual stream and normalises the sum
+    mlp                     kernels/glu.py: act(gate) * up, between the linears of layers.GLU
+    linear_cross_entropy    kernels/cross_entropy.py: lm_head and loss, at supervised positions only
+
+Everything runs on packed rows (packing.py): activations (T, D) of all samples, one behind the
+other, positions that restart with each sample, and cu_seqlens, which says where samples begin. A
+padded batch, a prompt and one decoded token are special cases. Parameter names are Hugging Face's
+Llama names, so rename tables are short. Configuration is read when a module is built; `forward`
+never branches on it.
+
+B batch, T tokens of a packed row, S samples in it, N items (pictures and videos), M views of all of
+them, n tokens of a view or an item, C width of the encoder, D width of the language model, H query
+heads, K key-value heads, d head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,6 +47,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import layouts, weights
@@ -44,23 +64,25 @@ from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
 from packing import (
     IGNORE,
     IMAGE_TOKEN,
-    ONE_VIEW,
     Attend,
     Batch,
     Item,
     ItemShape,
+    PackedRow,
     expand_images,
     match_images,
     pack_prompts,
+    pack_rows,
     packed_attention,
+    without_padding,
 )
 
-# ----------------------------------------------------------------------------------------- language model
+# --------------------------------------------------------------------------------- language model
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The sizes of one block; uniform families repeat one."""
+    """The sizes of one block. All blocks of a model have the same, except in OpenELM."""
 
     heads: int
     kv_heads: int
@@ -69,117 +91,155 @@ class Layer:
 
 @dataclass(frozen=True)
 class LMConfig:
-    """A language model as parts and numbers. Classes stand in it, not names; absent parts are nn.Identity."""
+    """A language model as parts and numbers. It holds classes, not their names."""
 
     vocab: int
     width: int
     head_dim: int
     layers: tuple[Layer, ...]
-    norm: Callable[[int], nn.Module]
-    mlp: Callable[[int, int], nn.Module]
-    block: Callable[[LMConfig, int], nn.Module]
+    norm: Callable[[int], nn.Module]  # (width)
+    mlp: Callable[[int, int], nn.Module]  # (width, intermediate)
+    block: Callable[[LMConfig, int], nn.Module]  # (config, index of the block)
     rope_theta: float
-    rotary_dim: int  # how much of each head turns with its position, from the front
-    head_norm: Callable[[int, int], nn.Module] = (
-        nn.Identity
-    )  # (heads, d), on q and k before they turn
+    rotary_dim: int  # how many numbers of each head are rotated, from the front
+    head_norm: Callable[[int, int], nn.Module] = nn.Identity  # (heads, d), on q and on k
     qkv_bias: bool = False
     out_bias: bool = False
     lm_head_bias: bool = False
-    tied: bool = False
-    embed_scale: float = 1.0  # on all inputs, image features too
+    tied: bool = False  # lm_head.weight is the embedding table
+    embed_scale: float = 1.0  # multiplies all inputs, image features too
     init_std: float = 0.02
 
 
 class Scale(nn.Module):
+    """Gemma's factor on its inputs."""
+
     def __init__(self, by: float):
         super().__init__()
         self.by = by
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.full(
-            (), self.by, dtype=x.dtype, device=x.device
-        )  # rounded to x's dtype, as Gemma has it
+        # Gemma rounds the factor to x's dtype first. A Python number would not be rounded.
+        factor = torch.full((), self.by, dtype=x.dtype, device=x.device)
+        return x * factor
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, dim) in float32 for rotary embeddings in Llama's half-split layout (Su et al., 2021)."""
-    frequency = theta ** (
-        -torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    )
-    angle = positions[:, None, None].float() * frequency
+    """Return cos and sin (T, 1, dim) of rotary embeddings (Su et al., 2021), in float32.
+
+    Numbers i and i + dim/2 of a head form a pair (Llama's half-split layout), which turns by
+    position * theta^(-2i/dim). So both halves of the table are the same.
+    """
+    even = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = theta ** (-even / dim)
+    angle = positions[:, None, None].float() * frequency  # (T, 1, dim/2)
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
 
 
 class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al., 2023): H heads of queries, K of keys and values."""
+
     def __init__(self, c: LMConfig, index: int):
         super().__init__()
-        layer, d = c.layers[index], c.head_dim
-        self.index, self.head_dim = index, d
-        self.q_proj = nn.Linear(c.width, layer.heads * d, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, layer.kv_heads * d, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, layer.kv_heads * d, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(layer.heads * d, c.width, bias=c.out_bias)
-        self.q_norm, self.k_norm = c.head_norm(layer.heads, d), c.head_norm(layer.kv_heads, d)
+        layer = c.layers[index]
+        queries = layer.heads * c.head_dim
+        keys = layer.kv_heads * c.head_dim
+        self.index = index
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.width, queries, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, keys, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, keys, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(queries, c.width, bias=c.out_bias)
+        self.q_norm = c.head_norm(layer.heads, c.head_dim)
+        self.k_norm = c.head_norm(layer.kv_heads, c.head_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(self.q_norm(q), self.k_norm(k), *rope)
-        return self.o_proj(
-            attend(self, q, k, v).flatten(1)
-        )  # `self`: torch.compile would make a graph for each index
+        """x (T, D), rope as rope_table returns it -> what to add to the residual stream, (T, D)."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+
+        # Queries and keys turn with their position, so q . k depends on the distance of two tokens.
+        cos, sin = rope
+        q, k = rotate(self.q_norm(q), self.k_norm(k), cos, sin)
+
+        # A cache only needs self.index, but `attend` gets the module: the number would be a
+        # constant of the graph, and torch.compile would make one graph for every block. As it is,
+        # all blocks of one kind share a graph.
+        attended = attend(self, q, k, v)  # (T, H, d)
+        return self.o_proj(attended.flatten(1))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
-
-    def __init__(self, c: LMConfig, index: int):
-        super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = c.norm(c.width), c.norm(c.width)
-        self.self_attn, self.mlp = Attention(c, index), c.mlp(c.width, c.layers[index].intermediate)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        n, x = self.post_attention_layernorm.add(
-            self.self_attn(self.input_layernorm(x), rope, attend), x
-        )
-        return x + self.mlp(n)
-
-
-class ParallelBlock(nn.Module):
-    """Attention and MLP read the same normalised input and are added together (Wang and Komatsuzaki, GPT-J)."""
+    """A pre-norm transformer block: attention, then an MLP, each added to the residual stream."""
 
     def __init__(self, c: LMConfig, index: int):
         super().__init__()
         self.input_layernorm = c.norm(c.width)
-        self.self_attn, self.mlp = Attention(c, index), c.mlp(c.width, c.layers[index].intermediate)
+        self.post_attention_layernorm = c.norm(c.width)
+        self.self_attn = Attention(c, index)
+        self.mlp = c.mlp(c.width, c.layers[index].intermediate)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        n = self.input_layernorm(x)
-        return self.self_attn(n, rope, attend) + self.mlp(n) + x
+        """x (T, D), the residual stream -> the residual stream behind this block."""
+        attended = self.self_attn(self.input_layernorm(x), rope, attend)
+
+        # x = x + attended, and the norm of the sum, in one kernel.
+        normed, x = self.post_attention_layernorm.add(attended, x)
+
+        # In Llama: down_proj(silu(gate_proj(normed)) * up_proj(normed)).
+        return x + self.mlp(normed)
+
+
+class ParallelBlock(nn.Module):
+    """Attention and MLP read the same norm and are added together (GPT-J; Wang and Komatsuzaki)."""
+
+    def __init__(self, c: LMConfig, index: int):
+        super().__init__()
+        self.input_layernorm = c.norm(c.width)
+        self.self_attn = Attention(c, index)
+        self.mlp = c.mlp(c.width, c.layers[index].intermediate)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """x (T, D), the residual stream -> the residual stream behind this block."""
+        normed = self.input_layernorm(x)
+        return self.self_attn(normed, rope, attend) + self.mlp(normed) + x
 
 
 class Decoder(nn.Module):
+    """The language model without its head: embedding table, blocks and the last norm."""
+
     def __init__(self, c: LMConfig):
         super().__init__()
-        self.rope = partial(rope_table, dim=c.rotary_dim, theta=c.rope_theta)
+        self.rotary_dim = c.rotary_dim
+        self.rope_theta = c.rope_theta
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
-        self.scale = nn.Identity() if c.embed_scale == 1 else Scale(c.embed_scale)
-        self.layers = nn.ModuleList(c.block(c, i) for i in range(len(c.layers)))
+        if c.embed_scale == 1:
+            self.scale = nn.Identity()
+        else:
+            self.scale = Scale(c.embed_scale)
+        self.layers = nn.ModuleList(c.block(c, index) for index in range(len(c.layers)))
         self.norm = c.norm(c.width)
         self.gradient_checkpointing = False
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(T,) -> (T, D), in the dtype of the norms: a frozen table may be stored narrower."""
+        """Return the embeddings (T, D) of ids (T,), before they are scaled.
+
+        They have the dtype of the norms: the table itself, when frozen, may be stored narrower.
+        """
         return self.embed_tokens(ids).to(self.norm.weight.dtype)
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Embeddings x (T, D) and positions (T,) -> final hidden states (T, D)."""
-        rope, x = self.rope(positions), self.scale(x)
+        """Embeddings x (T, D) and positions (T,) of a packed row -> hidden states (T, D)."""
+        rope = rope_table(positions, self.rotary_dim, self.rope_theta)  # the same for all blocks
+        x = self.scale(x)
+
+        # With gradient checkpointing only the input of a block is kept for the backward pass, which
+        # then runs the block's forward a second time: less memory, about a third more time.
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if recompute:
                 x = checkpoint(block, x, rope, attend, use_reentrant=False)
             else:
                 x = block(x, rope, attend)
@@ -187,25 +247,32 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Linear):
-    """The last linear; a frozen one may be stored narrower than what it reads."""
+    """The lm_head: hidden states -> logits. A frozen one may be stored narrower than its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 class LanguageModel(nn.Module):
+    """A decoder language model of any of FAMILIES.
+
+    checkpoints/weights.py reads `rename` (Hugging Face's names -> ours), `tied` (a parameter -> the
+    one whose storage it shares) and `ignore` (names in files that are no parameters).
+    """
+
+    # Some old files hold this buffer, which is a function of the config.
+    ignore = ("**.rotary_emb.inv_freq",)
+
     def __init__(self, c: LMConfig, rename: Table = ()):
         super().__init__()
-        self.config, self.rename = c, rename  # rename: Hugging Face's names -> ours
+        self.config = c
+        self.rename = rename
         self.model = Decoder(c)
         self.lm_head = Head(c.width, c.vocab, bias=c.lm_head_bias)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if c.tied else {}
+        self.tied = {}
         if c.tied:
+            self.tied = {"lm_head.weight": "model.embed_tokens.weight"}
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    ignore = (
-        "**.rotary_emb.inv_freq",
-    )  # a buffer that old files carry; it is a function of the config
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -214,17 +281,22 @@ class LanguageModel(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids (B, T), no padding -> logits (B, T, V)."""
         B, T = input_ids.shape
-        cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=input_ids.device)
-        positions = torch.arange(T, device=input_ids.device).repeat(B)
-        x = self.model.embed(input_ids.flatten())
-        return self.lm_head(self.model(x, positions, packed_attention(cu_seqlens, T))).view(
-            B, T, -1
-        )
+        row = pack_rows(list(input_ids))  # B samples of T tokens
+        attend = packed_attention(row.cu_seqlens, row.max_seqlen)
+
+        x = self.model.embed(row.input_ids)  # (B T, D)
+        hidden = self.model(x, row.positions, attend)  # (B T, D)
+        logits = self.lm_head(hidden)  # (B T, V)
+        return logits.view(B, T, -1)
 
     @classmethod
     def from_hf(cls, hf: dict, where: object = "llm_config") -> LanguageModel:
-        """The model that a config.json describes, without its weights. Raises UserError as lm_config does."""
-        return cls(lm_config(hf, where), FAMILIES[hf["model_type"]].rename)
+        """Return the model that a config.json describes. Its weights are torch's random ones.
+
+        Raises UserError as lm_config does.
+        """
+        config = lm_config(hf, where)
+        return cls(config, FAMILIES[hf["model_type"]].rename)
 
     @classmethod
     def from_pretrained(
@@ -234,153 +306,341 @@ class LanguageModel(nn.Module):
         device="cpu",
         allow_pickle: bool = False,
     ) -> LanguageModel:
-        """A language model from a Hugging Face folder or id; dtype None keeps the file's.
+        """Load a language model from a Hugging Face folder or id.
 
-        allow_pickle also reads pytorch_model.bin, tensors only. Raises UserError.
+        dtype None keeps the dtype of the file. allow_pickle also reads pytorch_model.bin, tensors
+        only. Raises UserError.
         """
         folder = resolve(str(path), allow_pickle=allow_pickle)
+        file = folder / "config.json"
         with weights.empty():
-            model = cls.from_hf(read_json(folder / "config.json"), folder / "config.json")
+            model = cls.from_hf(read_json(file), file)
         source = weights.Checkpoint(folder, allow_pickle)
         weights.load(model, source, model.rename, dtype=dtype, device=device, ignore=model.ignore)
         return model
 
 
-# ------------------------------------------------------------------------------------------------ families
+# ---------------------------------------------------------------------------------------- families
 
 
 class Family(NamedTuple):
+    """How to read the config.json and the weights of one `model_type`."""
+
+    # A function of config.json that says, in keywords, how the family differs from Llama.
     config: Callable[[dict], LMConfig]
-    rename: Table = ()  # (theirs, ours)
-    defaults: dict = {}  # what Hugging Face's config class fills in; multimodal config.json files leave it out
-    neutral: dict = {}  # fields that would change the arithmetic, and the values at which they do not
+
+    # Hugging Face's parameter names and ours, in pairs, where they differ.
+    rename: Table = ()
+
+    # What Hugging Face's config class fills in, because multimodal config.json files leave it out.
+    defaults: dict = {}
+
+    # Fields that would change the arithmetic, and the values at which they do not. lm_config
+    # refuses all others; they come in addition to NEUTRAL.
+    neutral: dict = {}
 
 
-def _decoder(c: dict, rotary: float = 1.0, tied: bool = False, **parts) -> LMConfig:
-    """Llama and what is built like it, with `parts` in place of Llama's own."""
+def llama(c: dict, rotary: float = 1.0, tied: bool = False, **differences) -> LMConfig:
+    """Llama and SmolLM2, and the start of all that is built like them.
+
+    rotary and tied hold where config.json says nothing. `differences` take the place of Llama's own
+    parts and numbers.
+    """
     heads = c["num_attention_heads"]
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
-    layer = Layer(heads, c.get("num_key_value_heads") or heads, c["intermediate_size"])
-    rope = c | (
-        c.get("rope_parameters") or {}
-    )  # where transformers 5 keeps what has to do with rotation
-    like_llama = {
-        "vocab": c["vocab_size"], "width": c["hidden_size"], "head_dim": head_dim,
-        "layers": (layer,) * c["num_hidden_layers"], "norm": partial(RMSNorm, eps=c.get("rms_norm_eps", 1e-6)),
-        "mlp": GLU, "block": Block, "rope_theta": rope.get("rope_theta", 10000.0),
-        "rotary_dim": int(head_dim * rope.get("partial_rotary_factor", rotary)),
-        "qkv_bias": c.get("attention_bias", False), "out_bias": c.get("attention_bias", False),
-        "tied": c.get("tie_word_embeddings", tied), "init_std": c.get("initializer_range", 0.02),
-    }  # fmt: skip
-    return LMConfig(**(like_llama | parts))
-
-
-def _qwen2(c: dict) -> LMConfig:
-    return _decoder(c, qkv_bias=True, out_bias=False)
-
-
-def _qwen3(c: dict) -> LMConfig:
-    eps = c.get("rms_norm_eps", 1e-6)
-    return _decoder(c, head_norm=lambda heads, d: RMSNorm(d, eps))
-
-
-def _gemma(c: dict) -> LMConfig:
-    return _decoder(
-        c, tied=True, norm=partial(OffsetRMSNorm, eps=c.get("rms_norm_eps", 1e-6)), mlp=partial(GLU, act="gelu_tanh"),
-        embed_scale=c["hidden_size"] ** 0.5,
-    )  # fmt: skip
-
-
-def _stablelm(c: dict) -> LMConfig:
-    eps = c.get("layer_norm_eps", 1e-5)
-    return _decoder(
-        c, rotary=0.25, norm=partial(LayerNorm, eps=eps), qkv_bias=c.get("use_qkv_bias", False), out_bias=False,
-        head_norm=partial(LayerNormPerHead, eps=eps) if c.get("qk_layernorm") else nn.Identity,
-        block=ParallelBlock if c.get("use_parallel_residual") else Block,
-    )  # fmt: skip
-
-
-def _phi(c: dict) -> LMConfig:
-    eps = c.get("layer_norm_eps", 1e-5)
-    return _decoder(
-        c, rotary=0.5, norm=partial(LayerNorm, eps=eps), mlp=MLP, block=ParallelBlock, qkv_bias=True, out_bias=True,
-        lm_head_bias=c.get("lm_head_bias", True),  # our own key: TinyLLaVABench's Phi has none
-        head_norm=(lambda heads, d: LayerNorm(d, eps)) if c.get("qk_layernorm") else nn.Identity,
-    )  # fmt: skip
-
-
-def _openelm(c: dict) -> LMConfig:
-    """Apple's OpenELM: every layer has widths of its own, its files name things otherwise."""
-
-    def divisible(
-        value: float, by: int
-    ) -> int:  # to the nearest multiple, never more than a tenth below
-        nearest = max(by, int(value + by / 2) // by * by)
-        return nearest + by if nearest < 0.9 * value else nearest
-
-    width, head_dim = c["model_dim"], c["head_dim"]
-    ffn = (divisible(m * width, c["ffn_dim_divisor"]) for m in c["ffn_multipliers"])
-    layers = tuple(
-        Layer(*sizes) for sizes in zip(c["num_query_heads"], c["num_kv_heads"], ffn, strict=True)
+    layer = Layer(
+        heads=heads,
+        kv_heads=c.get("num_key_value_heads") or heads,
+        intermediate=c["intermediate_size"],
     )
+
+    # transformers 5 keeps the numbers of the rotation in a table of their own.
+    rope = c | (c.get("rope_parameters") or {})
+
+    parts = {
+        "vocab": c["vocab_size"],
+        "width": c["hidden_size"],
+        "head_dim": head_dim,
+        "layers": (layer,) * c["num_hidden_layers"],
+        "norm": partial(RMSNorm, eps=c.get("rms_norm_eps", 1e-6)),
+        "mlp": GLU,
+        "block": Block,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rotary_dim": int(head_dim * rope.get("partial_rotary_factor", rotary)),
+        "qkv_bias": c.get("attention_bias", False),
+        "out_bias": c.get("attention_bias", False),
+        "tied": c.get("tie_word_embeddings", tied),
+        "init_std": c.get("initializer_range", 0.02),
+    }
+    return LMConfig(**(parts | differences))
+
+
+def same_for_all_heads(norm: Callable[[int], nn.Module]) -> Callable[[int, int], nn.Module]:
+    """Return a head_norm with one weight (d,), which all heads share."""
+
+    def build(heads: int, head_dim: int) -> nn.Module:
+        return norm(head_dim)
+
+    return build
+
+
+def qwen2(c: dict) -> LMConfig:
+    """Qwen1.5, Qwen2 and Qwen2.5: biases on q, k and v."""
+    return llama(
+        c,
+        qkv_bias=True,
+        out_bias=False,
+    )
+
+
+def qwen3(c: dict) -> LMConfig:
+    """Qwen3: no biases, and a norm on each head of q and k."""
+    head_norm = partial(RMSNorm, eps=c.get("rms_norm_eps", 1e-6))
+    return llama(
+        c,
+        head_norm=same_for_all_heads(head_norm),
+    )
+
+
+def gemma(c: dict) -> LMConfig:
+    """Gemma: norms that multiply by 1 + weight, GeGLU, tied embeddings, inputs times sqrt(D)."""
+    return llama(
+        c,
+        norm=partial(OffsetRMSNorm, eps=c.get("rms_norm_eps", 1e-6)),
+        mlp=partial(GLU, act="gelu_tanh"),
+        tied=True,
+        embed_scale=c["hidden_size"] ** 0.5,
+    )
+
+
+def stablelm(c: dict) -> LMConfig:
+    """StableLM-2: LayerNorm, and only the first quarter of each head is rotated.
+
+    As options: biases on q, k and v; a norm of its own for each head; parallel blocks.
+    """
+    eps = c.get("layer_norm_eps", 1e-5)
+    head_norm = nn.Identity
+    if c.get("qk_layernorm"):
+        head_norm = partial(LayerNormPerHead, eps=eps)
+    block = Block
+    if c.get("use_parallel_residual"):
+        block = ParallelBlock
+    return llama(
+        c,
+        rotary=0.25,
+        norm=partial(LayerNorm, eps=eps),
+        head_norm=head_norm,
+        block=block,
+        qkv_bias=c.get("use_qkv_bias", False),
+        out_bias=False,
+    )
+
+
+def phi(c: dict) -> LMConfig:
+    """Phi-1.5 and Phi-2: LayerNorm, parallel blocks, a plain MLP, biases everywhere.
+
+    Only half of each head is rotated, by default. As an option: a norm on each head of q and k.
+    """
+    norm = partial(LayerNorm, eps=c.get("layer_norm_eps", 1e-5))
+    head_norm = nn.Identity
+    if c.get("qk_layernorm"):
+        head_norm = same_for_all_heads(norm)
+    return llama(
+        c,
+        rotary=0.5,
+        norm=norm,
+        head_norm=head_norm,
+        mlp=MLP,
+        block=ParallelBlock,
+        qkv_bias=True,
+        out_bias=True,
+        lm_head_bias=c.get("lm_head_bias", True),  # a key of ours: TinyLLaVABench's Phi has none
+    )
+
+
+def openelm(c: dict) -> LMConfig:
+    """OpenELM (Mehta et al., 2024): every layer has widths of its own, and keys are Apple's."""
+    width = c["model_dim"]
+    head_dim = c["head_dim"]
+    layers = []
+    for multiplier, heads, kv_heads in zip(
+        c["ffn_multipliers"], c["num_query_heads"], c["num_kv_heads"], strict=True
+    ):
+        intermediate = round_to_multiple(multiplier * width, c["ffn_dim_divisor"])
+        layers.append(Layer(heads, kv_heads, intermediate))
+
+    norm = partial(RMSNorm, eps=1e-6)
+    head_norm = nn.Identity
+    if c["normalize_qk_projections"]:
+        head_norm = same_for_all_heads(norm)
     return LMConfig(
-        vocab=c["vocab_size"], width=width, head_dim=head_dim, layers=layers, norm=partial(RMSNorm, eps=1e-6), mlp=GLU,
-        block=Block, rope_theta=c["rope_freq_constant"], rotary_dim=head_dim,
-        head_norm=(lambda heads, d: RMSNorm(d, 1e-6)) if c["normalize_qk_projections"] else nn.Identity,
-        tied=c["share_input_output_layers"], init_std=c.get("initializer_range", 0.02),
-    )  # fmt: skip
+        vocab=c["vocab_size"],
+        width=width,
+        head_dim=head_dim,
+        layers=tuple(layers),
+        norm=norm,
+        head_norm=head_norm,
+        mlp=GLU,
+        block=Block,
+        rope_theta=c["rope_freq_constant"],
+        rotary_dim=head_dim,
+        tied=c["share_input_output_layers"],
+        init_std=c.get("initializer_range", 0.02),
+    )
 
 
-def _sizes(vocab: int, width: int, intermediate: int, layers: int, heads: int, **more: int) -> dict:
-    """What Hugging Face's config class fills in where a multimodal config.json leaves it out."""
-    return {"vocab_size": vocab, "hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers,
-            "num_attention_heads": heads, **more}  # fmt: skip
+def round_to_multiple(value: float, by: int) -> int:
+    """Return the multiple of `by` nearest to value, or the next one if that is 10 % below it.
+
+    This is OpenELM's make_divisible, which is MobileNet's.
+    """
+    nearest = max(by, int(value + by / 2) // by * by)
+    if nearest < 0.9 * value:
+        nearest += by
+    return nearest
 
 
-_QWEN_SIZES = _sizes(151936, 4096, 22016, 32, 32, num_key_value_heads=32)
-_HEAD_NORMS = (("**.q_layernorm.**", "**.q_norm.**"), ("**.k_layernorm.**", "**.k_norm.**"))
-_PHI_NAMES = (
-    ("**.self_attn.dense.*", "**.self_attn.o_proj.*"),
-    ("model.final_layernorm.*", "model.norm.*"),
-)
-_BLOCK = "model.layers.*."
-_OPENELM_NAMES = (
+# Apple's names and ours. One of theirs with several of ours holds them stacked along dimension 0.
+OPENELM_NAMES: Table = (
     (
         "transformer.layers.*.attn.qkv_proj.weight",
-        tuple(f"{_BLOCK}self_attn.{x}_proj.weight" for x in "qkv"),
+        (
+            "model.layers.*.self_attn.q_proj.weight",
+            "model.layers.*.self_attn.k_proj.weight",
+            "model.layers.*.self_attn.v_proj.weight",
+        ),
     ),
-    ("transformer.layers.*.attn.out_proj.weight", f"{_BLOCK}self_attn.o_proj.weight"),
-    ("transformer.layers.*.attn.*_norm.weight", f"{_BLOCK}self_attn.*_norm.weight"),
-    ("transformer.layers.*.attn_norm.weight", f"{_BLOCK}input_layernorm.weight"),
-    ("transformer.layers.*.ffn_norm.weight", f"{_BLOCK}post_attention_layernorm.weight"),
+    ("transformer.layers.*.attn.out_proj.weight", "model.layers.*.self_attn.o_proj.weight"),
+    ("transformer.layers.*.attn.*_norm.weight", "model.layers.*.self_attn.*_norm.weight"),
+    ("transformer.layers.*.attn_norm.weight", "model.layers.*.input_layernorm.weight"),
+    ("transformer.layers.*.ffn_norm.weight", "model.layers.*.post_attention_layernorm.weight"),
     (
         "transformer.layers.*.ffn.proj_1.weight",
-        (f"{_BLOCK}mlp.gate_proj.weight", f"{_BLOCK}mlp.up_proj.weight"),
+        (
+            "model.layers.*.mlp.gate_proj.weight",
+            "model.layers.*.mlp.up_proj.weight",
+        ),
     ),
-    ("transformer.layers.*.ffn.proj_2.weight", f"{_BLOCK}mlp.down_proj.weight"),
+    ("transformer.layers.*.ffn.proj_2.weight", "model.layers.*.mlp.down_proj.weight"),
     ("transformer.token_embeddings.weight", "model.embed_tokens.weight"),
     ("transformer.norm.weight", "model.norm.weight"),
 )
-_TANH = ("gelu_new", "gelu_pytorch_tanh")
+
+# Two names of the same activation.
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_decoder, defaults=_sizes(32000, 4096, 11008, 32, 32)),
-    "qwen2": Family(_qwen2, defaults=_QWEN_SIZES),
-    "qwen3": Family(_qwen3, defaults=_QWEN_SIZES | {"head_dim": 128}),
-    # Gemma's files say `gelu` for what has always been computed with tanh.
-    "gemma": Family(_gemma, (), _sizes(256000, 3072, 24576, 28, 16, num_key_value_heads=16, head_dim=256),
-                    {"hidden_act": ("gelu", *_TANH), "use_bidirectional_attention": (None, False)}),
-    "stablelm": Family(_stablelm, _HEAD_NORMS, _sizes(50304, 2560, 6912, 32, 32, num_key_value_heads=32)),
-    "phi": Family(_phi, _PHI_NAMES + _HEAD_NORMS, _sizes(51200, 2048, 8192, 24, 32), {"hidden_act": _TANH}),
-    "openelm": Family(_openelm, _OPENELM_NAMES, {}, {
-        "activation_fn_name": ("swish",), "ffn_with_glu": (True,), "normalization_layer_name": ("rms_norm",)}),
-}  # fmt: skip
-# What none of them computes otherwise than at these values.
+    "llama": Family(
+        config=llama,
+        defaults={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+    ),
+    "qwen2": Family(
+        config=qwen2,
+        defaults={
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 22016,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+    ),
+    "qwen3": Family(
+        config=qwen3,
+        defaults={
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 22016,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+        },
+    ),
+    "gemma": Family(
+        config=gemma,
+        defaults={
+            "vocab_size": 256000,
+            "hidden_size": 3072,
+            "intermediate_size": 24576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+        },
+        neutral={
+            # Gemma's files say `gelu`, but Hugging Face has always computed it with tanh.
+            "hidden_act": ("gelu", *GELU_TANH),
+            "use_bidirectional_attention": (None, False),
+        },
+    ),
+    "stablelm": Family(
+        config=stablelm,
+        rename=(
+            ("**.q_layernorm.**", "**.q_norm.**"),
+            ("**.k_layernorm.**", "**.k_norm.**"),
+        ),
+        defaults={
+            "vocab_size": 50304,
+            "hidden_size": 2560,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+    ),
+    "phi": Family(
+        config=phi,
+        rename=(
+            ("**.self_attn.dense.*", "**.self_attn.o_proj.*"),
+            ("model.final_layernorm.*", "model.norm.*"),
+            ("**.q_layernorm.**", "**.q_norm.**"),
+            ("**.k_layernorm.**", "**.k_norm.**"),
+        ),
+        defaults={
+            "vocab_size": 51200,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+        },
+        neutral={"hidden_act": GELU_TANH},
+    ),
+    "openelm": Family(
+        config=openelm,
+        rename=OPENELM_NAMES,
+        neutral={
+            "activation_fn_name": ("swish",),
+            "ffn_with_glu": (True,),
+            "normalization_layer_name": ("rms_norm",),
+        },
+    ),
+}
+
+# Fields of config.json, and the values at which they change nothing here. A family's own `neutral`
+# goes before this table.
 NEUTRAL = {
-    "hidden_act": ("silu",), "hidden_activation": (None, "gelu_pytorch_tanh"), "rope_scaling": (None,),
-    "quantization_config": (None,), "mlp_bias": (False,), "use_sliding_window": (None, False), "use_mrope": (False,),
-    "rope_interleaved": (False,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
-}  # fmt: skip
+    "hidden_act": ("silu",),
+    "hidden_activation": (None, "gelu_pytorch_tanh"),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (None, False),
+    "use_mrope": (False,),
+    "rope_interleaved": (False,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "rope_parameters.rope_type": ("default",),
+    "layer_types": (["full_attention"],),
+}
+
+# Known families that are not built here, and why.
 REFUSED = {
     "gemma2": "soft-capped scores and sliding windows",
     "gemma3_text": "sliding windows of two rotary bases",
@@ -388,176 +648,250 @@ REFUSED = {
 
 
 def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
-    """The parts and numbers of a language model from its config.json.
+    """Return the parts and numbers of a language model from its config.json.
 
-    Raises UserError for an unknown model_type, a missing size, or a field that would change the arithmetic.
+    Raises UserError for an unknown model_type, a missing size, or a field that would change the
+    arithmetic. `where` names the file in the message.
     """
     kind = hf.get("model_type")
     if kind not in FAMILIES:
-        why = f": it has {REFUSED[kind]}" if kind in REFUSED else ""
-        raise UserError(
-            f"{where}:model_type",
-            f"{kind!r} is no language model known here{why}",
-            f"one of {', '.join(FAMILIES)}",
-        )
+        what = f"{kind!r} is no language model known here"
+        if kind in REFUSED:
+            what += f": it has {REFUSED[kind]}"
+        raise UserError(f"{where}:model_type", what, f"one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+
+    # Two fields are made comparable first: one is nested, the other lists all layers.
     rope = hf.get("rope_parameters") or {}
-    given = hf | {"rope_parameters.rope_type": rope.get("rope_type", "default"),
-                  "layer_types": sorted(set(hf.get("layer_types") or ["full_attention"]))}  # fmt: skip
-    neutral = NEUTRAL | {
-        "rope_parameters.rope_type": ("default",),
-        "layer_types": (["full_attention"],),
+    layer_types = hf.get("layer_types") or ["full_attention"]
+    given = hf | {
+        "rope_parameters.rope_type": rope.get("rope_type", "default"),
+        "layer_types": sorted(set(layer_types)),
     }
-    for key, values in (neutral | FAMILIES[kind].neutral).items():
+    for key, values in (NEUTRAL | family.neutral).items():
         if key in given and given[key] not in values:
-            raise UserError(
-                f"{where}:{key}", f"{given[key]!r} is not supported for {kind}", "use another model"
-            )
+            what = f"{given[key]!r} is not supported for {kind}"
+            raise UserError(f"{where}:{key}", what, "use another model")
+
     try:
-        return FAMILIES[kind].config(hf)
+        return family.config(hf)
     except KeyError as e:
-        raise UserError(
-            f"{where}:{e.args[0]}", "missing", "give the config.json that belongs to the model"
-        ) from None
+        fix = "give the config.json that belongs to the model"
+        raise UserError(f"{where}:{e.args[0]}", "missing", fix) from None
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float):
-    """Random weights: Normal(0, std) for matrices and embeddings, zero biases, unit norms, as Llama's own code has it.
+    """Draw random weights, as Llama's own code does: Normal(0, std) for matrices, zero biases.
 
-    Patches are normalised by their fan-in and positions by the width, as in SigLIP: with one std for both, pixels
-    would drown the positions.
+    Norms stay as they were built. Patch embeddings are normalised by their fan-in and positions by
+    the width, as in SigLIP: with one std for both, pixels would drown the positions.
     """
     for m in module.modules():
-        if isinstance(m, (nn.Linear, nn.Embedding, nn.Conv2d)):
-            m.weight.normal_(0.0, m.weight[0].numel() ** -0.5 if isinstance(m, nn.Conv2d) else std)
-            if getattr(m, "bias", None) is not None:
-                m.bias.zero_()
+        if isinstance(m, nn.Conv2d):
+            fan_in = m.weight[0].numel()
+            m.weight.normal_(0.0, fan_in**-0.5)
+        elif isinstance(m, (nn.Linear, nn.Embedding)):
+            m.weight.normal_(0.0, std)
+        else:
+            continue
+        if getattr(m, "bias", None) is not None:
+            m.bias.zero_()
+
+    # Positions come last: their table is an nn.Embedding, which the loop has drawn too.
     for m in module.modules():
         if hasattr(m, "init_positions"):
             m.init_positions()
 
 
-# ------------------------------------------------------------------------------------------------- LLaVA
+# ------------------------------------------------------------------------------------------- LLaVA
 
 
 def tiling_of(c: LLaVAConfig) -> Tiling:
-    """How a model's pictures and videos become items. Raises UserError for what does not go together."""
+    """Return how the pictures and videos of a model become items; no weights are needed for it.
+
+    Raises UserError for settings that do not go together.
+    """
     vision = vision_config(c.vision, c.preprocessor)
-    n = vision.tokens(c.feature_select)
-    if c.image_mode == "anyres" and CONNECTORS[c.connector].mean:
-        raise UserError(
-            "model.image_mode",
-            f"anyres with {c.connector}, the mean of all views",
-            "use mlp2x_gelu",
-        )
-    if c.image_mode == "anyres" and isqrt(n) ** 2 != n:
-        raise UserError("model.image_mode", f"anyres, with {n} tokens of a view that are no square",
-                        "set model.feature_select so that only patches are left, or use tiles")  # fmt: skip
+    tokens = vision.tokens(c.feature_select)
+
+    # anyres arranges the tokens of all tiles as one large picture, so each tile must be a square.
+    if c.image_mode == "anyres":
+        if CONNECTORS[c.connector].mean:
+            what = f"anyres with {c.connector}, the mean of all views"
+            raise UserError("model.image_mode", what, "use mlp2x_gelu")
+        if isqrt(tokens) ** 2 != tokens:
+            what = f"anyres, with {tokens} tokens of a view that are no square"
+            fix = "set model.feature_select so that only patches are left, or use tiles"
+            raise UserError("model.image_mode", what, fix)
+
     if c.frames < 1 or c.fps < 0:
-        raise UserError(
-            "model.frames",
-            f"{c.frames} frames, {c.fps} a second",
-            "write 1 or more, and fps 0 or more",
-        )
-    return Tiling(n, c.connector, c.connector_options, vision.processor, c.image_mode, read_grids(c.image_grids),
-                 c.frames, c.fps)  # fmt: skip
+        what = f"{c.frames} frames, {c.fps} a second"
+        raise UserError("model.frames", what, "write 1 or more, and fps 0 or more")
+
+    return Tiling(
+        tokens,
+        c.connector,
+        c.connector_options,
+        vision.processor,
+        c.image_mode,
+        read_grids(c.image_grids),
+        c.frames,
+        c.fps,
+    )
 
 
 class Output(NamedTuple):
-    logits: Tensor  # (B, T', V), right-padded after image expansion
+    """What a call of LLaVA returns."""
+
+    logits: Tensor  # (B, T', V), T' tokens after image expansion, right-padded
     loss: Tensor | None  # mean over supervised tokens
 
 
-AT_ONCE = 16  # views that the encoder sees at once where nothing is kept for a backward pass
+# How many views the encoder sees at once where nothing is kept for a backward pass.
+VIEWS_AT_ONCE = 16
 
 
 class LLaVA(nn.Module):
+    """An encoder, a connector and a language model (Liu et al., 2023).
+
+    The way of a picture: `encode_items` makes features of its pixels, `embed` puts them where the
+    text has IMAGE_TOKEN, and the decoder reads the row. `loss` is for training; a call of the model
+    (`forward`) takes a padded batch and returns logits too; `generate` continues prompts.
+    """
+
     PARTS = ("language_model", "vision_tower", "connector")
 
     def __init__(self, c: LLaVAConfig, empty: Collection[str] = ()):
-        """The parts named in `empty` have shapes but no storage, which weights.load brings; others default weights."""
+        """Build the parts with torch's random weights.
+
+        The parts named in `empty` have shapes but no storage: weights.load brings it.
+        """
         super().__init__()
         self.config = c
+
+        def storage(part: str):
+            """Return the context in which to build a part."""
+            if part in empty:
+                return weights.empty()
+            return nullcontext()
+
         vision = vision_config(c.vision, c.preprocessor)
-        with weights.empty() if "language_model" in empty else nullcontext():
+        with storage("language_model"):
             self.language_model = LanguageModel.from_hf(c.text)
-        with weights.empty() if "vision_tower" in empty else nullcontext():
+        with storage("vision_tower"):
             self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
+
         width = self.language_model.config.width
         self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
         if c.image_mode == "anyres":
-            self.connector = MLPWithNewline(self.connector)
+            self.connector = MLPWithNewline(self.connector)  # adds the separator of rows of tokens
         self.views = tiling_of(c)
 
-    # -- construction ------------------------------------------------------------------------------------
+    # -- construction ------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu", allow_pickle: bool = False,
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        device="cpu",
+        allow_pickle: bool = False,
         load: Mapping[str, Callable] | None = None,
-    ) -> LLaVA:  # fmt: skip
-        """A whole model from a folder or Hugging Face id, in any of layouts.LAYOUTS.
+    ) -> LLaVA:
+        """Load a whole model from a folder or Hugging Face id, in any of layouts.LAYOUTS.
 
-        dtype None keeps the file's; allow_pickle also reads pytorch_model.bin, tensors only; load: for a part's name
-        what loads it instead of weights.load, with the same arguments. Raises UserError.
+        dtype None keeps the dtype of the file. allow_pickle also reads pytorch_model.bin, tensors
+        only. load: for the name of a part, a function to load it with in place of weights.load,
+        with the same arguments. Raises UserError.
         """
         folder = resolve(str(path), allow_pickle=allow_pickle)
         config, source, hf_names = layouts.read(folder, allow_pickle)
-        if hf_names and config.text["model_type"] in FAMILIES:
-            config = replace(
-                config, text=FAMILIES[config.text["model_type"]].defaults | config.text
-            )
+
+        # Hugging Face's files leave out of `text_config` what its config class has as a default.
+        kind = config.text["model_type"]
+        if hf_names and kind in FAMILIES:
+            config = replace(config, text=FAMILIES[kind].defaults | config.text)
+
         with weights.empty():
             model = cls(config)
+
+        # A connector has neither names of its own nor anything to ignore.
+        loaders = load or {}
         used = set()
         for name in cls.PARTS:
             part = getattr(model, name)
-            table = getattr(part, "rename", ()) if hf_names else ()
-            fill, ignore = (load or {}).get(name, weights.load), getattr(part, "ignore", ())
-            used |= fill(part, source, table, f"{name}.", dtype=dtype, device=device, ignore=ignore)
-        if left := sorted(set(source) - used):
-            raise UserError(
-                source.locate(left[0]), "belongs to no part of the model", "check model_type"
+            load_part = loaders.get(name, weights.load)
+            table = ()
+            if hf_names:
+                table = getattr(part, "rename", ())
+            used |= load_part(
+                part,
+                source,
+                table,
+                f"{name}.",
+                dtype=dtype,
+                device=device,
+                ignore=getattr(part, "ignore", ()),
             )
+
+        # Every tensor of the files must have found its place.
+        left = sorted(set(source) - used)
+        if left:
+            where = source.locate(left[0])
+            raise UserError(where, "belongs to no part of the model", "check model_type")
         return model
 
     @classmethod
     def from_parts(
         cls, c: Model, template: str, seed: int = 0, load: Mapping[str, Callable] | None = None
     ) -> LLaVA:
-        """A new model as a recipe's [model] says: pretrained parts from folders, the rest random. load: as above."""
+        """Build a new model as [model] of a recipe says: pretrained parts, the rest random.
+
+        load: as in from_pretrained. Raises UserError.
+        """
+        # A finished model, to train further.
         if c.checkpoint:
             model = cls.from_pretrained(c.checkpoint, allow_pickle=c.allow_pickle, load=load)
             model.config = replace(model.config, template=template)
             return model
-        torch.manual_seed(seed)  # only what is initialised here draws from it
-        folders = {"language_model": {"": c.llm}, "vision_tower": {"": c.vision}}
-        if c.vision2:
-            folders["vision_tower"] = {"clip.": c.vision, "dinov2.": c.vision2}
-        random = {"language_model": c.llm_config, "vision_tower": c.vision_config}
-        model = cls(
-            layouts.from_recipe(c, template), empty=[name for name in folders if not random[name]]
-        )
-        init_weights(model.connector, 0.02)
-        for name, prefixes in folders.items():
-            part = getattr(model, name)
-            if random[name]:
-                init_weights(part, part.config.init_std)
+
+        # For each pretrained part, where its weights are, by the prefix that their names get.
+        pretrained = {}
+        if not c.llm_config:
+            pretrained["language_model"] = {"": c.llm}
+        if not c.vision_config:
+            if c.vision2:
+                pretrained["vision_tower"] = {"clip.": c.vision, "dinov2.": c.vision2}
             else:
-                where = {
-                    prefix: resolve(f, f"model.{name}", c.allow_pickle)
-                    for prefix, f in prefixes.items()
-                }
-                source = weights.Joined(
-                    {p: weights.Checkpoint(f, c.allow_pickle) for p, f in where.items()}
-                )
-                fill = (load or {}).get(name, weights.load)
-                fill(part, source, part.rename, dtype=torch.float32, ignore=part.ignore)
+                pretrained["vision_tower"] = {"": c.vision}
+
+        # Only the random weights below draw from this seed, so equal seeds give equal models.
+        torch.manual_seed(seed)
+        model = cls(layouts.from_recipe(c, template), empty=list(pretrained))
+        init_weights(model.connector, 0.02)
+        for name in ("language_model", "vision_tower"):
+            part = getattr(model, name)
+            if name not in pretrained:
+                init_weights(part, part.config.init_std)
+                continue
+
+            checkpoints = {}
+            for prefix, path in pretrained[name].items():
+                folder = resolve(path, f"model.{name}", c.allow_pickle)
+                checkpoints[prefix] = weights.Checkpoint(folder, c.allow_pickle)
+            source = weights.Joined(checkpoints)
+            load_part = (load or {}).get(name, weights.load)
+            load_part(part, source, part.rename, dtype=torch.float32, ignore=part.ignore)
         return model
 
     def save(self, folder: str | Path):
-        """config.json, preprocessor_config.json and the weights, config last. Tokenizer and recipe are the caller's."""
-        folder, state = Path(folder), {}
+        """Write the weights, preprocessor_config.json and, last, config.json.
+
+        Tokenizer and recipe are the caller's.
+        """
+        folder = Path(folder)
+        state = {}
         for name in self.PARTS:
             state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
         weights.save(folder, state)
@@ -566,158 +900,190 @@ class LLaVA(nn.Module):
         write_file(folder / "config.json", json.dumps(layouts.to_ours(self.config), indent=2))
 
     def compile_blocks(self, **options):
-        """torch.compile every block of language model and encoder in place, one graph for all lengths."""
-        for m in self.modules():
-            if isinstance(m, (LanguageModel, VisionEncoder)):
-                for block in m.blocks:
+        """Run torch.compile on every block of language model and encoder, in place.
+
+        A block is what repeats: compiled alone, one graph serves all blocks of a kind. Lengths are
+        dynamic, so it also serves rows of any length.
+        """
+        for module in self.modules():
+            if isinstance(module, (LanguageModel, VisionEncoder)):
+                for block in module.blocks:
                     block.compile(dynamic=True, **options)
 
-    # -- forward -----------------------------------------------------------------------------------------
+    # -- from pixels to hidden states --------------------------------------------------------------
 
     @property
     def image_tokens(self) -> int:
-        """How many positions a picture takes that is one view."""
+        """How many positions a picture of one view takes."""
         return self.views.positions()
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W), normalised or uint8 -> what the connector makes of each, (N, n, D)."""
-        return self.connector(self.see(images))
+        """Pixels (N, 3, height, width), normalised or uint8 -> the connector's output (N, n, D)."""
+        return self.connector(self._encode_views(images))
 
-    def see(self, views: Tensor) -> Tensor:
-        """Views (V, 3, H, W), normalised or uint8 -> the encoder's tokens (V, n, C). Without gradients so few at once
-        that the memory it takes beside them does not grow with V."""
-        normalise, made = self.vision_tower.processor.normalise, None
-        if torch.is_grad_enabled():
-            return self.vision_tower(normalise(views))
-        for at in range(0, len(views), AT_ONCE):
-            seen = self.vision_tower(normalise(views[at : at + AT_ONCE]))
-            made = seen.new_empty(len(views), *seen.shape[1:]) if made is None else made
-            made[at : at + AT_ONCE] = seen
-        return made
+    def encode_items(self, items: Sequence[Item]) -> list[Tensor]:
+        """Return the features of each item, (n, D) with an n of its own, in the order of the text.
 
-    def encode(self, images: Tensor, shapes: Sequence[ItemShape] = ()) -> list[Tensor]:
-        """The views (V, 3, H, W) of items (of one each), in order -> what stands in the sequence for each, (n, D)."""
-        shapes = shapes or [ONE_VIEW] * len(images)
-        kinds, made, seen = (
-            {shape.views for shape in shapes},
-            [None] * len(shapes),
-            self.see(images),
-        )
-        parts = seen.split([shape.views for shape in shapes])
-        for views in kinds:
-            same = [i for i, shape in enumerate(shapes) if shape.views == views]
-            x = (
-                seen.unflatten(0, (-1, views))
-                if len(kinds) == 1
-                else torch.stack([parts[i] for i in same])
-            )
-            tokens = self.connector(join_views(self.config.connector, x))
-            n = tokens.size(1) - isinstance(self.connector, MLPWithNewline)
-            for i, item in zip(same, tokens, strict=True):
-                made[i] = (
-                    item[anyres_order(shapes[i], n // views).to(item.device)]
-                    if shapes[i].rows
-                    else item[:n]
-                )
-        return made
+        The encoder sees the views of all items as one batch; the connector reads the views of an
+        item together.
+        """
+        if not items:
+            return []
+        device = self.language_model.lm_head.weight.device
+        pixels = torch.cat([item.pixels for item in items]).to(device)
+        views = self._encode_views(pixels)  # (M, n, C)
+
+        # Items of as many views form one batch of the connector.
+        sizes = [item.shape.views for item in items]
+        views_of_each = views.split(sizes)
+        features = [None] * len(items)
+        for size in set(sizes):
+            same = [i for i, other in enumerate(sizes) if other == size]
+            if len(same) == len(items):
+                batch = views.unflatten(0, (-1, size))  # the usual case, without a copy
+            else:
+                batch = torch.stack([views_of_each[i] for i in same])  # (items, size, n, C)
+            outputs = self.connector(join_views(self.config.connector, batch))  # (items, n, D)
+            for i, output in zip(same, outputs, strict=True):
+                features[i] = self._in_order(output, items[i].shape)
+        return features
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Packed ids (T,) with IMAGE_TOKEN at every image position, features (P, D) in order -> (T, D)."""
-        x = self.language_model.model.embed(input_ids.clamp(min=0))
+        """Return the embeddings (T, D) of packed ids (T,), with features at the images' positions.
+
+        features (..., D) are those of all items, in the order of the ids; None without any image.
+        """
+        x = self.language_model.model.embed(input_ids.clamp(min=0))  # IMAGE_TOKEN is negative
         if features is None:
             return x
-        return x.masked_scatter(
-            (input_ids == IMAGE_TOKEN)[:, None], (features * self.config.image_scale).to(x.dtype)
-        )
+        is_image = (input_ids == IMAGE_TOKEN)[:, None]
+        return x.masked_scatter(is_image, (features * self.config.image_scale).to(x.dtype))
+
+    def _encode_views(self, views: Tensor) -> Tensor:
+        """Views (M, 3, height, width), normalised or uint8 -> the encoder's tokens (M, n, C)."""
+        normalise = self.vision_tower.processor.normalise
+        if torch.is_grad_enabled():
+            return self.vision_tower(normalise(views))
+
+        # Without gradients a few at a time, so that a video takes little more memory than its
+        # result. The parts are written into place: joined at the end, they would take it twice.
+        tokens = None
+        for first in range(0, len(views), VIEWS_AT_ONCE):
+            chunk = slice(first, first + VIEWS_AT_ONCE)
+            encoded = self.vision_tower(normalise(views[chunk]))
+            if tokens is None:
+                tokens = encoded.new_empty(len(views), *encoded.shape[1:])
+            tokens[chunk] = encoded
+        return tokens
+
+    def _in_order(self, output: Tensor, shape: ItemShape) -> Tensor:
+        """What the connector makes of an item -> its features (n, D), in the order of the text."""
+        if not isinstance(self.connector, MLPWithNewline):
+            return output
+
+        # In anyres the last one is the separator. Only tiled pictures have rows to separate.
+        tokens = len(output) - 1
+        if not shape.rows:
+            return output[:tokens]
+        order = anyres_order(shape, tokens // shape.views)
+        return output[order.to(output.device)]
+
+    def _decode(self, row: PackedRow | Batch, features: list[Tensor]) -> Tensor:
+        """Return the hidden states (T, D) of a packed row with these features of its items.
+
+        inference/engine.py does the same with an attention that also fills its cache.
+        """
+        joined = None
+        if features:
+            joined = torch.cat(features)
+        x = self.embed(row.input_ids, joined)
+        attend = packed_attention(row.cu_seqlens, row.max_seqlen)
+        return self.language_model.model(x, row.positions, attend)
+
+    # -- loss and logits ---------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum of the token losses of a packed batch.
+        """Return the sum of the token losses of a packed batch.
 
-        The sum, not the mean: the trainer divides by the supervised tokens of the whole step. labels[t] is what
-        should stand at t, so position t-1 predicts it; the first label of each sample is -100 and predicts nothing.
+        It is the sum, not the mean: the trainer divides it by the supervised tokens of the whole
+        step, over micro-batches and ranks.
         """
-        features = None
-        if batch.images is not None:
-            features = torch.cat(self.encode(batch.images, batch.shapes))
-        hidden = self.language_model.model(
-            self.embed(batch.input_ids, features),
-            batch.positions,
-            packed_attention(batch.cu_seqlens, batch.max_seqlen),
-        )
-        labels = batch.labels
-        head = self.language_model.lm_head
-        targets = torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
-        loss = linear_cross_entropy(hidden, head.weight, head.bias, targets)
+        hidden = self._decode(batch, self.encode_items(batch.items))
+        loss = self._sum_of_losses(hidden, batch.labels)
+
+        # Every trainable parameter gets a gradient, here zero: DDP would wait for it on other
+        # ranks.
         if batch.images is None:
-            # Every trainable parameter gets a (zero) gradient, or DDP would wait for it on the other ranks.
-            unused = [
-                p
-                for part in (self.connector, self.vision_tower)
-                for p in part.parameters()
-                if p.requires_grad
-            ]
+            unused = []
+            for part in (self.connector, self.vision_tower):
+                unused += [p for p in part.parameters() if p.requires_grad]
             loss = loss + 0 * sum(p.flatten()[0] for p in unused)
         return loss
 
     def forward(self, input_ids: Tensor, images=None, attention_mask=None, labels=None) -> Output:
-        """TinyLLaVA's convenience call: a padded batch with one -200 where each image goes.
+        """Return logits, and with labels the mean loss: TinyLLaVA's convenience call.
 
-        input_ids, attention_mask, labels (B, T); images: (N, 3, H, W) or a list of N items (see `views`), one per -200
-        in order, or one per row (a row without a -200 then ignores its own). Raises ValueError when images and
-        placeholders disagree.
+        input_ids, attention_mask and labels are a padded batch (B, T), with one -200 where each
+        image goes. images: (N, 3, height, width), or a list of N items (see `views`); one per -200
+        in order, or one per row (a row without a -200 then ignores its own). Raises ValueError when
+        images and placeholders disagree.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
+        rows = without_padding(input_ids, attention_mask)
         features = self.encode_items(match_images(rows, images))
         counts = [len(f) for f in features]
-        ids, positions, cu_seqlens, max_seqlen = pack_prompts(rows, counts)
-        hidden = self.language_model.model(
-            self.embed(ids, torch.cat(features) if features else None),
-            positions,
-            packed_attention(cu_seqlens, max_seqlen),
-        )
+        packed = pack_prompts(rows, counts)
+        hidden = self._decode(packed, features)
         logits = self.language_model.lm_head(hidden)
-        lengths = cu_seqlens.diff().tolist()
-        padded = torch.nn.utils.rnn.pad_sequence(logits.split(lengths), batch_first=True)
+
+        lengths = packed.cu_seqlens.diff().tolist()
+        padded = pad_sequence(logits.split(lengths), batch_first=True)  # (B, T', V)
         if labels is None:
             return Output(padded, None)
-        given = [row[m.bool()] for row, m in zip(labels, mask, strict=True)]
-        wide = expand_images(torch.cat(rows), counts, torch.cat(given)).split(lengths)
-        targets = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE) for row in wide])
-        return Output(padded, F.cross_entropy(logits.float(), targets))
 
-    def encode_items(self, items: Sequence[Item]) -> list[Tensor]:
-        """What stands in the sequence for each item, (n, D)."""
-        if not items:
-            return []
-        pixels = torch.cat([item.pixels for item in items]).to(
-            self.language_model.lm_head.weight.device
-        )
-        return self.encode(pixels, [item.shape for item in items])
+        # Labels are packed as the ids are. The first token of a row has no token that predicts it.
+        labels = torch.cat(without_padding(labels, attention_mask))
+        labels = expand_images(torch.cat(rows), counts, labels)
+        labels[packed.cu_seqlens[:-1].long()] = IGNORE
+        supervised = (labels != IGNORE).sum()
+        return Output(padded, self._sum_of_losses(hidden, labels) / supervised)
 
-    # -- generation --------------------------------------------------------------------------------------
+    def _sum_of_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Hidden states (T, D) and labels (T,) of a packed row -> the sum of its token losses.
+
+        labels[t] is the token at t, so the hidden state at t - 1 predicts it. The first label of
+        each sample is IGNORE: what is left of it belongs to another sample.
+        """
+        targets = F.pad(labels[1:], (0, 1), value=IGNORE)
+        head = self.language_model.lm_head
+        return linear_cross_entropy(hidden, head.weight, head.bias, targets)
+
+    # -- generation
+    # --------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(
-        self, input_ids, images: Tensor | Sequence[Item] | None = None, attention_mask: Tensor | None = None,
-        max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, num_beams: int = 1,
-        eos_token_id: int | None = None, use_cache: bool = True, generator: torch.Generator | None = None,
-        stream: Callable[[list[int]], None] | None = None, top_k: int = 0,
-        until: Callable[[list[int]], bool] | None = None,
+        self, input_ids, images: Tensor | Sequence[Item] | None = None, attention_mask: Tensor |
+        None = None, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
+        num_beams: int = 1, eos_token_id: int | None = None, use_cache: bool = True, generator:
+        torch.Generator | None = None, stream: Callable[[list[int]], None] | None = None, top_k: int
+        = 0, until: Callable[[list[int]], bool] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Continue prompts: (B, T) with attention_mask, or a list of B ragged (T,) tensors -> (B, new) tokens.
+        """Continue prompts: (B, T) with attention_mask, or a list of B ragged (T,) tensors -> (B,
+        new) tokens.
 
-        Greedy at temperature 0, else sampling (engine.choose); num_beams > 1 is beam search (scores divided by
-        length, as Hugging Face's default). A sequence ends with eos_token_id, or where until, called with its tokens so
-        far, says so, and is filled up with eos_token_id. images as in forward, in the order of the -200; an image that
-        several prompts begin with is encoded and prefilled once. stream is called with each step's B tokens.
-        use_cache=False recomputes everything for each token: slow, the check on the cache.
+        Greedy at temperature 0, else sampling (engine.choose); num_beams > 1 is beam search (scores
+        divided by length, as Hugging Face's default). A sequence ends with eos_token_id, or where
+        until, called with its tokens so far, says so, and is filled up with eos_token_id. images as
+        in forward, in the order of the -200; an image that several prompts begin with is encoded
+        and prefilled once. stream is called with each step's B tokens. use_cache=False recomputes
+        everything for each token: slow, the check on the cache.
         """
         if isinstance(input_ids, Tensor):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             input_ids = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
         rows = [row.to(self.language_model.lm_head.weight.device) for row in input_ids]
         return generation.generate(
-            self, rows, match_images(rows, images), max_new_tokens, num_beams, eos_token_id, use_cache, generator,
-            stream, temperature=temperature, top_p=top_p, top_k=top_k, until=until,
+            self, rows, match_images(rows, images), max_new_tokens, num_beams, eos_token_id,
+            use_cache, generator, stream, temperature=temperature, top_p=top_p, top_k=top_k,
+            until=until,
         )  # fmt: skip

@@ -1,141 +1,247 @@
-"""Packed rows: samples one after the other in one row of tokens, and what an <image> in it stands for.
+"""Packed rows: samples one behind the other in one row of tokens, for training and inference alike.
 
-T tokens, S samples, N items (pictures and videos), V views in all of them, H x W pixels. Ids hold IMAGE_TOKEN at each
-of an item's positions, labels hold IGNORE where nothing is learned.
+    row = pack_prompts([ids, other_ids], counts=[576])   # one <image> in them, of 576 tokens
+    batch = pack_samples([sample, other_sample])         # the same with labels and pixels
+
+Nothing is padded. A row of T tokens comes with `cu_seqlens`, which says where its samples begin,
+and with positions that restart in every sample. Attention stays inside a sample, so the numbers of
+a sample do not depend on its neighbours.
+
+In the order of reading:
+    Item, ItemShape              what an <image> stands for: its pixels, and how its views lie
+    expand_images                one placeholder -> as many positions as the image takes
+    PackedRow, pack_rows         the row itself; pack_prompts and pack_samples are built on it
+    Attend                       how a layer of a model reads a packed row
+    Batch, EMPTY                 a packed row to learn from
+    split_by_tokens, bin_pack    which rank and which micro-batch takes a sample
+
+T tokens, S samples, N items (pictures and videos), V views of all of them, H query heads, K
+key-value heads, d head width. Ids hold IMAGE_TOKEN at each position of an item, labels hold IGNORE
+where nothing is learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kernels.attention import attention_packed
 from kernels.cross_entropy import IGNORE
 
-IMAGE_TOKEN = (
-    -200
-)  # TinyLLaVA's id for "an image goes here"; negative, so no vocabulary can contain it
+# TinyLLaVA's id for "an image goes here". It is negative, so no vocabulary contains it.
+IMAGE_TOKEN = -200
+
+# ------------------------------------------------------------------------------------------ items
 
 
 class ItemShape(NamedTuple):
-    """What of an item decides how many tokens it takes and in which order. Rows and columns only in anyres."""
+    """How many views an item has and how they lie. It decides how many tokens the item takes.
+
+    All but `views` are for image_mode anyres, where the tiles together show one large picture.
+    """
 
     views: int = 1
-    rows: int = 0  # of tiles, behind the first view
+    rows: int = 0  # of tiles, which come after the first view
     columns: int = 0
-    top: int = 0  # rows of tokens that are border, above and below
-    left: int = 0
+    top: int = 0  # rows of tokens that show the border, above the picture and again below it
+    left: int = 0  # columns of such tokens, left of the picture and again right of it
 
 
 ONE_VIEW = ItemShape()
 
 
 class Item(NamedTuple):
-    pixels: Tensor  # (v, 3, H, W), uint8 or normalised
+    """What one <image> stands for: a picture, a picture and its tiles, or the frames of a video."""
+
+    pixels: Tensor  # (views, 3, height, width), uint8 or normalised
     shape: ItemShape = ONE_VIEW
 
 
+def views_in(shapes: Sequence[ItemShape]) -> int:
+    """Return how many views items of these shapes have together."""
+    return sum(shape.views for shape in shapes)
+
+
 def as_items(images: Tensor | Sequence[Item]) -> list[Item]:
-    """Pictures (N, 3, H, W) as items of one view; items as they are."""
-    return [Item(image[None]) for image in images] if isinstance(images, Tensor) else list(images)
+    """Return pictures (N, 3, height, width) as items of one view each, and items as they are."""
+    if isinstance(images, Tensor):
+        return [Item(image[None]) for image in images]
+    return list(images)
 
 
 def match_images(rows: list[Tensor], images: Tensor | Sequence[Item] | None) -> list[Item]:
-    """The items that the placeholders in rows of ids call for, in their order; of as many images as rows, those of the
-    rows with a placeholder. Raises ValueError."""
-    counts = [int((row == IMAGE_TOKEN).sum()) for row in rows]
-    items = as_items(images) if images is not None and sum(counts) else []
-    if len(items) == sum(counts):
+    """Return the items that the placeholders in `rows` of ids stand for, in their order.
+
+    There is one image for each placeholder, or one for each row. In the second case a row without a
+    placeholder ignores its image. Raises ValueError when images and placeholders disagree.
+    """
+    placeholders = [count_images(row) for row in rows]
+    items = []
+    if images is not None and sum(placeholders) > 0:
+        items = as_items(images)
+
+    if len(items) == sum(placeholders):
         return items
-    if len(items) != len(rows) or max(counts) > 1:
-        raise ValueError(f"{sum(counts)} image placeholders but {len(items)} images")
-    return [item for item, count in zip(items, counts, strict=True) if count]
+    if len(items) != len(rows) or max(placeholders) > 1:
+        raise ValueError(f"{sum(placeholders)} image placeholders but {len(items)} images")
+    return [item for item, count in zip(items, placeholders, strict=True) if count]
 
 
-Attend = Callable[
-    [nn.Module, Tensor, Tensor, Tensor], Tensor
-]  # (layer, q, k, v) -> attention output, packed
+def count_images(ids: Tensor) -> int:
+    """Return the number of placeholders in ids (T,) that are not expanded yet."""
+    return int((ids == IMAGE_TOKEN).sum())
 
 
 def expand_images(ids: Tensor, counts: Sequence[int], labels: Tensor | None = None) -> Tensor:
-    """One placeholder -> its image's `counts` positions; with labels, their expansion instead (-100 at images)."""
-    image, repeats = ids == IMAGE_TOKEN, torch.ones_like(ids)
-    repeats[image] = torch.tensor(counts, dtype=ids.dtype, device=ids.device)
-    return (ids if labels is None else labels.masked_fill(image, IGNORE)).repeat_interleave(repeats)
+    """Repeat the placeholder of image i `counts[i]` times: ids (T,) -> ids of all positions.
+
+    With labels (T,), return the labels of all positions instead: IGNORE at the images.
+    """
+    is_image = ids == IMAGE_TOKEN
+    repeats = torch.ones_like(ids)
+    repeats[is_image] = torch.tensor(counts, dtype=ids.dtype, device=ids.device)
+
+    if labels is None:
+        return ids.repeat_interleave(repeats)
+    return labels.masked_fill(is_image, IGNORE).repeat_interleave(repeats)
 
 
-def pack_prompts(rows: list[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Rows of ids with single placeholders, images with so many positions -> packed ids, positions, cu_seqlens,
-    max_seqlen."""
-    counts, device, wide = iter(counts), rows[0].device, []
+# ------------------------------------------------------------------------------------ packed rows
+
+
+class PackedRow(NamedTuple):
+    """S samples in one row of T tokens."""
+
+    input_ids: Tensor  # (T,) int64, IMAGE_TOKEN at image positions
+    positions: Tensor  # (T,) int64, from 0 in each sample
+    cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
+    max_seqlen: int  # tokens of the longest sample
+
+
+def pack_rows(rows: Sequence[Tensor]) -> PackedRow:
+    """Join samples in the order given, each of them a row of ids (t,) whose images are expanded."""
+    device = rows[0].device
+    lengths = [len(row) for row in rows]
+    return PackedRow(
+        input_ids=torch.cat(list(rows)),
+        positions=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32),
+        max_seqlen=max(lengths),
+    )
+
+
+def pack_prompts(rows: list[Tensor], counts: Sequence[int]) -> PackedRow:
+    """Join rows of ids with one placeholder per image; `counts` are the tokens of each image."""
+    expanded = []
+    done = 0  # images of the rows before this one
     for row in rows:
-        wide.append(expand_images(row, list(islice(counts, int((row == IMAGE_TOKEN).sum())))))
-    lengths = [len(r) for r in wide]
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-    return torch.cat(wide), positions, cu_seqlens, max(lengths)
+        images = count_images(row)
+        expanded.append(expand_images(row, counts[done : done + images]))
+        done += images
+    return pack_rows(expanded)
+
+
+def without_padding(padded: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+    """Return the rows of a padded batch (B, T) without the places where the mask (B, T) is 0."""
+    if attention_mask is None:
+        return list(padded)
+    return [row[mask.bool()] for row, mask in zip(padded, attention_mask, strict=True)]
+
+
+# How a layer attends. attend(layer, q, k, v) takes the queries (T, H, d) of a layer and its new
+# keys and values (T, K, d), q and k already rotated, and returns (T, H, d). A model gets it with
+# every row, so that the same forward pass serves training, which attends inside the packed row, and
+# decoding, where inference/cache.py keeps k and v under layer.index and attends to older ones too.
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def packed_attention(cu_seqlens: Tensor, max_seqlen: int) -> Attend:
-    """Causal attention inside each sample of a packed row."""
-    return lambda layer, q, k, v: attention_packed(q, k, v, cu_seqlens, max_seqlen)
+    """Return the causal attention of a packed row, in which no sample sees another one."""
+
+    def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_packed(q, k, v, cu_seqlens, max_seqlen)
+
+    return attend
+
+
+# ---------------------------------------------------------------------------------------- batches
 
 
 @dataclass
 class Batch:
-    """S samples in one row of T tokens."""
+    """A packed row to learn from: its first fields are those of a PackedRow, in another order."""
 
     input_ids: Tensor  # (T,) int64, IMAGE_TOKEN at image positions
     labels: Tensor  # (T,) int64, NOT shifted, IGNORE where unsupervised
     positions: Tensor  # (T,) int64, from 0 in each sample
     cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
     max_seqlen: int
-    images: Tensor | None  # (V, 3, H, W) uint8, in order of occurrence
+    images: Tensor | None  # (V, 3, height, width) uint8, the views of all items in order
     shapes: list[ItemShape]  # of the N items
     rows: list[int]  # S row numbers
 
     @property
     def supervised(self) -> int:
-        """Targets that count: no sample's first token is one, so the model's shift loses none. Waits for a GPU."""
+        """Return how many tokens are learned. On a GPU this waits for the work queued there.
+
+        The model shifts labels by one, and a sample's first token is never supervised, so the shift
+        loses none.
+        """
         return int((self.labels != IGNORE).sum())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self, **{k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        )
+    @property
+    def items(self) -> list[Item]:
+        """Return the N items. Their pixels are slices of `images`."""
+        items = []
+        first = 0
+        for shape in self.shapes:
+            items.append(Item(self.images[first : first + shape.views], shape))
+            first += shape.views
+        return items
 
     def to(self, device) -> Batch:
-        return self._each(lambda t: t.to(device, non_blocking=True))
+        return self._with_each_tensor(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
+        return self._with_each_tensor(Tensor.pin_memory)
+
+    def _with_each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                changed[name] = change(value)
+        return replace(self, **changed)
 
     def part(self, samples: slice, items: slice) -> Batch:
-        """Some of its samples, with their items, as tensor views."""
-        cu = self.cu_seqlens[samples.start : samples.stop + 1]
-        t, cu = slice(int(cu[0]), int(cu[-1])), cu - cu[0]
-        first, last = (
-            sum(shape.views for shape in self.shapes[:i]) for i in (items.start, items.stop)
-        )
-        pixels = self.images[first:last] if last > first else None
-        ids, labels, positions, shapes = (
-            self.input_ids[t],
-            self.labels[t],
-            self.positions[t],
-            self.shapes[items],
-        )
+        """Return some of the samples, to which the given items belong. Its tensors are slices."""
+        cu_seqlens = self.cu_seqlens[samples.start : samples.stop + 1]
+        tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
+
+        images = None
+        shapes = self.shapes[items]
+        if shapes:
+            first = views_in(self.shapes[: items.start])
+            images = self.images[first : first + views_in(shapes)]
+
         return Batch(
-            ids, labels, positions, cu, int(cu.diff().max()), pixels, shapes, self.rows[samples]
+            input_ids=self.input_ids[tokens],
+            labels=self.labels[tokens],
+            positions=self.positions[tokens],
+            cu_seqlens=cu_seqlens - tokens.start,
+            max_seqlen=int(cu_seqlens.diff().max()),
+            images=images,
+            shapes=shapes,
+            rows=self.rows[samples],
         )
 
 
-# One token that teaches nothing: what a rank without a batch computes while others have one.
+# One token that teaches nothing. The ranks of a step may have different numbers of micro-batches,
+# but they put sharded weights together only if all take part: a rank that has none left computes
+# this one.
 EMPTY = Batch(
     input_ids=torch.zeros(1, dtype=torch.int64),
     labels=torch.full((1,), IGNORE),
@@ -148,48 +254,77 @@ EMPTY = Batch(
 )
 
 
-def pack_samples(samples: list) -> Batch:
-    """Samples one after the other, in the order given."""
-    lengths = [len(s.ids) for s in samples]
-    items = [item for s in samples for item in s.items]
+def pack_samples(samples: Sequence) -> Batch:
+    """Join samples (of inputs/sample.py: ids, labels, items and row) in the order given."""
+    row = pack_rows([sample.ids for sample in samples])
+    pixels = []
+    shapes = []
+    for sample in samples:
+        for item in sample.items:
+            pixels.append(item.pixels)
+            shapes.append(item.shape)
+
+    images = None
+    if pixels:
+        images = torch.cat(pixels)
+
     return Batch(
-        input_ids=torch.cat([s.ids for s in samples]),
-        labels=torch.cat([s.labels for s in samples]),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        max_seqlen=max(lengths),
-        images=torch.cat([item.pixels for item in items]) if items else None,
-        shapes=[item.shape for item in items],
-        rows=[s.row for s in samples],
+        input_ids=row.input_ids,
+        labels=torch.cat([sample.labels for sample in samples]),
+        positions=row.positions,
+        cu_seqlens=row.cu_seqlens,
+        max_seqlen=row.max_seqlen,
+        images=images,
+        shapes=shapes,
+        rows=[sample.row for sample in samples],
     )
 
 
-def split_by_tokens(lengths: list[int], world: int) -> list[list[int]]:
-    """Which samples of a step each rank takes, so that all have as many tokens: longest first, to who has fewest."""
-    shares, tokens = [[] for _ in range(world)], [0] * world
-    for j in sorted(range(len(lengths)), key=lambda j: -lengths[j]):
-        rank = min(range(world), key=lambda r: (tokens[r], len(shares[r])))
-        shares[rank].append(j)
+# ----------------------------------------------------------------- which rank, which micro-batch
+
+
+def longest_first(lengths: list[int]) -> list[int]:
+    """Return the indices of samples by falling length; of equal ones the earlier comes first."""
+    return sorted(range(len(lengths)), key=lambda j: -lengths[j])
+
+
+def split_by_tokens(lengths: list[int], ranks: int) -> list[list[int]]:
+    """Return which samples of a step each rank takes, so that all have about as many tokens.
+
+    The longest sample left goes to the rank with the fewest tokens (Graham, 1969: longest
+    processing time first). The samples of a rank keep the order of the stream.
+    """
+    parts = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for j in longest_first(lengths):
+        # Among ranks with equal tokens, the one with the fewest samples.
+        rank = min(range(ranks), key=lambda r: (tokens[r], len(parts[r])))
+        parts[rank].append(j)
         tokens[rank] += lengths[j]
-    return [sorted(s) for s in shares]
+    return [sorted(part) for part in parts]
 
 
 def bin_pack(lengths: list[int], budget: int) -> list[list[int]]:
-    """Which samples share a micro-batch of at most `budget` tokens: the longest left, and of the others those that
-    together come closest to filling it, which all sums that they can make show (bit t of `sums`: t tokens).
+    """Return which samples share a micro-batch of at most `budget` tokens.
 
-    A sample longer than the budget is alone; with budget 0 every one is. Inside, stream order.
+    First-fit decreasing (Johnson, 1973): the longest sample left goes into the first micro-batch
+    that has room for it, or opens a new one. That never takes more than about 11/9 of the fewest
+    possible micro-batches; for samples much shorter than the budget it takes hardly more than the
+    fewest.
+
+    A sample longer than the budget is alone; with budget 0 every sample is. The samples of a
+    micro-batch keep the order of the stream, and micro-batches are sorted by their first sample.
     """
-    bins, left = [], sorted(range(len(lengths)), key=lambda j: -lengths[j])
-    while left:
-        chosen, room, sums = left[:1], max(0, budget - lengths[left[0]]), [1]
-        for j in left[1:]:
-            sums.append((sums[-1] | sums[-1] << lengths[j]) & ((1 << room + 1) - 1))
-        total = sums.pop().bit_length() - 1
-        for j in reversed(left[1:]):
-            if not sums.pop() >> total & 1:  # longer ones alone do not make this total
-                chosen.append(j)
-                total -= lengths[j]
-        bins.append(sorted(chosen))
-        left = [j for j in left if j not in chosen]
-    return sorted(bins)
+    bins = []
+    room = []  # tokens that each bin can still take
+    for j in longest_first(lengths):
+        fitting = [b for b in range(len(bins)) if lengths[j] <= room[b]]
+        if fitting:
+            chosen = fitting[0]
+        else:
+            chosen = len(bins)
+            bins.append([])
+            room.append(budget)
+        bins[chosen].append(j)
+        room[chosen] -= lengths[j]
+    return sorted(sorted(samples) for samples in bins)

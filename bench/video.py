@@ -121,10 +121,10 @@ def encode(file: str, count: int):
 
     model = LLaVA(LLaVAConfig(TEXT, SIGLIP_BASE, {})).to(torch.bfloat16).eval()
     item = model.views.clip(video.stream(file, count))
-    model.see(item.pixels[:1])
+    model._encode_views(item.pixels[:1])
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
-    features = model.see(item.pixels)
+    features = model._encode_views(item.pixels)
     print(
         json.dumps(
             {

@@ -1,4 +1,4 @@
-"""data.py: images, rows, samples, packing, the order, steps over ranks and workers, and `check`."""
+"""data.py: images, rows, samples, the order, steps over ranks and workers, and `check`."""
 
 import dataclasses
 import json
@@ -14,10 +14,10 @@ import data
 from config import Stage, Train, UserError
 from data import Order, Steps, loader, make_spec
 from inputs.rows import Rows, load_image
-from inputs.sample import Sample, SampleSpec, make_sample
+from inputs.sample import SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
-from packing import IGNORE, IMAGE_TOKEN, Item, bin_pack, pack_samples
+from packing import IGNORE, IMAGE_TOKEN, pack_samples
 from tests.tools.environment import run, shared
 
 
@@ -296,47 +296,6 @@ def test_a_bad_row_is_one_line_with_file_row_id_what_and_fix(folder, spec, name)
     where = f"{folder}/rows.json:row 1" + (f" (id {bad['id']})" if isinstance(bad, dict) else "")
     assert str(e.value).startswith(where + ": ") and what in str(e.value)
     assert str(e.value).partition("; fix: ")[2] and "\n" not in str(e.value)
-
-
-# ---- packing
-
-
-def sample(length, i=0, images=0):
-    ids = torch.arange(length) + 100 * i
-    labels = torch.where(torch.arange(length) % 2 == 0, IGNORE, ids)
-    return Sample(ids, labels, [Item(torch.full((1, 3, 2, 2), float(i)))] * images, i, 0)
-
-
-def test_a_pack_keeps_samples_apart():
-    batch = pack_samples([sample(4, 1, images=2), sample(3, 2), sample(5, 3, images=1)])
-    assert batch.input_ids.tolist() == [100, 101, 102, 103, 200, 201, 202, 300, 301, 302, 303, 304]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]
-    assert batch.cu_seqlens.tolist() == [0, 4, 7, 12] and batch.cu_seqlens.dtype == torch.int32
-    assert batch.max_seqlen == 5 and batch.rows == [1, 2, 3] and batch.supervised == 2 + 1 + 2
-    assert batch.images[:, 0, 0, 0].tolist() == [1, 1, 3] and batch.images.shape == (3, 3, 2, 2)
-    assert pack_samples([sample(3)]).images is None
-    moved = batch.to("meta")
-    tensors = [moved.input_ids, moved.labels, moved.positions, moved.cu_seqlens, moved.images]
-    assert all(t.is_meta for t in tensors) and moved.rows == batch.rows
-    part = batch.part(slice(1, 3), slice(2, 3))
-    alone = pack_samples([sample(3, 2), sample(5, 3, images=1)])
-    for name, value in vars(alone).items():
-        other = getattr(part, name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, (
-            name
-        )
-    assert batch.part(slice(1, 2), slice(2, 2)).images is None
-
-
-def test_fill_holds_the_budget_and_loses_nothing():
-    lengths = np.random.default_rng(0).integers(50, 1500, 300).tolist() + [9000]
-    bins = bin_pack(lengths, 8192)
-    assert sorted(j for b in bins for j in b) == list(range(301))
-    assert all(sum(lengths[j] for j in b) <= 8192 or len(b) == 1 for b in bins)
-    assert len(bins) == 1 + -(-sum(lengths[:-1]) // 8192)  # and that is the fewest possible
-    assert all(b == sorted(b) for b in bins) and bins == sorted(bins) == bin_pack(lengths, 8192)
-    assert bin_pack([3, 3, 7, 7], 10) == [[0, 2], [1, 3]]  # in stream order it would take three
-    assert bin_pack([3, 3, 3], 0) == [[0], [1], [2]] and bin_pack([5, 6, 4], 9) == [[0, 2], [1]]
 
 
 # ---- the order

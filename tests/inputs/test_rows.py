@@ -27,7 +27,7 @@ from inputs.rows import Mixture, Rows, shard
 from inputs.sample import SampleSpec, encode_row, make_sample
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
-from packing import IGNORE, bin_pack, split_by_tokens
+from packing import IGNORE
 from tests.test_data import MeanColour, flat, row, rows_of, turns, write
 from tests.tools.environment import ROOT
 
@@ -477,24 +477,6 @@ def test_counts_of_shards_are_those_of_the_files(tmp_path, spec):
     )
 
 
-def test_shares_are_balanced_and_complete():
-    r = np.random.default_rng(0)
-    for world in (1, 2, 3, 8):
-        lengths = r.integers(50, 2048, 128).tolist() + [0, 0]
-        shares = split_by_tokens(lengths, world)
-        assert sorted(j for s in shares for j in s) == list(
-            range(130)
-        ) and shares == split_by_tokens(lengths, world)
-        tokens = [sum(lengths[j] for j in s) for s in shares]
-        assert max(tokens) - min(tokens) < 0.02 * sum(tokens) / world and all(
-            s == sorted(s) for s in shares
-        )
-    assert split_by_tokens([5, 9, 1], 3) == [[1], [0], [2]] and split_by_tokens([0, 0], 2) == [
-        [0],
-        [1],
-    ]
-
-
 def test_ranks_with_counts_make_the_step_of_one_rank_with_as_many_tokens_each(many, spec, tmp_path):
     rows = write(
         tmp_path, [row(i, "x" * (13 * i % 200), image=None) for i in range(64)], "texts.json"
@@ -513,18 +495,6 @@ def test_ranks_with_counts_make_the_step_of_one_rank_with_as_many_tokens_each(ma
             )
             assert max(tokens) - min(tokens) <= 0.03 * max(tokens)
             assert world == 1 or max(tokens) < max(before)
-
-
-def test_micro_batches_are_the_fewest_possible():
-    r = np.random.default_rng(1)
-    for n in (16, 64, 128):
-        lengths = np.clip(
-            r.choice([610, 640, 700, 900, 1500], n) + r.integers(-20, 20, n), 1, 2048
-        ).tolist()
-        bins = bin_pack(lengths, 8192)
-        assert sorted(j for b in bins for j in b) == list(range(n))
-        assert max(sum(lengths[j] for j in b) for b in bins) <= 8192
-        assert len(bins) == -(-sum(lengths) // 8192)
 
 
 def test_uint8_pixels_reach_the_batch_as_they_are(many, spec, tmp_path):

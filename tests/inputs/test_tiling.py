@@ -76,10 +76,10 @@ def test_positions_are_the_tokens_that_come(mode):
         assert (
             item.pixels.shape == (item.shape.views, 3, 16, 16) and item.pixels.dtype == torch.uint8
         )
-        (features,) = model.encode(item.pixels, [item.shape])
+        (features,) = model.encode_items([item])
         assert features.shape == (model.views.positions(item.shape), 32)
     clip = model.views.clip([photo(20, 30, i) for i in range(5)])
-    (features,) = model.encode(clip.pixels, [clip.shape])
+    (features,) = model.encode_items([clip])
     assert features.shape == (5 * 16, 32) == (model.views.positions(ItemShape(5)), 32)
 
 
@@ -88,7 +88,7 @@ def test_positions_are_the_tokens_that_come(mode):
 def test_a_video_takes_what_its_connector_says(connector, options, want):
     model = build(connector, options=options)
     clip = torch.randn(5, 3, 16, 16)
-    (features,) = model.encode(clip, [ItemShape(5)])
+    (features,) = model.encode_items([Item(clip, ItemShape(5))])
     assert len(features) == want == model.views.positions(ItemShape(5))
     seen = model.vision_tower(clip)
     joined = seen.mean(0)[None] if connector.startswith("mean") else seen.flatten(0, 1)[None]
@@ -359,11 +359,11 @@ def test_without_gradients_views_are_encoded_in_parts():
     model.vision_tower.forward = lambda pixels: most.append(len(pixels)) or forward(pixels)
     pixels = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        (features,) = model.encode(pixels, [ItemShape(40)])
+        (features,) = model.encode_items([Item(pixels, ItemShape(40))])
     assert most == [16, 16, 8]
-    assert torch.allclose(features, model.encode(pixels, [ItemShape(40)])[0], atol=1e-5) and most[
-        3:
-    ] == [40]
+    assert torch.allclose(
+        features, model.encode_items([Item(pixels, ItemShape(40))])[0], atol=1e-5
+    ) and most[3:] == [40]
 
 
 def test_a_recipe_names_grids_and_frames():
