@@ -1,4 +1,4 @@
-"""templates.py: golden ids and labels, structure that data cannot forge, chat templates, errors, the viewer.
+"""templates.py: golden ids and labels, structure that data cannot forge, chat templates, errors.
 
 python -m pytest tests/inputs/test_templates.py
 """
@@ -51,7 +51,7 @@ GOLDEN = [
 @shared
 @pytest.mark.parametrize("file, template, vocabulary", GOLDEN)
 def test_golden_rows(file, template, vocabulary):
-    """Ids and labels of every row; and a prompt is what training has before the first supervised token."""
+    """Ids and labels of every row; a prompt is what training has before the first label."""
     tok = load(VOCABULARIES / vocabulary)
     rows = json.loads((SHARED / "golden/templates" / f"{file}.json").read_text())
     assert len(rows) >= 46
@@ -110,7 +110,7 @@ SYSTEM = TEMPLATES["phi"].system
 
 
 def supervised(conversation, tok, template):
-    """The characters of each run of supervised tokens, from the offsets of the tokens themselves."""
+    """Return the characters of each run of supervised tokens, by the tokens' own offsets."""
     form = templates.resolve(template, tok)
     text, spans, marks = render(conversation, form)
     ids, labels, offsets = templates.tokenize(text, spans, marks, tok)
@@ -331,45 +331,58 @@ def test_bad_templates(tiny, piece_model, tmp_path):
         (tiny / "away").rename(tiny / "tokenizer_config.json")
 
 
-# ---------------------------------------------------------------- chat: the tokenizer's own template
+# -------------------------------------------------------- chat: the tokenizer's own template
 
-CHAT = {  # written here in the manner of ...; {% generation %} says what transformers takes for the answers
+# Written here in the manner of ...; {% generation %} says what transformers takes for the answers.
+CHAT = {
     "chatml": (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are "
+        "helpful.<|im_end|>\n{% endif %}"
         "{%- for m in messages %}\n{{- '<|im_start|>' + m.role + '\n' }}"
-        "{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+        "{% endgeneration %}"
         "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "llama3": (
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
         "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
     "gemma": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system\nrole') }}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('No system\nrole') }}{% endif %}"
         "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
         "{{ '<start_of_turn>' + role + '\n' }}"
-        "{% if role == 'model' %}{%- generation -%}{{ m['content'] | trim + '<end_of_turn>' }}{%endgeneration%}"
+        "{% if role == 'model' %}{%- generation -%}"
+        "{{ m['content'] | trim + '<end_of_turn>' }}{%endgeneration%}"
         "{% else %}{{ m['content'] | trim + '<end_of_turn>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
     "phi3": (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
-        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}"
+        "{% endgeneration %}"
         "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
     ),
     "zephyr": (  # <|User|> is no token of the vocabulary
         "{% for m in messages %}\n{{ '<|' + m['role'] | capitalize + '|>\n' }}"
-        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
+        "{% endgeneration %}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{{ '\n' }}"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|Assistant|>' }}\n{% endif %}\n{% endfor %}"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|Assistant|>' }}\n"
+        "{% endif %}\n{% endfor %}"
     ),
     "mistral": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-        "{% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% elif m.role == 'assistant' %}{% generation %}"
+        "{{ ' ' + m.content + eos_token }}{% endgeneration %}"
         "{% else %}{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}"
     ),
 }
@@ -381,7 +394,10 @@ ENDS = dict(
     zephyr="</s>",
     mistral="</s>",
 )
-SPECIALS = "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+SPECIALS = (
+    "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
+    "<start_of_turn> <end_of_turn>"
+)
 
 
 @pytest.fixture(scope="session")
@@ -430,7 +446,7 @@ def messages(conversation):
 
 @pytest.mark.parametrize("name", CHAT)
 def test_chat_against_transformers(chatty, name, tmp_path):
-    """Ids, and what is supervised, are transformers' own; with {% generation %} in the template or without."""
+    """Ids, and what is supervised, are transformers' own, with and without {% generation %}."""
     transformers = pytest.importorskip("transformers")
     tok = chatty(CHAT[name])
     tok.save(tmp_path)
@@ -511,7 +527,7 @@ def test_chat_supervises_answers_and_their_end(chatty, name):
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", ["zephyr", "mistral"])
 def test_chat_with_sentencepiece(piece_model, tmp_path, name, legacy):
-    """As TinyLlama's and Mistral's. An answer's first word keeps its spelling: the cut before it adds no word mark."""
+    """As TinyLlama's and Mistral's. The cut before an answer marks no word in it."""
     tok = load_tokenizer(
         write(tmp_path / "a", piece_model, legacy=legacy, chat_template=bare(CHAT[name]))
     )
@@ -553,7 +569,8 @@ def test_chat_images(chatty):
 LISTS = (  # as Idefics'
     "{% for m in messages %}{{ m.role | capitalize }}:{% for c in m.content %}"
     "{% if c.type == 'image' %}{{ ' <image>' }}{% else %}{{ ' ' + c.text }}{% endif %}"
-    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:"
+    "{% endif %}"
 )
 
 
@@ -582,7 +599,7 @@ def test_chat_contents_as_lists(chatty):
 
 
 def test_chat_without_an_end(chatty):
-    """As llava-hf's: what ends the conversation is the tokenizer's eos, right behind the last answer."""
+    """As llava-hf's: the tokenizer's eos, right behind the last answer, ends the conversation."""
     template = (
         "{% for m in messages %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -603,7 +620,7 @@ def test_chat_without_an_end(chatty):
 
 
 def test_chat_supervises_what_no_prompt_holds(chatty):
-    """A template that thinks for the model, or knows no prompt: the model has to write that itself."""
+    """What a template adds between prompt and answer, the model has to write itself."""
     thinks = bare(CHAT["chatml"]).replace(
         "{{ m.content + '<|im_end|>' }}{% else %}",
         "{{ '<t>\n' + m.content + '<|im_end|>' }}{% else %}",
@@ -727,7 +744,8 @@ def test_chat_needs_jinja(chatty, monkeypatch):
 def test_chat_names(chatty):
     """What transformers lets a template use."""
     names = (
-        "{{ strftime_now('%Y') | length }}{{ {'b': '<é>', 'a': 1} | tojson }}{{ [1] | tojson(indent=1) }}"
+        "{{ strftime_now('%Y') | length }}{{ {'b': '<é>', 'a': 1} | tojson }}"
+        "{{ [1] | tojson(indent=1) }}"
         "{{ pad_token }}{{ tools is none }}{{ documents is none }}{% for m in messages %}   \n"
         "    {% if m.role == 'x' %}{% continue %}\n    {% endif %}\n{{ m.content }}</s>{% endfor %}"
     )
@@ -736,7 +754,7 @@ def test_chat_names(chatty):
 
 
 def test_chat_template_files(chatty, tmp_path):
-    """chat_template.jinja, then tokenizer_config.json, then chat_template.json; all of them are saved."""
+    """chat_template.jinja, then tokenizer_config.json, then chat_template.json; all are saved."""
     tok = chatty(
         [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT["chatml"]}]
     )
@@ -767,7 +785,7 @@ GOLDEN_CHAT = {
 @shared
 @pytest.mark.parametrize("name", GOLDEN_CHAT)
 def test_golden_chat(name, tmp_path):
-    """Rendered texts and refusals, of the template itself and, where the case is a conversation, of `render`."""
+    """Rendered texts and refusals: of the template, and of `render` where it is a conversation."""
     folder = gather(tmp_path / "a", *GOLDEN_CHAT[name])
     if name == "gemma":  # its vocabulary is not here: another with its control tokens
         controls = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
