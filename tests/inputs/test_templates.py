@@ -877,18 +877,18 @@ def test_viewer(tiny, rows):
     done = inspect(rows, "--tokenizer", tiny, "--template", "phi", "--row", 3)
     tok = load_tokenizer(tiny)
     ids, labels = encode(turns("<image>\nWho?", "Dog 3\u2028 你.", "Sure?", "Yes."), tok, "phi")
-    count = f"{len(ids)} tokens, {len(labels) - labels.count(IGNORE)} supervised, "
+    count = f"{len(ids)} tokens, {len(labels) - labels.count(IGNORE)} supervised"
     (head,) = [line for line in done.stdout.split("\n") if line.startswith("--- ")]
-    assert f"{rows}:row 3 (id 3): {count}" in head and "1 of 1 x 1" in head
+    assert f"{rows}:row 3 (id 3): {count}, views: 1" in head
     shown = "USER: <image>\nWho? ASSISTANT:[[ Dog 3\u2028 你.<|endoftext|>]]"
     shown = f"{SYSTEM}{shown}USER: Sure? ASSISTANT:[[ Yes.<|endoftext|>]]"
-    assert f"{head}\n{shown}\n" in done.stdout and done.stderr == ""
+    assert done.stdout.endswith(f"{head}\n{shown}\n=== 1 rows: {count}\n") and done.stderr == ""
 
     done = inspect(rows, "--tokenizer", tiny, "--template", "phi")
     assert done.stdout.count("\n--- ") == 3
     file = rows.with_suffix(".jsonl")
     done = inspect(file, "--tokenizer", tiny, "--template", "pretrain", "--rows", 20)
-    assert done.stdout.count("<image>[[Dog") == 7 == done.stdout.count("\n--- ")
+    assert done.stdout.count("<image>[[Dog") == 7 and "=== 7 rows: " in done.stdout
 
 
 def test_viewer_of_a_chat(chatty, rows, tmp_path):
@@ -898,7 +898,7 @@ def test_viewer_of_a_chat(chatty, rows, tmp_path):
     question = "\n<|im_start|>user\n<image>\nWho?<|im_end|>\n"
     answer = "<|im_start|>assistant\n[[Dog 6\u2028 你.<|im_end|>]]\n"
     assert question + answer in done.stdout and done.stderr == ""
-    assert done.stdout.count("\n--- ") == 7
+    assert "=== 7 rows: " in done.stdout
 
 
 def test_colours(tiny, rows, monkeypatch, capsys):
@@ -921,7 +921,7 @@ def test_command_line_errors(tiny, rows, tmp_path):
             r"bad.json:row 0.*: conversations\[0\]: from 'bot', 'human' was due; fix: ",
         ),
         (("bad.json", "--row", 1), r"bad.json:row 1.*: conversations: empty, or not a list; fix: "),
-        (("bad.jsonl",), r"bad.jsonl:line 2: not JSON .*; fix: "),
+        (("bad.jsonl", "--row", 1), r"bad.jsonl:line 2: not JSON .*; fix: "),
         (("none.json",), r"none.json:.*; fix: "),
         (("absent.json",), r"absent.json: .*; fix: "),
         (("rows.json", "--row", 7), r"rows.json:.*7.*; fix: .* 0 to 6"),
@@ -935,7 +935,7 @@ def test_command_line_errors(tiny, rows, tmp_path):
         assert re.fullmatch(f"[^\n]*{what}[^\n]*", str(error.value)), str(error.value)
 
     # On the command line each is one line, and the exit code is not 0.
-    done = inspect(tmp_path / "bad.jsonl", "--tokenizer", tiny, ok=False)
+    done = inspect(tmp_path / "bad.jsonl", "--tokenizer", tiny, "--row", 1, ok=False)
     assert re.fullmatch(f"error: [^\n]*{cases[2][1]}[^\n]*\n", done.stderr), done.stderr
     done = run("data.py", "inspect", ok=False)
     assert re.fullmatch(r"error: command line: [^\n]*rows[^\n]*; fix: [^\n]*\n", done.stderr)
