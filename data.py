@@ -38,7 +38,7 @@ from config import UserError
 from inputs import templates
 from inputs.image_processor import ImageProcessor
 from inputs.index import kept
-from inputs.preview import mark_supervised, show_supervised, wants_colour
+from inputs.preview import mark_supervised, show_supervised
 from inputs.rows import Mixture, Rows, shard
 from inputs.sample import Sample, SampleSpec, encode_row, make_sample, user_error
 from inputs.templates import byte_tokenizer
@@ -401,6 +401,7 @@ def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> st
         templates.resolve(spec.template, spec.tokenizer),
         [],
     )
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for k in range(min(count, order.n)):
         i = order(k)[1]
         row, sample = rows[i], make_sample(rows, i, spec)
@@ -411,7 +412,7 @@ def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> st
         head += f", views: {', '.join(sides) or 'none'}" + f", {sample.cut} tokens cut off" * (
             sample.cut > 0
         )
-        print(f"--- {head}\n{show_supervised(text, labels, offsets, wants_colour())}")
+        print(f"--- {head}\n{show_supervised(text, labels, offsets, colour)}")
         html.append(f"<h2>{escape(head)}</h2>")
         for pixels in (view for item in sample.items for view in item.pixels):
             file = io.BytesIO()
