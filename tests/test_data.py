@@ -13,37 +13,14 @@ from PIL import Image
 import data
 from config import Stage, Train, UserError
 from data import Order, Steps, loader, make_spec
-from inputs.rows import Rows, load_image
+from inputs.pictures import load_image
+from inputs.rows import open_rows
 from inputs.sample import Sample, SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
 from packing import IGNORE, IMAGE_TOKEN, Item, bin_pack, pack_samples
 from tests.tools.environment import run, shared
-
-
-def turns(*texts):
-    return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
-
-
-def row(name, text="<image>\nWhat?", answer="A dog.", image="a.png"):
-    return {"id": name, "conversations": turns(text, answer)} | ({"image": image} if image else {})
-
-
-def write(folder, rows, name="rows.json"):
-    (folder / name).write_text(json.dumps(rows))
-    return Rows(folder / name)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanColour:
-    """A picture is (3, 2, 2) of its mean colour, so that a sample shows which one it got."""
-
-    def pixels(self, image, image_mode):
-        return (
-            torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)))[:, None, None]
-            .expand(3, 2, 2)
-            .clone()
-        )
+from tests.tools.sample_rows import MeanColour, flat, row, rows_of, turns, write
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +122,7 @@ def test_rows_of_a_list_and_of_lines(folder):
     )
     text = f"\ufeff{json.dumps(row('y'))}\n\n{json.dumps(row('z'))}\n{{oops\n[1]\n"
     (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-    lines = Rows(folder / "rows.jsonl", folder)
+    lines = open_rows(folder / "rows.jsonl", folder)
     assert (
         len(lines) == 4
         and lines[0]["id"] == "y"
@@ -173,15 +150,15 @@ def test_rows_of_a_list_and_of_lines(folder):
 def test_a_file_that_is_no_list_of_rows(tmp_path, content, what):
     (tmp_path / "rows.json").write_bytes(content)
     with pytest.raises(UserError, match=what + ".*; fix: "):
-        Rows(tmp_path / "rows.json")
+        open_rows(tmp_path / "rows.json")
 
 
 def test_missing_files_and_folders(folder):
     with pytest.raises(UserError, match="none.json: no such file or directory; fix: "):
-        Rows(folder / "none.json")
+        open_rows(folder / "none.json")
     write(folder, [row("x")])
     with pytest.raises(UserError, match="none: no such folder of images; fix: "):
-        Rows(folder / "rows.json", folder / "none")
+        open_rows(folder / "rows.json", folder / "none")
 
 
 # ---- samples
@@ -382,24 +359,6 @@ def many(folder):
 
 
 STAGE = Stage(global_batch=8, micro_batch_tokens=200, epochs=1.0)
-
-
-def flat(steps):
-    """Steps as comparable text: everything in them but the time."""
-    return [
-        [
-            [
-                [v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(b).values()]
-                for b in s.batches
-            ],
-            s.skipped,
-        ]
-        for s in steps
-    ]
-
-
-def rows_of(steps):
-    return [r for step in steps for batch in step.batches for r in batch.rows]
 
 
 def test_steps_follow_the_order_and_hold_the_budget(many, spec):
@@ -740,7 +699,7 @@ def test_the_sample_rows_make_samples(capsys):
         f"{file}: 22 rows, 14 bad; the good ones: 4 text-only, 4 with one image or video, 0 with several"
         in lines
     )
-    rows = Rows(file, assets)
+    rows = open_rows(file, assets)
     spec = make_spec(
         str(tokenizer), "phi", max_tokens=2048, views=Tiling(3, transform=MeanColour())
     )
