@@ -1,4 +1,4 @@
-"""index.py, rows.py and what data.py makes of them: offsets, shards, mixtures, token counts, shares of ranks."""
+"""rows.py and index.py: formats, offsets, mixtures; and what data.py makes of them: counts."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ import random
 import re
 import subprocess
 import sys
-import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,14 +23,20 @@ from data import Order, Steps, token_counts
 from inputs import index, json_list
 from inputs.image_processor import ImageProcessor
 from inputs.json_rows import JsonList
-from inputs.rows import Mixture, open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.rows import FORMATS, Mixture, Rows, open_rows
+from inputs.sample import make_sample
 from inputs.shards import shard
-from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
 from packing import IGNORE, bin_pack, split_by_tokens
 from tests.tools.environment import ROOT
-from tests.tools.sample_rows import MeanColour, flat, row, rows_of, turns, write
+from tests.tools.sample_rows import (
+    mean_colour_spec,
+    row,
+    rows_of,
+    turns,
+    write,
+    write_pictures_and_rows,
+)
 
 HARD = [
     '"',
@@ -82,9 +88,70 @@ def always(monkeypatch):
 
 @pytest.fixture(scope="module")
 def spec():
-    return SampleSpec(
-        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, transform=MeanColour())
+    return mean_colour_spec()
+
+
+@pytest.fixture
+def many(tmp_path):
+    return write_pictures_and_rows(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), (40, 50, 60)).save(tmp_path / "b.png")
+    return tmp_path
+
+
+# ---- what is a file of rows
+
+
+def test_rows_of_a_list_and_of_lines(folder):
+    rows = write(folder, [row("x"), {"conversations": []}])
+    assert len(rows) == 2 and rows[0]["id"] == "x" and rows.images == folder
+    assert (
+        rows.where(0) == f"{folder}/rows.json:row 0 (id x)"
+        and rows.where(1) == f"{folder}/rows.json:row 1"
     )
+    text = f"\ufeff{json.dumps(row('y'))}\n\n{json.dumps(row('z'))}\n{{oops\n[1]\n"
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    lines = open_rows(folder / "rows.jsonl", folder)
+    assert (
+        len(lines) == 4
+        and lines[0]["id"] == "y"
+        and lines.where(1) == f"{folder}/rows.jsonl:line 3 (id z)"
+    )
+    with pytest.raises(UserError, match=r"rows.jsonl:line 4: not JSON .*column 2.*; fix: "):
+        lines[2]
+    with pytest.raises(UserError, match=r"rows.jsonl:line 5: a JSON list, not a row; fix: "):
+        lines[3]
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"", "rows.json: empty file"),
+        (b" \n", "rows.json: empty file"),
+        (b"[]", "rows.json: no rows"),
+        (b'{"a": 1}', "rows.json: a JSON dict, not a list of rows"),
+        (b'[{"a": 1},\n  {"b" 2}]', "rows.json: not JSON at line 2 column 8"),
+        (b'{"a": 1}\n{"a": 2}', "not JSON at line 2 .*Extra data"),
+        (b'["\xff"]', "rows.json: not UTF-8 at byte 2"),
+        (b"<html></html>", "rows.json: an HTML page"),
+    ],
+)
+def test_a_file_that_is_no_list_of_rows(tmp_path, content, what):
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(UserError, match=what + ".*; fix: "):
+        open_rows(tmp_path / "rows.json")
+
+
+def test_missing_files_and_folders(folder):
+    with pytest.raises(UserError, match="none.json: no such file or directory; fix: "):
+        open_rows(folder / "none.json")
+    write(folder, [row("x")])
+    with pytest.raises(UserError, match="none: no such folder of images; fix: "):
+        open_rows(folder / "rows.json", folder / "none")
 
 
 # ---- the index
@@ -291,119 +358,40 @@ def test_rows_are_sent_to_a_process_by_name(tmp_path, always):
     assert len(sent) < 1000 and pickle.loads(sent)[999] == rows[999]
 
 
-# ---- shards
+# ---- formats
 
 
-@pytest.fixture
-def many(tmp_path):
-    for i, name in enumerate(("a.png", "b.png", "c.JPEG")):
-        Image.new("RGB", (8, 8), (10 * i, 20, 30)).save(tmp_path / name)
-    found = [row(i, "Hi" + "." * (7 * i % 40), image=None) for i in range(20)]
-    found += [row(20 + i, "<image>" + "." * i, image="ab"[i % 2] + ".png") for i in range(17)]
-    found += [row("two \u56fe \ud83d", "<image><image>", image=["c.JPEG", "a.png"])]
-    return write(tmp_path, found)
+def test_every_format_offers_what_rows_promises_and_the_same_rows(tmp_path):
+    many = write_pictures_and_rows(tmp_path)
+    expected = [many[i] for i in range(38)]
+    text = "\n".join(json.dumps(each) for each in expected)
+    (tmp_path / "lines.jsonl").write_text(text)
+    shard(many, tmp_path / "shards", 20_000)
+    opened = [many, open_rows(tmp_path / "lines.jsonl"), open_rows(tmp_path / "shards")]
+    assert [type(rows) for rows in opened] == list(FORMATS.values())
+    for rows in [*opened, Mixture([many], [1.0])]:
+        assert isinstance(rows, Rows) and [rows[i] for i in range(38)] == expected
+        media = rows.media(37, rows[37])
+        assert [(m.kind, m.name) for m in media] == [("image", "c.JPEG"), ("image", "a.png")]
+        assert rows.media(0, rows[0]) == []
+        assert "(id 20)" in rows.where(20) and rows.where(20) == rows.where(20, rows[20])
+        spans = rows.file_spans()
+        assert spans[0].begin == 0 and spans[-1].end == 38
+        assert all(a.end == b.begin for a, b in zip(spans, spans[1:], strict=False))
+    assert isinstance(opened[0].media(20, many[20])[0].source, Path)
+    assert isinstance(opened[2].media(20, many[20])[0].source, bytes)
 
 
-def test_shards_give_the_samples_and_steps_of_the_plain_files(many, spec, tmp_path):
-    out = tmp_path / "shards"
-    assert shard(many, out, 20_000) == len(list(out.glob("*.tar"))) > 2 and not list(
-        tmp_path.glob(".shards*")
-    )
-    assert len(list(out.glob("*.tar.index"))) == len(list(out.glob("*.tar")))
-    stage = Stage(global_batch=8, micro_batch_tokens=200)
-    plain = Steps(many, spec, stage, Train(seed=1))
-    for given in (out, f"{out}/*.tar", f"{out}/0000*.tar"):
-        rows = open_rows(given)
-        assert [rows[i] for i in range(38)] == [many[i] for i in range(38)]
-        made = Steps(rows, spec, stage, Train(seed=1))
-        assert flat(made[i] for i in range(5)) == flat(plain[i] for i in range(5))
-        assert not any(made[i].error for i in range(5))
-    last = sorted(out.glob("*.tar"))[-1]
-    before = sum(name.endswith(".json") for name in tarfile.open(last).getnames()) - 1
-    assert rows.where(37) == f"{last}:row {before} (id two \u56fe \ud83d)"
-    picture, _ = rows.media(37, rows[37])
-    assert picture.source == (tmp_path / "c.JPEG").read_bytes()  # as they were
-    one = open_rows(sorted(out.glob("*.tar"))[0])
-    assert one[0] == many[0] and len(one) < 38
-    assert (
-        shard(rows, tmp_path / "again", 10**9) == 1
-        and open_rows(tmp_path / "again")[37] == many[37]
-    )
-    names = tarfile.open(tmp_path / "again/00000.tar").getnames()
-    assert names[:2] == ["000000000.json", "000000001.json"] and "000000020.png" in names
-    assert names[-3:] == ["000000037.json", "000000037.0.jpeg", "000000037.1.png"]
-
-
-def test_what_is_wrong_with_shards_is_one_line(many, tmp_path, spec):
-    def tar(name, *members):
-        with tarfile.open(tmp_path / name, "w") as made:
-            for member, content in members:
-                (tmp_path / "content").write_bytes(content)
-                made.add(tmp_path / "content", member)
-        return tmp_path / name
-
-    text = json.dumps(row("x", "<image><image>", image=["p.png", "q.png"])).encode()
-    a, b = ((tmp_path / f"{name}.png").read_bytes() for name in "ab")
-    mixed = open_rows(
-        tar(
-            "mixed.tar",
-            ("d/k.1.png", b),
-            ("d/k.json", text),
-            ("d/k.0.png", a),
-            ("d/l.json", b"[1]"),
-        )
-    )
-    pictures = [media.source for media in mixed.media(0, mixed[0])]
-    assert len(mixed) == 2 and pictures == [a, b]  # other writers sort by name
-    with pytest.raises(UserError, match="mixed.tar:row 1: a JSON list, not a row; fix: "):
-        mixed[1]
-    short = open_rows(tar("short.tar", ("k.json", text), ("k.png", a)))
-    with pytest.raises(UserError, match="short.tar:row 0: image q.png: not in the shard; fix: "):
-        make_sample(short, 0, spec)
-    broken = open_rows(tar("broken.tar", ("k.json", text), ("k.0.png", a), ("k.1.png", b"<html>")))
-    with pytest.raises(
-        UserError, match=r"broken.tar:row 0 \(id x\): image q.png: an HTML page; fix: "
-    ):
-        make_sample(broken, 0, spec)
-    for bad, what in (
-        (tar("none.tar", ("k.png", a)), "none.tar:/k: not exactly one .json"),
-        (tar("two.tar", ("k.json", text), ("k.json", text)), "two.tar:/k: not exactly one .json"),
-        (tar("empty.tar"), "empty.tar: no rows"),
-        (tmp_path / "gone.tar", "gone.tar: no such file or directory"),
-        (tmp_path / "cut.tar", "cut.tar: not a tar file, or a damaged one"),
-        (tmp_path, "a folder without .tar shards"),
-    ):
-        (tmp_path / "cut.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:700])
-        if bad == tmp_path:
-            bad = tmp_path / "folder"
-            bad.mkdir()
-        with pytest.raises(UserError, match=what + ".*; fix: "):
-            open_rows(bad)
-
-
-def test_sharding_writes_all_or_nothing(many, tmp_path, monkeypatch):
-    rows = write(tmp_path, [row("x"), row("y", image="none.png")], "bad.json")
-    with pytest.raises(
-        UserError, match=r"bad.json:row 1 \(id y\): image .*none.png: no such file; fix: "
-    ):
-        shard(rows, tmp_path / "out", 10**6)
-    with pytest.raises(UserError, match="exists already; fix: "):
-        shard(many, tmp_path, 10**6)
-    before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        shard(many, tmp_path / "out", 10**6)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_command_that_shards(many, tmp_path, capsys):
-    data.main(["shard", str(many.file), str(tmp_path / "out"), "--size", "1"])
-    assert (
-        capsys.readouterr().out == f"{tmp_path}/out: 38 rows in 1 tar files\n"
-        and len(open_rows(tmp_path / "out")) == 38
-    )
-    with pytest.raises(SystemExit, match="command line: shard takes rows and a new folder; fix: "):
-        data.main(["shard", str(many.file)])
+def test_a_glob_is_of_files_of_one_format(tmp_path):
+    write(tmp_path, [row("x"), row("y")], "1.json")
+    write(tmp_path, [row("z")], "2.json")
+    rows = open_rows(f"{tmp_path}/*.json")
+    assert [rows[i]["id"] for i in range(3)] == ["x", "y", "z"]
+    assert rows.where(2) == f"{tmp_path}/2.json:row 0 (id z)"
+    assert len(open_rows(f"{tmp_path}/2*.json")) == 1
+    (tmp_path / "3.jsonl").write_text(json.dumps(row("w")))
+    with pytest.raises(UserError, match=r"files of several formats \(.json, .jsonl\); fix: make"):
+        open_rows(f"{tmp_path}/*.json*")
 
 
 # ---- mixtures
@@ -561,7 +549,7 @@ def test_uint8_pixels_reach_the_batch_as_they_are(many, spec, tmp_path):
     assert batches and all(b.images.dtype == torch.uint8 for b in batches)
 
 
-# ------------------------------------------------------------------------------------------ as a recipe names them
+# ---- as a recipe names them
 
 
 def test_a_recipe_mixes_sources_by_name(tmp_path):
