@@ -504,8 +504,8 @@ def test_the_sample_rows_make_samples(capsys):
     missing = [line for line in lines if "no such file or directory; fix: " in line]
     assert len(missing) == 14 and "14 of 22 rows are bad" in error
     assert (
-        f"{file}: 22 rows, 14 bad; the good ones: 4 text-only, 4 with one image or video, 0 with several"
-        in lines
+        f"{file}: 22 rows, 14 bad; "
+        "the good ones: 4 text-only, 4 with one image or video, 0 with several" in lines
     )
     rows = open_rows(file, assets)
     spec = make_spec(

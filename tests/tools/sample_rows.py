@@ -61,7 +61,7 @@ def write(folder, rows, name="rows.json"):
 
 @dataclasses.dataclass(frozen=True)
 class MeanColour:
-    """An image processor whose pictures are (3, 2, 2) of their mean colour, which tells them apart."""
+    """An image processor to (3, 2, 2) of a picture's mean colour, which tells pictures apart."""
 
     def pixels(self, image, image_mode):
         colour = np.asarray(image, np.float32).mean((0, 1))
