@@ -32,7 +32,7 @@ from torch import Tensor
 import config
 from checkpoints.files import resolve, write_file
 from config import UserError
-from inputs.rows import load_image
+from inputs.pictures import load_image
 from inputs.templates import IMAGE, encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA

@@ -35,7 +35,8 @@ from checkpoints import layouts, weights
 from config import Recipe, Stage, UserError, load
 from data import Steps
 from encoders import VisionEncoder
-from inputs.rows import Mixture, Rows, files, media
+from inputs.media import media_names
+from inputs.rows import Mixture, Rows, files
 from inputs.tiling import Tiling
 from model import LLaVA
 from packing import ItemShape
@@ -259,7 +260,7 @@ def mean_row(rows: Rows | None, template: str, views: Tiling) -> tuple[float, fl
     seen, placed, asked, said = 0, 0, 0.0, 0.0
     picked = range(0, len(rows), math.ceil(len(rows) / 200))
     for row in map(rows.__getitem__, picked):
-        kind, names = media(row, "")
+        kind, names = media_names(row, "")
         seen += len(names) * items[kind].views
         placed += len(names) * views.positions(items[kind])
         turns = [

@@ -16,14 +16,15 @@ from checkpoints.layouts import read_config
 from config import LLaVAConfig, Model, Stage, Train, UserError
 from connectors import anyres_order, join_views
 from data import Steps, check, loader, token_counts
-from inputs.rows import Rows, image_size, load_image
+from inputs.pictures import image_size, load_image
+from inputs.rows import open_rows
 from inputs.sample import SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
 from inputs.tiling import read_grids
 from model import LLaVA, init_weights
 from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
-from tests.test_data import row, write
 from tests.tools.environment import shared
+from tests.tools.sample_rows import row, write
 
 TEXT = {
     "model_type": "llama",
@@ -454,7 +455,7 @@ def test_the_corrupted_clip_is_one_line_from_check_and_from_training(tmp_path, c
         for name in ("corrupted.mp4", "video_90.mov")
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    rows = Rows(tmp_path / "rows.json", clips)
+    rows = open_rows(tmp_path / "rows.json", clips)
     spec = SampleSpec(byte_tokenizer(), "plain", 5000, build(frames=4).views)
     assert check(rows, spec) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "; fix: " in line]
