@@ -16,7 +16,6 @@ is built; forward never branches on it. A new family is one entry of FAMILIES.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -30,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import layouts, weights
-from checkpoints.files import read_json, resolve, write_file
+from checkpoints import barellava, layouts, weights
+from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS, Separated, anyres_order, build_connector, join_views
@@ -536,7 +535,8 @@ class LLaVA(nn.Module):
             folders["vision_tower"] = {"clip.": c.vision, "dinov2.": c.vision2}
         random = {"language_model": c.llm_config, "vision_tower": c.vision_config}
         model = cls(
-            layouts.from_recipe(c, template), empty=[name for name in folders if not random[name]]
+            layouts.config_from_recipe(c, template),
+            empty=[name for name in folders if not random[name]],
         )
         init_weights(model.connector, 0.02)
         for name, prefixes in folders.items():
@@ -557,13 +557,7 @@ class LLaVA(nn.Module):
 
     def save(self, folder: str | Path):
         """config.json, preprocessor_config.json and the weights, config last. Tokenizer and recipe are the caller's."""
-        folder, state = Path(folder), {}
-        for name in self.PARTS:
-            state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
-        weights.save(folder, state)
-        preprocessor = self.vision_tower.transform.to_hf()
-        write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
-        write_file(folder / "config.json", json.dumps(layouts.to_ours(self.config), indent=2))
+        barellava.save(Path(folder), self)
 
     def compile_blocks(self, **options):
         """torch.compile every block of language model and encoder in place, one graph for all lengths."""
