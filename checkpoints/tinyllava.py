@@ -305,9 +305,10 @@ def write(folder: Path, model, tokenizer, transformers: int = 5):
 
     Raises UserError, before anything is written, for what Factory cannot express.
     """
+    config = config_json(model.config)
     files = {
         "preprocessor_config.json": model.vision_tower.transform.to_hf(),
         "README.md": card(model, OPENED_BY),
-        "config.json": config_json(model.config),
+        "config.json": config,
     }
     write_folder(folder, named_tensors(model, TABLE), files, tokenizer)
