@@ -1,19 +1,18 @@
-"""Hugging Face's LlavaForConditionalGeneration and, LlavaNextForConditionalGeneration.
+"""Hugging Face's LLaVA, and LLaVA-NeXT for image mode anyres.
 
     python export.py --model DIR --to hf-llava OUT                    # for transformers 5
     python export.py --model DIR --to hf-llava OUT --transformers 4   # differs for Gemma only
 
-We read what transformers 4 and 5 write. We write folders that either loads with nothing missing and
-nothing left over, and on which its chat pipelines work; tokenizer and chat template are in
-hf_tokenizer.py.
+Their classes are LlavaForConditionalGeneration and LlavaNextForConditionalGeneration. We read what
+transformers 4 and 5 write. We write folders that they load with nothing missing and nothing left
+over, and on which their chat pipelines work; hf_tokenizer.py makes tokenizer and chat template.
 
-Read `read`, then `contents`. Three things in there are no mere renaming:
-- transformers 5 multiplies Gemma's token embeddings by sqrt(D) and leaves image features alone; 4
-  scaled both.
-- transformers 4.57 puts SigLIP's final norm on the last hidden state, so ours must not be the last
-  one.
-- An `<image>` needs an id of its own, and a row of the embedding, in a language model that may have
-  none free.
+Read `read`, then `contents`. Three things in there are more than other names:
+- Version 5 multiplies Gemma's token embeddings by sqrt(D) and leaves image features alone. Version
+  4 multiplied both, as we do.
+- Version 4.57 puts SigLIP's final norm on the last hidden state, so the feature layer must not be
+  the last one.
+- An `<image>` needs an id of its own, and the embedding may have no row free for it.
 """
 
 from __future__ import annotations
@@ -34,17 +33,15 @@ from inputs.tiling import TILED
 
 OPENED_BY = "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`"
 
-# The connector's two linears. The separator of anyres stands beside the projector in their files,
-# in it in ours.
+# The connector's two linears, and the separator of anyres, which is a part of the connector for us.
+# These are the older names, and those that we write: both versions of transformers read them.
 PROJECTOR = (
     ("image_newline", "connector.image_newline"),
     ("multi_modal_projector.linear_1.*", "connector.0.*"),
     ("multi_modal_projector.linear_2.*", "connector.2.*"),
 )
-# Older files have the names of PROJECTOR, and ours for the other parts; newer ones put all but the
-# head below `model.`.
-TABLE = (
-    *PROJECTOR,
+# Newer files have everything but the head below `model.`.
+NEWER = (
     ("model.image_newline", "connector.image_newline"),
     ("model.multi_modal_projector.linear_1.*", "connector.0.*"),
     ("model.multi_modal_projector.linear_2.*", "connector.2.*"),
@@ -52,9 +49,9 @@ TABLE = (
     ("model.language_model.**", "language_model.model.**"),
     ("lm_head.**", "language_model.lm_head.**"),
 )
+TABLE = PROJECTOR + NEWER
 
-# The families that transformers has a class for; its LLaVA gives every one of them a head without a
-# bias.
+# The families that transformers has a class for. Its LLaVA gives each of them a head without bias.
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "stablelm", "phi")
 ENCODERS = ("clip_vision_model", "siglip_vision_model")
 SELECT = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> ours

@@ -153,8 +153,8 @@ def wait():
 def pick(folder: Path, explicit: str = "") -> Path | None:
     """Return the checkpoint to go on from, or None: the newest whole one, or only `explicit`.
 
-    Checkpoints that are newer than it are set aside, and it is said why: the run will write others
-    of these names. Raises UserError if `explicit` is damaged; nothing is set aside then.
+    Checkpoints that are newer than it are set aside, and the reason is printed: the run will write
+    others of these names. Raises UserError if `explicit` is damaged; nothing is set aside then.
     """
     wait()
     _remove_leftovers(folder)

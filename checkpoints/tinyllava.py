@@ -29,8 +29,7 @@ OPENED_BY = (
     "TinyLLaVA Factory, with a video's connector TinyLLaVA-Video: `load_pretrained_model(DIR)`"
 )
 
-# Names in one file, and the folders of the other form with the prefix that their names have in one
-# file.
+# Names in the one file; and of the three folders, the prefix that their names have in the one file.
 TABLE = (
     ("vision_tower._vision_tower.**", "vision_tower.**"),
     ("connector._connector.**", "connector.**"),
@@ -41,8 +40,7 @@ FOLDERS = {
     "connector": "connector.",
 }
 
-# Factory finds the class of a part by words in its name. These names work where nothing else is
-# known.
+# Factory finds the class of a part by words in its name. These serve where no name is known.
 LLM_NAMES = {
     "llama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "phi": "microsoft/phi-2",
@@ -57,8 +55,7 @@ ENCODER_NAMES = {
     "dinov2": "facebook/dinov2-large",
 }
 
-# Factory does not record the chat template. It takes the usual one of the language model; others
-# have "phi".
+# The chat template is not recorded, so we take the usual one of the language model; else "phi".
 TEMPLATES = {"llama": "llama", "openelm": "llama", "gemma": "gemma", "qwen2": "qwen2_base"}
 
 # The connectors that Factory and -Video have, each with the options that it has there.
@@ -81,8 +78,7 @@ OPTIONS = {
     "groupresampler": (*SIZES, "group"),
     "qformer": ("num_queries", *BERT_SIZES),
 }
-# Every config.json has these two, with the defaults of Factory where the connector has no such
-# option.
+# Every config.json has these two, with Factory's defaults where the connector has no such option.
 ALWAYS = {"num_queries": 128, "num_resampler_layers": 3}
 
 # ------------------------------------------------------------------------------------- config.json
@@ -97,8 +93,7 @@ def read(config: dict, folder: Path) -> LLaVAConfig:
     text = config["text_config"]
     vision = config["vision_config"]
 
-    # Factory ran with transformers 4.40, which interpolates DINOv2's positions as the original code
-    # does.
+    # Factory ran with transformers 4.40, which interpolates DINOv2's positions as its authors do.
     interpolation = {"interpolate_offset": 0.1}
     if "vision_config2" in config:
         dinov2 = config["vision_config2"] | interpolation

@@ -2,7 +2,7 @@
 
 python tests/tools/hf_llava.py write DIR      # small models, one folder each, with answers
 python tests/tools/hf_llava.py read DIR...    # load each, answer its io.safetensors
-python tests/tools/hf_llava.py chat DIR...    # answer its chat.json by processor, template, pipeline
+python tests/tools/hf_llava.py chat DIR...    # answer chat.json by processor, template, pipeline
 """
 
 import json
