@@ -238,6 +238,7 @@ def test_the_best_model_is_kept(recipe):  # noqa: F811
         "train.keep_best=true",
     )
     kept = """
+import shutil
 def rmtree(path, real=shutil.rmtree, **how):
     if not str(path).endswith("checkpoints"):
         real(path, **how)
