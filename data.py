@@ -40,7 +40,7 @@ from tqdm import tqdm  # comes with tokenizers
 
 import config
 from checkpoints.files import resolve, write_file
-from checkpoints.layouts import from_recipe
+from checkpoints.layouts import config_from_recipe
 from config import UserError
 from inputs import templates
 from inputs.image_processor import ImageProcessor
@@ -86,7 +86,7 @@ def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     if not model.text:
         fix = "name a folder with tokenizer.json or tokenizer.model"
         raise UserError("model.tokenizer", "not set", fix)
-    views = tiling_of(from_recipe(model, stage.template))
+    views = tiling_of(config_from_recipe(model, stage.template))
     return make_spec(model.text, stage.template, stage.max_tokens, views)
 
 

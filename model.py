@@ -35,7 +35,6 @@ heads, K key-value heads, d head width, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -51,7 +50,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import layouts, weights
-from checkpoints.files import read_json, resolve, write_file
+from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS, MLPWithNewline, anyres_order, build_connector, join_views
@@ -868,7 +867,7 @@ class LLaVA(nn.Module):
 
         # Only the random weights below draw from this seed, so equal seeds give equal models.
         torch.manual_seed(seed)
-        model = cls(layouts.from_recipe(c, template), empty=list(pretrained))
+        model = cls(layouts.config_from_recipe(c, template), empty=list(pretrained))
         init_weights(model.connector, 0.02)
         for name in ("language_model", "vision_tower"):
             part = getattr(model, name)

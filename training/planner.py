@@ -339,7 +339,7 @@ def dry_run(recipe: Recipe, path: Path, adapt, set_trainable, made: Path | None 
         if all(folders.values()):
             local = replace(recipe.model, **{part: str(folder) for part, folder in folders.items()})
             with weights.empty():
-                model = LLaVA(layouts.from_recipe(local, ""))
+                model = LLaVA(layouts.config_from_recipe(local, ""))
                 adapt(model, list(recipe.stage.values()))
             sizes = ", ".join(
                 f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in model.named_children()

@@ -426,10 +426,10 @@ def test_without_gradients_views_are_encoded_in_parts():
 
 
 def test_a_recipe_names_grids_and_frames():
-    from checkpoints import layouts
-    from checkpoints.layouts import from_recipe
+    from checkpoints import barellava
+    from checkpoints.layouts import config_from_recipe
 
-    c = from_recipe(
+    c = config_from_recipe(
         Model(
             llm_config=TEXT, vision_config=VISION, image_mode="tiles", image_grids="1x4", frames=3
         ),
@@ -437,7 +437,7 @@ def test_a_recipe_names_grids_and_frames():
     )
     model = LLaVA(c)
     assert model.views.grids == ((1, 4),) and model.views.frames == 3
-    saved = copy.deepcopy(layouts.to_ours(c))
+    saved = copy.deepcopy(barellava.config_json(c))
     assert (saved["image_grids"], saved["frames"], saved["fps"]) == ("1x4", 3, 0.0)
     assert model.views.picture(photo(9, 9)).shape == ItemShape(5)
     assert IGNORE == -100
