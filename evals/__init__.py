@@ -1,128 +1,86 @@
-"""One benchmark per file: examples, score, chance. `evaluate.py` says what such a file offers; here is what they share.
+"""Benchmarks, one a file: each makes questions of a benchmark's files and scores the answers.
 
-Each reads two layouts of its files from one folder: the one that LLaVA's eval.zip and TinyLLaVA Factory use
-(`playground/data/eval/NAME`), and the one that the benchmark itself is published in. Those about videos
-read only the latter.
+`Task` below says what such a file offers to evaluate.py, and `Example` what a question is. What
+the files share:
+
+    files.py          rows of the benchmark's files, and errors that name a row
+    options.py        options with letters: how they are listed, which letter an answer means
+    scores.py         a score and its chance level, for each group of questions
+    vqa.py            answers compared with those of ten humans
+    video_choices.py  multiple choice about a clip
+    judge.py          a language model that judges answers
+    published.py      the published number beside a score
+    lmms_eval.py      the way in for lmms-eval, which has many more benchmarks
+
+Read pope.py first: it has everything that a task needs and nothing else.
+
+To add a benchmark, write evals/NAME.py with the parts of `Task`, name it in the table TASKS of
+evaluate.py, and add its files and expected questions to the tests.
+
+Most benchmarks are read in two layouts of their files, from one folder: the layout that LLaVA's
+eval.zip and TinyLLaVA Factory use (playground/data/eval/NAME), and the one that the benchmark
+itself is published in. Those about videos are read only in the latter.
 """
 
-import contextlib
-import json
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
 from pathlib import Path
-
-from config import UserError
-
-WORD = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
+from typing import Any, Protocol, TypedDict
 
 
-def first(data_dir, *names):
-    """The first of these files or folders that `data_dir` has. Raises UserError."""
-    for name in names:
-        if (path := Path(data_dir) / name).exists():
-            return path
-    raise UserError(
-        Path(data_dir) / names[0],
-        "no such file or folder",
-        f"--data: a folder with {' or '.join(names)}",
-    )
+class Example(TypedDict, total=False):
+    """One question. A task may add keys of its own, which only its `score`, `judge`, `write` read.
+
+    All have "id", "image", "prompt", "label" and "where"; the others stand where they are needed.
+    """
+
+    id: str  # unique in the task
+    where: str  # "file:row" it was read from, for error messages
+    prompt: str  # may say <image> where a picture goes; otherwise pictures go before it
+    label: Any  # the true answer or answers, as `score` wants them; None if they are not public
+
+    # What the question is about. Paths are relative to the data folder.
+    image: str | list[str] | None  # one path, several, or None for no picture
+    pictures: list[bytes]  # the pictures themselves if they are no files; "image" then names them
+    video: str  # in place of an image: a file, or a folder of frames
+    rate: float  # frames a second of such a folder
+    span: tuple[float, float]  # only this part of the video, (from, to) in seconds
+
+    group: Hashable  # --limit keeps examples of one group together
 
 
-def table(file, lines=False, part=None):
-    """{row's number or name: row} of a JSON file: one row a line (`lines`, and .jsonl), a list or a table; of the
-    file's value only `part`. Raises UserError."""
-    at = None
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        if lines or Path(file).suffix == ".jsonl":
-            found = {}
-            for at, line in enumerate(text.rstrip("\n").split("\n")):  # noqa: B020
-                found[at] = json.loads(line)
-            return found
-        value = json.loads(text)
-        value = value[part] if part else value
-        return dict(value.items() if isinstance(value, dict) else enumerate(value))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        where = file if at is None else f"{file}:{at}"
-        raise UserError(
-            where, f"cannot be read: {words(error)}", "mend it, or fetch it again"
-        ) from None
+class Task(Protocol):
+    """What evaluate.py asks of a file of evals/, or of a variant of one.
 
+    Every task has `MAX_NEW_TOKENS` and `examples`, and either `score` or `judge`. The rest is
+    optional: a file leaves out what its benchmark does not have.
 
-def rows(file, lines=False, part=None):
-    """[("file:row", row)] of what `table` reads; wrap what is done with a row in `reading(where)`."""
-    return [(f"{file}:{at}", row) for at, row in table(file, lines, part).items()]
+    Scores are {name: {"score", "chance", "n"}}: a number (mostly percent), what an answer without
+    looking at the picture reaches, and the number of questions. A "chance" of None is unknown. The
+    first name is the first line of the printed table.
+    """
 
+    MAX_NEW_TOKENS: int
 
-def parquet_rows(file):
-    """[("file:row", row)] of a .parquet file. Raises UserError, also where pyarrow is not installed."""
-    try:
-        from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise UserError("pyarrow", f"reads {file}, not installed", "pip install pyarrow") from None
-    try:
-        return [
-            (f"{file}:{at}", row) for at, row in enumerate(parquet.read_table(file).to_pylist())
-        ]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            file, f"cannot be read: {words(error)}", "mend it, or fetch it again"
-        ) from None
+    # The name of a score, and its published number: the column of a recipe's [published] table, or
+    # {model: number} where no recipe has it; the first model is shown.
+    PUBLISHED: tuple[str, str | dict[str, float]]
 
+    examples: Callable[[str | Path], list[Example]]
+    """Return the questions in the data folder. Raise UserError for a file that is missing or a row
+    that is not as published."""
 
-@contextlib.contextmanager
-def reading(where):
-    """Whatever a row that is not as published makes fail in here is a UserError that names the row."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            where, f"not as published: {words(error)}", "mend the row, or fetch the file again"
-        ) from None
+    score: Callable[[list[Example], list[str]], dict[str, dict]]
+    """Return the scores of one answer to each example; {} if no example has a label."""
 
+    judge: Callable[..., dict[str, dict]]
+    """judge(examples, answers, ask, stem, data_dir): as `score`, for answers that a language model
+    judges; `ask` is a judge.Judge. What it writes has a name that begins with `stem`."""
 
-def words(error):
-    missing = isinstance(error, KeyError)
-    return f"it has no {error}" if missing else " ".join(str(error).split())
+    write: Callable[..., list[Path]]
+    """write(examples, answers, stem, data_dir): write the answers as the benchmark's own server or
+    script takes them, under names that begin with `stem`, and return the files."""
 
-
-def lettered(choices):
-    """ "\\nA. ...\\nB. ..." as LLaVA lists options."""
-    return "".join(f"\n{chr(65 + i)}. {choice}" for i, choice in enumerate(choices))
-
-
-def grouped(results):
-    """[(names, right 0..1, chance 0..1)] -> {name: {"score" %, "chance" %, "n"}}, names in order of appearance."""
-    groups = {}
-    for names, right, chance in results:
-        for name in names:
-            groups.setdefault(name, []).append((right, chance))
-    return {
-        name: {
-            "score": 100 * sum(right for right, _ in group) / len(group),
-            "chance": 100 * sum(chance for _, chance in group) / len(group),
-            "n": len(group),
-        }
-        for name, group in groups.items()
-    }
-
-
-def best_constant(credits):
-    """Of [{answer: its credit for a question}]: the share 0..1 that the best single answer to all of them earns."""
-    totals = {}
-    for credit in credits:
-        for answer, value in credit.items():
-            totals[answer] = totals.get(answer, 0) + value
-    return max(totals.values(), default=0) / len(credits)
-
-
-def open_scores(results):
-    """[(names, right 0..1, {answer: credit})] -> scores as `grouped`; chance is what the best constant answer gets."""
-    credits = {}
-    for names, _, credit in results:
-        for name in names:
-            credits.setdefault(name, []).append(credit)
-    chance = {name: best_constant(group) for name, group in credits.items()}
-    scores = grouped((names, right, 0) for names, right, _ in results)
-    return {name: s | {"chance": 100 * chance[name]} for name, s in scores.items()}
+    text_only: Callable[[str | Path], dict[str, float]]
+    """Return {name of a score: what the best answers to the words alone reach}."""

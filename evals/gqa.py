@@ -1,79 +1,106 @@
-"""GQA, balanced test-dev: one word about objects, attributes and relations.
+"""GQA, balanced test-dev (Hudson & Manning, 2019): one word about objects, attributes, relations.
 
-LLaVA layout: llava_gqa_testdev_balanced.jsonl, data/testdev_balanced_questions.json, data/images/ (in TinyLLaVA
-Factory's, both are one folder higher). Original layout (cs.stanford.edu/people/dorarad/gqa):
-testdev_balanced_questions.json (or questions1.2/...), images/.
+Files, in LLaVA's layout: llava_gqa_testdev_balanced.jsonl, data/testdev_balanced_questions.json,
+data/images/ (in TinyLLaVA Factory's, the last two are one folder higher). In the original layout
+(cs.stanford.edu/people/dorarad/gqa): testdev_balanced_questions.json (or questions1.2/...),
+images/.
 
-Scored as GQA's eval.py scores the predictions that LLaVA writes for it (lower case, no final period): exact match;
-questions that query are `open`, all others `binary`. Chance is what the best constant answer gets.
+Scored as GQA's eval.py scores the predictions that LLaVA writes for it. Questions that query are
+`open`, all others `binary`. Chance is what the best constant answer gets.
+
+The trap: the match is exact. LLaVA takes the final period away and writes lower case; an article
+or a plural makes an answer wrong.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
 
 from checkpoints.files import write_file
 from config import UserError
-from evals import WORD, first, open_scores, reading, rows, table
+from evals.files import errors_at, find_first, read_rows, read_table
+from evals.options import WORD
+from evals.scores import OpenResult, open_scores
 
 MAX_NEW_TOKENS = 128
 PUBLISHED = ("all", "GQA")
+QUESTIONS = "testdev_balanced_questions.json"
 
 
 def examples(data_dir):
-    """[{"id", "image", "prompt", "label", "type": open or binary}] in file order."""
-    folder = first(data_dir, "data/images", "images").relative_to(data_dir)
-    name = "testdev_balanced_questions.json"
-    file = first(
-        data_dir, f"data/{name}", name, f"data/questions1.2/{name}", f"questions1.2/{name}"
+    """Return the questions in the order of the file. Own key: "type", open or binary."""
+    folder = find_first(data_dir, "data/images", "images").relative_to(data_dir)
+    file = find_first(
+        data_dir,
+        f"data/{QUESTIONS}",
+        QUESTIONS,
+        f"data/questions1.2/{QUESTIONS}",
+        f"questions1.2/{QUESTIONS}",
     )
+    found = read_questions(file, folder)
+
+    llava = Path(data_dir) / "llava_gqa_testdev_balanced.jsonl"
+    if llava.exists():
+        return ask_as_llava(found, llava, file, folder)
+    return list(found.values())
+
+
+def read_questions(file, folder):
+    """Return {id: example} of GQA's own file."""
     found = {}
-    for number, row in table(file).items():
-        with reading(f"{file}:{number}"):
-            kind = "open" if row["types"]["structural"] == "query" else "binary"
+    for number, row in read_table(file).items():
+        where = f"{file}:{number}"
+        with errors_at(where):
+            kind = "binary"
+            if row["types"]["structural"] == "query":
+                kind = "open"
             found[number] = {
                 "id": number,
                 "image": f"{folder}/{row['imageId']}.jpg",
-                "where": f"{file}:{number}",
-            }
-            found[number] |= {
                 "prompt": row["question"] + WORD,
                 "label": row["answer"],
                 "type": kind,
+                "where": where,
             }
-    llava = Path(data_dir) / "llava_gqa_testdev_balanced.jsonl"
-    if not llava.exists():
-        return list(found.values())
+    return found
+
+
+def ask_as_llava(found, llava, file, folder):
+    """Return the questions of LLaVA's file, in its order and with its prompts."""
     asked = []
-    for where, row in rows(llava):
-        with reading(where):
-            number, image = str(row["question_id"]), f"{folder}/{row['image']}"
+    for where, row in read_rows(llava):
+        with errors_at(where):
+            number = str(row["question_id"])
+            image = f"{folder}/{row['image']}"
             if number not in found:
-                raise UserError(
-                    where,
-                    f"question {number} is not in {file.name}",
-                    "take both of the same version",
-                )
+                what = f"question {number} is not in {file.name}"
+                raise UserError(where, what, "take both of the same version")
             asked.append(found[number] | {"image": image, "prompt": row["text"], "where": where})
     return asked
 
 
 def prediction(answer):
+    """Return an answer as LLaVA's convert_gqa_for_eval.py writes it."""
     return answer.rstrip(".").lower()
 
 
 def score(examples, answers):
-    pairs = zip(examples, answers, strict=True)
-    return open_scores(
-        [(("all", e["type"]), prediction(a) == e["label"], {e["label"]: 1}) for e, a in pairs]
-    )
+    """Return the share of exact matches: of all, of binary and of open questions."""
+    results = []
+    for example, answer in zip(examples, answers, strict=True):
+        label = example["label"]
+        groups = ("all", example["type"])
+        results.append(OpenResult(groups, prediction(answer) == label, {label: 1}))
+    return open_scores(results)
 
 
 def write(examples, answers, stem, data_dir):
-    """The predictions as GQA's eval.py takes them."""
+    """Write the predictions as GQA's eval.py takes them."""
+    predictions = []
+    for example, answer in zip(examples, answers, strict=True):
+        predictions.append({"questionId": example["id"], "prediction": prediction(answer)})
+
     file = Path(f"{stem}-testdev_balanced_predictions.json")
-    made = [
-        {"questionId": e["id"], "prediction": prediction(a)}
-        for e, a in zip(examples, answers, strict=True)
-    ]
-    write_file(file, json.dumps(made))
+    write_file(file, json.dumps(predictions))
     return [file]

@@ -1,22 +1,28 @@
-"""LLaVA-Bench (In-the-Wild): 60 open questions about 24 pictures, judged by a language model beside GPT-4's answers.
+"""LLaVA-Bench, In-the-Wild (Liu et al., 2023): 60 open questions about 24 pictures, judged by a
+language model beside GPT-4's answers.
 
-Both layouts are the data set as published (liuhaotian/llava-bench-in-the-wild): questions.jsonl, context.jsonl,
-answers_gpt4.jsonl, images/.
+Both layouts are the data set as published (liuhaotian/llava-bench-in-the-wild): questions.jsonl,
+context.jsonl, answers_gpt4.jsonl, images/.
 
-The answers are written in LLaVA's format. With --judge they are judged as eval_gpt_review_bench.py does it, its
-reviews kept, and summed up as summarize_gpt_review.py does: 100 x mean score / mean score of GPT-4's answers. A
-review that does not begin with two scores counts -1 for both, as there. The papers' judge is gpt-4-0314.
+The answers are written in LLaVA's format. With --judge they are judged as LLaVA's
+eval_gpt_review_bench.py does it, its reviews are kept, and they are summed up as
+summarize_gpt_review.py does it: 100 x mean score / mean score of GPT-4's answers. The papers' judge
+is gpt-4-0314.
+
+The trap: a review that does not begin with two scores counts -1 for both, as there.
 """
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
 
-from checkpoints.files import write_file
 from config import UserError
-from evals import first, reading, rows
+from evals.files import errors_at, find_first, read_rows, write_json_lines
 
 MAX_NEW_TOKENS = 1024
 PUBLISHED = ("all", {"LLaVA-1.5-7B": 65.4, "LLaVA-1.5-13B": 72.5})
+
+# The official prompt (rule.json), to the letter. It is the same for all categories.
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 RULE = """\
 We would like to request your feedback on the performance of two AI assistants in response to the user question \
@@ -29,112 +35,144 @@ respectively. The two scores are separated by a space.
 In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential bias \
 and ensuring that the order in which the responses were presented does not affect your judgment."""
 CATEGORIES = ("conv", "detail", "complex")
+TEMPERATURE = 0.2
+REVIEW_TOKENS = 1024
+UNREAD = [-1, -1]
 
 
 def examples(data_dir):
-    """[{"id", "image", "prompt", "label": GPT-4's answer, "category", "context", "question_id"}] in file order."""
-    contexts, reference, found = {}, {}, []
-    first(data_dir, "images")
-    for where, row in rows(first(data_dir, "context.jsonl")):
-        with reading(where):
-            text = row["caption"]
-            contexts[row["image"]] = "\n".join(text) if isinstance(text, list) else text
-    for where, row in rows(first(data_dir, "answers_gpt4.jsonl")):
-        with reading(where):
+    """Return the questions in the order of the file; "label" is GPT-4's answer.
+
+    Own keys: "category"; "context": what the picture shows, in words; "question_id".
+    """
+    find_first(data_dir, "images")
+
+    contexts = {}
+    for where, row in read_rows(find_first(data_dir, "context.jsonl")):
+        with errors_at(where):
+            caption = row["caption"]
+            if isinstance(caption, list):
+                caption = "\n".join(caption)
+            contexts[row["image"]] = caption
+
+    reference = {}
+    for where, row in read_rows(find_first(data_dir, "answers_gpt4.jsonl")):
+        with errors_at(where):
             reference[row["question_id"]] = row["text"]
-    for where, row in rows(first(data_dir, "questions.jsonl")):
-        with reading(where):
-            number, image, category = row["question_id"], row["image"], row["category"]
+
+    found = []
+    for where, row in read_rows(find_first(data_dir, "questions.jsonl")):
+        with errors_at(where):
+            number = row["question_id"]
+            image = row["image"]
+            category = row["category"]
             if category not in CATEGORIES:
-                raise UserError(
-                    where, f"category {category!r} has no rule", f"one of {', '.join(CATEGORIES)}"
-                )
+                what = f"category {category!r} has no rule"
+                raise UserError(where, what, f"one of {', '.join(CATEGORIES)}")
             found.append(
                 {
                     "id": str(number),
                     "image": f"images/{image}",
                     "prompt": row["text"],
+                    "label": reference[number],
+                    "context": contexts[image],
+                    "category": category,
+                    "question_id": number,
                     "where": where,
                 }
             )
-            found[-1] |= {
-                "label": reference[number],
-                "context": contexts[image],
-                "category": category,
-            }
-            found[-1] |= {"question_id": number}
     return found
 
 
 def write(examples, answers, stem, data_dir):
-    """The answers as LLaVA's scripts take them."""
-    made = []
-    for e, answer in zip(examples, answers, strict=True):
-        made.append(
+    """Write the answers as LLaVA's scripts take them."""
+    rows = []
+    for example, answer in zip(examples, answers, strict=True):
+        rows.append(
             {
-                "question_id": e["question_id"],
-                "prompt": e["prompt"],
+                "question_id": example["question_id"],
+                "prompt": example["prompt"],
                 "text": answer,
-                "answer_id": e["id"],
+                "answer_id": example["id"],
+                "model_id": Path(stem).parent.parent.name,
+                "metadata": {},
             }
         )
-        made[-1] |= {"model_id": Path(stem).parent.parent.name, "metadata": {}}
     file = Path(f"{stem}-answers.jsonl")
-    write_file(file, "".join(json.dumps(row) + "\n" for row in made))
+    write_json_lines(file, rows)
     return [file]
 
 
 def content(example, answer):
-    """What the judge reads."""
-    said = "".join(
-        f"[Assistant {i}]\n{text}\n\n[End of Assistant {i}]\n\n"
-        for i, text in enumerate((example["label"], answer), 1)
+    """Return what the judge reads: GPT-4 is assistant 1, the model assistant 2."""
+    return (
+        f"[Context]\n{example['context']}\n\n"
+        f"[Question]\n{example['prompt']}\n\n"
+        f"[Assistant 1]\n{example['label']}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n"
+        f"[System]\n{RULE}\n\n"
     )
-    return f"[Context]\n{example['context']}\n\n[Question]\n{example['prompt']}\n\n{said}[System]\n{RULE}\n\n"
 
 
 def parse(review):
-    """The two scores that a review begins with, else [-1, -1]."""
+    """Return the two scores that a review begins with, else [-1, -1]."""
     pair = review.split("\n")[0].replace(",", " ").split(" ")
+    if len(pair) != 2:
+        return UNREAD
     try:
-        return [float(pair[0]), float(pair[1])] if len(pair) == 2 else [-1, -1]
+        return [float(pair[0]), float(pair[1])]
     except ValueError:
-        return [-1, -1]
+        return UNREAD
 
 
 def summary(reviews):
-    """[(category, [GPT-4's score, the model's])] -> {name: {"score": relative %, "gpt4", "model": x 10, "n"}}."""
+    """Return the scores of all reviews and of each category.
+
+    reviews: [(category, [GPT-4's score, the model's])]. A score has two keys more: "gpt4" and
+    "model", the means of both times ten.
+    """
     groups = {"all": [pair for _, pair in reviews]}
     for category, pair in reviews:
         groups.setdefault(category, []).append(pair)
+
     scores = {}
     for name, pairs in groups.items():
-        theirs, ours = (round(sum(column) / len(pairs), 3) for column in zip(*pairs, strict=True))
+        # The means are rounded before they are divided, as officially.
+        gpt4 = round(sum(pair[0] for pair in pairs) / len(pairs), 3)
+        model = round(sum(pair[1] for pair in pairs) / len(pairs), 3)
+        relative = 0.0
+        if gpt4:
+            relative = round(model / gpt4 * 100, 1)
         scores[name] = {
-            "score": round(ours / theirs * 100, 1) if theirs else 0.0,
+            "score": relative,
             "chance": None,
             "n": len(pairs),
+            "gpt4": round(gpt4 * 10, 1),
+            "model": round(model * 10, 1),
         }
-        scores[name] |= {"gpt4": round(theirs * 10, 1), "model": round(ours * 10, 1)}
     return scores
 
 
 def judge(examples, answers, ask, stem, data_dir):
-    made = []
-    for i, (example, answer) in enumerate(zip(examples, answers, strict=True), 1):
+    """Return `summary` of the judge's reviews, and write them to STEM-reviews.jsonl."""
+    rows = []
+    reviews = []
+    for number, (example, answer) in enumerate(zip(examples, answers, strict=True), 1):
         messages = [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": content(example, answer)},
         ]
-        review, category = ask(messages, 0.2, 1024), f"llava_bench_{example['category']}"
-        made.append(
+        review = ask(messages, TEMPERATURE, REVIEW_TOKENS)
+        pair = parse(review)
+        reviews.append((example["category"], pair))
+        rows.append(
             {
-                "id": i,
+                "id": number,
                 "question_id": example["question_id"],
-                "category": category,
+                "category": f"llava_bench_{example['category']}",
                 "content": review,
+                "tuple": pair,
             }
         )
-        made[-1]["tuple"] = parse(review)
-    write_file(Path(f"{stem}-reviews.jsonl"), "".join(json.dumps(row) + "\n" for row in made))
-    return summary([(row["category"].removeprefix("llava_bench_"), row["tuple"]) for row in made])
+    write_json_lines(Path(f"{stem}-reviews.jsonl"), rows)
+    return summary(reviews)

@@ -1,66 +1,126 @@
-"""LongVideoBench, validation: clips of 8 seconds to an hour, and what is said in them.
+"""LongVideoBench, validation (Wu et al., 2024): clips of 8 seconds to an hour, and what is said in
+them.
 
-Files as published (longvideobench/LongVideoBench on Hugging Face): lvb_val.json, videos/, subtitles/ (both unpacked).
+The task `longvideobench` shows the subtitles too; `longvideobench-plain` asks without them and
+needs no subtitles/.
 
-The benchmark puts the subtitles that are seen in the frames between those frames. As TinyLLaVA-Video does, whose prompt
-and reading of an answer these are (evals/choices.py), the clip comes first, then the subtitles in one line, with a mark
-for each of 16 frames, whatever number the model sees. `longvideobench-plain` asks without them and needs no subtitles/.
+Files as published (longvideobench/LongVideoBench on Hugging Face): lvb_val.json, videos/,
+subtitles/ (both unpacked).
+
+Prompt and reading of an answer are TinyLLaVA-Video's (evals/video_choices.py). The trap: the
+benchmark puts the subtitles between the frames that they are seen in. TinyLLaVA-Video shows the
+clip first, then the subtitles in one line, with a mark for each of 16 frames, whatever number the
+model sees.
 """
 
-from functools import partial
+from __future__ import annotations
 
-from evals import LETTER, choices, first, lettered, reading, rows, table
+from dataclasses import dataclass
 
-MAX_NEW_TOKENS = choices.MAX_NEW_TOKENS
+from evals import video_choices
+from evals.files import errors_at, find_first, read_rows, read_table
+from evals.options import LETTER, list_options, with_letters
+
+MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
 PUBLISHED = ("all", "LongVideoBench")
+
+# The published "duration_group", and the name of its score.
 LENGTHS = {15: "8 to 15 s", 60: "15 to 60 s", 600: "3 to 10 min", 3600: "15 to 60 min"}
+
 FRAMES = 16
+MARK = "[image]"
 
 
 def examples(data_dir, subtitles=True):
-    """[{"id", "image": None, "video", "prompt", "label", "choices", "groups", "where"}] in file order."""
+    """Return the questions in the order of the file. Own keys: those of video_choices."""
     found = []
-    for where, row in rows(first(data_dir, "lvb_val.json")):
-        with reading(where):
-            options, prompt = choices.letters(row["candidates"]), row["question"]
-            label = list(options)[row["correct_choice"]]
+    for where, row in read_rows(find_first(data_dir, "lvb_val.json")):
+        with errors_at(where):
+            choices = with_letters(row["candidates"])
+            label = list(choices)[row["correct_choice"]]
+
+            prompt = row["question"]
             if subtitles:
-                lines = table(first(data_dir, f"subtitles/{row['subtitle_path']}")).values()
-                prompt = f"subtitles:{interleaved(lines, row)}\nquestion: \n{prompt}"
-            prompt += lettered(options.values()) + LETTER
-            video = choices.clip(data_dir, f"videos/{row['video_path']}")
+                said = interleave(read_subtitles(data_dir, row), row["duration"])
+                prompt = f"subtitles:{said}\nquestion: \n{prompt}"
+            prompt += list_options(choices.values()) + LETTER
+
+            video = video_choices.find_clip(data_dir, f"videos/{row['video_path']}")
             groups = ("all", LENGTHS[row["duration_group"]])
-            found.append(choices.example(where, row["id"], video, prompt, options, label, groups))
+            found.append(
+                video_choices.video_example(where, row["id"], video, prompt, choices, label, groups)
+            )
     return found
 
 
-def interleaved(lines, row):
-    """The subtitles {"timestamp": seconds, "text"} or {"start", "end": h:m:s, "line"} that FRAMES even frames of a
-    clip fall in, with "[image]" where these stand. A shorter one than a second lasts for that second around it."""
-    duration, offset = row["duration"], row["starting_timestamp_for_subtitles"]
-    count = max(1, min(FRAMES, int(duration)))
-    frames = [duration / count * i for i in range(count)]
-    text, shown = "", 0
-    for line in lines:
+@dataclass(frozen=True)
+class Subtitle:
+    """What is said in a part of a clip; start and end in seconds of the clip."""
+
+    start: float
+    end: float
+    text: str
+
+
+def read_subtitles(data_dir, row):
+    """Return the subtitles of a question's clip, which are published in two forms.
+
+    Either {"timestamp": [start, end] in seconds, "text"}, where the last may have no end, or
+    {"start": "h:m:s", "end", "line"}. Their clock began some time before the clip.
+    """
+    file = find_first(data_dir, f"subtitles/{row['subtitle_path']}")
+    offset = row["starting_timestamp_for_subtitles"]
+
+    found = []
+    for line in read_table(file).values():
         if "timestamp" in line:
-            (start, end), said = line["timestamp"], line["text"]
-            end = end if isinstance(end, float) else duration
+            start, end = line["timestamp"]
+            text = line["text"]
+            if not isinstance(end, float):
+                end = row["duration"]
         else:
-            start, end, said = seconds(line["start"]), seconds(line["end"]), line["line"]
-        start, end = start - offset, end - offset
-        middle = (start + end) / 2
-        before = sum(time <= middle for time in frames[shown:])
-        text, shown = text + "[image]" * before, shown + before
-        if end - start < 1:
-            start, end = middle - 0.5, middle + 0.5
-        if any(start < time < end for time in frames):
-            text += said
-    return text + "[image]" * (count - shown)
+            start = seconds(line["start"])
+            end = seconds(line["end"])
+            text = line["line"]
+        found.append(Subtitle(start - offset, end - offset, text))
+    return found
 
 
 def seconds(clock):
-    h, m, s = clock.split(":")
-    return int(h) * 3600 + int(m) * 60 + float(s)
+    """Return the seconds of "h:m:s"."""
+    hours, minutes, rest = clock.split(":")
+    return int(hours) * 3600 + int(minutes) * 60 + float(rest)
 
 
-score = partial(choices.score, order=("all", *LENGTHS.values()))
+def interleave(subtitles, duration):
+    """Return the subtitles that are seen in FRAMES even frames of a clip, with MARK for each frame.
+
+    A clip shorter than FRAMES seconds has a frame for each whole second.
+    """
+    count = max(1, min(FRAMES, int(duration)))
+    frames = [duration / count * i for i in range(count)]
+
+    text = ""
+    marked = 0
+    for subtitle in subtitles:
+        start = subtitle.start
+        end = subtitle.end
+        middle = (start + end) / 2
+
+        # First the frames up to its middle.
+        before = sum(time <= middle for time in frames[marked:])
+        text += MARK * before
+        marked += before
+
+        # One that is shorter than a second lasts for that second around its middle.
+        if end - start < 1:
+            start = middle - 0.5
+            end = middle + 0.5
+        if any(start < time < end for time in frames):
+            text += subtitle.text
+    return text + MARK * (count - marked)
+
+
+def score(examples, answers):
+    """Return the scores of all questions and of each length of clips."""
+    return video_choices.score(examples, answers, order=("all", *LENGTHS.values()))

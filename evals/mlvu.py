@@ -1,17 +1,28 @@
-"""MLVU, the multiple-choice part of its dev set: seven tasks about clips of three minutes to two hours.
+"""MLVU (Zhou et al., 2024), the multiple-choice part of its dev set: seven tasks about clips of three
+minutes to two hours.
 
-Files as published (MLVU/MVLU on Hugging Face, the folder MLVU): json/N_TASK.json, video/N_TASK/. Its two tasks of
-generation, 8_sub_scene and 9_summary, which a language model judges, are left out.
+Files as published (MLVU/MVLU on Hugging Face, the folder MLVU): json/N_TASK.json, video/N_TASK/.
+Its two tasks of generation, 8_sub_scene and 9_summary, which a language model judges, are left out.
 
-Prompt and reading of an answer are TinyLLaVA-Video's (evals/choices.py), not the benchmark's own, which begins the
-answer with "Best Option: (". M-Avg, the published number, is the mean over the tasks.
+M-Avg, the published number, is the mean over the tasks.
+
+Prompt and reading of an answer are TinyLLaVA-Video's (evals/video_choices.py). The trap: they are
+not the benchmark's own, which begins the answer with "Best Option: (". And to two questions no
+answer is right: see NO_CHOICE.
 """
 
-from evals import LETTER, choices, first, reading, rows
+from __future__ import annotations
 
-MAX_NEW_TOKENS = choices.MAX_NEW_TOKENS
+from evals import video_choices
+from evals.files import errors_at, find_first, read_rows
+from evals.options import LETTER, with_letters
+from evals.scores import mean_score
+
+MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
 PUBLISHED = ("M-Avg", "MLVU")
-TASKS = (
+
+# The files; a task's name is that of its file without the number.
+FILES = (
     "1_plotQA",
     "2_needle",
     "3_ego",
@@ -20,32 +31,34 @@ TASKS = (
     "6_anomaly_reco",
     "7_topic_reasoning",
 )
-# The answer to two questions of 2_needle, but none of their choices: no answer is right, as officially.
+TASKS = [name.split("_", 1)[1] for name in FILES]
+
+# The true answer to two questions of 2_needle, but none of their choices.
 NO_CHOICE = "Catching a flying drone quadcopter"
 
 
 def examples(data_dir):
-    """[{"id", "image": None, "video", "prompt", "label", "choices", "groups", "where"}], task after task."""
+    """Return the questions, task after task. Own keys: those of video_choices."""
     found = []
-    for task in TASKS:
-        for number, (where, row) in enumerate(rows(first(data_dir, f"json/{task}.json"))):
-            with reading(where):
-                options = choices.letters(row["candidates"])
-                label = (
-                    None
-                    if row["answer"] == NO_CHOICE
-                    else choices.letter_of(row["answer"], options)
-                )
-                prompt = choices.bracketed(row["question"], options) + LETTER
-                video = choices.clip(data_dir, f"video/{task}/{row['video']}")
+    for name, task in zip(FILES, TASKS, strict=True):
+        rows = read_rows(find_first(data_dir, f"json/{name}.json"))
+        for number, (where, row) in enumerate(rows):
+            with errors_at(where):
+                choices = with_letters(row["candidates"])
+                label = None
+                if row["answer"] != NO_CHOICE:
+                    label = video_choices.letter_of(row["answer"], choices)
+                prompt = video_choices.with_bracketed_options(row["question"], choices) + LETTER
+                video = video_choices.find_clip(data_dir, f"video/{name}/{row['video']}")
                 found.append(
-                    choices.example(
-                        where, f"{task}-{number}", video, prompt, options, label, (task[2:],)
+                    video_choices.video_example(
+                        where, f"{name}-{number}", video, prompt, choices, label, (task,)
                     )
                 )
     return found
 
 
 def score(examples, answers):
-    scores = choices.score(examples, answers, [task[2:] for task in TASKS])
-    return {"M-Avg": choices.mean(scores)} | scores
+    """Return the mean over the tasks, then the score of each."""
+    scores = video_choices.score(examples, answers, order=TASKS)
+    return {"M-Avg": mean_score(scores)} | scores

@@ -1,13 +1,23 @@
-"""MMBench: multiple choice in twenty abilities, each question in every rotation of its options.
+"""MMBench (Liu et al., 2023): multiple choice in twenty abilities, each question in every rotation of
+its options.
 
 Both layouts are one file, which holds its pictures: mmbench_dev_20230712.tsv, or MMBench_DEV_EN.tsv,
-MMBench_TEST_EN.tsv or their _legacy (opencompass). A rotation has the index of its question plus a multiple of 10^6.
+MMBench_TEST_EN.tsv or their _legacy (opencompass). A rotation has the index of its question plus a
+multiple of 10^6.
 
-`circular`, the published number, counts a question as right when all its rotations are; `vanilla` counts the
-questions as first asked. An answer is read as VLMEvalKit reads one before it asks GPT: a single letter, `answer is
-X`, or the text of a single option; anything else is wrong. No scores where the file has no answers: the server's
-file (.tsv, and .xlsx where openpyxl is installed) has LLaVA's columns. Chance is 1 / number of choices, for each.
+`circular`, the published number, counts a question as right when all its rotations are; `vanilla`
+counts the questions as first asked. Chance is 1 / number of choices, for each rotation. There are
+no scores where the file has no answers. The server's file (.tsv, and .xlsx where openpyxl is
+installed) has LLaVA's columns.
+
+An answer is read as VLMEvalKit reads one before it asks GPT (can_infer in vlmeval/utils/
+matching_util.py): a single letter, `answer is X`, or the text of a single option.
+
+The traps: anything else is wrong here, where the official script would ask GPT. And an "A" early in
+a long sentence is taken for the article: a letter counts only among the last words.
 """
+
+from __future__ import annotations
 
 import base64
 import csv
@@ -19,116 +29,168 @@ from pathlib import Path
 
 from checkpoints.files import write_file
 from config import UserError
-from evals import LETTER, first, grouped, lettered, reading
+from evals.files import errors_at, find_first
+from evals.options import LETTER, list_options
+from evals.scores import Result, group_scores
 
 MAX_NEW_TOKENS = 1024
 PUBLISHED = ("circular", {"LLaVA-1.5-7B": 64.3, "LLaVA-1.5-13B": 67.7})
-FILES = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN_legacy.tsv", "MMBench_DEV_EN.tsv", "mmbench_test_20230712.tsv",
-         "MMBench_TEST_EN_legacy.tsv", "MMBench_TEST_EN.tsv")  # fmt: skip
-DROPPED = {"hint", "category", "source", "image", "comment", "l2-category"}  # by LLaVA's converter
+FILES = (
+    "mmbench_dev_20230712.tsv",
+    "MMBench_DEV_EN_legacy.tsv",
+    "MMBench_DEV_EN.tsv",
+    "mmbench_test_20230712.tsv",
+    "MMBench_TEST_EN_legacy.tsv",
+    "MMBench_TEST_EN.tsv",
+)
+ROTATION = 10**6
+
+# Columns that LLaVA's converter (convert_mmbench_for_submission.py) leaves out.
+DROPPED = {"hint", "category", "source", "image", "comment", "l2-category"}
+
 # What pandas, with which LLaVA reads the file, takes for an empty cell, and LLaVA's own two.
-EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
-         "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none"}  # fmt: skip
+EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
+         "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+         "none"}  # fmt: skip
+
+# The text of the picture's cell is longer than this if it is a picture, not the index of a row.
+LONGEST_INDEX = 64
 
 
 def examples(data_dir):
-    """[{"id", "image": a name, "pictures": [bytes], "prompt", "label", "choices": {letter: text}, "group", "row"}]."""
-    file, found, pictures = first(data_dir, *FILES), [], {}
+    """Return the questions in the order of the file, all rotations.
+
+    Own keys: "choices": {letter: text}; "group": the question; "row": its cells.
+    """
+    file = find_first(data_dir, *FILES)
     csv.field_size_limit(sys.maxsize)
+
+    found = []
+    pictures = {}
     with open(file, encoding="utf-8", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines, delimiter="\t")):
-            with reading(f"{file}:{number}"):
-                index, choices = int(row["index"]), {}
-                for letter in "ABCD":
-                    if row[letter] in EMPTY:
-                        break
-                    choices[letter] = row[letter]
+            where = f"{file}:{number}"
+            with errors_at(where):
+                index = int(row["index"])
+                choices = read_choices(row)
+
+                # Some files hold each picture once, and name that row elsewhere.
                 picture = row.pop("image")
-                if len(picture) > 64:
+                if len(picture) > LONGEST_INDEX:
                     pictures[index] = base64.b64decode(picture)
-                else:  # some files hold each picture once, and name that row elsewhere
+                else:
                     pictures[index] = pictures[int(picture)]
-                text = row["question"] + lettered(choices.values()) + LETTER
-                text = text if row["hint"] in EMPTY else f"{row['hint']}\n{text}"
-                label = row.get("answer") or None
+
+                prompt = row["question"] + list_options(choices.values()) + LETTER
+                if row["hint"] not in EMPTY:
+                    prompt = f"{row['hint']}\n{prompt}"
+
                 found.append(
                     {
                         "id": str(index),
                         "image": f"{file.name}:{index}",
-                        "prompt": text,
-                        "label": label,
+                        "pictures": [pictures[index]],
+                        "prompt": prompt,
+                        "label": row.get("answer") or None,
+                        "choices": choices,
+                        "group": index % ROTATION,
+                        "row": row,
+                        "where": where,
                     }
                 )
-                found[-1] |= {
-                    "pictures": [pictures[index]],
-                    "choices": choices,
-                    "group": index % 10**6,
-                }
-                found[-1] |= {"row": row, "where": f"{file}:{number}"}
     if not found:
         raise UserError(file, "no questions in it", "fetch it again")
     return found
 
 
+def read_choices(row):
+    """Return {letter: text} of the options before the first empty one."""
+    choices = {}
+    for letter in "ABCD":
+        if row[letter] in EMPTY:
+            break
+        choices[letter] = row[letter]
+    return choices
+
+
 def parse(answer, choices):
-    """The letter among `choices` {letter: text} that an answer gives, or None."""
-    tokens = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
-    said = [letter for letter in choices if letter in tokens]
-    if len(said) == 1 and tokens.index(said[0]) > len(tokens) - 5:
-        return said[0]
-    if not said and "Z" in tokens:  # for none of them
+    """Return the letter among `choices` {letter: text} that an answer gives, or None."""
+    # A single letter, as a word of its own, among the last four words.
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
+    letters = [letter for letter in choices if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - 4:
+        return letters[0]
+
+    # Z says that it is none of them.
+    if not letters and "Z" in words:
         return None
-    if (match := re.search(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", answer)) and match[
-        1
-    ].upper() in choices:
+
+    # "The answer is B".
+    match = re.search(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", answer)
+    if match and match[1].upper() in choices:
         return match[1].upper()
-    if len(answer) > 2 * sum(map(len, choices.values())):
+
+    # The text of a single option, unless the answer is so long that it tells of all of them.
+    if len(answer) > 2 * sum(len(text) for text in choices.values()):
         return None
-    said = [letter for letter, text in choices.items() if text.lower() in answer.lower()]
-    return said[0] if len(said) == 1 else None
+    told = [letter for letter, text in choices.items() if text.lower() in answer.lower()]
+    if len(told) == 1:
+        return told[0]
+    return None
 
 
 def score(examples, answers):
-    groups = {}
+    """Return circular and vanilla accuracy, then the circular one of each ability."""
+    # {question: (example, whether its answer is right) of each rotation}
+    questions = {}
     for example, answer in zip(examples, answers, strict=True):
         if example["label"]:
             right = parse(answer, example["choices"]) == example["label"]
-            groups.setdefault(example["group"], []).append((example, right))
+            questions.setdefault(example["group"], []).append((example, right))
+
     results = []
-    for group in groups.values():
-        example, right = group[0]
-        chance = 1 / len(example["choices"])
-        results.append(
-            (
-                ("circular", example["row"].get("category")),
-                all(r for _, r in group),
-                chance ** len(group),
-            )
-        )
-        results.append((("vanilla",), right, chance))
-    scores = grouped(results)
-    return {
-        name: scores[name]
-        for name in sorted(scores, key=lambda name: name not in ("circular", "vanilla"))
-    }
+    for rotations in questions.values():
+        first, first_right = rotations[0]
+        all_right = all(right for _, right in rotations)
+        chance = 1 / len(first["choices"])
+        groups = ("circular", first["row"].get("category"))
+        results.append(Result(groups, all_right, chance ** len(rotations)))
+        results.append(Result(("vanilla",), first_right, chance))
+
+    # The two over all questions come first.
+    scores = group_scores(results)
+    totals = {}
+    for name in list(scores):
+        if name in ("circular", "vanilla"):
+            totals[name] = scores.pop(name)
+    return totals | scores
 
 
 def write(examples, answers, stem, data_dir):
-    """The server's file: the question file's columns without DROPPED, the seventh is the prediction."""
+    """Write the server's file: the columns of the questions' file, the seventh is the prediction."""
     columns = [name for name in examples[0]["row"] if name not in DROPPED]
     table = [columns[:6] + ["prediction"] + columns[6:]]
     for example, answer in zip(examples, answers, strict=True):
-        cells = ["" if example["row"][name] in EMPTY else example["row"][name] for name in columns]
+        cells = []
+        for name in columns:
+            cell = example["row"][name]
+            if cell in EMPTY:
+                cell = ""
+            cells.append(cell)
         table.append(cells[:6] + [answer] + cells[6:])
-    text, files = io.StringIO(), [Path(f"{stem}-server.tsv")]
-    csv.writer(text, delimiter="\t", lineterminator="\n").writerows(table)
-    write_file(files[0], text.getvalue())
-    if importlib.util.find_spec("openpyxl"):
-        from openpyxl import Workbook
 
-        book = Workbook()
-        for row in table:
-            book.active.append(row)
-        files.append(Path(f"{stem}-server.xlsx"))
-        write_file(files[1], book.save)
-    return files
+    text = io.StringIO()
+    csv.writer(text, delimiter="\t", lineterminator="\n").writerows(table)
+    tsv = Path(f"{stem}-server.tsv")
+    write_file(tsv, text.getvalue())
+    if not importlib.util.find_spec("openpyxl"):
+        return [tsv]
+
+    from openpyxl import Workbook
+
+    book = Workbook()
+    for row in table:
+        book.active.append(row)
+    xlsx = Path(f"{stem}-server.xlsx")
+    write_file(xlsx, book.save)
+    return [tsv, xlsx]

@@ -1,202 +1,296 @@
-"""MMMU, validation: college questions of thirty subjects, most of them multiple choice, some with up to seven pictures.
+"""MMMU, validation (Yue et al., 2023): college questions of thirty subjects, most of them multiple
+choice, some with up to seven pictures.
 
-TinyLLaVA Factory's layout (LLaVA's evaluation has none): anns_for_eval.json, eval/answer_dict_val.json, all_images/.
-Its rows with several pictures have none; they are asked without, and scored as Factory scores them: a guess.
-Original layout (MMMU/MMMU on Hugging Face): SUBJECT/validation-*.parquet, read with pyarrow. A question with several
-pictures gets them all, each where it is mentioned.
+Files, in TinyLLaVA Factory's layout (LLaVA's evaluation has none): anns_for_eval.json,
+eval/answer_dict_val.json, all_images/. Its rows with several pictures have none; they are asked
+without, and scored as Factory scores them: a guess. In the original layout (MMMU/MMMU on Hugging
+Face): SUBJECT/validation-*.parquet, read with pyarrow. A question with several pictures gets them
+all, each where it is mentioned.
 
-Scored as MMMU's eval_utils.py. A choice that cannot be read off an answer is guessed there; here with the same
-generator in the same order, so that a score can be had again. Chance is 1 / number of choices, and 0 for open answers.
+Scored as MMMU's eval_utils.py does it (github.com/MMMU-Benchmark/MMMU). Chance is 1 / number of
+choices, and 0 for open answers.
+
+The trap: a choice that cannot be read off an answer is guessed. It is guessed here too, with the
+same generator in the same order, so that the same answers always have the same score.
 """
+
+from __future__ import annotations
 
 import ast
 import random
 import re
 from pathlib import Path
 
-from evals import LETTER, WORD, first, grouped, parquet_rows, reading, rows, table
+from evals.files import errors_at, find_first, read_parquet, read_rows, read_table
+from evals.options import LETTER, WORD, parse_choice, with_letters
+from evals.scores import Result, group_scores, in_order
 
 MAX_NEW_TOKENS = 1024
 PUBLISHED = ("Overall", "MMMU")
 DOMAINS = {
-    "Art and Design": "Art Art_Theory Design Music",
-    "Business": "Accounting Economics Finance Manage Marketing",
-    "Science": "Biology Chemistry Geography Math Physics",
-    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy "
-    "Public_Health",
-    "Humanities and Social Science": "History Literature Sociology Psychology",
-    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
-    "Materials Mechanical_Engineering",
-}
-SUBJECTS = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
+    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health and Medicine": ("Basic_Medical_Science", "Clinical_Medicine",
+                            "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health"),
+    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Tech and Engineering": ("Agriculture", "Architecture_and_Engineering", "Computer_Science",
+                             "Electronics", "Energy_and_Power", "Materials",
+                             "Mechanical_Engineering"),
+}  # fmt: skip
+DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
+MOST_PICTURES = 7
+
+
+# --------------------------------------------------------------------------------------- examples
 
 
 def examples(data_dir):
-    """[{"id", "image": names or None, "pictures": bytes if not files, "prompt", "label", "choices", "subject"}]."""
+    """Return the questions in the order of the files. "label" is a letter, a text or several texts.
+
+    Own keys: "choices": {letter: text}, {} for an open question; "subject".
+    """
     file = Path(data_dir) / "anns_for_eval.json"
-    return factory(data_dir, file) if file.exists() else original(data_dir)
+    if file.exists():
+        return read_factory(data_dir, file)
+    return read_original(data_dir)
 
 
-def factory(data_dir, file):
-    labels, found = table(first(data_dir, "eval/answer_dict_val.json", "answer_dict_val.json")), []
-    first(data_dir, "all_images")
-    for where, row in rows(file):
-        with reading(where):
-            image, label = row.get("image"), labels[row["id"]]["ground_truth"]
-            choices = row["index2ans"] if row["question_type"] == "multiple-choice" else {}
+def read_factory(data_dir, file):
+    """Return the questions of TinyLLaVA Factory's files."""
+    truth = read_table(find_first(data_dir, "eval/answer_dict_val.json", "answer_dict_val.json"))
+    find_first(data_dir, "all_images")
+
+    found = []
+    for where, row in read_rows(file):
+        with errors_at(where):
+            image = row.get("image")
+            if image:
+                image = f"all_images/{image}"
+            choices = {}
+            label = truth[row["id"]]["ground_truth"]
+            if row["question_type"] == "multiple-choice":
+                choices = row["index2ans"]
             found.append(
-                {"id": row["id"], "image": image and f"all_images/{image}", "prompt": row["prompt"]}
+                {
+                    "id": row["id"],
+                    "image": image,
+                    "prompt": row["prompt"],
+                    "label": label,
+                    "choices": choices,
+                    "subject": subject(row["id"]),
+                    "where": where,
+                }
             )
-            found[-1] |= {
-                "label": label,
-                "choices": choices,
-                "subject": subject(row["id"]),
-                "where": where,
-            }
     return found
 
 
-def original(data_dir):
-    files = [
-        file
-        for name in SUBJECTS
-        for file in sorted(Path(data_dir).glob(f"{name}/validation-*.parquet"))
-    ]
+def read_original(data_dir):
+    """Return the questions of MMMU's own files, subject after subject."""
+    files = []
+    for name in DOMAIN_OF:
+        files += sorted(Path(data_dir).glob(f"{name}/validation-*.parquet"))
     if not files:
-        first(data_dir, "anns_for_eval.json", "Accounting/validation-00000-of-00001.parquet")
+        # Say what is missing: this raises.
+        find_first(data_dir, "anns_for_eval.json", "Accounting/validation-00000-of-00001.parquet")
+
     found = []
     for file in files:
-        for where, row in parquet_rows(file):
-            with reading(where):
-                options = ast.literal_eval(row["options"])
-                choices = {chr(65 + i): option for i, option in enumerate(options)}
-                if row["question_type"] == "multiple-choice":
-                    listed = "".join(f"({letter}) {option}\n" for letter, option in choices.items())
-                    text = f"{row['question']}\n{listed}{LETTER}"
-                else:
-                    text, choices = row["question"] + WORD, {}
-                numbers, text = placed(text, [i for i in range(1, 8) if row.get(f"image_{i}")])
-                label = (
-                    ast.literal_eval(row["answer"])
-                    if row["answer"].startswith("[")
-                    else row["answer"]
-                )
-                found.append(
-                    {
-                        "id": row["id"],
-                        "image": [f"{row['id']}:{i}" for i in numbers],
-                        "prompt": text,
-                    }
-                )
-                found[-1] |= {
-                    "pictures": [row[f"image_{i}"]["bytes"] for i in numbers],
-                    "label": label,
-                }
-                found[-1] |= {"choices": choices, "subject": subject(row["id"]), "where": where}
+        for where, row in read_parquet(file):
+            with errors_at(where):
+                found.append(original_example(where, row))
     return found
 
 
-def placed(text, numbers):
-    """Which pictures are shown in which order, and the text. One goes to the front, and its mention stays, as LLaVA's
-    evaluation has it; of several, each stands where <image N> says, what is not mentioned at the front."""
+def original_example(where, row):
+    """Return the example of a row of MMMU's own files, which hold the pictures."""
+    choices = with_letters(ast.literal_eval(row["options"]))
+    if row["question_type"] == "multiple-choice":
+        options = "".join(f"({letter}) {option}\n" for letter, option in choices.items())
+        prompt = f"{row['question']}\n{options}{LETTER}"
+    else:
+        choices = {}
+        prompt = row["question"] + WORD
+
+    there = [i for i in range(1, MOST_PICTURES + 1) if row.get(f"image_{i}")]
+    numbers, prompt = place_pictures(prompt, there)
+
+    # Several answers may be right: then they are written as a list in Python.
+    label = row["answer"]
+    if label.startswith("["):
+        label = ast.literal_eval(label)
+    return {
+        "id": row["id"],
+        "image": [f"{row['id']}:{i}" for i in numbers],
+        "pictures": [row[f"image_{i}"]["bytes"] for i in numbers],
+        "prompt": prompt,
+        "label": label,
+        "choices": choices,
+        "subject": subject(row["id"]),
+        "where": where,
+    }
+
+
+def place_pictures(text, numbers):
+    """Return the numbers of the pictures in the order in which they are shown, and the prompt.
+
+    A single picture goes to the front, and its mention <image 1> stays, as LLaVA's evaluation has
+    it. Of several, each stands where its mentions are, and those not mentioned go to the front.
+    """
     if len(numbers) < 2:
         return numbers, text
-    mentioned = [int(n) for n in re.findall(r"<image (\d)>", text) if int(n) in numbers]
-    front = [n for n in numbers if n not in mentioned]
-    text = re.sub(r"<image (\d)>", lambda m: "<image>" if int(m[1]) in numbers else m[0], text)
+
+    mentioned = []
+    for number in re.findall(r"<image (\d)>", text):
+        if int(number) in numbers:
+            mentioned.append(int(number))
+    front = [number for number in numbers if number not in mentioned]
+
+    for number in numbers:
+        text = text.replace(f"<image {number}>", "<image>")
     return front + mentioned, "<image>\n" * len(front) + text
 
 
 def subject(name):
-    return {s: s for s in SUBJECTS}["_".join(name.split("_")[1:-1])]
+    """Return the subject of a question's id. Raise KeyError if there is no such subject.
+
+    For example "Art_Theory" of "validation_Art_Theory_12".
+    """
+    parts = name.split("_")
+    found = "_".join(parts[1:-1])
+    if found not in DOMAIN_OF:
+        raise KeyError(found)
+    return found
 
 
-def parse_choice(answer, choices):
-    """The letter among `choices` {letter: text} that an answer gives, or None where MMMU guesses."""
-    for mark in ",.!?;:'":
-        answer = answer.strip(mark)
-    answer = f" {answer} "
-    for form, said, everything in (
-        ("({})", choices.keys(), answer),
-        (" {} ", choices.keys(), answer),
-        ("{}", choices.values(), answer.lower() if len(answer.split()) > 5 else None),
-    ):
-        if everything is None:
+# ------------------------------------------------------------------------------------ open answers
+
+# Numbers with commas between thousands; in scientific notation; any other.
+NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
+
+# What a model says before it names its result.
+BEFORE = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+
+
+def parse_open(answer):
+    """Return the set of all that an open answer may mean: lower-case texts, and numbers.
+
+    These are what stands behind BEFORE in its sentences, or the whole of it, and the numbers in it.
+    """
+    answer = answer.strip().strip(".").lower()
+
+    # Only line breaks part sentences: after `lower` no capital follows a period. So officially.
+    sentences = re.split(r"\.\s(?=[A-Z])|\n", answer)
+    texts = []
+    for i, sentence in enumerate(sentences):
+        signs = BEFORE
+        if i == len(sentences) - 1:
+            signs += ("=",)
+        result = shortest_tail(sentence, signs)
+        if result and result not in (":", ",", ".", "!", "?", ";", "'"):
+            texts.append(result)
+    if not texts:
+        texts = [answer]
+
+    numbers = []
+    for text in texts:
+        for pattern in NUMBERS:
+            numbers += re.findall(pattern, text)
+
+    meanings = set()
+    for text in texts + numbers:
+        meanings.update(comparable(text))
+    return meanings
+
+
+def shortest_tail(sentence, signs):
+    """Return the shortest text behind the last of one of the signs; "" if it has none of them."""
+    shortest = ""
+    for sign in signs:
+        if sign not in sentence:
             continue
-        texts = [form.format(text) for text in said]
-        places = [everything.rfind(text if form != "{}" else text.lower()) for text in texts]
-        if max(places, default=-1) >= 0:  # the last one counts
-            return list(choices)[places.index(max(places))]
-    return None
+        tail = sentence.split(sign)[-1].strip()
+        if not shortest or len(tail) < len(shortest):
+            shortest = tail
+    return shortest
+
+
+def comparable(text):
+    """Return what a text is compared as: a number with two digits, or the text in lower case.
+
+    A single letter is found in an answer only with a space at its side.
+    """
+    text = text.strip()
+    value = number(text)
+    if value is not None:
+        return [value]
+    lower = text.lower()
+    if len(text) == 1:
+        return [f" {lower}", f"{lower} "]
+    return [lower]
 
 
 def number(text):
+    """Return a number rounded to two digits, or None if the text is none."""
     try:
         return round(float(text.replace(",", "")), 2)
     except ValueError:
         return None
 
 
-def normal(text):
-    """A text to compare: a number to two digits, or lower case; one letter only with a space at its side."""
-    text = text.strip()
-    if number(text) is not None:
-        return [number(text)]
-    return [f" {text.lower()}", f"{text.lower()} "] if len(text) == 1 else [text.lower()]
-
-
-NUMBER = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-          r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")  # fmt: skip
-BEFORE = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-
-
-def parse_open(answer):
-    """All that an open answer may mean: what stands behind BEFORE in its sentences, and the numbers in that."""
-    answer = answer.strip().strip(".").lower()
-    parts, keys = re.split(r"\.\s(?=[A-Z])|\n", answer), []
-    for i, part in enumerate(parts):
-        signs, shortest = BEFORE + ("=",) * (i == len(parts) - 1), ""
-        for sign in signs:
-            tail = part.split(sign)[-1].strip()
-            if sign in part and (not shortest or len(tail) < len(shortest)):
-                shortest = tail
-        if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
-            keys.append(shortest)
-    keys = keys or [answer]
-    texts = keys + [
-        found for key in keys for pattern in NUMBER for found in re.findall(pattern, key)
-    ]
-    return {meaning for text in texts for meaning in normal(text)}
-
-
 def open_right(answer, label):
-    labels = [
-        value for text in (label if isinstance(label, list) else [label]) for value in normal(text)
-    ]
-    words = [value for value in labels if isinstance(value, str)]
-    said = parse_open(answer)
-    return any(any(w in s for w in words) if isinstance(s, str) else s in labels for s in said)
+    """Return whether an open answer holds a true text, or is a true number."""
+    truths = label
+    if not isinstance(label, list):
+        truths = [label]
+    true_values = []
+    for truth in truths:
+        true_values += comparable(truth)
+    true_texts = [value for value in true_values if isinstance(value, str)]
+
+    for said in parse_open(answer):
+        if isinstance(said, str):
+            if any(text in said for text in true_texts):
+                return True
+        elif said in true_values:
+            return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------- score
 
 
 def score(examples, answers):
-    rng, results = random.Random(42), []
+    """Return the accuracy of all questions, of those without a picture, of domains and subjects."""
+    # MMMU's own seed. One draw for each choice that cannot be read, in the order of the questions.
+    rng = random.Random(42)
+
+    results = []
     for example, answer in zip(examples, answers, strict=True):
-        names = ["Overall", SUBJECTS[example["subject"]], example["subject"]]
-        if not example["image"]:
+        has_picture = bool(example["image"])
+        names = ["Overall", DOMAIN_OF[example["subject"]], example["subject"]]
+        if not has_picture:
             names.append("pictures missing")
-        if choices := example["choices"]:
-            said = parse_choice(answer, choices) if example["image"] else None
-            results.append(
-                (names, (said or rng.choice(list(choices))) == example["label"], 1 / len(choices))
-            )
+
+        choices = example["choices"]
+        if choices:
+            said = None
+            if has_picture:
+                said = parse_choice(answer, choices)
+            if said is None:
+                said = rng.choice(list(choices))
+            right = said == example["label"]
+            chance = 1 / len(choices)
         else:
-            results.append(
-                (names, bool(example["image"]) and open_right(answer, example["label"]), 0)
-            )
-    scores = grouped(results)
-    order = [
-        "Overall",
-        "pictures missing",
-        *(n for d, s in DOMAINS.items() for n in (d, *s.split())),
-    ]
-    return {name: scores[name] for name in order if name in scores}
+            right = has_picture and open_right(answer, example["label"])
+            chance = 0
+        results.append(Result(names, right, chance))
+
+    order = ["Overall", "pictures missing"]
+    for domain, subjects in DOMAINS.items():
+        order += [domain, *subjects]
+    return in_order(group_scores(results), order)

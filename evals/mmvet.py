@@ -1,23 +1,32 @@
-"""MM-Vet: open questions that need several capabilities at once, judged by a language model.
+"""MM-Vet (Yu et al., 2023): open questions that need several capabilities at once, judged by a
+language model.
 
-LLaVA layout: llava-mm-vet.jsonl, images/, and for the judge mm-vet.json (or mm-vet/mm-vet.json). Original layout
-(mm-vet.zip): mm-vet.json, images/.
+Files, in LLaVA's layout: llava-mm-vet.jsonl, images/, and for the judge mm-vet.json (or
+mm-vet/mm-vet.json). In the original layout (mm-vet.zip of github.com/yuweihao/MM-Vet): mm-vet.json,
+images/.
 
-The answers are written as mm-vet_evaluator.py takes them. With --judge they are judged as it does it: its prompt,
-three tokens at temperature 0, asked again up to four times, ever warmer, where the reply is no number from 0 to 1,
-and 0 after that; the score is the mean, of all and of the questions of each capability. The papers' judge is
-gpt-4-0613.
+The answers are written as mm-vet_evaluator.py takes them. With --judge they are judged as that
+script does it: its prompt, three tokens at temperature 0. The score is the mean, of all questions
+and of those of each capability. The papers' judge is gpt-4-0613.
+
+The trap: a reply that is no number from 0 to 1 is asked for again up to four times, ever warmer,
+and counts 0 after that.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
 
 from checkpoints.files import write_file
 from config import UserError
-from evals import first, grouped, reading, rows, table
+from evals.files import errors_at, find_first, read_rows, read_table
+from evals.scores import Result, group_scores
 
 MAX_NEW_TOKENS = 1024
 PUBLISHED = ("all", "MM-Vet")
+
+# The official prompt, to the letter.
 _ICELAND = (
     "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and "
     "Greenland are misleading. Despite its name, Iceland is known for its beautiful green landscapes, while Greenland "
@@ -47,58 +56,99 @@ humor in this meme is derived from the unexpected contrast between the names of 
 physical characteristics. | 1.0
 """
 AGAIN = "\nPredict the correctness of the answer (digit): "
+AGAIN_TEMPERATURES = (0.0, 0.5, 1.0, 1.5)
+REPLY_TOKENS = 3
 
 
 def examples(data_dir):
-    """[{"id": v1_0 ..., "image", "prompt", "label" or None, "question", "capability"}] in file order."""
-    folder, llava = first(data_dir, "images"), Path(data_dir) / "llava-mm-vet.jsonl"
-    files = [
-        file
-        for name in ("mm-vet.json", "mm-vet/mm-vet.json")
-        if (file := Path(data_dir) / name).exists()
-    ]
-    if not files and not llava.exists():
-        first(data_dir, "mm-vet.json", llava.name)
+    """Return the questions in the order of the file; "id" is v1_0, v1_1, ...
+
+    "label" is the true answer, None where mm-vet.json is missing. Own keys, where it is there:
+    "question", "capability".
+    """
+    folder = find_first(data_dir, "images")
+    llava = Path(data_dir) / "llava-mm-vet.jsonl"
+
     found = {}
-    for number, row in table(files[0]).items() if files else ():
-        where = f"{files[0]}:{number}"
-        with reading(where):
+    file = find_truth(data_dir)
+    if file:
+        found = read_truth(file, folder)
+    elif not llava.exists():
+        # Say what is missing: this raises.
+        find_first(data_dir, "mm-vet.json", llava.name)
+
+    if llava.exists():
+        return ask_as_llava(found, llava, folder)
+    return list(found.values())
+
+
+def find_truth(data_dir):
+    """Return MM-Vet's own file, or None."""
+    for name in ("mm-vet.json", "mm-vet/mm-vet.json"):
+        file = Path(data_dir) / name
+        if file.exists():
+            return file
+    return None
+
+
+def read_truth(file, folder):
+    """Return {id: example} of MM-Vet's own file."""
+    found = {}
+    for number, row in read_table(file).items():
+        where = f"{file}:{number}"
+        with errors_at(where):
             found[number] = {
                 "id": number,
                 "image": f"{folder.name}/{row['imagename']}",
                 "prompt": row["question"],
+                "label": row["answer"],
+                "question": row["question"],
+                "capability": sorted(set(row["capability"])),
+                "where": where,
             }
-            found[number] |= {"label": row["answer"], "question": row["question"], "where": where}
-            found[number] |= {"capability": sorted(set(row["capability"]))}
-    if not llava.exists():
-        return list(found.values())
+    return found
+
+
+def ask_as_llava(found, llava, folder):
+    """Return the questions of LLaVA's file, in its order and with its prompts."""
     asked = []
-    for where, row in rows(llava):
-        with reading(where):
+    for where, row in read_rows(llava):
+        with errors_at(where):
             number = f"v1_{str(row['question_id']).removeprefix('v1_')}"
-            asked.append(
-                {"label": None} | found.get(number, {}) | {"id": number, "prompt": row["text"]}
-            )
-            asked[-1] |= {"image": f"{folder.name}/{row['image']}", "where": where}
+            truth = found.get(number, {"label": None})
+            changes = {
+                "id": number,
+                "image": f"{folder.name}/{row['image']}",
+                "prompt": row["text"],
+                "where": where,
+            }
+            asked.append(truth | changes)
     return asked
 
 
 def write(examples, answers, stem, data_dir):
-    """{question: answer}, the file that mm-vet_evaluator.py and its web page take."""
+    """Write {question: answer}, which mm-vet_evaluator.py and its web page take."""
+    answered = {}
+    for example, answer in zip(examples, answers, strict=True):
+        answered[example["id"]] = answer
+
     file = Path(f"{stem}-results.json")
-    made = {example["id"]: answer for example, answer in zip(examples, answers, strict=True)}
-    write_file(file, json.dumps(made, indent=4))
+    write_file(file, json.dumps(answered, indent=4))
     return [file]
 
 
 def grade(example, answer, ask):
+    """Return what the judge gives an answer, 0 to 1; ask(messages, temperature, tokens) asks it."""
     truth = example["label"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    question = f"{PROMPT}\n" + " | ".join([example["question"], truth, answer, ""])
-    for temperature, text in (
-        (0.0, question),
-        *((t, question + AGAIN) for t in (0.0, 0.5, 1.0, 1.5)),
-    ):
-        reply = ask([{"role": "user", "content": text}], temperature, 3)
+    row = " | ".join([example["question"], truth, answer, ""])
+    question = f"{PROMPT}\n{row}"
+
+    requests = [(0.0, question)]
+    for temperature in AGAIN_TEMPERATURES:
+        requests.append((temperature, question + AGAIN))
+
+    for temperature, text in requests:
+        reply = ask([{"role": "user", "content": text}], temperature, REPLY_TOKENS)
         try:
             value = float(reply.split(" ")[0].strip())
         except ValueError:
@@ -109,13 +159,16 @@ def grade(example, answer, ask):
 
 
 def judge(examples, answers, ask, stem, data_dir):
+    """Return the mean grade of all questions and of those of each capability."""
     results = []
     for example, answer in zip(examples, answers, strict=True):
         if example["label"] is None:
-            raise UserError(
-                example["where"],
-                "no ground truth for it",
-                "put mm-vet.json of mm-vet.zip beside it",
-            )
-        results.append((("all", *example["capability"]), grade(example, answer, ask), 0))
-    return {name: s | {"chance": None} for name, s in grouped(results).items()}
+            fix = "put mm-vet.json of mm-vet.zip beside it"
+            raise UserError(example["where"], "no ground truth for it", fix)
+        groups = ("all", *example["capability"])
+        results.append(Result(groups, grade(example, answer, ask)))
+
+    scores = group_scores(results)
+    for of_group in scores.values():
+        of_group["chance"] = None  # unknown
+    return scores

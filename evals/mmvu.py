@@ -1,66 +1,96 @@
-"""MMVU, validation: 625 multiple-choice and 375 open questions about expert clips of 27 subjects.
+"""MMVU, validation (Zhao et al., 2025): 625 multiple-choice and 375 open questions about expert clips
+of 27 subjects.
 
-Files as published (yale-nlp/MMVU on Hugging Face): validation.json, videos/SUBJECT/.
+Files as published (yale-nlp/MMVU on Hugging Face): validation.json, videos/SUBJECT/. A subject is
+the folder of the clip, in lmms-eval's disciplines.
 
-GPT-4o judges all answers for the benchmark. Prompts and scores here are those of TinyLLaVA-Video, which needs no judge:
-letters as in evals/choices.py; an open answer is right if it holds the true one or, where it is not longer, is part of
-it, in lower case (an empty one is right there, wrong here). The published number is over all questions. A subject is
-the folder of the clip, in lmms-eval's disciplines. The chance of an open question counts as 0.
+Prompts and scores are those of TinyLLaVA-Video, which needs no judge. Letters are read as in
+evals/video_choices.py. An open answer is right if it holds the true one or, where it is not longer,
+is part of it, in lower case. The published number is over all questions. The chance of an open
+question counts as 0.
+
+The trap: GPT-4o judges all answers for the benchmark itself, so its numbers are others. And an
+empty open answer, part of everything, is right in TinyLLaVA-Video, but wrong here.
 """
 
-from evals import LETTER, choices, first, lettered, reading, rows
+from __future__ import annotations
 
-MAX_NEW_TOKENS = choices.MAX_NEW_TOKENS
+from evals import video_choices
+from evals.files import errors_at, find_first, read_rows
+from evals.options import LETTER, list_options
+from evals.scores import Result
+
+MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
 PUBLISHED = ("all", "MMVU")
 DIRECT = "\nAnswer the question directly without explanation."
+
+# The published "question_type", and the name of its score.
 KINDS = {"multiple-choice": "multiple choice", "open-ended": "open"}
+
 DISCIPLINES = {
-    "Science": "Astronomy Biology Chemistry Electromagnetism Geography Materials_Science Mechanics Modern_Physics "
-    "Neurobiology Thermodynamics",
-    "Healthcare": "Basic_Medicine Clinical_Medicine Dentistry Pharmacy Preventive_Medicine",
-    "Humanities and Social Science": "Art Economics History Law Literature Management",
-    "Engineering": "Biomedical_Engineering Civil_Engineering Computer_Science Electrical_Engineering "
-    "Electronics_and_Communication Mechanical_Engineering",
-}
-SUBJECTS = {
-    subject: discipline
-    for discipline, subjects in DISCIPLINES.items()
-    for subject in subjects.split()
-}
+    "Science": ("Astronomy", "Biology", "Chemistry", "Electromagnetism", "Geography",
+                "Materials_Science", "Mechanics", "Modern_Physics", "Neurobiology",
+                "Thermodynamics"),
+    "Healthcare": ("Basic_Medicine", "Clinical_Medicine", "Dentistry", "Pharmacy",
+                   "Preventive_Medicine"),
+    "Humanities and Social Science": ("Art", "Economics", "History", "Law", "Literature",
+                                      "Management"),
+    "Engineering": ("Biomedical_Engineering", "Civil_Engineering", "Computer_Science",
+                    "Electrical_Engineering", "Electronics_and_Communication",
+                    "Mechanical_Engineering"),
+}  # fmt: skip
+DISCIPLINE_OF = {name: field for field, names in DISCIPLINES.items() for name in names}
 
 
 def examples(data_dir):
-    """[{"id", "image": None, "video", "prompt", "label", "choices", "groups", "where"}] in file order; open questions
-    have no choices, {}."""
+    """Return the questions in the order of the file.
+
+    Own keys: those of video_choices; an open question has no choices, {}.
+    """
     found = []
-    for where, row in rows(first(data_dir, "validation.json")):
-        with reading(where):
-            kind, options, label, ask = (
-                KINDS[row["question_type"]],
-                {},
-                row["answer"].strip(),
-                DIRECT,
-            )
+    for where, row in read_rows(find_first(data_dir, "validation.json")):
+        with errors_at(where):
+            kind = KINDS[row["question_type"]]
+            label = row["answer"].strip()
             if kind == "multiple choice":
-                options = row["choices"]
-                label, ask = (
-                    choices.letter_of(label, {letter: letter for letter in options}),
-                    LETTER,
-                )
-            prompt = row["question"] + lettered(options.values()) + ask
-            video = choices.clip(data_dir, row["video"].split("/resolve/main/")[-1])
-            groups = ("all", kind, SUBJECTS[video.split("/")[-2]])
-            found.append(choices.example(where, row["id"], video, prompt, options, label, groups))
+                choices = row["choices"]
+                letters = {letter: letter for letter in choices}
+                label = video_choices.letter_of(label, letters)
+                prompt = row["question"] + list_options(choices.values()) + LETTER
+            else:
+                choices = {}
+                prompt = row["question"] + DIRECT
+
+            # Published as an address; the path in the repository comes behind the branch.
+            path = row["video"].split("/resolve/main/")[-1]
+            video = video_choices.find_clip(data_dir, path)
+            subject = video.split("/")[-2]
+            groups = ("all", kind, DISCIPLINE_OF[subject])
+            found.append(
+                video_choices.video_example(where, row["id"], video, prompt, choices, label, groups)
+            )
     return found
 
 
-def credit(answer, example):
-    """(what an answer earns, what a guess does)."""
+def grade(answer, example):
+    """Return what an answer earns, and a guess."""
     if example["choices"]:
-        return choices.credit(answer, example)
-    said, truth = answer.strip().lower(), example["label"].lower()
-    return bool(said) and (truth in said if len(said) > len(truth) else said in truth), 0
+        return video_choices.grade(answer, example)
+    return Result(example["groups"], open_right(answer, example["label"]))
+
+
+def open_right(answer, label):
+    """Return whether an open answer holds the true one, or is a part of it."""
+    said = answer.strip().lower()
+    truth = label.lower()
+    if not said:
+        return False
+    if len(said) > len(truth):
+        return truth in said
+    return said in truth
 
 
 def score(examples, answers):
-    return choices.score(examples, answers, ("all", *KINDS.values(), *DISCIPLINES), credit)
+    """Return the scores of all questions, of both kinds and of each discipline."""
+    order = ("all", *KINDS.values(), *DISCIPLINES)
+    return video_choices.score(examples, answers, order, grade)

@@ -1,36 +1,45 @@
-"""The moving demo world's held-out benchmark (moving.py): which moved first, which moved left, which way one moved.
+"""The moving demo world's held-out benchmark (demo/moving.py): which moved first, which moved left,
+which way one moved.
 
-Of each text, and of each frame between two moves, the file holds every answer equally often: chance is what anyone
-reaches who sees no video, or only the middle of its three frames.
+Files: benchmark/moving.jsonl, videos/, both written by `python -m demo.moving OUT`.
+
+Of each text, and of each frame between two moves, the file holds every answer equally often: chance
+is what anyone reaches who sees no video, or only the middle of its three frames. An answer must be
+the words themselves, but for case and a final period.
 """
 
-from evals import first, grouped, reading, rows
+from __future__ import annotations
+
+from evals.files import errors_at, find_first, read_rows
+from evals.scores import Result, group_scores
 
 MAX_NEW_TOKENS = 5  # two words and the end of the answer, with room for a wrong habit to show
 
 
 def examples(data_dir):
-    """[{"id", "image": None, "video" (relative to data_dir), "prompt", "label", "kind", "choices", "where"}] in file
-    order, with the clips of one pair of objects as a "group"."""
+    """Return the questions in the order of the file.
+
+    Own keys: "kind", "choices". The clips of one pair of objects are a "group".
+    """
     found = []
-    for where, row in rows(first(data_dir, "benchmark/moving.jsonl")):
-        with reading(where):
+    for where, row in read_rows(find_first(data_dir, "benchmark/moving.jsonl")):
+        with errors_at(where):
             names = {
                 "id": f"moving-{row['question_id']}",
                 "image": None,
                 "video": f"videos/{row['video']}",
+                "prompt": row["text"],
+                "where": where,
             }
-            found.append(row | names | {"prompt": row["text"], "where": where})
+            found.append(row | names)
     return found
 
 
 def score(examples, answers):
-    """{name: {"score" %, "chance" %, "n"}} of all and of each kind: the words, but for case and a final period."""
-    return grouped(
-        (
-            ("moving", e["kind"]),
-            answer.strip().lower().removesuffix(".") == e["label"],
-            1 / len(e["choices"]),
-        )
-        for e, answer in zip(examples, answers, strict=True)
-    )
+    """Return the accuracy of all questions and of each kind."""
+    results = []
+    for example, answer in zip(examples, answers, strict=True):
+        right = answer.strip().lower().removesuffix(".") == example["label"]
+        chance = 1 / len(example["choices"])
+        results.append(Result(("moving", example["kind"]), right, chance))
+    return group_scores(results)

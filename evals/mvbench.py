@@ -1,19 +1,28 @@
-"""MVBench: twenty tasks of 200 questions each about what happens in short clips.
+"""MVBench (Li et al., 2023): twenty tasks of 200 questions each about what happens in short clips.
 
-Files as published (OpenGVLab/MVBench on Hugging Face): json/TASK.json and video/, where its zips unpack to the folders
-below, some clips to video/data0613/. The clips of Fine-grained Pose are NTU RGB+D's, which its makers give out; without
-them run `mvbench-19`, which leaves that task out.
+Files as published (OpenGVLab/MVBench on Hugging Face): json/TASK.json and video/, where its zips
+unpack to the folders below, some clips to video/data0613/. The clips of Fine-grained Pose are
+NTU RGB+D's, which its makers give out; without them run `mvbench-19`, which leaves that task out.
 
-Where the benchmark asks about a part of a clip, "span" is that part in seconds, (start, end); the clips of Episodic
-Reasoning are folders of frames, "rate" a second. Prompt and reading of an answer are TinyLLaVA-Video's
-(evals/choices.py), not the benchmark's own, which begins the answer with "Best option:(". It heeds only the spans of
-Episodic Reasoning. The mean over the tasks is the published number.
+Where the benchmark asks about a part of a clip, "span" is that part. The clips of Episodic
+Reasoning are folders of frames. The mean over the tasks is the published number.
+
+Prompt and reading of an answer are TinyLLaVA-Video's (evals/video_choices.py). The trap: they are
+not the benchmark's own, which begins the answer with "Best option:(". And TinyLLaVA-Video heeds
+only the spans of Episodic Reasoning, where the benchmark and this file heed all.
 """
 
-from evals import LETTER, choices, first, reading, rows
+from __future__ import annotations
 
-MAX_NEW_TOKENS = choices.MAX_NEW_TOKENS
+from evals import video_choices
+from evals.files import errors_at, find_first, read_rows
+from evals.options import LETTER, with_letters
+from evals.scores import mean_score
+
+MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
 PUBLISHED = ("mean", "MVBench")
+
+# Task, and the folder of its clips.
 TASKS = {
     "Action Sequence": "star/Charades_v1_480",
     "Action Prediction": "star/Charades_v1_480",
@@ -36,43 +45,55 @@ TASKS = {
     "Episodic Reasoning": "tvqa/frames_fps3_hq",
     "Counterfactual Inference": "clevrer/video_validation",
 }
-SPANS = {
+
+# Tasks that ask about a part of a clip: the keys "start" and "end", in seconds.
+WITH_SPAN = {
     "Action Sequence",
     "Action Prediction",
     "Object Interaction",
     "Action Localization",
     "Episodic Reasoning",
 }
-FRAMES = {"Episodic Reasoning": 3}  # frames a second
+
+# Tasks whose clips are folders of frames, and how many of these are a second.
+RATES = {"Episodic Reasoning": 3}
 
 
 def examples(data_dir, without=()):
-    """[{"id", "image": None, "video", "prompt", "label", "choices", "groups", "where"}], task after task; "span" and
-    "rate" where the benchmark says them."""
+    """Return the questions, task after task, but for the tasks `without`."""
     found = []
-    for task, folder in TASKS.items():
-        if task in without:
-            continue
-        name = task.lower().replace(" ", "_").replace("-", "_")
-        for number, (where, row) in enumerate(rows(first(data_dir, f"json/{name}.json"))):
-            with reading(where):
-                options = choices.letters(row["candidates"])
-                label = choices.letter_of(row["answer"], options)
-                prompt = choices.bracketed(row["question"], options) + LETTER
-                clip = f"{folder}/{row['video']}"
-                video = choices.clip(data_dir, f"video/{clip}", f"video/data0613/{clip}")
-                found.append(
-                    choices.example(
-                        where, f"{name}-{number}", video, prompt, options, label, (task,)
-                    )
-                )
-                if task in SPANS:
-                    found[-1]["span"] = float(row["start"]), float(row["end"])
-                if task in FRAMES:
-                    found[-1]["rate"] = FRAMES[task]
+    for task in TASKS:
+        if task not in without:
+            found += read_task(data_dir, task)
+    return found
+
+
+def read_task(data_dir, task):
+    """Return the questions of a task. Own keys: those of video_choices."""
+    folder = TASKS[task]
+    file_name = task.lower().replace(" ", "_").replace("-", "_")
+
+    found = []
+    rows = read_rows(find_first(data_dir, f"json/{file_name}.json"))
+    for number, (where, row) in enumerate(rows):
+        with errors_at(where):
+            choices = with_letters(row["candidates"])
+            label = video_choices.letter_of(row["answer"], choices)
+            prompt = video_choices.with_bracketed_options(row["question"], choices) + LETTER
+            clip = f"{folder}/{row['video']}"
+            video = video_choices.find_clip(data_dir, f"video/{clip}", f"video/data0613/{clip}")
+            example = video_choices.video_example(
+                where, f"{file_name}-{number}", video, prompt, choices, label, (task,)
+            )
+            if task in WITH_SPAN:
+                example["span"] = (float(row["start"]), float(row["end"]))
+            if task in RATES:
+                example["rate"] = RATES[task]
+            found.append(example)
     return found
 
 
 def score(examples, answers):
-    scores = choices.score(examples, answers, TASKS)
-    return {"mean": choices.mean(scores)} | scores
+    """Return the mean over the tasks, then the score of each."""
+    scores = video_choices.score(examples, answers, order=TASKS)
+    return {"mean": mean_score(scores)} | scores

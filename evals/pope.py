@@ -1,101 +1,175 @@
-"""POPE on COCO: is there such an object? Three splits differ in which absent objects are asked for.
+"""POPE on COCO (Li et al., 2023): is there such an object in the picture?
 
-LLaVA layout: llava_pope_test.jsonl, coco/coco_pope_SPLIT.json, val2014/. Original layout (AoiDragon/POPE,
-output/coco): coco_pope_SPLIT.json, val2014/.
+Each of three splits asks 3000 questions, half of them with the answer no. They differ in which
+absent objects are asked for: random ones, the most frequent, or those that mostly stand beside what
+the picture shows ("adversarial"). A model that hallucinates says yes too often.
 
-Scored as POPE's evaluate.py. The published number is the mean F1 of the splits. Chance is always saying yes.
+Files, in LLaVA's layout: llava_pope_test.jsonl, coco/coco_pope_SPLIT.json, val2014/. In the
+original layout (output/coco of github.com/AoiDragon/POPE): coco_pope_SPLIT.json, val2014/.
+
+Scored as POPE's evaluate.py does it. The published number is the mean F1 of the splits. Chance is
+what always saying yes gets.
+
+The trap: only the first sentence counts, and it means yes unless it has the word No, no or not.
+So "NO", "nothing" and an empty answer are a yes.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
-from evals import WORD, first, reading, rows
+from evals.files import errors_at, find_first, read_rows
+from evals.options import WORD
+from evals.scores import mean_score
 
 MAX_NEW_TOKENS = 128
 PUBLISHED = ("F1", "POPE")
-SAYS = {"yes": "yes", "no": "no"}
 SPLITS = ("random", "popular", "adversarial")
+LABELS = {"yes": "yes", "no": "no"}  # any other label of a row is an error
+SAME_VERSION = "take both of the same version"
+
+# What is printed of a split, in this order: the key in `counts`, and the name of the score.
+PRINTED = {
+    "f1": "F1",
+    "acc": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "yes_ratio": "says yes",
+}
 
 
 def examples(data_dir):
-    """[{"id", "image", "prompt", "label": yes or no, "split"}], split after split."""
-    llava, found = Path(data_dir) / "llava_pope_test.jsonl", []
-    asked = {split: [] for split in SPLITS}
-    for where, row in rows(llava) if llava.exists() else []:
-        with reading(where):
-            asked[row["category"]].append((where, row["image"], row["text"]))
+    """Return the questions, split after split. Own key: "split"."""
+    llava = Path(data_dir) / "llava_pope_test.jsonl"
+    asked = None
+    if llava.exists():
+        asked = read_llava(llava)
+
+    found = []
     for split in SPLITS:
-        file, here = first(data_dir, f"coco/coco_pope_{split}.json", f"coco_pope_{split}.json"), []
-        for where, row in rows(file, lines=True):
-            with reading(where):
-                here.append(
-                    {
-                        "id": f"{split}-{row['question_id']}",
-                        "image": f"val2014/{row['image']}",
-                        "where": where,
-                    }
-                )
-                here[-1] |= {
+        file = find_first(data_dir, f"coco/coco_pope_{split}.json", f"coco_pope_{split}.json")
+        questions = read_split(file, split)
+        if asked:
+            questions = ask_as_llava(questions, asked[split], llava, file, split)
+        found += questions
+    return found
+
+
+def read_split(file, split):
+    """Return the questions of a split as POPE publishes them, with a prompt as LLaVA writes it."""
+    found = []
+    for where, row in read_rows(file, lines=True):
+        with errors_at(where):
+            found.append(
+                {
+                    "id": f"{split}-{row['question_id']}",
+                    "image": f"val2014/{row['image']}",
                     "prompt": row["text"] + WORD,
+                    "label": LABELS[row["label"]],
                     "split": split,
-                    "label": SAYS[row["label"]],
+                    "where": where,
                 }
-        if llava.exists():  # matched row by row, as the official script does
-            if len(asked[split]) != len(here):
-                what = f"{len(asked[split])} questions of {split}, but {file.name} has {len(here)}"
-                raise UserError(llava, what, "take both of the same version")
-            for example, (where, image, text) in zip(here, asked[split], strict=True):
-                if (
-                    example["image"] != f"val2014/{image}"
-                    or text.split("\n")[0] not in example["prompt"]
-                ):
-                    raise UserError(
-                        where,
-                        f"not the question of {example['where']}",
-                        "take both of the same version",
-                    )
-                example |= {"prompt": text, "where": where}
-        found += here
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class LlavaRow:
+    """What LLaVA's file says of a question: the picture, and the prompt word for word."""
+
+    where: str
+    image: str
+    text: str
+
+
+def read_llava(file):
+    """Return {split: rows of LLaVA's file}, in its order."""
+    asked = {split: [] for split in SPLITS}
+    for where, row in read_rows(file):
+        with errors_at(where):
+            asked[row["category"]].append(LlavaRow(where, row["image"], row["text"]))
+    return asked
+
+
+def ask_as_llava(questions, rows, llava, file, split):
+    """Return the questions of a split with LLaVA's prompts.
+
+    LLaVA's ids are others: question and row are matched by their order, as its script does it.
+    Raise UserError if they do not belong together.
+    """
+    if len(rows) != len(questions):
+        what = f"{len(rows)} questions of {split}, but {file.name} has {len(questions)}"
+        raise UserError(llava, what, SAME_VERSION)
+
+    found = []
+    for question, row in zip(questions, rows, strict=True):
+        same_picture = question["image"] == f"val2014/{row.image}"
+        same_text = row.text.split("\n")[0] in question["prompt"]
+        if not (same_picture and same_text):
+            raise UserError(row.where, f"not the question of {question['where']}", SAME_VERSION)
+        found.append(question | {"prompt": row.text, "where": row.where})
     return found
 
 
 def yes_or_no(answer):
-    """POPE's evaluate.py: of the first sentence, "no" if it has the word No, no or not, else "yes"."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"}.intersection(words) else "yes"
+    """Return "no" if the first sentence has the word No, no or not, else "yes" (evaluate.py)."""
+    sentence = answer.split(".")[0].replace(",", "")
+    words = sentence.split(" ")
+    if "No" in words or "no" in words or "not" in words:
+        return "no"
+    return "yes"
 
 
 def counts(said, labels):
-    """{"TP", "FP", "TN", "FN", "acc", "precision", "recall", "f1", "yes_ratio"}; a ratio of nothing is 0."""
+    """Return the numbers that POPE's evaluate.py prints; a ratio of nothing is 0.
+
+    The keys: TP, FP, TN, FN (a positive is a yes), acc, precision, recall, f1, yes_ratio.
+    """
     pairs = list(zip(said, labels, strict=True))
-    tp, fp, tn, fn = (
-        pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"))
-    )
-    precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
+    tp = pairs.count(("yes", "yes"))
+    fp = pairs.count(("yes", "no"))
+    tn = pairs.count(("no", "no"))
+    fn = pairs.count(("no", "yes"))
+
+    precision = tp / max(tp + fp, 1)
+    recall = tp / max(tp + fn, 1)
     f1 = 2 * precision * recall / ((precision + recall) or 1)
-    return {"TP": tp, "FP": fp, "TN": tn, "FN": fn, "acc": (tp + tn) / len(pairs), "precision": precision,
-            "recall": recall, "f1": f1, "yes_ratio": (tp + fp) / len(pairs)}  # fmt: skip
+    return {
+        "TP": tp,
+        "FP": fp,
+        "TN": tn,
+        "FN": fn,
+        "acc": (tp + tn) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "yes_ratio": (tp + fp) / len(pairs),
+    }
 
 
 def score(examples, answers):
-    scores, f1 = {}, []
+    """Return the mean F1, and for each split F1, accuracy, precision, recall and share of yes."""
+    scores = {}
+    f1_scores = {}
     for split in SPLITS:
-        pairs = [
-            (yes_or_no(a), e["label"])
-            for e, a in zip(examples, answers, strict=True)
-            if e["split"] == split
-        ]
-        if not pairs:
+        said = []
+        labels = []
+        for example, answer in zip(examples, answers, strict=True):
+            if example["split"] == split:
+                said.append(yes_or_no(answer))
+                labels.append(example["label"])
+        if not labels:
             continue
-        said, labels = zip(*pairs, strict=True)
-        got, blind = counts(said, labels), counts(["yes"] * len(labels), labels)
-        for key, name in (("f1", "F1"), ("acc", "accuracy"), ("precision", "precision"), ("recall", "recall"),
-                          ("yes_ratio", "says yes")):  # fmt: skip
+
+        reached = counts(said, labels)
+        always_yes = counts(["yes"] * len(labels), labels)
+        for key, name in PRINTED.items():
             scores[f"{split} {name}"] = {
-                "score": 100 * got[key],
-                "chance": 100 * blind[key],
-                "n": len(pairs),
+                "score": 100 * reached[key],
+                "chance": 100 * always_yes[key],
+                "n": len(labels),
             }
-        f1.append(scores[f"{split} F1"])
-    mean = {key: sum(s[key] for s in f1) / len(f1) for key in ("score", "chance")}
-    return {"F1": mean | {"n": sum(s["n"] for s in f1)}} | scores
+        f1_scores[split] = scores[f"{split} F1"]
+    return {"F1": mean_score(f1_scores)} | scores

@@ -1,4 +1,10 @@
-"""The published number that stands beside a score: of TinyLLaVA's recipe whose model is named most alike."""
+"""The published number that stands beside a score.
+
+TinyLLaVA's authors published numbers of their models; each recipe in recipes/ has those of its
+model in the table [published]. The recipe whose model is named most like the measured one counts.
+"""
+
+from __future__ import annotations
 
 import difflib
 from pathlib import Path
@@ -8,34 +14,57 @@ import config
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
-def nearest(column, sources):
-    """(number, recipe's name) that TinyLLaVA's authors published for the model whose names are most like `sources`."""
+def add_published(scores: dict[str, dict], task, model_config):
+    """Put the published number beside the score that the task's PUBLISHED names.
 
-    def alike(a, b):
-        return difflib.SequenceMatcher(
-            None, a.split("/")[-1].lower(), b.split("/")[-1].lower()
-        ).ratio()
+    It gets the keys "published" and "published_of", whose number it is.
+    """
+    if not hasattr(task, "PUBLISHED"):
+        return
+    name, source = task.PUBLISHED
+    if name not in scores:
+        return
 
+    if isinstance(source, str):
+        number, model = nearest(source, model_names(model_config))
+    else:
+        model, number = next(iter(source.items()))
+    scores[name]["published"] = number
+    scores[name]["published_of"] = model
+
+
+def model_names(model_config) -> dict[str, str]:
+    """Return the names of a model's parts: where they came from, or else their model type."""
+    names = {
+        "llm": model_config.text.get("model_type", ""),
+        "vision": model_config.vision.get("model_type", ""),
+    }
+    for part, source in model_config.sources.items():
+        if source:
+            names[part] = source
+    return names
+
+
+def nearest(column: str, names: dict[str, str]) -> tuple[float, str]:
+    """Return the number in this column of the recipe named most like `names`, and its name."""
     best = None
+    best_likeness = -1.0
     for file in sorted(RECIPES.glob("*.toml")):
         recipe, _ = config.load([str(file)], file)
-        if column in recipe.published:
-            names = ((recipe.model.llm, sources["llm"]), (recipe.model.vision, sources["vision"]))
-            likeness = 2 * alike(*names[0]) + alike(*names[1])
-            if best is None or likeness > best[0]:
-                best = likeness, recipe.published[column], file.stem
-    return best[1:]
+        if column not in recipe.published:
+            continue
+
+        # The language model counts twice: it decides more of the numbers.
+        likeness = 2 * similarity(recipe.model.llm, names["llm"])
+        likeness += similarity(recipe.model.vision, names["vision"])
+        if likeness > best_likeness:
+            best_likeness = likeness
+            best = recipe.published[column], file.stem
+    return best
 
 
-def add_published(scores, task, c):
-    """Puts what PUBLISHED says beside that score; c: the model's config."""
-    name, source = getattr(task, "PUBLISHED", (None, None))
-    if name in scores:
-        names = {"llm": c.text.get("model_type", ""), "vision": c.vision.get("model_type", "")}
-        names |= {key: value for key, value in c.sources.items() if value}
-        number, of = (
-            nearest(source, names)
-            if isinstance(source, str)
-            else next((n, m) for m, n in source.items())
-        )
-        scores[name] |= {"published": number, "published_of": of}
+def similarity(a: str, b: str) -> float:
+    """Return how alike two names are, 0 to 1, without the folder or owner before them."""
+    a = a.split("/")[-1].lower()
+    b = b.split("/")[-1].lower()
+    return difflib.SequenceMatcher(None, a, b).ratio()

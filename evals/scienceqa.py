@@ -1,16 +1,25 @@
-"""ScienceQA, test: multiple choice with and without a picture; `IMG` are those with one, the published number.
+"""ScienceQA, test (Lu et al., 2022): multiple choice of school science, with and without a picture.
 
-LLaVA layout: llava_test_CQM-A.json, problems.json, pid_splits.json, images/test/. Original layout
-(lupantech/ScienceQA, data/scienceqa): the same without the first file, pictures at images/test/ID/image.png.
+Files, in LLaVA's layout: llava_test_CQM-A.json, problems.json, pid_splits.json, images/test/. In
+the original layout (data/scienceqa of github.com/lupantech/ScienceQA): the same without the first
+file, pictures at images/test/ID/image.png.
 
-Scored as LLaVA's eval_science_qa.py: the letter alone, `X. ...`, or exactly one "The answer is X." Anything else is
-wrong. The other names are those of ScienceQA's own evaluate_acc.py. Chance is 1 / number of choices.
+Scored as LLaVA's eval_science_qa.py does it. `IMG`, the published number, are the questions with a
+picture; the other names are those of ScienceQA's own evaluate_acc.py. Chance is 1 / number of
+choices.
+
+The trap: an answer must be the letter alone, or begin with it as in "B. dog", or hold exactly one
+"The answer is B." with the period. "B." and "The answer is B" are wrong.
 """
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from evals import LETTER, first, grouped, lettered, reading, rows, table
+from evals.files import errors_at, find_first, read_rows, read_table
+from evals.options import LETTER, list_options
+from evals.scores import Result, group_scores
 
 MAX_NEW_TOKENS = 1024
 PUBLISHED = ("IMG", "SQA-I")
@@ -18,63 +27,98 @@ LETTERS = ("A", "B", "C", "D", "E")
 
 
 def examples(data_dir):
-    """[{"id", "image" or None, "prompt", "label": letter, "choices", "names": groups it counts in}] in file order."""
-    file, llava, found = (
-        first(data_dir, "problems.json"),
-        Path(data_dir) / "llava_test_CQM-A.json",
-        [],
-    )
-    problems = table(file)
+    """Return the questions in the order of the file.
+
+    Own keys: "choices": the texts; "names": the scores that the question counts in.
+    """
+    file = find_first(data_dir, "problems.json")
+    problems = read_table(file)
+
+    llava = Path(data_dir) / "llava_test_CQM-A.json"
     if llava.exists():
-        asked = rows(llava)
-    else:
-        asked = [
-            (f"{file}:{number}", number)
-            for _, number in rows(first(data_dir, "pid_splits.json"), part="test")
-        ]
-    for where, row in asked:
-        with reading(where):
-            number = row["id"] if llava.exists() else row
+        return read_llava(llava, problems)
+
+    found = []
+    test_ids = read_rows(find_first(data_dir, "pid_splits.json"), part="test")
+    for _, number in test_ids:
+        where = f"{file}:{number}"
+        with errors_at(where):
             problem = problems[number]
-            if llava.exists():
-                image, text = (
-                    row.get("image"),
-                    row["conversations"][0]["value"].replace("<image>", "").strip(),
-                )
-            else:
-                image = problem["image"] and f"{number}/{problem['image']}"
-                text = f"Context: {problem['hint']}\n" * bool(problem["hint"]) + problem["question"]
-                text += lettered(problem["choices"])
-            image, label = image and f"images/test/{image}", LETTERS[problem["answer"]]
-            found.append(
-                {
-                    "id": number,
-                    "image": image,
-                    "prompt": text + LETTER,
-                    "label": label,
-                    "where": where,
-                }
-            )
-            found[-1] |= {"choices": problem["choices"], "names": names(problem)}
+            text = problem["question"] + list_options(problem["choices"])
+            if problem["hint"]:
+                text = f"Context: {problem['hint']}\n{text}"
+            image = problem["image"]
+            if image:
+                image = f"{number}/{image}"
+            found.append(make_example(where, number, text, image, problem))
     return found
 
 
-def names(problem):
-    grade = "grades 1-6" if int(problem["grade"].removeprefix("grade")) <= 6 else "grades 7-12"
-    context = [
-        name for name, has in (("text", problem["hint"]), ("IMG", problem["image"])) if has
-    ] or ["no context"]
-    return ["all", *context, problem["subject"], grade, problem["topic"]]
+def read_llava(file, problems):
+    """Return the questions of LLaVA's file, in its order and with its prompts."""
+    found = []
+    for where, row in read_rows(file):
+        with errors_at(where):
+            number = row["id"]
+            problem = problems[number]
+            text = row["conversations"][0]["value"].replace("<image>", "").strip()
+            found.append(make_example(where, number, text, row.get("image"), problem))
+    return found
+
+
+def make_example(where, number, text, image, problem):
+    """Return the example of a problem; image: its path in images/test, or None."""
+    if image:
+        image = f"images/test/{image}"
+    return {
+        "id": number,
+        "image": image,
+        "prompt": text + LETTER,
+        "label": LETTERS[problem["answer"]],
+        "choices": problem["choices"],
+        "names": group_names(problem),
+        "where": where,
+    }
+
+
+def group_names(problem):
+    """Return the scores that a problem counts in."""
+    names = ["all"]
+    if problem["hint"]:
+        names.append("text")
+    if problem["image"]:
+        names.append("IMG")
+    if len(names) == 1:
+        names.append("no context")
+
+    names.append(problem["subject"])
+    if int(problem["grade"].removeprefix("grade")) <= 6:
+        names.append("grades 1-6")
+    else:
+        names.append("grades 7-12")
+    names.append(problem["topic"])
+    return names
 
 
 def parse(answer):
-    """The letter that an answer gives, or None."""
-    if answer in LETTERS or (answer[:1] in LETTERS and answer[1:3] == ". "):
+    """Return the letter that an answer gives, or None."""
+    if answer in LETTERS:
+        return answer
+    if answer[:1] in LETTERS and answer[1:3] == ". ":
         return answer[0]
+
+    # The period stands for any character here, as in the official script.
     found = re.findall(r"The answer is ([A-Z]).", answer)
-    return found[0] if len(found) == 1 else None
+    if len(found) == 1:
+        return found[0]
+    return None
 
 
 def score(examples, answers):
-    pairs = zip(examples, answers, strict=True)
-    return grouped((e["names"], parse(a) == e["label"], 1 / len(e["choices"])) for e, a in pairs)
+    """Return the accuracy of each group of questions."""
+    results = []
+    for example, answer in zip(examples, answers, strict=True):
+        right = parse(answer) == example["label"]
+        chance = 1 / len(example["choices"])
+        results.append(Result(example["names"], right, chance))
+    return group_scores(results)

@@ -1,68 +1,93 @@
-"""SEED-Bench, its image part: multiple choice in nine kinds of understanding. Its video questions are left out.
+"""SEED-Bench (Li et al., 2023), its image part: multiple choice in nine kinds of understanding.
 
-LLaVA layout: llava-seed-bench.jsonl, SEED-Bench.json, SEED-Bench-image/. Original layout (AILab-CVC/SEED-Bench):
-the same without the first file.
+Its video questions are left out.
 
-Scored as LLaVA's convert_seed_for_submission.py: the answer must be the letter and nothing else. Chance is 1 / 4.
+Files, in LLaVA's layout: llava-seed-bench.jsonl, SEED-Bench.json, SEED-Bench-image/. In the
+original layout (AILab-CVC/SEED-Bench on Hugging Face): the same without the first file.
+
+Scored as LLaVA's convert_seed_for_submission.py does it. Chance is 1 / 4.
+
+The trap: the answer must be the letter and nothing else; "B." is wrong.
 """
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
 
-from checkpoints.files import write_file
-from evals import LETTER, first, grouped, lettered, reading, rows, table
+from evals.files import errors_at, find_first, read_rows, read_table, write_json_lines
+from evals.options import LETTER, list_options
+from evals.scores import Result, group_scores
 
 MAX_NEW_TOKENS = 128
 PUBLISHED = ("all", {"LLaVA-1.5-7B": 66.1, "LLaVA-1.5-13B": 68.2})
+CHANCE = 1 / 4
 
 
 def examples(data_dir):
-    """[{"id", "image", "prompt", "label": letter, "kind", "question_id"}] in file order."""
-    file, llava = first(data_dir, "SEED-Bench.json"), Path(data_dir) / "llava-seed-bench.jsonl"
-    kinds = {number: name for name, number in table(file, part="question_type").items()}
-    first(data_dir, "SEED-Bench-image")
-    prompts, found = {}, []
-    for where, row in rows(llava) if llava.exists() else []:
-        with reading(where):
-            prompts[str(row["question_id"])] = where, row["image"], row["text"]
-    for where, row in rows(file, part="questions"):
-        with reading(where):
+    """Return the questions in the order of the file. Own keys: "kind", "question_id"."""
+    file = find_first(data_dir, "SEED-Bench.json")
+    kinds = {}
+    for name, number in read_table(file, part="question_type").items():
+        kinds[number] = name
+    find_first(data_dir, "SEED-Bench-image")
+
+    llava = Path(data_dir) / "llava-seed-bench.jsonl"
+    asked = {}
+    if llava.exists():
+        asked = read_llava(llava)
+
+    found = []
+    for where, row in read_rows(file, part="questions"):
+        with errors_at(where):
             if row["data_type"] != "image":
                 continue
-            number, choices = (
-                str(row["question_id"]),
-                [row[f"choice_{letter}"] for letter in "abcd"],
-            )
-            plain = (
-                where,
-                f"SEED-Bench-image/{row['data_id']}",
-                row["question"] + lettered(choices) + LETTER,
-            )
-            where, image, text = prompts[number] if prompts else plain
-            found.append(
-                {
-                    "id": number,
-                    "image": image,
-                    "prompt": text,
-                    "label": row["answer"],
-                    "where": where,
-                }
-            )
-            found[-1] |= {"kind": kinds[row["question_type_id"]], "question_id": row["question_id"]}
+            number = str(row["question_id"])
+            options = [row["choice_a"], row["choice_b"], row["choice_c"], row["choice_d"]]
+            as_asked = {
+                "image": f"SEED-Bench-image/{row['data_id']}",
+                "prompt": row["question"] + list_options(options) + LETTER,
+                "where": where,
+            }
+            if asked:
+                as_asked = asked[number]
+            rest = {
+                "id": number,
+                "label": row["answer"],
+                "kind": kinds[row["question_type_id"]],
+                "question_id": row["question_id"],
+            }
+            found.append(as_asked | rest)
     return found
 
 
+def read_llava(file):
+    """Return {id: the picture and the prompt of LLaVA's file}."""
+    asked = {}
+    for where, row in read_rows(file):
+        with errors_at(where):
+            asked[str(row["question_id"])] = {
+                "image": row["image"],
+                "prompt": row["text"],
+                "where": where,
+            }
+    return asked
+
+
 def score(examples, answers):
-    pairs = zip(examples, answers, strict=True)
-    return grouped((("all", e["kind"]), a == e["label"], 1 / 4) for e, a in pairs)
+    """Return the accuracy of all questions and of each kind."""
+    results = []
+    for example, answer in zip(examples, answers, strict=True):
+        right = answer == example["label"]
+        results.append(Result(("all", example["kind"]), right, CHANCE))
+    return group_scores(results)
 
 
 def write(examples, answers, stem, data_dir):
-    """The predictions as the leaderboard takes them."""
+    """Write the predictions as the leaderboard takes them."""
+    rows = []
+    for example, answer in zip(examples, answers, strict=True):
+        rows.append({"question_id": example["question_id"], "prediction": answer})
+
     file = Path(f"{stem}-predictions.jsonl")
-    made = [
-        {"question_id": e["question_id"], "prediction": a}
-        for e, a in zip(examples, answers, strict=True)
-    ]
-    write_file(file, "".join(json.dumps(row) + "\n" for row in made))
+    write_json_lines(file, rows)
     return [file]

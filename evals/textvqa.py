@@ -1,16 +1,28 @@
-"""TextVQA, validation 0.5.1: `textvqa` names Rosetta's OCR tokens in the prompt, as LLaVA does, `textvqa-plain` not.
+"""TextVQA, validation 0.5.1 (Singh et al., 2019): questions about what is written in a picture.
 
-LLaVA layout: llava_textvqa_val_v051_ocr.jsonl, TextVQA_0.5.1_val.json, train_images/. Original layout
-(textvqa.org): TextVQA_0.5.1_val.json, TextVQA_Rosetta_OCR_v0.2_val.json, train_images/.
+The task `textvqa` names in the prompt the words that Rosetta's OCR found in the picture, as LLaVA
+does; `textvqa-plain` does not.
 
-Scored as LLaVA's eval_textvqa.py: M4C's normalisation, accuracy over ten human answers. Chance is what the best
-constant answer gets.
+Files, in LLaVA's layout: llava_textvqa_val_v051_ocr.jsonl, TextVQA_0.5.1_val.json, train_images/.
+In the original layout (textvqa.org): TextVQA_0.5.1_val.json, train_images/, and for `textvqa`
+TextVQA_Rosetta_OCR_v0.2_val.json.
+
+Scored as LLaVA's eval_textvqa.py does it: M4C's normalisation of answer and truth, then the soft
+accuracy over ten human answers (evals/vqa.py). Chance is what the best constant answer gets.
+
+The trap: in LLaVA's file a row's question_id is the id of the picture, so that two questions about
+one picture have the same. A question is known by picture and text, in lower case.
 """
+
+from __future__ import annotations
 
 from pathlib import Path
 
 from config import UserError
-from evals import WORD, first, open_scores, reading, rows, vqa
+from evals import vqa
+from evals.files import errors_at, find_first, read_rows
+from evals.options import WORD
+from evals.scores import OpenResult, open_scores
 
 MAX_NEW_TOKENS = 128
 PUBLISHED = ("all", "TextVQA")
@@ -18,61 +30,85 @@ OCR = "\nReference OCR token: "
 
 
 def examples(data_dir, ocr=True):
-    """[{"id", "image", "prompt", "label": ten answers}] in file order."""
-    folder = first(data_dir, "train_images", "train_val_images/train_images").relative_to(data_dir)
-    file, llava = (
-        first(data_dir, "TextVQA_0.5.1_val.json"),
-        Path(data_dir) / "llava_textvqa_val_v051_ocr.jsonl",
-    )
-    tokens = ocr_tokens(data_dir) if ocr and not llava.exists() else {}
+    """Return the questions in the order of the file; "label" has the ten answers.
+
+    ocr: whether the prompt names what OCR found. Own key: "key", the picture and the question.
+    """
+    folder = find_first(data_dir, "train_images", "train_val_images/train_images")
+    folder = folder.relative_to(data_dir)
+    file = find_first(data_dir, "TextVQA_0.5.1_val.json")
+    llava = Path(data_dir) / "llava_textvqa_val_v051_ocr.jsonl"
+
+    # LLaVA's file has the words in its prompts already.
+    tokens = {}
+    if ocr and not llava.exists():
+        tokens = read_ocr(find_first(data_dir, "TextVQA_Rosetta_OCR_v0.2_val.json"))
+
+    found = read_questions(file, folder, tokens, ocr)
+    if llava.exists():
+        return ask_as_llava(found, llava, file, folder, ocr)
+    return found
+
+
+def read_questions(file, folder, tokens, ocr):
+    """Return the questions of TextVQA's own file, with prompts as LLaVA writes them."""
     found = []
-    for where, row in rows(file, part="data"):
-        with reading(where):
-            seen = OCR + ", ".join(tokens.get(row["image_id"], [])) if ocr else ""
-            prompt = row["question"].capitalize() + seen + WORD
+    for where, row in read_rows(file, part="data"):
+        with errors_at(where):
+            prompt = row["question"].capitalize()
+            if ocr:
+                prompt += OCR + ", ".join(tokens.get(row["image_id"], []))
             found.append(
                 {
                     "id": str(row["question_id"]),
                     "image": f"{folder}/{row['image_id']}.jpg",
-                    "prompt": prompt,
+                    "prompt": prompt + WORD,
+                    "label": row["answers"],
+                    "key": (row["image_id"], row["question"].lower()),
+                    "where": where,
                 }
             )
-            found[-1] |= {
-                "label": row["answers"],
-                "key": (row["image_id"], row["question"].lower()),
-                "where": where,
-            }
-    if not llava.exists():
-        return found
-    known, asked = {example["key"]: example for example in found}, []
-    for where, row in rows(llava):
-        with reading(where):
-            question, *rest = row["text"].split("\n")
-            key = (
-                row["question_id"],
-                question.lower(),
-            )  # the picture's id, as the official script looks it up
-            if key not in known:
-                raise UserError(
-                    where, f"its question is not in {file.name}", "take both of the same version"
-                )
-            kept = [line for line in rest if ocr or not line.startswith(OCR.strip())]
-            asked.append(known[key] | {"prompt": "\n".join([question, *kept]), "where": where})
-            asked[-1]["image"] = f"{folder}/{row['image']}"
-    return asked
+    return found
 
 
-def ocr_tokens(data_dir):
+def read_ocr(file):
+    """Return {picture's id: words that OCR found}."""
     found = {}
-    for where, row in rows(first(data_dir, "TextVQA_Rosetta_OCR_v0.2_val.json"), part="data"):
-        with reading(where):
+    for where, row in read_rows(file, part="data"):
+        with errors_at(where):
             found[row["image_id"]] = row["ocr_tokens"]
     return found
 
 
+def ask_as_llava(found, llava, file, folder, ocr):
+    """Return the questions of LLaVA's file, in its order and with its prompts."""
+    known = {example["key"]: example for example in found}
+
+    asked = []
+    for where, row in read_rows(llava):
+        with errors_at(where):
+            question, *rest = row["text"].split("\n")
+            key = row["question_id"], question.lower()  # the picture's id: see the trap above
+            if key not in known:
+                what = f"its question is not in {file.name}"
+                raise UserError(where, what, "take both of the same version")
+
+            if not ocr:
+                rest = [line for line in rest if not line.startswith(OCR.strip())]
+            changes = {
+                "prompt": "\n".join([question, *rest]),
+                "image": f"{folder}/{row['image']}",
+                "where": where,
+            }
+            asked.append(known[key] | changes)
+    return asked
+
+
 def score(examples, answers):
+    """Return the soft accuracy of all questions."""
     results = []
     for example, answer in zip(examples, answers, strict=True):
         humans = [vqa.m4c(text) for text in example["label"]]
-        results.append((("all",), vqa.soft(vqa.m4c(answer), humans), vqa.credits(humans)))
+        credit = vqa.soft_accuracy(vqa.m4c(answer), humans)
+        results.append(OpenResult(("all",), credit, vqa.credit_of(humans)))
     return open_scores(results)

@@ -1,17 +1,21 @@
-"""Video-MME: 900 clips of 11 seconds to an hour, three questions on each, with four options.
+"""Video-MME (Fu et al., 2024): 900 clips of 11 seconds to an hour, three questions on each, with four
+options.
 
-Files as published (lmms-lab/Video-MME on Hugging Face): videomme/test-00000-of-00001.parquet, read with pyarrow, and
-data/ID.mp4, which videos_chunked_*.zip hold.
+Files as published (lmms-lab/Video-MME on Hugging Face): videomme/test-00000-of-00001.parquet, read
+with pyarrow, and data/ID.mp4, which videos_chunked_*.zip hold.
 
-Asked without subtitles, with TinyLLaVA-Video's prompt and reading of an answer (evals/choices.py), not with the
-benchmark's own, which asks "Select the best answer to the following multiple-choice question ...".
+Prompt and reading of an answer are TinyLLaVA-Video's (evals/video_choices.py). The trap: they are
+not the benchmark's own, which asks "Select the best answer to the following multiple-choice
+question ...". No subtitles are shown.
 """
 
-from functools import partial
+from __future__ import annotations
 
-from evals import LETTER, choices, first, parquet_rows, reading
+from evals import video_choices
+from evals.files import errors_at, find_first, read_parquet
+from evals.options import LETTER
 
-MAX_NEW_TOKENS = choices.MAX_NEW_TOKENS
+MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
 PUBLISHED = ("all", "VideoMME")
 LENGTHS = {
     "short": "short, to 2 min",
@@ -21,22 +25,30 @@ LENGTHS = {
 
 
 def examples(data_dir):
-    """[{"id", "image": None, "video", "prompt", "label", "choices", "groups", "where"}] in file order."""
+    """Return the questions in the order of the file. Own keys: those of video_choices."""
     found = []
-    for where, row in parquet_rows(first(data_dir, "videomme/test-00000-of-00001.parquet")):
-        with reading(where):
-            options = dict(
-                option.split(". ", 1) for option in row["options"]
-            )  # ["A. Apples.", ...]
-            label = choices.letter_of(row["answer"], {letter: letter for letter in options})
-            texts = {letter: text.strip().removesuffix(".") for letter, text in options.items()}
+    for where, row in read_parquet(find_first(data_dir, "videomme/test-00000-of-00001.parquet")):
+        with errors_at(where):
+            # The options are written with their letters: "A. Apples."
+            options = dict(option.split(". ", 1) for option in row["options"])
+            letters = {letter: letter for letter in options}
+            label = video_choices.letter_of(row["answer"], letters)
+
+            choices = {}
+            for letter, text in options.items():
+                choices[letter] = text.strip().removesuffix(".")
+
             prompt = "\n".join([row["question"], *row["options"]]) + LETTER
-            video = choices.clip(data_dir, f"data/{row['videoID']}.mp4")
+            video = video_choices.find_clip(data_dir, f"data/{row['videoID']}.mp4")
             groups = ("all", LENGTHS[row["duration"]])
             found.append(
-                choices.example(where, row["question_id"], video, prompt, texts, label, groups)
+                video_choices.video_example(
+                    where, row["question_id"], video, prompt, choices, label, groups
+                )
             )
     return found
 
 
-score = partial(choices.score, order=("all", *LENGTHS.values()))
+def score(examples, answers):
+    """Return the scores of all questions and of each length of clips."""
+    return video_choices.score(examples, answers, order=("all", *LENGTHS.values()))

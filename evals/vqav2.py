@@ -1,79 +1,124 @@
-"""VQAv2: short answers to open questions. `vqav2` is test-dev, which only the server can score, `vqav2-val` val2014.
+"""VQAv2 (Goyal et al., 2017): short answers to open questions about COCO's pictures.
 
-LLaVA layout: llava_vqav2_mscoco_test-dev2015.jsonl, llava_vqav2_mscoco_test2015.jsonl (the rows of the server file),
-test2015/. Original layout (visualqa.org): v2_OpenEnded_mscoco_SPLIT_questions.json,
-v2_mscoco_SPLIT_annotations.json where the answers are public, pictures in test2015/ or val2014/.
+The task `vqav2` is test-dev, which only the benchmark's server can score; `vqav2-val` is val2014.
 
-Scored as VQA's vqaEval.py scores the server file, whose answers M4C's processor has normalised before.
-Chance is what the best constant answer gets.
+Files, in LLaVA's layout: llava_vqav2_mscoco_test-dev2015.jsonl, test2015/, and
+llava_vqav2_mscoco_test2015.jsonl, which lists the rows of the server's file. In the original layout
+(visualqa.org): v2_OpenEnded_mscoco_SPLIT_questions.json, v2_mscoco_SPLIT_annotations.json where the
+answers are public, pictures in test2015/ or val2014/.
+
+Scored as VQA's vqaEval.py scores the server's file: the soft accuracy over ten human answers
+(evals/vqa.py). Chance is what the best constant answer gets.
+
+The trap: an answer is normalised twice, first by M4C's processor, with which LLaVA writes the
+server's file, then by the scorer. The scorer does so only where the ten humans differ: to a
+question that all ten answered with yes, Yes is wrong if it still has its capital by then.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
 
 from checkpoints.files import write_file
-from evals import WORD, first, open_scores, reading, rows, vqa
+from evals import vqa
+from evals.files import errors_at, find_first, read_rows
+from evals.options import WORD
+from evals.scores import OpenResult, open_scores
 
 MAX_NEW_TOKENS = 128
 PUBLISHED = ("all", "VQAv2")
 
 
 def examples(data_dir, split="test-dev2015"):
-    """[{"id", "image", "prompt", "label": ten answers or None, "question_id", "type"}] in file order."""
+    """Return the questions in the order of the file.
+
+    "label" has the ten answers, or is None. Own keys: "question_id"; "type": of the answer.
+    """
     pictures = split.replace("-dev", "")
-    folder = first(data_dir, pictures)
-    file = first(
-        data_dir, f"llava_vqav2_mscoco_{split}.jsonl", f"v2_OpenEnded_mscoco_{split}_questions.json"
+    folder = find_first(data_dir, pictures)
+    file = find_first(
+        data_dir,
+        f"llava_vqav2_mscoco_{split}.jsonl",
+        f"v2_OpenEnded_mscoco_{split}_questions.json",
     )
-    humans = annotations(Path(data_dir) / f"v2_mscoco_{split}_annotations.json")
-    llava, found = file.suffix == ".jsonl", []
-    for where, row in rows(file, part=None if llava else "questions"):
-        with reading(where):
+    answers = read_annotations(Path(data_dir) / f"v2_mscoco_{split}_annotations.json")
+
+    is_llava = file.suffix == ".jsonl"
+    if is_llava:
+        rows = read_rows(file)
+    else:
+        rows = read_rows(file, part="questions")
+
+    found = []
+    for where, row in rows:
+        with errors_at(where):
             number = row["question_id"]
-            name = row["image"] if llava else f"COCO_{pictures}_{row['image_id']:012d}.jpg"
-            text = row["text"] if llava else row["question"] + WORD
-            label, kind = humans.get(number, (None, None))
+            if is_llava:
+                image = row["image"]
+                prompt = row["text"]
+            else:
+                image = f"COCO_{pictures}_{row['image_id']:012d}.jpg"
+                prompt = row["question"] + WORD
+            label, kind = answers.get(number, (None, None))
             found.append(
                 {
                     "id": str(number),
-                    "image": f"{folder.name}/{name}",
-                    "prompt": text,
+                    "image": f"{folder.name}/{image}",
+                    "prompt": prompt,
                     "label": label,
+                    "type": kind,
+                    "question_id": number,
+                    "where": where,
                 }
             )
-            found[-1] |= {"type": kind, "question_id": number, "where": where}
     return found
 
 
-def annotations(file):
-    """{question id: (ten answers, type of answer)}, empty where the answers are not public."""
+def read_annotations(file):
+    """Return {question id: (ten answers, type of answer)}, {} where they are not public."""
+    if not file.exists():
+        return {}
     found = {}
-    for where, row in rows(file, part="annotations") if file.exists() else []:
-        with reading(where):
-            found[row["question_id"]] = [a["answer"] for a in row["answers"]], row["answer_type"]
+    for where, row in read_rows(file, part="annotations"):
+        with errors_at(where):
+            humans = [answer["answer"] for answer in row["answers"]]
+            found[row["question_id"]] = humans, row["answer_type"]
     return found
 
 
 def score(examples, answers):
+    """Return the soft accuracy of all questions and of each type; {} without human answers."""
     results = []
     for example, answer in zip(examples, answers, strict=True):
-        if humans := example["label"]:
-            normalise, humans = vqa.prepared(humans)
-            right = vqa.soft(normalise(vqa.m4c(answer)), humans)
-            results.append((("all", example["type"]), right, vqa.credits(humans)))
+        if not example["label"]:
+            continue
+        normalise, humans = vqa.prepare(example["label"])
+        said = normalise(vqa.m4c(answer))
+        credit = vqa.soft_accuracy(said, humans)
+        groups = ("all", example["type"])
+        results.append(OpenResult(groups, credit, vqa.credit_of(humans)))
     return open_scores(results)
 
 
 def write(examples, answers, stem, data_dir):
-    """The file for the server: every question of test2015, with an empty answer where none was asked."""
-    answered = {
-        e["question_id"]: vqa.m4c(answer) for e, answer in zip(examples, answers, strict=True)
-    }
-    asked, whole = list(answered), Path(data_dir) / "llava_vqav2_mscoco_test2015.jsonl"
-    if whole.exists():
-        asked = [row["question_id"] for _, row in rows(whole)]
-    elif (whole := Path(data_dir) / "v2_OpenEnded_mscoco_test2015_questions.json").exists():
-        asked = [row["question_id"] for _, row in rows(whole, part="questions")]
+    """Write the server's file: all questions of test2015, empty answers to those not asked here."""
+    answered = {}
+    for example, answer in zip(examples, answers, strict=True):
+        answered[example["question_id"]] = vqa.m4c(answer)
+
+    llava = Path(data_dir) / "llava_vqav2_mscoco_test2015.jsonl"
+    original = Path(data_dir) / "v2_OpenEnded_mscoco_test2015_questions.json"
+    if llava.exists():
+        numbers = [row["question_id"] for _, row in read_rows(llava)]
+    elif original.exists():
+        numbers = [row["question_id"] for _, row in read_rows(original, part="questions")]
+    else:
+        numbers = list(answered)
+
+    rows = []
+    for number in numbers:
+        rows.append({"question_id": number, "answer": answered.get(number, "")})
     file = Path(f"{stem}-server.json")
-    write_file(file, json.dumps([{"question_id": n, "answer": answered.get(n, "")} for n in asked]))
+    write_file(file, json.dumps(rows))
     return [file]

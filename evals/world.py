@@ -1,69 +1,80 @@
-"""The demo world's held-out benchmark (world.py): does an object exist, what colour, shape, count, relation.
+"""The demo world's held-out benchmark (demo/world.py): does an object exist, what colour, shape,
+count, relation.
 
-Every question has a finite set of possible answers, and the file holds each of them equally often: 1 / (number
-of choices) is what anyone reaches who does not look at the picture.
+Files: benchmark/SPLIT.jsonl, benchmark/text_only.json, images/, all written by
+`python -m demo.world OUT`.
+
+Every question has a finite set of possible answers, and the file holds each of them equally often:
+1 / number of choices is what anyone reaches who does not look at the picture.
+
+Existence is read as POPE reads it, so that its trap is here too (evals/pope.py). All other answers
+must be the word itself, but for case and a final period.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
 
 from config import UserError
-from evals import reading, rows
+from evals.files import errors_at, read_rows
 from evals.pope import yes_or_no
+from evals.scores import Result, group_scores
 
 SPLITS = ("existence_random", "existence_popular", "existence_adversarial", "attributes")
 MAX_NEW_TOKENS = 5  # one word and the end of the answer, with room for a wrong habit to show
 
 
 def examples(data_dir):
-    """[{"id", "image" (relative to data_dir), "prompt", "label", "kind", "choices", "split"}] in file order."""
+    """Return the questions in the order of the files. Own keys: "kind", "choices", "split"."""
     found = []
     for split in SPLITS:
         file = Path(data_dir) / "benchmark" / f"{split}.jsonl"
         if not file.is_file():
-            raise UserError(
-                file,
-                "no such file",
-                "write the data set with `python -m demo.world OUT`, give that OUT",
-            )
-        for where, row in rows(file):
-            with reading(where):
+            fix = "write the data set with `python -m demo.world OUT`, give that OUT"
+            raise UserError(file, "no such file", fix)
+
+        for where, row in read_rows(file):
+            with errors_at(where):
                 names = {
                     "id": f"{split}-{row['question_id']}",
                     "image": f"images/{row['image']}",
+                    "prompt": row["text"],
                     "split": split,
+                    "where": where,
                 }
-                found.append(row | names | {"prompt": row["text"], "where": where})
+                found.append(row | names)
     return found
 
 
 def score(examples, answers):
-    """{name: {"score" %, "chance" %, "n"}} for the three existence splits, all attributes, and each of their kinds."""
-    groups = {split: [] for split in SPLITS}
+    """Return the scores of the three existence splits, of all attributes, and of their kinds."""
+    results = []
     for example, answer in zip(examples, answers, strict=True):
-        right = is_right(example, answer)
-        for name in {example["split"], example["kind"]} - {"existence"}:
-            groups.setdefault(name, []).append((right, 1 / len(example["choices"])))
-    return {
-        name: {
-            "score": round(100 * sum(right for right, _ in group) / len(group), 2),
-            "chance": round(100 * sum(chance for _, chance in group) / len(group), 2),
-            "n": len(group),
-        }
-        for name, group in groups.items()
-        if group
-    }
+        groups = [example["split"]]
+        if example["kind"] not in ("existence", example["split"]):
+            groups.append(example["kind"])
+        results.append(Result(groups, is_right(example, answer), 1 / len(example["choices"])))
+    scores = group_scores(results)
+
+    # The splits come first, then the kinds in the order of their first question.
+    ordered = {split: scores[split] for split in SPLITS if split in scores}
+    ordered |= scores
+    for of_group in ordered.values():
+        of_group["score"] = round(of_group["score"], 2)
+        of_group["chance"] = round(of_group["chance"], 2)
+    return ordered
 
 
 def is_right(example, answer):
-    """Existence is read as POPE reads it; the others must be the word itself, but for case and a final period."""
+    """Return whether an answer is the true one."""
     if example["kind"] == "existence":
         return yes_or_no(answer) == example["label"]
     return answer.strip().lower().removesuffix(".") == example["label"]
 
 
 def text_only(data_dir):
-    """{name: %} that the best answer to the words alone reaches, as world.py computed it."""
+    """Return {name: %} that the best answer to the words alone reaches, as demo/world.py has it."""
     file = Path(data_dir) / "benchmark" / "text_only.json"
     try:
         return json.loads(file.read_text())

@@ -90,19 +90,19 @@ class Oracle:
 def test_a_killed_run_continues_and_ends_with_the_same_file(tmp_path):
     examples = [example(i) for i in range(23)]
     whole, killed = Oracle(), Oracle(batches=2)
-    answers = evaluate.evaluate(examples, examples, whole, tmp_path / "whole.jsonl", batch=4)
+    answers = evaluate.answer_examples(examples, examples, whole, tmp_path / "whole.jsonl", batch=4)
     assert answers == [e["prompt"][::-1] for e in examples]
     lengths = [len(examples[int(name[1:])]["prompt"]) for name in whole.asked]
     assert lengths == sorted(lengths)  # no batch is ragged
 
     file = tmp_path / "killed.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(examples, examples, killed, file, batch=4)
+        evaluate.answer_examples(examples, examples, killed, file, batch=4)
     assert file.read_text().count("\n") == 8  # written while running
     with open(file, "a") as lines:
         lines.write('{"id": "q22", "answ')  # killed while writing
     again = Oracle()
-    assert evaluate.evaluate(examples, examples, again, file, batch=3) == answers
+    assert evaluate.answer_examples(examples, examples, again, file, batch=3) == answers
     assert len(again.asked) == 15 and not set(again.asked) & set(killed.asked)
     assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -114,25 +114,25 @@ def test_each_batch_is_on_disk_before_the_next(tmp_path):
         seen.append(file.read_text().count("\n"))
         return ["red"] * len(batch)
 
-    evaluate.evaluate(examples, examples, answer, file, batch=2)
+    evaluate.answer_examples(examples, examples, answer, file, batch=2)
     assert seen == [0, 2, 4]
 
 
 def test_answers_to_other_questions_are_not_taken_over(tmp_path):
     examples = [example(i) for i in range(6)]
     file = tmp_path / "a.jsonl"
-    evaluate.evaluate(examples, examples, Oracle(), file)
+    evaluate.answer_examples(examples, examples, Oracle(), file)
     examples[2]["prompt"], examples[4]["image"] = "another question", "other.png"
     second = Oracle()
-    assert evaluate.evaluate(examples, examples, second, file)[2] == "noitseuq rehtona"
+    assert evaluate.answer_examples(examples, examples, second, file)[2] == "noitseuq rehtona"
     assert sorted(second.asked) == ["q2", "q4"]
 
 
 def test_a_limited_run_keeps_the_other_answers(tmp_path):
     examples = [example(i) for i in range(6)]
     file = tmp_path / "a.jsonl"
-    evaluate.evaluate(examples, examples, Oracle(), file)
-    assert evaluate.evaluate(examples, examples[::3], Oracle(0), file) == [
+    evaluate.answer_examples(examples, examples, Oracle(), file)
+    assert evaluate.answer_examples(examples, examples[::3], Oracle(0), file) == [
         e["prompt"][::-1] for e in examples[::3]
     ]
     assert len(file.read_text().splitlines()) == 6
@@ -140,12 +140,12 @@ def test_a_limited_run_keeps_the_other_answers(tmp_path):
 
 def test_ranks_share_the_work_and_rank_0_puts_it_in_order(tmp_path):
     examples = [example(i) for i in range(11)]
-    one = evaluate.evaluate(examples, examples, Oracle(), tmp_path / "one.jsonl")
+    one = evaluate.answer_examples(examples, examples, Oracle(), tmp_path / "one.jsonl")
     file, ranks = tmp_path / "three.jsonl", [Oracle(), Oracle(), Oracle()]
     for rank in (2, 1):
-        assert evaluate.evaluate(examples, examples, ranks[rank], file, 2, rank, 3) is None
+        assert evaluate.answer_examples(examples, examples, ranks[rank], file, 2, rank, 3) is None
     # Rank 0 has read before the others wrote: here it finds their files, and asks nothing of theirs either way.
-    assert evaluate.evaluate(examples, examples, ranks[0], file, 2, 0, 3) == one
+    assert evaluate.answer_examples(examples, examples, ranks[0], file, 2, 0, 3) == one
     assert [{int(name[1:]) % 3 for name in r.asked} for r in ranks] == [{0}, {1}, {2}]
     assert sum(len(r.asked) for r in ranks) == 11
     assert file.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
@@ -196,11 +196,13 @@ def test_the_model_is_given_pictures_and_prompts_in_order(data):
 
     every = [pixels(Image.open(data / e["image"])).float() for e in world.examples(data)]
     every = torch.stack(every[:: len(every) // evaluate.MEAN_OF][: evaluate.MEAN_OF])
-    evaluate.answerer(model, tok, data, 5, evaluate.blanked(world.examples(data), data, model))(
+    evaluate.answerer(
+        model, tok, data, 5, evaluate.blank_with_mean(world.examples(data), data, model)
+    )(examples)
+    assert all(torch.equal(blank.pixels, every.mean(0, keepdim=True)) for blank in seen[1][1])
+    evaluate.answerer(model, tok, data, 5, evaluate.blank_with_mean(examples[:1], data, model))(
         examples
     )
-    assert all(torch.equal(blank.pixels, every.mean(0, keepdim=True)) for blank in seen[1][1])
-    evaluate.answerer(model, tok, data, 5, evaluate.blanked(examples[:1], data, model))(examples)
     assert torch.equal(
         seen[2][1][3].pixels[0], pixels(Image.open(data / examples[0]["image"])).float()
     )

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 from config import UserError
 from evals import llava_bench, mmvet
 from evals.judge import Judge
+from inference.answer import answer
 from inputs.templates import encode
 from model import Output
 from packing import IGNORE
@@ -207,9 +207,7 @@ def test_lmms_eval_gets_the_answers_that_evaluate_gets(adapter, model):
     answers = lm.generate_until([SimpleNamespace(args=a) for a in args])
     for i, (context, doc) in enumerate(zip(contexts, docs, strict=True)):
         seen = [[lm.llava.views.picture(p) for p in doc["pictures"]]]
-        (alone,) = evaluate.generate(
-            lm.llava, lm.tokenizer, [context], seen, max_new_tokens=3 + i % 2
-        )
+        (alone,) = answer(lm.llava, lm.tokenizer, [context], seen, max_new_tokens=3 + i % 2)
         assert answers[i] == alone.split("\n\n")[0].strip()
     (stopped,) = lm.generate_until(
         [SimpleNamespace(args=(args[3][0], args[3][1] | {"until": answers[3][1]}, *args[3][2:]))]

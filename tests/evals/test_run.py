@@ -66,10 +66,10 @@ def test_examples_are_what_the_official_evaluation_asks(task, llava, tmp_path):
     expected = FILES[task][0](tmp_path, llava)
     examples = evaluate.TASKS[task].examples(tmp_path)
     assert [(e["id"], e["prompt"], e["label"]) for e in examples] == expected
-    evaluate.check(examples, tmp_path)
+    evaluate.check_examples(examples, tmp_path)
     for e in examples:
         assert Path(e["where"].rsplit(":", 1)[0]).is_file()
-        for picture in evaluate.seen(e, tmp_path, lambda source, _: load_image(source)):
+        for picture in evaluate.load_media(e, tmp_path, lambda source, _: load_image(source)):
             assert picture.size == (8, 6)
 
 
@@ -278,10 +278,15 @@ def test_files_that_do_not_belong_together(task, old, new, message, tmp_path):
 def test_a_limit_keeps_the_two_questions_of_a_picture_together(tmp_path):
     mme(tmp_path, False)
     examples = evaluate.TASKS["mme"].examples(tmp_path)
-    assert [e["id"] for e in evaluate.limited(examples, 2)] == ["count/0001/0", "count/0001/1"]
-    assert evaluate.limited(examples, None) == examples == evaluate.limited(examples, 99)
+    assert [e["id"] for e in evaluate.limit_examples(examples, 2)] == [
+        "count/0001/0",
+        "count/0001/1",
+    ]
+    assert (
+        evaluate.limit_examples(examples, None) == examples == evaluate.limit_examples(examples, 99)
+    )
     plain = [{"id": i} for i in range(10)]
-    assert [e["id"] for e in evaluate.limited(plain, 4)] == [0, 2, 5, 7]
+    assert [e["id"] for e in evaluate.limit_examples(plain, 4)] == [0, 2, 5, 7]
 
 
 def test_several_pictures_go_where_the_question_mentions_them(tmp_path, model):
@@ -337,7 +342,7 @@ def test_a_video_is_seen_in_frames_its_span_only_and_as_one_frame(tmp_path, mode
         shown.append((prompts, images)) or torch.tensor([[1]] * 2)
     )
     part = example | {"id": 2, "span": (1.0, 3.0), "rate": 3}
-    for change in ([], [evaluate.one_frame]):
+    for change in ([], [evaluate.middle_frame]):
         evaluate.answerer(llava, tok, tmp_path, 1, *change)([example, part])
     ((prompts, items), (_, ones)) = shown
     frames = [llava.views.processor.pixels(Image.open(io.BytesIO(png(i)))) for i in range(12)]
@@ -350,6 +355,6 @@ def test_a_video_is_seen_in_frames_its_span_only_and_as_one_frame(tmp_path, mode
         torch.equal(one.pixels, frames[i].expand(4, -1, -1, -1))
         for one, i in zip(ones, (7, 7), strict=True)
     )
-    evaluate.check([example], tmp_path)
+    evaluate.check_examples([example], tmp_path)
     with pytest.raises(UserError, match="here: .*none.mp4: no such file.*; fix: restore it"):
-        evaluate.check([example | {"video": "none.mp4"}], tmp_path)
+        evaluate.check_examples([example | {"video": "none.mp4"}], tmp_path)

@@ -1,20 +1,17 @@
 """evals/: each scorer against the official one's numbers, on its published answers and on generated ones."""
 
-import hashlib
 import json
 import random
 
 import pytest
 
 from evals import (
-    best_constant,
     gqa,
     llava_bench,
     mmbench,
     mme,
     mmmu,
     mmvet,
-    open_scores,
     pope,
     scienceqa,
     seedbench,
@@ -22,7 +19,10 @@ from evals import (
     vqa,
     vqav2,
 )
+from evals.options import parse_choice
+from evals.scores import OpenResult, best_constant, open_scores
 from tests.tools.environment import shared
+from tests.tools.generated_answers import digests, long_answers, short_answers
 
 EVAL = "assets/eval"
 
@@ -40,85 +40,6 @@ def scores_of(scores, digits=2):
 
 
 # ------------------------------------------------------------------------------------- generated answers
-
-
-class Draw:
-    """Draws that are the same in every Python: only random() is promised not to change."""
-
-    def __init__(self, seed):
-        self.random = random.Random(seed).random
-
-    def __call__(self, options):
-        return options[int(self.random() * len(options))]
-
-    def upto(self, n):
-        return int(self.random() * (n + 1))
-
-
-MARKS = [
-    *";/[]\"{}()=+\\_-><@`,?!.'",
-    "...",
-    ". ",
-    " ,",
-    ",,",
-    "'s",
-    "'s ",
-    "%",
-    "$",
-    ":",
-    "#",
-    "*",
-]
-MARKS += ["\n", "\t", " ", "  "]
-NOUNS = """a an the A The none None zero one Two three ten eleven 1 2 10 1,000 1,000,000 3.5 .5 5. 12:30 2,5 cat Dogs
-    stop-sign ice/cream T-shirt é ß İ ½ ² yes No it's she's shes let's lets somebody'd somebodyd ow's'at I'm Im ive
-    <=3. <=3.x can not 4th No.1 e.g. U.S.A. o'clock 'twas""".split()
-LOST = sorted(vqa.CONTRACTIONS)
-
-
-def short_answers(count=5000):
-    """Words, numbers and lost apostrophes between all punctuation marks."""
-    draw = Draw(7)
-    for _ in range(count):
-        parts = []
-        for _ in range(1 + draw.upto(5)):
-            word = draw(LOST if draw.random() < 0.3 else NOUNS)
-            parts += [word.upper() if draw.random() < 0.1 else word]
-            parts += [
-                draw([" ", " ", " ", ""])
-                + (draw(MARKS) if draw.random() < 0.5 else "")
-                + draw([" ", ""])
-            ]
-        yield (
-            "".join(parts)
-            if draw.random() < 0.98
-            else draw(NOUNS) + "." * (30 + draw.upto(6)) + draw(NOUNS)
-        )
-
-
-OPTIONS = [{"A": "red", "B": "Blue car", "C": "$1,200", "D": "none of these"}, {"A": "Yes", "B": "no"},
-           {letter: f"option {letter.lower()} {'x' * i}" for i, letter in enumerate("ABCDEFGHI")}]  # fmt: skip
-SAID = """A B C D E Z (A) (B) (C) B. C) A: [D] *B* **C**. a b The answer is red Blue car blue yes no none of these
-    option x $1,200 1200 -3.5 1e5 2E-3 1,234,567 .75 3/4 could be so thus therefore final result = : is it 12 45% i
-    . , ; ! ? ' is: A, B, and (C)""".split()
-
-
-def long_answers(count=5000):
-    """(choices, answer): letters, options and numbers in sentences, as models that reason write them."""
-    draw = Draw(11)
-    for _ in range(count):
-        words = [draw(SAID) for _ in range(1 + draw.upto(draw([0, 3, 12])))]
-        text = "".join(word + draw([" ", " ", " ", " ", ". ", ".\n", "\n", ""]) for word in words)
-        if draw.random() < 0.2:
-            text += draw(list(draw(OPTIONS).values()))
-        yield draw(OPTIONS), text
-
-
-def digests(outputs, size=500):
-    """A short hash of every `size` outputs: a difference shows where it is."""
-    chunks = [outputs[i : i + size] for i in range(0, len(outputs), size)]
-    return [hashlib.sha256(json.dumps(chunk).encode()).hexdigest()[:8] for chunk in chunks]
-
 
 # Of the outputs of vqaEval.py, m4c_evaluator.py, MMMU's eval_utils.py and VLMEvalKit's matching_util.py.
 OFFICIAL = {
@@ -139,7 +60,7 @@ def test_normalisation_of_generated_answers_is_the_official_one(normalise, name)
 
 def test_what_generated_answers_are_read_as_is_what_the_official_code_reads():
     asked = list(long_answers())
-    letters = [mmmu.parse_choice(text, choices) for choices, text in asked]
+    letters = [parse_choice(text, choices) for choices, text in asked]
     assert len(set(letters)) == 9 and digests(letters) == OFFICIAL["choice"].split()
     meanings = [sorted(map(repr, mmmu.parse_open(text))) for _, text in asked]
     assert digests(meanings) == OFFICIAL["open"].split()
@@ -168,12 +89,12 @@ def test_normalisation(text, official, m4c):
 
 
 def vqa_accuracy(answer, humans):
-    normalise, humans = vqa.prepared(humans)
-    return vqa.soft(normalise(answer), humans)
+    normalise, humans = vqa.prepare(humans)
+    return vqa.soft_accuracy(normalise(answer), humans)
 
 
 def textvqa_accuracy(answer, humans):
-    return vqa.soft(vqa.m4c(answer), [vqa.m4c(text) for text in humans])
+    return vqa.soft_accuracy(vqa.m4c(answer), [vqa.m4c(text) for text in humans])
 
 
 def test_accuracy_of_ten_answers():
@@ -182,7 +103,7 @@ def test_accuracy_of_ten_answers():
     assert vqa_accuracy("blue", humans) == 1 == textvqa_accuracy("The blue", humans)
     assert vqa_accuracy("Yes", ["yes"] * 10) == 0 and vqa_accuracy("yes\n", ["yes"] * 10) == 1
     assert textvqa_accuracy("Yes", ["yes"] * 10) == 1
-    assert vqa.credits(["a", "a", "b"]) == {
+    assert vqa.credit_of(["a", "a", "b"]) == {
         "a": pytest.approx((1 / 3 + 1 / 3 + 2 / 3) / 3),
         "b": pytest.approx(2 / 9),
     }
@@ -242,7 +163,10 @@ def test_chance_of_open_answers_is_the_best_constant_answer():
     credits = [{"yes": 1, "no": 0.5}, {"no": 0.75}, {"red": 1}]
     assert best_constant(credits) == 1.25 / 3
     names = [("all", "a"), ("all", "b"), ("all", "b")]
-    scores = open_scores(list(zip(names, (1, 0, 0.5), credits, strict=True)))
+    results = []
+    for groups, credit, credit_of in zip(names, (1, 0, 0.5), credits, strict=True):
+        results.append(OpenResult(groups, credit, credit_of))
+    scores = open_scores(results)
     assert scores["all"] == {"score": 50, "chance": pytest.approx(125 / 3), "n": 3}
     assert scores["a"] == {"score": 100, "chance": 100, "n": 1} and scores["b"]["chance"] == 50
 
@@ -445,7 +369,7 @@ def test_mmmu_reads_every_answer_as_the_official_code_does():
             for row in read(f"mmmu/example_outputs/{model}/{subject}/output.json"):
                 want, rows = official["rows"][row["id"]], rows + 1
                 if row["question_type"] == "multiple-choice":
-                    said = mmmu.parse_choice(row["response"], row["index2ans"])
+                    said = parse_choice(row["response"], row["index2ans"])
                     assert (said is None) == want["random_fallback"]
                     assert said is None or said == want["parsed"]
                     good = said == row["answer"]

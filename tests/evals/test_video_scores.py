@@ -8,9 +8,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from config import UserError
-from evals import choices, longvideobench, mlvu, mmvu, mvbench, videomme
-from tests.evals.test_scores import digests, long_answers
+from evals import longvideobench, mlvu, mmvu, mvbench, video_choices, videomme
 from tests.tools.benchmark_files import LETTER, PYARROW, parquet, put
+from tests.tools.generated_answers import digests, long_answers
 
 DIRECT = "\nAnswer the question directly without explanation."
 
@@ -83,7 +83,7 @@ def mvbench_rows():
 def mlvu_rows():
     plain = {"video": "movie101_66.mp4", "duration": 246, "question": "What colour is it?",
              "candidates": ["Yellow", "Red", "Green", "Blue"], "answer": "Yellow"}  # fmt: skip
-    files = {f"json/{task}.json": [plain] for task in mlvu.TASKS}
+    files = {f"json/{task}.json": [plain] for task in mlvu.FILES}
     files["json/1_plotQA.json"] = [
         plain,
         plain | {"candidates": ["Blue", "Red", "Blue", ""], "answer": "Blue"},
@@ -140,7 +140,7 @@ CLIPS = {
     "mvbench": [f"video/{folder}/v.mp4" for folder in sorted({*mvbench.TASKS.values()} - {"tvqa/frames_fps3_hq"})]
     + ["video/ssv2_video/20.webm", "video/data0613/star/Charades_v1_480/only_in_0613.mp4",
        "video/tvqa/frames_fps3_hq/castle_s01e02_seg02_clip_00/00001.jpg"],
-    "mlvu": [f"video/{task}/movie101_66.mp4" for task in mlvu.TASKS],
+    "mlvu": [f"video/{task}/movie101_66.mp4" for task in mlvu.FILES],
     "longvideobench": ["videos/86CxyhFV9MI.mp4", "videos/@x.1.mp4"],
     "mmvu": ["videos/Computer_Science/1.mp4", "videos/Art/0.mp4", "videos/Clinical_Medicine/2.mp4"],
 }  # fmt: skip
@@ -234,7 +234,7 @@ def test_mvbench_examples(tmp_path):
 
 def test_mlvu_examples(tmp_path):
     found = read("mlvu", tmp_path)
-    assert list(found) == ["1_plotQA-0", "1_plotQA-1", *(f"{task}-0" for task in mlvu.TASKS[1:])]
+    assert list(found) == ["1_plotQA-0", "1_plotQA-1", *(f"{task}-0" for task in mlvu.FILES[1:])]
     e = found["5_order-0"]
     assert (e["video"], e["label"], e["groups"]) == (
         "video/5_order/movie101_66.mp4",
@@ -289,7 +289,7 @@ def test_mmvu_examples(tmp_path):
         ("all", "multiple choice", "Engineering"),
         ("all", "open", "Healthcare"),
     ]
-    assert len(mmvu.SUBJECTS) == 27
+    assert len(mmvu.DISCIPLINE_OF) == 27
 
 
 # ---------------------------------------------------------------------------------------------- what is broken
@@ -411,13 +411,13 @@ FRUIT = {"A": "red apples", "B": "candles", "C": "berries", "D": "three kinds"}
     ],
 )  # fmt: skip
 def test_which_letter_an_answer_is_read_as(answer, letter):
-    assert choices.parse(answer, FRUIT) == letter
+    assert video_choices.parse(answer, FRUIT) == letter
 
 
 def test_what_generated_answers_are_read_as_is_what_the_official_code_reads():
     asked = list(long_answers())
     read = [
-        choices.parse(text, options) for options, text in asked
+        video_choices.parse(text, options) for options, text in asked
     ]  # None where eval_lvbench.py draws lots
     assert len(set(read)) == 9 and digests(read) == OFFICIAL.split()
 
@@ -505,7 +505,8 @@ def test_mmvu_scores(tmp_path):
     ],
 )
 def test_an_open_answer_is_right_if_it_holds_the_true_one_or_is_part_of_it(answer, right):
-    assert mmvu.credit(answer, {"choices": {}, "label": "Dolly Zoom"}) == (right, 0)
+    result = mmvu.grade(answer, {"choices": {}, "label": "Dolly Zoom", "groups": ("all",)})
+    assert (result.credit, result.chance) == (right, 0)
 
 
 @pytest.mark.parametrize("task", TASKS)

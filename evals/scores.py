@@ -1,0 +1,89 @@
+"""Scores: the mean of what answers earn, for each group of questions, beside its chance level.
+
+A score is {"score": percent, "chance": percent, "n": questions}. Chance is what somebody reaches
+who does not look at the picture. With options it is one over their number. For open answers it is
+what the best constant answer earns: the same word to all questions of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one answer earns, and the names of the scores that it counts in."""
+
+    groups: Sequence[str]
+    credit: float  # 0 to 1, or a bool
+    chance: float = 0.0  # what a guess earns on average
+
+
+@dataclass(frozen=True)
+class OpenResult:
+    """The same for a question without options: no guess, but what each answer would have earned."""
+
+    groups: Sequence[str]
+    credit: float
+    credit_of: dict[str, float]  # {answer: its credit}, of all answers that earn any
+
+
+def group_scores(results: Iterable[Result]) -> dict[str, dict]:
+    """Return {group: score}, groups in the order of their first appearance."""
+    groups = {}
+    for result in results:
+        for name in result.groups:
+            groups.setdefault(name, []).append(result)
+
+    scores = {}
+    for name, group in groups.items():
+        credit = sum(result.credit for result in group)
+        chance = sum(result.chance for result in group)
+        scores[name] = {
+            "score": 100 * credit / len(group),
+            "chance": 100 * chance / len(group),
+            "n": len(group),
+        }
+    return scores
+
+
+def open_scores(results: Sequence[OpenResult]) -> dict[str, dict]:
+    """Return {group: score} of open answers; chance is what the best constant answer earns."""
+    scores = group_scores(Result(result.groups, result.credit) for result in results)
+
+    credits = {}
+    for result in results:
+        for name in result.groups:
+            credits.setdefault(name, []).append(result.credit_of)
+
+    for name, score in scores.items():
+        score["chance"] = 100 * best_constant(credits[name])
+    return scores
+
+
+def best_constant(credits: Sequence[dict[str, float]]) -> float:
+    """Return what the best single answer to all questions earns, 0 to 1.
+
+    credits: for each question {answer: its credit}.
+    """
+    totals = {}
+    for credit_of in credits:
+        for answer, credit in credit_of.items():
+            totals[answer] = totals.get(answer, 0) + credit
+    return max(totals.values(), default=0) / len(credits)
+
+
+def in_order(scores: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
+    """Return the scores of these names, in this order; a name without a score is left out."""
+    return {name: scores[name] for name in names if name in scores}
+
+
+def mean_score(scores: dict[str, dict]) -> dict:
+    """Return the mean of some scores, each counting the same, over all their questions."""
+    parts = list(scores.values())
+    mean = {}
+    for key in ("score", "chance"):
+        mean[key] = sum(part[key] for part in parts) / len(parts)
+    mean["n"] = sum(part["n"] for part in parts)
+    return mean
