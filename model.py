@@ -885,18 +885,8 @@ class LLaVA(nn.Module):
         return model
 
     def save(self, folder: str | Path):
-        """Write the weights, preprocessor_config.json and, last, config.json.
-
-        Tokenizer and recipe are the caller's.
-        """
-        folder = Path(folder)
-        state = {}
-        for name in self.PARTS:
-            state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
-        weights.save(folder, state)
-        preprocessor = self.vision_tower.processor.to_hf()
-        write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
-        write_file(folder / "config.json", json.dumps(layouts.to_ours(self.config), indent=2))
+        """Write the model in our own layout; tokenizer and recipe are the caller's."""
+        barellava.save(Path(folder), self)
 
     def compile_blocks(self, **options):
         """Run torch.compile on every block of language model and encoder, in place.
