@@ -1,10 +1,23 @@
-"""Connectors: from the encoder's tokens to the language model's width.
+"""Connectors: from the vision encoder's tokens to the width of the language model.
 
-    build_connector("mlp2x_gelu", vision_dim=1152, text_dim=2560)
-    build_connector("resampler", vision_dim=1152, text_dim=2560, num_queries=64)
+    connector = build_connector("mlp2x_gelu", vision_dim=1152, text_dim=2560)
+    connector = build_connector("resampler", vision_dim=1152, text_dim=2560, num_queries=64)
+    features = connector(tokens)                                   # (N, n, C) -> (N, m, D)
 
-N images, n tokens per image, C vision width, D text width, W width inside a Q-Former, H heads, d head width.
-Parameter names are TinyLLaVA's. A connector is one entry of CONNECTORS: its module, its options, its token count.
+In the order of the file:
+
+    identity, mlp, MixtureMLP            a token in, a token out
+    MLPWithNewline, anyres_order         LLaVA-NeXT's: the tokens of an MLP as one large picture
+    Resampler, NaiveResampler,           learnt latents read the tokens, however many there are
+        GroupResampler
+    QFormer                              learnt queries read the tokens, in a BERT
+    CONNECTORS                           the menu: name -> module, options, number of tokens
+    build_connector, connector_tokens    what the rest of the code calls
+    join_views                           the views of one item, as its connector reads them
+
+N images, n tokens in and m tokens out per image, C vision width, D text width, W width inside a
+Q-Former, v views, d width of a head. Parameters have TinyLLaVA's names. To add a connector, write
+its module and one entry of CONNECTORS.
 """
 
 from __future__ import annotations
@@ -24,82 +37,156 @@ from kernels.glu import gelu
 from layers import GELU, LayerNorm
 from packing import ItemShape
 
+# ------------------------------------------------------------------------------------------- MLPs
+
 
 def identity(vision_dim: int, text_dim: int) -> nn.Module:
+    """Return a module that changes nothing. Raises UserError unless the widths are equal."""
     if vision_dim != text_dim:
-        raise UserError(
-            "model.connector", f"identity of widths {vision_dim} and {text_dim}", "use linear"
-        )
+        what = f"identity of widths {vision_dim} and {text_dim}"
+        raise UserError("model.connector", what, "use linear")
     return nn.Identity()
 
 
-def mlp(vision_dim: int, text_dim: int, depth: int = 2) -> nn.Module:
-    """LLaVA-1.5's connector: `depth` linears with GELU between them."""
-    layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
+def mlp(vision_dim: int, text_dim: int, depth: int = 2) -> nn.Sequential:
+    """Return `depth` linears with GELU between them; two are LLaVA-1.5's (Liu et al., 2023)."""
+    layers = [nn.Linear(vision_dim, text_dim)]
     for _ in range(depth - 1):
-        layers += [GELU(), nn.Linear(text_dim, text_dim)]
+        layers.append(GELU())
+        layers.append(nn.Linear(text_dim, text_dim))
     return nn.Sequential(*layers)
 
 
 class MixtureMLP(nn.Module):
-    """Interleaved mixture of features (Tong et al., 2024): an MLP per encoder, tokens of CLIP and DINOv2 in turn."""
+    """Interleaved mixture of features (Tong et al., 2024): an MLP for CLIP and one for DINOv2."""
 
     def __init__(self, vision_dim: int, text_dim: int):
         super().__init__()
-        self.clip, self.dinov2 = mlp(vision_dim, text_dim), mlp(vision_dim, text_dim)
+        self.clip = mlp(vision_dim, text_dim)
+        self.dinov2 = mlp(vision_dim, text_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 2, n, C), CLIP before DINOv2 -> (N, 2n, D): CLIP's tokens at even places, DINOv2's at odd ones."""
-        clip, dinov2 = x.unbind(1)
-        return torch.stack([self.clip(clip), self.dinov2(dinov2)], 2).flatten(1, 2)
+        """Return (N, 2n, D) of (N, 2, n, C), which holds CLIP's tokens before DINOv2's.
+
+        The tokens alternate: CLIP's have even places, DINOv2's odd ones.
+        """
+        clip, dinov2 = x.unbind(1)  # (N, n, C) each
+        clip = self.clip(clip)  # (N, n, D)
+        dinov2 = self.dinov2(dinov2)
+        pairs = torch.stack([clip, dinov2], dim=2)  # (N, n, 2, D)
+        return pairs.flatten(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------- resampler
+# ----------------------------------------------------------------------------------------- anyres
+
+
+class MLPWithNewline(nn.Sequential):
+    """An MLP, and LLaVA-NeXT's learnt `image_newline` (Liu et al., 2024) behind its tokens.
+
+    In image mode anyres the tiles of an item form one large picture, and the newline ends each row
+    of its tokens. anyres_order puts it there.
+    """
+
+    def __init__(self, layers: nn.Module):
+        """Take over the layers of an MLP. Raises UserError for another connector."""
+        if not isinstance(layers, nn.Sequential):
+            what = "anyres takes a connector mlpNx_gelu"
+            raise UserError("model.image_mode", what, "use one, or tiles")
+        super().__init__(*layers)
+        width = layers[-1].out_features
+        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, n + 1, D) of (N, n, C): the MLP's tokens of each image, then the newline."""
+        tokens = super().forward(x)  # (N, n, D)
+        newline = self.image_newline.expand(len(x), 1, -1)  # (N, 1, D)
+        return torch.cat([tokens, newline], dim=1)
+
+
+def anyres_order(shape: ItemShape, n: int) -> Tensor:
+    """Return which tokens of MLPWithNewline stand in the text for an anyres item, in their order.
+
+    The item has `shape.views` views of n tokens: first the whole picture, then its tiles. Its
+    tokens in the text are those of the first view, then those of the tiles as of one large
+    picture: row by row, without the border, and a newline behind each row.
+    """
+    side = isqrt(n)
+    newline = shape.views * n  # the last token
+    whole = torch.arange(n)
+
+    # The indices of the tiles' tokens, laid out like the picture.
+    tiles = torch.arange(n, newline).view(shape.rows, shape.columns, side, side)
+    large = tiles.transpose(1, 2)  # (rows, side, columns, side)
+    large = large.reshape(shape.rows * side, shape.columns * side)
+
+    # Cut the border off, and end each row.
+    height, width = large.shape
+    large = large[shape.top : height - shape.top, shape.left : width - shape.left]
+    large = F.pad(large, (0, 1), value=newline)
+    return torch.cat([whole, large.flatten()])
+
+
+# ------------------------------------------------------------------------------------- resamplers
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the tokens and to themselves, both normalised first (Flamingo; Alayrac et al., 2022)."""
+    """Latents attend to the tokens and to themselves (Flamingo; Alayrac et al., 2022)."""
 
     def __init__(self, width: int, heads: int = 8, head_width: int = 64):
         super().__init__()
-        self.heads, inner = heads, heads * head_width
-        self.norm_media, self.norm_latents = LayerNorm(width), LayerNorm(width)
-        self.to_q, self.to_kv = (
-            nn.Linear(width, inner, bias=False),
-            nn.Linear(width, 2 * inner, bias=False),
-        )
+        self.heads = heads
+        inner = heads * head_width
+        self.norm_media = LayerNorm(width)
+        self.norm_latents = LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Tokens (N, n, D) and latents (N, m, D) -> what to add to the latents."""
-        x, latents = self.norm_media(x), self.norm_latents(latents)
-        k, v = self.to_kv(torch.cat([x, latents], 1)).chunk(2, -1)
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)) for t in (self.to_q(latents), k, v)
-        )  # (N, m or n+m, H, d)
-        return self.to_out(attention(q, k, v, causal=False).flatten(2))
+        """Return what to add to the latents (N, m, D) after they read the tokens x (N, n, D)."""
+        x = self.norm_media(x)
+        latents = self.norm_latents(latents)
+        source = torch.cat([x, latents], dim=1)  # (N, n + m, D)
+
+        k, v = self.to_kv(source).chunk(2, dim=-1)
+        q = self.to_q(latents).unflatten(-1, (self.heads, -1))  # (N, m, heads, d)
+        k = k.unflatten(-1, (self.heads, -1))  # (N, n + m, heads, d)
+        v = v.unflatten(-1, (self.heads, -1))
+
+        # One kernel for softmax(q k^T / sqrt(d)) v, head by head.
+        attended = attention(q, k, v, causal=False)  # (N, m, heads, d)
+        return self.to_out(attended.flatten(2))
 
 
-def feed_forward(width: int) -> nn.Module:
-    up, down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-    return nn.Sequential(LayerNorm(width), up, GELU(), down)
+def feed_forward(width: int) -> nn.Sequential:
+    """Return the Perceiver's MLP: a norm, then two linears with GELU between them."""
+    return nn.Sequential(
+        LayerNorm(width),
+        nn.Linear(width, 4 * width, bias=False),
+        GELU(),
+        nn.Linear(4 * width, width, bias=False),
+    )
 
 
 class Resampler(nn.Module):
-    """TinyLLaVA's Perceiver resampler: `num_queries` learnt latents read an image's tokens, however many there are."""
+    """TinyLLaVA's Perceiver resampler: `num_queries` learnt latents read an image's tokens.
+
+    The language model gets as many tokens as there are latents, whatever n is.
+    """
 
     def __init__(self, vision_dim: int, text_dim: int, num_queries: int, num_resampler_layers: int):
         super().__init__()
         self.linear = nn.Linear(vision_dim, text_dim)
-        self.latents = nn.Parameter(nn.init.normal_(torch.empty(num_queries, text_dim)))
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(text_dim), feed_forward(text_dim)])
-            for _ in range(num_resampler_layers)
-        )
+        latents = nn.init.normal_(torch.empty(num_queries, text_dim))
+        self.latents = nn.Parameter(latents)
+        self.layers = nn.ModuleList()
+        for _ in range(num_resampler_layers):
+            layer = [PerceiverAttention(text_dim), feed_forward(text_dim)]
+            self.layers.append(nn.ModuleList(layer))
         self.norm = LayerNorm(text_dim)
 
     def read(self, x: Tensor) -> Tensor:
-        """Tokens of the text's width (N, n, D) -> the latents after they read them (N, m, D)."""
+        """Return the latents (N, m, D) after they read tokens x (N, n, D) of the text's width."""
         latents = self.latents.expand(len(x), -1, -1)
         for attend, mlp in self.layers:
             latents = latents + attend(x, latents)
@@ -107,32 +194,40 @@ class Resampler(nn.Module):
         return self.norm(latents)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, n, C) -> (N, m, D)."""
+        """Return (N, m, D) of (N, n, C)."""
         return self.read(self.linear(x))
 
 
 def sinusoids(x: Tensor) -> Tensor:
-    """Vaswani et al.'s positions for tokens (N, n, D): sine and cosine in turn, (n, D)."""
+    """Return the positions (n, D) of Vaswani et al. (2017) for tokens x (N, n, D).
+
+    Sine and cosine alternate, and the frequency falls along the width.
+    """
     n, width = x.shape[1:]
-    frequency = 10000 ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
-    angle = torch.arange(n, device=x.device)[:, None] * frequency
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width].to(x.dtype)
+    exponent = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
+    frequency = 10000**-exponent
+    angle = torch.arange(n, device=x.device)[:, None] * frequency  # (n, D / 2), rounded up
+    waves = torch.stack([angle.sin(), angle.cos()], dim=-1)
+    return waves.flatten(1)[:, :width].to(x.dtype)
 
 
 class NaiveResampler(Resampler):
-    """TinyLLaVA-Video's baseline: the latents read all frames' tokens at once, each marked with its position."""
+    """TinyLLaVA-Video's baseline: the latents read the tokens of all frames at once.
+
+    Each token is marked with its position.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, n, C) -> (N, m, D)."""
+        """Return (N, m, D) of (N, n, C)."""
         x = self.linear(x)
         return self.read(x + sinusoids(x))
 
 
 class GroupResampler(Resampler):
-    """TinyLLaVA-Video's: `group` stretches of the frames' tokens, each read by the same few latents.
+    """TinyLLaVA-Video's: `group` stretches of the frames' tokens, each read by the same latents.
 
-    Where the tokens do not divide evenly the first stretches are one token longer. What comes out is marked with its
-    position.
+    What they become is marked with its position. Where the tokens do not divide evenly, the first
+    stretches are one token longer. Raises UserError unless `group` divides `num_queries`.
     """
 
     def __init__(
@@ -144,27 +239,32 @@ class GroupResampler(Resampler):
         group: int,
     ):
         if num_queries % group:
-            raise UserError("model.connector_options.group", f"{group} do not divide num_queries {num_queries}",
-                            "choose a divisor")  # fmt: skip
+            where = "model.connector_options.group"
+            what = f"{group} do not divide num_queries {num_queries}"
+            raise UserError(where, what, "choose a divisor")
         super().__init__(vision_dim, text_dim, num_queries // group, num_resampler_layers)
         self.group = group
 
+    def read_stretches(self, stretches: Tensor) -> Tensor:
+        """Return the latents (N, s * m, D) of s stretches (N, s, size, D), each read alone."""
+        latents = self.read(stretches.flatten(0, 1))  # (N * s, m, D)
+        return latents.view(len(stretches), -1, latents.size(-1))
+
     def forward(self, x: Tensor) -> Tensor:
-        """(N, n, C) -> (N, m, D); n is at least `group`."""
+        """Return (N, m, D) of (N, n, C); n is at least `group`."""
         x = self.linear(x)
+
+        # Stretches of one length are read in one batch: first the longer ones, then the rest.
         size, longer = divmod(x.size(1), self.group)
-        stretches = (
-            x[:, : longer * (size + 1)].unflatten(1, (longer, size + 1)),
-            x[:, longer * (size + 1) :],
-        )
-        stretches = stretches[0], stretches[1].unflatten(1, (self.group - longer, size))
-        latents = torch.cat(
-            [self.read(s.flatten(0, 1)).view(len(x), -1, x.size(-1)) for s in stretches], 1
-        )
+        split = longer * (size + 1)
+        first = x[:, :split].unflatten(1, (longer, size + 1))
+        rest = x[:, split:].unflatten(1, (self.group - longer, size))
+
+        latents = torch.cat([self.read_stretches(first), self.read_stretches(rest)], dim=1)
         return latents + sinusoids(latents)
 
 
-# ----------------------------------------------------------------------------------------------- Q-Former
+# --------------------------------------------------------------------------------------- Q-Former
 
 BERT_EPS = 1e-12
 BERT_BASE = {
@@ -176,208 +276,268 @@ BERT_BASE = {
 
 
 class BertOutput(nn.Module):
-    """BERT normalises after it adds: LayerNorm(dense(x) + residual)."""
+    """The end of each half of a BERT layer, which normalises after it adds."""
 
     def __init__(self, inner: int, width: int):
         super().__init__()
-        self.dense, self.LayerNorm = nn.Linear(inner, width), LayerNorm(width, BERT_EPS)
+        self.dense = nn.Linear(inner, width)
+        self.LayerNorm = LayerNorm(width, BERT_EPS)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return LayerNorm(dense(x) + residual)."""
         return self.LayerNorm(self.dense(x) + residual)
 
 
+class BertProjections(nn.Module):
+    """The three linears of BERT's attention."""
+
+    def __init__(self, width: int, source_width: int):
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+
+
 class BertAttention(nn.Module):
+    """BERT's attention (Devlin et al., 2018) of queries to a source, which may be themselves."""
+
     def __init__(self, width: int, heads: int, source_width: int):
         super().__init__()
         self.heads = heads
-        self.self = nn.ModuleDict(
-            {
-                "query": nn.Linear(width, width),
-                **{n: nn.Linear(source_width, width) for n in ("key", "value")},
-            }
-        )
+        self.self = BertProjections(width, source_width)  # called like this in BERT's files
         self.output = BertOutput(width, width)
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Return (N, heads, n, d) of (N, n, W)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        """Queries x (N, m, W) attend to source (N, n, its width) -> (N, m, W), residual and norm included."""
+        """Return (N, m, W) of queries x (N, m, W) that attend to source (N, n, its width)."""
         project = self.self
-        q, k, v = project["query"](x), project["key"](source), project["value"](source)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        # Not the fused attention: queries of nearly equal entries, normalised, make this connector so sensitive to
-        # rounding that another order of sums alone moves its output by 1e-4.
-        scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
-        return self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), x)
+        q = project.query(x)
+        k = project.key(source)
+        v = project.value(source)
+        q = self.split_heads(q)  # (N, heads, m, d)
+        k = self.split_heads(k)  # (N, heads, n, d)
+        v = self.split_heads(v)
+
+        # Not the fused attention. The queries' entries are nearly equal before they are normalised,
+        # which makes this connector so sensitive to rounding that another order of sums alone
+        # moves its output by 1e-4.
+        scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5  # (N, heads, m, n)
+        attended = scores.softmax(-1) @ v  # (N, heads, m, d)
+        attended = attended.transpose(1, 2).flatten(2)  # (N, m, W)
+        return self.output(attended, x)
+
+
+class BertIntermediate(nn.Module):
+    """The first half of BERT's MLP."""
+
+    def __init__(self, width: int, intermediate: int):
+        super().__init__()
+        self.dense = nn.Linear(width, intermediate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return gelu(dense(x)), with erf."""
+        return gelu(self.dense(x), "gelu")
 
 
 class BertLayer(nn.Module):
-    """A BERT layer's query branch (the text branch is never used with images and so not built)."""
+    """A BERT layer's query branch. The text branch never meets an image, and so it is not built."""
 
     def __init__(self, width: int, heads: int, intermediate: int):
         super().__init__()
         self.attention = BertAttention(width, heads, width)
-        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(width, intermediate)})
+        self.intermediate_query = BertIntermediate(width, intermediate)
         self.output_query = BertOutput(intermediate, width)
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.output_query(gelu(self.intermediate_query["dense"](x), "gelu"), x)
+        """Return the second half of the layer, norm included."""
+        return self.output_query(self.intermediate_query(x), x)
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        return self.mlp(self.attention(x, x))
+        """Return the queries x (N, m, W) after the layer, which does not look at the features."""
+        x = self.attention(x, x)
+        return self.mlp(x)
 
 
 class CrossLayer(BertLayer):
-    """The same with attention to the image's features in between."""
+    """A BertLayer whose queries also attend to the image, between the attention and the MLP."""
 
     def __init__(self, width: int, heads: int, intermediate: int, vision_dim: int):
         super().__init__(width, heads, intermediate)
         self.crossattention = BertAttention(width, heads, vision_dim)
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        return self.mlp(self.crossattention(self.attention(x, x), features))
+        """Return the queries x (N, m, W) after they attended to the features (N, n, C)."""
+        x = self.attention(x, x)
+        x = self.crossattention(x, features)
+        return self.mlp(x)
 
 
 class QFormer(nn.Module):
-    """BLIP-2's Q-Former (Li et al., 2023) as TinyLLaVA uses it: learnt queries through a BERT that sees the image.
+    """BLIP-2's Q-Former (Li et al., 2023) as TinyLLaVA uses it: learnt queries through a BERT.
 
-    Every second layer, the first included, attends to the image. The queries are normalised without a weight; there
-    is no dropout. BERT's table of positions lies in files and is never read: it is kept for saving.
+    Every second layer, the first included, attends to the image. The queries are normalised
+    without a weight, and there is no dropout. Raises UserError unless the heads divide the width.
     """
 
+    # BERT's table of positions lies in files and is never read. It is kept for saving.
     spare = ("bert.embeddings.position_ids",)
 
     def __init__(
-        self, vision_dim: int, text_dim: int, num_queries: int, hidden_size: int, num_hidden_layers: int,
-        num_attention_heads: int, intermediate_size: int,
-    ):  # fmt: skip
+        self,
+        vision_dim: int,
+        text_dim: int,
+        num_queries: int,
+        hidden_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+    ):
         super().__init__()
         if hidden_size % num_attention_heads:
-            where, what = (
-                "num_attention_heads",
-                f"{num_attention_heads} do not divide hidden_size {hidden_size}",
-            )
-            raise UserError(f"model.connector_options.{where}", what, "choose a divisor")
-        sizes = hidden_size, num_attention_heads, intermediate_size
-        self.query_tokens = nn.Parameter(
-            nn.init.normal_(torch.empty(1, num_queries, hidden_size), std=0.02)
-        )
+            where = "model.connector_options.num_attention_heads"
+            what = f"{num_attention_heads} do not divide hidden_size {hidden_size}"
+            raise UserError(where, what, "choose a divisor")
+
+        queries = nn.init.normal_(torch.empty(1, num_queries, hidden_size), std=0.02)
+        self.query_tokens = nn.Parameter(queries)
+
+        layers = nn.ModuleList()
+        sizes = (hidden_size, num_attention_heads, intermediate_size)
+        for i in range(num_hidden_layers):
+            if i % 2 == 0:
+                layers.append(CrossLayer(*sizes, vision_dim))
+            else:
+                layers.append(BertLayer(*sizes))
+
+        # Two empty modules give the layers their names in the files, bert.encoder.layer.*.
         self.bert = nn.Module()
         self.bert.encoder = nn.Module()
-        self.bert.encoder.layer = nn.ModuleList(
-            BertLayer(*sizes) if i % 2 else CrossLayer(*sizes, vision_dim)
-            for i in range(num_hidden_layers)
-        )
+        self.bert.encoder.layer = layers
+
         self.projector = nn.Linear(hidden_size, text_dim)
         self.spares: dict[str, Tensor] = {}
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, n, C) -> (N, m, D)."""
-        x = F.layer_norm(self.query_tokens, self.query_tokens.shape[-1:], eps=BERT_EPS)
+        """Return (N, m, D) of (N, n, C)."""
+        width = self.query_tokens.size(-1)
+        x = F.layer_norm(self.query_tokens, (width,), eps=BERT_EPS)  # (1, m, W)
         x = x.expand(len(features), -1, -1)
         for layer in self.bert.encoder.layer:
             x = layer(x, features)
         return self.projector(x)
 
 
-# ------------------------------------------------------------------------------------------------ the menu
+# --------------------------------------------------------------------------------------- the menu
+
+
+def as_many(n: int, **options: int) -> int:
+    """Return the number of tokens out of a connector that makes one of each token in."""
+    return n
+
+
+def of_two_encoders(n: int, **options: int) -> int:
+    """Return the number of tokens out of a connector of two encoders with n tokens each."""
+    return 2 * n
+
+
+def as_many_as_queries(n: int, num_queries: int, **options: int) -> int:
+    """Return the number of tokens out of a connector whose learnt queries read the tokens in."""
+    return num_queries
 
 
 class Connector(NamedTuple):
-    build: Callable[..., nn.Module]  # (vision_dim, text_dim, **options)
-    options: dict[str, int] = {}  # names and defaults
-    tokens: Callable[..., int] = lambda n, **options: (
-        n
-    )  # positions in the text, of n encoder tokens (per encoder)
-    mean: bool = False  # of an item with several views their mean is taken, else all their tokens
+    """An entry of the menu."""
+
+    build: Callable[..., nn.Module]  # called with (vision_dim, text_dim, **options)
+    options: dict[str, int] = {}  # names and defaults; all are positive integers
+    tokens: Callable[..., int] = as_many  # (n, **options) -> tokens in the text
+    mean: bool = False  # reads the mean of an item's views, not all their tokens
 
 
-def _queries(n: int, num_queries: int, **options: int) -> int:
-    return num_queries
-
+MLPS = {f"mlp{depth}x_gelu": Connector(partial(mlp, depth=depth)) for depth in range(1, 9)}
 
 CONNECTORS = {
     "identity": Connector(identity),
     "linear": Connector(nn.Linear),
-    **{f"mlp{depth}x_gelu": Connector(partial(mlp, depth=depth)) for depth in range(1, 9)},
+    **MLPS,
     "mean_mlp2x_gelu": Connector(mlp, mean=True),
-    "mof_mlp": Connector(MixtureMLP, tokens=lambda n: 2 * n),
-    "resampler": Connector(Resampler, {"num_queries": 128, "num_resampler_layers": 3}, _queries),
+    "mof_mlp": Connector(MixtureMLP, tokens=of_two_encoders),
+    "resampler": Connector(
+        Resampler,
+        options={"num_queries": 128, "num_resampler_layers": 3},
+        tokens=as_many_as_queries,
+    ),
     "naiveresampler": Connector(
-        NaiveResampler, {"num_queries": 512, "num_resampler_layers": 3}, _queries
+        NaiveResampler,
+        options={"num_queries": 512, "num_resampler_layers": 3},
+        tokens=as_many_as_queries,
     ),
     "groupresampler": Connector(
-        GroupResampler, {"num_queries": 512, "num_resampler_layers": 3, "group": 16}, _queries
+        GroupResampler,
+        options={"num_queries": 512, "num_resampler_layers": 3, "group": 16},
+        tokens=as_many_as_queries,
     ),
-    "qformer": Connector(QFormer, {"num_queries": 128, **BERT_BASE}, _queries),
+    "qformer": Connector(
+        QFormer,
+        options={"num_queries": 128, **BERT_BASE},
+        tokens=as_many_as_queries,
+    ),
 }
 
 
 def _choose(spec: str, options: dict[str, int]) -> tuple[Connector, dict[str, int]]:
-    """The entry of an exact name, and its options with the defaults filled in."""
+    """Return the entry of an exact name, and its options with the defaults filled in."""
     if spec not in CONNECTORS:
         raise UserError("model.connector", f"unknown {spec!r}", f"one of {', '.join(CONNECTORS)}")
     connector = CONNECTORS[spec]
+
     for name, value in options.items():
         where = f"model.connector_options.{name}"
         if name not in connector.options:
-            known = (
-                f"one of {', '.join(connector.options)}"
-                if connector.options
-                else "remove it, there is none"
-            )
-            raise UserError(where, f"unknown to {spec}", known)
+            fix = "remove it, there is none"
+            if connector.options:
+                fix = f"one of {', '.join(connector.options)}"
+            raise UserError(where, f"unknown to {spec}", fix)
+        # Not isinstance: True is an int, too.
         if type(value) is not int or value < 1:
-            raise UserError(
-                where,
-                f"{value!r} is not a positive integer",
-                f"the default is {connector.options[name]}",
-            )
+            fix = f"the default is {connector.options[name]}"
+            raise UserError(where, f"{value!r} is not a positive integer", fix)
     return connector, connector.options | options
 
 
 def build_connector(spec: str, vision_dim: int, text_dim: int, **options: int) -> nn.Module:
-    """A module (N, n, C) -> (N, m, D); mof_mlp takes (N, 2, n, C). `spec` is an exact name of CONNECTORS.
-    Raises UserError for another name, an unknown option, or a value that is no positive integer."""
+    """Return a module (N, n, C) -> (N, m, D); mof_mlp takes (N, 2, n, C).
+
+    spec: an exact name of CONNECTORS. Raises UserError for another name, for an unknown option,
+    and for a value that is no positive integer.
+    """
     connector, options = _choose(spec, options)
     return connector.build(vision_dim, text_dim, **options)
 
 
 def connector_tokens(spec: str, tokens: int, views: int = 1, **options: int) -> int:
-    """How many positions an item takes in the text: `views` of `tokens` encoder tokens each (of each encoder, in a
-    mixture). Raises UserError as build_connector does."""
+    """Return how many positions an item takes in the text.
+
+    It has `views` views of `tokens` encoder tokens each; in a mixture, of each encoder. Raises
+    UserError as build_connector does.
+    """
     connector, options = _choose(spec, options)
-    return connector.tokens(tokens if connector.mean else views * tokens, **options)
-
-
-# ------------------------------------------------------------------------------------------ several views
-
-
-def anyres_order(shape: ItemShape, n: int) -> Tensor:
-    """Where the tokens of an anyres item come from, of `views` times n and one separator behind them: the first view's,
-    then those of the tiles as of one large picture, row by row without its borders, the separator behind each row."""
-    side = isqrt(n)
-    tiles = torch.arange(n, shape.views * n).view(shape.rows, shape.columns, side, side)
-    large = tiles.transpose(1, 2).reshape(shape.rows * side, shape.columns * side)
-    large = large[shape.top : len(large) - shape.top, shape.left : large.size(1) - shape.left]
-    return torch.cat([torch.arange(n), F.pad(large, (0, 1), value=shape.views * n).flatten()])
+    if not connector.mean:
+        tokens = views * tokens
+    return connector.tokens(tokens, **options)
 
 
 def join_views(spec: str, x: Tensor) -> Tensor:
-    """The views of items (N, v, n, C) as their connector reads them: (N, v n, C), or the mean (N, n, C). Of a mixture
-    (N, v, 2, n, C) -> (N, 2, v n, C)."""
-    return x.mean(1) if CONNECTORS[spec].mean else x.transpose(1, -3).flatten(-3, -2)
+    """Return the views of items as their connector reads them.
 
-
-class Separated(nn.Sequential):
-    """An MLP of connectors.py and anyres's separator: (N, n, C) -> (N, n + 1, D), of each item the last."""
-
-    def __init__(self, layers: nn.Module):
-        if not isinstance(layers, nn.Sequential):
-            raise UserError(
-                "model.image_mode", "anyres takes a connector mlpNx_gelu", "use one, or tiles"
-            )
-        super().__init__(*layers)
-        width = layers[-1].out_features
-        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([super().forward(x), self.image_newline.expand(len(x), 1, -1)], 1)
+    x (N, v, n, C) becomes (N, v * n, C), or (N, n, C) where the connector takes the mean; x of a
+    mixture (N, v, 2, n, C) becomes (N, 2, v * n, C).
+    """
+    if CONNECTORS[spec].mean:
+        return x.mean(1)
+    if x.dim() == 5:
+        x = x.transpose(1, 2)  # (N, 2, v, n, C)
+    return x.flatten(-3, -2)

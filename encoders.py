@@ -1,17 +1,32 @@
-"""Vision encoders: one ViT that is CLIP, SigLIP, SigLIP2 or DINOv2; CLIP beside DINOv2; the image transform of each.
+"""Vision encoders: one ViT that is CLIP, SigLIP, SigLIP2 or DINOv2, and CLIP beside DINOv2.
 
-    encoder = load_encoder("openai/clip-vit-large-patch14-336")       # a Hugging Face folder or id
-    features = encoder(encoder.preprocess(pil_image)[None])           # (N, 3, H, W) -> (N, n, C)
+    encoder = load_encoder("openai/clip-vit-large-patch14-336")     # a Hugging Face folder or id
+    features = encoder(encoder.preprocess(pil_image)[None])         # (N, 3, H, W) -> (N, n, C)
 
-N images, H x W pixels, h x w patches, n tokens per image, C width. Parameter names are Hugging Face's for CLIP.
-A family is one entry of FAMILIES, keyed by config.json's exact model_type.
+The whole model is in this file. In the order of the file, which is the order to read it in:
+
+    VisionConfig                 an encoder as numbers
+    Embeddings                   pixels -> one token per patch, each with its position
+    Attention, MLP, GatedMLP     the two halves of a block
+    Block                        attention, then an MLP, each added to the residual stream
+    VisionEncoder                embeddings and blocks, up to the layer whose features are used
+    Mixture                      CLIP and DINOv2 on the same picture
+    clip_config, siglip_config,  how each family differs; FAMILIES has one entry per model_type
+        dinov2_config
+    vision_config                config.json -> VisionConfig
+    build_encoder, load_encoder  VisionConfig -> module; a folder -> module with its weights
+
+N images, H x W pixels, h x w patches, n tokens per image, C width, I width inside the MLP, d width
+of a head. Parameters have Hugging Face's names for CLIP; a family whose files use other names
+brings a table that renames them. `attention`, `gelu`, `glu` and the norms' `add` come from
+kernels/: each call is one fused Triton kernel on a GPU, and plain PyTorch elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,321 +41,617 @@ from kernels.attention import attention
 from kernels.glu import gelu, glu
 from layers import LayerNorm, LayerScale
 
-torch.backends.cudnn.allow_tf32 = (
-    False  # float32 is float32 in convolutions too, as torch has it in products
-)
+# PyTorch computes products of float32 in float32, but convolutions in TF32 unless told otherwise.
+# The patch embedding is a convolution, and float32 is to mean float32 there too.
+torch.backends.cudnn.allow_tf32 = False
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: gelu(x, "quick_gelu"),
-    "gelu": lambda x: gelu(x, "gelu"),
-    "gelu_pytorch_tanh": lambda x: gelu(x, "gelu_tanh"),
-    "swiglu": lambda x: glu(*x.chunk(2, -1), "silu"),
+# ------------------------------------------------------------------------------------- the config
+
+# Names of activations: Hugging Face's -> those of kernels/glu.py.
+ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",  # x * sigmoid(1.702 x)
+    "gelu": "gelu",  # x * Phi(x), with erf
+    "gelu_pytorch_tanh": "gelu_tanh",  # the same, by an approximation with tanh
 }
+# Not a function but another MLP, see GatedMLP.
+SWIGLU = "swiglu"
+
+CLIP_NAMES: Table = (("vision_model.**", "**"),)
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """An encoder as numbers, under Hugging Face's names, and as parts; absent parts are nn.Identity."""
+    """An encoder as numbers. The functions of the families below make it from a config.json."""
 
-    hf: dict  # config.json with every default filled in
-    transform: ImageProcessor
-    leading: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # tokens before the patches: shape without C
-    pre_norm: Callable[..., nn.Module] = nn.Identity
-    rename: Table = (("vision_model.**", "**"),)  # Hugging Face's names -> ours
-    antialias: bool | None = (
-        None  # how the position table is resized; None = made for one size of picture
-    )
-    beside: VisionConfig | None = None  # in the mixture this is CLIP, and that its DINOv2
-    width = property(lambda self: self.hf["hidden_size"])
-    init_std = property(lambda self: self.hf["initializer_range"])
+    hf: dict  # that config.json with every default filled in, kept for saving
+    processor: ImageProcessor
+
+    width: int  # C
+    intermediate: int  # I
+    layers: int
+    heads: int
+    hidden_act: str  # a name of ACTIVATIONS, or SWIGLU
+    norm_eps: float
+    patch_size: int  # pixels
+    image_size: int  # pixels; the position table has a row for each patch of such a picture
+    init_std: float  # of random weights
+
+    # CLIP
+    class_token: bool = False
+    pre_norm: bool = False  # a LayerNorm in front of the first block, instead of the patches' bias
+
+    # DINOv2
+    registers: int | None = None  # tokens without a position; None: there is no such parameter
+    layer_scale: float | None = None  # where LayerScale starts; None: there is none
+    batch_axis: bool = False  # class token and positions are stored with leading dimensions of 1
+
+    # Whether pictures of another size are welcome, and how the position table is resized for them.
+    any_size: bool = False
+    antialias: bool = False
+    interpolate_offset: float = 0.0
+
+    rename: Table = CLIP_NAMES  # (Hugging Face's names, ours)
+    beside: VisionConfig | None = None  # in the mixture this config is CLIP's, and that DINOv2's
+
+    @property
+    def leading(self) -> int:
+        """Return how many tokens stand before the patches: the class token and the registers."""
+        count = self.registers or 0
+        if self.class_token:
+            count += 1
+        return count
 
     def tokens(self, select: str) -> int:
-        """Tokens per image: all of them, less the first one for `patch` (also where it is no class token)."""
-        grid, leading = self.transform.side // self.hf["patch_size"], self.leading.values()
-        return grid**2 + sum((1, *shape)[-1] for shape in leading) - (select == "patch")
+        """Return the number of tokens per image, of each encoder in a mixture.
+
+        select: "cls_patch" keeps all of them, "patch" drops the first one. TinyLLaVA does so even
+        where there is no class token: SigLIP then loses its first patch.
+        """
+        side = self.processor.side // self.patch_size
+        count = self.leading + side**2
+        if select == "patch":
+            count -= 1
+        return count
 
 
-class Block(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        hidden, eps, self.heads = (
-            c.hf["intermediate_size"],
-            c.hf["layer_norm_eps"],
-            c.hf["num_attention_heads"],
-        )
-        self.layer_norm1, self.layer_norm2 = LayerNorm(c.width, eps), LayerNorm(c.width, eps)
-        start = c.hf.get("layerscale_value")  # DINOv2 scales what it adds, per channel
-        self.layer_scale1, self.layer_scale2 = (
-            nn.Identity() if start is None else LayerScale(c.width, start) for _ in "12"
-        )
-        linears = {
-            name: nn.Linear(c.width, c.width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-        }
-        self.self_attn, self.activation = nn.ModuleDict(linears), ACTIVATIONS[c.hf["hidden_act"]]
-        gated = (
-            c.hf["hidden_act"] == "swiglu"
-        )  # then DINOv2's names, and two outputs for each hidden unit
-        up, down = nn.Linear(c.width, hidden * (1 + gated)), nn.Linear(hidden, c.width)
-        self.mlp = nn.ModuleDict(
-            {"weights_in": up, "weights_out": down} if gated else {"fc1": up, "fc2": down}
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        (q_proj, k_proj, v_proj, out_proj), (up, down) = self.self_attn.values(), self.mlp.values()
-        y = self.layer_norm1(x)
-        q, k, v = (proj(y).unflatten(-1, (self.heads, -1)) for proj in (q_proj, k_proj, v_proj))
-        y, x = self.layer_norm2.add(
-            self.layer_scale1(out_proj(attention(q, k, v, causal=False).flatten(2))), x
-        )
-        return x + self.layer_scale2(down(self.activation(up(y))))
+# ------------------------------------------------------------------------------------- the module
 
 
 class Embeddings(nn.Module):
-    """Class token and registers, where there are any, then the patches row by row. Registers have no position."""
+    """Pixels as tokens: the class token and registers, if any, then the patches row by row.
+
+    All but the registers have a learnt position.
+    """
 
     def __init__(self, c: VisionConfig):
         super().__init__()
-        patch, self.grid, self.antialias = (
-            c.hf["patch_size"],
-            c.hf["image_size"] // c.hf["patch_size"],
-            c.antialias,
-        )
-        self.patch_embedding = nn.Conv2d(3, c.width, patch, patch, bias=c.pre_norm is nn.Identity)
-        self.position_embedding = nn.Embedding(self.grid**2 + bool(c.leading), c.width)
-        axis = c.leading.get("class_embedding", ())[
-            :1
-        ]  # DINOv2's tokens and table have a leading dimension of 1
-        self.position_embedding.weight = nn.Parameter(
-            self.position_embedding.weight.detach().view(*axis, -1, c.width)
-        )
-        for name, shape in c.leading.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(*shape, c.width)))
-        # The code of 2023 resizes the table by a scale, (h + 0.1) / grid, today's to a size: they sample elsewhere.
-        offset, size = c.hf.get("interpolate_offset", 0.0), lambda *hw: {"size": hw}
-        self.target = (
-            (lambda *hw: {"scale_factor": [(n + offset) / self.grid for n in hw]})
-            if offset
-            else size
+        self.grid = c.image_size // c.patch_size
+        self.antialias = c.antialias
+        self.interpolate_offset = c.interpolate_offset
+
+        # The stride is the size of the kernel: one linear map of each patch, without overlap.
+        self.patch_embedding = nn.Conv2d(
+            3, c.width, kernel_size=c.patch_size, stride=c.patch_size, bias=not c.pre_norm
         )
 
+        positions = self.grid**2
+        if c.class_token:
+            positions += 1
+        self.position_embedding = nn.Embedding(positions, c.width)
+
+        self.class_embedding = None
+        if c.class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(c.width))
+        self.register_tokens = None
+        if c.registers is not None:
+            self.register_tokens = nn.Parameter(torch.zeros(1, c.registers, c.width))
+
+        # As DINOv2's files have them: (1, 1, C) and (1, positions, C).
+        if c.batch_axis:
+            token = self.class_embedding.detach()
+            table = self.position_embedding.weight.detach()
+            self.class_embedding = nn.Parameter(token[None, None])
+            self.position_embedding.weight = nn.Parameter(table[None])
+
     def forward(self, pixels: Tensor) -> Tensor:
-        N, C, h, w = (x := self.patch_embedding(pixels)).shape
-        first, table = self.position_embedding.weight.view(-1, C).tensor_split([-(self.grid**2)])
-        leading = torch.cat([first[:0], *(p.view(-1, C) for p in self.parameters(recurse=False))])
-        leading = leading + F.pad(first, (0, 0, 0, len(leading) - len(first)))
-        if (h, w) != (self.grid, self.grid):  # bicubic, in float32 as Hugging Face has it
-            table = table.float().T.unflatten(1, (self.grid, self.grid))[None]
-            table = F.interpolate(
-                table, mode="bicubic", antialias=self.antialias, **self.target(h, w)
-            )
-            table = table[0].flatten(1).T.to(x.dtype)
-        return torch.cat([leading.expand(N, -1, -1), x.flatten(2).transpose(1, 2) + table], 1)
+        """Return the tokens (N, n, C) of pixels (N, 3, H, W)."""
+        x = self.patch_embedding(pixels)  # (N, C, h, w)
+        N, C, h, w = x.shape
+        patches = x.flatten(2).transpose(1, 2)  # (N, h * w, C)
+        patches = patches + self.patch_positions(h, w, x.dtype)
+        if self.class_embedding is None:
+            return patches
+
+        # The first row of the table is the class token's position.
+        first = self.position_embedding.weight.view(-1, C)[:1]
+        leading = self.class_embedding.view(1, C) + first
+        if self.register_tokens is not None:
+            leading = torch.cat([leading, self.register_tokens.view(-1, C)])
+        return torch.cat([leading.expand(N, -1, -1), patches], dim=1)
+
+    def patch_positions(self, h: int, w: int, dtype: torch.dtype) -> Tensor:
+        """Return the positions (h * w, C) of h x w patches.
+
+        The table has grid x grid of them. For another number it is resized like a picture, in
+        float32 as Hugging Face has it, and comes back in `dtype`.
+        """
+        table = self.position_embedding.weight.flatten(0, -2)  # (positions, C)
+        table = table[-(self.grid**2) :]  # without the class token's
+        if (h, w) == (self.grid, self.grid):
+            return table
+
+        # The code of 2023 resized by a factor, (h + 0.1) / grid, and today's resizes to a size. The
+        # two sample the table at different places, so a checkpoint says which one it was made with.
+        if self.interpolate_offset:
+            offset = self.interpolate_offset
+            target = {"scale_factor": [(h + offset) / self.grid, (w + offset) / self.grid]}
+        else:
+            target = {"size": (h, w)}
+
+        table = table.float().T.unflatten(1, (self.grid, self.grid))  # (C, grid, grid)
+        table = F.interpolate(table[None], mode="bicubic", antialias=self.antialias, **target)
+        table = table[0].flatten(1).T  # (h * w, C)
+        return table.to(dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al., 2017) among all tokens of an image."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.heads = c.heads
+        self.q_proj = nn.Linear(c.width, c.width)
+        self.k_proj = nn.Linear(c.width, c.width)
+        self.v_proj = nn.Linear(c.width, c.width)
+        self.out_proj = nn.Linear(c.width, c.width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, n, C)
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1))  # (N, n, heads, d)
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1))
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1))
+
+        # One kernel for softmax(q k^T / sqrt(d)) v, head by head; it never stores the n x n scores.
+        attended = attention(q, k, v, causal=False)  # (N, n, heads, d)
+        return self.out_proj(attended.flatten(2))  # (N, n, C)
+
+
+class MLP(nn.Module):
+    """Two linears with a GELU between them."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[c.hidden_act]
+        self.fc1 = nn.Linear(c.width, c.intermediate)
+        self.fc2 = nn.Linear(c.intermediate, c.width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, n, C)
+        hidden = self.fc1(x)  # (N, n, I)
+        hidden = gelu(hidden, self.activation)  # the variant of GELU that the config names
+        return self.fc2(hidden)
+
+
+class GatedMLP(nn.Module):
+    """The SwiGLU (Shazeer, 2020) of DINOv2-giant, with gate and value in one linear."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.weights_in = nn.Linear(c.width, 2 * c.intermediate)
+        self.weights_out = nn.Linear(c.intermediate, c.width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, n, C)
+        gate, value = self.weights_in(x).chunk(2, dim=-1)  # (N, n, I) each
+        hidden = glu(gate, value, "silu")  # silu(gate) * value, in one kernel
+        return self.weights_out(hidden)
+
+
+def layer_scale(c: VisionConfig) -> nn.Module:
+    """Return a LayerScale where the config has one, else a module that changes nothing."""
+    if c.layer_scale is None:
+        return nn.Identity()
+    return LayerScale(c.width, c.layer_scale)
+
+
+class Block(nn.Module):
+    """A pre-norm ViT block (Dosovitskiy et al., 2020): attention, then an MLP, each added to x."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(c.width, c.norm_eps)
+        self.layer_norm2 = LayerNorm(c.width, c.norm_eps)
+
+        # Only DINOv2 scales what a block adds, one factor per channel.
+        self.layer_scale1 = layer_scale(c)
+        self.layer_scale2 = layer_scale(c)
+
+        self.self_attn = Attention(c)
+        if c.hidden_act == SWIGLU:
+            self.mlp = GatedMLP(c)
+        else:
+            self.mlp = MLP(c)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, n, C)
+        attended = self.self_attn(self.layer_norm1(x))
+        attended = self.layer_scale1(attended)
+
+        # One kernel adds to the residual stream and normalises the sum:
+        # x = attended + x, normed = norm(x).
+        normed, x = self.layer_norm2.add(attended, x)
+        return x + self.layer_scale2(self.mlp(normed))
 
 
 class VisionEncoder(nn.Module):
-    """Vision Transformer (Dosovitskiy et al., 2020) up to the chosen feature layer: (N, 3, H, W) -> (N, n, C).
+    """A Vision Transformer (Dosovitskiy et al., 2020) up to the layer whose features are used.
 
-    feature_layer counts Hugging Face's `hidden_states`: 0 is the embeddings, -2 the input of the last block, and none
-    gets the final norm. What lies behind is not built; its tensors wait in `spares`, to leave with the checkpoint.
+    feature_layer counts Hugging Face's `hidden_states`: 0 is the embeddings, -2 the input of the
+    last block, and none of them gets the final norm. What lies behind is not built. Its tensors
+    wait in `spares` and leave with the checkpoint, so that a saved encoder is whole again.
+
+    feature_select is "patch" or "cls_patch", see VisionConfig.tokens.
     """
 
-    spare = ("encoder.layers.*.**", "post_layernorm.*", "head.**", "embeddings.mask_token")
+    # Tensors of a vision checkpoint that no forward pass here reads: they go to `spares`.
+    spare = (
+        "encoder.layers.*.**",
+        "post_layernorm.*",
+        "head.**",
+        "embeddings.mask_token",
+    )
+    # What else lies in a full CLIP or SigLIP checkpoint: its text half, and a table of indices.
     ignore = (
         "text_model.**",
         "logit_scale",
         "logit_bias",
         "*_projection.weight",
         "**.position_ids",
-    )  # not vision
+    )
 
     def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
         super().__init__()
-        states = range(c.hf["num_hidden_layers"] + 1)
+        # Hidden state i has passed i blocks, so it needs only those.
+        states = range(c.layers + 1)
         need(
             -len(states) <= feature_layer < len(states),
             "model.feature_layer",
             feature_layer,
-            f"-1 to {states[-1]}",
+            f"-1 to {c.layers}",
         )
-        self.config, self.rename, self.spares, self.gradient_checkpointing = c, c.rename, {}, False
-        self.transform, self.preprocess, self.skip = (
-            c.transform,
-            c.transform,
-            int(feature_select == "patch"),
-        )
-        self.embeddings, self.pre_layrnorm = (
-            Embeddings(c),
-            c.pre_norm(c.width, c.hf["layer_norm_eps"]),
-        )
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(Block(c) for _ in range(states[feature_layer]))}
-        )
+        depth = states[feature_layer]
 
-    blocks = property(lambda self: self.encoder["layers"])
+        self.config = c
+        self.processor = c.processor
+        self.preprocess = c.processor  # a picture -> (3, H, W)
+        self.rename = c.rename
+        self.spares: dict[str, Tensor] = {}
+        self.gradient_checkpointing = False
+        self.skip = 1 if feature_select == "patch" else 0
+
+        self.embeddings = Embeddings(c)
+        self.pre_layrnorm = nn.Identity()  # spelt like this in CLIP's files
+        if c.pre_norm:
+            self.pre_layrnorm = LayerNorm(c.width, c.norm_eps)
+        blocks = nn.ModuleList(Block(c) for _ in range(depth))
+        self.encoder = nn.ModuleDict({"layers": blocks})
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the blocks that are built, in order."""
+        return self.encoder["layers"]
 
     @torch.no_grad()
     def init_positions(self):
-        """Random positions, class token and registers of std C**-0.5; LayerScale as configured."""
-        for p in (
-            self.embeddings.position_embedding.weight,
-            *self.embeddings.parameters(recurse=False),
-        ):
-            p.normal_(0.0, self.config.width**-0.5)
-        for p in (p for name, p in self.named_parameters() if name.endswith(".lambda1")):
-            p.fill_(self.config.hf["layerscale_value"])
+        """Draw positions, class token and registers with std C**-0.5; set LayerScale's start."""
+        std = self.config.width**-0.5
+        self.embeddings.position_embedding.weight.normal_(0.0, std)
+        for token in (self.embeddings.class_embedding, self.embeddings.register_tokens):
+            if token is not None:
+                token.normal_(0.0, std)
+
+        for module in self.modules():
+            if isinstance(module, LayerScale):
+                module.lambda1.fill_(self.config.layer_scale)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.pre_layrnorm(
-            self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype))
-        )
+        """Return the features (N, n, C) of normalised pixels (N, 3, H, W)."""
+        pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)
+        x = self.embeddings(pixels)  # (N, n, C)
+        x = self.pre_layrnorm(x)
+
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if recompute:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+
         return x[:, self.skip :]
 
 
 class Mixture(nn.Module):
-    """CLIP and DINOv2 on the same pixels (Tong et al., 2024): (N, 3, H, W) -> (N, 2, n, C), CLIP's features first."""
+    """CLIP and DINOv2 on the same pixels (Tong et al., 2024), for the connector mof_mlp."""
 
     def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
         super().__init__()
-        self.config, self.spares, self.gradient_checkpointing = c, {}, False
-        self.transform = self.preprocess = c.transform
-        self.clip, self.dinov2 = (
-            VisionEncoder(t, feature_layer, feature_select) for t in (c, c.beside)
-        )
-        self.rename = tuple(
-            (f"{n}.{a}", f"{n}.{b}") for n, t in self.named_children() for a, b in t.rename
-        )
-        self.spare = tuple(f"{n}.{glob}" for n, t in self.named_children() for glob in t.spare)
-        self.ignore = tuple(f"{n}.{glob}" for n, t in self.named_children() for glob in t.ignore)
+        self.config = c
+        self.processor = c.processor
+        self.preprocess = c.processor
+        self.spares: dict[str, Tensor] = {}
+        self.gradient_checkpointing = False
+        self.clip = VisionEncoder(c, feature_layer, feature_select)
+        self.dinov2 = VisionEncoder(c.beside, feature_layer, feature_select)
+
+        # The names of both towers, each behind the name of its tower.
+        rename = []
+        spare = []
+        ignore = []
+        for name, tower in self.named_children():
+            rename += [(f"{name}.{theirs}", f"{name}.{ours}") for theirs, ours in tower.rename]
+            spare += [f"{name}.{glob}" for glob in tower.spare]
+            ignore += [f"{name}.{glob}" for glob in tower.ignore]
+        self.rename = tuple(rename)
+        self.spare = tuple(spare)
+        self.ignore = tuple(ignore)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Item i holds block i of both towers."""
-        return nn.ModuleList(
-            nn.ModuleList(filter(None, p))
-            for p in zip_longest(self.clip.blocks, self.dinov2.blocks)
-        )
+        """Return a list whose item i holds block i of each tower that is deep enough."""
+        depth = max(len(self.clip.blocks), len(self.dinov2.blocks))
+        levels = nn.ModuleList()
+        for i in range(depth):
+            level = nn.ModuleList()
+            for tower in (self.clip, self.dinov2):
+                if i < len(tower.blocks):
+                    level.append(tower.blocks[i])
+            levels.append(level)
+        return levels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        self.clip.gradient_checkpointing = self.dinov2.gradient_checkpointing = (
-            self.gradient_checkpointing
-        )
-        return torch.stack([self.clip(pixels), self.dinov2(pixels)], 1)
+        """Return the features (N, 2, n, C) of normalised pixels (N, 3, H, W), CLIP's first."""
+        self.clip.gradient_checkpointing = self.gradient_checkpointing
+        self.dinov2.gradient_checkpointing = self.gradient_checkpointing
+        return torch.stack([self.clip(pixels), self.dinov2(pixels)], dim=1)
 
 
-DINOV2 = tuple((f"encoder.layer.*.{theirs}.*", f"encoder.layers.*.{ours}.*") for theirs, ours in (
-    *((f"attention.attention.{name}", f"self_attn.{name[0]}_proj") for name in ("query", "key", "value")),
-    ("attention.output.dense", "self_attn.out_proj"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
-)) + (
-    ("encoder.layer.*.**", "encoder.layers.*.**"), ("layernorm.*", "post_layernorm.*"),
+# ------------------------------------------------------------------------------------ the families
+
+# What a config.json may leave out.
+DEFAULTS = {
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "intermediate_size": 3072,
+    "image_size": 224,
+    "patch_size": 16,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-6,
+}
+CLIP_DEFAULTS = DEFAULTS | {
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "patch_size": 32,
+}
+SIGLIP_DEFAULTS = DEFAULTS | {
+    "hidden_act": "gelu_pytorch_tanh",
+}
+DINOV2_DEFAULTS = DEFAULTS | {
+    "hidden_act": "gelu",
+    "mlp_ratio": 4,
+    "layerscale_value": 1.0,
+    "patch_size": 14,
+}
+DINOV2_REGISTERS_DEFAULTS = DEFAULTS | {
+    "hidden_act": "gelu",
+    "mlp_ratio": 4,
+    "layerscale_value": 1.0,
+    "num_register_tokens": 4,
+}
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Hugging Face's names for DINOv2 -> ours. The first line that matches a name decides.
+DINOV2_NAMES: Table = (
+    ("encoder.layer.*.attention.attention.query.*", "encoder.layers.*.self_attn.q_proj.*"),
+    ("encoder.layer.*.attention.attention.key.*", "encoder.layers.*.self_attn.k_proj.*"),
+    ("encoder.layer.*.attention.attention.value.*", "encoder.layers.*.self_attn.v_proj.*"),
+    ("encoder.layer.*.attention.output.dense.*", "encoder.layers.*.self_attn.out_proj.*"),
+    ("encoder.layer.*.norm1.*", "encoder.layers.*.layer_norm1.*"),
+    ("encoder.layer.*.norm2.*", "encoder.layers.*.layer_norm2.*"),
+    ("encoder.layer.*.**", "encoder.layers.*.**"),
+    ("layernorm.*", "post_layernorm.*"),
     ("embeddings.cls_token", "embeddings.class_embedding"),
     ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
     ("embeddings.patch_embeddings.projection.*", "embeddings.patch_embedding.*"),
-)  # fmt: skip
+)
 
 
-def _dinov2(c: dict, _: int) -> VisionConfig:
-    hidden, registers = int(c["hidden_size"] * c["mlp_ratio"]), c.get("num_register_tokens")
-    gated = {"hidden_act": "swiglu", "intermediate_size": (int(hidden * 2 / 3) + 7) // 8 * 8}
-    c = c | (gated if c.get("use_swiglu_ffn") else {"intermediate_size": hidden})
-    leading = {"class_embedding": (1, 1)} | (
-        {} if registers is None else {"register_tokens": (1, registers)}
+def vit_config(hf: dict, **differences) -> VisionConfig:
+    """Return what all families read from a config.json, and in `differences` what they do not."""
+    return VisionConfig(
+        hf=hf,
+        width=hf["hidden_size"],
+        intermediate=hf["intermediate_size"],
+        layers=hf["num_hidden_layers"],
+        heads=hf["num_attention_heads"],
+        hidden_act=hf["hidden_act"],
+        norm_eps=hf["layer_norm_eps"],
+        patch_size=hf["patch_size"],
+        image_size=hf["image_size"],
+        init_std=hf["initializer_range"],
+        layer_scale=hf.get("layerscale_value"),
+        interpolate_offset=hf.get("interpolate_offset", 0.0),
+        **differences,
     )
-    transform = ImageProcessor(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return VisionConfig(c, transform, leading, nn.Identity, DINOV2, registers is not None)
 
 
-# What config.json may leave out, and what makes the config of it.
-COMMON = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072,
-          "image_size": 224, "patch_size": 16, "initializer_range": 0.02, "layer_norm_eps": 1e-6}  # fmt: skip
-DINO = {"hidden_act": "gelu", "mlp_ratio": 4, "layerscale_value": 1.0}
-CLIP_STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FAMILIES: dict[str, tuple[dict, Callable[[dict, int], VisionConfig]]] = {
-    "clip_vision_model": ({"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32}, lambda c, n:
-        VisionConfig(c, ImageProcessor(n, n, *CLIP_STATS), {"class_embedding": ()}, LayerNorm)),
-    "siglip_vision_model": ({"hidden_act": "gelu_pytorch_tanh"}, lambda c, n: VisionConfig(c, ImageProcessor(n))),
-    "dinov2": (DINO | {"patch_size": 14}, _dinov2),
-    "dinov2_with_registers": (DINO | {"num_register_tokens": 4}, _dinov2),
-}  # fmt: skip
+def clip_config(hf: dict) -> VisionConfig:
+    """Return the config of a CLIP (Radford et al., 2021)."""
+    side = hf["image_size"]
+    return vit_config(
+        hf,
+        processor=ImageProcessor(size=side, crop=side, mean=CLIP_MEAN, std=CLIP_STD),
+        class_token=True,
+        pre_norm=True,
+    )
+
+
+def siglip_config(hf: dict) -> VisionConfig:
+    """Return the config of a SigLIP (Zhai et al., 2023), or of a SigLIP2 with one size of picture.
+
+    It has no class token: all tokens are patches.
+    """
+    return vit_config(hf, processor=ImageProcessor(size=hf["image_size"]))
+
+
+def dinov2_config(hf: dict) -> VisionConfig:
+    """Return the config of a DINOv2 (Oquab et al., 2023).
+
+    One with registers (Darcet et al., 2023) says how many; its position table is resized with
+    antialiasing.
+    """
+    # The config gives the width of the MLP as a ratio. A gated MLP has three matrices instead of
+    # two, so it gets two thirds of the width, rounded up to a multiple of 8.
+    intermediate = int(hf["hidden_size"] * hf["mlp_ratio"])
+    if hf.get("use_swiglu_ffn"):
+        intermediate = (int(intermediate * 2 / 3) + 7) // 8 * 8
+        hf = hf | {"hidden_act": SWIGLU}
+    hf = hf | {"intermediate_size": intermediate}
+
+    registers = hf.get("num_register_tokens")
+    return vit_config(
+        hf,
+        processor=ImageProcessor(size=256, crop=224, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        class_token=True,
+        registers=registers,
+        batch_axis=True,
+        any_size=True,
+        antialias=registers is not None,
+        rename=DINOV2_NAMES,
+    )
+
+
+class Family(NamedTuple):
+    """How a model_type becomes a VisionConfig."""
+
+    config: Callable[[dict], VisionConfig]
+    defaults: dict  # what its config.json may leave out
+
+
+# By the exact model_type of config.json.
+FAMILIES = {
+    "clip_vision_model": Family(clip_config, CLIP_DEFAULTS),
+    "siglip_vision_model": Family(siglip_config, SIGLIP_DEFAULTS),
+    "dinov2": Family(dinov2_config, DINOV2_DEFAULTS),
+    "dinov2_with_registers": Family(dinov2_config, DINOV2_REGISTERS_DEFAULTS),
+}
+
+
+def check_fields(hf: dict, where: object):
+    """Raise UserError for a field of a config.json that asks for what this ViT does not compute."""
+    heads = hf["num_attention_heads"]
+    supported = {
+        "hidden_act": [*ACTIVATIONS, SWIGLU],
+        "num_channels": [3],
+        "qkv_bias": [True],
+        "image_size": range(1, 9999),
+        "patch_size": range(1, 9999),
+        "hidden_size": range(0, 99999, heads),  # a multiple of the number of heads
+        "head_dim": [hf["hidden_size"] // heads],
+    }
+    for key, values in supported.items():
+        if key in hf:
+            need(hf[key] in values, f"{where}:{key}", hf[key], f"one of {values}")
+
+
+def mixture_config(hf: dict, preprocessor: dict | None, where: object) -> VisionConfig:
+    """Return the config of TinyLLaVA Factory's mixture: CLIP's, with DINOv2's beside it.
+
+    DINOv2 sees the pixels that CLIP's image processor makes. Raises UserError as vision_config
+    does, and where the two differ in width or number of tokens.
+    """
+    clip = vision_config(hf.get("clip", {}), preprocessor, f"{where}:clip")
+    dinov2 = vision_config(hf.get("dinov2", {}), clip.processor.to_hf(), f"{where}:dinov2")
+
+    sizes = [(c.width, c.tokens("patch")) for c in (clip, dinov2)]
+    fix = "take a CLIP and a DINOv2 with equal ones"
+    need(sizes[0] == sizes[1], f"{where}:(width, tokens)", sizes, fix)
+    return replace(clip, beside=dinov2)
 
 
 def vision_config(
     hf: dict, preprocessor: dict | None = None, where: object = "vision_config"
 ) -> VisionConfig:
-    """An encoder's config, from its config.json and image processor. UserError for what we cannot reproduce."""
+    """Return the config of an encoder, from its config.json and preprocessor_config.json.
+
+    where: what an error names as the place of the mistake. Raises UserError for a model or an
+    image processor that we cannot reproduce.
+    """
     kind = hf.get("model_type")
-    if kind == "mof":  # TinyLLaVA Factory's mixture of features: DINOv2 sees CLIP's pictures
-        clip = vision_config(hf.get("clip", {}), preprocessor, f"{where}:clip")
-        dinov2 = vision_config(hf.get("dinov2", {}), clip.transform.to_hf(), f"{where}:dinov2")
-        sizes = [(c.width, c.tokens("patch")) for c in (clip, dinov2)]
-        need(
-            sizes[0] == sizes[1],
-            f"{where}:(width, tokens)",
-            sizes,
-            "take a CLIP and a DINOv2 with equal ones",
-        )
-        return replace(clip, beside=dinov2)
-    if kind in ("clip", "siglip"):  # a full checkpoint: its text half is not ours to load
-        hf, kind = hf.get("vision_config", {}), f"{kind}_vision_model"
-    need(
-        kind in FAMILIES,
-        f"{where}:model_type",
-        kind,
-        f"one of {', '.join(FAMILIES)} (no NaFlex: its shapes vary)",
+    if kind == "mof":
+        return mixture_config(hf, preprocessor, where)
+
+    # A full CLIP or SigLIP has a text half too, which is not ours to load.
+    if kind in ("clip", "siglip"):
+        hf = hf.get("vision_config", {})
+        kind = f"{kind}_vision_model"
+
+    known = f"one of {', '.join(FAMILIES)} (no NaFlex: its shapes vary)"
+    need(kind in FAMILIES, f"{where}:model_type", kind, known)
+    family = FAMILIES[kind]
+
+    given = {key: value for key, value in hf.items() if value is not None}
+    filled = family.defaults | given | {"model_type": kind}
+    check_fields(filled, where)
+    config = family.config(filled)
+
+    processor = ImageProcessor.from_hf(
+        preprocessor or {}, config.processor, f"{where}:image processor"
     )
-    c = (
-        COMMON
-        | FAMILIES[kind][0]
-        | {k: v for k, v in hf.items() if v is not None}
-        | {"model_type": kind}
-    )
-    only = {"hidden_act": [*ACTIVATIONS], "num_channels": [3], "qkv_bias": [True], "image_size": range(1, 9999),
-            "patch_size": range(1, 9999), "hidden_size": range(0, 99999, c["num_attention_heads"]),
-            "head_dim": [c["hidden_size"] // c["num_attention_heads"]]}  # fmt: skip
-    for key, values in only.items():
-        need(c.get(key, values[0]) in values, f"{where}:{key}", c.get(key), f"one of {values}")
-    config = FAMILIES[kind][1](c, c["image_size"])
-    transform = ImageProcessor.from_hf(
-        preprocessor or {}, config.transform, f"{where}:image processor"
-    )
-    fix = f"the image processor makes {transform.side}: give the one that belongs to this encoder"
-    need(
-        config.antialias is not None or transform.side == c["image_size"],
-        f"{where}:image_size",
-        c["image_size"],
-        fix,
-    )
-    return replace(config, transform=transform)
+    fits = config.any_size or processor.side == config.image_size
+    fix = f"the image processor makes {processor.side}: give the one that belongs to this encoder"
+    need(fits, f"{where}:image_size", config.image_size, fix)
+    return replace(config, processor=processor)
+
+
+# -------------------------------------------------------------------------------------- making one
 
 
 def build_encoder(
     config: VisionConfig, feature_layer: int = -2, feature_select: str = "patch"
 ) -> nn.Module:
-    """The module of a config, on the meta device where that is the default; see VisionEncoder and Mixture."""
-    return (Mixture if config.beside else VisionEncoder)(config, feature_layer, feature_select)
+    """Return the VisionEncoder or Mixture of a config, with PyTorch's random weights."""
+    if config.beside is not None:
+        return Mixture(config, feature_layer, feature_select)
+    return VisionEncoder(config, feature_layer, feature_select)
 
 
 def load_encoder(
-    path, dtype=None, device="cpu", feature_layer=-2, feature_select="patch", allow_pickle=False
-):
-    """A pretrained encoder from a Hugging Face folder or id. Raises UserError as weights.load does."""
+    path,
+    dtype=None,
+    device="cpu",
+    feature_layer=-2,
+    feature_select="patch",
+    allow_pickle=False,
+) -> nn.Module:
+    """Return a pretrained encoder from a Hugging Face folder or id.
+
+    dtype None keeps the file's; allow_pickle also reads pytorch_model.bin, tensors only. Raises
+    UserError as vision_config and weights.load do.
+    """
     folder = resolve(str(path), allow_pickle=allow_pickle)
-    hf, preprocessor = read_json(folder / "config.json"), read_preprocessor(folder)
+    hf = read_json(folder / "config.json")
+    config = vision_config(hf, read_preprocessor(folder), folder / "config.json")
     with weights.empty():
-        encoder = build_encoder(
-            vision_config(hf, preprocessor, folder / "config.json"), feature_layer, feature_select
-        )
+        encoder = build_encoder(config, feature_layer, feature_select)
+
+    source = weights.Checkpoint(folder, allow_pickle)
     weights.load(
         encoder,
-        weights.Checkpoint(folder, allow_pickle),
+        source,
         encoder.rename,
-        "",
-        dtype,
-        device,
-        encoder.ignore,
+        dtype=dtype,
+        device=device,
+        ignore=encoder.ignore,
     )
     return encoder

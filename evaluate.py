@@ -61,7 +61,7 @@ from evals import (
 )
 from evals.judge import Judge
 from evals.published import add_published
-from inputs.rows import load_image
+from inputs.pictures import load_image
 from inputs.sample import load_item
 from inputs.templates import IMAGE, encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
@@ -192,7 +192,7 @@ def blanked(examples, data_dir, model):
     items = [
         item for e in some for item in seen(e, data_dir, partial(load_item, views=model.views))
     ]
-    normalise = model.vision_tower.transform.normalise
+    normalise = model.vision_tower.processor.normalise
     mean = torch.cat([normalise(item.pixels).mean(0, keepdim=True) for item in items]).mean(0)
     return lambda item: Item(mean.expand_as(item.pixels), item.shape)
 

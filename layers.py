@@ -1,4 +1,12 @@
-"""The layers that models share, over the kernels: normalisations, scales and MLPs. T tokens, H heads, d head width."""
+"""Layers that encoders, connectors and language models share: norms, LayerScale, GELU and two MLPs.
+
+    norm = RMSNorm(width, eps=1e-6)
+    normed = norm(x)                                # (..., D) -> (..., D)
+    normed, x = norm.add(attended, x)               # x = x + attended, and the norm of that sum
+
+T tokens, D width, H heads, d head width. `norm`, `gelu` and `glu` are functions of kernels/: each
+call is one fused Triton kernel on a GPU, and plain PyTorch elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +16,90 @@ from torch import Tensor, nn
 from kernels.glu import gelu, glu
 from kernels.norms import norm
 
+# -------------------------------------------------------------------------------------------- norms
+
 
 class _Norm:
-    """forward(x) normalises; add(x, residual) normalises their sum and returns that sum too, in one pass."""
+    """What the norms share. Each brings weight, bias, eps and the `kind` that the kernel knows."""
 
     kind: str
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm(x, self.weight, self.bias, eps=self.eps, kind=self.kind)[0]
+        """Return x (..., D), normalised over its last dimension."""
+        normed, _ = norm(x, self.weight, self.bias, eps=self.eps, kind=self.kind)
+        return normed
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return norm(x + residual) and x + residual, which one kernel computes together."""
         return norm(x, self.weight, self.bias, eps=self.eps, kind=self.kind, residual=residual)
 
 
 class LayerNorm(_Norm, nn.LayerNorm):
+    """Layer normalisation (Ba et al., 2016): mean 0 and variance 1, then weight and bias."""
+
     kind = "layer"
 
 
 class RMSNorm(_Norm, nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich, 2019), statistics in float32."""
+    """Root mean square normalisation (Zhang and Sennrich, 2019), with statistics in float32."""
 
-    kind, start, bias = "rms", 1.0, None
+    kind = "rms"
+    start = 1.0
+    bias = None
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.full((width,), self.start)), eps
+        self.weight = nn.Parameter(torch.full((width,), self.start))
+        self.eps = eps
 
 
 class OffsetRMSNorm(RMSNorm):
-    """Gemma's: the weight is stored less 1."""
+    """Gemma's RMSNorm: the factor is 1 + weight, so a weight starts at 0."""
 
-    kind, start = "rms1", 0.0
+    kind = "rms1"
+    start = 0.0
 
 
 class LayerNormPerHead(nn.Module):
-    """StableLM-2's: every head has a LayerNorm of its own. (T, H, d) -> (T, H, d)."""
+    """StableLM-2's norm of queries and keys: each head has a LayerNorm of its own, without bias."""
 
     def __init__(self, heads: int, width: int, eps: float):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps, bias=False) for _ in range(heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([norm(x[:, i]) for i, norm in enumerate(self.norms)], 1)
+        """Return x (T, H, d), each head normalised by its own norm."""
+        heads = []
+        for i, head_norm in enumerate(self.norms):
+            heads.append(head_norm(x[:, i]))  # (T, d)
+        return torch.stack(heads, dim=1)
 
 
 class LayerScale(nn.Module):
-    """A learnt factor per channel (Touvron et al., 2021)."""
+    """A learnt factor per channel (Touvron et al., 2021), on what a block adds to its input."""
 
     def __init__(self, width: int, start: float):
         super().__init__()
         self.lambda1 = nn.Parameter(torch.full((width,), float(start)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x (..., D) times the factors (D,)."""
         return x * self.lambda1
 
 
+# --------------------------------------------------------------------------------------------- MLPs
+
+
 class GELU(nn.Module):
+    """GELU with erf (Hendrycks and Gimpel, 2016), as a module for nn.Sequential."""
+
     def forward(self, x: Tensor) -> Tensor:
+        """Return x * Phi(x), Phi the standard normal distribution function."""
         return gelu(x, "gelu")
 
 
 class GLU(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer, 2020): SwiGLU with `silu`, GeGLU with `gelu_tanh`."""
+    """A gated MLP (Shazeer, 2020): SwiGLU with act "silu", GeGLU with "gelu_tanh"."""
 
     def __init__(self, width: int, intermediate: int, act: str = "silu"):
         super().__init__()
@@ -79,15 +109,22 @@ class GLU(nn.Module):
         self.down_proj = nn.Linear(intermediate, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.act))
+        """Return down(act(gate(x)) * up(x)), (..., D) -> (..., D)."""
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        hidden = glu(gate, up, self.act)  # act(gate) * up
+        return self.down_proj(hidden)
 
 
 class MLP(nn.Module):
-    """Phi's: two linears with biases and a GELU (tanh) between them."""
+    """Phi's MLP: two linears with biases and a GELU (its tanh approximation) between them."""
 
     def __init__(self, width: int, intermediate: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, intermediate), nn.Linear(intermediate, width)
+        self.fc1 = nn.Linear(width, intermediate)
+        self.fc2 = nn.Linear(intermediate, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x), "gelu_tanh"))
+        """Return fc2(gelu(fc1(x))), (..., D) -> (..., D)."""
+        hidden = gelu(self.fc1(x), "gelu_tanh")
+        return self.fc2(hidden)

@@ -35,7 +35,6 @@ heads, K key-value heads, d head width, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -50,11 +49,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import layouts, weights
-from checkpoints.files import read_json, resolve, write_file
+from checkpoints import barellava, layouts, weights
+from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
-from connectors import CONNECTORS, Separated, anyres_order, build_connector, join_views
+from connectors import CONNECTORS, MLPWithNewline, anyres_order, build_connector, join_views
 from encoders import VisionEncoder, build_encoder, vision_config
 from inference import generation
 from inputs.tiling import Tiling, read_grids
@@ -733,7 +732,7 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         tokens,
         c.connector,
         c.connector_options,
-        vision.transform,
+        vision.processor,
         c.image_mode,
         read_grids(c.image_grids),
         c.frames,
@@ -785,7 +784,7 @@ class LLaVA(nn.Module):
         width = self.language_model.config.width
         self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
         if c.image_mode == "anyres":
-            self.connector = Separated(self.connector)  # adds the separator of rows of tokens
+            self.connector = MLPWithNewline(self.connector)  # adds the separator of rows of tokens
         self.views = tiling_of(c)
 
     # -- construction ------------------------------------------------------------------------------
@@ -806,11 +805,13 @@ class LLaVA(nn.Module):
         with the same arguments. Raises UserError.
         """
         folder = resolve(str(path), allow_pickle=allow_pickle)
-        config, source, hf_names = layouts.read(folder, allow_pickle)
+        found = layouts.read(folder, allow_pickle)
+        source = found.tensors
 
         # Hugging Face's files leave out of `text_config` what its config class has as a default.
+        config = found.config
         kind = config.text["model_type"]
-        if hf_names and kind in FAMILIES:
+        if found.hf_names and kind in FAMILIES:
             config = replace(config, text=FAMILIES[kind].defaults | config.text)
 
         with weights.empty():
@@ -823,7 +824,7 @@ class LLaVA(nn.Module):
             part = getattr(model, name)
             load_part = loaders.get(name, weights.load)
             table = ()
-            if hf_names:
+            if found.hf_names:
                 table = getattr(part, "rename", ())
             used |= load_part(
                 part,
@@ -868,7 +869,7 @@ class LLaVA(nn.Module):
 
         # Only the random weights below draw from this seed, so equal seeds give equal models.
         torch.manual_seed(seed)
-        model = cls(layouts.from_recipe(c, template), empty=list(pretrained))
+        model = cls(layouts.config_from_recipe(c, template), empty=list(pretrained))
         init_weights(model.connector, 0.02)
         for name in ("language_model", "vision_tower"):
             part = getattr(model, name)
@@ -890,14 +891,7 @@ class LLaVA(nn.Module):
 
         Tokenizer and recipe are the caller's.
         """
-        folder = Path(folder)
-        state = {}
-        for name in self.PARTS:
-            state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
-        weights.save(folder, state)
-        preprocessor = self.vision_tower.transform.to_hf()
-        write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
-        write_file(folder / "config.json", json.dumps(layouts.to_ours(self.config), indent=2))
+        barellava.save(Path(folder), self)
 
     def compile_blocks(self, **options):
         """Run torch.compile on every block of language model and encoder, in place.
@@ -961,7 +955,7 @@ class LLaVA(nn.Module):
 
     def _encode_views(self, views: Tensor) -> Tensor:
         """Views (M, 3, height, width), normalised or uint8 -> the encoder's tokens (M, n, C)."""
-        normalise = self.vision_tower.transform.normalise
+        normalise = self.vision_tower.processor.normalise
         if torch.is_grad_enabled():
             return self.vision_tower(normalise(views))
 
@@ -978,7 +972,7 @@ class LLaVA(nn.Module):
 
     def _in_order(self, output: Tensor, shape: ItemShape) -> Tensor:
         """What the connector makes of an item -> its features (n, D), in the order of the text."""
-        if not isinstance(self.connector, Separated):
+        if not isinstance(self.connector, MLPWithNewline):
             return output
 
         # In anyres the last one is the separator. Only tiled pictures have rows to separate.

@@ -32,7 +32,7 @@ from torch import Tensor
 import config
 from checkpoints.files import resolve, write_file
 from config import UserError
-from inputs.rows import load_image
+from inputs.pictures import load_image
 from inputs.templates import IMAGE, encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
@@ -112,7 +112,7 @@ def look(model: LLaVA, prompt: list[int], answer: list[int], picture: Tensor) ->
             lm.lm_head.weight[ids[-len(answer) :]].float(), dim=-1
         )
         patches = torch.nn.functional.normalize(hidden[ids == IMAGE_TOKEN].float(), dim=-1)
-        similarity = on_grid(words @ patches.T, vision.transform.side // vision.hf["patch_size"])
+        similarity = on_grid(words @ patches.T, vision.processor.side // vision.hf["patch_size"])
     return Answer(
         picture, ids, len(ids) - len(answer), lm.lm_head(hidden[rows]).float().softmax(-1), torch.stack(seen),
         similarity, occlusion(model, prompt, answer, picture),
@@ -127,7 +127,7 @@ def occlusion(model: LLaVA, prompt: list[int], answer: list[int], picture: Tenso
     ids = torch.tensor(prompt + answer, device=device)[None]
 
     def log_probabilities(pictures: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, W)
-        pixels = model.vision_tower.transform.normalise(pictures).to(device)
+        pixels = model.vision_tower.processor.normalise(pictures).to(device)
         logits = model(ids.expand(len(pixels), -1), pixels).logits[:, -len(answer) - 1 : -1].float()
         return (
             logits.log_softmax(-1)
@@ -274,7 +274,7 @@ def main(argv: list[str]):
             "--layer", f"{a.layer}: the model has {layers} layers", f"give 0 to {layers - 1}"
         )
     try:
-        picture = model.vision_tower.transform.pixels(load_image(a.image), model.config.image_mode)
+        picture = model.vision_tower.processor.pixels(load_image(a.image), model.config.image_mode)
     except ValueError as e:
         raise UserError(a.image, str(e), "give an image file") from None
     template, turn = (
@@ -282,7 +282,7 @@ def main(argv: list[str]):
         {"from": "human", "value": f"{IMAGE}\n{a.prompt.replace(IMAGE, '')}"},
     )
     prompt, eos = encode_prompt([turn], tokenizer, template), stop_id(tokenizer, template)
-    pixels = model.vision_tower.transform.normalise(picture[None]).to(device)
+    pixels = model.vision_tower.processor.normalise(picture[None]).to(device)
     made = model.generate(
         [torch.tensor(prompt)], images=pixels, max_new_tokens=a.max_new_tokens, eos_token_id=eos
     )

@@ -185,7 +185,7 @@ def decoding(
 def questions(folder: Path, kind: str, rounds: int, device: str) -> dict:
     """The gain of asking one picture everything at once, and what is possible."""
     model, g = load(folder, kind, device), torch.Generator().manual_seed(0)
-    side, vocab = model.vision_tower.transform.side, model.language_model.config.vocab - 1
+    side, vocab = model.vision_tower.processor.side, model.language_model.config.vocab - 1
     image = torch.randn(1, 3, side, side, generator=g).to(
         device, model.language_model.model.norm.weight.dtype
     )

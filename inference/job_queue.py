@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from config import UserError
-from inputs.rows import load_image
+from inputs.pictures import load_image
 from inputs.templates import encode_prompt, stop_id
 from model import LLaVA
 from packing import Item

@@ -1,8 +1,17 @@
-"""Published image processors as numbers: resize, crop, normalise, exactly as Hugging Face's do with Pillow."""
+"""Published image processors as numbers: how a picture becomes the square that an encoder takes.
+
+    processor = ImageProcessor.from_hf(read_preprocessor(folder), default)
+    pixels = processor(image)                  # a PIL image -> (3, side, side) float32
+    pixels = processor(image, "pad")           # made a square with the mean colour first
+
+The steps are Hugging Face's, done with Pillow, to the bit: convert to RGB, pad (where the model
+asks for it), resize, crop the centre (CLIP and DINOv2, not SigLIP), divide by 255, normalise.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,129 +21,182 @@ from torch import Tensor
 from checkpoints.files import read_json
 from config import UserError
 
-PROCESSORS = (
-    "CLIPImageProcessor",
-    "SiglipImageProcessor",
-    "BitImageProcessor",
-    "CLIPFeatureExtractor",
-)
+CROPS = "CLIPImageProcessor"
+RESIZES = "SiglipImageProcessor"
+# The processors that do these steps. BitImageProcessor, DINOv2's, does what CLIP's does.
+PROCESSORS = (CROPS, RESIZES, "BitImageProcessor", "CLIPFeatureExtractor")
 
 
 def need(good: bool, where: object, value: object, fix: str):
+    """Raise UserError for a value that is not supported, unless it is good."""
     if not good:
         raise UserError(where, f"{value!r} is not supported", fix)
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """A published image processor as numbers. Small and picklable: data workers carry it without the weights."""
+    """A published image processor. Small and picklable: data workers need no weights for it."""
 
     size: int = 224  # pixels: the square's side, or the shortest side where crop is set
-    crop: int = 0  # 0 = resize straight to a size x size square; else resize the shortest side, cut the centre
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    crop: int = (
+        0  # 0: resize straight to the square. Else: resize the shortest side, cut the centre
+    )
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green and blue, where white is 1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = int(Image.Resampling.BICUBIC)
-    side = property(lambda self: self.crop or self.size)
+
+    @property
+    def side(self) -> int:
+        """Pixels along a side of the square that the encoder gets."""
+        return self.crop or self.size
+
+    def __call__(self, image: Image.Image, image_mode: str = "square") -> Tensor:
+        """Return a picture as (3, side, side) float32. `pad` makes it a square first."""
+        pixels = self.pixels(image, image_mode)
+        return self.normalise(pixels[None])[0]
+
+    def pixels(self, image: Image.Image, image_mode: str = "square") -> Tensor:
+        """Return a picture as (3, side, side) uint8, not normalised yet.
+
+        That is a quarter of the bytes to carry to the device.
+        """
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if image_mode == "pad":
+            image = self._pad_to_square(image)
+
+        if self.crop:
+            image = self._resize_shortest_side(image)
+            image = self._crop_centre(image)
+        else:
+            image = image.resize((self.size, self.size), self.resample)
+        return self.tensor(image)
+
+    def _pad_to_square(self, image: Image.Image) -> Image.Image:
+        """Return the picture in the middle of a square of the mean colour (LLaVA-1.5)."""
+        side = max(image.size)
+        left = (side - image.width) // 2
+        top = (side - image.height) // 2
+        right = side - image.width - left  # one more than left where the difference is odd
+        bottom = side - image.height - top
+        colour = tuple(int(mean * 255) for mean in self.mean)
+        return ImageOps.expand(image, (left, top, right, bottom), colour)
+
+    def _resize_shortest_side(self, image: Image.Image) -> Image.Image:
+        """Return the picture with its shortest side `size` long; the longer one is rounded down."""
+        shortest = min(image.size)
+        width = self.size * image.width // shortest
+        height = self.size * image.height // shortest
+        return image.resize((width, height), self.resample)
+
+    def _crop_centre(self, image: Image.Image) -> Image.Image:
+        """Return the square in the picture's middle; black where it is larger than the picture."""
+        left = (image.width - self.crop) // 2
+        top = (image.height - self.crop) // 2
+        return image.crop((left, top, left + self.crop, top + self.crop))
+
+    @staticmethod
+    def tensor(image: Image.Image) -> Tensor:
+        """Return a picture in RGB as (3, H, W) uint8."""
+        # Stacking the colours is faster than transposing (H, W, 3).
+        bands = [np.asarray(band) for band in image.split()]
+        return torch.from_numpy(np.stack(bands))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return (N, 3, H, W) uint8 as normalised float32 on the same device.
+
+        Pixels that are float already are normalised already.
+        """
+        if pixels.dtype != torch.uint8:
+            return pixels
+        mean = pixels.new_tensor(self.mean, dtype=torch.float32)[:, None, None]  # (3, 1, 1)
+        std = pixels.new_tensor(self.std, dtype=torch.float32)[:, None, None]
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     @classmethod
     def from_hf(
         cls, config: dict, default: ImageProcessor, where: object = "preprocessor_config.json"
-    ):
-        """From an image processor's fields; a missing one is the default's. UserError for one we cannot reproduce."""
-        given = {
-            "image_processor_type": config.get("feature_extractor_type")
-        } | config  # its name in old files
+    ) -> ImageProcessor:
+        """Return the processor that a preprocessor_config.json describes.
+
+        A field that is missing or null is the default's. Raises UserError for a field that asks for
+        something this class does not do.
+        """
+        given = dict(config)
+        # Old files call the type feature_extractor_type.
+        given.setdefault("image_processor_type", given.get("feature_extractor_type"))
         given = {key: value for key, value in given.items() if value is not None}
-        c = {"crop_size": default.side} | default.to_hf() | given
-        size, crop = (
-            next(iter(v.values()), 0) if isinstance(v, dict) else v
-            for v in (c["size"], c["crop_size"])
+        fields = {"crop_size": default.side} | default.to_hf() | given
+
+        crop = 0
+        if fields["do_center_crop"]:
+            crop = read_side(fields["crop_size"])
+        processor = cls(
+            size=read_side(fields["size"]),
+            crop=crop,
+            mean=tuple(fields["image_mean"]),
+            std=tuple(fields["image_std"]),
+            resample=fields["resample"],
         )
-        made = cls(
-            size,
-            crop * c["do_center_crop"],
-            tuple(c["image_mean"]),
-            tuple(c["image_std"]),
-            c["resample"],
-        )
-        others = {key: False for key in c if key.startswith("do_")} | {
-            "do_convert_rgb": c.get("do_convert_rgb")
-        }
-        for key, value in (others | made.to_hf()).items():
-            given = c.get(key, value)
-            good = (
-                given.removesuffix("Fast") in PROCESSORS
-                if key == "image_processor_type"
-                else given == value
-            )
-            good |= key in ("size", "crop_size") and isinstance(given, int)  # of old files
-            good |= key == "rescale_factor" and abs(given * 255 - 1) < 1e-6
-            need(
-                good,
-                f"{where}:{key}",
-                given,
-                "give the image processor that was published with the encoder",
-            )
-        return made
+
+        # The fields must be those that this processor would write. A step that it does not know
+        # must be off, all but do_convert_rgb: every picture is converted.
+        wanted = {}
+        for key in fields:
+            if key.startswith("do_") and key != "do_convert_rgb":
+                wanted[key] = False
+        wanted |= processor.to_hf()
+
+        fix = "give the image processor that was published with the encoder"
+        for key, expected in wanted.items():
+            value = fields[key]
+            if key == "image_processor_type":
+                good = value.removesuffix("Fast") in PROCESSORS
+            elif key == "rescale_factor":
+                good = abs(value * 255 - 1) < 1e-6  # files write 1/255 with more or fewer digits
+            elif key in ("size", "crop_size") and isinstance(value, int):
+                good = True  # old files write one number
+            else:
+                good = value == expected
+            need(good, f"{where}:{key}", value, fix)
+        return processor
 
     def to_hf(self) -> dict:
-        """preprocessor_config.json as Hugging Face's processors read it (BitImageProcessor does what CLIP's does)."""
+        """Return the preprocessor_config.json from which Hugging Face makes the same processor."""
+        fields = {
+            "image_processor_type": CROPS if self.crop else RESIZES,
+            "do_resize": True,
+            "resample": int(self.resample),
+            "do_center_crop": self.crop > 0,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
         square = {"height": self.side, "width": self.side}
-        sizes = (
-            {"size": {"shortest_edge": self.size}, "crop_size": square}
-            if self.crop
-            else {"size": square}
-        )
-        return {
-            "image_processor_type": PROCESSORS[not self.crop], "do_resize": True, "resample": int(self.resample),
-            "do_center_crop": self.crop > 0, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": list(self.mean), "image_std": list(self.std), **sizes,
-        }  # fmt: skip
-
-    def __call__(self, image: Image.Image, image_mode: str = "square") -> Tensor:
-        """A picture -> (3, side, side) float32; `pad` first makes it a square with the mean colour."""
-        return self.normalise(self.pixels(image, image_mode)[None])[0]
-
-    def pixels(self, image: Image.Image, image_mode: str = "square") -> Tensor:
-        """The same in uint8, not normalised yet: a quarter of the bytes to carry to the device."""
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        if image_mode == "pad":
-            left, top = ((max(image.size) - edge) // 2 for edge in image.size)
-            border = (
-                left,
-                top,
-                max(image.size) - image.width - left,
-                max(image.size) - image.height - top,
-            )
-            image = ImageOps.expand(image, border, tuple(int(m * 255) for m in self.mean))
-        size = [
-            self.size * edge // min(image.size) if self.crop else self.size for edge in image.size
-        ]
-        left, top = ((edge - self.side) // 2 for edge in size)
-        return self.tensor(
-            image.resize(size, self.resample).crop((left, top, left + self.side, top + self.side))
-        )
-
-    @staticmethod
-    def tensor(image: Image.Image) -> Tensor:
-        """A picture in RGB -> (3, H, W) uint8."""
-        return torch.from_numpy(
-            np.stack([np.asarray(band) for band in image.split()])
-        )  # faster than a transpose
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 -> float32, where they lie; what is float already is normalised."""
-        if pixels.dtype != torch.uint8:
-            return pixels
-        mean, std = (
-            pixels.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (self.mean, self.std)
-        )
-        return pixels.float().div_(255).sub_(mean).div_(std)
+        if self.crop:
+            fields["size"] = {"shortest_edge": self.size}
+            fields["crop_size"] = square
+        else:
+            fields["size"] = square
+        return fields
 
 
-def read_preprocessor(folder) -> dict:
-    """The image processor's fields in a folder: transformers 4's file, else transformers 5's, else {}."""
-    flat = read_json(folder / "preprocessor_config.json", optional=True)
-    return flat or read_json(folder / "processor_config.json", optional=True).get(
-        "image_processor", {}
-    )
+def read_side(size: int | dict) -> int:
+    """Return the pixels of a size: of a number, of {"shortest_edge": ...}, or of a square."""
+    if isinstance(size, dict):
+        return next(iter(size.values()), 0)
+    return size
+
+
+def read_preprocessor(folder: Path) -> dict:
+    """Return the image processor's fields in a folder, {} where there is none.
+
+    transformers 4 writes preprocessor_config.json, transformers 5 a part of processor_config.json.
+    """
+    fields = read_json(folder / "preprocessor_config.json", optional=True)
+    if fields:
+        return fields
+    processor = read_json(folder / "processor_config.json", optional=True)
+    return processor.get("image_processor", {})

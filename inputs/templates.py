@@ -1,239 +1,613 @@
-"""Chat templates that make token ids and labels together, and a viewer of what is supervised.
+"""Chat templates: from a conversation to one text, and from the text to token ids and labels.
 
-    python -m inputs.templates --model DIR --template phi ROWS.json              # see what is supervised
-    python -m inputs.templates --model DIR --template phi ROWS.json --row 3      # one row, counted from 0
-    python -m inputs.templates --model DIR --template chat ROWS.jsonl --limit 20  # the language model's own format
+A conversation is a list of turns, as LLaVA's rows have it. `render` writes it out as one text, and
+`tokenize` makes ids and labels of the text. With Llama-2's tokenizer and the template "plain":
 
-A conversation is LLaVA's: [{"from": "human", "value": "<image>\\nWho?"}, {"from": "gpt", "value": "A dog."}].
-`render` writes it out as one text and says which characters are answers and which are control tokens; `tokenize`
-turns that into ids and labels by looking where each token starts, so the two cannot drift apart.
+    conversation  [{"from": "human", "value": "<image>\\nWho?"}, {"from": "gpt", "value": "A dog."}]
 
-A mistake in a row is a UserError "<where>: <what>; fix: <action>"; the caller puts file and row before it.
+    text          USER: <image>\\nWho? ASSISTANT: A dog.</s>
+    answers       [29:40], which is " A dog.</s>"
+    marks         [6:13] is an image, [36:40] is the control token 2
+
+    ids           1   3148 1001 29901 29871 -200 ... 13566 29901   319    11203  29889  2
+    token         <s> ▁US  ER   :     ▁     image    ANT   :       ▁A     ▁dog   .      </s>
+    label         -   -    -    -     -     -        -     -       319    11203  29889  2
+
+A token is supervised when its first character lies in an answer. Searching the ids for those of the
+answer would go wrong: 319 is also the beginning of " ASSISTANT". And tokenizing the parts one by
+one would go wrong, because tokens reach across parts. The marks say what is structure. The same
+characters typed into a question or an answer are plain text, so that data cannot end a turn.
+
+Read `encode`, `render` and `tokenize` for the way of a row, then `Template`, which is seven of the
+eight templates, then `Chat`, which takes the Jinja template that a tokenizer brings along.
+
+A mistake in a row is a UserError "<where>: <what>; fix: <action>", and the caller puts file and row
+before it.
 """
 
+from __future__ import annotations
+
+import datetime
 import difflib
 import functools
 import json
-import os
 import re
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import NamedTuple
 
-import config
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
 from config import UserError
-from inputs.tokenizer import JsonTokenizer as JsonTokenizer
-from inputs.tokenizer import Tokenizer, load_tokenizer
+from inputs.tokenizer import JsonTokenizer, Mark, Offsets, Tokenizer
 from packing import IGNORE, IMAGE_TOKEN
 
 IMAGE = "<image>"
 
 
+class Turn(NamedTuple):
+    """One turn of a conversation."""
+
+    speaker: str  # "human", "gpt" or, as the first, "system"
+    value: str | None  # None: the answer that a prompt asks for
+
+
+class Span(NamedTuple):
+    """The characters text[start:end]."""
+
+    start: int
+    end: int
+
+
+class Rendered(NamedTuple):
+    """A conversation as one text, and what is known of places in it."""
+
+    text: str
+    answers: list[Span]  # what is supervised: each answer, its end token included
+    marks: list[Mark]  # what is structure: images and control tokens, in order
+
+
+class Tokenized(NamedTuple):
+    """Three lists of one length."""
+
+    ids: list[int]
+    labels: list[int]  # the id where it is supervised, else IGNORE; not shifted
+    offsets: Offsets  # the characters that each token stands for
+
+
+# ----------------------------------------------------------------------------- the way of a row
+
+
+def encode(conversation: list, tok: Tokenizer, template: str = "phi") -> tuple[list, list]:
+    """Return (ids, labels) of a finished conversation: IMAGE_TOKEN per image, IGNORE where nothing
+    is learned."""
+    rendered = render(conversation, resolve(template, tok))
+    tokenized = tokenize(*rendered, tok)
+    return tokenized.ids, tokenized.labels
+
+
+def encode_prompt(conversation: list, tok: Tokenizer, template: str = "phi") -> list[int]:
+    """Return the ids of a conversation that waits for an answer.
+
+    They are those that training has before the first supervised token of that answer.
+    """
+    rendered = render(conversation, resolve(template, tok), prompt=True)
+    return tokenize(*rendered, tok).ids
+
+
+def stop_id(tok: Tokenizer, template: str = "phi") -> int | None:
+    """Return the id that ends an answer: the template's, else the tokenizer's eos, else None."""
+    form = resolve(template, tok)
+    return tok.eos_id if form.stop is None else form.stop
+
+
+def render(conversation: list, template: Template | Chat, prompt: bool = False) -> Rendered:
+    """Write a conversation out with a template that `resolve` has bound to a tokenizer.
+
+    With prompt=True it ends with a human turn, or with a gpt turn of value None, and the text ends
+    where the answer would start. Raises UserError.
+    """
+    check_turns(conversation, prompt)
+    turns = arrange_turns(conversation, prompt)
+    return template.write(turns, prompt)
+
+
+def check_turns(conversation: list, prompt: bool):
+    """Raise UserError unless the conversation is a list of turns with texts."""
+    if not isinstance(conversation, list) or not conversation:
+        raise UserError("conversations", "empty, or not a list", "give a human turn and a gpt turn")
+
+    for i, turn in enumerate(conversation):
+        where = f"conversations[{i}]"
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+            raise UserError(where, 'not {"from": ..., "value": ...}', "write the turn so")
+        is_last = i == len(conversation) - 1
+        is_open = prompt and is_last and turn["from"] == "gpt" and turn["value"] is None
+        if not isinstance(turn["value"], str) and not is_open:
+            kind = type(turn["value"]).__name__
+            raise UserError(where, f"its value is {kind}, not text", "make it a string")
+
+
+def arrange_turns(conversation: list, prompt: bool) -> list[Turn]:
+    """Return the turns that are written, with images in their places.
+
+    A leading "system" turn stays, human and gpt alternate behind it. As in TinyLLaVA, an answer
+    before the first question is left out: ShareGPT's rows have them. Raises UserError.
+    """
+    turns = [Turn(turn["from"], turn["value"]) for turn in conversation]
+    arranged = []
+    first = 0
+    if turns[0].speaker == "system":
+        arranged.append(turns[0])
+        first = 1
+    if first < len(turns) and turns[first].speaker == "gpt":
+        first += 1
+
+    due = "human"
+    for i in range(first, len(turns)):
+        speaker, value = turns[i]
+        if speaker != due:
+            what = f"from {speaker!r}, {due!r} was due"
+            raise UserError(f"conversations[{i}]", what, "alternate the two")
+        if speaker == "human":
+            arranged.append(Turn(speaker, place_images(value)))
+            due = "gpt"
+        else:
+            if value is not None:
+                arranged.append(turns[i])
+            due = "human"
+
+    # A prompt ends with a question, or with an answer that is still to come.
+    waits = turns[-1].speaker == "human" or turns[-1].value is None
+    if first == len(turns) or waits != prompt:
+        last = "a human turn" if prompt else "a gpt turn"
+        where = f"conversations[{len(turns) - 1}]"
+        raise UserError(where, "wrong last turn", f"end with {last}")
+
+    has_answer = any(turn.speaker == "gpt" and turn.value.strip() for turn in arranged)
+    if not prompt and not has_answer:
+        what = "nothing is supervised, every answer is empty"
+        raise UserError("conversations", what, "remove the row")
+    return arranged
+
+
+def place_images(value: str) -> str:
+    """Return what a human says with a single image moved to its front, as TinyLLaVA does; several
+    images stay where they are."""
+    count = value.count(IMAGE)
+    if count == 0:
+        return value
+    if count == 1:
+        words = value.replace(IMAGE, "").strip()
+        value = f"{IMAGE}\n{words}"
+    return value.strip()
+
+
+def tokenize(text: str, answers: list[Span], marks: list[Mark], tok: Tokenizer) -> Tokenized:
+    """Return ids, labels and offsets of what `render` gives, with bos if the tokenizer has one."""
+    # A prompt ends where an answer starts and cannot end with half a token. So the text is cut
+    # there, unless a mark at that place cuts it already.
+    cuts = []
+    for start, _ in answers:
+        if start > 0 and not any(mark.start < start <= mark.end for mark in marks):
+            cuts.append(Mark(start, start, None))
+    marks_and_cuts = sorted(marks + cuts, key=lambda mark: (mark.start, mark.end))
+    ids, offsets = tok.encode_around(text, marks_and_cuts)
+
+    # One longer than the text: a token without width may stand behind the last character.
+    supervised = [False] * (len(text) + 1)
+    for start, end in answers:
+        supervised[start:end] = [True] * (end - start)
+
+    labels = []
+    for i, (start, _) in zip(ids, offsets, strict=True):
+        labels.append(i if supervised[start] else IGNORE)
+
+    # A chat template may have written bos already.
+    if tok.bos_id is not None and ids[:1] != [tok.bos_id]:
+        ids = [tok.bos_id, *ids]
+        labels = [IGNORE, *labels]
+        offsets = [(0, 0), *offsets]
+    return Tokenized(ids, labels, offsets)
+
+
+# ------------------------------------------------------------------------ templates written here
+
+
 @dataclass(frozen=True)
 class Template:
-    """`system`, then for every turn `question` (not supervised), `answer` and `eos` (supervised).
+    """`system`, then for every turn `question`, which is not supervised, and `answer` and `eos`,
+    which are.
 
-    {q} is what the human says, images included; {images} that turn's images alone; {a} the answer.
-    system=None: no place for one. eos="": none. eos=None: the tokenizer's own. stop: the id of eos, once bound.
+    In `question`, {q} stands for what the human says, images included, and {images} for that turn's
+    images alone. In `answer`, {a} stands for the answer.
     """
 
+    # None: this template has no place for a system line.
     system: str | None = (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. "
     )
     question: str = "USER: {q} ASSISTANT:"
     answer: str = " {a}"
-    eos: str | None = None
-    stop: int | None = None
+    eos: str | None = None  # what ends an answer. None: the tokenizer's own. "": nothing
+    stop: int | None = None  # the id of eos, known once the template is bound to a tokenizer
 
-    def bind(self, tok):
+    def bind(self, tok: Tokenizer) -> Template:
+        """Return this template with that tokenizer's eos and its id."""
         eos = tok.eos if self.eos is None else self.eos
-        return replace(self, eos=eos, stop=tok.token_id(eos) if eos else None)
+        stop = tok.token_id(eos) if eos else None
+        return replace(self, eos=eos, stop=stop)
 
-    def misfit(self, tok):
-        """Why this template cannot be used with that tokenizer, or None."""
+    def misfit(self, tok: Tokenizer) -> str | None:
+        """Return why this template cannot be used with that tokenizer, or None."""
         form = self.bind(tok)
-        fits = form.eos == "" or form.stop is not None
-        return None if fits else f"its eos {form.eos!r} is not one token of this tokenizer"
+        if form.eos == "" or form.stop is not None:
+            return None
+        return f"its eos {form.eos!r} is not one token of this tokenizer"
 
-    def write(self, turns, prompt):
-        """[(from, text)] -> (text, answer_spans, marks), see `render`."""
-        text, spans = self.system or "", []
-        for role, value in turns:
-            if role == "system":
+    def write(self, turns: list[Turn], prompt: bool) -> Rendered:
+        """Write the turns out, see `render`. A prompt needs nothing of its own here."""
+        text = self.system or ""
+        answers = []
+        marks = []
+        for speaker, value in turns:
+            if speaker == "system":
+                # It stands first and replaces the template's own line.
                 if self.system is None:
-                    raise UserError(
-                        "conversations[0]", "this template has no system line", "remove the turn"
-                    )
-                text = value.strip() and value.strip() + " "
-            elif role == "human":
-                text += self.question.format(q=value, images=IMAGE * value.count(IMAGE))
+                    what = "this template has no system line"
+                    raise UserError("conversations[0]", what, "remove the turn")
+                line = value.strip()
+                text = line + " " if line else ""
+
+            elif speaker == "human":
+                images = IMAGE * value.count(IMAGE)
+                text += self.question.format(q=value, images=images)
+
             else:
-                start, text = len(text), text + self.answer.format(a=value) + self.eos
-                spans.append((start, len(text)))
-        marks = [(*m.span(), IMAGE_TOKEN) for m in re.finditer(IMAGE, text)]
-        marks = [mark for mark in marks if not any(start <= mark[0] < end for start, end in spans)]
-        return (
-            text,
-            spans,
-            sorted(marks + [(end - len(self.eos), end, self.stop) for _, end in spans if self.eos]),
-        )
+                start = len(text)
+                text += self.answer.format(a=value) + self.eos
+                answers.append(Span(start, len(text)))
+                if self.eos:
+                    marks.append(Mark(len(text) - len(self.eos), len(text), self.stop))
+
+        # Outside the answers, "<image>" is an image.
+        for found in re.finditer(IMAGE, text):
+            if not any(start <= found.start() < end for start, end in answers):
+                marks.append(Mark(found.start(), found.end(), IMAGE_TOKEN))
+        return Rendered(text, answers, sorted(marks))
+
+
+# ------------------------------------------------------------------ the tokenizer's own template
+
+
+KEY = "\ue000{}\ue001"  # around a number: characters of private use, which nobody strips or changes
+KEYS = "(\ue000\\d+\ue001)"
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # Hugging Face's names for them
+
+
+@dataclass(frozen=True)
+class KeyedTurn:
+    """A turn in which each text is a key."""
+
+    role: str
+    parts: list[str]  # keys, and IMAGE where the human shows an image
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where an answer lies in a rendered text."""
+
+    start: int  # where the prompt for it ends
+    end: int  # where its own text ends
+    closing: Mark | None  # the control token behind it, if nothing but space is between
 
 
 class Chat:
-    """`chat`: the Jinja chat template in the tokenizer's own folder; a new language model then needs no code.
+    """`chat`: the Jinja chat template in the tokenizer's folder, so a new model needs no code here.
 
-    It is rendered as Hugging Face's `apply_chat_template` does. Where the turns' texts lie is measured, not searched
-    for: the conversation is rendered with a key in the place of each text, and twice more with the text's own outer
-    space before, or behind, the key, for templates that strip it. The measured parts must give the real rendering
-    again, else UserError. Outside the texts, control strings are control tokens.
-    An answer is supervised from where the prompt for it ends (what the template writes between the two, the model
-    has to write) to the control token behind it, that one included.
+    It is rendered as Hugging Face's `apply_chat_template` does. Such a template is a program: it
+    gives the text of a conversation and does not say where in it the turns' texts lie. Searching
+    for them would go wrong where one occurs twice, so their places are measured. The conversation
+    is rendered once more with a key in the place of each text:
+
+        text    <|im_start|>user\\nWho?<|im_end|>\\n<|im_start|>assistant\\nA dog.<|im_end|>\\n
+        keyed   <|im_start|>user\\n [0]<|im_end|>\\n<|im_start|>assistant\\n   [1]<|im_end|>\\n
+
+    What stands between the keys is the template's, and the texts lie where the keys are. Templates
+    may strip the space around a text. Two more renderings, with that space before the keys and
+    behind them, show how much of it stays. All parts so measured, put together, must give the text
+    again. A template that changes a text, leaves it out or writes it twice is a UserError.
+
+    Control strings are control tokens only outside the texts. An answer is supervised from where
+    the prompt for it ends (what the template writes between the two, the model has to write) to the
+    control token behind it, that one included.
     """
 
-    eos, KEY = "", "\ue000{}\ue001"  # of private use: nobody strips, splits or changes it
-    ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+    eos = ""  # a Template's eos: here the Jinja template writes it
 
-    def __init__(self, tok=None):
+    def __init__(self, tok: Tokenizer | None = None):
+        """Prepare the template of a tokenizer. Without one this is only the entry of TEMPLATES."""
         self.tok = tok
+        self.stop = None  # the id that ends an answer
+        self.closes = True  # whether the template writes it behind every answer
+        self.lists = False  # whether it wants contents as [{"type": "text", "text": ...}]
+        if tok is None:
+            return
 
-    def misfit(self, tok):
+        self.jinja = compile_jinja(tok.chat_template)
+        text, answer = self._probe()
+        if answer.closing is not None:
+            self.stop = answer.closing.id
+            return
+
+        # Nothing but space may follow: other text would be neither supervised nor an end.
+        rest = text[answer.end :]
+        if rest.strip() or tok.eos_id is None:
+            what = f"no control token of this tokenizer ends an answer, but {rest!r}"
+            raise UserError("template: chat", what, "use another template")
+        self.closes = False
+        self.stop = tok.eos_id
+
+    def bind(self, tok: Tokenizer) -> Chat:
+        """Return this template prepared for a tokenizer."""
+        return bind_chat(tok)
+
+    def misfit(self, tok: Tokenizer) -> str | None:
+        """Return why this template cannot be used with that tokenizer, or None."""
         return None if tok.chat_template else "this tokenizer has no chat template"
 
-    @staticmethod
-    @functools.lru_cache(4)
-    def bind(tok):
-        form, failure = Chat(tok), None
-        form.jinja = tok.compile_chat_template()
-        for form.lists in (
-            False,
-            True,
-        ):  # contents as strings, or as [{"type": "text", "text": ...}]
+    def write(self, turns: list[Turn], prompt: bool) -> Rendered:
+        """Write the turns out, see `render`."""
+        text, answers, marks = self._locate(turns, prompt)
+        if not self.closes:
+            spans = [Span(answer.start, answer.end) for answer in answers]
+            if prompt:
+                return Rendered(text, spans, marks)
+            return self._close_last(text, spans, marks)
+
+        spans = []
+        for answer in answers:
+            if answer.closing is None or answer.closing.id != self.stop:
+                end = self.tok.token(self.stop)
+                what = f"the chat template does not end every answer with {end!r}"
+                raise UserError("conversations", what, "use another template")
+            spans.append(Span(answer.start, answer.closing.end))
+        return Rendered(text, spans, marks)
+
+    def _close_last(self, text: str, spans: list[Span], marks: list[Mark]) -> Rendered:
+        """Put the tokenizer's eos behind the last answer.
+
+        LLaVA-1.5-hf gets its earlier answers without an end, as its template writes them, and stops
+        with </s> right behind the last word. So only the last answer is given an end: it is a part
+        of no prompt.
+        """
+        start, end = spans[-1]
+        text = text[:end] + self.tok.eos
+        marks = [mark for mark in marks if mark.end <= end]
+        marks.append(Mark(end, len(text), self.stop))
+        return Rendered(text, [*spans[:-1], Span(start, len(text))], marks)
+
+    def _probe(self) -> tuple[str, Answer]:
+        """Render the smallest conversation; find out on the way how the template wants contents."""
+        turns = [Turn("human", "a"), Turn("gpt", "b")]
+        errors = []
+        for lists in (False, True):
+            self.lists = lists
             try:
-                text, [(_, end, closing)], _ = form._place([("human", "a"), ("gpt", "b")], False)
-                break
+                text, answers, _ = self._locate(turns, prompt=False)
+                return text, answers[0]
             except UserError as error:
-                failure = failure or error
-        else:
-            raise failure
-        form.closes, form.stop = closing is not None, closing[2] if closing else tok.eos_id
-        if closing is None and (text[end:].strip() or tok.eos_id is None):
-            what = f"no control token of this tokenizer ends an answer, but {text[end:]!r}"
-            raise UserError("template: chat", what, "use another template")
-        return form
+                errors.append(error)
 
-    def write(self, turns, prompt):
-        """[(from, text)] -> (text, answer_spans, marks), see `render`."""
-        text, answers, marks = self._place(turns, prompt)
-        if self.closes and any(
-            closing is None or closing[2] != self.stop for _, _, closing in answers
-        ):
-            what = f"the chat template does not end every answer with {self.tok.token(self.stop)!r}"
-            raise UserError("conversations", what, "use another template")
-        spans = [(start, closing[1] if self.closes else end) for start, end, closing in answers]
-        if not self.closes and not prompt:
-            # LLaVA-1.5-hf gets its earlier answers without an end, as the template writes them, and stops with </s>
-            # right behind the word. So the last answer alone, whose end is no part of any prompt, is given one.
-            start, end = spans[-1]
-            text = text[:end] + self.tok.eos
-            spans[-1] = (start, len(text))
-            marks = [*(m for m in marks if m[1] <= end), (end, len(text), self.stop)]
-        return text, spans, marks
+        # Contents as strings are the rule, so what is wrong with those is the mistake to report.
+        raise errors[0]
 
-    def _place(self, turns, prompt):
-        """[(from, text)] -> the rendering; (start, end, the mark behind it or None) of each answer; all marks."""
-        turns, texts = self._keys(turns)
-        text, keyed, found = self._measure(turns, texts, prompt)
+    def _locate(self, turns: list[Turn], prompt: bool) -> tuple[str, list[Answer], list[Mark]]:
+        """Return the rendered text, where its answers lie, and all its marks."""
+        turns, texts = self._insert_keys(turns)
+        text, keyed, spans = self._measure(turns, texts, prompt)
+
+        # Control tokens and images are searched in a copy in which the turns' texts are blotted
+        # out. The space in them stays, for some control tokens take it in.
         outside = text
-        for start, end in found.values():
-            outside = outside[:start] + re.sub(r"\S", "\ue000", outside[start:end]) + outside[end:]
-        marks = [m for m in self.tok.controls(outside) if outside[m[0] : m[1]].strip() != IMAGE]
-        marks = sorted(marks + [(*m.span(), IMAGE_TOKEN) for m in re.finditer(IMAGE, outside)])
+        for start, end in spans.values():
+            blotted = re.sub(r"\S", "\ue000", outside[start:end])
+            outside = outside[:start] + blotted + outside[end:]
+        marks = []
+        for mark in self.tok.controls(outside):
+            if outside[mark.start : mark.end].strip() != IMAGE:  # a token of some vocabularies
+                marks.append(mark)
+        for found in re.finditer(IMAGE, outside):
+            marks.append(Mark(found.start(), found.end(), IMAGE_TOKEN))
+        marks.sort()
+
         answers = []
-        for i, (role, parts) in enumerate(turns):
-            if role == "assistant":
-                asked = self._render(turns[:i], {}, True)
-                if not keyed.startswith(asked):
-                    what = f"the chat template writes what is before turn {i} differently in its prompt"
-                    raise UserError(
-                        "conversations", what, "cut the row there, or use another template"
-                    )
-                start, end = found[parts[0]]
-                closing = (m for m in marks if m[1] > end and not text[end : m[0]].strip())
-                answers.append(
-                    (start - keyed.index(parts[0]) + len(asked), end, next(closing, None))
-                )
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            asked = self._render(turns[:i], {}, prompt=True)
+            if not keyed.startswith(asked):
+                what = f"the chat template writes what is before turn {i} differently in its prompt"
+                fix = "cut the row there, or use another template"
+                raise UserError("conversations", what, fix)
+            key = turn.parts[0]
+            start, end = spans[key]
+            # So many characters stand between the end of the prompt and the text.
+            opening = keyed.index(key) - len(asked)
+            closing = find_closing(text, end, marks)
+            answers.append(Answer(start - opening, end, closing))
         return text, answers, marks
 
-    def _keys(self, turns):
-        """[(from, text)] -> [(role, parts)], each part a key or an image; and {key: text}."""
-        keyed, texts = [], {}
-        for role, value in turns:
-            parts = [value] if role == "gpt" else re.split(f"({IMAGE})", value)
-            if len(parts) > 1:  # in a list an image is not a line, so the text loses its break
-                parts = [part for part in (map(str.strip, parts) if self.lists else parts) if part]
-            for i, part in enumerate(parts):
-                if part != IMAGE or role == "gpt":
-                    parts[i] = self.KEY.format(len(texts))
-                    texts[parts[i]] = part
-            keyed.append((self.ROLES[role], parts))
+    def _insert_keys(self, turns: list[Turn]) -> tuple[list[KeyedTurn], dict[str, str]]:
+        """Return the turns with keys for their texts, and {key: text}.
+
+        "<image>" is an image only in what a human says or the system line; in an answer it is text.
+        """
+        keyed = []
+        texts = {}
+        for speaker, value in turns:
+            if speaker == "gpt":
+                pieces = [value]
+            else:
+                pieces = split_images(value, strip=self.lists)
+            parts = []
+            for piece in pieces:
+                if piece == IMAGE and speaker != "gpt":
+                    parts.append(IMAGE)
+                else:
+                    key = KEY.format(len(texts))
+                    texts[key] = piece
+                    parts.append(key)
+            keyed.append(KeyedTurn(ROLES[speaker], parts))
         return keyed, texts
 
-    def _measure(self, turns, texts, prompt):
-        """The rendering; the one with keys; {key: (start, end)} of the texts in the first. See the class."""
-        cores = {
-            key: re.fullmatch(r"(\s*)(.*?)(\s*)", text, re.DOTALL).groups()
-            for key, text in texts.items()
-        }
-        text, keyed = self._render(turns, texts, prompt), self._render(turns, {}, prompt)
-        before = self._render(
-            turns, {key: lead + key for key, (lead, _, _) in cores.items()}, prompt
-        )
-        behind = self._render(
-            turns, {key: key + trail for key, (_, _, trail) in cores.items()}, prompt
-        )
-        plain, left, right = (re.split("(\ue000\\d+\ue001)", s) for s in (keyed, before, behind))
-        order, found, written = plain[1::2], {}, plain[0]
-        if sorted(order) == sorted(texts) and order == left[1::2] == right[1::2]:
-            gaps = zip(plain[:-1:2], left[:-1:2], right[2::2], plain[2::2], strict=True)
-            for key, (ahead, lead, trail, rest) in zip(order, gaps, strict=True):
-                part = lead.removeprefix(ahead) + cores[key][1] + trail.removesuffix(rest)
-                found[key] = (len(written), len(written) + len(part))
-                written += part + rest
-        if (
-            written != text
-            or len(found) < len(texts)
-            or keyed.count(IMAGE) != sum(p.count(IMAGE) for _, p in turns)
-        ):
-            what = "the chat template leaves a text or an image out, writes it twice or changes it"
-            raise UserError("conversations", what, "mend the row, or use another template")
-        return text, keyed, found
+    def _measure(
+        self, turns: list[KeyedTurn], texts: dict[str, str], prompt: bool
+    ) -> tuple[str, str, dict[str, Span]]:
+        """Return the rendering, the one with keys, and {key: span of its text in the first}.
 
-    def _render(self, turns, texts, prompt):
-        """What the template makes of the turns, with texts[key] in the place of a key where there is one."""
+        See the class for the method. Raises UserError.
+        """
+        what = "the chat template leaves a text or an image out, writes it twice or changes it"
+        lost = UserError("conversations", what, "mend the row, or use another template")
+
+        # Take the space around each text apart from its core.
+        cores = {}
+        space_before = {}
+        space_behind = {}
+        for key, value in texts.items():
+            lead, core, trail = re.fullmatch(r"(\s*)(.*?)(\s*)", value, re.DOTALL).groups()
+            cores[key] = core
+            space_before[key] = lead + key
+            space_behind[key] = key + trail
+
+        text = self._render(turns, texts, prompt)
+        keyed = self._render(turns, {}, prompt)
+
+        # Split at the keys: the template's own words at even places, keys at odd places.
+        plain = re.split(KEYS, keyed)
+        before = re.split(KEYS, self._render(turns, space_before, prompt))
+        behind = re.split(KEYS, self._render(turns, space_behind, prompt))
+        keys = plain[1::2]
+        if sorted(keys) != sorted(texts) or before[1::2] != keys or behind[1::2] != keys:
+            raise lost
+        if keyed.count(IMAGE) != sum(turn.parts.count(IMAGE) for turn in turns):
+            raise lost
+
+        # What the spaced renderings have more than the plain one is the space that stays.
+        spans = {}
+        written = plain[0]
+        for k, key in enumerate(keys):
+            ahead, rest = plain[2 * k], plain[2 * k + 2]
+            lead = before[2 * k].removeprefix(ahead)
+            trail = behind[2 * k + 2].removesuffix(rest)
+            part = lead + cores[key] + trail
+            spans[key] = Span(len(written), len(written) + len(part))
+            written += part + rest
+        if written != text:
+            raise lost
+        return text, keyed, spans
+
+    def _render(self, turns: list[KeyedTurn], texts: dict[str, str], prompt: bool) -> str:
+        """Return what the template makes of the turns, with texts[key] for a key that has one."""
         messages = []
-        for role, parts in turns:
-            said = "".join(texts.get(p, p) for p in parts)
+        for turn in turns:
+            parts = [texts.get(part, part) for part in turn.parts]
             if self.lists:
-                said = [
-                    {"type": "image"} if p == IMAGE else {"type": "text", "text": texts.get(p, p)}
-                    for p in parts
-                ]
-            messages.append({"role": role, "content": said})
-        names = dict(messages=messages, tools=None, documents=None, add_generation_prompt=prompt)
+                content = []
+                for part, said in zip(turn.parts, parts, strict=True):
+                    if part == IMAGE:
+                        content.append({"type": "image"})
+                    else:
+                        content.append({"type": "text", "text": said})
+            else:
+                content = "".join(parts)
+            messages.append({"role": turn.role, "content": content})
+
         try:
-            return self.jinja.render(**self.tok.named, **names)
+            return self.jinja.render(
+                **self.tok.named,
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+            )
         except Exception as error:  # what raise_exception says, or whatever its code comes to
             what = f"the chat template refuses them: {' '.join(str(error).split())[:200]}"
-            raise UserError(
-                "conversations", what, "mend the row, or use another template"
-            ) from error
+            fix = "mend the row, or use another template"
+            raise UserError("conversations", what, fix) from error
+
+
+@functools.lru_cache(4)
+def bind_chat(tok: Tokenizer) -> Chat:
+    """Return a tokenizer's chat template. Kept, since every row asks for it."""
+    return Chat(tok)
+
+
+def split_images(value: str, strip: bool) -> list[str]:
+    """Return the texts and images of a turn in order.
+
+    strip: where contents are a list, an image is no line of its own, so the texts beside it lose
+    their line breaks.
+    """
+    pieces = re.split(f"({IMAGE})", value)
+    if len(pieces) == 1:
+        return pieces
+    if strip:
+        pieces = [piece.strip() for piece in pieces]
+    return [piece for piece in pieces if piece]
+
+
+def find_closing(text: str, end: int, marks: list[Mark]) -> Mark | None:
+    """Return the mark behind the answer that ends at `end`, or None: only space may be between."""
+    for mark in marks:
+        if mark.end > end and not text[end : mark.start].strip():
+            return mark
+    return None
+
+
+def compile_jinja(source: str):
+    """Return a chat template, to `render` in the sandbox with the names that transformers gives it.
+
+    Raises UserError where it is not Jinja or the package is missing.
+    """
+    try:
+        import jinja2.sandbox
+    except ImportError:
+        what = "the package jinja2 is missing"
+        raise UserError("template: chat", what, "pip install jinja2") from None
+
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    # {% generation %} around an answer is transformers' own tag, here no more than its inside.
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    # Jinja's own tojson escapes HTML.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        what = f"the chat template is not Jinja: {error}"
+        raise UserError("template: chat", what, "copy it again") from error
+
+
+# ------------------------------------------------------------------------------ templates by name
 
 
 TEMPLATES = {
-    "pretrain": Template(
-        system=None, question="{images}", answer="{a}\n", eos=""
-    ),  # images and a caption
+    # Images and a caption, nothing else: to pretrain the connector.
+    "pretrain": Template(system=None, question="{images}", answer="{a}\n", eos=""),
     "phi": Template(eos="<|endoftext|>"),  # Phi-2, StableLM-2, Qwen1.5
     "llama": Template(eos="</s>"),  # TinyLlama, OpenELM
     "gemma": Template(eos="<eos>"),
@@ -244,198 +618,42 @@ TEMPLATES = {
 }
 
 
-def resolve(name: str, tok: Tokenizer):
-    """The template of that name, bound to a tokenizer. ValueError: unknown name, or it does not fit the tokenizer."""
+def resolve(name: str, tok: Tokenizer) -> Template | Chat:
+    """Return the template of that name, bound to a tokenizer.
+
+    Raises UserError for an unknown name and for a template that does not fit the tokenizer.
+    """
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(str(name), TEMPLATES, 1, 0.3)
-        hint = "".join(f", did you mean {other!r}?" for other in near)
-        raise UserError(
-            "template", f"{name!r} is unknown{hint}", f"use one of {', '.join(TEMPLATES)}"
-        )
-    if why := TEMPLATES[name].misfit(tok):
-        fits = ", ".join(k for k, form in TEMPLATES.items() if not form.misfit(tok))
-        raise UserError("template", f"{name!r}: {why}", f"use one that fits it: {fits}")
+        what = f"{name!r} is unknown"
+        near = difflib.get_close_matches(str(name), TEMPLATES, n=1, cutoff=0.3)
+        if near:
+            what += f", did you mean {near[0]!r}?"
+        raise UserError("template", what, f"use one of {', '.join(TEMPLATES)}")
+
+    why = TEMPLATES[name].misfit(tok)
+    if why is not None:
+        fitting = [other for other, form in TEMPLATES.items() if form.misfit(tok) is None]
+        fix = f"use one that fits it: {', '.join(fitting)}"
+        raise UserError("template", f"{name!r}: {why}", fix)
     return TEMPLATES[name].bind(tok)
 
 
-def render(conversation, template, prompt=False):
-    """Conversation, bound template -> (text, answer_spans, marks).
-
-    One text; (start, end) of every answer in it, its end token included; sorted (start, end, id) of what is
-    structure, images and control tokens. The same strings typed into a question or an answer are no structure, so
-    that data cannot end a turn. (TinyLLaVA takes them for structure, and the row then loses all its labels.)
-
-    A leading "system" turn replaces the system line. As in TinyLLaVA, one image is moved to the front of its turn,
-    `<image>\\n{q}` (several stay where they are), and an answer before the first question, as ShareGPT's rows have,
-    is left out. prompt=True: the conversation ends with a human turn, or a gpt turn of value None, and the text
-    ends where the answer would start. Raises UserError.
-    """
-    if not isinstance(conversation, list) or not conversation:
-        raise UserError("conversations", "empty, or not a list", "give a human turn and a gpt turn")
-    for i, turn in enumerate(conversation):
-        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise UserError(
-                f"conversations[{i}]", 'not {"from": ..., "value": ...}', "write the turn so"
-            )
-        open_end = (
-            prompt
-            and turn["from"] == "gpt"
-            and turn["value"] is None
-            and i == len(conversation) - 1
-        )
-        if not isinstance(turn["value"], str) and not open_end:
-            kind = type(turn["value"]).__name__
-            raise UserError(
-                f"conversations[{i}]", f"its value is {kind}, not text", "make it a string"
-            )
-    turns = [(turn["from"], turn["value"]) for turn in conversation]
-    written = [turns.pop(0)] if turns[0][0] == "system" else []
-    if turns and turns[0][0] == "gpt":
-        turns.pop(0)
-    for i, (role, value) in enumerate(turns, len(conversation) - len(turns)):
-        due = "gpt" if written and written[-1][0] == "human" else "human"
-        if role != due:
-            raise UserError(
-                f"conversations[{i}]", f"from {role!r}, {due!r} was due", "alternate the two"
-            )
-        if role == "human" and IMAGE in value:
-            one = value.count(IMAGE) == 1
-            value = (f"{IMAGE}\n{value.replace(IMAGE, '').strip()}" if one else value).strip()
-        if value is not None:
-            written.append((role, value))
-    if not turns or (len(turns) % 2 == 1 or turns[-1][1] is None) != prompt:
-        last = "a human turn" if prompt else "a gpt turn"
-        raise UserError(
-            f"conversations[{len(conversation) - 1}]", "wrong last turn", f"end with {last}"
-        )
-    if not prompt and not any(value.strip() for role, value in written if role == "gpt"):
-        raise UserError(
-            "conversations", "nothing is supervised, every answer is empty", "remove the row"
-        )
-    return template.write(written, prompt)
-
-
-def tokenize(text, answer_spans, marks, tok: Tokenizer):
-    """What `render` gives -> (ids, labels, offsets), three lists of one length.
-
-    A token is supervised when its first character lies in an answer. There is a cut where an answer starts: no
-    token reaches across, for no prompt can end with half a token. bos is not doubled.
-    """
-    cuts = [
-        at for at, _ in answer_spans if at and not any(start < at <= end for start, end, _ in marks)
-    ]
-    ids, offsets = tok.encode_around(text, sorted(marks + [(at, at, None) for at in cuts]))
-    inside = bytearray(len(text) + 1)  # one longer: a token without width may stand behind the text
-    for start, end in answer_spans:
-        inside[start:end] = b"\1" * (end - start)
-    labels = [i if inside[start] else IGNORE for i, (start, _) in zip(ids, offsets, strict=True)]
-    if tok.bos_id is not None and ids[:1] != [tok.bos_id]:
-        ids, labels, offsets = [tok.bos_id, *ids], [IGNORE, *labels], [(0, 0), *offsets]
-    return ids, labels, offsets
-
-
-def encode(conversation, tok: Tokenizer, template="phi"):
-    """A finished conversation -> (ids, labels): IMAGE_TOKEN per image, IGNORE where not supervised."""
-    return tokenize(*render(conversation, resolve(template, tok)), tok)[:2]
-
-
-def encode_prompt(conversation, tok: Tokenizer, template="phi"):
-    """A conversation that waits for an answer -> ids, ending where supervision starts in training."""
-    return tokenize(*render(conversation, resolve(template, tok), prompt=True), tok)[0]
-
-
-def stop_id(tok: Tokenizer, template="phi"):
-    """The id that ends an answer. `pretrain` has no eos: the tokenizer's own, which may be None."""
-    form = resolve(template, tok)
-    return tok.eos_id if form.stop is None else form.stop
-
-
-def show(text, labels, offsets, colour):
-    """The text, supervised characters in green or between [[ and ]]. Data must not steer a terminal: no escapes."""
-    opening, closing = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-    lit = bytearray(len(text))
-    for label, (start, end) in zip(labels, offsets, strict=True):
-        if label != IGNORE:
-            lit[start:end] = b"\1" * (end - start)
-    runs = [
-        (run, text[slice(*run.span())].replace("\033", "\\033"))
-        for run in re.finditer(rb"\x00+|\x01+", lit)
-    ]
-    return "".join(opening + part + closing if run[0][0] else part for run, part in runs)
-
-
-def read_rows(path):
-    """A .json list or a .jsonl file -> list of rows. Raises UserError."""
-    rows, lines, fix = (
-        [],
-        path.endswith(".jsonl"),
-        "give rows as a list in .json, or one a line in .jsonl",
-    )
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        for part in (
-            filter(str.strip, text.split("\n")) if lines else [text]
-        ):  # splitlines would cut at U+2028 too
-            rows.append(json.loads(part))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}:{len(rows)}", f"cannot be read: {error}", fix) from error
-    rows = rows if lines else rows[0]
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}:0", "not a list of rows, or empty", fix)
-    return rows
-
-
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, and every template's eos: lets `check` see a row's structure where no tokenizer is named."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """Return a tokenizer of one token per byte and every template's eos.
 
+    `data.py check` sees the structure of rows with it where no tokenizer is named.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tok = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(sorted({t.eos for t in TEMPLATES.values() if t.eos}))
-    files = {
-        "tokenizer.json": tok.to_str().encode(),
-        "tokenizer_config.json": b'{"eos_token": "</s>"}',
-    }
-    return JsonTokenizer(files)
 
-
-def main(arguments):
-    parser = config.parser(__doc__)
-    parser.add_argument("rows", help="LLaVA rows, .json or .jsonl")
-    parser.add_argument("--model", required=True, help="folder with a tokenizer")
-    parser.add_argument("--template", default="phi", help=", ".join(TEMPLATES))
-    parser.add_argument("--row", type=int, help="only this row, counted from 0")
-    parser.add_argument("--limit", type=int, default=5, help="at most this many rows")
-    options = parser.parse_args(arguments)
-    tok, rows, where = load_tokenizer(options.model), read_rows(options.rows), "templates.py:--"
-    numbers = range(len(rows))[: options.limit] if options.row is None else [options.row]
-    tokens = supervised = 0
-    try:
-        form = resolve(options.template, tok)
-        for number in numbers:
-            where = f"{options.rows}:{number}: "
-            if not 0 <= number < len(rows):
-                raise ValueError(
-                    f"there are only {len(rows)} rows; fix: a --row from 0 to {len(rows) - 1}"
-                )
-            if not isinstance(rows[number], dict) or "conversations" not in rows[number]:
-                raise ValueError("no conversations in it; fix: give LLaVA rows")
-            text, spans, marks = render(rows[number]["conversations"], form)
-            ids, labels, offsets = tokenize(text, spans, marks, tok)
-            lit = sum(label != IGNORE for label in labels)
-            tokens, supervised = tokens + len(ids), supervised + lit
-            print(
-                f"--- row {number}: {len(ids)} tokens, {lit} supervised, {ids.count(IMAGE_TOKEN)} images"
-            )
-            print(
-                show(text, labels, offsets, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-            )
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from error
-    print(f"=== {len(numbers)} rows: {tokens} tokens, {supervised} supervised")
-
-
-if __name__ == "__main__":
-    config.cli(main, __doc__)
+    ends = {template.eos for template in TEMPLATES.values() if template.eos}
+    tok.add_special_tokens(sorted(ends))
+    return JsonTokenizer(
+        {
+            "tokenizer.json": tok.to_str().encode(),
+            "tokenizer_config.json": b'{"eos_token": "</s>"}',
+        }
+    )

@@ -1,22 +1,31 @@
-"""What an <image> stands for: an item of one or more views, each a square of pixels as the encoder sees it.
+"""How a picture or a video becomes an item: one or more views, each a square for the encoder.
 
-    views = model.views                      # or layouts.views_of(config): all that the data path needs of a model
-    item = views.picture(pil_image)          # one view; in image_mode tiles or anyres the whole picture, then its tiles
-    item = views.clip(frames)                # the frames of a video
-    views.positions(item.shape)              # how many tokens it takes in the text
+    views = model.views                 # a Tiling: all that the data path needs of a model
+    item = views.picture(pil_image)     # one view; tiled, the whole picture and then its tiles
+    item = views.clip(frames)           # the frames of a video, a view each
+    views.positions(item.shape)         # how many tokens the item takes in the text
 
-A still picture is the case with one view: nothing behind this file knows which kind an item is. The encoder sees the
-views of a whole batch in one call, the connector those of an item together.
+A still picture is the case with one view: nothing behind this file knows which kind an item is. The
+encoder sees the views of a whole batch in one call, the connector those of an item together.
+
+The image modes:
 
     square     the picture resized to one view (CLIP: its centre)
-    pad        made square with the mean colour first
-    tiles      stretched to the best of `grids`, cut into that many views; works with every connector
-    anyres     LLaVA-NeXT's (Liu et al., 2024): resized into the best of `grids` as it is, with black borders, whose
-               tokens are taken out again; a learnt separator ends each row of tokens
+    pad        made square with the mean colour first (LLaVA-1.5)
+    tiles      stretched to the best of `grids` and cut into that many views; with every connector
+    anyres     LLaVA-NeXT's (Liu et al., 2024): resized into the best of `grids` in its own
+               proportions, with black borders. The borders' tokens are taken out again, and a
+               learnt separator ends each row of tokens (connectors.py)
+
+For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, its rounding
+included: a model that was trained with them would misread a picture that is one row shorter.
+
+n tokens of a view, v views of an item, S x S pixels of a view.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil, isqrt
@@ -33,107 +42,158 @@ TILED = ("tiles", "anyres")
 
 
 def read_grids(text: str) -> tuple[tuple[int, int], ...]:
-    """ "1x2 2x2" -> ((1, 2), (2, 2)), rows and columns. Raises UserError."""
-    try:
-        grids = tuple(tuple(map(int, grid.split("x"))) for grid in text.split())
-        if all(len(grid) == 2 and min(grid) > 0 for grid in grids) and grids:
-            return grids
-    except ValueError:
-        pass
-    raise UserError(
-        "model.image_grids", f"{text!r} are no grids", 'write rows x columns, as "1x2 2x1 2x2"'
-    )
+    """Return the grids that a recipe names, as (rows, columns): "1x2 2x2" is ((1, 2), (2, 2)).
+
+    Raises UserError.
+    """
+    fix = 'write rows x columns, as "1x2 2x1 2x2"'
+    error = UserError("model.image_grids", f"{text!r} are no grids", fix)
+    grids = []
+    for grid in text.split():
+        found = re.fullmatch(r"(\d+)x(\d+)", grid)
+        if found is None:
+            raise error
+        rows = int(found[1])
+        columns = int(found[2])
+        if rows == 0 or columns == 0:
+            raise error
+        grids.append((rows, columns))
+    if not grids:
+        raise error
+    return tuple(grids)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures and videos become items. Small and picklable: data workers carry it without the weights."""
+    """How a model sees pictures and videos. Small and picklable: data workers need no weights."""
 
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
     connector: str = "identity"
-    options: dict = field(default_factory=dict)
-    transform: ImageProcessor | None = (
-        None  # None: pictures are decoded and dropped (data.py check)
-    )
+    options: dict = field(default_factory=dict)  # the connector's
+    # None: pictures are decoded and dropped (data.py check).
+    processor: ImageProcessor | None = None
     mode: str = "square"
-    grids: tuple[tuple[int, int], ...] = ()
-    frames: int = 16
-    fps: float = 0.0
+    grids: tuple[tuple[int, int], ...] = ()  # (rows, columns) to choose from, for TILED modes
+    frames: int = 16  # of a video, the most where fps is set
+    fps: float = 0.0  # frames a second of a video; 0: always `frames`, evenly spread
 
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
-        """How many tokens an item takes in the text."""
-        if shape.rows:
-            side = isqrt(self.tokens)
-            height, width = shape.rows * side - 2 * shape.top, shape.columns * side - 2 * shape.left
-            return self.tokens + height * (width + 1)
-        return connector_tokens(self.connector, self.tokens, shape.views, **self.options)
+        """Return how many tokens an item takes in the text."""
+        if not shape.rows:
+            return connector_tokens(self.connector, self.tokens, shape.views, **self.options)
+
+        # anyres: the whole picture, then its tiles as one large picture of tokens, without its
+        # borders and with a separator behind each row.
+        side = isqrt(self.tokens)
+        height = shape.rows * side - 2 * shape.top
+        width = shape.columns * side - 2 * shape.left
+        return self.tokens + height * (width + 1)
 
     def shape(self, size: tuple[int, int]) -> ItemShape:
-        """The shape of the item that a picture of this width and height becomes."""
+        """Return the shape of the item that a picture of this width and height becomes."""
         if self.mode not in TILED:
-            return ItemShape()
-        rows, columns = self.grid(size)
+            return ONE_VIEW
+
+        rows, columns = self.best_grid(size)
+        views = 1 + rows * columns
         if self.mode == "tiles":
-            return ItemShape(1 + rows * columns)
-        (width, height), side = size, isqrt(self.tokens)
-        w, h = columns * side, rows * side  # and how much of it the picture fills
-        if width / height > w / h:
-            return ItemShape(
-                1 + rows * columns, rows, columns, (h - int(round(height * (w / width), 7))) // 2, 0
-            )
-        return ItemShape(
-            1 + rows * columns, rows, columns, 0, (w - int(round(width * (h / height), 7))) // 2
-        )
+            return ItemShape(views)
 
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid in which a picture keeps the most pixels, of those the one with the least border."""
-        (width, height), side = size, self.transform.side
-
-        def kept(grid: tuple[int, int]) -> tuple[int, int]:
-            h, w = grid[0] * side, grid[1] * side
-            scale = min(w / width, h / height)
-            pixels = min(int(width * scale) * int(height * scale), width * height)
-            return pixels, pixels - w * h
-
-        return max(self.grids, key=kept)
+        top, left = self._border(size, rows, columns)
+        return ItemShape(views, rows, columns, top, left)
 
     def picture(self, image: Image.Image) -> Item:
-        """A picture in RGB -> its item, in uint8."""
+        """Return the item of a picture in RGB, in uint8."""
         if self.mode not in TILED:
-            return Item(self.transform.pixels(image, self.mode)[None])
-        side, resample = self.transform.side, self.transform.resample
-        rows, columns = self.grid(image.size)
-        large = (
-            image.resize((columns * side, rows * side), resample)
-            if self.mode == "tiles"
-            else self._boxed(image)
-        )
-        corners = [(x * side, y * side) for y in range(rows) for x in range(columns)]
-        parts = [
-            image.resize((side, side), resample),
-            *(large.crop((x, y, x + side, y + side)) for x, y in corners),
-        ]
-        return Item(
-            torch.stack([self.transform.tensor(part) for part in parts]), self.shape(image.size)
-        )
+            pixels = self.processor.pixels(image, self.mode)
+            return Item(pixels[None])
 
-    def _boxed(self, image: Image.Image) -> Image.Image:
-        """As large as its grid allows, in the middle of black."""
-        width, height = (edge * self.transform.side for edge in reversed(self.grid(image.size)))
-        across, down = width / image.width, height / image.height
-        if across < down:
-            size = width, min(ceil(image.height * across), height)
+        side = self.processor.side
+        resample = self.processor.resample
+        rows, columns = self.best_grid(image.size)
+        if self.mode == "tiles":
+            large = image.resize((columns * side, rows * side), resample)
         else:
-            size = min(ceil(image.width * down), width), height
-        canvas = Image.new("RGB", (width, height))
-        canvas.paste(
-            image.resize(size, self.transform.resample),
-            ((width - size[0]) // 2, (height - size[1]) // 2),
-        )
-        return canvas
+            large = self._resize_into(image, columns * side, rows * side)
+
+        # The whole picture as the first view, then the tiles row by row.
+        whole = image.resize((side, side), resample)
+        views = [self.processor.tensor(whole)]
+        for row in range(rows):
+            for column in range(columns):
+                left = column * side
+                top = row * side
+                tile = large.crop((left, top, left + side, top + side))
+                views.append(self.processor.tensor(tile))
+        pixels = torch.stack(views)  # (v, 3, S, S)
+        return Item(pixels, self.shape(image.size))
 
     def clip(self, frames: Iterable[Image.Image]) -> Item:
-        """The frames of a video -> its item, in uint8. A tiled model sees them whole."""
+        """Return the item of a video's frames, in uint8. A tiled model sees each frame whole."""
         mode = "square" if self.mode in TILED else self.mode
-        pixels = torch.stack([self.transform.pixels(frame, mode) for frame in frames])
+        pixels = torch.stack([self.processor.pixels(frame, mode) for frame in frames])
         return Item(pixels, ItemShape(len(pixels)))
+
+    def best_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the grid, as (rows, columns), for a picture of this width and height.
+
+        It is the one in which the picture keeps the most pixels, resized in its own proportions; of
+        several the one with the least border (transformers' select_best_resolution).
+        """
+        width, height = size
+        side = self.processor.side
+
+        best = None
+        best_score = None
+        for rows, columns in self.grids:
+            grid_width = columns * side
+            grid_height = rows * side
+            scale = min(grid_width / width, grid_height / height)
+
+            # Enlarging a picture adds no pixels to it.
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            border = grid_width * grid_height - kept
+            score = (kept, -border)
+            if best is None or score > best_score:  # of equals the first one stays
+                best = (rows, columns)
+                best_score = score
+        return best
+
+    def _border(self, size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
+        """Return the rows of tokens above and below, and columns left and right, that see black.
+
+        One of the two is 0. The arithmetic is that of transformers' unpad_image: it works on tokens
+        and not on pixels, and rounds to 7 digits before it cuts, so that 5.9999999999 counts as 6.
+        """
+        width, height = size
+        side = isqrt(self.tokens)
+        grid_width = columns * side  # in tokens
+        grid_height = rows * side
+
+        # A picture that is wider than its grid has borders above and below.
+        if width / height > grid_width / grid_height:
+            filled = int(round(height * (grid_width / width), 7))
+            return (grid_height - filled) // 2, 0
+        filled = int(round(width * (grid_height / height), 7))
+        return 0, (grid_width - filled) // 2
+
+    def _resize_into(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Return the picture as large as fits, in the middle of width x height black pixels.
+
+        The shorter side is rounded up, as in transformers' get_patch_output_size.
+        """
+        across = width / image.width
+        down = height / image.height
+        if across < down:
+            new_width = width
+            new_height = min(ceil(image.height * across), height)
+        else:
+            new_width = min(ceil(image.width * down), width)
+            new_height = height
+        resized = image.resize((new_width, new_height), self.processor.resample)
+
+        left = (width - new_width) // 2
+        top = (height - new_height) // 2
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(resized, (left, top))
+        return canvas

@@ -1,283 +1,363 @@
 """Tokenizers that say which characters each token stands for.
 
-    tok = load_tokenizer("DIR")                  # tokenizer.json, tokenizer.model, or vocab.json and merges.txt
-    ids, offsets = tok.encode("A dog.</s>")      # text[start:end] of offsets[k] are the characters of ids[k]
+    tok = load_tokenizer("DIR")     # tokenizer.json, tokenizer.model, or vocab.json and merges.txt
+    ids, offsets = tok.encode("A dog.</s>")     # ids[k] stands for text[start:end] of offsets[k]
 
-The libraries `tokenizers` and `sentencepiece` split plain text; this file says what is a control token and where a
-text begins, and keeps the offsets, so that labels are found (templates.py) and no text is tokenised twice to count.
+    ids      [319,    11203,  29889,  2]         Llama-2's
+    tokens   ["▁A",   "▁dog", ".",    "</s>"]
+    offsets  [(0, 1), (1, 5), (5, 6), (6, 10)]
+
+The libraries `tokenizers` and `sentencepiece` split plain text. This file decides what is a control
+token and where a text begins, and it keeps the offsets: `templates.tokenize` finds the labels with
+them, so no text is tokenized a second time to count its tokens.
+
+Two kinds of vocabularies exist, and both give offsets in characters:
+
+- Byte-level BPE (GPT-2, Phi-2, Qwen2; `tokenizer.json`) splits the bytes of a text, so that one
+  character may be several tokens. These share its span, or stand behind it without width.
+- SentencePiece (Llama, Gemma; `tokenizer.model`, or converted to `tokenizer.json`) splits the
+  characters and writes a space as the word mark ▁, a part of the token behind it. It also puts a
+  mark before the whole text, for which there is no character.
+
+`Tokenizer` is what both share; `JsonTokenizer` and `PieceTokenizer` read the two kinds of file.
 """
 
-import datetime
-import functools
+from __future__ import annotations
+
 import itertools
 import json
-import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
+from checkpoints.files import write_file
 from config import UserError
 
-OWN_FILES = (  # what belongs to a tokenizer, hence what `save` writes
-    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "vocab.json merges.txt chat_template.jinja chat_template.json"
-).split()
-MODEL_FILES = ("generation_config.json", "config.json")  # the model's, read only for eos_token_id
-# How a vocab.json is used depends on code, which its tokenizer_class names: the regex of its words, or GPT-2's
+# The files that belong to a tokenizer, hence those that `save` writes.
+OWN_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# The model's files, which are read only for their eos_token_id.
+MODEL_FILES = ("generation_config.json", "config.json")
+
+# How a text is split into words before its vocab.json is used. No file says it: it is in the code
+# of the class that tokenizer_class names. None is GPT-2's way, which `tokenizers` knows.
 WORDS = {
     "GPT2Tokenizer": None,
     "CodeGenTokenizer": None,
-    "Qwen2Tokenizer": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "Qwen2Tokenizer": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
+NEVER = "(?!)"  # a regular expression that matches nowhere
 
-def load_tokenizer(path):
-    """A folder with `tokenizer.json`, `tokenizer.model`, or `vocab.json` and `merges.txt`; or a file -> Tokenizer.
+Offsets = list[tuple[int, int]]
 
-    In a folder with both, `tokenizer.json` wins: it alone is sure to hold tokens that were added later, and the
-    golden rows are equal through either. The config files beside it are read for bos, eos, pad and chat template.
-    Raises UserError when there is no tokenizer or it cannot be read.
+
+class Mark(NamedTuple):
+    """A place in a text that becomes one given id, whatever is written there."""
+
+    start: int
+    end: int
+    id: int | None  # None adds no token: the place is only a cut, across which no token reaches
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a folder, or of one vocabulary file.
+
+    In a folder with both tokenizer.json and tokenizer.model the first one wins: it alone is sure to
+    hold tokens that were added later. The configuration files beside it are read for bos, eos, pad
+    and the chat template. Raises UserError when there is no tokenizer or it cannot be read.
     """
     path = Path(path)
-    folder = path.parent if path.is_file() else path
+    files = read_files(path)
     kinds = {"tokenizer.json": JsonTokenizer, "tokenizer.model": PieceTokenizer}
-    files = {
-        name: (folder / name).read_bytes()
-        for name in (*OWN_FILES, *MODEL_FILES)
-        if (folder / name).is_file()
-    }
-    if path.is_file():  # this vocabulary and no other
-        files = {name: data for name, data in files.items() if name not in kinds}
-        files["tokenizer.model" if path.suffix == ".model" else "tokenizer.json"] = (
-            path.read_bytes()
-        )
-    elif {"vocab.json", "merges.txt"} <= files.keys() and not kinds.keys() & files.keys():
-        files["tokenizer.json"] = _byte_level(files, path)
     for name, kind in kinds.items():
-        if name in files:
-            try:
-                return kind(files)
-            except Exception as error:  # both libraries raise what they like on a damaged file
-                what = " ".join(str(error).split())[:200] or type(error).__name__
-                raise UserError(
-                    f"{path}:{name}", f"cannot be loaded: {what}", "copy it again"
-                ) from error
-    what = (
-        "has neither tokenizer.json nor tokenizer.model"
-        if folder.is_dir()
-        else "no such folder or file"
-    )
+        if name not in files:
+            continue
+        try:
+            return kind(files)
+        except Exception as error:  # both libraries raise what they like on a damaged file
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            what = f"cannot be loaded: {what}"
+            raise UserError(f"{path}:{name}", what, "copy it again") from error
+    raise missing_tokenizer(path)
+
+
+def read_files(path: Path) -> dict[str, bytes]:
+    """Return {name: bytes} of all files of the tokenizer in a folder, or around one file."""
+    folder = path.parent if path.is_file() else path
+    files = {}
+    for name in OWN_FILES + MODEL_FILES:
+        if (folder / name).is_file():
+            files[name] = (folder / name).read_bytes()
+
+    if path.is_file():
+        # The caller named this vocabulary and no other.
+        files.pop("tokenizer.json", None)
+        files.pop("tokenizer.model", None)
+        name = "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
+        files[name] = path.read_bytes()
+        return files
+
+    has_vocabulary = "tokenizer.json" in files or "tokenizer.model" in files
+    if not has_vocabulary and "vocab.json" in files and "merges.txt" in files:
+        files["tokenizer.json"] = build_byte_level(files, path)
+    return files
+
+
+def missing_tokenizer(path: Path) -> UserError:
+    """Return the error for a folder without a tokenizer that can be read."""
+    what = "no such folder or file"
     fix = "name a folder that holds one of the two"
-    if ranks := sorted(folder.glob("*.tiktoken")):
+    if path.is_dir():
+        what = "has neither tokenizer.json nor tokenizer.model"
+
+    ranks = sorted(path.glob("*.tiktoken"))
+    if ranks:
         what = f"{ranks[0].name} needs its repository's code, which is never run"
         fix = "copy tokenizer.json from the newer revision of the repository"
-    raise UserError(f"{path}:tokenizer", what, fix)
+    return UserError(f"{path}:tokenizer", what, fix)
 
 
 class Tokenizer:
-    """What both kinds share. Made by `load_tokenizer`.
+    """What both kinds of tokenizer share. Made by `load_tokenizer`.
 
     vocab_size    1 + the largest id
-    special       {string: id} of the control tokens, which stand for structure and not for their spelling
-    bos_id        the id that opens every sequence, or None when this tokenizer does not prepend one
-    eos_id, eos   id and string of the end token, or None; pad_id likewise
+    special       {string: id} of the control tokens, which are structure and not their spelling
+    bos_id        the id that opens every sequence, None when this tokenizer does not prepend one
+    eos_id, eos   id and string of the token that ends a text, or None
+    pad_id        the id of the padding token, or None
     named         {"bos_token": string, ...}, for chat templates
     token_id(string) -> id or None; token(id) -> string or None
 
-    It keeps the bytes of its files: `save` needs no folder that may be gone by then, and a pickle (for a
-    DataLoader worker) is those bytes, read again.
+    The bytes of its files are kept. So `save` needs no folder, which may be gone by then, and a
+    pickle (for a DataLoader worker) is those bytes, read again.
 
-    A Llama vocabulary puts a word mark before a text. Text behind a control token gets none (Hugging Face's
-    `"legacy": false`: TinyLlama's and the golden rows'), unless the config says `"legacy": true`. Hence the models
-    `_first` for the beginning of a text, `_bare` without the mark, and `_later`, which is one of the two.
+    A SentencePiece vocabulary puts its word mark before a text, so "dog" and " dog" begin with the
+    same token. Text behind a control token gets no mark (Hugging Face's `"legacy": false`), unless
+    tokenizer_config.json says `"legacy": true`. Hence three models of the library, which differ in
+    nothing else; with a byte-level vocabulary all three are the same one:
+
+    _first    for the beginning of a text: with the mark
+    _bare     for a text that goes on: without the mark
+    _later    for text behind a control token: one of the two
     """
 
-    def __init__(self, files):
-        self.files, self.config = files, _read(files, "tokenizer_config.json")
-        lead, end = (
-            self._load()
-        )  # ids that the vocabulary file itself knows as bos and eos, or None
+    def __init__(self, files: dict[str, bytes]):
+        self.files = files
+        self.config = parse(files, "tokenizer_config.json")
+
+        # The vocabulary file itself may know a bos and an eos.
+        known_bos, known_eos = self._load_vocabulary()
         self._later = self._first if self.config.get("legacy") is True else self._bare
-        self.named = _named(files)
-        ids = {role: self.token_id(token) for role, token in self.named.items()}
-        asked = self.config.get("add_bos_token")
-        prepends = lead is not None if asked is None else asked
-        self.bos_id, self.pad_id = (
-            ids.get("bos_token", lead) if prepends else None,
-            ids.get("pad_token"),
-        )
-        ends = (
-            ids.get("eos_token"),
-            *(_read(files, name).get("eos_token_id") for name in MODEL_FILES),
-            end,
-        )
-        ends = [e[0] if isinstance(e, list) else e for e in ends if e is not None]
-        self.eos_id = ends[0] if ends else None
-        self.eos = self.token(self.eos_id) if ends else None
-        for role, i in (("bos_token", lead), ("eos_token", self.eos_id)):
-            if i is not None:
-                self.named.setdefault(role, self.token(i))
-        takes, longest = self._takes, sorted(self.special, key=len, reverse=True)
-        forms = [
-            r"\s*" * takes(s, "lstrip") + re.escape(s) + r"\s*" * takes(s, "rstrip")
-            for s in longest
-        ]
-        self._controls = re.compile("|".join(forms) or "(?!)")
+
+        self.named = read_named(files)
+        ids = {role: self.token_id(string) for role, string in self.named.items()}
+        self.pad_id = ids.get("pad_token")
+
+        # The config may say that bos is prepended, or that it is not; else the vocabulary decides.
+        prepends_bos = self.config.get("add_bos_token")
+        if prepends_bos is None:
+            prepends_bos = known_bos is not None
+        self.bos_id = ids.get("bos_token", known_bos) if prepends_bos else None
+
+        self.eos_id = self._find_eos(ids.get("eos_token"), known_eos)
+        self.eos = None if self.eos_id is None else self.token(self.eos_id)
+
+        # A chat template may write the two, so they have names even where the config gives none.
+        if known_bos is not None:
+            self.named.setdefault("bos_token", self.token(known_bos))
+        if self.eos_id is not None:
+            self.named.setdefault("eos_token", self.eos)
+
+        self._controls = self._compile_controls()
+
+    def _load_vocabulary(self) -> tuple[int | None, int | None]:
+        """Read the vocabulary file; return the ids that it knows as bos and eos, each or None.
+
+        Sets special, vocab_size, _first and _bare.
+        """
+        raise NotImplementedError
+
+    def _encode_plain(self, model, text: str) -> tuple[list[int], Offsets]:
+        """Return ids and offsets of a text in which nothing is a control token."""
+        raise NotImplementedError
+
+    def _takes_space(self, token: str, side: str) -> bool:
+        """Return whether a control token takes in the space on its side "lstrip" or "rstrip"."""
+        raise NotImplementedError
+
+    def _find_eos(self, named: int | None, known: int | None) -> int | None:
+        """Return the id that ends a text: the first of what config, model and vocabulary say."""
+        candidates = [named]
+        for name in MODEL_FILES:
+            candidates.append(parse(self.files, name).get("eos_token_id"))
+        candidates.append(known)
+
+        for candidate in candidates:
+            if isinstance(candidate, list):  # a model that stops at several: the first is the usual
+                return candidate[0]
+            if candidate is not None:
+                return candidate
+        return None
+
+    def _compile_controls(self) -> re.Pattern:
+        """Return the expression that finds control tokens in a text, the longest first."""
+        forms = []
+        for token in sorted(self.special, key=len, reverse=True):
+            form = re.escape(token)
+            if self._takes_space(token, "lstrip"):
+                form = r"\s*" + form
+            if self._takes_space(token, "rstrip"):
+                form = form + r"\s*"
+            forms.append(form)
+        return re.compile("|".join(forms) or NEVER)
 
     def __reduce__(self):
         return type(self), (self.files,)
 
-    def encode(self, text, special=True):
-        """text -> (ids, offsets), without bos. Token k touches the characters text[start:end] of offsets[k].
+    def encode(self, text: str, special: bool = True) -> tuple[list[int], Offsets]:
+        """Return (ids, offsets) without bos: ids[k] stands for text[start:end] of offsets[k].
 
-        Together the spans cover the text; tokens that are parts of one character share it or stand at it with
-        no width. With special=False a control token's string is text like any other.
+        Together the spans cover the text. Tokens that are parts of one character share its span or
+        stand at it with no width. With special=False a control token's string is plain text.
         """
-        return self.encode_around(text, self.controls(text) if special else [])
+        marks = self.controls(text) if special else []
+        return self.encode_around(text, marks)
 
-    def controls(self, text):
-        """[(start, end, id)] of the control tokens in a text, with the space around that some take in (Phi-3's do)."""
-        found, special = self._controls.finditer(text), self.special
-        return [(*m.span(), special.get(m[0], special.get(m[0].strip()))) for m in found]
+    def controls(self, text: str) -> list[Mark]:
+        """Return the control tokens in a text, with the space that some take in (Phi-3's do)."""
+        marks = []
+        for found in self._controls.finditer(text):
+            string = found[0]
+            if string not in self.special:
+                string = string.strip()
+            marks.append(Mark(found.start(), found.end(), self.special.get(string)))
+        return marks
 
-    def encode_around(self, text, marks):
-        """As `encode`, where `marks`, sorted (start, end, id), are the only places that become given ids.
+    def encode_around(self, text: str, marks: list[Mark]) -> tuple[list[int], Offsets]:
+        """Return (ids, offsets) where `marks`, in order, are the only places that become given ids.
 
-        Control strings in the text between them are plain text. A negative id is an image's: behind it a text
-        begins anew, word mark included, as in TinyLLaVA. An id None adds nothing: no token reaches across it.
+        Control strings in the text between the marks are spelled out like other text. A negative id
+        is an image's: behind it a text begins anew, word mark included, as in TinyLLaVA.
         """
-        ids, offsets, cursor, model = [], [], 0, self._first
-        for start, end, mark in [*marks, (len(text), len(text), None)]:
+        ids, offsets = [], []
+        cursor = 0
+        model = self._first
+
+        end_of_text = Mark(len(text), len(text), None)
+        for start, end, mark_id in [*marks, end_of_text]:
+            # The plain text before the mark.
             if cursor < start:
-                pieces, spans = self._pieces(model, text[cursor:start])
-                # A normaliser may drop characters (an accent under NFC): the token before takes them.
-                nexts = [s for s, _ in spans[1:]] + [start - cursor]
-                ids += pieces  # none for CLIP's " ", hence strict=False
-                offsets += [
-                    (cursor + s, cursor + max(e, n))
-                    for (s, e), n in zip(spans, nexts, strict=False)
-                ]
-            if mark is not None:
-                ids.append(mark)
+                plain_ids, spans = self._encode_plain(model, text[cursor:start])
+                ids += plain_ids
+                for first, last in cover(spans, start - cursor):
+                    offsets.append((cursor + first, cursor + last))
+
+            # The mark itself. Its kind decides whether the text behind it gets a word mark.
+            if mark_id is not None:
+                ids.append(mark_id)
                 offsets.append((start, end))
-            cursor, model = (
-                end,
-                self._bare if mark is None else self._first if mark < 0 else self._later,
-            )
+            if mark_id is None:
+                model = self._bare
+            elif mark_id < 0:
+                model = self._first
+            else:
+                model = self._later
+            cursor = end
         return ids, offsets
 
-    def decode(self, ids):
-        """ids -> text, without control tokens, images, and ids that no token has (an embedding's padding)."""
-        ids, controls = [i for i in map(int, ids) if i >= 0], set(self.special.values())
-        return self._first.decode(
-            [i for i in ids if i not in controls and self.token(i) is not None]
-        )
+    def decode(self, ids) -> str:
+        """Return the text of ids, without control tokens, images (negative ids), and ids that no
+        token has, such as those of an embedding's padding."""
+        controls = set(self.special.values())
+        kept = []
+        for i in map(int, ids):
+            if i >= 0 and i not in controls and self.token(i) is not None:
+                kept.append(i)
+        return self._first.decode(kept)
 
-    def save(self, folder):
-        """Writes the tokenizer's own files, chat template included, into `folder`, each one whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (name for name in OWN_FILES if name in self.files):
-            with open(temporary := folder / f".{name}.{os.getpid()}", "wb") as file:
-                file.write(self.files[name])
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / name)
+    def save(self, folder: str | Path):
+        """Write the tokenizer's own files, chat template included, each whole or not at all."""
+        for name in OWN_FILES:
+            if name in self.files:
+                write_file(Path(folder) / name, self.files[name])
 
     @property
-    def marks_words(self):
-        """Whether a text begins with a word mark, as it does in Llama's vocabularies."""
+    def marks_words(self) -> bool:
+        """Whether a text begins with a word mark, as in Llama's vocabularies."""
         return self._first is not self._bare
 
     @property
-    def chat_template(self):
-        """The Jinja source of the chat template, the newest place first, or None."""
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template, or None; of several places the newest one wins."""
         if "chat_template.jinja" in self.files:
             return self.files["chat_template.jinja"].decode()
-        found = self.config.get("chat_template") or _read(self.files, "chat_template.json").get(
-            "chat_template"
-        )
-        return (
-            {f["name"]: f["template"] for f in found}.get("default")
-            if isinstance(found, list)
-            else found
-        )
 
-    def compile_chat_template(self):
-        """The chat template, to `render` in the sandbox and with the names that transformers gives it. UserError."""
-        try:
-            import jinja2.sandbox
-        except ImportError:
-            raise UserError(
-                "template: chat", "the package jinja2 is missing", "pip install jinja2"
-            ) from None
-
-        def refuse(message):
-            raise jinja2.TemplateError(message)
-
-        # {% generation %} stands around an answer, for transformers; here it is no more than what is inside.
-        tag, plain = r"(\{%[-+]?\s*)(end)?generation\b", {None: "if true", "end": "endif"}
-        source = re.sub(tag, lambda m: m[1] + plain[m[2]], self.chat_template)
-        kind, more = jinja2.sandbox.ImmutableSandboxedEnvironment, ["jinja2.ext.loopcontrols"]
-        env = kind(trim_blocks=True, lstrip_blocks=True, extensions=more)
-        env.filters["tojson"] = functools.partial(
-            json.dumps, ensure_ascii=False
-        )  # Jinja's own escapes HTML
-        env.globals |= {
-            "raise_exception": refuse,
-            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        }
-        try:
-            return env.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(
-                "template: chat", f"the chat template is not Jinja: {error}", "copy it again"
-            ) from error
+        found = self.config.get("chat_template")
+        if not found:
+            found = parse(self.files, "chat_template.json").get("chat_template")
+        if isinstance(found, list):  # several with names, such as one for tools
+            by_name = {entry["name"]: entry["template"] for entry in found}
+            return by_name.get("default")
+        return found
 
 
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`, through `tokenizers`."""
 
-    def _load(self):
-        self._first = self._bare = first = tokenizers.Tokenizer.from_str(
-            self.files["tokenizer.json"].decode()
-        )
-        first.no_truncation()  # some files carry these two: they would cut, or fill up
-        first.no_padding()
-        lead = first.encode("").ids  # shows what the post-processor puts before every text
-        first.post_processor = (
-            None  # bos is ours to add, and ByteLevel's cuts spaces out of the offsets
-        )
-        first.encode_special_tokens = True  # control strings in plain text are spelled out
-        self.token_id, self.token = first.token_to_id, first.id_to_token
-        added = first.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items() if token.special}
-        self._takes = lambda token, side: getattr(
-            added[self.special[token]], side
-        )  # space on that side
-        self.vocab_size = max([first.get_vocab_size(False), *(i + 1 for i in added)])
-        # The word mark comes from a Prepend normalizer (older files) or a Metaspace pre-tokenizer (newer ones).
-        clean, split = (
-            json.loads(p.__getstate__()) if p else {}
-            for p in (first.normalizer, first.pre_tokenizer)
-        )
-        steps = clean.get("normalizers", [clean] if clean else [])
-        rest = [step for step in steps if step["type"] != "Prepend"]
-        opens = split.get("prepend_scheme") == "first"
-        if opens or rest != steps:
-            spec = json.loads(first.to_str()) | {
-                "normalizer": {"type": "Sequence", "normalizers": rest}
-            }
-            spec["pre_tokenizer"] = split | {"prepend_scheme": "never"} if opens else split or None
-            self._bare = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            self._bare.encode_special_tokens = True
-        return lead[0] if lead else None, None
+    def _load_vocabulary(self) -> tuple[int | None, int | None]:
+        model = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+        # Some files carry these two settings, which would cut or fill up every text.
+        model.no_truncation()
+        model.no_padding()
 
-    def _pieces(self, model, text):
+        # What the post-processor puts around an empty text is what it puts before every text. After
+        # that it goes: bos is ours to add, and ByteLevel's cuts spaces out of the offsets.
+        around = model.encode("").ids
+        model.post_processor = None
+        # Control strings in plain text are spelled out; the real ones are found by `controls`.
+        model.encode_special_tokens = True
+
+        # Added tokens are those that were given an id after the vocabulary was trained. Only those
+        # that are called special are control tokens; the library finds the others in any text.
+        self._added = model.get_added_tokens_decoder()
+        self.special = {}
+        self.vocab_size = model.get_vocab_size(with_added_tokens=False)
+        for i, token in self._added.items():
+            self.vocab_size = max(self.vocab_size, i + 1)
+            if token.special:
+                self.special[token.content] = i
+
+        self._first = model
+        self._bare = without_word_mark(model)
+        return (around[0] if around else None), None
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token, or None."""
+        return self._first.token_to_id(token)
+
+    def token(self, i: int) -> str | None:
+        """Return the string of an id, or None."""
+        return self._first.id_to_token(i)
+
+    def _takes_space(self, token: str, side: str) -> bool:
+        return getattr(self._added[self.special[token]], side)
+
+    def _encode_plain(self, model, text: str) -> tuple[list[int], Offsets]:
         encoding = model.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -285,96 +365,188 @@ class JsonTokenizer(Tokenizer):
 class PieceTokenizer(Tokenizer):
     """`tokenizer.model`, through `sentencepiece`."""
 
-    def _load(self):
+    def _load_vocabulary(self) -> tuple[int | None, int | None]:
         proto = self.files["tokenizer.model"]
-        self._first = first = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        # Protobuf merges what is appended: normalizer_spec (field 3) {add_dummy_prefix (field 3): false}.
-        self._bare = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
-        size = first.vocab_size()
-        controls = [i for i in range(size) if first.is_control(i) or first.is_unknown(i)]
-        added = {int(i): token for i, token in self.config.get("added_tokens_decoder", {}).items()}
-        self.special = {first.id_to_piece(i): i for i in controls} | _read(
-            self.files, "added_tokens.json"
-        )
-        self.special |= {
-            token["content"]: i for i, token in added.items() if token.get("special", True)
-        }
-        self._takes = lambda token, side: added.get(self.special[token], {}).get(side, False)
-        # A vocabulary may spell a control token as a piece of text (Gemma's <end_of_turn>). Typed text is cut there.
-        typed = [
-            s for s, i in self.special.items() if i < size and i not in controls and len(s) > 1
-        ]
-        self._typed = re.compile(
-            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in typed) or "(?!)"
-        )
-        self._added = {i: token for token, i in self.special.items()}
-        self.vocab_size = max(size, 1 + max(self._added))
-        return [i if i >= 0 else None for i in (first.bos_id(), first.eos_id())]
+        model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self._first = model
+        # The file is a protobuf message, and of a field that occurs again the later value holds. So
+        # appending normalizer_spec (field 3) { add_dummy_prefix (field 3): false } switches off the
+        # word mark before a text.
+        without_mark = proto + b"\x1a\x02\x18\x00"
+        self._bare = sentencepiece.SentencePieceProcessor(model_proto=without_mark)
 
-    def token_id(self, token):
-        i = self.special.get(token, self._first.piece_to_id(token))
+        # Control tokens are those of the vocabulary itself, and those that the files beside it add.
+        size = model.vocab_size()
+        self.special = {}
+        for i in range(size):
+            if model.is_control(i) or model.is_unknown(i):
+                self.special[model.id_to_piece(i)] = i
+        own_controls = set(self.special.values())
+        self.special |= parse(self.files, "added_tokens.json")
+        self._added = {}
+        for i, token in self.config.get("added_tokens_decoder", {}).items():
+            self._added[int(i)] = token
+            if token.get("special", True):
+                self.special[token["content"]] = int(i)
+
+        # A vocabulary may hold a control token as a piece of text, too (Gemma's <end_of_turn>), and
+        # sentencepiece then finds it wherever somebody typed it. So typed text is cut behind the
+        # string's first character: no piece reaches across, and it is spelled out.
+        places = []
+        for string, i in self.special.items():
+            if i < size and i not in own_controls and len(string) > 1:
+                places.append(f"(?<={re.escape(string[0])})(?={re.escape(string[1:])})")
+        self._typed = re.compile("|".join(places) or NEVER)
+
+        self._strings = {i: string for string, i in self.special.items()}
+        self.vocab_size = max(size, 1 + max(self._strings))
+
+        # sentencepiece says -1 where a vocabulary has no such token.
+        bos = model.bos_id() if model.bos_id() >= 0 else None
+        eos = model.eos_id() if model.eos_id() >= 0 else None
+        return bos, eos
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token, or None."""
+        i = self.special.get(token)
+        if i is None:
+            i = self._first.piece_to_id(token)  # for an unknown one, the id of <unk>
         return i if self.token(i) == token else None
 
-    def token(self, i):
-        return self._added.get(i) or (
-            self._first.id_to_piece(i) if i < self._first.vocab_size() else None
-        )
+    def token(self, i: int) -> str | None:
+        """Return the string of an id, or None."""
+        if i in self._strings:
+            return self._strings[i]
+        if i < self._first.vocab_size():
+            return self._first.id_to_piece(i)
+        return None
 
-    def _pieces(self, model, text):
-        cuts = [0, *(m.start() for m in self._typed.finditer(text)), len(text)]
-        ids, spans = [], []
+    def _takes_space(self, token: str, side: str) -> bool:
+        return self._added.get(self.special[token], {}).get(side, False)
+
+    def _encode_plain(self, model, text: str) -> tuple[list[int], Offsets]:
+        cuts = [0]
+        for found in self._typed.finditer(text):
+            cuts.append(found.start())
+        cuts.append(len(text))
+
+        ids, offsets = [], []
         for start, end in itertools.pairwise(cuts):
-            found = model.encode_as_offset_mapping(text[start:end])
-            ids += found["ids"]
-            spans += [(start + s, start + e) for s, e in found["offsets"]]
-            model = self._bare
-        return ids, spans
+            mapping = model.encode_as_offset_mapping(text[start:end])
+            ids += mapping["ids"]
+            for first, last in mapping["offsets"]:
+                offsets.append((start + first, start + last))
+            model = self._bare  # behind a cut the text goes on
+        return ids, offsets
 
 
-def _read(files, name):
-    """A JSON file among them; {} where there is none."""
+def cover(spans: Offsets, length: int) -> Offsets:
+    """Return spans of tokens widened so that they cover the whole text of `length` characters.
+
+    A normalizer may drop characters, such as an accent under NFC: the token before takes them.
+    """
+    next_starts = [start for start, _ in spans[1:]]
+    next_starts.append(length)
+
+    covered = []
+    # strict=False: a text may have no tokens at all (CLIP's " "), and then there is no span.
+    for (start, end), next_start in zip(spans, next_starts, strict=False):
+        covered.append((start, max(end, next_start)))
+    return covered
+
+
+def without_word_mark(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return the model that puts no word mark before a text, the same one if it puts none anyway.
+
+    In older files a Prepend normalizer makes the mark, in newer ones a Metaspace pre-tokenizer.
+    """
+    normalizer = describe(model.normalizer)
+    if normalizer:
+        steps = normalizer.get("normalizers", [normalizer])
+    else:
+        steps = []
+    kept = [step for step in steps if step["type"] != "Prepend"]
+
+    pre_tokenizer = describe(model.pre_tokenizer)
+    is_metaspace = pre_tokenizer.get("prepend_scheme") == "first"
+    if kept == steps and not is_metaspace:
+        return model
+
+    spec = json.loads(model.to_str())
+    spec["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    if is_metaspace:
+        spec["pre_tokenizer"] = pre_tokenizer | {"prepend_scheme": "never"}
+    bare = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    bare.encode_special_tokens = True  # which a file does not carry
+    return bare
+
+
+def describe(part) -> dict:
+    """Return a normalizer or pre-tokenizer as tokenizer.json writes it, {} for None."""
+    if part is None:
+        return {}
+    return json.loads(part.__getstate__())
+
+
+def parse(files: dict[str, bytes], name: str) -> dict:
+    """Return the JSON file of that name among `files`, {} where there is none."""
     return json.loads(files.get(name, b"{}"))
 
 
-def _named(files):
-    """{"bos_token": string, ...}: the tokens that the config files give a role, without those that are null."""
-    named = _read(files, "special_tokens_map.json") | _read(files, "tokenizer_config.json")
-    named = {
-        k: v["content"] if isinstance(v, dict) else v
-        for k, v in named.items()
-        if k.endswith("_token")
-    }
-    return {k: v for k, v in named.items() if isinstance(v, str)}
+def read_named(files: dict[str, bytes]) -> dict[str, str]:
+    """Return {"bos_token": string, ...}: the tokens to which the config files give a role."""
+    settings = parse(files, "special_tokens_map.json") | parse(files, "tokenizer_config.json")
+    named = {}
+    for role, token in settings.items():
+        if not role.endswith("_token"):
+            continue
+        if isinstance(token, dict):
+            token = token["content"]
+        if isinstance(token, str):  # add_bos_token is a boolean, and a role may be null
+            named[role] = token
+    return named
 
 
-def _byte_level(files, path):
-    """`vocab.json` and `merges.txt`, as GPT-2, Phi-2 and Qwen2 use them -> the bytes of a tokenizer.json."""
-    settings = _read(files, "tokenizer_config.json")
+def build_byte_level(files: dict[str, bytes], path: Path) -> bytes:
+    """Return the tokenizer.json that vocab.json and merges.txt stand for (GPT-2, Phi-2, Qwen2).
+
+    Raises UserError where the files do not say how words are split, or leave out an added token.
+    """
+    where = f"{path}:tokenizer_config.json"
+    settings = parse(files, "tokenizer_config.json")
     kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
     if kind not in WORDS:
         what = f"the tokenizer_class is {kind}, so how vocab.json splits words is not known"
-        raise UserError(
-            f"{path}:tokenizer_config.json",
-            what,
-            f"copy tokenizer.json too, or use {', '.join(WORDS)}",
-        )
-    pairs = [tuple(line.split(" ")) for line in files["merges.txt"].decode().split("\n")]
-    pairs = [pair for pair in pairs if len(pair) == 2 and pair[0] != "#version:"]
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(_read(files, "vocab.json"), pairs))
+        raise UserError(where, what, f"copy tokenizer.json too, or use {', '.join(WORDS)}")
+
+    # Every line of merges.txt is a pair of pieces that are joined, the most frequent pair first.
+    pairs = []
+    for line in files["merges.txt"].decode().split("\n"):
+        pair = tuple(line.split(" "))
+        if len(pair) == 2 and pair[0] != "#version:":
+            pairs.append(pair)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(parse(files, "vocab.json"), pairs))
+
+    # Text -> words -> bytes, each written as one printable character (a space as Ġ).
+    words = WORDS[kind]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
     model.decoder = decoders.ByteLevel()
-    model.pre_tokenizer = level = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=not WORDS[kind]
-    )
-    if WORDS[kind]:
+    if words is None:
+        model.pre_tokenizer = byte_level
+    else:
         model.normalizer = normalizers.NFC()
-        words = pre_tokenizers.Split(tokenizers.Regex(WORDS[kind]), "isolated")
-        model.pre_tokenizer = pre_tokenizers.Sequence([words, level])
-    added = sorted((int(i), token) for i, token in settings.get("added_tokens_decoder", {}).items())
-    model.add_tokens([tokenizers.AddedToken(**token) for _, token in added])
-    model.add_special_tokens(
-        [s for s in _named(files).values() if model.token_to_id(s) is not None]
-    )
-    if lost := [token["content"] for i, token in added if model.token_to_id(token["content"]) != i]:
-        what = f"the ids of added tokens leave a gap before {lost[0]!r}"
-        raise UserError(f"{path}:tokenizer_config.json", what, "copy tokenizer.json too")
+        split = pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+        model.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+
+    # The library counts the ids of added tokens on from the vocabulary, so in order they must come
+    # out as the config says.
+    added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    added = dict(sorted(added.items()))
+    model.add_tokens([tokenizers.AddedToken(**token) for token in added.values()])
+    named = read_named(files).values()
+    model.add_special_tokens([token for token in named if model.token_to_id(token) is not None])
+    for i, token in added.items():
+        if model.token_to_id(token["content"]) != i:
+            what = f"the ids of added tokens leave a gap before {token['content']!r}"
+            raise UserError(where, what, "copy tokenizer.json too")
     return model.to_str().encode()

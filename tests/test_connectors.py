@@ -1,4 +1,4 @@
-"""Connectors: TinyLLaVA's numbers from its own weights, plain arithmetic at odd sizes, one entry of a dict each."""
+"""Connectors against TinyLLaVA's features, by its weights, and against arithmetic spelled out."""
 
 import json
 import math
@@ -209,10 +209,10 @@ def test_sizes_are_tinyllavas_unless_chosen():
     layers = qformer.bert.encoder.layer
     assert qformer.query_tokens.shape == (1, 128, 768) and len(layers) == 12
     assert (
-        layers[0].intermediate_query["dense"].weight.shape == (3072, 768)
+        layers[0].intermediate_query.dense.weight.shape == (3072, 768)
         and layers[0].attention.heads == 12
     )
-    assert layers[0].crossattention.self["key"].weight.shape == (768, 1152)
+    assert layers[0].crossattention.self.key.weight.shape == (768, 1152)
     assert connector_tokens("resampler", 729) == connector_tokens("qformer", 729) == 128
 
 
@@ -241,22 +241,52 @@ def test_berts_positions_wait_in_the_spares():
         weights.load(connector, state | {"bert.embeddings.word_embeddings.weight": torch.ones(1)})
 
 
-@pytest.mark.parametrize(
-    "spec, options, message",
-    [
-        ("mlp2x_gelo", {}, "model.connector: unknown 'mlp2x_gelo'; fix: one of identity, linear, mlp1x_gelu"),
-        ("mlp9x_gelu", {}, "model.connector: unknown 'mlp9x_gelu'"),
-        ("resampler", {"queries": 9}, "model.connector_options.queries: unknown to resampler; fix: one of num_queries, "
-         "num_resampler_layers"),
-        ("qformer", {"layers": 9}, "model.connector_options.layers: unknown to qformer; fix: one of num_queries, "
-         "hidden_size, num_hidden_layers, num_attention_heads, intermediate_size"),
-        ("mlp2x_gelu", {"depth": 3}, "model.connector_options.depth: unknown to mlp2x_gelu; fix: remove it"),
-        ("resampler", {"num_resampler_layers": 0}, "model.connector_options.num_resampler_layers: 0 is not a positive "
-         "integer; fix: the default is 3"),
-        ("qformer", {"num_queries": "9"}, "model.connector_options.num_queries: '9' is not a positive integer"),
-        ("qformer", {"num_queries": True}, "model.connector_options.num_queries: True is not a positive integer"),
-    ],
-)  # fmt: skip
+RESAMPLER_OPTIONS = "one of num_queries, num_resampler_layers"
+QFORMER_OPTIONS = (
+    "one of num_queries, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size"
+)
+MISTAKES = [
+    (
+        "mlp2x_gelo",
+        {},
+        "model.connector: unknown 'mlp2x_gelo'; fix: one of identity, linear, mlp1x_gelu",
+    ),
+    ("mlp9x_gelu", {}, "model.connector: unknown 'mlp9x_gelu'"),
+    (
+        "resampler",
+        {"queries": 9},
+        f"model.connector_options.queries: unknown to resampler; fix: {RESAMPLER_OPTIONS}",
+    ),
+    (
+        "qformer",
+        {"layers": 9},
+        f"model.connector_options.layers: unknown to qformer; fix: {QFORMER_OPTIONS}",
+    ),
+    (
+        "mlp2x_gelu",
+        {"depth": 3},
+        "model.connector_options.depth: unknown to mlp2x_gelu; fix: remove it",
+    ),
+    (
+        "resampler",
+        {"num_resampler_layers": 0},
+        "model.connector_options.num_resampler_layers: 0 is not a positive integer; "
+        "fix: the default is 3",
+    ),
+    (
+        "qformer",
+        {"num_queries": "9"},
+        "model.connector_options.num_queries: '9' is not a positive integer",
+    ),
+    (
+        "qformer",
+        {"num_queries": True},
+        "model.connector_options.num_queries: True is not a positive integer",
+    ),
+]
+
+
+@pytest.mark.parametrize("spec, options, message", MISTAKES)
 def test_a_mistake_in_the_menu_is_named(spec, options, message):
     for call in (
         lambda: build_connector(spec, 8, 12, **options),

@@ -1,4 +1,4 @@
-"""Image transforms against the published processors; encoders against transformers and the golden features."""
+"""Image processors against the published ones; encoders against transformers and golden files."""
 
 import json
 
@@ -19,10 +19,24 @@ PROCESSORS = {
     "siglip-so400m-patch14-384": "google--siglip-so400m-patch14-384",
     "dinov2-large": "facebook--dinov2-large",
 }
-CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "patch_size": 4, "image_size": 12}  # fmt: skip
-DINOV2 = {"model_type": "dinov2", "hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 3,
-          "num_attention_heads": 2, "patch_size": 4, "image_size": 20}  # fmt: skip
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 12,
+}
+DINOV2 = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "mlp_ratio": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 20,
+}
 MOF = {"model_type": "mof", "clip": CLIP, "dinov2": DINOV2}
 SQUARE = {"size": {"height": 12, "width": 12}, "do_center_crop": False}
 
@@ -37,7 +51,7 @@ def golden(case: str):
     return c, hf, weights.Checkpoint(folder), load_file(folder / "io.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------- transforms
+# -------------------------------------------------------------------------------------- processors
 
 
 def test_pixels_equal_the_published_processors():
@@ -49,7 +63,7 @@ def test_pixels_equal_the_published_processors():
             json.loads((folder / "config.json").read_text()), read_preprocessor(folder)
         )
         image = Image.open(shared("assets/images") / case["image"])
-        pixels = config.transform(image, "pad" if case["pad"] else "square")
+        pixels = config.processor(image, "pad" if case["pad"] else "square")
         assert list(pixels.shape) == case["shape"], case["image"]
         assert pixels.mean((1, 2)).tolist() == pytest.approx(case["mean"], abs=1e-5)
         for c, y, x, value in case["points"]:
@@ -77,12 +91,15 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(noise.numpy())
 
 
-@pytest.mark.parametrize("name, options", [
+SAVED = [
     ("CLIP", {"size": {"shortest_edge": 17}, "crop_size": {"height": 13, "width": 13}}),
     ("CLIP", {"size": 15, "crop_size": 21, "resample": 2}),  # a crop that needs black borders
     ("Siglip", {"size": {"height": 19, "width": 19}, "resample": 2}),  # SigLIP2's
     ("Bit", {"size": {"shortest_edge": 25}, "crop_size": {"height": 22, "width": 22}}),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("name, options", SAVED)
 @pytest.mark.parametrize("nested", (False, True))
 def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, options, nested):
     image_processors = pytest.importorskip("transformers")
@@ -94,34 +111,34 @@ def test_a_saved_processor_is_read_as_transformers_reads_it(tmp_path, name, opti
             json.dumps({"image_processor": json.loads(flat.read_text())})
         )
         flat.unlink()
-    transform = ImageProcessor.from_hf(
+    ours = ImageProcessor.from_hf(
         read_preprocessor(tmp_path), ImageProcessor(99, 0 if name == "Siglip" else 98)
     )
-    assert ImageProcessor.from_hf(transform.to_hf(), ImageProcessor()) == transform
+    assert ImageProcessor.from_hf(ours.to_hf(), ImageProcessor()) == ours
     for size in ((31, 40), (53, 18), (16, 16)):
         want = processor(picture(*size), return_tensors="pt")["pixel_values"][0]
-        assert (transform(picture(*size)) - want).abs().max() <= 1e-5
+        assert (ours(picture(*size)) - want).abs().max() <= 1e-5
 
 
 def test_the_processor_survives_a_round_trip():
-    for transform in (
+    for processor in (
         ImageProcessor(384),
         ImageProcessor(256, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2),
     ):
-        assert ImageProcessor.from_hf(transform.to_hf(), ImageProcessor()) == transform
+        assert ImageProcessor.from_hf(processor.to_hf(), ImageProcessor()) == processor
 
 
 def test_pad_centres_the_picture_on_the_mean_colour():
-    transform = ImageProcessor(5, 0, (0.2, 0.5, 0.9), (1.0, 1.0, 1.0))
+    processor = ImageProcessor(5, 0, (0.2, 0.5, 0.9), (1.0, 1.0, 1.0))
     image = picture(5, 2)
-    colour = torch.tensor([int(m * 255) for m in transform.mean]) / 255 - torch.tensor(
-        transform.mean
+    colour = torch.tensor([int(m * 255) for m in processor.mean]) / 255 - torch.tensor(
+        processor.mean
     )
     want = colour[:, None, None].repeat(1, 5, 5)
-    want[:, 1:3] = ImageProcessor(5, 0, transform.mean, transform.std)(image.crop((0, -1, 5, 4)))[
+    want[:, 1:3] = ImageProcessor(5, 0, processor.mean, processor.std)(image.crop((0, -1, 5, 4)))[
         :, 1:3
     ]
-    assert torch.equal(transform(image, "pad"), want)
+    assert torch.equal(processor(image, "pad"), want)
 
 
 def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
@@ -140,53 +157,82 @@ def test_what_a_processor_leaves_out_is_the_families_default(tmp_path):
     assert ImageProcessor.from_hf(
         {"size": 30, "resample": None}, ImageProcessor()
     ) == ImageProcessor(30)
-    assert vision_config(DINOV2).transform == ImageProcessor(
+    assert vision_config(DINOV2).processor == ImageProcessor(
         256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3
     )
-    assert (vision_config(CLIP).transform.size, vision_config(CLIP).transform.crop) == (12, 12)
+    assert (vision_config(CLIP).processor.size, vision_config(CLIP).processor.crop) == (12, 12)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("do_rescale", False), ("do_resize", False), ("do_normalize", False), ("do_pad", True), ("do_thumbnail", True),
-    ("rescale_factor", 1 / 127.5), ("size", {"longest_edge": 30}), ("size", {"height": 30, "width": 20}),
-    ("crop_size", {"height": 30, "width": 20}), ("image_processor_type", "ConvNextImageProcessor"),
-    ("size", {"shortest_edge": 30, "longest_edge": 40}), ("size", {"height": 30, "width": 30}),
-    ("feature_extractor_type", "ViTFeatureExtractor"), ("do_center_crop", False),
-])  # fmt: skip
+CHANGED = [
+    ("do_rescale", False),
+    ("do_resize", False),
+    ("do_normalize", False),
+    ("do_pad", True),
+    ("do_thumbnail", True),
+    ("rescale_factor", 1 / 127.5),
+    ("size", {"longest_edge": 30}),
+    ("size", {"height": 30, "width": 20}),
+    ("crop_size", {"height": 30, "width": 20}),
+    ("image_processor_type", "ConvNextImageProcessor"),
+    ("size", {"shortest_edge": 30, "longest_edge": 40}),
+    ("size", {"height": 30, "width": 30}),
+    ("feature_extractor_type", "ViTFeatureExtractor"),
+    ("do_center_crop", False),
+]
+
+
+@pytest.mark.parametrize("field, value", CHANGED)
 def test_a_field_that_would_change_the_pixels_is_refused(field, value):
     good = ImageProcessor(30, 20).to_hf()
     good.pop("image_processor_type")
-    with pytest.raises(
-        UserError,
-        match="size"
-        if field == "do_center_crop"
-        else "processor_type"
-        if "type" in field
-        else field,
-    ):
+    named = field
+    if field == "do_center_crop":
+        named = "size"
+    elif "type" in field:
+        named = "processor_type"
+    with pytest.raises(UserError, match=named):
         ImageProcessor.from_hf(good | {field: value}, ImageProcessor())
 
 
-# ------------------------------------------------------------------------------------------------ the arithmetic
+# ---------------------------------------------------------------------------------- the arithmetic
 
 ODD = dict(hidden_size=33, num_attention_heads=3, num_hidden_layers=3, patch_size=5, image_size=17)
 FIVE = dict(hidden_size=40, num_attention_heads=5, num_hidden_layers=2, patch_size=3, image_size=21)
 KINDS = {
-    "clip": ("CLIPVisionModel", [
-        ODD | dict(intermediate_size=50),
-        FIVE | dict(intermediate_size=31, hidden_act="gelu", layer_norm_eps=1e-3)]),
-    "siglip": ("SiglipVisionModel", [ODD | dict(intermediate_size=50), FIVE | dict(intermediate_size=31)]),
-    "dinov2": ("Dinov2Model", [
-        ODD | dict(mlp_ratio=3), FIVE | dict(mlp_ratio=4, use_swiglu_ffn=True, layerscale_value=0.5)]),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", [
-        ODD | dict(mlp_ratio=3, num_register_tokens=3, use_swiglu_ffn=True),
-        FIVE | dict(mlp_ratio=2, num_register_tokens=1)]),
-}  # fmt: skip
+    "clip": (
+        "CLIPVisionModel",
+        [
+            ODD | dict(intermediate_size=50),
+            FIVE | dict(intermediate_size=31, hidden_act="gelu", layer_norm_eps=1e-3),
+        ],
+    ),
+    "siglip": (
+        "SiglipVisionModel",
+        [
+            ODD | dict(intermediate_size=50),
+            FIVE | dict(intermediate_size=31),
+        ],
+    ),
+    "dinov2": (
+        "Dinov2Model",
+        [
+            ODD | dict(mlp_ratio=3),
+            FIVE | dict(mlp_ratio=4, use_swiglu_ffn=True, layerscale_value=0.5),
+        ],
+    ),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        [
+            ODD | dict(mlp_ratio=3, num_register_tokens=3, use_swiglu_ffn=True),
+            FIVE | dict(mlp_ratio=2, num_register_tokens=1),
+        ],
+    ),
+}
 CASES = [(name, c) for name, (_, configs) in KINDS.items() for c in configs]
 
 
 def oracle(name: str, config: dict, folder):
-    """A random model of transformers, saved to a folder. Every parameter is random, zero-initialised ones too."""
+    """Save a random model of transformers to a folder; what starts at 0 is random too."""
     transformers = pytest.importorskip("transformers")
     cls = getattr(transformers, KINDS[name][0])
     torch.manual_seed(0)
@@ -234,7 +280,7 @@ def test_a_checkpoint_goes_out_under_the_names_it_came_with(tmp_path, name, conf
 
 
 def test_the_scale_of_2023_samples_the_position_table_elsewhere(tmp_path):
-    """transformers 4.40 and the code of 2023 pass scale_factor = (patches + 0.1) / old instead of a size."""
+    """transformers 4.40 passes scale_factor = (patches + 0.1) / old instead of a size."""
     config = CASES[4][1]
     model = oracle("dinov2", config, tmp_path)
     side, patch, grid = 31, config["patch_size"], config["image_size"] // config["patch_size"]
@@ -257,9 +303,16 @@ def test_the_scale_of_2023_samples_the_position_table_elsewhere(tmp_path):
     assert (got[0.0] - want).abs().max() > 1e-2
 
 
-CASES_GOLDEN = ["tinyllama-clip-mlp2x_gelu", "phi-siglip-mlp2x_gelu", "stablelm-clip-resampler", "gemma-siglip-qformer",
-                "qwen2-siglip-linear", "openelm-dinov2-mlp3x_gelu", "tinyllama-mof-mof_mlp",
-                "qwen2-clip-mlp-cls_patch"]  # fmt: skip
+CASES_GOLDEN = [
+    "tinyllama-clip-mlp2x_gelu",
+    "phi-siglip-mlp2x_gelu",
+    "stablelm-clip-resampler",
+    "gemma-siglip-qformer",
+    "qwen2-siglip-linear",
+    "openelm-dinov2-mlp3x_gelu",
+    "tinyllama-mof-mof_mlp",
+    "qwen2-clip-mlp-cls_patch",
+]
 
 
 @pytest.mark.parametrize("case", CASES_GOLDEN)
@@ -282,7 +335,7 @@ def test_golden_features_of_factory_checkpoints(case):
 
 
 def test_published_sizes():
-    """Parameters of the whole vision tower as published: what is built, and what always lies behind it."""
+    """Parameters of a whole tower as published: what is built, and what always lies behind it."""
     # SigLIP's pooling head: probe, attention (in and out), layer norm, two linears.
     siglip_head = 1152 + 4 * (1152 + 1) * 1152 + 2 * 1152 + (1152 + 1) * 4304 + (4304 + 1) * 1152
     for name, published, behind in (
@@ -314,9 +367,11 @@ def test_the_real_siglip_embeddings():
         f"{prefix}vision_model.embeddings.{n}": p.shape
         for n, p in encoder.embeddings.named_parameters()
     }
-    read = lambda name: torch.frombuffer(
-        bytearray((folder / f"{name}.bin").read_bytes()), dtype=torch.float16
-    )  # noqa: E731
+
+    def read(name: str) -> torch.Tensor:
+        data = bytearray((folder / f"{name}.bin").read_bytes())
+        return torch.frombuffer(data, dtype=torch.float16)
+
     source = {name: read(name).view(shape) for name, shape in names.items()}
     weights.load(
         encoder, source, encoder.rename, prefix, dtype=torch.float32, ignore=encoder.ignore
@@ -335,7 +390,7 @@ def test_the_real_siglip_embeddings():
         assert got[row, col].item() == pytest.approx(embedded, abs=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- the module
+# -------------------------------------------------------------------------------------- the module
 
 
 def randomized(config: dict, preprocessor=None, layer: int = -1, select: str = "cls_patch"):
@@ -347,7 +402,7 @@ def randomized(config: dict, preprocessor=None, layer: int = -1, select: str = "
 
 
 def folder_of(tmp_path, config: dict, prefix: str = "vision_model.", **extra):
-    """A Hugging Face folder with random weights, and the encoder they came from (all blocks run)."""
+    """Write a Hugging Face folder with random weights; return their encoder, with all blocks."""
     encoder = randomized(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     state = {prefix + k: v.contiguous() for k, v in encoder.state_dict().items()} | extra
@@ -414,17 +469,26 @@ def test_pickled_weights_only_where_asked_for(tmp_path):
     )
 
 
-@pytest.mark.parametrize("base, change, message", [
-    (CLIP, {"model_type": "clip_vison_model"}, "clip_vison_model"), (CLIP, {"hidden_act": "relu"}, "hidden_act"),
+UNKNOWN = [
+    (CLIP, {"model_type": "clip_vison_model"}, "clip_vison_model"),
+    (CLIP, {"hidden_act": "relu"}, "hidden_act"),
     (CLIP, {"model_type": "siglip2_vision_model"}, "siglip2_vision_model.*NaFlex"),
     (CLIP, {"num_channels": 1}, "num_channels"),
-    (CLIP, {"model_type": "siglip2"}, "'siglip2'.*NaFlex"), (DINOV2, {"qkv_bias": False}, "qkv_bias"),
-    (DINOV2, {"hidden_act": "silu"}, "hidden_act"), (DINOV2, {"head_dim": 8}, "head_dim"),
-    (DINOV2, {"num_attention_heads": 3}, "hidden_size"), (DINOV2, {"image_size": [20, 20]}, "image_size"),
-    (MOF, {"clip": CLIP | {"hidden_act": "relu"}}, "clip:hidden_act"), (MOF, {"dinov2": {}}, "dinov2:model_type"),
-    (MOF, {"dinov2": DINOV2 | {"hidden_size": 48}}, "width"), (MOF, {"dinov2": DINOV2 | {"patch_size": 3}}, "tokens"),
+    (CLIP, {"model_type": "siglip2"}, "'siglip2'.*NaFlex"),
+    (DINOV2, {"qkv_bias": False}, "qkv_bias"),
+    (DINOV2, {"hidden_act": "silu"}, "hidden_act"),
+    (DINOV2, {"head_dim": 8}, "head_dim"),
+    (DINOV2, {"num_attention_heads": 3}, "hidden_size"),
+    (DINOV2, {"image_size": [20, 20]}, "image_size"),
+    (MOF, {"clip": CLIP | {"hidden_act": "relu"}}, "clip:hidden_act"),
+    (MOF, {"dinov2": {}}, "dinov2:model_type"),
+    (MOF, {"dinov2": DINOV2 | {"hidden_size": 48}}, "width"),
+    (MOF, {"dinov2": DINOV2 | {"patch_size": 3}}, "tokens"),
     (MOF, {"dinov2": DINOV2 | {"model_type": "dinov2_with_registers"}}, "tokens"),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("base, change, message", UNKNOWN)
 def test_an_encoder_we_do_not_know_is_refused(base, change, message):
     with pytest.raises(UserError, match=message):
         vision_config(base | change)
@@ -453,7 +517,7 @@ def test_the_mixture_is_both_encoders_side_by_side():
         single.load_state_dict(getattr(mixture, name).state_dict())
         assert torch.equal(got[:, i], single(pixels)), name
     assert {k.split(".")[0] for k in mixture.state_dict()} == {"clip", "dinov2"}
-    assert mixture.transform == mixture.clip.transform == vision_config(CLIP).transform
+    assert mixture.processor == mixture.clip.processor == vision_config(CLIP).processor
     assert mixture.preprocess(picture(30, 20), "pad").shape == (3, 12, 12)
 
 
@@ -517,7 +581,7 @@ def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured()
         "layerscale_value": 0.25,
     }
     encoder = randomized(config)
-    linear = encoder.blocks[0].mlp["fc1"].weight.clone()
+    linear = encoder.blocks[0].mlp.fc1.weight.clone()
     encoder.init_positions()
     own = dict(encoder.embeddings.named_parameters(recurse=False))
     assert set(own) == {"class_embedding", "register_tokens"}
@@ -529,4 +593,4 @@ def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured()
         for s in (block.layer_scale1.lambda1, block.layer_scale2.lambda1)
     ]
     assert len(scales) == 6 and all((s == 0.25).all() for s in scales)
-    assert torch.equal(encoder.blocks[0].mlp["fc1"].weight, linear)
+    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, linear)

@@ -181,9 +181,9 @@ def test_the_model_is_given_pictures_and_prompts_in_order(data):
 
     transform = SimpleNamespace(pixels=pixels, normalise=Tensor.float)
     model = SimpleNamespace(
-        vision_tower=SimpleNamespace(transform=transform),
+        vision_tower=SimpleNamespace(processor=transform),
         config=SimpleNamespace(template="plain"),
-        views=Tiling(1, transform=transform),
+        views=Tiling(1, processor=transform),
         generate=generate,
     )
     examples = world.examples(data)[:4]

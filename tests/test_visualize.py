@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 def read(folder, question="How many?"):
     model, tokenizer = LLaVA.from_pretrained(folder), load_tokenizer(folder)
-    picture = model.vision_tower.transform.pixels(Image.open(folder / "noise.png"))
+    picture = model.vision_tower.processor.pixels(Image.open(folder / "noise.png"))
     prompt = encode_prompt([{"from": "human", "value": f"<image>\n{question}"}], tokenizer, "plain")
     return model, tokenizer, picture, prompt
 
@@ -43,7 +43,7 @@ def read(folder, question="How many?"):
 def test_probabilities_are_those_of_the_model(folder):
     model, _, picture, prompt = read(folder)
     answer = visualize.look(model, prompt, MADE, picture)
-    pixels = model.vision_tower.transform.normalise(picture[None])
+    pixels = model.vision_tower.processor.normalise(picture[None])
     logits = model(torch.tensor([prompt + MADE]), pixels).logits[0, -4:-1]
     torch.testing.assert_close(answer.probabilities, logits.softmax(-1), rtol=1e-4, atol=1e-6)
     assert answer.ids[answer.first :].tolist() == MADE
@@ -87,7 +87,7 @@ def test_occlusion_is_the_fall_of_the_log_probability(folder):
     model, _, picture, prompt = read(folder)
     heat = visualize.occlusion(model, prompt, MADE, picture)
     assert heat.shape == (3, 8, 8) and heat.max() > 0
-    normalise, ids = model.vision_tower.transform.normalise, torch.tensor([prompt + MADE])
+    normalise, ids = model.vision_tower.processor.normalise, torch.tensor([prompt + MADE])
 
     def log_probabilities(pixels):
         return (
@@ -184,7 +184,7 @@ def measure(folder, scenes):
         turn = {"from": "human", "value": f"<image>\n{question.text}"}
         prompt = encode_prompt([turn], tokenizer, model.config.template)
         made = tokenizer.encode(f" {question.answer}")[0]
-        look = visualize.look(model, prompt, made, model.vision_tower.transform.pixels(image))
+        look = visualize.look(model, prompt, made, model.vision_tower.processor.pixels(image))
         patch, (left, top, right, bottom) = (
             thing["cell"][0] * 2 + thing["cell"][1],
             map(round, thing["box"]),

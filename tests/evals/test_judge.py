@@ -244,7 +244,7 @@ def test_lmms_eval_gets_likelihoods(adapter, model):
             wide += [token] if token != -200 else [0] * lm.llava.image_tokens
             wanted += [label] if token != -200 else [IGNORE] * lm.llava.image_tokens
         pixels = (
-            torch.stack([lm.llava.vision_tower.transform(Image.new("RGB", (9, 9)), "square")])
+            torch.stack([lm.llava.vision_tower.processor(Image.new("RGB", (9, 9)), "square")])
             if seen
             else None
         )

@@ -18,7 +18,7 @@ from PIL import Image
 import evaluate
 from config import UserError
 from evals.published import nearest
-from inputs.rows import load_image
+from inputs.pictures import load_image
 from inputs.templates import encode_prompt
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
@@ -299,7 +299,7 @@ def test_several_pictures_go_where_the_question_mentions_them(tmp_path, model):
         [{"from": "human", "value": example["prompt"]}], tok, "plain"
     )
     wanted = [
-        llava.vision_tower.transform.pixels(Image.open(io.BytesIO(png(i)))) for i in (4, 3, 2, 3)
+        llava.vision_tower.processor.pixels(Image.open(io.BytesIO(png(i)))) for i in (4, 3, 2, 3)
     ]
     assert all(torch.equal(a.pixels[0], b) for a, b in zip(images, wanted, strict=True))
 
@@ -340,7 +340,7 @@ def test_a_video_is_seen_in_frames_its_span_only_and_as_one_frame(tmp_path, mode
     for change in ([], [evaluate.one_frame]):
         evaluate.answerer(llava, tok, tmp_path, 1, *change)([example, part])
     ((prompts, items), (_, ones)) = shown
-    frames = [llava.views.transform.pixels(Image.open(io.BytesIO(png(i)))) for i in range(12)]
+    frames = [llava.views.processor.pixels(Image.open(io.BytesIO(png(i)))) for i in range(12)]
     for item, taken in zip(items, ([0, 3, 7, 11], [3, 5, 7, 9]), strict=True):
         assert item.shape == ItemShape(4) and torch.equal(
             item.pixels, torch.stack([frames[i] for i in taken])

@@ -1,24 +1,26 @@
-"""templates.py: golden ids and labels, structure that data cannot forge, chat templates, errors, the viewer.
+"""templates.py: golden ids and labels, structure that data cannot forge, chat templates, errors.
 
-python -m pytest tests/test_templates.py
+python -m pytest tests/inputs/test_templates.py
 """
 
 import itertools
 import json
 import pickle
 import re
-import subprocess
 import sys
 
 import pytest
 import tokenizers
+from PIL import Image
 
+import data
 from inputs import templates, tokenizer
+from inputs.preview import show_supervised
 from inputs.templates import TEMPLATES, encode, encode_prompt, render, stop_id
 from inputs.tokenizer import load_tokenizer
 from packing import IGNORE, IMAGE_TOKEN
-from tests.inputs import test_tokenizer
-from tests.inputs.test_tokenizer import (
+from tests.tools.environment import SHARED, run
+from tests.tools.vocabularies import (
     LLAMA,
     PHI,
     QWEN,
@@ -29,14 +31,6 @@ from tests.inputs.test_tokenizer import (
     turns,
     write,
 )
-from tests.tools.environment import SHARED
-
-tiny, piece_model, llama_json = (
-    test_tokenizer.tiny,
-    test_tokenizer.piece_model,
-    test_tokenizer.llama_json,
-)  # fixtures
-
 
 # ---------------------------------------------------------------- golden data
 
@@ -57,7 +51,7 @@ GOLDEN = [
 @shared
 @pytest.mark.parametrize("file, template, vocabulary", GOLDEN)
 def test_golden_rows(file, template, vocabulary):
-    """Ids and labels of every row; and a prompt is what training has before the first supervised token."""
+    """Ids and labels of every row; a prompt is what training has before the first label."""
     tok = load(VOCABULARIES / vocabulary)
     rows = json.loads((SHARED / "golden/templates" / f"{file}.json").read_text())
     assert len(rows) >= 46
@@ -116,14 +110,13 @@ SYSTEM = TEMPLATES["phi"].system
 
 
 def supervised(conversation, tok, template):
-    """The characters of each run of supervised tokens, from the offsets of the tokens themselves."""
+    """Return the characters of each run of supervised tokens, by the tokens' own offsets."""
     form = templates.resolve(template, tok)
     text, spans, marks = render(conversation, form)
     ids, labels, offsets = templates.tokenize(text, spans, marks, tok)
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels, strict=True))
-    return re.findall(
-        r"\[\[(.*?)\]\]", templates.show(text, labels, offsets, colour=False), re.DOTALL
-    )
+    shown = show_supervised(text, labels, offsets, colour=False)
+    return re.findall(r"\[\[(.*?)\]\]", shown, re.DOTALL)
 
 
 def test_render_is_the_published_format():
@@ -338,45 +331,58 @@ def test_bad_templates(tiny, piece_model, tmp_path):
         (tiny / "away").rename(tiny / "tokenizer_config.json")
 
 
-# ---------------------------------------------------------------- chat: the tokenizer's own template
+# -------------------------------------------------------- chat: the tokenizer's own template
 
-CHAT = {  # written here in the manner of ...; {% generation %} says what transformers takes for the answers
+# Written here in the manner of ...; {% generation %} says what transformers takes for the answers.
+CHAT = {
     "chatml": (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are "
+        "helpful.<|im_end|>\n{% endif %}"
         "{%- for m in messages %}\n{{- '<|im_start|>' + m.role + '\n' }}"
-        "{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+        "{% endgeneration %}"
         "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "llama3": (
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
         "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
     "gemma": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system\nrole') }}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('No system\nrole') }}{% endif %}"
         "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
         "{{ '<start_of_turn>' + role + '\n' }}"
-        "{% if role == 'model' %}{%- generation -%}{{ m['content'] | trim + '<end_of_turn>' }}{%endgeneration%}"
+        "{% if role == 'model' %}{%- generation -%}"
+        "{{ m['content'] | trim + '<end_of_turn>' }}{%endgeneration%}"
         "{% else %}{{ m['content'] | trim + '<end_of_turn>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
     "phi3": (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
-        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}"
+        "{% endgeneration %}"
         "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
     ),
     "zephyr": (  # <|User|> is no token of the vocabulary
         "{% for m in messages %}\n{{ '<|' + m['role'] | capitalize + '|>\n' }}"
-        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
+        "{% endgeneration %}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{{ '\n' }}"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|Assistant|>' }}\n{% endif %}\n{% endfor %}"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|Assistant|>' }}\n"
+        "{% endif %}\n{% endfor %}"
     ),
     "mistral": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-        "{% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% elif m.role == 'assistant' %}{% generation %}"
+        "{{ ' ' + m.content + eos_token }}{% endgeneration %}"
         "{% else %}{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}"
     ),
 }
@@ -388,7 +394,10 @@ ENDS = dict(
     zephyr="</s>",
     mistral="</s>",
 )
-SPECIALS = "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+SPECIALS = (
+    "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
+    "<start_of_turn> <end_of_turn>"
+)
 
 
 @pytest.fixture(scope="session")
@@ -437,7 +446,7 @@ def messages(conversation):
 
 @pytest.mark.parametrize("name", CHAT)
 def test_chat_against_transformers(chatty, name, tmp_path):
-    """Ids, and what is supervised, are transformers' own; with {% generation %} in the template or without."""
+    """Ids, and what is supervised, are transformers' own, with and without {% generation %}."""
     transformers = pytest.importorskip("transformers")
     tok = chatty(CHAT[name])
     tok.save(tmp_path)
@@ -518,7 +527,7 @@ def test_chat_supervises_answers_and_their_end(chatty, name):
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", ["zephyr", "mistral"])
 def test_chat_with_sentencepiece(piece_model, tmp_path, name, legacy):
-    """As TinyLlama's and Mistral's. An answer's first word keeps its spelling: the cut before it adds no word mark."""
+    """As TinyLlama's and Mistral's. The cut before an answer marks no word in it."""
     tok = load_tokenizer(
         write(tmp_path / "a", piece_model, legacy=legacy, chat_template=bare(CHAT[name]))
     )
@@ -560,7 +569,8 @@ def test_chat_images(chatty):
 LISTS = (  # as Idefics'
     "{% for m in messages %}{{ m.role | capitalize }}:{% for c in m.content %}"
     "{% if c.type == 'image' %}{{ ' <image>' }}{% else %}{{ ' ' + c.text }}{% endif %}"
-    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:"
+    "{% endif %}"
 )
 
 
@@ -589,7 +599,7 @@ def test_chat_contents_as_lists(chatty):
 
 
 def test_chat_without_an_end(chatty):
-    """As llava-hf's: what ends the conversation is the tokenizer's eos, right behind the last answer."""
+    """As llava-hf's: the tokenizer's eos, right behind the last answer, ends the conversation."""
     template = (
         "{% for m in messages %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -610,7 +620,7 @@ def test_chat_without_an_end(chatty):
 
 
 def test_chat_supervises_what_no_prompt_holds(chatty):
-    """A template that thinks for the model, or knows no prompt: the model has to write that itself."""
+    """What a template adds between prompt and answer, the model has to write itself."""
     thinks = bare(CHAT["chatml"]).replace(
         "{{ m.content + '<|im_end|>' }}{% else %}",
         "{{ '<t>\n' + m.content + '<|im_end|>' }}{% else %}",
@@ -734,7 +744,8 @@ def test_chat_needs_jinja(chatty, monkeypatch):
 def test_chat_names(chatty):
     """What transformers lets a template use."""
     names = (
-        "{{ strftime_now('%Y') | length }}{{ {'b': '<é>', 'a': 1} | tojson }}{{ [1] | tojson(indent=1) }}"
+        "{{ strftime_now('%Y') | length }}{{ {'b': '<é>', 'a': 1} | tojson }}"
+        "{{ [1] | tojson(indent=1) }}"
         "{{ pad_token }}{{ tools is none }}{{ documents is none }}{% for m in messages %}   \n"
         "    {% if m.role == 'x' %}{% continue %}\n    {% endif %}\n{{ m.content }}</s>{% endfor %}"
     )
@@ -743,7 +754,7 @@ def test_chat_names(chatty):
 
 
 def test_chat_template_files(chatty, tmp_path):
-    """chat_template.jinja, then tokenizer_config.json, then chat_template.json; all of them are saved."""
+    """chat_template.jinja, then tokenizer_config.json, then chat_template.json; all are saved."""
     tok = chatty(
         [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT["chatml"]}]
     )
@@ -774,7 +785,7 @@ GOLDEN_CHAT = {
 @shared
 @pytest.mark.parametrize("name", GOLDEN_CHAT)
 def test_golden_chat(name, tmp_path):
-    """Rendered texts and refusals, of the template itself and, where the case is a conversation, of `render`."""
+    """Rendered texts and refusals: of the template, and of `render` where it is a conversation."""
     folder = gather(tmp_path / "a", *GOLDEN_CHAT[name])
     if name == "gemma":  # its vocabulary is not here: another with its control tokens
         controls = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
@@ -837,18 +848,22 @@ def test_chat_of_llava_hf_is_llava():
     assert [tok.token(i) for i in labels if i != IGNORE] == ["▁A", "▁cat", ".", "▁Red", ".", "</s>"]
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- the viewer: data.py inspect
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "inputs.templates", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+def inspect(file, *options, **given):
+    return run("data.py", "inspect", "--data", file, "--image-tokens", 1, *options, **given)
 
 
 @pytest.fixture
 def rows(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     data = [
-        {"conversations": turns("<image>\nWho?", f"Dog {k}\u2028 你.", "Sure?", "Yes.")}
+        {
+            "id": f"{k}",
+            "image": "a.png",
+            "conversations": turns("<image>\nWho?", f"Dog {k}\u2028 你.", "Sure?", "Yes."),
+        }
         for k in range(7)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(data), encoding="utf-8")
@@ -858,34 +873,31 @@ def rows(tmp_path):
 
 
 def test_viewer(tiny, rows):
-    """The commands of the docstring, the one with chat in test_viewer_of_a_chat."""
-    done = run("--model", tiny, "--template", "phi", rows, "--row", 3)
+    """One row by its number, the first rows, and all of them."""
+    done = inspect(rows, "--tokenizer", tiny, "--template", "phi", "--row", 3)
     tok = load_tokenizer(tiny)
     ids, labels = encode(turns("<image>\nWho?", "Dog 3\u2028 你.", "Sure?", "Yes."), tok, "phi")
     count = f"{len(ids)} tokens, {len(labels) - labels.count(IGNORE)} supervised"
+    (head,) = [line for line in done.stdout.split("\n") if line.startswith("--- ")]
+    assert f"{rows}:row 3 (id 3): {count}, views: 1" in head
     shown = "USER: <image>\nWho? ASSISTANT:[[ Dog 3\u2028 你.<|endoftext|>]]"
-    assert done.stdout == (
-        f"--- row 3: {count}, 1 images\n{SYSTEM}{shown}USER: Sure? ASSISTANT:[[ Yes.<|endoftext|>]]\n"
-        f"=== 1 rows: {count}\n"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        run("--model", tiny, "--template", "phi", rows).stdout.count("\n--- row") == 4
-    )  # five, the first on top
-    done = run("--model", tiny, "--template", "pretrain", rows.with_suffix(".jsonl"), "--limit", 20)
+    shown = f"{SYSTEM}{shown}USER: Sure? ASSISTANT:[[ Yes.<|endoftext|>]]"
+    assert done.stdout.endswith(f"{head}\n{shown}\n=== 1 rows: {count}\n") and done.stderr == ""
+
+    done = inspect(rows, "--tokenizer", tiny, "--template", "phi")
+    assert done.stdout.count("\n--- ") == 3
+    file = rows.with_suffix(".jsonl")
+    done = inspect(file, "--tokenizer", tiny, "--template", "pretrain", "--rows", 20)
     assert done.stdout.count("<image>[[Dog") == 7 and "=== 7 rows: " in done.stdout
 
 
 def test_viewer_of_a_chat(chatty, rows, tmp_path):
     chatty(CHAT["chatml"]).save(tmp_path / "a")
-    done = run(
-        "--model", tmp_path / "a", "--template", "chat", rows.with_suffix(".jsonl"), "--limit", 20
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        "\n<|im_start|>user\n<image>\nWho?<|im_end|>\n<|im_start|>assistant\n[[Dog 6\u2028 你.<|im_end|>]]\n"
-        in done.stdout
-    )
+    file = rows.with_suffix(".jsonl")
+    done = inspect(file, "--tokenizer", tmp_path / "a", "--template", "chat", "--rows", 20)
+    question = "\n<|im_start|>user\n<image>\nWho?<|im_end|>\n"
+    answer = "<|im_start|>assistant\n[[Dog 6\u2028 你.<|im_end|>]]\n"
+    assert question + answer in done.stdout and done.stderr == ""
     assert "=== 7 rows: " in done.stdout
 
 
@@ -893,16 +905,10 @@ def test_colours(tiny, rows, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for value, colour in (("", True), ("1", False)):
         monkeypatch.setenv("NO_COLOR", value)
-        templates.main(["--model", str(tiny), str(rows)])
+        data.main(["inspect", "--data", str(rows), "--tokenizer", str(tiny)])
         out = capsys.readouterr().out
-        assert ("ASSISTANT:\033[32m Yes." in out, "ASSISTANT:[[ Yes." in out) == (
-            colour,
-            not colour,
-        )
-    assert (
-        templates.show("ab\033c", [IGNORE, 5, IGNORE], [(0, 1), (1, 2), (2, 4)], True)
-        == "a\033[32mb\033[0m\\033c"
-    )
+        assert ("ASSISTANT:\033[32m Yes." in out) == colour
+        assert ("ASSISTANT:[[ Yes." in out) == (not colour)
 
 
 def test_command_line_errors(tiny, rows, tmp_path):
@@ -911,25 +917,25 @@ def test_command_line_errors(tiny, rows, tmp_path):
     (tmp_path / "none.json").write_text("[]")
     cases = [
         (
-            (tmp_path / "bad.json",),
-            r"bad.json:0: conversations\[0\]: from 'bot', 'human' was due; fix: ",
+            ("bad.json", "--row", 0),
+            r"bad.json:row 0.*: conversations\[0\]: from 'bot', 'human' was due; fix: ",
         ),
-        ((tmp_path / "bad.json", "--row", 1), r"bad.json:1: no conversations in it; fix: "),
-        ((tmp_path / "bad.jsonl",), r"bad.jsonl:1: cannot be read: .*; fix: "),
-        ((tmp_path / "none.json",), r"none.json:0: not a list of rows, or empty; fix: "),
-        ((tmp_path / "absent.json",), r"absent.json:0: cannot be read: .*; fix: "),
-        ((rows, "--row", 7), r"rows.json:7: there are only 7 rows; fix: a --row from 0 to 6"),
-        (
-            (rows, "--template", "fi"),
-            r"templates.py:--template: 'fi' is unknown, did you mean 'phi'\?; fix: ",
-        ),
-        (
-            (rows, "--model", tmp_path / "absent"),
-            r"absent:tokenizer: no such folder or file; fix: ",
-        ),
-        ((), r"command line: .*rows.*; fix: "),
+        (("bad.json", "--row", 1), r"bad.json:row 1.*: conversations: empty, or not a list; fix: "),
+        (("bad.jsonl", "--row", 1), r"bad.jsonl:line 2: not JSON .*; fix: "),
+        (("none.json",), r"none.json:.*; fix: "),
+        (("absent.json",), r"absent.json: .*; fix: "),
+        (("rows.json", "--row", 7), r"rows.json:.*7.*; fix: .* 0 to 6"),
+        (("rows.json", "--template", "fi"), r"'fi' is unknown, did you mean 'phi'\?; fix: "),
+        (("rows.json", "--tokenizer", tmp_path / "absent"), r"absent'?: no such folder.*; fix: "),
     ]
-    for arguments, what in cases:
-        done = run("--model", tiny, *arguments)
-        assert done.returncode == 1, arguments
-        assert re.fullmatch(f"error: [^\n]*{what}[^\n]*\n", done.stderr), done.stderr
+    for (file, *options), what in cases:
+        command = ["inspect", "--data", tmp_path / file, "--tokenizer", tiny, *options]
+        with pytest.raises(ValueError) as error:
+            data.main([str(word) for word in command])
+        assert re.fullmatch(f"[^\n]*{what}[^\n]*", str(error.value)), str(error.value)
+
+    # On the command line each is one line, and the exit code is not 0.
+    done = inspect(tmp_path / "bad.jsonl", "--tokenizer", tiny, "--row", 1, ok=False)
+    assert re.fullmatch(f"error: [^\n]*{cases[2][1]}[^\n]*\n", done.stderr), done.stderr
+    done = run("data.py", "inspect", ok=False)
+    assert re.fullmatch(r"error: command line: [^\n]*rows[^\n]*; fix: [^\n]*\n", done.stderr)

@@ -1,15 +1,11 @@
 """tokenizer.py: golden ids, offsets, control tokens, word marks, files, errors.
 
-python -m pytest tests/test_tokenizer.py
+python -m pytest tests/inputs/test_tokenizer.py
 """
 
-import base64
-import io
 import json
 import pickle
 import random
-import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,13 +15,20 @@ import tokenizers
 from inputs.templates import encode
 from inputs.tokenizer import load_tokenizer
 from packing import IMAGE_TOKEN
-from tests.tools.environment import SHARED
-
-VOCABULARIES = SHARED / "assets/tokenizers"
-LLAMA, PHI, QWEN = "meta-llama--Llama-2-7b-hf", "microsoft--phi-2", "Qwen--Qwen2-0.5B"
-
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared with the golden data")
-load = cache(load_tokenizer)  # the real ones take half a second each
+from tests.tools.vocabularies import (
+    LLAMA,
+    PHI,
+    QWEN,
+    VOCABULARIES,
+    from_ranks,
+    gather,
+    load,
+    reassemble,
+    shared,
+    train_pieces,
+    turns,
+    write,
+)
 
 TEXTS = [
     "Hello world",
@@ -38,156 +41,6 @@ TEXTS = [
     "\u0000\u200b\u3000",
     "",
 ]
-
-
-def turns(*values):
-    """human, gpt, human, ... in LLaVA's form."""
-    return [{"from": "gpt" if i % 2 else "human", "value": value} for i, value in enumerate(values)]
-
-
-def reassemble(text, offsets):
-    """The text again, from spans that share a character where one character is several tokens."""
-    out, reach = "", 0
-    for start, end in offsets:
-        assert 0 <= start <= end <= len(text)
-        out += text[max(start, reach) : end]
-        reach = max(reach, end)
-    return out
-
-
-# ---------------------------------------------------------------- vocabularies made here
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Byte-level BPE, no bos, three control tokens, and a ByteLevel post-processor that would trim spaces."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.normalizer = tokenizers.normalizers.NFC()
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["<|endoftext|>", "<|im_end|>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(["USER: what is this? ASSISTANT: a red dog on a mat"] * 9, trainer)
-    model.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-    model.enable_truncation(
-        8
-    )  # as some published files have these two; a loader that obeys would cut, or fill
-    model.enable_padding(length=64)
-    return write(
-        tmp_path_factory.mktemp("tiny"), model, eos_token="<|endoftext|>", pad_token="<|im_end|>"
-    )
-
-
-def train_pieces(**options):
-    """The bytes of a sentencepiece vocabulary with byte fallback, as Llama's."""
-    out = io.BytesIO()
-    sentences = [
-        "USER: what is this? ASSISTANT: a red dog on a mat",
-        "the cat sat on a blue mat, it is near",
-    ] * 9
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
-    return out.getvalue()
-
-
-@pytest.fixture(scope="session")
-def piece_model():
-    return train_pieces()
-
-
-@pytest.fixture(scope="session")
-def llama_json():
-    """A tokenizer.json as Llama-2's: a Prepend normalizer makes the word mark."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
-    model.train_from_iterator(["the dog sat on a mat, say </s>"] * 9, trainer)
-    model.pre_tokenizer = None
-    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
-    model.normalizer = tokenizers.normalizers.Sequence(steps)
-    return model
-
-
-def write(folder, model, **config):
-    """A tokenizer folder: `model` is a tokenizers.Tokenizer or the bytes of a tokenizer.model."""
-    folder.mkdir(exist_ok=True)
-    if isinstance(model, bytes):
-        (folder / "tokenizer.model").write_bytes(model)
-    else:
-        model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def gather(folder, *sources, **config):
-    """A tokenizer folder from files of several; `config` goes into its tokenizer_config.json."""
-    folder.mkdir()
-    for source in sources:
-        for file in sorted(VOCABULARIES.glob(source)):
-            shutil.copy(file, folder / file.name)
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps(settings | config))
-    return folder
-
-
-def from_ranks(folder):
-    """A tokenizer.json of arcade100k's kind, from the ranks: a token's two halves are what lower ranks merge it to."""
-    source = VOCABULARIES / "stabilityai--stablelm-2-zephyr-1_6b"
-    lines = (source / "cl100k_base.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-
-    def halves(token):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            places = range(len(parts) - 1)
-            k = min(places, key=lambda k: ranks.get(parts[k] + parts[k + 1], len(ranks)))
-            parts[k : k + 2] = [parts[k] + parts[k + 1]]
-        return parts
-
-    # byte-level BPE writes the byte b as a printable character: itself, or one behind U+0100
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    table = {byte: chr(byte) for byte in shown} | {
-        byte: chr(256 + k) for k, byte in enumerate(hidden)
-    }
-    show = lambda token: "".join(map(table.get, token))  # noqa: E731
-    merges = [tuple(map(show, halves(token))) for token in ranks if len(token) > 1]
-    model = tokenizers.Tokenizer(
-        tokenizers.models.BPE({show(token): i for token, i in ranks.items()}, merges)
-    )
-    special = json.loads((source / "arcade100k_special_tokens.json").read_text())
-    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(special["pattern"]), "isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, byte_level])
-    file = json.loads(model.to_str())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
-        "special": True
-    }
-    special["special_tokens"] |= {"<no token>": 100256}  # ids without a gap
-    file["added_tokens"] = [
-        {"id": i, "content": token, **flags}
-        for token, i in sorted(special["special_tokens"].items(), key=lambda item: item[1])
-    ]
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(file))
-    return folder
 
 
 @shared
@@ -231,11 +84,14 @@ def test_golden_ids(name, vocabulary, special, tmp_path):
         assert name == "clip" or reassemble(text, offsets) == text  # CLIP's drops spaces
 
 
-# ---------------------------------------------------------------- against the references, on many lines
+# ----------------------------------------------------- against the references, on many lines
 
-RANGES = (  # first and last code point: scripts, marks, right to left, symbols, private use, control characters
-    "20-7e a0-24f 300-36f 370-3ff 400-4ff 590-5ff 600-6ff 900-97f e00-e7f 1780-17ff 1ea0-1ef9 2000-206f 2190-22ff "
-    "3000-30ff 4e00-9fff ac00-d7a3 e000-e0ff fb00-fb4f ff00-ffef 1d400-1d7ff 1f300-1faff 20000-2a6df 0-1f 7f-9f "
+# First and last code points: scripts, marks, right to left, symbols, private use, controls.
+RANGES = (
+    "20-7e a0-24f 300-36f 370-3ff 400-4ff 590-5ff 600-6ff 900-97f e00-e7f 1780-17ff "
+    "1ea0-1ef9 2000-206f 2190-22ff "
+    "3000-30ff 4e00-9fff ac00-d7a3 e000-e0ff fb00-fb4f ff00-ffef 1d400-1d7ff 1f300-1faff "
+    "20000-2a6df 0-1f 7f-9f "
     "f0000-f00ff"
 )
 BITS = [
@@ -286,7 +142,7 @@ CONTROLS = ["</s>", "<s>", "<|endoftext|>", "<|im_end|>", "<unk>", "<|im_start|>
 
 
 def lines(count, bits):
-    """Lines of a few runs, each of one script, among bits that tokenizers treat in a way of their own."""
+    """Yield lines of a few runs, each of one script, among bits that tokenizers treat specially."""
     chance = random.Random(0)
     ranges = [[int(end, 16) for end in pair.split("-")] for pair in RANGES.split()]
     for _ in range(count):
@@ -305,7 +161,7 @@ def lines(count, bits):
 @shared
 @pytest.mark.parametrize("vocabulary", [PHI, QWEN])
 def test_many_lines_against_transformers(vocabulary):
-    """Control strings among them: as control tokens, and spelled out (transformers' split_special_tokens)."""
+    """Control strings as control tokens, and spelled out (transformers' split_special_tokens)."""
     transformers = pytest.importorskip("transformers")
     tok, reference = (
         load(VOCABULARIES / vocabulary),
@@ -327,8 +183,8 @@ def test_many_lines_against_transformers(vocabulary):
 @shared
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
 def test_many_lines_against_sentencepiece(file):
-    """Llama-2. sentencepiece spells control strings out, so this is compared with special=False. (transformers 5
-    adds no word mark to a text that begins with a space, which sentencepiece and transformers 4 do.)"""
+    """Llama-2. sentencepiece spells control strings out, so special=False. (transformers 5 adds no
+    word mark to a text that begins with a space, which sentencepiece and transformers 4 do.)"""
     tok = load(VOCABULARIES / LLAMA / file)
     reference = sentencepiece.SentencePieceProcessor(
         model_file=str(VOCABULARIES / LLAMA / "tokenizer.model")
@@ -474,7 +330,7 @@ def test_word_mark_in_both_json_forms(llama_json, tmp_path):
 
 
 def test_added_tokens(tiny, piece_model, tmp_path):
-    """The longest control string wins; added tokens that are not special are text; added_tokens.json counts."""
+    """The longest control string wins; added tokens that are not special are text."""
     model = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
     size = model.get_vocab_size()
     model.add_tokens(["redgreen"])
@@ -489,7 +345,7 @@ def test_added_tokens(tiny, piece_model, tmp_path):
 
 
 def test_a_vocabulary_may_spell_control_tokens(tmp_path):
-    """Gemma's <end_of_turn> is a user-defined piece, which sentencepiece finds in any text; typed text is cut there."""
+    """Gemma's <end_of_turn> is a piece that sentencepiece finds in any text: typed text is cut."""
     pieces = train_pieces(user_defined_symbols=["<start_of_turn>", "<end_of_turn>", "<table>"])
     added = {
         "3": {"content": "<start_of_turn>", "special": True},

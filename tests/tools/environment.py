@@ -16,7 +16,14 @@ DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * GPU
 
 
 def shared(path: str) -> Path:
-    """A file of the reference data that lies beside the repository where it is developed; skips without it."""
+    """Return a file or folder of the reference data.
+
+    One golden case lies in the repository, in tests/golden. The rest lies in ../shared, beside the
+    repository where it is developed; a test that asks for it is skipped where that folder is absent.
+    """
+    own = ROOT / "tests" / path
+    if own.exists() and path != "golden":
+        return own
     if not SHARED.is_dir():
         pytest.skip("the reference data folder ../shared is not on this machine")
     return SHARED / path
