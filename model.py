@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import layouts, weights
+from checkpoints import barellava, layouts, weights
 from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
@@ -805,11 +805,13 @@ class LLaVA(nn.Module):
         with the same arguments. Raises UserError.
         """
         folder = resolve(str(path), allow_pickle=allow_pickle)
-        config, source, hf_names = layouts.read(folder, allow_pickle)
+        found = layouts.read(folder, allow_pickle)
+        source = found.tensors
 
         # Hugging Face's files leave out of `text_config` what its config class has as a default.
+        config = found.config
         kind = config.text["model_type"]
-        if hf_names and kind in FAMILIES:
+        if found.hf_names and kind in FAMILIES:
             config = replace(config, text=FAMILIES[kind].defaults | config.text)
 
         with weights.empty():
@@ -822,7 +824,7 @@ class LLaVA(nn.Module):
             part = getattr(model, name)
             load_part = loaders.get(name, weights.load)
             table = ()
-            if hf_names:
+            if found.hf_names:
                 table = getattr(part, "rename", ())
             used |= load_part(
                 part,
@@ -885,7 +887,10 @@ class LLaVA(nn.Module):
         return model
 
     def save(self, folder: str | Path):
-        """Write the model in our own layout; tokenizer and recipe are the caller's."""
+        """Write the weights, preprocessor_config.json and, last, config.json.
+
+        Tokenizer and recipe are the caller's.
+        """
         barellava.save(Path(folder), self)
 
     def compile_blocks(self, **options):

@@ -126,17 +126,18 @@ def test_a_place_is_taken_as_soon_as_it_is_free():
 
 def spied(model: LLaVA, monkeypatch) -> dict[str, int]:
     """Pictures encoded, and tokens that went through the language model."""
-    seen, see, forward = {"images": 0, "tokens": 0}, model.see, model.language_model.model.forward
+    seen = {"images": 0, "tokens": 0}
+    encode, forward = model.vision_tower.forward, model.language_model.model.forward
 
-    def count_images(images):
-        seen["images"] += len(images)
-        return see(images)
+    def count_images(pixels):
+        seen["images"] += len(pixels)
+        return encode(pixels)
 
     def count_tokens(x, *rest):
         seen["tokens"] += len(x)
         return forward(x, *rest)
 
-    monkeypatch.setattr(model, "see", count_images)
+    monkeypatch.setattr(model.vision_tower, "forward", count_images)
     monkeypatch.setattr(model.language_model.model, "forward", count_tokens)
     return seen
 
