@@ -9,11 +9,15 @@ from torch import nn
 import lora
 from config import LLaVAConfig
 from inference import engine as engine_module
-from inference.engine import Engine, Request, choose
+from inference import generation
+from inference.engine import Engine, Request
+from inference.fast_linears import fast_linears
+from inference.sampling import sample_tokens
 from kernels import int8
 from model import LLaVA, init_weights
 from packing import IMAGE_TOKEN
 from tests.tools.environment import DEVICES
+from tests.tools.no_cache import generate_without_cache
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
@@ -54,8 +58,8 @@ def requests(count: int = 9, pictures: int = 2, seed: int = 1) -> list[Request]:
 
 def alone(model: LLaVA, r: Request) -> list[int]:
     """Without the engine and its cache."""
-    return model.generate(
-        [r.ids], r.images, max_new_tokens=r.max_new_tokens, eos_token_id=7, use_cache=False
+    return generate_without_cache(
+        model, [r.ids], r.images, max_new_tokens=r.max_new_tokens, eos_token_id=7
     )[0].tolist()
 
 
@@ -73,10 +77,10 @@ def test_an_answer_is_the_same_in_any_company(family, device, monkeypatch):
     shuffled = random.Random(2).sample(asked, len(asked))
     for rows, order in ((1, asked), (3, asked), (3, shuffled), (16, shuffled)):
         engine = Engine(model, rows, slots=24)
-        assert engine.graphs == (device == "cuda")
+        assert engine.use_graph == (device == "cuda")
         assert answers(engine, order) == want
         assert answers(engine, order) == want  # what the rows still hold is used
-    monkeypatch.setattr(engine_module, "WORTH", 10**9)
+    monkeypatch.setattr(engine_module, "MIN_PREFIX", 10**9)
     assert answers(Engine(model, 3), asked) == want
 
 
@@ -85,7 +89,7 @@ def test_static_shapes_decode_the_same(family):
     """What a CUDA graph would replay: all rows at every step, waiting ones too, in place of those that are decoded."""
     model, asked = build(family), requests()
     engine = Engine(model, 4, slots=24)
-    engine.graphs, seen = True, set()
+    engine.use_graph, seen = True, set()
 
     def replay():
         seen.add(engine.inputs.shape)
@@ -98,7 +102,7 @@ def test_static_shapes_decode_the_same(family):
     full = [
         Request(torch.arange(3, 53), max_new_tokens=n, tag=n) for n in (206, 3)
     ]  # 256 slots, to the last
-    want = model.generate([full[0].ids], max_new_tokens=206, use_cache=False)[0].tolist()
+    want = generate_without_cache(model, [full[0].ids], max_new_tokens=206)[0].tolist()
     assert answers(engine, full) == {206: want, 3: want[:3]}
     assert engine.cache.slots == 256
 
@@ -164,7 +168,7 @@ def test_a_chat_goes_on_from_what_has_been_read(monkeypatch):
     first = torch.tensor([5, IMAGE_TOKEN, 9])
     said = model.generate([first], image, max_new_tokens=6)[0]
     more = torch.cat([first, said, torch.tensor([8, 4])])
-    want = model.generate([more], image, max_new_tokens=5, use_cache=False).tolist()
+    want = generate_without_cache(model, [more], image, max_new_tokens=5).tolist()
     seen = spied(model, monkeypatch)
     assert model.generate([more], image, max_new_tokens=5).tolist() == want
     assert seen == {
@@ -192,7 +196,7 @@ def test_what_rows_hold_outlives_a_larger_cache(monkeypatch):
     want, engine = alone(model, more), Engine(model, 2, slots=32)
     answers(engine, [first])
     seen = spied(model, monkeypatch)
-    assert answers(engine, [more]) == {1: want} and engine.cache.slots == engine_module.GRAIN
+    assert answers(engine, [more]) == {1: want} and engine.cache.slots == engine_module.CACHE_STEP
     assert seen["tokens"] == 19 + 5  # the beginning was still there
 
 
@@ -204,11 +208,11 @@ def test_changed_weights_and_training_forget_what_was_held():
     changed = model.generate(ids, max_new_tokens=6)
     assert (
         changed.tolist()
-        == model.generate(ids, max_new_tokens=6, use_cache=False).tolist()
+        == generate_without_cache(model, ids, max_new_tokens=6).tolist()
         != before.tolist()
     )
     model.train().generate(ids, max_new_tokens=2)
-    assert model not in engine_module.KEPT
+    assert model not in generation.LAST_ENGINES
 
 
 def test_stopping_early_leaves_nothing_half_done():
@@ -217,7 +221,7 @@ def test_stopping_early_leaves_nothing_half_done():
     running = engine.serve(asked)
     next(running)
     running.close()
-    assert engine.active == 0 and not any(row.held for row in engine.rows)
+    assert engine.active == 0 and not any(row.cached_ids for row in engine.rows)
     assert not any("forward" in vars(m) for m in model.modules())
     assert answers(engine, asked) == {r.tag: alone(model, r) for r in asked}
 
@@ -257,7 +261,7 @@ def test_a_draw_has_the_probabilities_it_should():
 
     def share(**options) -> list[float]:
         given = {"temperature": 1.0, "top_p": 1.0} | options
-        drawn = choose(logits, generator=torch.Generator().manual_seed(0), **given)
+        drawn = sample_tokens(logits, generator=torch.Generator().manual_seed(0), **given)
         return (torch.bincount(drawn, minlength=4) / len(drawn)).tolist()
 
     assert share() == pytest.approx([0.2, 0.45, 0.05, 0.3], abs=0.02)
@@ -282,7 +286,7 @@ def test_fast_products_are_those_of_the_modules(kind):
             nn.init.normal_(m.bias)
     if kind != "bf16":
         lora.quantize(lm, kind)
-    fast = engine_module.fast_linears(lm)
+    fast = fast_linears(lm)
     linears = [m for m in lm.modules() if isinstance(m, (nn.Linear, lora.Quantized))]
     assert set(fast) == set(linears) and len(linears) == 2 * 6 + 1
     for m in linears:

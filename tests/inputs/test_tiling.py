@@ -24,6 +24,7 @@ from model import LLaVA, init_weights
 from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
 from tests.test_data import row, write
 from tests.tools.environment import shared
+from tests.tools.no_cache import generate_without_cache
 
 TEXT = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -334,10 +335,10 @@ def test_prompts_of_all_kinds_are_answered_together_as_alone(mode, connector):
              ([5, IMAGE_TOKEN, 8], [wide])]  # fmt: skip
     prompts = [torch.tensor(ids) for ids, _ in asked]
     items = [item for _, shown in asked for item in shown]
-    alone = [model.generate([p], shown, max_new_tokens=6, use_cache=False)[0].tolist()
+    alone = [generate_without_cache(model, [p], shown, max_new_tokens=6)[0].tolist()
              for p, (_, shown) in zip(prompts, asked, strict=True)]  # fmt: skip
     assert model.generate(prompts, items, max_new_tokens=6).tolist() == alone
-    assert model.generate(prompts, items, max_new_tokens=6, use_cache=False).tolist() == alone
+    assert generate_without_cache(model, prompts, items, max_new_tokens=6).tolist() == alone
 
 
 def test_items_that_differ_in_order_or_shape_are_not_taken_for_each_other():
