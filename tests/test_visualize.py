@@ -42,7 +42,7 @@ def read(folder, question="How many?"):
 
 def test_probabilities_are_those_of_the_model(folder):
     model, _, picture, prompt = read(folder)
-    answer = visualize.look(model, prompt, MADE, picture)
+    answer = visualize.inspect_answer(model, prompt, MADE, picture)
     pixels = model.vision_tower.transform.normalise(picture[None])
     logits = model(torch.tensor([prompt + MADE]), pixels).logits[0, -4:-1]
     torch.testing.assert_close(answer.probabilities, logits.softmax(-1), rtol=1e-4, atol=1e-6)
@@ -52,14 +52,15 @@ def test_probabilities_are_those_of_the_model(folder):
 def test_attention_is_causal_and_moves_the_answer(folder):
     """The attention of a row is what its output is made of: with all of it on one key, the output is that value."""
     model, _, picture, prompt = read(folder)
-    answer = visualize.look(model, prompt, MADE, picture)
+    answer = visualize.inspect_answer(model, prompt, MADE, picture)
     assert answer.attention.shape == (2, 3, len(answer.ids))
     torch.testing.assert_close(answer.attention.sum(-1), torch.ones(2, 3))
     for w in range(3):
         assert (answer.attention[:, w, answer.first + w :] == 0).all()
         assert (answer.attention[:, w, : answer.first + w] > 0).all()
     q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
-    out = visualize.recorded(slice(3, 5), seen := [])(0, q, k, v)
+    seen = []
+    out = visualize.recording_attention(slice(3, 5), seen)(0, q, k, v)
     exact = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
     )
@@ -69,7 +70,7 @@ def test_attention_is_causal_and_moves_the_answer(folder):
 
 def test_maps_have_a_cell_for_each_patch(folder):
     model, _, picture, prompt = read(folder)
-    answer = visualize.look(model, prompt, MADE, picture)
+    answer = visualize.inspect_answer(model, prompt, MADE, picture)
     image = answer.attention.mean(0)[:, answer.ids == IMAGE_TOKEN]
     drawn = answer.attention_map()
     assert image.shape == (3, 8)  # SigLIP under feature_select "patch" loses its first
@@ -117,7 +118,7 @@ def test_a_resampler_has_no_patches_to_draw_on(tmp_path):
         connector_options={"num_queries": 4},
     )
     model = LLaVA.from_parts(made, "plain")
-    answer = visualize.look(
+    answer = visualize.inspect_answer(
         model, [5, IMAGE_TOKEN, 9], MADE, torch.randint(0, 255, (3, 48, 48)).byte()
     )
     assert (
@@ -129,7 +130,7 @@ def test_a_resampler_has_no_patches_to_draw_on(tmp_path):
 
 def test_heat_is_red_where_it_is_largest():
     values = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
-    drawn = visualize.heat(torch.full((3, 48, 48), 255, dtype=torch.uint8), values)
+    drawn = visualize.draw_heat(torch.full((3, 48, 48), 255, dtype=torch.uint8), values)
     cells = [drawn.getpixel((x, y)) for y in (60, 180) for x in (60, 180)]
     assert drawn.size == (240, 240) and cells[0] == cells[3] == (255, 255, 255)
     assert cells[1][1] < cells[2][1] < 255 and cells[1][0] > 225
@@ -184,18 +185,20 @@ def measure(folder, scenes):
         turn = {"from": "human", "value": f"<image>\n{question.text}"}
         prompt = encode_prompt([turn], tokenizer, model.config.template)
         made = tokenizer.encode(f" {question.answer}")[0]
-        look = visualize.look(model, prompt, made, model.vision_tower.transform.pixels(image))
+        seen = visualize.inspect_answer(
+            model, prompt, made, model.vision_tower.transform.pixels(image)
+        )
         patch, (left, top, right, bottom) = (
             thing["cell"][0] * 2 + thing["cell"][1],
             map(round, thing["box"]),
         )
-        attention, similarity = look.attention_map()[0].flatten(), look.similarity[0].flatten()
-        heat = torch.nn.functional.interpolate(look.occlusion[None, :1], 48)[
+        attention, similarity = seen.attention_map()[0].flatten(), seen.similarity[0].flatten()
+        heat = torch.nn.functional.interpolate(seen.occlusion[None, :1], 48)[
             0, 0
         ]  # cells of 6 pixels
         y, x = divmod(int(heat.argmax()), 48)
         found.append({
-            "right": look.probabilities[0].argmax().item() == made[0],
+            "right": seen.probabilities[0].argmax().item() == made[0],
             "attention peaks on the patch": attention.argmax().item() == patch,
             "attention's mass on the patch": (attention[patch] / attention.sum()).item(),
             "similarity peaks on the patch": similarity.argmax().item() == patch,
