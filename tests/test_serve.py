@@ -1,4 +1,4 @@
-"""serve.py as its users meet it: over HTTP with a plain client and OpenAI's own, and as a page in a browser."""
+"""serve.py as its users meet it: over HTTP, with OpenAI's client, and as a page in a browser."""
 
 import base64
 import io
@@ -27,10 +27,24 @@ from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import ROOT, run
 
-TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "initializer_range": 0.3}  # fmt: skip
-VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-          "num_attention_heads": 2, "patch_size": 16, "image_size": 48}  # fmt: skip
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 16,
+    "image_size": 48,
+}
 LIMITS = Limits(body=100_000, pixels=10_000, images=2, tokens=40, context=200, queue=2)
 
 
@@ -199,8 +213,15 @@ def test_stop_strings_end_the_answer_and_are_never_shown(url):
     )  # a beginning that was held back comes out
 
 
-@pytest.mark.parametrize("text, stop, said", [("I say stop, now", "stop", "I say "), ("I say sto", "stop", "I say sto"),
-                                              ("a to b", "b", "a to "), ("stool stop", "stop", "stool ")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, stop, said",
+    [
+        ("I say stop, now", "stop", "I say "),
+        ("I say sto", "stop", "I say sto"),
+        ("a to b", "b", "a to "),
+        ("stool stop", "stop", "stool "),
+    ],
+)
 def test_a_stop_string_that_comes_in_pieces_is_never_shown(
     jobs, url, monkeypatch, text, stop, said
 ):
@@ -254,15 +275,20 @@ def test_models(url):
         urllib.request.urlopen(f"{url}/v1/models/other")
 
 
+def said_by(role, content):
+    """A request with one message."""
+    return question() | {"messages": [{"role": role, "content": content}]}
+
+
 BIG = png(size=(101, 100))
 BAD = [
     (question() | {"messages": []}, 400, "messages must be a list"),
     (question() | {"messages": "hello"}, 400, "messages must be a list"),
-    (question() | {"messages": [{"role": "tool", "content": "x"}]}, 400, "its role must be one of"),
-    (question() | {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "its content must be text"),
-    (question() | {"messages": [{"role": "user", "content": None}]}, 400, "its content must be text"),
-    (question() | {"messages": [{"role": "assistant", "content": "x"}]}, 400, "wrong last turn"),
-    (question() | {"messages": [{"role": "assistant", "content": [shown(png())]}]}, 400, "only the user shows"),
+    (said_by("tool", "x"), 400, "its role must be one of"),
+    (said_by("user", [{"type": "audio"}]), 400, "its content must be text"),
+    (said_by("user", None), 400, "its content must be text"),
+    (said_by("assistant", "x"), 400, "wrong last turn"),
+    (said_by("assistant", [shown(png())]), 400, "only the user shows"),
     (question("What is <image>?"), 400, "without <image>"),
     (question(model="gpt-4"), 404, "'tiny' is served"),
     (question(n=2), 400, "n: 2 is not supported"),
@@ -516,7 +542,7 @@ def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
 
 
 def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
-    """A picture and a question, an answer that streams, another question, three bad files; nothing from elsewhere."""
+    """A picture, a streamed answer, another question, four bad files; nothing from elsewhere."""
     playwright = pytest.importorskip("playwright.sync_api")
     names = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"
     if not (browser := next(filter(None, map(shutil.which, names)), None)):
@@ -589,8 +615,12 @@ def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
         ask("And now?")
         wait(lambda: answers.count() == 1 and len(asked) == 4 and answers.inner_text().strip())
         assert pixels[3] == []  # the picture went with the conversation
-        for name, told in {"not.png": "none of PNG", "many.png": "at most 10,000", "large.png": "exceed the maximum",
-                           "a.txt": "Invalid file type"}.items():  # fmt: skip
+        for name, told in {
+            "not.png": "none of PNG",
+            "many.png": "at most 10,000",
+            "large.png": "exceed the maximum",
+            "a.txt": "Invalid file type",
+        }.items():
             window.goto(page)
             window.wait_for_selector("textarea")
             ask("What?", name)

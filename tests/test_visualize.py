@@ -1,4 +1,4 @@
-"""visualize.py: its numbers are the model's own, and on the demo its heat maps lie on the object."""
+"""visualize.py: its numbers are the model's own, and in the demo its maps lie on the object."""
 
 import random
 import re
@@ -16,10 +16,25 @@ from model import LLaVA
 from packing import IMAGE_TOKEN
 from tests.tools.environment import ROOT, run
 
-TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
-VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-          "num_attention_heads": 2, "patch_size": 16, "image_size": 48}  # fmt: skip
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 16,
+    "image_size": 48,
+}
 MADE = [270, 300, 17]
 
 
@@ -50,7 +65,7 @@ def test_probabilities_are_those_of_the_model(folder):
 
 
 def test_attention_is_causal_and_moves_the_answer(folder):
-    """The attention of a row is what its output is made of: with all of it on one key, the output is that value."""
+    """Its probabilities sum to 1, none is on the future, and the output is that of torch."""
     model, _, picture, prompt = read(folder)
     answer = visualize.inspect_answer(model, prompt, MADE, picture)
     assert answer.attention.shape == (2, 3, len(answer.ids))
@@ -168,9 +183,9 @@ def test_the_command_writes_a_page_and_pictures(folder, tmp_path):
 
 
 def measure(folder, scenes):
-    """{measure: % over scenes}: is the heat map of the word that answers on the object that it is about?
+    """Return {measure: % of the scenes}: is the heat map of an answer's word on its object?
 
-    Scenes are of the benchmark's compositions, which no training has seen, and have two objects or three.
+    Scenes are of the benchmark's compositions, which no training has seen, with 2 or 3 objects.
     """
     model, tokenizer, rng = LLaVA.from_pretrained(folder), load_tokenizer(folder), random.Random(7)
     found = []
@@ -197,15 +212,19 @@ def measure(folder, scenes):
             0, 0
         ]  # cells of 6 pixels
         y, x = divmod(int(heat.argmax()), 48)
-        found.append({
-            "right": seen.probabilities[0].argmax().item() == made[0],
-            "attention peaks on the patch": attention.argmax().item() == patch,
-            "attention's mass on the patch": (attention[patch] / attention.sum()).item(),
-            "similarity peaks on the patch": similarity.argmax().item() == patch,
-            "occlusion peaks in the box": top <= y < bottom and left <= x < right,
-            "occlusion's mass in the box": (heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9)).item(),
-            "the box's share of the picture": (bottom - top) * (right - left) / 48**2,
-        })  # fmt: skip
+        found.append(
+            {
+                "right": seen.probabilities[0].argmax().item() == made[0],
+                "attention peaks on the patch": attention.argmax().item() == patch,
+                "attention's mass on the patch": (attention[patch] / attention.sum()).item(),
+                "similarity peaks on the patch": similarity.argmax().item() == patch,
+                "occlusion peaks in the box": top <= y < bottom and left <= x < right,
+                "occlusion's mass in the box": (
+                    heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9)
+                ).item(),
+                "the box's share of the picture": (bottom - top) * (right - left) / 48**2,
+            }
+        )
     return {name: 100 * sum(row[name] for row in found) / scenes for name in found[0]}
 
 
