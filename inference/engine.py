@@ -145,8 +145,8 @@ class Engine:
         if old is not None:
             self.cache.copy_from(old)
 
-        # A captured step reads its inputs from here: the rows' last tokens and filled slots. It
-        # also knows the addresses of its cache, so a new cache needs a new graph.
+        # A captured step reads its inputs from here: the rows' last tokens and filled slots. The
+        # graph holds on to the addresses of the cache, so a new cache needs a new graph.
         self.inputs = torch.zeros(2, len(self.rows), dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_logits: Tensor | None = None
