@@ -10,9 +10,9 @@ from inference import engine as engine_module
 from inference.engine import Engine, Request
 from model import LLaVA
 from packing import IMAGE_TOKEN
+from tests.tools.decoding_models import FAMILIES, build, spied
 from tests.tools.environment import DEVICES
 from tests.tools.no_cache import generate_without_cache
-from tests.tools.small_llava import FAMILIES, build, spied
 
 
 def requests(count: int = 9, pictures: int = 2, seed: int = 1) -> list[Request]:

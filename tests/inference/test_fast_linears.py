@@ -7,7 +7,7 @@ from torch import nn
 import lora
 from inference.fast_linears import fast_linears
 from kernels import int8
-from tests.tools.small_llava import build
+from tests.tools.decoding_models import build
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "nf4"])

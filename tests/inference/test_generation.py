@@ -4,8 +4,8 @@ import torch
 
 from inference import generation
 from packing import IMAGE_TOKEN
+from tests.tools.decoding_models import build, spied
 from tests.tools.no_cache import generate_without_cache
-from tests.tools.small_llava import build, spied
 
 
 def test_a_chat_goes_on_from_what_has_been_read(monkeypatch):
