@@ -57,17 +57,17 @@ def build(family: str = "llama", **change) -> LLaVA:
 def spied(model: LLaVA, monkeypatch) -> dict[str, int]:
     """Return a count, kept up to date, of views encoded and tokens through the language model."""
     seen = {"images": 0, "tokens": 0}
-    see = model.see
-    forward = model.language_model.model.forward
+    encode = model.vision_tower.forward
+    decode = model.language_model.model.forward
 
-    def count_images(images):
-        seen["images"] += len(images)
-        return see(images)
+    def count_images(pixels):
+        seen["images"] += len(pixels)
+        return encode(pixels)
 
     def count_tokens(x, *rest):
         seen["tokens"] += len(x)
-        return forward(x, *rest)
+        return decode(x, *rest)
 
-    monkeypatch.setattr(model, "see", count_images)
+    monkeypatch.setattr(model.vision_tower, "forward", count_images)
     monkeypatch.setattr(model.language_model.model, "forward", count_tokens)
     return seen
