@@ -11,10 +11,12 @@ import kernels
 from checkpoints import weights
 from checkpoints.names import rename, reverse
 from config import LLaVAConfig
+from inference.sampling import sample_tokens
 from inputs.tokenizer import load_tokenizer
 from model import LanguageModel, LLaVA, init_weights
 from packing import IMAGE_TOKEN, Batch, expand_images
 from tests.tools.environment import DEVICES, GPU, shared
+from tests.tools.no_cache import generate_without_cache
 
 CASES = (
     "gemma-siglip-qformer",
@@ -134,7 +136,10 @@ def test_golden_generation(case, use_cache, device):
     model, io, folder = case
     model = LLaVA.from_pretrained(folder, device=device) if device == "cuda" else model
     prompt = io["input_ids"][:1]
-    new = model.generate(prompt, io["images"][:1], max_new_tokens=24, use_cache=use_cache)
+    if use_cache:
+        new = model.generate(prompt, io["images"][:1], max_new_tokens=24)
+    else:
+        new = generate_without_cache(model, prompt, io["images"][:1], max_new_tokens=24)
     assert new[0].tolist() == io["generated"].tolist()
 
 
@@ -202,7 +207,7 @@ def test_cache_changes_nothing(options):
     rows = [torch.randint(0, 61, (n,)) for n in (4, 9)]
     seeded = lambda: {"generator": torch.Generator().manual_seed(3)} if "top_p" in options else {}  # noqa: E731
     with_cache = model.generate(rows, max_new_tokens=9, **options, **seeded())
-    without = model.generate(rows, max_new_tokens=9, use_cache=False, **options, **seeded())
+    without = generate_without_cache(model, rows, max_new_tokens=9, **options, **seeded())
     assert with_cache.tolist() == without.tolist()
 
 
@@ -220,10 +225,8 @@ def test_beam_search_finds_the_most_probable_sequence():
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
-    from inference.engine import choose
-
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, -1)
-    seen = set(choose(logits, 1.0, 0.6, torch.Generator().manual_seed(0)).tolist())
+    seen = set(sample_tokens(logits, 1.0, 0.6, torch.Generator().manual_seed(0)).tolist())
     assert seen == {0, 1}
 
 
