@@ -1,25 +1,32 @@
-"""LLaVA rows -> packed batches, the same for any number of ranks and workers; and a check of the rows beforehand.
+"""From rows to batches: the order of samples, optimizer steps, the loader; and a check beforehand.
 
-    python data.py check recipes/demo.toml [section.key=value ...]      # every stage, as training will read it
-    python data.py check --data rows.json --images folder [--tokenizer DIR --template phi --image-tokens 576]
-    python data.py inspect recipes/demo.toml [--rows 3] [--page FILE.html]    # the first samples as training sees them
-    python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # as WebDataset tars of 1000 MB
+    python data.py check recipes/demo.toml [section.key=value ...]   # all rows, as training will
+    python data.py check --data rows.json --images folder [--tokenizer DIR --template phi]
+    python data.py inspect recipes/demo.toml [--rows 3] [--page FILE.html]   # the first samples
+    python data.py inspect --data rows.json --tokenizer DIR --template phi [--row 7]
+    python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # tars of 1000 MB
 
-A row is {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"] | absent, "conversations": [{"from": "human" | "gpt",
-"value": "... <image> ..."}, ...]}, or has "video" in place of "image". rows.py reads it, samples.py makes a sample of
-it and packs samples into batches; here they are put in order, made into optimizer steps, and loaded by workers.
+A row is {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"] | absent, "conversations": [{"from":
+"human" | "gpt", "value": "... <image> ..."}, ...]}, or has "video" in place of "image". Rows are
+read by inputs/rows.py, and inputs/sample.py makes samples of them. Here
+
+    Order         says which row is the k-th sample of training: a permutation for each epoch
+    Steps         takes global_batch samples for each optimizer step and packs them into batches
+    loader        has worker processes make steps ahead
+    token_counts  measures all rows, so that ranks can share the tokens of a step evenly
+    check, inspect and the command come last
+
+What training sees is a function of (seed, i) for step i, and of nothing else: it is the same on any
+number of ranks and workers, and after any restart.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import math
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -33,221 +40,315 @@ from tqdm import tqdm  # comes with tokenizers
 
 import config
 from checkpoints.files import resolve, write_file
-from checkpoints.layouts import from_recipe
+from checkpoints.layouts import config_from_recipe
 from config import UserError
 from inputs import templates
 from inputs.image_processor import ImageProcessor
-from inputs.index import kept
-from inputs.preview import mark_supervised, show_supervised, wants_colour
-from inputs.rows import Mixture, Rows, shard
-from inputs.sample import Sample, SampleSpec, encode_row, make_sample, user_error
+from inputs.index import cached_array
+from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
+from inputs.rows import Mixture, Part, Rows, open_rows
+from inputs.sample import Sample, SampleSpec, make_sample, user_error
+from inputs.shards import shard
+from inputs.summary import Summary
 from inputs.templates import byte_tokenizer
 from inputs.tiling import TILED, Tiling
 from inputs.tokenizer import load_tokenizer
 from model import tiling_of
 from packing import IGNORE, Batch, bin_pack, pack_samples, split_by_tokens
 
+# Every worker is a process of several. Threads in its tokenizer would fight for the same cores, and
+# warn at each fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-def make_spec(tokenizer: str, template: str, **rest) -> SampleSpec:
-    """A spec whose tokenizer (folder or Hugging Face id) and template fit. Raises UserError."""
+# So many unusable rows one after the other mean that the data set is wrong, not a row of it.
+GIVE_UP = 100
+
+
+def make_spec(tokenizer: str, template: str, max_tokens: int, views: Tiling) -> SampleSpec:
+    """Return a spec for a tokenizer (a folder or Hugging Face id) and a template that fits it.
+
+    Without a tokenizer, a token is a byte. Raise UserError.
+    """
     folder = resolve(tokenizer, small=True) if tokenizer else None
     try:
         tok = load_tokenizer(folder) if folder else byte_tokenizer()
         templates.resolve(template, tok)
     except ValueError as e:
         raise user_error(tokenizer or "command line", e) from None
-    return SampleSpec(tok, template, **rest)
+    return SampleSpec(tok, template, max_tokens, views)
 
 
 def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
-    """The spec that training and `check` share. Raises UserError for a missing tokenizer, template or encoder."""
+    """Return the spec of a recipe's stage, for training and `check` alike.
+
+    Raise UserError for a missing tokenizer, template or encoder.
+    """
     if not model.text:
-        raise UserError(
-            "model.tokenizer", "not set", "name a folder with tokenizer.json or tokenizer.model"
-        )
-    views = tiling_of(from_recipe(model, stage.template))
-    return make_spec(model.text, stage.template, max_tokens=stage.max_tokens, views=views)
+        fix = "name a folder with tokenizer.json or tokenizer.model"
+        raise UserError("model.tokenizer", "not set", fix)
+    views = tiling_of(config_from_recipe(model, stage.template))
+    return make_spec(model.text, stage.template, stage.max_tokens, views)
 
 
-PIXEL = ImageProcessor(1, resample=Image.Resampling.NEAREST)
-# Every worker is one process of several: threads inside its tokenizer would only fight, and warn at each fork.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-GIVE_UP = 100  # this many unusable rows one after the other: the data set is wrong, not a row of it
-
-# ------------------------------------------------------------------------------------------- order and steps
+# --------------------------------------------------------------------------------- order of samples
 
 
 class Order:
-    """The endless stream of n rows: each epoch a permutation, a pure function of (seed, epoch).
+    """The endless stream of samples: order(k) is the row of the k-th, for k = 0, 1, 2, ...
 
-    It ranks n raw draws of PCG64(SeedSequence([seed, epoch])). Raw, because numpy promises those never to change,
-    and `Generator.permutation` it does not.
+    Each epoch is a permutation of n rows, a pure function of (seed, epoch).
 
-    parts, of a mixture: (rows, how many an epoch takes) of each source, whose rows are numbered on from the one
-    before. A source's rows are a stream of their own; an epoch permutes the next of each.
+    In a mixture, `parts` says for each source how many rows it has and how many of them an epoch
+    takes. Rows are numbered through all sources. Each source has an endless stream of its own rows,
+    shuffled again whenever all were taken; an epoch takes the next ones of each, and permutes them.
     """
 
-    def __init__(self, n: int, seed: int, parts: tuple[tuple[int, int], ...] = ()):
+    def __init__(self, n: int, seed: int, parts: tuple[Part, ...] = ()):
+        """Raise UserError for a negative seed, which numpy does not take."""
         if seed < 0:
             raise UserError("train.seed", f"{seed} is negative", "write 0 or more")
-        self.n, self.seed, self.parts, self.epoch = (
-            sum(count for _, count in parts) or n,
-            seed,
-            parts,
-            -1,
-        )
+        self.seed = seed
+        self.parts = parts
+        self.n = sum(per_epoch for _, per_epoch in parts) if parts else n  # samples of an epoch
 
-    def _permutation(self, n: int, *key: int) -> np.ndarray:
-        draws = np.random.PCG64(np.random.SeedSequence([self.seed, *key])).random_raw(n)
-        return np.argsort(draws, kind="stable").astype(np.int32)  # half the memory, in every worker
-
-    def _rows(self, epoch: int) -> np.ndarray:
-        order = self._permutation(self.n, epoch)
-        first, taken = np.int64(0), []
-        for source, (n, count) in enumerate(
-            self.parts, 1
-        ):  # from 1: a key that ends in 0 is the key without it
-            turns = range(epoch * count // n, ((epoch + 1) * count - 1) // n + 1)
-            stream = np.concatenate([self._permutation(n, turn, source) for turn in turns])
-            start = epoch * count - turns[0] * n
-            taken.append(first + stream[start : start + count])
-            first += n
-        return np.concatenate(taken)[order] if taken else order
+        # Only one epoch's rows are kept: of millions of rows they take megabytes.
+        self.epoch = -1
+        self.rows = np.empty(0, np.int32)
 
     def __call__(self, k: int) -> tuple[int, int]:
-        """(epoch, row) of the stream's k-th sample."""
-        epoch = k // self.n
-        if epoch != self.epoch:  # only one is kept: for millions of rows it is megabytes
-            self.rows, self.epoch = self._rows(epoch), epoch
-        return epoch, int(self.rows[k % self.n])
+        """Return (epoch, row) of the k-th sample."""
+        epoch, place = divmod(k, self.n)
+        if epoch != self.epoch:
+            self.rows = self._epoch_rows(epoch)
+            self.epoch = epoch
+        return epoch, int(self.rows[place])
 
     def candidates(self, k: int) -> Iterator[int]:
-        """The row of sample k, then those that can stand in for it: the ones after it in its epoch's permutation.
+        """Yield the row of sample k, then those that stand in for it if it is unusable.
 
-        Not those after it in the file: where a whole block of rows is bad, all of it would become the one row behind.
+        They are the ones that follow in its epoch's permutation, and not in the file: where a whole
+        block of rows is bad, all of it would become the one row behind the block.
         """
-        first = k - k % self.n
-        yield from (self(first + (k + j) % self.n)[1] for j in range(min(self.n, GIVE_UP)))
+        epoch, place = divmod(k, self.n)
+        for j in range(min(self.n, GIVE_UP)):
+            _, row = self(epoch * self.n + (place + j) % self.n)
+            yield row
+
+    def _epoch_rows(self, epoch: int) -> np.ndarray:
+        """Return the rows of an epoch in their order, (n,) integers."""
+        order = self._permutation(self.n, epoch)
+        if not self.parts:
+            return order
+
+        # Sources are numbered from 1: to SeedSequence a key that ends in 0 is the key without it.
+        taken = []
+        first_row = np.int64(0)  # wider than a source's own numbers: all together may be many
+        for source, (rows, per_epoch) in enumerate(self.parts, 1):
+            taken.append(first_row + self._source_rows(source, rows, per_epoch, epoch))
+            first_row += rows
+        return np.concatenate(taken)[order]
+
+    def _source_rows(self, source: int, rows: int, per_epoch: int, epoch: int) -> np.ndarray:
+        """Return what an epoch takes of a source: the next `per_epoch` of its stream of rows."""
+        begin = epoch * per_epoch
+        end = begin + per_epoch
+
+        # The stream is one permutation of the source after the other; these are the ones we need.
+        first_turn = begin // rows
+        last_turn = (end - 1) // rows
+        turns = []
+        for turn in range(first_turn, last_turn + 1):
+            turns.append(self._permutation(rows, turn, source))
+        stream = np.concatenate(turns)
+
+        skipped = begin - first_turn * rows
+        return stream[skipped : skipped + per_epoch]
+
+    def _permutation(self, n: int, *key: int) -> np.ndarray:
+        """Return a permutation of range(n) that (seed, *key) decides, for ever.
+
+        It ranks n raw draws of the generator. numpy promises that these never change, so that a
+        run can be resumed years later; of `Generator.permutation` it does not promise it.
+        """
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed, *key]))
+        draws = bits.random_raw(n)
+        return np.argsort(draws, kind="stable").astype(np.int32)  # half the memory, in every worker
+
+
+# ---------------------------------------------------------------------------------- optimizer steps
 
 
 @dataclass
 class Step:
-    """This rank's part of one optimizer step. It comes from a worker as a few large tensors: hundreds of
-    micro-batches with five tensors each would use up the files that a process may have open."""
+    """One rank's part of an optimizer step, cut into micro-batches.
+
+    It comes from a worker as a few large tensors in `packed`, and `parts` says where micro-batches
+    begin. Hundreds of these with five tensors each would use up the files that a process may open.
+    """
 
     packed: Batch | None = None  # all its samples, micro-batch after micro-batch; None = none
-    parts: list[tuple[slice, slice]] = field(
-        default_factory=list
-    )  # which samples and items a micro-batch has
-    skipped: list[str] = field(
-        default_factory=list
-    )  # a message for each row left out by on_bad_row = "skip"
-    cut: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # over-long rows, tokens taken off their tails
+
+    # Of each micro-batch, which samples and which items of `packed` are in it.
+    parts: list[tuple[slice, slice]] = field(default_factory=list)
+
+    # A message for each row that on_bad_row = "skip" left out.
+    skipped: list[str] = field(default_factory=list)
+
+    # (row, tokens taken off its tail) of over-long rows.
+    cut: list[tuple[int, int]] = field(default_factory=list)
+
     seconds: float = 0.0  # that making it took
-    error: str = (
-        ""  # why training must stop; an exception in a worker would arrive as a page of traceback
-    )
+
+    # Why training must stop, or "". An exception in a worker would arrive as a page of traceback.
+    error: str = ""
 
     @property
     def batches(self) -> list[Batch]:
-        return [self.packed.part(*part) for part in self.parts]
+        """The micro-batches."""
+        return [self.packed.part(samples, items) for samples, items in self.parts]
 
     def pin_memory(self) -> Step:
-        return replace(self, packed=self.packed and self.packed.pin_memory())
+        """Return it in pinned memory, which is fast to copy to a GPU. The DataLoader calls it."""
+        if self.packed is None:
+            return self
+        return replace(self, packed=self.packed.pin_memory())
 
 
 class Steps(Dataset):
-    """`steps[i]` is this rank's part of optimizer step i: of the stream's positions i*global_batch and on, those
-    with position % world == rank. A function of i alone, so that any worker can make any step, at any time.
+    """`steps[i]` is this rank's part of optimizer step i.
 
-    With `counts`, the rows' tokens as token_counts gives them, it is those that leave all ranks with as many tokens.
-    All ranks must have the same.
-    validation=True: instead every row once, in file order; a rank's part may be empty, a bad row has no stand-in.
+    Step i has the samples i * global_batch, ..., (i + 1) * global_batch - 1 of the order. It is a
+    function of i alone, so any worker can make any step, at any time. Its samples are dealt to the
+    ranks: rank r makes those whose number is r modulo the number of ranks. With `counts`, of
+    token_counts and the same on all ranks, they are shared so that all ranks have as many tokens.
+
+    With validation=True there is every row once, in the order of the file. Then a bad row has no
+    stand-in, and a rank's part may be empty.
     """
 
     def __init__(
         self,
-        rows: Rows | Mixture,
-        spec,
-        stage,
-        train,
-        rank=0,
-        world=1,
-        validation=False,
-        counts=None,
+        rows: Rows,
+        spec: SampleSpec,
+        stage: config.Stage,
+        train: config.Train,
+        rank: int = 0,
+        world: int = 1,
+        validation: bool = False,
+        counts: np.ndarray | None = None,
     ):
+        """Raise UserError if there are more ranks than samples in a step."""
+        if stage.global_batch < world:
+            what = f"{stage.global_batch}, for {world} ranks"
+            raise UserError("stage.global_batch", what, f"write {world} or more")
+        self.rows = rows
+        self.spec = spec
+        self.stage = stage
         self.size = stage.global_batch
-        if self.size < world:
-            raise UserError(
-                "stage.global_batch", f"{self.size}, for {world} ranks", f"write {world} or more"
-            )
-        self.rows, self.spec, self.stage, self.validation = rows, spec, stage, validation
-        self.stop_at_bad, self.rank, self.world = train.on_bad_row == "stop", rank, world
-        self.order, self.counts = Order(len(rows), train.seed, rows.parts), counts
+        self.stop_at_bad = train.on_bad_row == "stop"
+        self.rank = rank
+        self.world = world
+        self.validation = validation
+        self.counts = counts
+        self.order = Order(len(rows), train.seed, rows.parts)
 
     def __len__(self) -> int:
-        """Epochs rounded up to whole steps, so that every row is seen; what is over begins the next epoch."""
+        """Return how many steps there are: the stage's, or those in which its epochs fit.
+
+        The last one is as large as all: after the last epoch it takes samples of the next.
+        """
         if self.validation:
             return math.ceil(len(self.rows) / self.size)
-        return self.stage.steps or max(
-            1, math.ceil(round(self.stage.epochs * self.order.n) / self.size)
-        )
+        if self.stage.steps:
+            return self.stage.steps
+        samples = round(self.stage.epochs * self.order.n)
+        return max(1, math.ceil(samples / self.size))
 
     def __getitem__(self, i: int) -> Step:
-        begin, step, samples = time.perf_counter(), Step(), []
+        begin = time.perf_counter()
+
+        # Make the samples. A bad row that must stop training is reported in the step.
+        samples = []
+        skipped = []
         try:
-            for k in self._mine(i):
-                samples += self._sample(k, step.skipped)
+            for k in self._share(i):
+                sample = self._sample(k, skipped)
+                if sample is not None:
+                    samples.append(sample)
         except UserError as e:
             return Step(error=str(e))
-        bins = bin_pack([len(s.ids) for s in samples], self.stage.micro_batch_tokens)
-        step.packed = pack_samples([samples[j] for b in bins for j in b]) if samples else None
-        s = n = 0
-        for b in bins:
-            s, n, s0, n0 = s + len(b), n + sum(len(samples[j].items) for j in b), s, n
-            step.parts.append((slice(s0, s), slice(n0, n)))
-        step.cut = [(s.row, s.cut) for s in samples if s.cut]
-        step.seconds = time.perf_counter() - begin
-        return step
 
-    def _mine(self, i: int) -> list[int]:
-        """The stream's positions of step i that this rank makes."""
-        stop = min((i + 1) * self.size, len(self.rows)) if self.validation else (i + 1) * self.size
-        ks = range(i * self.size, stop)
+        # Put them into micro-batches under the token budget, and these one behind the other.
+        lengths = [len(sample.ids) for sample in samples]
+        ordered = []
+        parts = []
+        first_item = 0
+        for places in bin_pack(lengths, self.stage.micro_batch_tokens):
+            micro_batch = [samples[place] for place in places]
+            end_item = first_item + sum(len(sample.items) for sample in micro_batch)
+            end_sample = len(ordered) + len(micro_batch)
+            parts.append((slice(len(ordered), end_sample), slice(first_item, end_item)))
+            ordered += micro_batch
+            first_item = end_item
+
+        return Step(
+            packed=pack_samples(ordered) if ordered else None,
+            parts=parts,
+            skipped=skipped,
+            cut=[(sample.row, sample.cut) for sample in samples if sample.cut],
+            seconds=time.perf_counter() - begin,
+        )
+
+    def _share(self, i: int) -> list[int]:
+        """Return the samples of step i, as numbers in the order, that this rank makes."""
+        begin = i * self.size
+        end = begin + self.size
+        if self.validation:
+            end = min(end, len(self.rows))
+
         if self.counts is None:
-            return [k for k in ks if k % self.world == self.rank]
-        lengths = [int(self.counts[self.order(k)[1], 0]) for k in ks]
-        return [ks[j] for j in split_by_tokens(lengths, self.world)[self.rank]]
+            return [k for k in range(begin, end) if k % self.world == self.rank]
 
-    def _sample(self, k: int, skipped: list[str]) -> list[Sample]:
-        """The stream's k-th sample, or its first usable stand-in."""
-        for row in [k] if self.validation else self.order.candidates(k):
+        lengths = []
+        for k in range(begin, end):
+            _, row = self.order(k)
+            lengths.append(int(self.counts[row, 0]))
+        places = split_by_tokens(lengths, self.world)[self.rank]
+        return [begin + place for place in places]
+
+    def _sample(self, k: int, skipped: list[str]) -> Sample | None:
+        """Return the k-th sample, or its first usable stand-in; None if validation has none.
+
+        Add a message to `skipped` for each unusable row. Raise UserError where one stops training.
+        """
+        candidates = [k] if self.validation else self.order.candidates(k)
+        for row in candidates:
             try:
-                return [make_sample(self.rows, row, self.spec)]
+                return make_sample(self.rows, row, self.spec)
             except UserError as e:
                 if self.stop_at_bad:
                     raise
                 skipped.append(str(e))
+
         if self.validation:
-            return []
-        what = f"no usable row among {min(len(self.rows), GIVE_UP)}, the last one: {skipped[-1].partition('; fix:')[0]}"
+            return None
+        tried = min(len(self.rows), GIVE_UP)
+        last, _, _ = skipped[-1].partition("; fix:")
+        what = f"no usable row among {tried}, the last one: {last}"
         raise UserError(self.rows.file, what, "mend what `python data.py check` lists")
 
 
-def _start_worker(_: int):
-    torch.set_num_threads(
-        1
-    )  # the ranks own the cores; and a forked thread pool must not be entered again
+# ------------------------------------------------------------------------------------------ loading
 
 
 def loader(
     steps: Steps, start: int = 0, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[tuple[Step, float]]:
-    """(step, seconds waited for it), from step `start` on. `workers` processes make them ahead and change nothing
-    else. Raises UserError at a bad row that must stop training."""
+    """Yield (step, seconds waited for it), from step `start` on.
+
+    `workers` processes make them ahead, which changes nothing else; 0 makes each when it is asked
+    for. Raise UserError at a bad row that must stop training.
+    """
     loaded = DataLoader(
         steps,
         batch_size=None,
@@ -255,7 +356,8 @@ def loader(
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # it draws a seed when it starts: not from the generator that dropout uses
+        # It draws a seed when it starts. Dropout's generator must not notice.
+        generator=torch.Generator(),
     )
     made = iter(loaded)
     try:
@@ -265,16 +367,30 @@ def loader(
             if step is None:
                 return
             if step.error:
-                raise UserError.__new__(
-                    UserError, step.error
-                )  # the line is complete, UserError() would compose it
+                # The line is complete. UserError(...) would want its three parts.
+                raise UserError.__new__(UserError, step.error)
             yield step, time.perf_counter() - begin
     finally:
-        del made  # ends the workers now: found by the garbage collector later, they take five seconds each to end
+        # This ends the workers now. When the garbage collector finds them later, each takes five
+        # seconds to end.
+        del made
 
 
-def validation_batches(rows, spec, stage, train, rank=0, world=1, log=print) -> Iterator[Batch]:
-    """Every row of the held-out file once, this rank's share in file order. `log` gets a line per skipped row."""
+def _start_worker(_: int):
+    """Use one thread: the ranks own the cores, and a forked pool of threads must not be used."""
+    torch.set_num_threads(1)
+
+
+def validation_batches(
+    rows: Rows,
+    spec: SampleSpec,
+    stage: config.Stage,
+    train: config.Train,
+    rank: int = 0,
+    world: int = 1,
+    log=print,
+) -> Iterator[Batch]:
+    """Yield this rank's share of held-out rows, each once. `log` gets a line per skipped row."""
     steps = Steps(rows, spec, stage, train, rank, world, validation=True)
     for step, _ in loader(steps, workers=min(train.workers, len(steps))):
         for message in step.skipped:
@@ -282,211 +398,309 @@ def validation_batches(rows, spec, stage, train, rank=0, world=1, log=print) -> 
         yield from step.batches
 
 
-# ---------------------------------------------------------------------------------------------- token counts
+# ------------------------------------------------------------------------------------- token counts
 
 
 class Counts(Dataset):
-    """Chunks of rows -> their samples' tokens, views and supervised tokens; zeros for a row that makes none."""
+    """`counts[i]` measures the i-th chunk of the rows begin, ..., end - 1."""
+
+    CHUNK = 256  # rows
 
     def __init__(self, rows: Rows, spec: SampleSpec, begin: int, end: int):
-        self.rows, self.spec, self.ranges = (
-            rows,
-            spec,
-            [range(i, min(i + 256, end)) for i in range(begin, end, 256)],
-        )
+        self.rows = rows
+        self.spec = spec
+        self.begin = begin
+        self.end = end
 
     def __len__(self) -> int:
-        return len(self.ranges)
+        return math.ceil((self.end - self.begin) / self.CHUNK)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return np.array([self._count(k) for k in self.ranges[i]], np.int64)
+        """Return (rows of the chunk, 3) int64: tokens, views and supervised tokens of each."""
+        first = self.begin + i * self.CHUNK
+        last = min(first + self.CHUNK, self.end)
+        return np.array([self._measure(row) for row in range(first, last)], np.int64)
 
-    def _count(self, i: int) -> tuple[int, int, int]:
+    def _measure(self, row: int) -> tuple[int, int, int]:
         try:
-            ids, labels, shapes, _ = encode_row(self.rows, i, self.rows[i], "", self.spec)
+            sample = make_sample(self.rows, row, self.spec, pixels=False)
         except UserError:
-            return 0, 0, 0  # making the sample says why
-        return len(ids), sum(shape.views for shape in shapes), len(labels) - labels.count(IGNORE)
+            return 0, 0, 0  # training says why, when it makes the sample
+        views = sum(item.shape.views for item in sample.items)
+        supervised = int((sample.labels != IGNORE).sum())
+        return len(sample.ids), views, supervised
 
 
-def token_counts(rows: Rows | Mixture, spec: SampleSpec, workers: int = 0) -> np.ndarray:
-    """(len(rows), 3) int64: tokens, views and supervised tokens of each row's sample, for Steps. Kept beside the
-    rows' files for this tokenizer, template and limits; the first time all rows are tokenized, by `workers`."""
-    if isinstance(rows, Mixture):
-        return np.concatenate([token_counts(source, spec, workers) for source in rows.sources])
-    what = repr((spec.template, spec.max_tokens, spec.views, sorted(spec.tokenizer.files.items())))
-    key, made = hashlib.sha256(what.encode()).hexdigest()[:12], []
-    for file, begin, end in zip(rows.files, [0, *rows.ends], rows.ends, strict=False):
-        chunks = Counts(rows, spec, int(begin), int(end))
-        load = DataLoader(
-            chunks,
-            batch_size=None,
-            num_workers=min(workers, len(chunks)),
-            generator=torch.Generator(),
-        )
+def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
+    """Return (len(rows), 3) int64: tokens, views and supervised tokens of each row's sample.
 
-        def count(file=file, load=load):
+    It is zeros for a row that makes none. All rows are tokenized once, by `workers` processes. The
+    counts are kept beside the rows' files, for this tokenizer, this template and these limits.
+    """
+    decides = repr(
+        (spec.template, spec.max_tokens, spec.views, sorted(spec.tokenizer.files.items()))
+    )
+    key = hashlib.sha256(decides.encode()).hexdigest()[:12]
+
+    counts = []
+    for file, begin, end in rows.file_spans():
+
+        def count(file=file, begin=begin, end=end) -> np.ndarray:
             print(f"{file}: counting the tokens of its rows, once", flush=True)
-            return np.concatenate(list(tqdm(load, unit="chunk", disable=None, leave=False)))
+            chunks = Counts(rows, spec, begin, end)
+            loaded = DataLoader(
+                chunks,
+                batch_size=None,
+                num_workers=min(workers, len(chunks)),
+                generator=torch.Generator(),  # as in `loader`
+            )
+            progress = tqdm(loaded, unit="chunk", disable=None, leave=False)
+            return np.concatenate(list(progress))
 
-        made.append(kept(file, f"{key}.counts", count))
-    return made[0] if len(made) == 1 else np.concatenate(made)
+        counts.append(cached_array(file, f"{key}.counts", count))
+
+    # The counts of a single file stay a memory map, which ranks and workers share.
+    if len(counts) == 1:
+        return counts[0]
+    return np.concatenate(counts)
 
 
-# ----------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------- check and inspect
 
 
-def histogram(lengths: list[int], width: int = 40) -> str:
-    """Bars of how many lengths fall into each of at most 16 ranges."""
-    step = 1 << max(0, math.ceil(math.log2((max(lengths) + 1) / 16)))
-    counts = Counter(length // step for length in lengths)
-    lines = []
-    for b in range(min(counts), max(counts) + 1):
-        whole, eighths = divmod(math.ceil(8 * width * counts[b] / max(counts.values())), 8)
-        bar = "█" * whole + "▏▎▍▌▋▊▉"[eighths - 1 : eighths] if counts[b] else ""
-        lines.append(f"  {b * step:>7} – {(b + 1) * step - 1:<7} {bar} {counts[b]}")
-    return "\n".join(lines)
+@dataclass
+class Job:
+    """A set of rows for `check` or `inspect`."""
+
+    name: str
+    rows: Rows
+    spec: SampleSpec
+    order: Order | None = None  # in which `inspect` shows them; None = that of the file
+
+
+# The smallest picture there is. To try whether pictures can be decoded, it is enough.
+PIXEL = ImageProcessor(1, resample=Image.Resampling.NEAREST)
+
+# What `inspect` shows of pictures without a recipe: the square that CLIP-L/14-336 gets.
+WITHOUT_RECIPE = ImageProcessor(336)
 
 
 def check(rows: Rows, spec: SampleSpec) -> int:
-    """Reads every row as training will: a line for each that is bad or cut, then totals. Returns how many are bad."""
-    stage, train = (
-        config.Stage(global_batch=16, micro_batch_tokens=0),
-        config.Train(on_bad_row="skip"),
-    )
-    if spec.views.mode not in TILED:  # of pictures only their decoding is tried: a pixel is enough
+    """Read every row as training does, and return how many are bad.
+
+    Print a line for each that is bad or cut, then a summary.
+    """
+    # What becomes of the pixels does not matter, unless it decides on the number of tokens.
+    if spec.views.mode not in TILED:
         spec = replace(spec, views=replace(spec.views, mode="square", processor=PIXEL))
-    steps = Steps(rows, spec, stage, train, validation=True)
-    items, lengths, bad, supervised, kept, cuts = Counter(), [], 0, 0, 0, []
-    with tqdm(
-        total=len(rows), unit="row", disable=None, leave=False
-    ) as progress:  # None: off unless on a terminal
-        for step, _ in loader(steps, workers=min(os.cpu_count() or 1, len(steps) // 4)):
+
+    # A micro-batch for each sample, so that each can be counted.
+    stage = config.Stage(global_batch=16, micro_batch_tokens=0)
+    steps = Steps(rows, spec, stage, config.Train(on_bad_row="skip"), validation=True)
+    workers = min(os.cpu_count() or 1, len(steps) // 4)
+
+    summary = Summary()
+    with tqdm(total=len(rows), unit="row", disable=None, leave=False) as progress:
+        for step, _ in loader(steps, workers=workers):
             for line in step.skipped:
                 tqdm.write(line)
             for row, cut in step.cut:
-                line = f"note: over-long, loses {cut} tokens of its tail; fix: raise max_tokens, or leave it so"
-                tqdm.write(f"{rows.where(row)}: {line}")
-            for batch in step.batches:  # of one sample each
-                items[min(len(batch.shapes), 2)] += 1
-                lengths.append(len(batch.labels) + dict(step.cut).get(batch.rows[0], 0))
-                supervised, kept = supervised + batch.supervised, kept + len(batch.labels)
-            bad, cuts = bad + len(step.skipped), cuts + [cut for _, cut in step.cut]
+                note = f"note: over-long, loses {cut} tokens of its tail"
+                tqdm.write(f"{rows.where(row)}: {note}; fix: raise max_tokens, or leave it so")
+
+            cut_of = dict(step.cut)
+            for batch in step.batches:
+                kept = len(batch.labels)
+                tokens = kept + cut_of.get(batch.rows[0], 0)
+                summary.add_sample(len(batch.shapes), tokens, kept, batch.supervised)
+            summary.add_bad(len(step.skipped))
             progress.update(len(step.skipped) + len(step.parts))
-    kinds = f"{items[0]} text-only, {items[1]} with one image or video, {items[2]} with several"
-    print(f"{rows.file}: {len(rows)} rows, {bad} bad; the good ones: {kinds}")
-    if lengths:
-        low, median, high = np.percentile(lengths, [0, 50, 100])
-        print(
-            f"  tokens: {low:.0f} shortest, {median:.0f} median, {high:.0f} longest; {spec.views.positions()} per image"
-        )
-        print(histogram(lengths))
-        print(f"  supervised: {100 * supervised / kept:.1f} % of {kept} tokens")
-        print(f"  over-long: {len(cuts)} rows lose {sum(cuts)} tokens of their tails")
-    return bad
+
+    summary.print(rows.file, spec.views.positions())
+    return summary.bad
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>Samples</title><style>
-body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #1c2430 }
-h2 { font-size: 1em; margin: 2em 0 .5em } img { width: 240px; margin-right: 8px; border: 1px solid #dde2e8 }
-pre { white-space: pre-wrap; background: #f4f6f8; padding: 1em } mark { background: #bfe8c5 }
-</style><p>Pictures as the encoder gets them, before normalisation; what is <mark>marked</mark> is supervised.
-"""
+def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = True) -> str:
+    """Print rows as training sees them, what is supervised marked, and return them as HTML.
 
+    With pixels=False, pictures are neither read nor in the HTML. Raise UserError for a bad row.
+    """
+    template = templates.resolve(spec.template, spec.tokenizer)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    html = []
+    total = 0
+    total_supervised = 0
+    for i in numbers:
+        row = rows[i]
+        sample = make_sample(rows, i, spec, pixels)
+        supervised = int((sample.labels != IGNORE).sum())
+        total += len(sample.ids)
+        total_supervised += supervised
 
-def inspect(rows: Rows | Mixture, spec: SampleSpec, seed: int, count: int) -> str:
-    """Prints the first samples in the order of training, what is supervised marked; returns them as HTML."""
-    order, form, html = (
-        Order(len(rows), seed, rows.parts),
-        templates.resolve(spec.template, spec.tokenizer),
-        [],
-    )
-    for k in range(min(count, order.n)):
-        i = order(k)[1]
-        row, sample = rows[i], make_sample(rows, i, spec)
-        text, spans, marks = templates.render(row["conversations"], form)
+        # The line above it: how many tokens, and which views the encoder gets.
+        head = f"{rows.where(i, row)}: {len(sample.ids)} tokens, {supervised} supervised"
+        head += f", views: {describe_views(sample, pixels)}"
+        if sample.cut:
+            head += f", {sample.cut} tokens cut off"
+
+        # The text, from the functions that made the sample's ids.
+        text, spans, marks = templates.render(row["conversations"], template)
         _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
-        sides = [f"{shape.views} of {p.size(2)} x {p.size(3)}" for p, shape in sample.items]
-        head = f"{rows.where(i, row)}: {len(sample.ids)} tokens, {int((sample.labels != IGNORE).sum())} supervised"
-        head += f", views: {', '.join(sides) or 'none'}" + f", {sample.cut} tokens cut off" * (
-            sample.cut > 0
-        )
-        print(f"--- {head}\n{show_supervised(text, labels, offsets, wants_colour())}")
+        print(f"--- {head}\n{show_supervised(text, labels, offsets, colour)}")
+
         html.append(f"<h2>{escape(head)}</h2>")
-        for pixels in (view for item in sample.items for view in item.pixels):
-            file = io.BytesIO()
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-            html.append(
-                f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-            )
+        if pixels:
+            for item in sample.items:
+                for view in item.pixels:  # (3, H, W) uint8
+                    image = Image.fromarray(view.permute(1, 2, 0).numpy())
+                    html.append(image_tag(image, width=240))
         html.append(f"<pre>{mark_supervised(text, labels, offsets)}</pre>")
+
+    print(f"=== {len(numbers)} rows: {total} tokens, {total_supervised} supervised")
     return "\n".join(html)
+
+
+def describe_views(sample: Sample, pixels: bool) -> str:
+    """Return how many views each item of a sample has, and of what size if pixels were read."""
+    described = []
+    for item in sample.items:
+        if pixels:
+            height, width = item.pixels.shape[2:]
+            described.append(f"{item.shape.views} of {height} x {width}")
+        else:
+            described.append(str(item.shape.views))
+    return ", ".join(described) or "none"
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #1c2430 }
+h2 { font-size: 1em; margin: 2em 0 .5em }
+img { margin-right: 8px; border: 1px solid #dde2e8 }
+pre { white-space: pre-wrap; background: #f4f6f8; padding: 1em }
+mark { background: #bfe8c5 }
+"""
+LEGEND = """<p>Pictures as the encoder gets them, before normalisation. What is <mark>marked</mark>
+is supervised.</p>"""
+
+
+def jobs_of_options(args) -> list[Job]:
+    """Return the one job of --data and the options beside it."""
+    if args.max_tokens:
+        limit = args.max_tokens
+    elif args.tokenizer:
+        limit = 2048
+    else:
+        limit = sys.maxsize  # bytes, of which there are too many
+
+    # Without a model only the number of a picture's tokens is known. A resampler makes that many of
+    # whatever an encoder gives.
+    processor = WITHOUT_RECIPE if args.command == "inspect" else PIXEL
+    views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, processor)
+    spec = make_spec(args.tokenizer, args.template, limit, views)
+
+    name = args.data
+    if not args.tokenizer:
+        name += ", in bytes (no --tokenizer)"
+    return [Job(name, open_rows(args.data, args.images), spec)]
+
+
+def jobs_of_recipe(arguments: list[str]) -> list[Job]:
+    """Return a job for the rows of each stage of a recipe, and one for its held-out rows.
+
+    All are opened before any is read to the end, so that a wrong path shows at once.
+    """
+    recipe, path = config.load(arguments, arguments[0])
+    seed = recipe.train.seed
+    jobs = []
+    for name, stage in recipe.stage.items():
+        spec = stage_spec(recipe.model, stage)
+        rows = Mixture.of(stage, f"{path}:stage.{name}")
+        jobs.append(Job(f"stage {name}", rows, spec, Order(len(rows), seed, rows.parts)))
+        if stage.validation:
+            rows = open_rows(stage.validation, stage.images)
+            jobs.append(Job(f"stage {name}, validation", rows, spec, Order(len(rows), seed)))
+    return jobs
+
+
+def check_jobs(jobs: list[Job], where: str):
+    """Check the rows of all jobs. Raise UserError if some are bad."""
+    bad = 0
+    total = 0
+    for job in jobs:
+        print(f"== {job.name}")
+        bad += check(job.rows, job.spec)
+        total += len(job.rows)
+    if bad:
+        fix = "mend or remove them, or set train.on_bad_row=skip"
+        raise UserError(where, f"{bad} of {total} rows are bad", fix)
+
+
+def inspect_jobs(jobs: list[Job], args):
+    """Show some rows of each job, and write the page if one is asked for."""
+    # Without a recipe one looks at the text; pictures need not be there unless a page shows them.
+    pixels = bool(args.recipe or args.page)
+    body = [LEGEND]
+    for job in jobs:
+        print(f"== {job.name}")
+        html = inspect(job.rows, job.spec, rows_to_show(job, args), pixels)
+        body += [f"<h1>{escape(job.name)}</h1>", html]
+
+    if args.page:
+        write_file(Path(args.page), html_page("Samples", "\n".join(body), STYLE))
+        print(f"{args.page} written")
+
+
+def rows_to_show(job: Job, args) -> list[int]:
+    """Return the row of --row, or the first --rows of training or of the file. Raise UserError."""
+    n = len(job.rows)
+    if args.row is not None:
+        if not 0 <= args.row < n:
+            what = f"there is no row {args.row}, only {n} rows"
+            raise UserError(job.rows.file, what, f"a --row from 0 to {n - 1}")
+        return [args.row]
+
+    if job.order is None:
+        return list(range(min(args.rows, n)))
+    count = min(args.rows, job.order.n)
+    return [row for _, row in map(job.order, range(count))]
 
 
 def main(argv: list[str]):
     parser = config.parser(__doc__)
-    parser.add_argument("command", choices=["check", "inspect", "shard"])
-    parser.add_argument(
-        "recipe", nargs="*", help="recipe.toml [section.key=value ...]; for shard: rows, new folder"
-    )
-    parser.add_argument("--data", help="instead of a recipe: a .json or .jsonl file of rows")
-    parser.add_argument(
-        "--images", default="", help="folder of the pictures; default: the rows' own"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        default="",
-        help="its folder; without one, tokens are bytes and nothing is cut",
-    )
-    parser.add_argument("--template", default="phi")
-    parser.add_argument("--image-tokens", type=int, default=576)
-    parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--rows", type=int, default=3, help="inspect: so many of each stage")
-    parser.add_argument("--page", help="inspect: also write a page with the pictures")
-    parser.add_argument("--size", type=int, default=1000, help="shard: megabytes of a tar file")
+    add = parser.add_argument
+    add("command", choices=["check", "inspect", "shard"])
+    add("recipe", nargs="*", help="recipe.toml [section.key=value ...]; shard: rows, new folder")
+    add("--data", help="instead of a recipe: rows, a .json or .jsonl file or shards")
+    add("--images", default="", help="folder of the pictures; default: the rows' own")
+    add("--tokenizer", default="", help="its folder; else tokens are bytes and nothing is cut")
+    add("--template", default="phi", help=", ".join(templates.TEMPLATES))
+    add("--image-tokens", type=int, default=576)
+    add("--max-tokens", type=int)
+    add("--rows", type=int, default=3, help="inspect: so many of each stage")
+    add("--row", type=int, help="inspect: only this row, counted from 0")
+    add("--page", help="inspect: also write a page with the pictures")
+    add("--size", type=int, default=1000, help="shard: megabytes of a tar file")
     args = parser.parse_args(argv)
+
     if args.command == "shard":
         if len(args.recipe) != 2:
             parser.error("shard takes rows and a new folder")
-        rows, out = Rows(args.recipe[0], args.images), Path(args.recipe[1])
-        print(f"{out}: {len(rows)} rows in {shard(rows, out, args.size * 10**6)} tar files")
+        source, out = args.recipe
+        rows = open_rows(source, args.images)
+        count = shard(rows, Path(out), args.size * 10**6)
+        print(f"{out}: {len(rows)} rows in {count} tar files")
         return
+
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
-    jobs, seed = [], 0  # (name, rows, spec): all are opened before any is read to the end
-    if args.data:
-        limit = args.max_tokens or (2048 if args.tokenizer else sys.maxsize)
-        views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, PIXEL)
-        spec = make_spec(args.tokenizer, args.template, max_tokens=limit, views=views)
-        name = args.data if args.tokenizer else f"{args.data}, in bytes (no --tokenizer)"
-        jobs.append((name, Rows(args.data, args.images), spec))
+    jobs = jobs_of_options(args) if args.data else jobs_of_recipe(args.recipe)
+    if args.command == "check":
+        check_jobs(jobs, where=args.data or args.recipe[0])
     else:
-        recipe, path = config.load(args.recipe, args.recipe[0])
-        seed = recipe.train.seed
-        for name, stage in recipe.stage.items():
-            spec = stage_spec(recipe.model, stage)
-            jobs.append((f"stage {name}", Mixture.of(stage, f"{path}:stage.{name}"), spec))
-            if stage.validation:
-                jobs.append(
-                    (f"stage {name}, validation", Rows(stage.validation, stage.images), spec)
-                )
-    if args.command == "inspect":
-        page = [PAGE]
-        for name, rows, spec in jobs:
-            print(f"== {name}")
-            page += [f"<h1>{escape(name)}</h1>", inspect(rows, spec, seed, args.rows)]
-        if args.page:
-            write_file(Path(args.page), "\n".join(page))
-            print(f"{args.page} written")
-        return
-    bad = 0
-    for name, rows, spec in jobs:
-        print(f"== {name}")
-        bad += check(rows, spec)
-    if bad:
-        what = f"{bad} of {sum(len(rows) for _, rows, _ in jobs)} rows are bad"
-        where = args.data or args.recipe[0]
-        raise UserError(where, what, "mend or remove them, or set train.on_bad_row=skip")
+        inspect_jobs(jobs, args)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,21 @@
 
 The whole model is in this file. In the order of the file, which is the order to read it in:
 
-    VisionConfig                   an encoder as numbers
-    Embeddings                     pixels -> one token per patch, each with its position
-    Attention, MLP, GatedMLP       the two halves of a block
-    Block                          attention, then an MLP, each added to the residual stream
-    VisionEncoder                  embeddings and blocks, up to the layer whose features are used
-    Mixture                        CLIP and DINOv2 on the same picture
-    clip_config, siglip_config, .. how a family differs; FAMILIES has an entry per model_type
-    vision_config                  config.json -> VisionConfig
-    build_encoder, load_encoder    VisionConfig -> module; a folder -> module with its weights
+    VisionConfig                 an encoder as numbers
+    Embeddings                   pixels -> one token per patch, each with its position
+    Attention, MLP, GatedMLP     the two halves of a block
+    Block                        attention, then an MLP, each added to the residual stream
+    VisionEncoder                embeddings and blocks, up to the layer whose features are used
+    Mixture                      CLIP and DINOv2 on the same picture
+    clip_config, siglip_config,  how each family differs; FAMILIES has one entry per model_type
+        dinov2_config
+    vision_config                config.json -> VisionConfig
+    build_encoder, load_encoder  VisionConfig -> module; a folder -> module with its weights
 
 N images, H x W pixels, h x w patches, n tokens per image, C width, I width inside the MLP, d width
 of a head. Parameters have Hugging Face's names for CLIP; a family whose files use other names
-brings a table that renames them.
+brings a table that renames them. `attention`, `gelu`, `glu` and the norms' `add` come from
+kernels/: each call is one fused Triton kernel on a GPU, and plain PyTorch elsewhere.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from kernels.glu import gelu, glu
 from layers import LayerNorm, LayerScale
 
 # PyTorch computes products of float32 in float32, but convolutions in TF32 unless told otherwise.
-# The patch embedding is a convolution, and its results are to be those of a product.
+# The patch embedding is a convolution, and float32 is to mean float32 there too.
 torch.backends.cudnn.allow_tf32 = False
 
 # ------------------------------------------------------------------------------------- the config
@@ -93,7 +95,7 @@ class VisionConfig:
 
     @property
     def leading(self) -> int:
-        """How many tokens stand before the patches: the class token and the registers."""
+        """Return how many tokens stand before the patches: the class token and the registers."""
         count = self.registers or 0
         if self.class_token:
             count += 1
@@ -178,19 +180,18 @@ class Embeddings(nn.Module):
         if (h, w) == (self.grid, self.grid):
             return table
 
-        # The code of 2023 resized by a factor, (h + 0.1) / grid, and today's resizes to a size.
-        # The two sample the table at different places.
+        # The code of 2023 resized by a factor, (h + 0.1) / grid, and today's resizes to a size. The
+        # two sample the table at different places, so a checkpoint says which one it was made with.
         if self.interpolate_offset:
             offset = self.interpolate_offset
             target = {"scale_factor": [(h + offset) / self.grid, (w + offset) / self.grid]}
         else:
             target = {"size": (h, w)}
 
-        picture = table.float().T.unflatten(1, (self.grid, self.grid))  # (C, grid, grid)
-        resized = F.interpolate(
-            picture[None], mode="bicubic", antialias=self.antialias, **target
-        )  # (1, C, h, w)
-        return resized[0].flatten(1).T.to(dtype)
+        table = table.float().T.unflatten(1, (self.grid, self.grid))  # (C, grid, grid)
+        table = F.interpolate(table[None], mode="bicubic", antialias=self.antialias, **target)
+        table = table[0].flatten(1).T  # (h * w, C)
+        return table.to(dtype)
 
 
 class Attention(nn.Module):
@@ -272,7 +273,8 @@ class Block(nn.Module):
         attended = self.self_attn(self.layer_norm1(x))
         attended = self.layer_scale1(attended)
 
-        # One kernel for x = attended + x and normed = norm(x).
+        # One kernel adds to the residual stream and normalises the sum:
+        # x = attended + x, normed = norm(x).
         normed, x = self.layer_norm2.add(attended, x)
         return x + self.layer_scale2(self.mlp(normed))
 
@@ -287,13 +289,14 @@ class VisionEncoder(nn.Module):
     feature_select is "patch" or "cls_patch", see VisionConfig.tokens.
     """
 
-    # Tensors of a checkpoint that have no parameter here: kept aside, or left where they are.
+    # Tensors of a vision checkpoint that no forward pass here reads: they go to `spares`.
     spare = (
         "encoder.layers.*.**",
         "post_layernorm.*",
         "head.**",
         "embeddings.mask_token",
     )
+    # What else lies in a full CLIP or SigLIP checkpoint: its text half, and a table of indices.
     ignore = (
         "text_model.**",
         "logit_scale",
@@ -304,7 +307,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
         super().__init__()
-        # There is one hidden state more than there are blocks, and the state i has passed i blocks.
+        # Hidden state i has passed i blocks, so it needs only those.
         states = range(c.layers + 1)
         need(
             -len(states) <= feature_layer < len(states),
@@ -331,6 +334,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """Return the blocks that are built, in order."""
         return self.encoder["layers"]
 
     @torch.no_grad()
@@ -389,7 +393,7 @@ class Mixture(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """A list whose item i holds block i of each tower that is as deep."""
+        """Return a list whose item i holds block i of each tower that is deep enough."""
         depth = max(len(self.clip.blocks), len(self.dinov2.blocks))
         levels = nn.ModuleList()
         for i in range(depth):

@@ -61,7 +61,7 @@ from evals import (
 )
 from evals.judge import Judge
 from evals.published import add_published
-from inputs.rows import load_image
+from inputs.pictures import load_image
 from inputs.sample import load_item
 from inputs.templates import IMAGE, encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer

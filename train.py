@@ -34,7 +34,7 @@ from checkpoints.files import resolve, write_file
 from config import Recipe, Stage, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world as demo_world
-from inputs.rows import Mixture, Rows, files
+from inputs.rows import Mixture, files, open_rows
 from inputs.tokenizer import load_tokenizer
 from layers import RMSNorm
 from model import LLaVA
@@ -179,7 +179,7 @@ def train_stage(
         token_counts(rows, spec, run.workers) if world.size > 1 else None
     )  # ranks share the tokens evenly
     steps = Steps(rows, spec, stage, run, world.rank, world.size, counts=counts)
-    held_out = stage.validation and Rows(stage.validation, stage.images)
+    held_out = stage.validation and open_rows(stage.validation, stage.images)
     set_trainable(model, stage.tune)
     if world.rank == 0:
         check_room(model, recipe, output / "checkpoints")

@@ -113,10 +113,10 @@ def json_load(folder: str):
 
 
 def rows(folder: str):
-    from inputs.rows import Rows
+    from inputs.rows import open_rows
 
     def load():
-        made = Rows(Path(folder, "rows.json"))
+        made = open_rows(Path(folder, "rows.json"))
         for i in range(0, len(made), max(1, len(made) // 100)):
             made[i]
         return made
@@ -138,13 +138,15 @@ def workers(folder: str):
     from config import Stage, Train
     from data import Steps, loader, make_spec
     from inputs.image_processor import ImageProcessor
-    from inputs.rows import Rows
+    from inputs.rows import open_rows
     from inputs.tiling import Tiling
 
     views = Tiling(IMAGE_TOKENS, processor=ImageProcessor(336, 336))
     spec = make_spec("", "phi", max_tokens=100_000, views=views)
     steps, worst = (
-        Steps(Rows(Path(folder, "rows.json")), spec, Stage(global_batch=16, steps=60), Train()),
+        Steps(
+            open_rows(Path(folder, "rows.json")), spec, Stage(global_batch=16, steps=60), Train()
+        ),
         {},
     )
     for _ in loader(steps, workers=2):
@@ -157,10 +159,10 @@ def workers(folder: str):
 def packing(folder: str):
     """How full and how balanced, by (samples of a step, ranks), over rows in the order of training."""
     from data import Order
-    from inputs.rows import Rows
+    from inputs.rows import open_rows
     from packing import bin_pack, split_by_tokens
 
-    found = Rows(Path(folder, "rows.json"))
+    found = open_rows(Path(folder, "rows.json"))
     order, lengths = Order(len(found), 0), []
     for k in range(min(len(found), 32768)):
         row = found[order(k)[1]]
@@ -201,7 +203,7 @@ def images(folder: str, who: str, kind: str, processes: str):
     from torch.utils.data import DataLoader
 
     from inputs.image_processor import ImageProcessor
-    from inputs.rows import load_image
+    from inputs.pictures import load_image
 
     torch.set_num_threads(1)
     clip = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))

@@ -203,7 +203,7 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
     stage = Stage(tune=Tune(llm=case.tune), learning_rate=RATES[case.tune], warmup_ratio=0.0,
                   micro_batch_tokens=case.budget)  # fmt: skip
     with torch.device(device):
-        model = LLaVA(layouts.from_recipe(Model(llm_config=text, vision_config=vision), ""))
+        model = LLaVA(layouts.config_from_recipe(Model(llm_config=text, vision_config=vision), ""))
     for part in train.PARTS.values():
         module = getattr(model, part)
         back = reverse(getattr(module, "rename", ()))

@@ -1,4 +1,9 @@
-"""Small files and folders: a name to a folder, JSON in, anything out atomically."""
+"""Small files and folders: a name to a folder, JSON in, anything out without halves.
+
+folder = resolve("org/name")                       # a local folder, or a Hugging Face id
+config = read_json(folder / "config.json")
+write_file(folder / "notes.txt", "text")           # the whole file, or the old one
+"""
 
 from __future__ import annotations
 
@@ -6,78 +11,74 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from checkpoints.seal import flush
 from config import UserError
+
+SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")  # configuration and tokenizer
+SAFETENSORS = "*.safetensors"
+PICKLES = "*pytorch_model*.bin"
+
+# ----------------------------------------------------------------------------------------- folders
 
 
 def resolve(
     name: str, where: str = "command line", allow_pickle: bool = False, small: bool = False
 ) -> Path:
-    """A folder from a name: a local folder, else the Hugging Face cache, else a download through huggingface_hub.
+    """Return the folder that a name means: local, else in the Hugging Face cache, else downloaded.
 
-    allow_pickle also downloads pytorch_model*.bin, of a model without safetensors; small asks for the configuration
-    and tokenizer files alone. Raises UserError when none of the three has it.
+    where: what the message says of a name that means none. allow_pickle: also download
+    pytorch_model*.bin of a model without safetensors. small: configuration and tokenizer files are
+    enough. Raises UserError.
     """
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
-    local_only = name.count("/") != 1 or name.startswith((".", "/", "~"))
-    if not name or local_only:
-        raise UserError(
-            f"{where}:{name!r}",
-            "no such folder",
-            "give a folder or a Hugging Face id like org/name",
-        )
+
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not is_id:
+        fix = "give a folder or a Hugging Face id like org/name"
+        raise UserError(f"{where}:{name!r}", "no such folder", fix)
+
+    for offline in (True, False):
+        # Each has its own errors: not in the cache; no network, no such id, a gated model.
+        with contextlib.suppress(Exception):
+            folder = _snapshot(name, offline, allow_pickle, small)
+
+            # The cache may hold the small files of a model and not its weights.
+            if small or not offline or _has_weights(folder, allow_pickle):
+                return folder
+    what = "neither a folder, nor cached, nor to be downloaded"
+    raise UserError(f"{where}:{name!r}", what, "check name and network")
+
+
+def _snapshot(name: str, offline: bool, allow_pickle: bool, small: bool) -> Path:
+    """Return the folder of a Hugging Face id in the cache; downloads it unless offline."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + ["*.safetensors"] * (not small)
-    for offline in (True, False):
-        with contextlib.suppress(Exception):  # not cached; then: no network, no such id, gated
-            folder = Path(
-                snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
-            )
-            if not small and allow_pickle and not any(folder.rglob("*.safetensors")):
-                snapshot_download(
-                    name,
-                    allow_patterns=[*patterns, "*pytorch_model*.bin"],
-                    local_files_only=offline,
-                )
-            kinds = ["*.safetensors"] + ["*.bin"] * allow_pickle
-            if small or not offline or any(file for kind in kinds for file in folder.rglob(kind)):
-                return folder  # and not a cache without the weights
-    raise UserError(
-        f"{where}:{name!r}",
-        "neither a folder, nor cached, nor to be downloaded",
-        "check name and network",
-    )
+    patterns = list(SMALL_FILES)
+    if not small:
+        patterns.append(SAFETENSORS)
+    folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+
+    if not small and allow_pickle and not any(folder.rglob(SAFETENSORS)):
+        patterns = [*patterns, PICKLES]
+        snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
+    return folder
 
 
-def damaged(path: Path, kind: str, error: Exception) -> UserError:
-    """The error for a file that is not what its name says, by what most often lies in such a file's place."""
-    try:
-        with open(path, "rb") as f:
-            head = f.read(64).lstrip()
-    except OSError as e:
-        return UserError(path, f"cannot be read ({e.strerror})", "give a folder of readable files")
-    if not head:
-        return UserError(path, "an empty file", "download it again")
-    if head.startswith(b"version https://git-lfs"):
-        return UserError(
-            path, "a Git LFS pointer, not the file itself", "run git lfs pull, or download it again"
-        )
-    if head.startswith(b"<"):
-        return UserError(
-            path, f"an HTML page, not {kind}", "download it again; a gated model needs a login"
-        )
-    return UserError(
-        path, f"not {kind} ({' '.join(str(error).split())[:120]})", "download it again"
-    )
+def _has_weights(folder: Path, allow_pickle: bool) -> bool:
+    if any(folder.rglob(SAFETENSORS)):
+        return True
+    return allow_pickle and any(folder.rglob("*.bin"))
+
+
+# ----------------------------------------------------------------------------------------- reading
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
-    """A JSON object from a file; {} for an optional file that is absent."""
+    """Return the JSON object in a file; {} if it is optional and absent. Raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -91,20 +92,67 @@ def read_json(path: Path, optional: bool = False) -> dict:
     return value
 
 
-def write_file(path: Path, write):
-    """Atomically create or replace a file: `write(temporary_path)`, fsync, rename. `write` may also be str or bytes."""
+def damaged(path: Path, kind: str, error: Exception) -> UserError:
+    """Return the error for a file that is not what its name says.
+
+    It names what often lies in the place of a downloaded file; where it is none of that, it quotes
+    `error`.
+    """
+    try:
+        with open(path, "rb") as f:
+            head = f.read(64).lstrip()
+    except OSError as e:
+        return UserError(path, f"cannot be read ({e.strerror})", "give a folder of readable files")
+
+    if not head:
+        return UserError(path, "an empty file", "download it again")
+    if head.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer, not the file itself"
+        return UserError(path, what, "run git lfs pull, or download it again")
+    if head.startswith(b"<"):
+        fix = "download it again; a gated model needs a login"
+        return UserError(path, f"an HTML page, not {kind}", fix)
+
+    reason = " ".join(str(error).split())[:120]
+    return UserError(path, f"not {kind} ({reason})", "download it again")
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def write_file(path: Path, write: Callable[[str], object] | str | bytes):
+    """Create or replace a file, so that a crash at any moment leaves the old one or the new one.
+
+    write: the content, or a function that writes it to the path of a temporary file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(fd)
     try:
         if callable(write):
             write(temporary)
+        elif isinstance(write, str):
+            Path(temporary).write_bytes(write.encode())
         else:
-            Path(temporary).write_bytes(write.encode() if isinstance(write, str) else write)
+            Path(temporary).write_bytes(write)
+
+        # The content must be on the disk before the name points to it.
         flush(Path(temporary))
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o644)  # mkstemp lets nobody else read it
         os.replace(temporary, path)
         flush(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def flush(path: Path):
+    """Wait until a file, or a folder's list of files, would survive a power cut.
+
+    seal.py has the same function: it runs by itself and imports nothing of the project.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

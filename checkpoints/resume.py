@@ -1,9 +1,25 @@
-"""Checkpoints that survive: a run killed at any moment, a cut file, a flipped bit, a full disk, a second run.
+"""Checkpoints to resume from: no run is lost, whatever kills it.
 
-seal.py says what one is and makes it whole, in a process beside the training; here its tensors are written and read,
-and it is decided which one to go on from. Tensors are gathered, not sharded: one file that any number of ranks reads,
-and that holds no more than rank 0's memory does (12 bytes per trained parameter); models here have at most a few
-billion of them.
+    claimed = lock(output)                               # no second run in this folder
+    path = pick(output / "checkpoints")                  # the newest whole checkpoint, or None
+    tensors, state = read(path)
+    save(output / "checkpoints", keep, tensors, state)   # while training goes on
+    wait()                                               # before the process ends
+
+seal.py says what a checkpoint looks like on the disk and in which order it is written. Read it
+first. What follows from that order:
+
+    killed while writing          a hidden folder is left; `pick` removes it, takes the one before
+    killed while it is sealed     the seal ends without the training; `pick` waits for it
+    the seal is killed, too       a hidden folder is left, as above
+    power cut                     a checkpoint was flushed to the disk before it got its name
+    file cut or bit flipped       size or hash is wrong; `pick` sets it aside, takes the one before
+    disk full                     `save` raises, or the next one; older checkpoints stay
+    a second run in the folder    `lock` refuses it
+
+Rank 0 calls all of this but `read`. Tensors are gathered, not sharded: one file that any number of
+ranks can read. It takes 12 bytes per trained parameter in rank 0's memory; models here have at most
+a few billion of them.
 """
 
 from __future__ import annotations
@@ -15,6 +31,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
@@ -24,30 +41,29 @@ from torch import Tensor
 from checkpoints import seal
 from checkpoints.seal import MANIFEST, TENSORS, alone, listed, manifest, verify
 from config import UserError
-from training.ranks import print0
 
-# ------------------------------------------------------------------------------------------ the output folder
+# ------------------------------------------------------------------------------- the output folder
 
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """What cannot be written (full disk, read-only folder) ends the run with one line, not with a traceback."""
+    """Turn a failure to write (full disk, read-only folder) into a UserError, which is one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:  # OSError, or what safetensors makes of one
         what = f"cannot be written: {getattr(e, 'strerror', None) or e}"
-        raise UserError(
-            path, what, "make room or allow writing there, or set train.output"
-        ) from None
+        fix = "make room or allow writing there, or set train.output"
+        raise UserError(path, what, fix) from None
 
 
 def lock(folder: Path):
-    """Claim an output folder until the returned file is closed. Raises UserError if another process has claimed it.
+    """Claim an output folder until the returned file is closed.
 
-    The kernel lets go of it when the process ends, however that ends. A record lock, not flock: that one would pass to
-    the loader's workers, which outlive a killed run by seconds.
+    Raises UserError if another process has it. The kernel releases it when the process ends,
+    however that ends. This is a record lock and not flock: data workers inherit a flock, and they
+    outlive a killed run by seconds.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +74,8 @@ def lock(folder: Path):
             file.seek(0)
             what = f"another run is training here ({file.read().strip()})"
             raise UserError(folder, what, "wait for it, or set train.output") from None
+
+        # For the message of the one that comes second.
         file.truncate(0)
         file.write(f"process {os.getpid()}")
         file.flush()
@@ -68,102 +86,131 @@ def need_room(folder: Path, size: int, what: str):
     """Raise UserError unless the disk has `size` bytes left for `what`."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(folder, f"{free / 1e9:.3f} GB free, {what} takes {size / 1e9:.3f} GB",
-                        "make room, lower train.keep, or set train.output")  # fmt: skip
+        problem = f"{free / 1e9:.3f} GB free, {what} takes {size / 1e9:.3f} GB"
+        raise UserError(folder, problem, "make room, lower train.keep, or set train.output")
 
 
-# ---------------------------------------------------------------------------------------------- written and read
+# ------------------------------------------------------------------------------------------ saving
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors (mapped into memory: the pages that are used get read) and state of a verified checkpoint.
+@dataclass
+class Sealing:
+    """The seal that is under way: its process, and the folder of the run's checkpoints."""
 
-    Raises UserError where it is not there: on a node that does not see the folder that rank 0 wrote.
-    """
-    if not (path / MANIFEST).exists():
-        raise UserError(
-            path, "not to be seen on this node", "set train.output to a folder that all nodes share"
-        )
-    with safe_open(path / TENSORS, framework="pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, manifest(path)["state"]  # noqa: SIM118
+    process: subprocess.Popen
+    folder: Path
 
 
-_sealing: subprocess.Popen | None = None
+_sealing: Sealing | None = None  # one at a time: `save` and `pick` wait for the one before
 
 
 def save(folder: Path, keep: int, tensors: dict[str, Tensor], state: dict, keep_best: str = ""):
-    """Write a checkpoint of tensors on the CPU; until `wait` a process flushes, hashes and names it, and removes those
-    that are no longer kept. keep_best: the stage whose best one stays. Raises UserError if this one cannot be written,
-    or the one before could not."""
+    """Write a checkpoint and start its seal, which ends beside the training.
+
+    tensors: on the CPU. state: JSON, with `stage` and `step`. Afterwards the newest `keep` are left
+    and, if `keep_best` names a stage, the best of it. Raises UserError if this one cannot be
+    written, or the one before could not be sealed.
+    """
     global _sealing
     wait()
+
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    need_room(folder.parent, size, "a checkpoint")
+
     name = f"{state['stage']:02d}-{state['step']:08d}"
-    need_room(folder.parent, sum(t.nbytes for t in tensors.values()), "a checkpoint")
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     with writing(folder):
         try:
             temporary.mkdir(parents=True)
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / TENSORS)
+            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, temporary / TENSORS)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        command = [
-            sys.executable,
-            seal.__file__,
-            temporary,
-            name,
-            str(keep),
-            keep_best,
-            json.dumps(state),
-        ]
-        _sealing = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+        arguments = [temporary, name, str(keep), keep_best, json.dumps(state)]
+        command = [sys.executable, seal.__file__, *arguments]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        _sealing = Sealing(process, folder)
 
 
 def wait():
-    """Until the last checkpoint is whole. Raises UserError if it could not be made so."""
+    """Wait until the last checkpoint is sealed. Raises UserError if that failed."""
     global _sealing
-    if _sealing:
-        process, _sealing = _sealing, None
-        said = process.communicate()[1].strip()
-        with writing(Path(process.args[2]).parent):
-            if process.returncode:
-                raise OSError(said or f"seal.py ended with {process.returncode}")
+    if _sealing is None:
+        return
+    last, _sealing = _sealing, None
+    said = last.process.communicate()[1].strip()
+    code = last.process.returncode
+    if code:
+        with writing(last.folder):
+            raise OSError(said or f"seal.py ended with {code}")
 
 
-# -------------------------------------------------------------------------------------------- which to go on from
+# ---------------------------------------------------------------------------------------- resuming
 
 
 def pick(folder: Path, explicit: str = "") -> Path | None:
-    """The checkpoint to go on from: the newest whole one, or `explicit` and no other. None = there is none.
+    """Return the checkpoint to go on from, or None: the newest whole one, or only `explicit`.
 
-    Says which ones it passes over and why; they are hidden, so that none of them is ever counted as a checkpoint
-    again. Waits for a seal of the run before. Raises UserError if `explicit` is damaged.
+    Checkpoints that are newer than it are set aside, and the reason is printed: the run will write
+    others of these names. Raises UserError if `explicit` is damaged; nothing is set aside then.
     """
     wait()
-    if folder.exists():
-        with alone(folder):
-            for left in folder.glob(".*.tmp"):  # of a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
-    own, why = listed(folder), "train.resume names another one"
+    _remove_leftovers(folder)
     if explicit:
-        path = Path(explicit)
+        return _pick_explicit(folder, Path(explicit))
+
+    for path in reversed(listed(folder)):
         try:
             verify(path)
         except (OSError, ValueError) as e:
-            raise UserError(
-                f"train.resume={path}", e, "name a whole checkpoint, or leave train.resume empty"
-            ) from None
-        older = [p for p in own if p.resolve() == path.resolve()]
-        own = own[own.index(older[0]) + 1 :] if older else own
-    for path in reversed(own):
-        try:
-            if not explicit:
-                verify(path)
-                return path
-        except (OSError, ValueError) as e:
-            why = e
-        print0(f"passing over {path}: {why}")
-        aside = folder / f".{path.name}.aside"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
-    return Path(explicit) if explicit else None
+            _set_aside(path, str(e))
+        else:
+            return path
+    return None
+
+
+def _pick_explicit(folder: Path, chosen: Path) -> Path:
+    try:
+        verify(chosen)
+    except (OSError, ValueError) as e:
+        fix = "name a whole checkpoint, or leave train.resume empty"
+        raise UserError(f"train.resume={chosen}", e, fix) from None
+
+    # It may be of this run, or of another one: then all of this run's are passed over.
+    for path in reversed(listed(folder)):
+        if path.resolve() == chosen.resolve():
+            break
+        _set_aside(path, "train.resume names another one")
+    return chosen
+
+
+def _remove_leftovers(folder: Path):
+    """Remove what a killed run had begun to write, once a seal that still goes on has ended."""
+    if folder.exists():
+        with alone(folder):
+            for temporary in folder.glob(".*.tmp"):
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _set_aside(path: Path, why: str):
+    """Hide a checkpoint, so that it never counts as one again. Its files stay to be looked at."""
+    print(f"passing over {path}: {why}", flush=True)
+    aside = path.with_name(f".{path.name}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Return tensors and state of a verified checkpoint; every rank calls this.
+
+    The tensors are mapped into memory: only the pages that are used are read. Raises UserError on a
+    node that does not see the folder that rank 0 wrote.
+    """
+    if not (path / MANIFEST).exists():
+        fix = "set train.output to a folder that all nodes share"
+        raise UserError(path, "not to be seen on this node", fix)
+    with safe_open(path / TENSORS, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tensors, manifest(path)["state"]

@@ -12,8 +12,6 @@ body. Its pictures, made by `image_tag`, are inside it, so it is one file and ne
 import base64
 import html
 import io
-import os
-import sys
 
 from PIL import Image
 
@@ -45,11 +43,6 @@ def split_supervised(
             runs.append((characters, supervised[begin]))
             begin = at
     return runs
-
-
-def wants_colour() -> bool:
-    """Return whether to print in colour: on a terminal, unless NO_COLOR is set (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def show_supervised(

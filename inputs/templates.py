@@ -184,7 +184,7 @@ def place_images(value: str) -> str:
 
 
 def tokenize(text: str, answers: list[Span], marks: list[Mark], tok: Tokenizer) -> Tokenized:
-    """Return ids, labels and offsets of what `render` gives, behind bos if the tokenizer has one."""
+    """Return ids, labels and offsets of what `render` gives, with bos if the tokenizer has one."""
     # A prompt ends where an answer starts and cannot end with half a token. So the text is cut
     # there, unless a mark at that place cuts it already.
     cuts = []

@@ -1,15 +1,19 @@
 """The frames of a clip that a model sees: only those are decoded, in RGB, upright.
 
-A clip is a file that FFmpeg reads (mp4, mkv, mov, webm ...), a gif, a folder of pictures, or the bytes of a file.
-FFmpeg comes with PyAV, the extra `video`; gifs and folders need Pillow only. Everything runs on one thread: it is the
-data workers that run beside each other.
+    clip = probe("clip.mp4")                  # Clip(frames=310, duration=10.381), decodes nothing
+    wanted = indices(clip, 16)                # [0, 20, 41, ...], evenly from the first to the last
+    for image in stream("clip.mp4", 16): ...  # those frames as PIL images, one at a time
 
-What is wrong with a clip is a ValueError that says it in a line, as of `rows.load_image`.
+A clip is a file that FFmpeg reads (mp4, mkv, mov, webm ...), a gif, a folder of pictures, or the
+bytes of a file. FFmpeg comes with PyAV, the extra `video`; gifs and folders need Pillow only. All
+runs on one thread: it is the data workers that run beside each other. What is wrong with a clip is
+a ValueError of one line, as of `pictures.load_image`.
+
+Read `indices` and `stream` first, then `_Film`, which finds frames in a film without decoding all.
 """
 
 from __future__ import annotations
 
-import io
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -22,8 +26,8 @@ import numpy as np
 from PIL import Image
 
 from config import UserError
-from inputs.index import looks_like
-from inputs.rows import load_image
+from inputs.pictures import load_image
+from inputs.sniff import open_checked
 
 
 @dataclass(frozen=True)
@@ -37,100 +41,117 @@ class Clip:
 def indices(
     clip: Clip, n: int, fps: float = 0.0, span: tuple[float, float] | None = None
 ) -> list[int]:
-    """Which frames are taken, as TinyLLaVA-Video takes them: `n`, evenly from the first to the last, truncated.
+    """Return which frames are taken, as TinyLLaVA-Video does: n, evenly from first to last.
 
-    With `fps` as many as the duration asks for, at least one and at most `n` (there: any number of them). span: only
-    from one second to another, as MVBench rounds them. A clip with fewer frames gives some several times. Raises
-    ValueError with `fps` or `span` for a clip of unknown duration.
+    With `fps` there are as many as the duration asks for, at least one and at most `n` (in
+    TinyLLaVA-Video, any number). `span` takes them only from one second to another, which are
+    rounded to frames as in MVBench. A clip with fewer than n frames gives some several times. Raise
+    ValueError for `fps` or `span` of a clip of unknown duration.
     """
     if (fps or span) and clip.duration is None:
         raise ValueError("a folder of frames has no duration, so fps says nothing")
-    first, last, seconds = 0, clip.frames - 1, clip.duration
+
+    first = 0
+    last = clip.frames - 1
+    seconds = clip.duration
     if span:
         start, end = (round(second * clip.frames / seconds) for second in span)
         first = min(max(0, start), last)
         last = max(first, min(end, last))
         seconds *= (last - first + 1) / clip.frames
-    n = min(n, max(1, int(seconds * fps))) if fps else n
+
+    if fps:
+        n = min(n, max(1, int(seconds * fps)))
     return np.linspace(first, last, n).astype(int).tolist()
 
 
 def probe(source: str | Path | bytes) -> Clip:
-    """Frames and duration; no picture is decoded. Raises ValueError(what is wrong with it)."""
+    """Return frames and duration, decoding no picture. Raise ValueError(what is wrong with it)."""
     with _opened(source) as reader:
         return reader.clip
 
 
 def stream(
-    source: str | Path | bytes, n: int, fps: float = 0.0, span: tuple[float, float] | None = None, rate: float = 0.0
-) -> Iterator[Image.Image]:  # fmt: skip
-    """The frames of `indices` in order, one at a time. rate: frames a second of a folder of them. Raises
-    ValueError(what is wrong with the clip)."""
+    source: str | Path | bytes,
+    n: int,
+    fps: float = 0.0,
+    span: tuple[float, float] | None = None,
+    rate: float = 0.0,
+) -> Iterator[Image.Image]:
+    """Yield the frames of `indices` in order. Raise ValueError(what is wrong with the clip).
+
+    `rate` is how many pictures a second a folder holds, which gives it a duration.
+    """
     with _opened(source) as reader:
-        clip = replace(reader.clip, duration=reader.clip.frames / rate) if rate else reader.clip
+        clip = reader.clip
+        if rate:
+            clip = replace(clip, duration=clip.frames / rate)
         taken = indices(clip, n, fps, span)
+
+        # Each frame is decoded once, however often it is taken.
         once = sorted(set(taken))
         for i, image in zip(once, reader.pick(once), strict=True):
             yield from repeat(image, taken.count(i))
 
 
 def frames(source: str | Path | bytes, n: int, fps: float = 0.0) -> list[Image.Image]:
-    """The same as a list: what training reads and `data.py check` tries."""
+    """Return the frames of `indices` as a list. Raise ValueError(what is wrong with the clip)."""
     return list(stream(source, n, fps))
 
 
 @contextmanager
 def _opened(source: str | Path | bytes) -> Iterator[_Folder | _Gif | _Film]:
-    """What reads the clip: its `clip`, and `pick(indices in order)`. Errors become ValueErrors of one line."""
+    """Open a clip for reading: `clip`, and `pick(indices in order)`, which yields pictures.
+
+    Whatever a decoder raises becomes a ValueError of one line.
+    """
     if not isinstance(source, bytes) and Path(source).is_dir():
         yield _Folder(Path(source))
         return
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-    except OSError as e:
-        raise ValueError(e.strerror.lower()) from None
-    with file:
-        head = file.read(256)
-        if what := looks_like(head):
-            raise ValueError(what)
+
+    with open_checked(source) as file:
+        is_gif = file.read(4) == b"GIF8"
         file.seek(0)
-        gif = head.startswith(b"GIF8")
-        errors = Exception if gif else _av().FFmpegError  # Pillow's decoders raise nearly anything
+        if is_gif:
+            reader_class = _Gif
+            decoder_errors = Exception  # Pillow's decoders raise nearly anything
+        else:
+            reader_class = _Film
+            decoder_errors = _av().FFmpegError
+
         try:
-            with closing(_Gif(file) if gif else _Film(file)) as reader:
+            with closing(reader_class(file)) as reader:
                 yield reader
-        except errors as e:
-            if type(e) is ValueError:  # a line of this file
+        except decoder_errors as e:
+            if type(e) is ValueError:  # it is already such a line, from below
                 raise
-            raise ValueError(
-                f"not a video, or a damaged one: {getattr(e, 'strerror', None) or e}"
-            ) from None
+            reason = getattr(e, "strerror", None) or e
+            raise ValueError(f"not a video, or a damaged one: {reason}") from None
 
 
 def _av():
+    """Import PyAV only when a film is read: it is an optional package. Raise UserError."""
     try:
         import av
     except ImportError:
-        raise UserError(
-            "video", "PyAV, which reads it, is not installed", "pip install '.[video]'"
-        ) from None
+        what = "PyAV, which reads it, is not installed"
+        raise UserError("video", what, "pip install '.[video]'") from None
     return av
 
 
 class _Folder:
-    """Pictures, one a frame, in the order of the numbers in their names; other files are not frames."""
+    """A clip of pictures, one a frame, in the order of the numbers in their names."""
 
     def __init__(self, folder: Path):
         known = Image.registered_extensions()
-        files = [
-            f for f in folder.iterdir() if f.suffix.lower() in known and not f.name.startswith(".")
-        ]
-        self.files = sorted(
-            files, key=lambda f: [(s, int(d or 0)) for s, d in re.findall(r"(\D*)(\d*)", f.name)]
-        )
-        if not files:
+        pictures = []
+        for file in folder.iterdir():
+            if file.suffix.lower() in known and not file.name.startswith("."):
+                pictures.append(file)
+        if not pictures:
             raise ValueError("a folder without pictures")
-        self.clip = Clip(len(files), None)
+        self.files = sorted(pictures, key=_numbers_in_name)
+        self.clip = Clip(len(pictures), None)
 
     def pick(self, wanted: list[int]) -> Iterator[Image.Image]:
         for i in wanted:
@@ -140,16 +161,26 @@ class _Folder:
                 raise ValueError(f"frame {self.files[i].name}: {e}") from None
 
 
+def _numbers_in_name(file: Path) -> list[tuple[str, int]]:
+    """Return a key that sorts frame9 before frame10: the name in pairs of a text and a number."""
+    pairs = re.findall(r"(\D*)(\d*)", file.name)
+    return [(text, int(digits or 0)) for text, digits in pairs]
+
+
 class _Gif:
+    """A clip that Pillow reads."""
+
     def __init__(self, file):
-        self.image, delays = Image.open(file), []
-        self.close = self.image.close
+        self.image = Image.open(file)
+        milliseconds = 0
         for i in range(self.image.n_frames):
             self.image.seek(i)
-            delays.append(
-                self.image.info.get("duration") or 100
-            )  # ms; 0 is shown as 100 by browsers
-        self.clip = Clip(len(delays), sum(delays) / 1000)
+            # Browsers show a frame of duration 0 for 100 ms.
+            milliseconds += self.image.info.get("duration") or 100
+        self.clip = Clip(self.image.n_frames, milliseconds / 1000)
+
+    def close(self):
+        self.image.close()
 
     def pick(self, wanted: list[int]) -> Iterator[Image.Image]:
         for i in wanted:
@@ -158,87 +189,148 @@ class _Gif:
 
 
 class _Film:
-    """A file of FFmpeg's. Its packets are read once for the times of frames and keyframes, which decodes nothing.
+    """A clip that FFmpeg reads, and how one of its frames is found without decoding all before it.
 
-    To reach a frame the last keyframe before it is sought, and what follows decoded less what nothing else refers to.
-    Where that does not lead to it exactly, all is decoded from the start.
+    A film is a file of packets, each with one compressed frame. Most hold only what has changed
+    since other frames. A keyframe is complete: decoding can begin there, and the frames from one
+    keyframe to the next are a group. Every packet has two times: the pts (presentation time stamp)
+    says when its frame is shown, the dts (decoding time stamp) when it is decoded. They differ as a
+    B-frame refers to a later one, too, which is then decoded before it. All are counted in the
+    stream's time_base, a fraction of a second.
+
+    Opening reads the packets once for the times of frames and keyframes, which decodes nothing. A
+    frame is then reached from the last keyframe before it: the frames between are decoded, but for
+    those that no other refers to. Where that does not lead to it exactly, because a file is damaged
+    or its keyframes are not what they claim, all is decoded from the start.
     """
 
     def __init__(self, file):
         self.container = _av().open(file, metadata_errors="replace")
-        self.close, self.stream = self.container.close, self.container.streams.best("video")
+        self.stream = self.container.streams.best("video")
         if self.stream is None:
             raise ValueError("no video in it")
-        context = self.context = self.stream.codec_context
-        context.thread_type, context.thread_count = "NONE", 1
-        context.options = {"err_detect": "explode"}  # not a picture that was patched up
-        vp8 = (
-            context.codec.canonical_name == "vp8"
-        )  # has frames that are not shown: the fifth bit of a packet says so
-        times, self.keys, packets = [], [], 0
+
+        # One thread, and an error rather than a picture that FFmpeg patched up.
+        self.context = self.stream.codec_context
+        self.context.thread_type = "NONE"
+        self.context.thread_count = 1
+        self.context.options = {"err_detect": "explode"}
+
+        self._read_times()
+        self.clip = Clip(len(self.times), self._duration())
+
+    def close(self):
+        self.container.close()
+
+    def _read_times(self):
+        """Read all packets for `times` of shown frames, `keys`, those of keyframes, and `start`.
+
+        Times are pts, in order; `start` is the dts of the first packet. Raise ValueError.
+        """
+        # Some frames of VP8 are never shown, others only refer to them. The fifth bit of a packet
+        # says which.
+        is_vp8 = self.context.codec.canonical_name == "vp8"
+        times = []
+        self.keys = []
+        packets = 0
         for packet in self.container.demux(self.stream):
-            if not packet.size:  # the last one
-                continue
+            if not packet.size:
+                continue  # at the end PyAV gives one without data, which tells a decoder to finish
             if packet.pts is None:
                 raise ValueError("frames without times")
-            self.start = self.start if packets else packet.pts if packet.dts is None else packet.dts
+            if packets == 0:
+                self.start = packet.pts if packet.dts is None else packet.dts
             packets += 1
-            self.keys += [packet.pts] * packet.is_keyframe
-            times += [packet.pts] * (not (packet.is_discard or vp8 and not bytes(packet)[0] & 16))
+            if packet.is_keyframe:
+                self.keys.append(packet.pts)
+            hidden = packet.is_discard or (is_vp8 and not bytes(packet)[0] & 0b10000)
+            if not hidden:
+                times.append(packet.pts)
+
         if packets < self.stream.frames:
             raise ValueError(f"truncated: {packets} of its {self.stream.frames} frames")
+
+        # What is shown before the first keyframe cannot be decoded.
         self.keys.sort()
         self.times = sorted(time for time in times if self.keys and time >= self.keys[0])
         if not self.times:
             raise ValueError("no frames")
-        span, n = float((self.times[-1] - self.times[0]) * self.stream.time_base), len(self.times)
-        self.clip = Clip(n, (self.container.duration or 0) / 1e6 or span * n / max(1, n - 1))
+
+    def _duration(self) -> float:
+        """Return the seconds that the container states, or else those that the times make."""
+        if self.container.duration:
+            return self.container.duration / 1e6
+
+        # The times say when frames begin, so the last one's length is missing: take the mean.
+        span = float((self.times[-1] - self.times[0]) * self.stream.time_base)
+        n = len(self.times)
+        return span * n / max(1, n - 1)
 
     def pick(self, wanted: list[int]) -> Iterator[Image.Image]:
-        times = [self.times[i] for i in wanted]
-        decoded, at = iter(()), self.keys[0] - 1
-        for time in times:
+        """Yield frames by their numbers, which are in order. Raise ValueError for a damaged one."""
+        wanted_times = [self.times[i] for i in wanted]
+        decoded = iter(())  # the frames from where the decoder is now
+        reached = self.keys[0] - 1  # the time of the last frame, here before all
+        for time in wanted_times:
+            # Within a group the decoder goes on from where it is. A new group begins at its key.
             key = self.keys[bisect_right(self.keys, time) - 1]
-            if key > at:
-                decoded = self._decode(key, {key, *times})
-            if (frame := self._reach(time, decoded)) is None:
+            if key > reached:
+                decoded = self._decode(key, {key, *wanted_times})
+            frame = self._reach(time, decoded)
+
+            if frame is None:
                 decoded = self._decode(self.keys[0], set(self.times))
-            if (frame := frame or self._reach(time, decoded)) is None:
-                raise ValueError(
-                    f"damaged: no good frame at {float(time * self.stream.time_base):.3f} s"
-                )
-            at = time
+                frame = self._reach(time, decoded)
+            if frame is None:
+                seconds = float(time * self.stream.time_base)
+                raise ValueError(f"damaged: no good frame at {seconds:.3f} s")
+            reached = time
             yield _upright(frame)
 
     def _reach(self, time: int, decoded: Iterator):
+        """Return the frame of exactly this time from the decoder; None if there is no good one."""
         try:
             frame = next((frame for frame in decoded if frame.pts >= time), None)
         except _av().FFmpegError:
             return None
-        return frame if frame is not None and frame.pts == time and not frame.is_corrupt else None
+        if frame is None or frame.pts != time or frame.is_corrupt:
+            return None
+        return frame
 
     def _decode(self, key: int, shown: set[int]) -> Iterator:
-        """Frames from that keyframe on: those shown at these times, and all that others refer to. `shown` holds the
-        key: dav1d skips for good what it skips at first."""
-        first = key == self.keys[0]
-        self.container.seek(self.start if first else key, stream=self.stream)
+        """Yield frames from a keyframe on: those at times `shown`, and all that others refer to.
+
+        `shown` must hold the key: dav1d, AV1's decoder, skips for good what it skips at first.
+        """
+        is_first = key == self.keys[0]
+        self.container.seek(self.start if is_first else key, stream=self.stream)
         for packet in self.container.demux(self.stream):
-            if (
-                first or not packet.size or packet.pts >= key
-            ):  # what is shown before it may refer further back
-                self.context.skip_frame = "DEFAULT" if packet.pts in shown else "NONREF"
-                yield from packet.decode()
+            # A frame behind the keyframe in the file may be shown before it, and refer to frames of
+            # the group before, which are not decoded here.
+            leads_up_to_key = packet.size and packet.pts < key
+            if leads_up_to_key and not is_first:
+                continue
+            self.context.skip_frame = "DEFAULT" if packet.pts in shown else "NONREF"
+            yield from packet.decode()
 
 
 def _upright(frame) -> Image.Image:
-    """A decoded frame in RGB, turned and mirrored as its display matrix says, in quarter turns."""
-    # Faster than to_image. Without threads: a worker that is forked later has none of them, and freeing what has them
-    # would wait for them for good.
-    pixels = frame.to_ndarray(format="rgb24", threads=1)
+    """Return a decoded frame in RGB, turned in quarter turns and mirrored as its film says."""
+    # This is faster than PyAV's to_image. It must use no threads: a worker that is forked later
+    # does not have them, and would wait for them for good when it frees the converter.
+    pixels = frame.to_ndarray(format="rgb24", threads=1)  # (height, width, 3)
+
     for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":  # (x, y) -> (a x + c y, b x + d y)
-            a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5]
-            if abs(c) > abs(a):
-                pixels, a, d = pixels.transpose(1, 0, 2), c, b
-            pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        if data.type.name != "DISPLAYMATRIX":
+            continue
+        # The pixel at (x, y) is shown at (a x + c y, b x + d y): one of a and c is 0 in a quarter
+        # turn, and a negative factor mirrors.
+        a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5]
+        if abs(c) > abs(a):
+            pixels = pixels.transpose(1, 0, 2)
+            a, d = c, b
+        if d < 0:
+            pixels = pixels[::-1]
+        if a < 0:
+            pixels = pixels[:, ::-1]
     return Image.fromarray(np.ascontiguousarray(pixels))

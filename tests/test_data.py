@@ -1,11 +1,11 @@
-"""data.py: images, rows, samples, the order, steps over ranks and workers, and `check`."""
+"""data.py: packing, the order, steps over ranks and workers, `check` and `inspect`."""
 
 import dataclasses
 import json
 import multiprocessing
 import resource
+import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,44 +13,26 @@ from PIL import Image
 import data
 from config import Stage, Train, UserError
 from data import Order, Steps, loader, make_spec
-from inputs.rows import Rows, load_image
-from inputs.sample import SampleSpec, make_sample
+from inputs.rows import open_rows
+from inputs.sample import Sample, SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
-from packing import IGNORE, IMAGE_TOKEN, pack_samples
+from packing import IGNORE, Item, pack_samples
 from tests.tools.environment import run, shared
-
-
-def turns(*texts):
-    return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
-
-
-def row(name, text="<image>\nWhat?", answer="A dog.", image="a.png"):
-    return {"id": name, "conversations": turns(text, answer)} | ({"image": image} if image else {})
-
-
-def write(folder, rows, name="rows.json"):
-    (folder / name).write_text(json.dumps(rows))
-    return Rows(folder / name)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanColour:
-    """A picture is (3, 2, 2) of its mean colour, so that a sample shows which one it got."""
-
-    def pixels(self, image, image_mode):
-        return (
-            torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)))[:, None, None]
-            .expand(3, 2, 2)
-            .clone()
-        )
+from tests.tools.sample_rows import (
+    BAD,
+    MeanColour,
+    flat,
+    mean_colour_spec,
+    row,
+    rows_of,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
 def spec():
-    return SampleSpec(
-        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, processor=MeanColour())
-    )
+    return mean_colour_spec()
 
 
 @pytest.fixture
@@ -60,242 +42,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-# ---- images
+# ---- packing
 
 
-def test_every_golden_image_decodes_so_or_is_named():
-    images = shared("assets/images")
-    files = json.loads((images / "golden_decode.json").read_text())["files"]
-    assert len(files) > 100
-    for name, golden in files.items():
-        if "error" in golden:
-            with pytest.raises(ValueError) as e:
-                load_image(images / name)
-            assert "\n" not in str(e.value) and type(e.value) is ValueError, name
-            continue
-        image = load_image(images / name)
-        assert image.mode == "RGB" and list(image.size) == golden["transposed_size"], name
-        assert list(image.getpixel((0, 0))) == golden["transposed_corner"], name
-        mean = np.asarray(image, np.float64).mean((0, 1))
-        assert np.abs(mean - golden["rgb_mean"]).max() < 1e-4, (
-            name
-        )  # the golden is rounded to 4 digits
-
-
-@pytest.mark.parametrize(
-    "content, reason",
-    [
-        (b"", "empty file"),
-        (b"\n<!DOCTYPE html><html>404</html>", "an HTML page"),
-        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a Git LFS pointer"),
-        (bytes(500), "only zero bytes"),
-        (b"hello, I am text", "not an image"),
-        (b"GIF89a\x00\x00\x10\x00\x00\x00\x00;", "a side of zero pixels"),
-    ],
-)
-def test_a_file_that_is_no_image_is_named(tmp_path, content, reason):
-    (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=reason):
-        load_image(tmp_path / "a.jpg")
-
-
-def test_missing_folder_truncated_and_absurd_images(tmp_path, monkeypatch):
-    def reason(name):
-        with pytest.raises(ValueError) as e:
-            load_image(tmp_path / name)
-        return str(e.value)
-
-    assert reason("none.jpg") == "no such file or directory"
-    assert reason("") == "is a directory"
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    for name in ("whole.jpg", "whole.png", "whole.webp"):
-        noise.save(tmp_path / name)
-        assert load_image(tmp_path / name).size == (64, 64)
-        raw = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(raw[: len(raw) // 2])
-        assert reason(name).startswith(("truncated", "damaged")), name
-    Image.new("L", (1, 500)).save(tmp_path / "thin.png")
-    Image.new("L", (1, 501)).save(tmp_path / "thinner.png")
-    assert load_image(tmp_path / "thin.png").size == (1, 500)
-    assert "1 x 501 pixels, a side ratio" in reason("thinner.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow only warns up to twice this
-    assert "more than 400 pixels" in reason("thin.png")
-
-
-def test_exif_turns_and_damaged_exif_does_not_matter(tmp_path):
-    image = Image.new("RGB", (4, 2))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.png", exif=exif)
-    image.save(tmp_path / "damaged.png", exif=b"Exif\0\0\xff\xff\xff\xff\0\0\0\x08")
-    assert load_image(tmp_path / "turned.png").size == (2, 4)
-    assert load_image(tmp_path / "damaged.png").size == (4, 2)
-
-
-# ---- rows
-
-
-def test_rows_of_a_list_and_of_lines(folder):
-    rows = write(folder, [row("x"), {"conversations": []}])
-    assert len(rows) == 2 and rows[0]["id"] == "x" and rows.images == folder
-    assert (
-        rows.where(0) == f"{folder}/rows.json:row 0 (id x)"
-        and rows.where(1) == f"{folder}/rows.json:row 1"
-    )
-    text = f"\ufeff{json.dumps(row('y'))}\n\n{json.dumps(row('z'))}\n{{oops\n[1]\n"
-    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-    lines = Rows(folder / "rows.jsonl", folder)
-    assert (
-        len(lines) == 4
-        and lines[0]["id"] == "y"
-        and lines.where(1) == f"{folder}/rows.jsonl:line 3 (id z)"
-    )
-    with pytest.raises(UserError, match=r"rows.jsonl:line 4: not JSON .*column 2.*; fix: "):
-        lines[2]
-    with pytest.raises(UserError, match=r"rows.jsonl:line 5: a JSON list, not a row; fix: "):
-        lines[3]
-
-
-@pytest.mark.parametrize(
-    "content, what",
-    [
-        (b"", "rows.json: empty file"),
-        (b" \n", "rows.json: empty file"),
-        (b"[]", "rows.json: no rows"),
-        (b'{"a": 1}', "rows.json: a JSON dict, not a list of rows"),
-        (b'[{"a": 1},\n  {"b" 2}]', "rows.json: not JSON at line 2 column 8"),
-        (b'{"a": 1}\n{"a": 2}', "not JSON at line 2 .*Extra data"),
-        (b'["\xff"]', "rows.json: not UTF-8 at byte 2"),
-        (b"<html></html>", "rows.json: an HTML page"),
-    ],
-)
-def test_a_file_that_is_no_list_of_rows(tmp_path, content, what):
-    (tmp_path / "rows.json").write_bytes(content)
-    with pytest.raises(UserError, match=what + ".*; fix: "):
-        Rows(tmp_path / "rows.json")
-
-
-def test_missing_files_and_folders(folder):
-    with pytest.raises(UserError, match="none.json: no such file or directory; fix: "):
-        Rows(folder / "none.json")
-    write(folder, [row("x")])
-    with pytest.raises(UserError, match="none: no such folder of images; fix: "):
-        Rows(folder / "rows.json", folder / "none")
-
-
-# ---- samples
-
-
-def test_samples_of_no_one_and_two_images(folder, spec):
-    rows = write(
-        folder,
-        [
-            row("text", "Hi", image=None),
-            row("one"),
-            row("two", "<image> and <image>?", image=["b.png", "a.png"]),
-        ],
-    )
-    text, one, two = (make_sample(rows, i, spec) for i in range(3))
-    decode = spec.tokenizer.decode
-    for sample, images in ((text, 0), (one, 1), (two, 2)):
-        assert (
-            sample.ids.dtype == sample.labels.dtype == torch.int64
-            and sample.ids.shape == sample.labels.shape
-        )
-        at = sample.ids == IMAGE_TOKEN
-        assert (
-            int(at.sum()) == 5 * images == 5 * len(sample.items)
-            and (sample.labels[at] == IGNORE).all()
-        )
-        learned = sample.labels != IGNORE
-        assert (
-            (sample.labels[learned] == sample.ids[learned]).all()
-            and not learned[0]
-            and sample.cut == 0
-        )
-        assert decode(sample.ids[learned].tolist()) == " A dog."
-        assert sample.labels[-1] == spec.tokenizer.eos_id
-    runs = "".join("i" if t == IMAGE_TOKEN else "." for t in two.ids.tolist()).split("iiiii")
-    assert len(runs) == 3 and all(set(run) == {"."} for run in runs)
-    assert [int(item.pixels[0, 0, 0, 0]) for item in two.items] == [40, 10]
-    assert two.items[0].pixels.shape == (1, 3, 2, 2)
-
-
-def test_first_label_is_never_a_target(folder, spec):
-    rows = write(folder, [row("caption", "Hi", "ab", image=None)])
-    sample = make_sample(rows, 0, dataclasses.replace(spec, template="pretrain"))
-    assert sample.labels.tolist()[0] == IGNORE and (sample.labels[1:] == sample.ids[1:]).all()
-
-
-def test_an_over_long_row_loses_text_and_never_an_image(folder, spec):
-    rows = write(folder, [row("x"), row("late", "What? <image> <image>", image=["a.png", "b.png"])])
-    whole = make_sample(rows, 0, spec)
-    short = make_sample(rows, 0, dataclasses.replace(spec, max_tokens=len(whole.ids) - 3))
-    assert (
-        short.cut == 3
-        and torch.equal(short.ids, whole.ids[:-3])
-        and torch.equal(short.labels, whole.labels[:-3])
-    )
-    exact = make_sample(rows, 0, dataclasses.replace(spec, max_tokens=len(whole.ids)))
-    assert exact.cut == 0
-    first_target = int((whole.labels != IGNORE).nonzero()[0])
-    with pytest.raises(UserError, match="nothing supervised in the first .*raise max_tokens"):
-        make_sample(rows, 0, dataclasses.replace(spec, max_tokens=first_target))
-    assert make_sample(rows, 0, dataclasses.replace(spec, max_tokens=first_target + 1)).cut
-    late = make_sample(rows, 1, spec)
-    image_end = int((late.ids == IMAGE_TOKEN).nonzero()[-1]) + 1
-    for limit in (
-        image_end - 1,
-        image_end - 5,
-        image_end - 8,
-    ):  # inside the last image, before it, inside the first
-        with pytest.raises(
-            UserError,
-            match=f"row 1 .*image cut, it ends at token {image_end} .*fix: raise max_tokens",
-        ):
-            make_sample(rows, 1, dataclasses.replace(spec, max_tokens=limit))
-    with pytest.raises(
-        UserError, match="nothing supervised"
-    ):  # the image is whole, the answer is gone
-        make_sample(rows, 1, dataclasses.replace(spec, max_tokens=image_end))
-
-
-BAD = {
-    "missing": (row("m", image="none.png"), "none.png: no such file or directory"),
-    "marks": (row("n", "<image><image>"), "2 <image> in what the humans say but 1 images"),
-    "no mark": (row("o", "What?"), "0 <image> in what the humans say but 1 images"),
-    "mark in a text": (row("p", image=None), "1 <image> in what the humans say but 0 images"),
-    "roles": ({"id": "r", "conversations": turns("a", "b", "c")}, "conversations[2]: "),
-    "role": ({"id": "q", "conversations": [{"from": "user", "value": "a"}]}, "conversations[0]: "),
-    "nothing": ({"id": "s", "conversations": turns("a", " ")}, "nothing is supervised"),
-    "no turns": ({"id": "t"}, "conversations: "),
-    "video": (
-        {"id": "v", "video": "a.mp4", "conversations": turns("a", "b")},
-        "but 1 videos in the row",
-    ),
-    "no video": (
-        {"id": "v", "video": "a.mp4", "conversations": turns("<image> a", "b")},
-        "a.mp4: no such file",
-    ),
-    "both": (
-        {"id": "v", "video": "a.mp4", "image": "a.png", "conversations": turns("a", "b")},
-        "an image and a video",
-    ),
-    "no dict": ([1], "a JSON list, not a row"),
-    "surrogate": (row("w", "Hi \ud83d", image=None), "text that is not Unicode"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_one_line_with_file_row_id_what_and_fix(folder, spec, name):
-    bad, what = BAD[name]
-    rows = write(folder, [row("good"), bad])
-    with pytest.raises(UserError) as e:
-        make_sample(rows, 1, spec)
-    where = f"{folder}/rows.json:row 1" + (f" (id {bad['id']})" if isinstance(bad, dict) else "")
-    assert str(e.value).startswith(where + ": ") and what in str(e.value)
-    assert str(e.value).partition("; fix: ")[2] and "\n" not in str(e.value)
+def sample(length, i=0, images=0):
+    ids = torch.arange(length) + 100 * i
+    labels = torch.where(torch.arange(length) % 2 == 0, IGNORE, ids)
+    return Sample(ids, labels, [Item(torch.full((1, 3, 2, 2), float(i)))] * images, i, 0)
 
 
 # ---- the order
@@ -341,24 +94,6 @@ def many(folder):
 
 
 STAGE = Stage(global_batch=8, micro_batch_tokens=200, epochs=1.0)
-
-
-def flat(steps):
-    """Steps as comparable text: everything in them but the time."""
-    return [
-        [
-            [
-                [v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(b).values()]
-                for b in s.batches
-            ],
-            s.skipped,
-        ]
-        for s in steps
-    ]
-
-
-def rows_of(steps):
-    return [r for step in steps for batch in step.batches for r in batch.rows]
 
 
 def test_steps_follow_the_order_and_hold_the_budget(many, spec):
@@ -550,8 +285,8 @@ def test_check_names_every_bad_row_and_counts_the_rest(folder, capsys):
         assert what in line and "; fix: " in line
     n = len(BAD)
     assert (
-        error
-        == f"{rows.file}: {n} of {n + 4} rows are bad; fix: mend or remove them, or set train.on_bad_row=skip"
+        error == f"{rows.file}: {n} of {n + 4} rows are bad; "
+        "fix: mend or remove them, or set train.on_bad_row=skip"
     )
     good = "1 text-only, 2 with one image or video, 1 with several"
     assert f"{rows.file}: {n + 4} rows, {n} bad; the good ones: {good}" in lines
@@ -609,9 +344,11 @@ def test_check_of_a_recipe_reads_every_stage(folder, capsys):
     recipe.write_text(
         f'model.tokenizer = "{folder}/tok"\nmodel.feature_select = "cls_patch"\n'
         'model.llm_config = {model_type = "llama"}\n'
-        'model.vision_config = {model_type = "siglip_vision_model", image_size = 24, patch_size = 8}\n'
+        'model.vision_config = {model_type = "siglip_vision_model", image_size = 24, '
+        "patch_size = 8}\n"
         f'[stage.a]\ndata = "{folder}/one.json"\n'
-        f'[stage.b]\ntemplate = "phi"\ndata = "{folder}/one.json"\nvalidation = "{folder}/two.json"\n'
+        f'[stage.b]\ntemplate = "phi"\ndata = "{folder}/one.json"\n'
+        f'validation = "{folder}/two.json"\n'
     )
     lines, error = run_check(capsys, recipe)
     assert [line for line in lines if line[:3] == "== "] == [
@@ -646,7 +383,8 @@ def test_inspect_shows_the_first_samples_of_training(folder, capsys):
     recipe.write_text(
         f'model.tokenizer = "{folder}/tok"\nmodel.feature_select = "cls_patch"\ntrain.seed = 3\n'
         'model.llm_config = {model_type = "llama"}\n'
-        'model.vision_config = {model_type = "siglip_vision_model", image_size = 24, patch_size = 8}\n'
+        'model.vision_config = {model_type = "siglip_vision_model", image_size = 24, '
+        "patch_size = 8}\n"
         f'[stage.a]\ndata = "{folder}/rows.json"\ntemplate = "phi"\n'
     )
     data.main(["inspect", str(recipe), "--rows", "2", "--page", str(page)])
@@ -659,6 +397,43 @@ def test_inspect_shows_the_first_samples_of_training(folder, capsys):
         html.count('<img src="data:image/png;base64,') == 2 and html.count("<mark>") == 2 + 1
     )  # and the legend
     assert f"{first} &lt;b&gt;[[x]]" in html and chr(27) not in html
+
+
+def test_inspect_without_a_recipe_shows_the_text_of_rows(folder, capsys, monkeypatch):
+    """Rows in the order of the file, or one of them; pictures only for a page."""
+    byte_tokenizer().save(folder / "tok")
+    rows = write(folder, [row(i, image="none.png" if i == 1 else "a.png") for i in range(7)])
+    given = ["inspect", "--data", str(rows.file), "--tokenizer", str(folder / "tok")]
+    options = [*given, "--image-tokens", "5"]
+
+    data.main(options)
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if line.startswith("--- ")]
+    assert [line.split("row ")[1][0] for line in shown] == ["0", "1", "2"]
+    assert lines[-1].startswith("=== 3 rows: ") and "[[ A dog.<|endoftext|>]]" in lines[3]
+
+    data.main([*options, "--row", "4"])
+    out = capsys.readouterr().out
+    sample = make_sample(rows, 4, make_spec(str(folder / "tok"), "phi", 10**6, Tiling(5)), False)
+    supervised = int((sample.labels != IGNORE).sum())
+    tokens = f"{len(sample.ids)} tokens, {supervised} supervised"
+    assert f"row 4 (id 4): {tokens}, views: 1\n" in out and f"=== 1 rows: {tokens}\n" in out
+
+    page = folder / "page.html"
+    data.main([*options, "--row", "4", "--page", str(page)])
+    assert "views: 1 of 336 x 336" in capsys.readouterr().out
+    assert page.read_text().count('<img src="data:image/png;base64,') == 1
+    with pytest.raises(UserError, match="row 1 .*none.png: no such file or directory; fix: "):
+        data.main([*options, "--row", "1", "--page", str(page)])
+    with pytest.raises(UserError, match="no row 7, only 7 rows; fix: a --row from 0 to 6"):
+        data.main([*options, "--row", "7"])
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for no_colour, colour in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", no_colour)
+        data.main(options)
+        out = capsys.readouterr().out
+        assert ("\033[32m A dog." in out, "[[ A dog." in out) == (colour, not colour)
 
 
 def test_the_command_line_ends_with_one_line(folder):
@@ -696,10 +471,10 @@ def test_the_sample_rows_make_samples(capsys):
     missing = [line for line in lines if "no such file or directory; fix: " in line]
     assert len(missing) == 14 and "14 of 22 rows are bad" in error
     assert (
-        f"{file}: 22 rows, 14 bad; the good ones: 4 text-only, 4 with one image or video, 0 with several"
-        in lines
+        f"{file}: 22 rows, 14 bad; "
+        "the good ones: 4 text-only, 4 with one image or video, 0 with several" in lines
     )
-    rows = Rows(file, assets)
+    rows = open_rows(file, assets)
     spec = make_spec(
         str(tokenizer), "phi", max_tokens=2048, views=Tiling(3, processor=MeanColour())
     )

@@ -232,7 +232,7 @@ CASES = [(name, c) for name, (_, configs) in KINDS.items() for c in configs]
 
 
 def oracle(name: str, config: dict, folder):
-    """Save a random model of transformers to a folder; parameters that start at 0 are random too."""
+    """Save a random model of transformers to a folder; what starts at 0 is random too."""
     transformers = pytest.importorskip("transformers")
     cls = getattr(transformers, KINDS[name][0])
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import config
 import export
 import lora
-from checkpoints import layouts, weights
+from checkpoints import hf_llava, layouts, tinyllava, weights
 from checkpoints.files import write_file
 from checkpoints.names import rename, reverse
 from config import LLaVAConfig, LoRA, UserError
@@ -209,12 +209,11 @@ def test_a_llava_and_hugging_faces_exchange_adapters(tmp_path):
     """The language model adapted, the connector trained in full: the LLaVA recipe, in Hugging Face's names."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     ours = llava("mlp2x_gelu")
-    state, files = export.hf_llava(ours, None, 5)
-    export.write(tmp_path / "model", state, files)
+    export.export(ours, None, "hf-llava", tmp_path / "model")
     lora.apply(ours, PLAIN, ["language_model"])
     ours.vision_tower.requires_grad_(False)
     filled(ours, 2)
-    lora.save_adapter(tmp_path, ours, layouts.LAYOUTS["llava"].table[len(layouts.PROJECTOR) :])
+    lora.save_adapter(tmp_path, ours, layouts.LAYOUTS["llava"].table[len(hf_llava.PROJECTOR) :])
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -297,7 +296,7 @@ def test_a_lora_folder_of_tinyllava_factory_loads_merged(tmp_path):
         f"{name}.lora_A.default.weight": torch.zeros(4, 60),
         f"{name}.lora_B.default.weight": torch.zeros(94, 4),
     }
-    for part, prefix in layouts._FACTORY_FOLDERS.items():
+    for part, prefix in tinyllava.FOLDERS.items():
         mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         weights.save(folder / part, mine)
     low = pair(name, 94, 60)

@@ -20,7 +20,8 @@ from checkpoints import seal
 from config import Stage, Tune
 from data import stage_spec, validation_batches
 from demo import world as demo_world
-from inputs.rows import Rows, load_image
+from inputs.pictures import load_image
+from inputs.rows import open_rows
 from inputs.templates import encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
@@ -450,7 +451,7 @@ def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):
     said = [r for r in rows if r["event"] == "answer"]
     assert [r["step"] for r in said] == [7] * 3 + [14] * 3 and "wanted '" in done.stdout
     model, tok = LLaVA.from_pretrained(out).eval(), load_tokenizer(out)
-    held_out = Rows(tiny_world / "val.json", tiny_world / "images")
+    held_out = open_rows(tiny_world / "val.json", tiny_world / "images")
     for i, r in enumerate(said[3:]):
         question, answer = held_out[i]["conversations"][:2]
         assert (r["question"], r["wanted"]) == (question["value"], answer["value"])

@@ -35,7 +35,8 @@ from checkpoints import layouts, weights
 from config import Recipe, Stage, UserError, load
 from data import Steps
 from encoders import VisionEncoder
-from inputs.rows import Mixture, Rows, files, media
+from inputs.media import media_names
+from inputs.rows import Mixture, Rows, files
 from inputs.tiling import Tiling
 from model import LLaVA
 from packing import ItemShape
@@ -259,7 +260,7 @@ def mean_row(rows: Rows | None, template: str, views: Tiling) -> tuple[float, fl
     seen, placed, asked, said = 0, 0, 0.0, 0.0
     picked = range(0, len(rows), math.ceil(len(rows) / 200))
     for row in map(rows.__getitem__, picked):
-        kind, names = media(row, "")
+        kind, names = media_names(row, "")
         seen += len(names) * items[kind].views
         placed += len(names) * views.positions(items[kind])
         turns = [
@@ -338,7 +339,7 @@ def dry_run(recipe: Recipe, path: Path, adapt, set_trainable, made: Path | None 
         if all(folders.values()):
             local = replace(recipe.model, **{part: str(folder) for part, folder in folders.items()})
             with weights.empty():
-                model = LLaVA(layouts.from_recipe(local, ""))
+                model = LLaVA(layouts.config_from_recipe(local, ""))
                 adapt(model, list(recipe.stage.values()))
             sizes = ", ".join(
                 f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in model.named_children()

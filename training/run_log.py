@@ -22,7 +22,7 @@ from checkpoints import resume
 from checkpoints.files import write_file
 from config import Recipe, UserError
 from inputs.rows import Rows
-from inputs.sample import SampleSpec, load_item, read
+from inputs.sample import SampleSpec, load_items
 from inputs.templates import IMAGE, encode_prompt, stop_id
 from model import LLaVA
 from training import ranks
@@ -134,9 +134,7 @@ class Watch:
         for i in range(min(count, len(rows))):
             row = rows[i]
             asked, wanted = row["conversations"][:2]
-            items = read(rows, i, spec, load_item, rows.where(i, row), row)[
-                : asked["value"].count(IMAGE)
-            ]
+            items = load_items(rows, i, spec, row)[: asked["value"].count(IMAGE)]
             ids = torch.tensor(
                 encode_prompt(
                     [asked, {"from": "gpt", "value": None}], spec.tokenizer, spec.template

@@ -18,7 +18,7 @@ from PIL import Image
 import evaluate
 from config import UserError
 from evals.published import nearest
-from inputs.rows import load_image
+from inputs.pictures import load_image
 from inputs.templates import encode_prompt
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA

@@ -8,7 +8,7 @@ from tests.tools.vocabularies import train_pieces, write
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Byte-level BPE, no bos, three control tokens, and a ByteLevel post-processor that would trim spaces."""
+    """Byte-level BPE, no bos, three control tokens, a post-processor that would trim spaces."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.normalizer = tokenizers.normalizers.NFC()
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""index.py, rows.py and what data.py makes of them: offsets, shards, mixtures, token counts, shares of ranks."""
+"""rows.py and index.py: formats, offsets, mixtures; and what data.py makes of them: counts."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ import random
 import re
 import subprocess
 import sys
-import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,16 +20,23 @@ import config
 import data
 from config import Stage, Train, UserError
 from data import Order, Steps, token_counts
-from inputs import index
-from inputs import rows as rows_module
+from inputs import index, json_list
 from inputs.image_processor import ImageProcessor
-from inputs.rows import Mixture, Rows, shard
-from inputs.sample import SampleSpec, encode_row, make_sample
-from inputs.templates import byte_tokenizer
+from inputs.json_rows import JsonList
+from inputs.rows import FORMATS, Mixture, Rows, open_rows
+from inputs.sample import make_sample
+from inputs.shards import shard
 from inputs.tiling import Tiling
 from packing import IGNORE
-from tests.test_data import MeanColour, flat, row, rows_of, turns, write
 from tests.tools.environment import ROOT
+from tests.tools.sample_rows import (
+    mean_colour_spec,
+    row,
+    rows_of,
+    turns,
+    write,
+    write_pictures_and_rows,
+)
 
 HARD = [
     '"',
@@ -75,16 +82,76 @@ def odd_row(r: random.Random) -> dict:
 
 @pytest.fixture
 def always(monkeypatch):
-    """Files of any size get an index, and are read in small pieces."""
-    for module in (index, rows_module):
-        monkeypatch.setattr(module, "SMALL", 0)
+    """Files of any size get an index, and are read row by row."""
+    monkeypatch.setattr(index, "SMALL", 0)
 
 
 @pytest.fixture(scope="module")
 def spec():
-    return SampleSpec(
-        byte_tokenizer(), "plain", max_tokens=1000, views=Tiling(5, processor=MeanColour())
+    return mean_colour_spec()
+
+
+@pytest.fixture
+def many(tmp_path):
+    return write_pictures_and_rows(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), (40, 50, 60)).save(tmp_path / "b.png")
+    return tmp_path
+
+
+# ---- what is a file of rows
+
+
+def test_rows_of_a_list_and_of_lines(folder):
+    rows = write(folder, [row("x"), {"conversations": []}])
+    assert len(rows) == 2 and rows[0]["id"] == "x" and rows.images == folder
+    assert (
+        rows.where(0) == f"{folder}/rows.json:row 0 (id x)"
+        and rows.where(1) == f"{folder}/rows.json:row 1"
     )
+    text = f"\ufeff{json.dumps(row('y'))}\n\n{json.dumps(row('z'))}\n{{oops\n[1]\n"
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    lines = open_rows(folder / "rows.jsonl", folder)
+    assert (
+        len(lines) == 4
+        and lines[0]["id"] == "y"
+        and lines.where(1) == f"{folder}/rows.jsonl:line 3 (id z)"
+    )
+    with pytest.raises(UserError, match=r"rows.jsonl:line 4: not JSON .*column 2.*; fix: "):
+        lines[2]
+    with pytest.raises(UserError, match=r"rows.jsonl:line 5: a JSON list, not a row; fix: "):
+        lines[3]
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"", "rows.json: empty file"),
+        (b" \n", "rows.json: empty file"),
+        (b"[]", "rows.json: no rows"),
+        (b'{"a": 1}', "rows.json: a JSON dict, not a list of rows"),
+        (b'[{"a": 1},\n  {"b" 2}]', "rows.json: not JSON at line 2 column 8"),
+        (b'{"a": 1}\n{"a": 2}', "not JSON at line 2 .*Extra data"),
+        (b'["\xff"]', "rows.json: not UTF-8 at byte 2"),
+        (b"<html></html>", "rows.json: an HTML page"),
+    ],
+)
+def test_a_file_that_is_no_list_of_rows(tmp_path, content, what):
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(UserError, match=what + ".*; fix: "):
+        open_rows(tmp_path / "rows.json")
+
+
+def test_missing_files_and_folders(folder):
+    with pytest.raises(UserError, match="none.json: no such file or directory; fix: "):
+        open_rows(folder / "none.json")
+    write(folder, [row("x")])
+    with pytest.raises(UserError, match="none: no such folder of images; fix: "):
+        open_rows(folder / "rows.json", folder / "none")
 
 
 # ---- the index
@@ -92,7 +159,7 @@ def spec():
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 24])
 def test_every_row_of_a_list_is_found_whatever_it_holds(tmp_path, always, monkeypatch, chunk):
-    monkeypatch.setattr(index, "CHUNK", chunk)
+    monkeypatch.setattr(json_list, "CHUNK", chunk)
     r = random.Random(chunk)
     for n, options in enumerate(
         [
@@ -112,7 +179,7 @@ def test_every_row_of_a_list_is_found_whatever_it_holds(tmp_path, always, monkey
             + text.encode()
             + b" \n" * (n % 3)
         )
-        found, expected = Rows(file), json.loads(text)
+        found, expected = open_rows(file), json.loads(text)
         assert len(found) == 60 and [found[i] for i in range(60)] == expected
         assert (tmp_path / f"{n}.json.index").exists() and found[-1] == expected[-1]
         with pytest.raises(IndexError):
@@ -121,9 +188,9 @@ def test_every_row_of_a_list_is_found_whatever_it_holds(tmp_path, always, monkey
 
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 24])
 def test_what_is_no_row_of_a_list_is_named_when_it_is_read(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(index, "CHUNK", chunk)
+    monkeypatch.setattr(json_list, "CHUNK", chunk)
     (tmp_path / "rows.json").write_text('[12345 , -1.5e10,"a",{"id": 3}]')
-    rows = Rows(tmp_path / "rows.json")
+    rows = open_rows(tmp_path / "rows.json")
     assert len(rows) == 4 and rows[3] == {"id": 3}
     for i, kind in enumerate(("int", "float", "str")):
         with pytest.raises(UserError, match=f"rows.json:row {i}: a JSON {kind}, not a row; fix: "):
@@ -150,27 +217,27 @@ def test_what_is_no_row_of_a_list_is_named_when_it_is_read(tmp_path, monkeypatch
 def test_a_row_that_does_not_parse_is_named_with_line_row_and_byte(
     tmp_path, monkeypatch, text, what, chunk
 ):
-    monkeypatch.setattr(index, "CHUNK", chunk)
+    monkeypatch.setattr(json_list, "CHUNK", chunk)
     (tmp_path / "rows.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"rows.json: not JSON at {what}.*; fix: "):
-        Rows(tmp_path / "rows.json")
+        open_rows(tmp_path / "rows.json")
     with pytest.raises(json.JSONDecodeError):
         json.loads(text)
 
 
 def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", 4)
+    monkeypatch.setattr(json_list, "CHUNK", 4)
     for cut, at in ((b'[{"a": "\xff"}]', 8), (b'[{"a": "\xe5\x9b', 8)):
         (tmp_path / "rows.json").write_bytes(cut)
         with pytest.raises(UserError, match=f"rows.json: not UTF-8 at byte {at}; fix: "):
-            Rows(tmp_path / "rows.json")
+            open_rows(tmp_path / "rows.json")
 
 
 def test_a_line_that_does_not_parse_is_named_when_it_is_read(tmp_path, always):
     (tmp_path / "rows.jsonl").write_bytes(
         b'\xef\xbb\xbf{"id": 1}\r\n \t\r\n\n{"id": 2}\n{"id" 3}\n{"id": "\xff"}'
     )
-    rows = Rows(tmp_path / "rows.jsonl")
+    rows = open_rows(tmp_path / "rows.jsonl")
     assert len(rows) == 4 and [rows[i]["id"] for i in (0, 1)] == [1, 2]
     assert rows.where(1) == f"{tmp_path}/rows.jsonl:line 4 (id 2)"
     with pytest.raises(
@@ -182,18 +249,25 @@ def test_a_line_that_does_not_parse_is_named_when_it_is_read(tmp_path, always):
 
 
 def scans(monkeypatch):
-    counted, scan = [], index.scan_list
-    monkeypatch.setattr(index, "scan_list", lambda file: counted.append(file) or scan(file))
+    """Return a list to which every scan of a JSON list adds its file."""
+    counted = []
+    scan = JsonList.scan
+
+    def counting(self, file):
+        counted.append(file)
+        return scan(self, file)
+
+    monkeypatch.setattr(JsonList, "scan", counting)
     return counted
 
 
 def test_the_index_is_scanned_once_and_again_when_the_file_changes(tmp_path, always, monkeypatch):
     counted = scans(monkeypatch)
     first = write(tmp_path, [row(i) for i in range(5)])
-    assert len(Rows(first.file)) == 5 and len(counted) == 1
+    assert len(open_rows(first.file)) == 5 and len(counted) == 1
     assert isinstance(first.tables[0], np.memmap)
     os.utime(first.file, ns=(1, 1))  # another time
-    assert len(Rows(first.file)) == 5 and len(counted) == 2
+    assert len(open_rows(first.file)) == 5 and len(counted) == 2
     with pytest.raises(
         UserError, match="rows.json: has changed since it was opened; fix: start again"
     ):
@@ -203,14 +277,14 @@ def test_the_index_is_scanned_once_and_again_when_the_file_changes(tmp_path, alw
         text.replace('"id": 0', '"id": 7')
     )  # the same size and time, another head
     os.utime(first.file, ns=(1, 1))
-    assert Rows(first.file)[0]["id"] == 7 and len(counted) == 3
+    assert open_rows(first.file)[0]["id"] == 7 and len(counted) == 3
     os.utime(write(tmp_path, [row(i) for i in range(6)]).file, ns=(1, 1))  # another size
-    assert len(Rows(first.file)) == 6 and len(counted) == 5
+    assert len(open_rows(first.file)) == 6 and len(counted) == 5
     saved = tmp_path / "rows.json.index"
     whole = saved.read_bytes()
     for damage in (b"", whole[:50], whole[:-8], b"x" * len(whole)):
         saved.write_bytes(damage)
-        assert Rows(first.file)[5]["id"] == 5 and saved.read_bytes() == whole
+        assert open_rows(first.file)[5]["id"] == 5 and saved.read_bytes() == whole
     assert len(counted) == 9 and not list(tmp_path.glob(".*"))
 
 
@@ -229,14 +303,14 @@ def test_a_read_only_folder_gets_its_index_in_the_cache_and_without_one_it_stays
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows = write(tmp_path, [row("x")])
     assert rows[0]["id"] == "x" and not (tmp_path / "rows.json.index").exists()
-    assert Rows(rows.file)[0]["id"] == "x" and len(counted) == 1
+    assert open_rows(rows.file)[0]["id"] == "x" and len(counted) == 1
     (tmp_path / "other").mkdir()
     other = write(
         tmp_path / "other", [row("y"), row("z")]
     )  # the same name elsewhere: an index of its own
-    assert len(other) == 2 and len(Rows(rows.file)) == 1 and len(counted) == 2
+    assert len(other) == 2 and len(open_rows(rows.file)) == 1 and len(counted) == 2
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
-    assert Rows(rows.file)[0]["id"] == "x" and len(counted) == 3
+    assert open_rows(rows.file)[0]["id"] == "x" and len(counted) == 3
 
 
 def test_a_small_file_leaves_nothing_beside_it(tmp_path):
@@ -247,11 +321,24 @@ def test_a_small_file_leaves_nothing_beside_it(tmp_path):
 def test_processes_that_start_together_scan_once_and_agree(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([row(i) for i in range(20000)]))
-    code = (
-        "import sys, time, pathlib; from inputs import index; index.SMALL = 0; scan = index.scan_list\n"
-        "def slow(file): print('scanned'); time.sleep(0.3); return scan(file)\n"
-        "index.scan_list = slow; t = index.index(pathlib.Path(sys.argv[1])); print(len(t), t.sum(), type(t).__name__)"
-    )
+    code = """
+import sys, time
+from inputs import index
+from inputs.json_rows import JsonList
+from inputs.rows import open_rows
+
+index.SMALL = 0
+scan = JsonList.scan
+
+def slow(self, file):
+    print("scanned")
+    time.sleep(0.3)
+    return scan(self, file)
+
+JsonList.scan = slow
+(table,) = open_rows(sys.argv[1]).tables
+print(len(table), table.sum(), type(table).__name__)
+"""
     start = [sys.executable, "-c", code, str(file)]
     started = [
         subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
@@ -271,117 +358,40 @@ def test_rows_are_sent_to_a_process_by_name(tmp_path, always):
     assert len(sent) < 1000 and pickle.loads(sent)[999] == rows[999]
 
 
-# ---- shards
+# ---- formats
 
 
-@pytest.fixture
-def many(tmp_path):
-    for i, name in enumerate(("a.png", "b.png", "c.JPEG")):
-        Image.new("RGB", (8, 8), (10 * i, 20, 30)).save(tmp_path / name)
-    found = [row(i, "Hi" + "." * (7 * i % 40), image=None) for i in range(20)]
-    found += [row(20 + i, "<image>" + "." * i, image="ab"[i % 2] + ".png") for i in range(17)]
-    found += [row("two \u56fe \ud83d", "<image><image>", image=["c.JPEG", "a.png"])]
-    return write(tmp_path, found)
+def test_every_format_offers_what_rows_promises_and_the_same_rows(tmp_path):
+    many = write_pictures_and_rows(tmp_path)
+    expected = [many[i] for i in range(38)]
+    text = "\n".join(json.dumps(each) for each in expected)
+    (tmp_path / "lines.jsonl").write_text(text)
+    shard(many, tmp_path / "shards", 20_000)
+    opened = [many, open_rows(tmp_path / "lines.jsonl"), open_rows(tmp_path / "shards")]
+    assert [type(rows) for rows in opened] == list(FORMATS.values())
+    for rows in [*opened, Mixture([many], [1.0])]:
+        assert isinstance(rows, Rows) and [rows[i] for i in range(38)] == expected
+        media = rows.media(37, rows[37])
+        assert [(m.kind, m.name) for m in media] == [("image", "c.JPEG"), ("image", "a.png")]
+        assert rows.media(0, rows[0]) == []
+        assert "(id 20)" in rows.where(20) and rows.where(20) == rows.where(20, rows[20])
+        spans = rows.file_spans()
+        assert spans[0].begin == 0 and spans[-1].end == 38
+        assert all(a.end == b.begin for a, b in zip(spans, spans[1:], strict=False))
+    assert isinstance(opened[0].media(20, many[20])[0].source, Path)
+    assert isinstance(opened[2].media(20, many[20])[0].source, bytes)
 
 
-def test_shards_give_the_samples_and_steps_of_the_plain_files(many, spec, tmp_path):
-    out = tmp_path / "shards"
-    assert shard(many, out, 20_000) == len(list(out.glob("*.tar"))) > 2 and not list(
-        tmp_path.glob(".shards*")
-    )
-    assert len(list(out.glob("*.tar.index"))) == len(list(out.glob("*.tar")))
-    stage = Stage(global_batch=8, micro_batch_tokens=200)
-    plain = Steps(many, spec, stage, Train(seed=1))
-    for given in (out, f"{out}/*.tar", f"{out}/0000*.tar"):
-        rows = Rows(given)
-        assert [rows[i] for i in range(38)] == [many[i] for i in range(38)]
-        made = Steps(rows, spec, stage, Train(seed=1))
-        assert flat(made[i] for i in range(5)) == flat(plain[i] for i in range(5))
-        assert not any(made[i].error for i in range(5))
-    last = sorted(out.glob("*.tar"))[-1]
-    before = sum(name.endswith(".json") for name in tarfile.open(last).getnames()) - 1
-    assert rows.where(37) == f"{last}:row {before} (id two \u56fe \ud83d)"
-    assert rows.image(37, 0, "") == (tmp_path / "c.JPEG").read_bytes()  # as they were
-    one = Rows(sorted(out.glob("*.tar"))[0])
-    assert one[0] == many[0] and len(one) < 38
-    assert shard(rows, tmp_path / "again", 10**9) == 1 and Rows(tmp_path / "again")[37] == many[37]
-    names = tarfile.open(tmp_path / "again/00000.tar").getnames()
-    assert names[:2] == ["000000000.json", "000000001.json"] and "000000020.png" in names
-    assert names[-3:] == ["000000037.json", "000000037.0.jpeg", "000000037.1.png"]
-
-
-def test_what_is_wrong_with_shards_is_one_line(many, tmp_path, spec):
-    def tar(name, *members):
-        with tarfile.open(tmp_path / name, "w") as made:
-            for member, content in members:
-                (tmp_path / "content").write_bytes(content)
-                made.add(tmp_path / "content", member)
-        return tmp_path / name
-
-    text = json.dumps(row("x", "<image><image>", image=["p.png", "q.png"])).encode()
-    a, b = ((tmp_path / f"{name}.png").read_bytes() for name in "ab")
-    mixed = Rows(
-        tar(
-            "mixed.tar",
-            ("d/k.1.png", b),
-            ("d/k.json", text),
-            ("d/k.0.png", a),
-            ("d/l.json", b"[1]"),
-        )
-    )
-    assert len(mixed) == 2 and [mixed.image(0, j, "") for j in (0, 1)] == [
-        a,
-        b,
-    ]  # other writers sort by name
-    with pytest.raises(UserError, match="mixed.tar:row 1: a JSON list, not a row; fix: "):
-        mixed[1]
-    short = Rows(tar("short.tar", ("k.json", text), ("k.png", a)))
-    with pytest.raises(UserError, match="short.tar:row 0: image q.png: not in the shard; fix: "):
-        make_sample(short, 0, spec)
-    broken = Rows(tar("broken.tar", ("k.json", text), ("k.0.png", a), ("k.1.png", b"<html>")))
-    with pytest.raises(
-        UserError, match=r"broken.tar:row 0 \(id x\): image q.png: an HTML page; fix: "
-    ):
-        make_sample(broken, 0, spec)
-    for bad, what in (
-        (tar("none.tar", ("k.png", a)), "none.tar:/k: not exactly one .json"),
-        (tar("two.tar", ("k.json", text), ("k.json", text)), "two.tar:/k: not exactly one .json"),
-        (tar("empty.tar"), "empty.tar: no rows"),
-        (tmp_path / "gone.tar", "gone.tar: no such file or directory"),
-        (tmp_path / "cut.tar", "cut.tar: not a tar file, or a damaged one"),
-        (tmp_path, "a folder without .tar shards"),
-    ):
-        (tmp_path / "cut.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:700])
-        if bad == tmp_path:
-            bad = tmp_path / "folder"
-            bad.mkdir()
-        with pytest.raises(UserError, match=what + ".*; fix: "):
-            Rows(bad)
-
-
-def test_sharding_writes_all_or_nothing(many, tmp_path, monkeypatch):
-    rows = write(tmp_path, [row("x"), row("y", image="none.png")], "bad.json")
-    with pytest.raises(
-        UserError, match=r"bad.json:row 1 \(id y\): image .*none.png: no such file; fix: "
-    ):
-        shard(rows, tmp_path / "out", 10**6)
-    with pytest.raises(UserError, match="exists already; fix: "):
-        shard(many, tmp_path, 10**6)
-    before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        shard(many, tmp_path / "out", 10**6)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_command_that_shards(many, tmp_path, capsys):
-    data.main(["shard", str(many.file), str(tmp_path / "out"), "--size", "1"])
-    assert (
-        capsys.readouterr().out == f"{tmp_path}/out: 38 rows in 1 tar files\n"
-        and len(Rows(tmp_path / "out")) == 38
-    )
-    with pytest.raises(SystemExit, match="command line: shard takes rows and a new folder; fix: "):
-        data.main(["shard", str(many.file)])
+def test_a_glob_is_of_files_of_one_format(tmp_path):
+    write(tmp_path, [row("x"), row("y")], "1.json")
+    write(tmp_path, [row("z")], "2.json")
+    rows = open_rows(f"{tmp_path}/*.json")
+    assert [rows[i]["id"] for i in range(3)] == ["x", "y", "z"]
+    assert rows.where(2) == f"{tmp_path}/2.json:row 0 (id z)"
+    assert len(open_rows(f"{tmp_path}/2*.json")) == 1
+    (tmp_path / "3.jsonl").write_text(json.dumps(row("w")))
+    with pytest.raises(UserError, match=r"files of several formats \(.json, .jsonl\); fix: make"):
+        open_rows(f"{tmp_path}/*.json*")
 
 
 # ---- mixtures
@@ -397,7 +407,8 @@ def test_a_mixture_takes_of_each_source_what_its_weight_says(tmp_path):
     assert (
         mixture[9]["id"] == "a9" and mixture[10]["id"] == "b0" and mixture.where(20) == c.where(3)
     )
-    assert mixture.image(11, 0, "x.png") == tmp_path / "x.png"
+    (picture,) = mixture.media(11, {"image": "x.png"})
+    assert picture.source == tmp_path / "x.png"
     order = Order(21, 3, mixture.parts)
     epochs = [[order(k)[1] for k in range(22 * e, 22 * e + 22)] for e in range(4)]
     for e, epoch in enumerate(epochs):
@@ -455,8 +466,12 @@ def test_token_counts_are_those_of_the_samples_and_kept(many, tmp_path, spec, mo
         ]
     assert counts[37].tolist() == [0, 0, 0] and isinstance(counts, np.memmap)
     tried = []
-    real = encode_row
-    monkeypatch.setattr(data, "encode_row", lambda *args: tried.append(1) or real(*args))
+
+    def make(*args, **options):
+        tried.append(1)
+        return make_sample(*args, **options)
+
+    monkeypatch.setattr(data, "make_sample", make)
     assert np.array_equal(token_counts(rows, spec), counts) and not tried
     wider = {"views": dataclasses.replace(spec.views, tokens=6)}
     for change in ({"max_tokens": 30}, {"template": "phi", "tokenizer": spec.tokenizer}, wider):
@@ -471,7 +486,7 @@ def test_counts_of_shards_are_those_of_the_files(tmp_path, spec):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     rows = write(tmp_path, [row(i, "<image>" + "x" * i) for i in range(40)])
     shard(rows, tmp_path / "out", 20_000)
-    found = Rows(tmp_path / "out")
+    found = open_rows(tmp_path / "out")
     assert len(found.files) > 1 and np.array_equal(
         token_counts(found, spec), token_counts(rows, spec)
     )
@@ -504,7 +519,7 @@ def test_uint8_pixels_reach_the_batch_as_they_are(many, spec, tmp_path):
     assert batches and all(b.images.dtype == torch.uint8 for b in batches)
 
 
-# ------------------------------------------------------------------------------------------ as a recipe names them
+# ---- as a recipe names them
 
 
 def test_a_recipe_mixes_sources_by_name(tmp_path):

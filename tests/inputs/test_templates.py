@@ -1,4 +1,4 @@
-"""templates.py: golden ids and labels, structure that data cannot forge, chat templates, errors, the viewer.
+"""templates.py: golden ids and labels, structure that data cannot forge, chat templates, errors.
 
 python -m pytest tests/inputs/test_templates.py
 """
@@ -51,7 +51,7 @@ GOLDEN = [
 @shared
 @pytest.mark.parametrize("file, template, vocabulary", GOLDEN)
 def test_golden_rows(file, template, vocabulary):
-    """Ids and labels of every row; and a prompt is what training has before the first supervised token."""
+    """Ids and labels of every row; a prompt is what training has before the first label."""
     tok = load(VOCABULARIES / vocabulary)
     rows = json.loads((SHARED / "golden/templates" / f"{file}.json").read_text())
     assert len(rows) >= 46
@@ -110,7 +110,7 @@ SYSTEM = TEMPLATES["phi"].system
 
 
 def supervised(conversation, tok, template):
-    """The characters of each run of supervised tokens, from the offsets of the tokens themselves."""
+    """Return the characters of each run of supervised tokens, by the tokens' own offsets."""
     form = templates.resolve(template, tok)
     text, spans, marks = render(conversation, form)
     ids, labels, offsets = templates.tokenize(text, spans, marks, tok)
@@ -331,45 +331,58 @@ def test_bad_templates(tiny, piece_model, tmp_path):
         (tiny / "away").rename(tiny / "tokenizer_config.json")
 
 
-# ---------------------------------------------------------------- chat: the tokenizer's own template
+# -------------------------------------------------------- chat: the tokenizer's own template
 
-CHAT = {  # written here in the manner of ...; {% generation %} says what transformers takes for the answers
+# Written here in the manner of ...; {% generation %} says what transformers takes for the answers.
+CHAT = {
     "chatml": (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are "
+        "helpful.<|im_end|>\n{% endif %}"
         "{%- for m in messages %}\n{{- '<|im_start|>' + m.role + '\n' }}"
-        "{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+        "{% endgeneration %}"
         "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     "llama3": (
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
         "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
     "gemma": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system\nrole') }}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('No system\nrole') }}{% endif %}"
         "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
         "{{ '<start_of_turn>' + role + '\n' }}"
-        "{% if role == 'model' %}{%- generation -%}{{ m['content'] | trim + '<end_of_turn>' }}{%endgeneration%}"
+        "{% if role == 'model' %}{%- generation -%}"
+        "{{ m['content'] | trim + '<end_of_turn>' }}{%endgeneration%}"
         "{% else %}{{ m['content'] | trim + '<end_of_turn>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
     "phi3": (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
-        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}"
+        "{% endgeneration %}"
         "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
     ),
     "zephyr": (  # <|User|> is no token of the vocabulary
         "{% for m in messages %}\n{{ '<|' + m['role'] | capitalize + '|>\n' }}"
-        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
+        "{% endgeneration %}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{{ '\n' }}"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|Assistant|>' }}\n{% endif %}\n{% endfor %}"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|Assistant|>' }}\n"
+        "{% endif %}\n{% endfor %}"
     ),
     "mistral": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-        "{% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% elif m.role == 'assistant' %}{% generation %}"
+        "{{ ' ' + m.content + eos_token }}{% endgeneration %}"
         "{% else %}{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}"
     ),
 }
@@ -381,7 +394,10 @@ ENDS = dict(
     zephyr="</s>",
     mistral="</s>",
 )
-SPECIALS = "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+SPECIALS = (
+    "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
+    "<start_of_turn> <end_of_turn>"
+)
 
 
 @pytest.fixture(scope="session")
@@ -430,7 +446,7 @@ def messages(conversation):
 
 @pytest.mark.parametrize("name", CHAT)
 def test_chat_against_transformers(chatty, name, tmp_path):
-    """Ids, and what is supervised, are transformers' own; with {% generation %} in the template or without."""
+    """Ids, and what is supervised, are transformers' own, with and without {% generation %}."""
     transformers = pytest.importorskip("transformers")
     tok = chatty(CHAT[name])
     tok.save(tmp_path)
@@ -511,7 +527,7 @@ def test_chat_supervises_answers_and_their_end(chatty, name):
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", ["zephyr", "mistral"])
 def test_chat_with_sentencepiece(piece_model, tmp_path, name, legacy):
-    """As TinyLlama's and Mistral's. An answer's first word keeps its spelling: the cut before it adds no word mark."""
+    """As TinyLlama's and Mistral's. The cut before an answer marks no word in it."""
     tok = load_tokenizer(
         write(tmp_path / "a", piece_model, legacy=legacy, chat_template=bare(CHAT[name]))
     )
@@ -553,7 +569,8 @@ def test_chat_images(chatty):
 LISTS = (  # as Idefics'
     "{% for m in messages %}{{ m.role | capitalize }}:{% for c in m.content %}"
     "{% if c.type == 'image' %}{{ ' <image>' }}{% else %}{{ ' ' + c.text }}{% endif %}"
-    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:"
+    "{% endif %}"
 )
 
 
@@ -582,7 +599,7 @@ def test_chat_contents_as_lists(chatty):
 
 
 def test_chat_without_an_end(chatty):
-    """As llava-hf's: what ends the conversation is the tokenizer's eos, right behind the last answer."""
+    """As llava-hf's: the tokenizer's eos, right behind the last answer, ends the conversation."""
     template = (
         "{% for m in messages %}{{ m.role | upper + ': ' + m.content + ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -603,7 +620,7 @@ def test_chat_without_an_end(chatty):
 
 
 def test_chat_supervises_what_no_prompt_holds(chatty):
-    """A template that thinks for the model, or knows no prompt: the model has to write that itself."""
+    """What a template adds between prompt and answer, the model has to write itself."""
     thinks = bare(CHAT["chatml"]).replace(
         "{{ m.content + '<|im_end|>' }}{% else %}",
         "{{ '<t>\n' + m.content + '<|im_end|>' }}{% else %}",
@@ -727,7 +744,8 @@ def test_chat_needs_jinja(chatty, monkeypatch):
 def test_chat_names(chatty):
     """What transformers lets a template use."""
     names = (
-        "{{ strftime_now('%Y') | length }}{{ {'b': '<é>', 'a': 1} | tojson }}{{ [1] | tojson(indent=1) }}"
+        "{{ strftime_now('%Y') | length }}{{ {'b': '<é>', 'a': 1} | tojson }}"
+        "{{ [1] | tojson(indent=1) }}"
         "{{ pad_token }}{{ tools is none }}{{ documents is none }}{% for m in messages %}   \n"
         "    {% if m.role == 'x' %}{% continue %}\n    {% endif %}\n{{ m.content }}</s>{% endfor %}"
     )
@@ -736,7 +754,7 @@ def test_chat_names(chatty):
 
 
 def test_chat_template_files(chatty, tmp_path):
-    """chat_template.jinja, then tokenizer_config.json, then chat_template.json; all of them are saved."""
+    """chat_template.jinja, then tokenizer_config.json, then chat_template.json; all are saved."""
     tok = chatty(
         [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT["chatml"]}]
     )
@@ -767,7 +785,7 @@ GOLDEN_CHAT = {
 @shared
 @pytest.mark.parametrize("name", GOLDEN_CHAT)
 def test_golden_chat(name, tmp_path):
-    """Rendered texts and refusals, of the template itself and, where the case is a conversation, of `render`."""
+    """Rendered texts and refusals: of the template, and of `render` where it is a conversation."""
     folder = gather(tmp_path / "a", *GOLDEN_CHAT[name])
     if name == "gemma":  # its vocabulary is not here: another with its control tokens
         controls = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
@@ -859,18 +877,18 @@ def test_viewer(tiny, rows):
     done = inspect(rows, "--tokenizer", tiny, "--template", "phi", "--row", 3)
     tok = load_tokenizer(tiny)
     ids, labels = encode(turns("<image>\nWho?", "Dog 3\u2028 你.", "Sure?", "Yes."), tok, "phi")
-    count = f"{len(ids)} tokens, {len(labels) - labels.count(IGNORE)} supervised, "
+    count = f"{len(ids)} tokens, {len(labels) - labels.count(IGNORE)} supervised"
     (head,) = [line for line in done.stdout.split("\n") if line.startswith("--- ")]
-    assert f"{rows}:row 3 (id 3): {count}" in head and "1 of 1 x 1" in head
+    assert f"{rows}:row 3 (id 3): {count}, views: 1" in head
     shown = "USER: <image>\nWho? ASSISTANT:[[ Dog 3\u2028 你.<|endoftext|>]]"
     shown = f"{SYSTEM}{shown}USER: Sure? ASSISTANT:[[ Yes.<|endoftext|>]]"
-    assert f"{head}\n{shown}\n" in done.stdout and done.stderr == ""
+    assert done.stdout.endswith(f"{head}\n{shown}\n=== 1 rows: {count}\n") and done.stderr == ""
 
     done = inspect(rows, "--tokenizer", tiny, "--template", "phi")
     assert done.stdout.count("\n--- ") == 3
     file = rows.with_suffix(".jsonl")
     done = inspect(file, "--tokenizer", tiny, "--template", "pretrain", "--rows", 20)
-    assert done.stdout.count("<image>[[Dog") == 7 == done.stdout.count("\n--- ")
+    assert done.stdout.count("<image>[[Dog") == 7 and "=== 7 rows: " in done.stdout
 
 
 def test_viewer_of_a_chat(chatty, rows, tmp_path):
@@ -880,7 +898,7 @@ def test_viewer_of_a_chat(chatty, rows, tmp_path):
     question = "\n<|im_start|>user\n<image>\nWho?<|im_end|>\n"
     answer = "<|im_start|>assistant\n[[Dog 6\u2028 你.<|im_end|>]]\n"
     assert question + answer in done.stdout and done.stderr == ""
-    assert done.stdout.count("\n--- ") == 7
+    assert "=== 7 rows: " in done.stdout
 
 
 def test_colours(tiny, rows, monkeypatch, capsys):
@@ -903,7 +921,7 @@ def test_command_line_errors(tiny, rows, tmp_path):
             r"bad.json:row 0.*: conversations\[0\]: from 'bot', 'human' was due; fix: ",
         ),
         (("bad.json", "--row", 1), r"bad.json:row 1.*: conversations: empty, or not a list; fix: "),
-        (("bad.jsonl",), r"bad.jsonl:line 2: not JSON .*; fix: "),
+        (("bad.jsonl", "--row", 1), r"bad.jsonl:line 2: not JSON .*; fix: "),
         (("none.json",), r"none.json:.*; fix: "),
         (("absent.json",), r"absent.json: .*; fix: "),
         (("rows.json", "--row", 7), r"rows.json:.*7.*; fix: .* 0 to 6"),
@@ -917,7 +935,7 @@ def test_command_line_errors(tiny, rows, tmp_path):
         assert re.fullmatch(f"[^\n]*{what}[^\n]*", str(error.value)), str(error.value)
 
     # On the command line each is one line, and the exit code is not 0.
-    done = inspect(tmp_path / "bad.jsonl", "--tokenizer", tiny, ok=False)
+    done = inspect(tmp_path / "bad.jsonl", "--tokenizer", tiny, "--row", 1, ok=False)
     assert re.fullmatch(f"error: [^\n]*{cases[2][1]}[^\n]*\n", done.stderr), done.stderr
     done = run("data.py", "inspect", ok=False)
     assert re.fullmatch(r"error: command line: [^\n]*rows[^\n]*; fix: [^\n]*\n", done.stderr)

@@ -1,5 +1,5 @@
-"""Items of one or more views: their positions, LLaVA-NeXT's tiles and order beside transformers, one packed batch of
-all kinds beside each row alone."""
+"""Items of one or more views: their positions, LLaVA-NeXT's tiles and order beside transformers,
+one packed batch of all kinds beside each row alone."""
 
 import copy
 import dataclasses
@@ -16,19 +16,35 @@ from checkpoints.layouts import read_config
 from config import LLaVAConfig, Model, Stage, Train, UserError
 from connectors import anyres_order, join_views
 from data import Steps, check, loader, token_counts
-from inputs.rows import Rows, image_size, load_image
+from inputs.pictures import image_size, load_image
+from inputs.rows import open_rows
 from inputs.sample import SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
 from inputs.tiling import read_grids
 from model import LLaVA, init_weights
 from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
-from tests.test_data import row, write
 from tests.tools.environment import shared
+from tests.tools.no_cache import generate_without_cache
+from tests.tools.sample_rows import row, write
 
-TEXT = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-VISION = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-          "num_attention_heads": 2, "patch_size": 4, "image_size": 16}  # fmt: skip
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 16,
+}
 SMALL = {"num_queries": 6, "num_resampler_layers": 1}
 
 
@@ -83,8 +99,16 @@ def test_positions_are_the_tokens_that_come(mode):
     assert features.shape == (5 * 16, 32) == (model.views.positions(ItemShape(5)), 32)
 
 
-@pytest.mark.parametrize("connector, options, want", [("mean_mlp2x_gelu", {}, 16), ("resampler", SMALL, 6),
-    ("naiveresampler", SMALL, 6), ("groupresampler", SMALL | {"group": 3}, 6), ("mlp2x_gelu", {}, 80)])  # fmt: skip
+@pytest.mark.parametrize(
+    "connector, options, want",
+    [
+        ("mean_mlp2x_gelu", {}, 16),
+        ("resampler", SMALL, 6),
+        ("naiveresampler", SMALL, 6),
+        ("groupresampler", SMALL | {"group": 3}, 6),
+        ("mlp2x_gelu", {}, 80),
+    ],
+)
 def test_a_video_takes_what_its_connector_says(connector, options, want):
     model = build(connector, options=options)
     clip = torch.randn(5, 3, 16, 16)
@@ -151,8 +175,11 @@ def test_tiles_are_those_of_transformers(size):
     name = "LlavaNextImageProcessor"
     processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     pinpoints = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
-    processor = processor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16},
-                          image_grid_pinpoints=pinpoints)  # fmt: skip
+    processor = processor(
+        size={"shortest_edge": 16},
+        crop_size={"height": 16, "width": 16},
+        image_grid_pinpoints=pinpoints,
+    )
     want = processor(photo(*size), return_tensors="pt")["pixel_values"][0]
     model = build(mode="anyres")
     item = model.views.picture(photo(*size))
@@ -162,22 +189,29 @@ def test_tiles_are_those_of_transformers(size):
 
 @pytest.fixture(scope="module")
 def next_folder(tmp_path_factory):
-    """A small random LlavaNextForConditionalGeneration as transformers writes it, and the module."""
+    """A random LlavaNextForConditionalGeneration as transformers writes it, and the module."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("next")
     torch.manual_seed(3)
     vision = {k: v for k, v in VISION.items() if k != "model_type"}
     config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision), image_token_index=319, image_seq_length=16,
-        text_config=transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        image_token_index=319,
+        image_seq_length=16,
+        text_config=transformers.LlamaConfig(
+            **{k: v for k, v in TEXT.items() if k != "model_type"}
+        ),
         image_grid_pinpoints=[[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]],
-    )  # fmt: skip
+    )
     theirs = transformers.LlavaNextForConditionalGeneration(config).eval().float()
     theirs.save_pretrained(folder)
     name = "LlavaNextImageProcessor"
     processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-    processor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16},
-              image_grid_pinpoints=config.image_grid_pinpoints).save_pretrained(folder)  # fmt: skip
+    processor(
+        size={"shortest_edge": 16},
+        crop_size={"height": 16, "width": 16},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    ).save_pretrained(folder)
     return folder, theirs
 
 
@@ -197,8 +231,11 @@ def test_llava_next_is_transformers(next_folder, sizes):
     pixels = [model.vision_tower.processor.normalise(item.pixels) for item in items]
     most = max(map(len, pixels))
     pixels = torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels])
-    want = theirs(input_ids=torch.tensor([wide]), pixel_values=pixels,
-                  image_sizes=torch.tensor([(h, w) for w, h in sizes])).logits  # fmt: skip
+    want = theirs(
+        input_ids=torch.tensor([wide]),
+        pixel_values=pixels,
+        image_sizes=torch.tensor([(h, w) for w, h in sizes]),
+    ).logits
     got = model(torch.tensor([ids]), items).logits
     assert got.shape == want.shape and (got - want).abs().max() <= 1e-4
 
@@ -240,8 +277,15 @@ def kinds(tmp_path):
     return write(tmp_path, rows)
 
 
-@pytest.mark.parametrize("connector, mode, options", [("mlp2x_gelu", "anyres", {}), ("mlp2x_gelu", "square", {}),
-    ("mean_mlp2x_gelu", "pad", {}), ("groupresampler", "tiles", SMALL | {"group": 2})])  # fmt: skip
+@pytest.mark.parametrize(
+    "connector, mode, options",
+    [
+        ("mlp2x_gelu", "anyres", {}),
+        ("mlp2x_gelu", "square", {}),
+        ("mean_mlp2x_gelu", "pad", {}),
+        ("groupresampler", "tiles", SMALL | {"group": 2}),
+    ],
+)
 def test_a_packed_batch_of_all_kinds_is_each_row_alone(kinds, connector, mode, options):
     model = build(connector, mode, frames=16, options=options).train()
     spec = SampleSpec(byte_tokenizer(), "plain", 5000, model.views)
@@ -324,28 +368,44 @@ def test_check_names_a_damaged_clip(kinds, capsys):
 # ---- answering
 
 
-@pytest.mark.parametrize("mode, connector", [("anyres", "mlp2x_gelu"), ("tiles", "mlp2x_gelu"),
-                                             ("square", "mean_mlp2x_gelu")])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, connector",
+    [("anyres", "mlp2x_gelu"), ("tiles", "mlp2x_gelu"), ("square", "mean_mlp2x_gelu")],
+)
 def test_prompts_of_all_kinds_are_answered_together_as_alone(mode, connector):
     model = build(connector, mode, frames=4)
     wide, tall = model.views.picture(photo(96, 31)), model.views.picture(photo(23, 77, 1))
     clip = model.views.clip([photo(20, 20, i) for i in range(4)])
-    asked = [([5, 6], []), ([5, IMAGE_TOKEN, 7], [wide]), ([IMAGE_TOKEN, 4, IMAGE_TOKEN], [clip, tall]),
-             ([5, IMAGE_TOKEN, 8], [wide])]  # fmt: skip
+    asked = [
+        ([5, 6], []),
+        ([5, IMAGE_TOKEN, 7], [wide]),
+        ([IMAGE_TOKEN, 4, IMAGE_TOKEN], [clip, tall]),
+        ([5, IMAGE_TOKEN, 8], [wide]),
+    ]
     prompts = [torch.tensor(ids) for ids, _ in asked]
     items = [item for _, shown in asked for item in shown]
-    alone = [model.generate([p], shown, max_new_tokens=6, use_cache=False)[0].tolist()
-             for p, (_, shown) in zip(prompts, asked, strict=True)]  # fmt: skip
+    alone = [
+        generate_without_cache(model, [p], shown, max_new_tokens=6)[0].tolist()
+        for p, (_, shown) in zip(prompts, asked, strict=True)
+    ]
     assert model.generate(prompts, items, max_new_tokens=6).tolist() == alone
-    assert model.generate(prompts, items, max_new_tokens=6, use_cache=False).tolist() == alone
+    assert generate_without_cache(model, prompts, items, max_new_tokens=6).tolist() == alone
 
 
 def test_items_that_differ_in_order_or_shape_are_not_taken_for_each_other():
     from inference.engine import fingerprint
 
     pixels = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
-    names = {fingerprint(Item(p, s)) for p, s in [(pixels, ItemShape(4)), (pixels.flip(0), ItemShape(4)),
-             (pixels[:2], ItemShape(2)), (pixels, ItemShape(4, 1, 3)), (pixels, ItemShape(4, 3, 1))]}  # fmt: skip
+    names = {
+        fingerprint(Item(p, s))
+        for p, s in [
+            (pixels, ItemShape(4)),
+            (pixels.flip(0), ItemShape(4)),
+            (pixels[:2], ItemShape(2)),
+            (pixels, ItemShape(4, 1, 3)),
+            (pixels, ItemShape(4, 3, 1)),
+        ]
+    }
     assert (
         len(names) == 5
         and fingerprint(Item(pixels.clone(), ItemShape(4))) in names
@@ -367,10 +427,10 @@ def test_without_gradients_views_are_encoded_in_parts():
 
 
 def test_a_recipe_names_grids_and_frames():
-    from checkpoints import layouts
-    from checkpoints.layouts import from_recipe
+    from checkpoints import barellava
+    from checkpoints.layouts import config_from_recipe
 
-    c = from_recipe(
+    c = config_from_recipe(
         Model(
             llm_config=TEXT, vision_config=VISION, image_mode="tiles", image_grids="1x4", frames=3
         ),
@@ -378,7 +438,7 @@ def test_a_recipe_names_grids_and_frames():
     )
     model = LLaVA(c)
     assert model.views.grids == ((1, 4),) and model.views.frames == 3
-    saved = copy.deepcopy(layouts.to_ours(c))
+    saved = copy.deepcopy(barellava.config_json(c))
     assert (saved["image_grids"], saved["frames"], saved["fps"]) == ("1x4", 3, 0.0)
     assert model.views.picture(photo(9, 9)).shape == ItemShape(5)
     assert IGNORE == -100
@@ -387,10 +447,16 @@ def test_a_recipe_names_grids_and_frames():
 def test_the_corrupted_clip_is_one_line_from_check_and_from_training(tmp_path, capsys):
     pytest.importorskip("av", reason="pip install '.[video]'")
     clips = shared("assets/videos")
-    rows = [{"id": name, "video": name, "conversations": row("", "<image>\nWhat happens?")["conversations"]}
-            for name in ("corrupted.mp4", "video_90.mov")]  # fmt: skip
+    rows = [
+        {
+            "id": name,
+            "video": name,
+            "conversations": row("", "<image>\nWhat happens?")["conversations"],
+        }
+        for name in ("corrupted.mp4", "video_90.mov")
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    rows = Rows(tmp_path / "rows.json", clips)
+    rows = open_rows(tmp_path / "rows.json", clips)
     spec = SampleSpec(byte_tokenizer(), "plain", 5000, build(frames=4).views)
     assert check(rows, spec) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "; fix: " in line]

@@ -84,11 +84,14 @@ def test_golden_ids(name, vocabulary, special, tmp_path):
         assert name == "clip" or reassemble(text, offsets) == text  # CLIP's drops spaces
 
 
-# ---------------------------------------------------------------- against the references, on many lines
+# ----------------------------------------------------- against the references, on many lines
 
-RANGES = (  # first and last code point: scripts, marks, right to left, symbols, private use, control characters
-    "20-7e a0-24f 300-36f 370-3ff 400-4ff 590-5ff 600-6ff 900-97f e00-e7f 1780-17ff 1ea0-1ef9 2000-206f 2190-22ff "
-    "3000-30ff 4e00-9fff ac00-d7a3 e000-e0ff fb00-fb4f ff00-ffef 1d400-1d7ff 1f300-1faff 20000-2a6df 0-1f 7f-9f "
+# First and last code points: scripts, marks, right to left, symbols, private use, controls.
+RANGES = (
+    "20-7e a0-24f 300-36f 370-3ff 400-4ff 590-5ff 600-6ff 900-97f e00-e7f 1780-17ff "
+    "1ea0-1ef9 2000-206f 2190-22ff "
+    "3000-30ff 4e00-9fff ac00-d7a3 e000-e0ff fb00-fb4f ff00-ffef 1d400-1d7ff 1f300-1faff "
+    "20000-2a6df 0-1f 7f-9f "
     "f0000-f00ff"
 )
 BITS = [
@@ -139,7 +142,7 @@ CONTROLS = ["</s>", "<s>", "<|endoftext|>", "<|im_end|>", "<unk>", "<|im_start|>
 
 
 def lines(count, bits):
-    """Lines of a few runs, each of one script, among bits that tokenizers treat in a way of their own."""
+    """Yield lines of a few runs, each of one script, among bits that tokenizers treat specially."""
     chance = random.Random(0)
     ranges = [[int(end, 16) for end in pair.split("-")] for pair in RANGES.split()]
     for _ in range(count):
@@ -158,7 +161,7 @@ def lines(count, bits):
 @shared
 @pytest.mark.parametrize("vocabulary", [PHI, QWEN])
 def test_many_lines_against_transformers(vocabulary):
-    """Control strings among them: as control tokens, and spelled out (transformers' split_special_tokens)."""
+    """Control strings as control tokens, and spelled out (transformers' split_special_tokens)."""
     transformers = pytest.importorskip("transformers")
     tok, reference = (
         load(VOCABULARIES / vocabulary),
@@ -180,8 +183,8 @@ def test_many_lines_against_transformers(vocabulary):
 @shared
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
 def test_many_lines_against_sentencepiece(file):
-    """Llama-2. sentencepiece spells control strings out, so this is compared with special=False. (transformers 5
-    adds no word mark to a text that begins with a space, which sentencepiece and transformers 4 do.)"""
+    """Llama-2. sentencepiece spells control strings out, so special=False. (transformers 5 adds no
+    word mark to a text that begins with a space, which sentencepiece and transformers 4 do.)"""
     tok = load(VOCABULARIES / LLAMA / file)
     reference = sentencepiece.SentencePieceProcessor(
         model_file=str(VOCABULARIES / LLAMA / "tokenizer.model")
@@ -327,7 +330,7 @@ def test_word_mark_in_both_json_forms(llama_json, tmp_path):
 
 
 def test_added_tokens(tiny, piece_model, tmp_path):
-    """The longest control string wins; added tokens that are not special are text; added_tokens.json counts."""
+    """The longest control string wins; added tokens that are not special are text."""
     model = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
     size = model.get_vocab_size()
     model.add_tokens(["redgreen"])
@@ -342,7 +345,7 @@ def test_added_tokens(tiny, piece_model, tmp_path):
 
 
 def test_a_vocabulary_may_spell_control_tokens(tmp_path):
-    """Gemma's <end_of_turn> is a user-defined piece, which sentencepiece finds in any text; typed text is cut there."""
+    """Gemma's <end_of_turn> is a piece that sentencepiece finds in any text: typed text is cut."""
     pieces = train_pieces(user_defined_symbols=["<start_of_turn>", "<end_of_turn>", "<table>"])
     added = {
         "3": {"content": "<start_of_turn>", "special": True},

@@ -1,4 +1,4 @@
-"""video.py: which frames of a clip are taken, and that those are the ones, whatever way leads to them."""
+"""video.py: which frames of a clip are taken, and that they are the same on every way to them."""
 
 import gc
 import json
@@ -35,7 +35,7 @@ def golden(name):
 
 
 def decode_all(source):
-    """Every frame as decoding from the start shows it, not turned; and the stream's own rotations."""
+    """Return all frames, decoded from the start and not turned, and the stream's rotations."""
     av = pytest.importorskip("av")
     with av.open(str(source)) as container:
         shown = list(container.decode(container.streams.best("video")))
@@ -81,18 +81,27 @@ REFRESH = {"x264-params": "keyint=12:bframes=0:intra-refresh=1"}
 ALT = {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "20", "b": "300k"}
 UNEVEN = np.cumsum(np.random.default_rng(1).integers(1, 40, 60)).tolist()
 MADE = {
-    "b.mp4": dict(options=X264), "b.mov": dict(options=X264), "b.mkv": dict(options=X264),
-    "open.mp4": dict(options=OPEN), "open.mkv": dict(options=OPEN), "refresh.mkv": dict(options=REFRESH),
-    "uneven.mp4": dict(options=X264, times=UNEVEN, base=Fraction(1, 1000)), "one.mp4": dict(n=1),
-    "live.mkv": dict(options=X264, container={"live": "1"}), "live.webm": dict(codec="libvpx", container={"live": "1"}),
+    "b.mp4": dict(options=X264),
+    "b.mov": dict(options=X264),
+    "b.mkv": dict(options=X264),
+    "open.mp4": dict(options=OPEN),
+    "open.mkv": dict(options=OPEN),
+    "refresh.mkv": dict(options=REFRESH),
+    "uneven.mp4": dict(options=X264, times=UNEVEN, base=Fraction(1, 1000)),
+    "one.mp4": dict(n=1),
+    "live.mkv": dict(options=X264, container={"live": "1"}),
+    "live.webm": dict(codec="libvpx", container={"live": "1"}),
     "pieces.mp4": dict(options=X264, container={"movflags": "frag_keyframe+empty_moov"}),
     "late.mkv": dict(options=X264, times=[i + 100 for i in range(60)]),
     "edited.mp4": dict(options=X264, times=[i - 7 for i in range(60)]),
-    "alt.webm": dict(codec="libvpx", options=ALT), "b.ts": dict(options=X264),
+    "alt.webm": dict(codec="libvpx", options=ALT),
+    "b.ts": dict(options=X264),
     "vp9.webm": dict(codec="libvpx-vp9", options=ALT | {"cpu-used": "5"}),
     "av1.mp4": dict(codec="libsvtav1", options={"preset": "12"}),
-    "x265.mp4": dict(codec="libx265", options={"x265-params": "keyint=12:log-level=none:bframes=4"}),
-}  # fmt: skip
+    "x265.mp4": dict(
+        codec="libx265", options={"x265-params": "keyint=12:log-level=none:bframes=4"}
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +154,7 @@ def test_a_folder_has_a_duration_where_its_rate_is_known(tmp_path):
 
 
 def test_a_worker_forked_after_a_clip_was_read_can_free_its_frames(tmp_path, monkeypatch):
-    """Of a converter with threads it could not: they are not in the fork, and freeing it waits for them."""
+    """With threads it could not: they are not in the fork, and freeing waits for them."""
     kept, upright = [], video._upright
     monkeypatch.setattr(video, "_upright", lambda frame: kept.append(frame) or upright(frame))
     make(tmp_path / "clip.mp4", n=8)
@@ -227,7 +236,7 @@ def test_durations(name, duration, tmp_path):
 
 
 def test_open_groups_are_entered(tmp_path, monkeypatch):
-    """What leads up to a keyframe from the group before is left out, so none is decoded from the start."""
+    """What leads up to a keyframe is left out, so nothing is decoded from the start."""
     starts, decode = [], video._Film._decode
     monkeypatch.setattr(video._Film, "_decode", lambda *a: starts.append(a[1]) or decode(*a))
     with video._opened(make(tmp_path / "open.mp4", options=OPEN)) as reader:
@@ -236,7 +245,7 @@ def test_open_groups_are_entered(tmp_path, monkeypatch):
 
 
 def test_decodes_only_what_is_needed(tmp_path, monkeypatch):
-    """One frame of the last group: nothing before its keyframe, nothing to which no frame refers."""
+    """For a frame of the last group: from its keyframe on, what other frames refer to."""
     file = make(tmp_path / "b.mp4", options=X264)
     converted, decoded, decode = [], [], video._Film._decode
     monkeypatch.setattr(video, "_upright", lambda frame: converted.append(frame.pts))
@@ -309,10 +318,13 @@ def test_messages(tmp_path):
     pytest.importorskip("av")
     (tmp_path / "sound.mp4").write_text("x" * 999)
     cases = {
-        tmp_path / "absent.mp4": "no such file or directory", tmp_path: "a folder without pictures",
-        tmp_path / "sound.mp4": "not a video, or a damaged one: Invalid data", b"": "empty file",
-        b"<!DOCTYPE html><html>": "an HTML page", b"GIF89a" + bytes(50): "not a video, or a damaged one: ",
-    }  # fmt: skip
+        tmp_path / "absent.mp4": "no such file or directory",
+        tmp_path: "a folder without pictures",
+        tmp_path / "sound.mp4": "not a video, or a damaged one: Invalid data",
+        b"": "empty file",
+        b"<!DOCTYPE html><html>": "an HTML page",
+        b"GIF89a" + bytes(50): "not a video, or a damaged one: ",
+    }
     for source, message in cases.items():
         with pytest.raises(ValueError, match=message):
             video.frames(source, 8)

@@ -1,8 +1,8 @@
-"""Run by test_export.py under one version of transformers or another: write random LLaVAs, or read ours.
+"""Run under one version of transformers or another: write random LLaVAs, or read ours.
 
-python tests/tools/hf_llava.py write DIR      # small LlavaForConditionalGeneration models, one folder each, with answers
-python tests/tools/hf_llava.py read DIR...    # load each, answer its io.safetensors, say what did not fit
-python tests/tools/hf_llava.py chat DIR...    # answer the chats of its chat.json through processor, template and pipeline
+python tests/tools/hf_llava.py write DIR      # small models, one folder each, with answers
+python tests/tools/hf_llava.py read DIR...    # load each, answer its io.safetensors
+python tests/tools/hf_llava.py chat DIR...    # answer chat.json by processor, template, pipeline
 """
 
 import json
@@ -40,10 +40,25 @@ def answer(model, folder: Path):
 def write(folder: Path, tower: str, family: str):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
     tied = family == "gemma"
-    text = AutoConfig.for_model(family, vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-                                initializer_range=0.2, tie_word_embeddings=tied, **heads)  # fmt: skip
-    vision = AutoConfig.for_model(f"{tower}_vision_model", hidden_size=30, intermediate_size=44, num_hidden_layers=3,
-                                  num_attention_heads=3, patch_size=PATCH, image_size=SIDE)  # fmt: skip
+    text = AutoConfig.for_model(
+        family,
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        **heads,
+    )
+    vision = AutoConfig.for_model(
+        f"{tower}_vision_model",
+        hidden_size=30,
+        intermediate_size=44,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        patch_size=PATCH,
+        image_size=SIDE,
+    )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -81,7 +96,7 @@ def load(folder: Path):
 
 @torch.no_grad()
 def chat(folder: Path):
-    """Of each chat: prompt, ids, pixels, logits (of 1000 tokens), the greedy answer; and all of them in one batch.
+    """Of each chat: prompt, ids, pixels, 1000 logits, the greedy answer; and all in one batch.
 
     The pipeline answers the last of them: it takes pictures by the paths in their messages.
     """

@@ -51,7 +51,7 @@ def write(folder: Path):
 
 def score(model_folder: Path, folder: Path) -> float:
     """Share of the held-out rows whose generated answer is exactly the digit."""
-    from inputs.rows import load_image
+    from inputs.pictures import load_image
     from inputs.templates import encode_prompt, stop_id
     from inputs.tokenizer import load_tokenizer
     from model import LLaVA

@@ -26,7 +26,7 @@ def turns(*values):
 
 
 def reassemble(text, offsets):
-    """The text again, from spans that share a character where one character is several tokens."""
+    """The text again, from spans that share a character where one is several tokens."""
     out, reach = "", 0
     for start, end in offsets:
         assert 0 <= start <= end <= len(text)
@@ -81,7 +81,10 @@ def gather(folder, *sources, **config):
 
 
 def from_ranks(folder):
-    """A tokenizer.json of arcade100k's kind, from the ranks: a token's two halves are what lower ranks merge it to."""
+    """A tokenizer.json of arcade100k's kind, from its ranks.
+
+    The two halves of a token are what the lower ranks merge it to.
+    """
     source = VOCABULARIES / "stabilityai--stablelm-2-zephyr-1_6b"
     lines = (source / "cl100k_base.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}

@@ -93,7 +93,9 @@ def recipe(tmp_path):
 def build(llm: dict = LLM, vision: dict = VISION, device: str = "cpu", **options) -> LLaVA:
     with torch.device(device):
         return LLaVA(
-            layouts.from_recipe(config.Model(llm_config=llm, vision_config=vision, **options), "")
+            layouts.config_from_recipe(
+                config.Model(llm_config=llm, vision_config=vision, **options), ""
+            )
         )
 
 

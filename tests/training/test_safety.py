@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import config
-from checkpoints import resume, seal
+from checkpoints import resume
 from config import UserError
 from tests.test_train import losses, losses_so_far, recipe, tiny_world  # noqa: F401 (fixtures)
 from tests.tools.environment import ROOT, run
@@ -72,157 +70,6 @@ def one_line(done) -> str:
     last = done.stderr.strip().splitlines()
     assert len(last) == 1 and last[0].startswith("error: ") and "; fix: " in last[0], done.stderr
     return last[0]
-
-
-# --------------------------------------------------------------------------------------------- the files alone
-
-
-def made(folder: Path, name: str, step: int, **state) -> Path:
-    g = torch.Generator().manual_seed(step)
-    tensors = {
-        "weight.a": torch.randn(7, 5, generator=g),
-        "exp_avg.a": torch.randn(7, 5, generator=g),
-    }
-    temporary = folder / f".{name}.tmp"
-    temporary.mkdir()
-    save_file(tensors, temporary / resume.TENSORS)
-    seal.seal(temporary, name, {"stage": 0, "step": step, **state})
-    return folder / name
-
-
-@pytest.fixture
-def two(tmp_path):
-    """An older and a newer checkpoint."""
-    return made(tmp_path, "00-00000004", 4), made(tmp_path, "00-00000008", 8)
-
-
-def test_what_is_read_is_what_was_written(two):
-    old, new = two
-    assert resume.pick(new.parent) == new
-    tensors, state = resume.read(new)
-    assert state == {"stage": 0, "step": 8}
-    g = torch.Generator().manual_seed(8)
-    assert torch.equal(tensors["weight.a"], torch.randn(7, 5, generator=g))
-
-
-@pytest.mark.parametrize("name", [resume.TENSORS, resume.MANIFEST])
-def test_a_file_cut_anywhere_is_found_and_the_one_before_is_used(two, name, capsys):
-    old, new = two
-    whole = (new / name).read_bytes()
-    for i in range(20):
-        (new / name).write_bytes(whole[: i * len(whole) // 20])
-        with pytest.raises((ValueError, OSError)):
-            resume.verify(new)
-    assert resume.pick(new.parent) == old
-    assert f"passing over {new}: {name}" in capsys.readouterr().out
-    assert resume.listed(new.parent) == [old]
-
-
-def test_every_flipped_bit_is_found(two):
-    old, new = two
-    resume.verify(new)
-    dice = random.Random(0)
-    for i in range(100):
-        file = new / (resume.TENSORS, resume.MANIFEST)[i % 2]
-        whole = file.read_bytes()
-        at, bit = dice.randrange(len(whole)), 1 << dice.randrange(8)
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-        with pytest.raises((ValueError, OSError)):
-            resume.verify(new)
-        file.write_bytes(whole)
-    resume.verify(new)
-
-
-@pytest.mark.parametrize("gone", [resume.TENSORS, resume.MANIFEST])
-def test_a_missing_file_is_found(two, gone):
-    old, new = two
-    (new / gone).unlink()
-    assert resume.pick(new.parent) == old
-
-
-def test_an_explicit_checkpoint_is_used_or_nothing_is(two, capsys):
-    old, new = two
-    whole = (new / resume.TENSORS).read_bytes()
-    (new / resume.TENSORS).write_bytes(b"")
-    with pytest.raises(
-        UserError, match="train.resume=.*has 0 bytes, not .*; fix: name a whole checkpoint"
-    ):
-        resume.pick(new.parent, str(new))
-    assert resume.listed(new.parent) == [old, new]  # nothing was set aside
-    with pytest.raises(UserError, match="damaged|No such file"):
-        resume.pick(new.parent, str(new.parent / "nowhere"))
-    (new / resume.TENSORS).write_bytes(whole)
-    assert resume.pick(new.parent, str(old)) == old
-    assert "names another one" in capsys.readouterr().out
-    assert resume.pick(new.parent) == old  # the newer one is not gone on from by the next start
-
-
-def test_pruning_keeps_the_newest_and_the_best(tmp_path):
-    for step, loss in enumerate((0.9, 0.3, 0.5, None, 0.7)):
-        made(tmp_path, f"01-{step:08d}", step, trained="b", validation=loss)
-    made(tmp_path, "00-00000009", 9, trained="a", validation=0.1)  # of another stage
-    seal.prune(tmp_path, 2, "b")
-    assert [p.name for p in resume.listed(tmp_path)] == [
-        "01-00000001",
-        "01-00000003",
-        "01-00000004",
-    ]
-    seal.prune(tmp_path, 1)
-    assert [p.name for p in resume.listed(tmp_path)] == ["01-00000004"]
-
-
-def test_a_write_or_a_seal_that_fails_leaves_the_old_ones_and_surfaces(two, monkeypatch):
-    old, new = two
-    given = new.parent, 2, {"weight.a": torch.zeros(3)}, {"stage": 0, "step": 12}
-    with monkeypatch.context() as m:
-        full = OSError(28, "No space left on device")
-        m.setattr(resume, "save_file", lambda *_: (_ for _ in ()).throw(full))
-        with pytest.raises(UserError, match="No space left on device; fix: "):
-            resume.save(*given)
-    (new.parent / "00-00000012").write_text("a file where a folder should be")
-    resume.save(*given)
-    with pytest.raises(UserError, match="cannot be written: .*; fix: "):
-        resume.save(*given)  # the one before could not be made whole
-    (new.parent / "00-00000012").unlink()
-    assert sorted(p.name for p in new.parent.iterdir()) == [".sealing", old.name, new.name]
-    resume.save(*given)
-    resume.wait()
-    assert [p.name for p in resume.listed(new.parent)] == [new.name, "00-00000012"]
-
-
-def test_the_next_start_waits_for_the_seal_of_a_killed_run(two):
-    old, new = two
-    held = "import sys, time, pathlib; from checkpoints import seal; f = seal.alone(pathlib.Path(sys.argv[1])); print(1, flush=True)"
-    held += "; time.sleep(1); pathlib.Path(sys.argv[2]).rename(sys.argv[3])"
-    aside = new.rename(new.parent / ".late")
-    process = subprocess.Popen(
-        [sys.executable, "-c", held, new.parent, aside, new], cwd=ROOT, stdout=subprocess.PIPE
-    )
-    process.stdout.readline()
-    assert resume.pick(new.parent) == new
-    process.communicate()
-
-
-def test_a_full_disk_is_found_before_anything_is_written(two, monkeypatch):
-    old, new = two
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(
-        UserError, match=r"0.000 GB free, a checkpoint takes 0.000 GB; fix: make room"
-    ):
-        resume.save(new.parent, 2, {"weight.a": torch.zeros(3)}, {"stage": 0, "step": 12})
-    assert resume.listed(new.parent) == [old, new]
-
-
-def test_a_second_process_is_refused_while_the_first_holds_the_folder(tmp_path):
-    holder = "import sys, pathlib; from checkpoints import resume; f = resume.lock(pathlib.Path(sys.argv[1])); print(1, flush=True)"
-    script = [sys.executable, "-c", holder + "; sys.stdin.read()", str(tmp_path)]
-    process = subprocess.Popen(script, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    with pytest.raises(UserError, match=rf"another run is training here \(process {process.pid}\)"):
-        resume.lock(tmp_path)
-    process.kill()
-    process.wait()
-    resume.lock(tmp_path).close()
 
 
 # ------------------------------------------------------------------------------------------------- a whole run

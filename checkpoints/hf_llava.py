@@ -1,0 +1,324 @@
+"""Hugging Face's LLaVA, and LLaVA-NeXT for image mode anyres.
+
+    python export.py --model DIR --to hf-llava OUT                    # for transformers 5
+    python export.py --model DIR --to hf-llava OUT --transformers 4   # differs for Gemma only
+
+Their classes are LlavaForConditionalGeneration and LlavaNextForConditionalGeneration. We read what
+transformers 4 and 5 write. We write folders that they load with nothing missing and nothing left
+over, and on which their chat pipelines work; hf_tokenizer.py makes tokenizer and chat template.
+
+Read `read`, then `contents`. Three things in there are more than other names:
+- Version 5 multiplies Gemma's token embeddings by sqrt(D) and leaves image features alone. Version
+  4 multiplied both, as we do.
+- Version 4.57 puts SigLIP's final norm on the last hidden state, so the feature layer must not be
+  the last one.
+- An `<image>` needs an id of its own, and the embedding may have no row free for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints.folder import card, named_tensors, write_folder
+from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
+from config import LLaVAConfig, UserError
+from encoders import vision_config
+from inputs import templates
+from inputs.image_processor import read_preprocessor
+from inputs.tiling import TILED
+
+OPENED_BY = "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`"
+
+# The connector's two linears, and the separator of anyres, which is a part of the connector for us.
+# These are the older names, and those that we write: both versions of transformers read them.
+PROJECTOR = (
+    ("image_newline", "connector.image_newline"),
+    ("multi_modal_projector.linear_1.*", "connector.0.*"),
+    ("multi_modal_projector.linear_2.*", "connector.2.*"),
+)
+# Newer files have everything but the head below `model.`.
+NEWER = (
+    ("model.image_newline", "connector.image_newline"),
+    ("model.multi_modal_projector.linear_1.*", "connector.0.*"),
+    ("model.multi_modal_projector.linear_2.*", "connector.2.*"),
+    ("model.vision_tower.**", "vision_tower.**"),
+    ("model.language_model.**", "language_model.model.**"),
+    ("lm_head.**", "language_model.lm_head.**"),
+)
+TABLE = PROJECTOR + NEWER
+
+# The families that transformers has a class for. Its LLaVA gives each of them a head without bias.
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "stablelm", "phi")
+ENCODERS = ("clip_vision_model", "siglip_vision_model")
+SELECT = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> ours
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-NeXT's default
+VERSIONS = {4: "4.57.1", 5: "5.23.0"}  # what config.json says of transformers, by major version
+
+TOWER = "vision_tower.vision_model."
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def read(config: dict, folder: Path) -> LLaVAConfig:
+    """Return what a config.json of LlavaForConditionalGeneration describes. Raises UserError."""
+    where = folder / "config.json"
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise UserError(f"{where}:vision_feature_layer", "several layers", "use a model with one")
+
+    activation = config.get("projector_hidden_act", "gelu")
+    has_biases = config.get("multimodal_projector_bias", True)
+    if activation != "gelu" or not has_biases:
+        what = "only gelu with biases"
+        raise UserError(f"{where}:projector_hidden_act", what, "use another model")
+
+    text = {"model_type": "llama", **config["text_config"]}
+    images, image_mode = _read_images(folder)
+
+    # See the top of the file: a Gemma of transformers 5 wants its image features smaller than ours.
+    major = int(str(config.get("transformers_version", "4")).partition(".")[0])
+    image_scale = 1.0
+    if major >= 5 and text["model_type"] == "gemma":
+        image_scale = text.get("hidden_size", 3072) ** -0.5
+
+    return LLaVAConfig(
+        text=text,
+        vision={"model_type": "clip_vision_model", **config["vision_config"]},
+        preprocessor=images,
+        feature_layer=layer,
+        feature_select=SELECT[config.get("vision_feature_select_strategy", "default")],
+        image_mode=image_mode,
+        template="chat",
+        image_scale=image_scale,
+    )
+
+
+def _read_images(folder: Path) -> tuple[dict, str]:
+    """Return the encoder's image processor and the image mode.
+
+    The processors of LLaVA and LLaVA-NeXT are CLIP's, with something done before it.
+    """
+    images = read_preprocessor(folder)
+    kind = str(images.get("image_processor_type"))
+    mode = "square"
+
+    if kind.startswith("LlavaImageProcessor"):  # can make a picture square before CLIP's
+        if images.pop("do_pad", False):
+            mode = "pad"
+        images["image_processor_type"] = "CLIPImageProcessor"
+
+    if kind.startswith("LlavaNextImageProcessor"):  # applies CLIP's to each tile
+        images.pop("do_pad", None)
+        images["image_processor_type"] = "CLIPImageProcessor"
+    return images, mode
+
+
+def read_next(config: dict, folder: Path) -> LLaVAConfig:
+    """Return what a config.json of LlavaNextForConditionalGeneration describes. Raises UserError.
+
+    Its grids are in pixels, height before width.
+    """
+    base = read(config, folder)
+    side = vision_config(base.vision, base.preprocessor).processor.side
+
+    grids = []
+    for height, width in config.get("image_grid_pinpoints") or PINPOINTS:
+        for edge in (height, width):
+            if edge % side:
+                where = f"{folder / 'config.json'}:image_grid_pinpoints"
+                what = f"{edge} pixels are not whole views of {side}"
+                raise UserError(where, what, "give the processor of this encoder")
+        grids.append(f"{height // side}x{width // side}")
+    return replace(base, image_mode="anyres", image_grids=" ".join(grids))
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def write(folder: Path, model, tokenizer, transformers: int = 5):
+    """Write a LLaVA for that major version of transformers, with its tokenizer (or None).
+
+    Raises UserError, before anything is written, for what transformers cannot express.
+    """
+    tensors, files = contents(model, tokenizer, transformers)
+    files["README.md"] = card(model, OPENED_BY, videos=False)  # its class takes no video
+    write_folder(folder, tensors, files)
+
+
+def contents(
+    model, tokenizer, transformers: int
+) -> tuple[dict[str, Tensor], dict[str, dict | str]]:
+    """Return the tensors and the small files of a folder. Raises UserError as check_expressible."""
+    check_expressible(model)
+    c = model.config
+    lm = model.language_model
+    architecture = "LlavaNext" if c.image_mode == "anyres" else "Llava"
+
+    tensors = named_tensors(model, PROJECTOR)
+    tensors.pop("language_model.lm_head.bias", None)  # it is zero
+    _scale_image_features(tensors, model, transformers)
+    vision, feature_layer = _encoder(tensors, model)
+    token = image_token(tokenizer, lm.config.vocab)
+    vocab = _room_for_token(tensors, token, lm.config.vocab)
+
+    images, grids = _image_processor(model)
+    select = {ours: theirs for theirs, ours in SELECT.items()}[c.feature_select]
+    dtype = tensors["language_model.model.embed_tokens.weight"].dtype
+    processor = f"{architecture}Processor"
+
+    files = {}
+    files["config.json"] = {
+        "model_type": {"Llava": "llava", "LlavaNext": "llava_next"}[architecture],
+        "architectures": [f"{architecture}ForConditionalGeneration"],
+        "text_config": c.text | {"vocab_size": vocab, "tie_word_embeddings": lm.config.tied},
+        "vision_config": vision,
+        "image_token_index": token,
+        "image_seq_length": model.image_tokens,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": feature_layer,
+        "vision_feature_select_strategy": select,
+        "tie_word_embeddings": lm.config.tied,
+        "dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": VERSIONS[transformers],
+        **grids,
+    }
+    files["preprocessor_config.json"] = images | {"processor_class": processor}
+    files["processor_config.json"] = {
+        "processor_class": processor,
+        "patch_size": vision["patch_size"],
+        "num_additional_image_tokens": model.vision_tower.config.leading,
+        "vision_feature_select_strategy": select,
+        "image_token": "<image>",
+    }
+    if tokenizer:
+        template = templates.resolve(c.template, tokenizer)
+        files |= tokenizer_files(tokenizer, token)
+        files["chat_template.jinja"] = chat_template(template, tokenizer)
+        files["generation_config.json"] = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": templates.stop_id(tokenizer, c.template),
+            "pad_token_id": tokenizer.pad_id,
+        }
+    return tensors, files
+
+
+def check_expressible(model):
+    """Raise UserError naming the part that neither class of transformers has a place for."""
+    c = model.config
+    family = c.text["model_type"]
+    encoder = model.vision_tower.config.hf["model_type"]
+    head_bias = model.language_model.lm_head.bias
+    processor = model.vision_tower.processor
+
+    if c.connector != "mlp2x_gelu":
+        theirs = "Hugging Face LLaVA, and the servers built on it, have the two-layer MLP alone"
+        reason = f"connector {c.connector}: {theirs}"
+    elif family not in FAMILIES:
+        reason = f"{family}: transformers has no such class"
+    elif encoder not in ENCODERS:
+        reason = f"encoder {encoder}: its LLaVA takes CLIP or SigLIP"
+    elif head_bias is not None and head_bias.any():
+        reason = "the bias of the language model's head: Hugging Face LLaVA drops it"
+    elif c.image_mode == "tiles":
+        reason = "image mode tiles: Hugging Face LLaVA-NeXT has those of anyres alone"
+    elif c.image_mode == "anyres" and processor.crop not in (0, processor.size):
+        sizes = f"{processor.crop} pixels cropped from {processor.size}"
+        reason = f"anyres of {sizes}: LLaVA-NeXT would crop each tile"
+    else:
+        return
+
+    fix = "export to barellava or tinyllava"
+    if c.image_mode in TILED:
+        fix = "export to barellava"
+    raise UserError("--to hf-llava", reason, fix)
+
+
+def _scale_image_features(tensors: dict[str, Tensor], model, transformers: int):
+    """Build the scale of image features into the last linear, and into the separator of anyres.
+
+    transformers has no such scale, and its version 5 leaves out the one by which our Gemma
+    multiplies.
+    """
+    scale = model.config.image_scale
+    if transformers >= 5:
+        scale *= model.language_model.config.embed_scale
+    if scale == 1:
+        return
+
+    for key in (
+        "multi_modal_projector.linear_2.weight",
+        "multi_modal_projector.linear_2.bias",
+        "image_newline",
+    ):
+        if key in tensors:
+            tensors[key] = (tensors[key].double() * scale).to(tensors[key].dtype)
+
+
+def _encoder(tensors: dict[str, Tensor], model) -> tuple[dict, int]:
+    """Return vision_config and vision_feature_layer.
+
+    Adds to tensors what their encoder has and ours does not.
+    """
+    tower = model.vision_tower
+    vision = dict(tower.config.hf)
+    layer = model.config.feature_layer
+
+    if not tower.spares:
+        # Made here, not loaded: nothing is stored behind the feature layer. They still want the
+        # norm behind the last block, which a LLaVA does not run.
+        layer = -1
+        vision["num_hidden_layers"] = len(tower.blocks)
+        vision["vision_use_head"] = False
+        width = tower.config.width
+        tensors[f"{TOWER}post_layernorm.weight"] = torch.ones(width)
+        tensors[f"{TOWER}post_layernorm.bias"] = torch.zeros(width)
+
+    depth = vision["num_hidden_layers"]
+    if layer in (-1, depth):
+        # The feature layer must not be the last, see the top of the file. A block of zeros adds
+        # nothing to what comes in, so one more of them behind it is harmless.
+        layer = -2
+        vision["num_hidden_layers"] = depth + 1
+        last = f"{TOWER}encoder.layers.{depth - 1}."
+        added = f"{TOWER}encoder.layers.{depth}."
+        for key in [key for key in tensors if key.startswith(last)]:
+            tensors[key.replace(last, added)] = 0 * tensors[key]
+    return vision, layer
+
+
+def _room_for_token(tensors: dict[str, Tensor], token: int, vocab: int) -> int:
+    """Return a vocabulary size that includes the image token.
+
+    Where no row is free for it, one is added to the tensors. It is a copy of the first row, a
+    control token's, so greedy decoding never prefers it.
+    """
+    if token < vocab:
+        return vocab
+    for key in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        if key in tensors:
+            tensors[key] = torch.cat([tensors[key], tensors[key][:1]])
+    return token + 1
+
+
+def _image_processor(model) -> tuple[dict, dict]:
+    """Return preprocessor_config.json, and the field of config.json for the grids of anyres."""
+    images = model.vision_tower.processor.to_hf()
+    grids = {}
+
+    if model.config.image_mode == "pad":
+        images["image_processor_type"] = "LlavaImageProcessor"
+        images["do_pad"] = True
+
+    if model.config.image_mode == "anyres":
+        side = model.vision_tower.processor.side
+        pixels = [[rows * side, columns * side] for rows, columns in model.views.grids]
+        grids = {"image_grid_pinpoints": pixels}
+        images["image_processor_type"] = "LlavaNextImageProcessor"
+        images |= grids
+        # Here crop_size is the size of a tile, whether it is cropped or not.
+        images["crop_size"] = {"height": side, "width": side}
+    return images, grids

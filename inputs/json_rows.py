@@ -1,0 +1,61 @@
+"""Rows of a JSON list (.json), and of one JSON text a line (.jsonl), with their media in a folder.
+
+Messages count the rows of a list from 0, as json.load(file)[i] does, and lines from 1, as editors
+do.
+"""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+from inputs.indexed_rows import IndexedRows
+from inputs.json_list import scan_list
+from inputs.media import Media, media_names
+
+
+class JsonRows(IndexedRows):
+    """Rows in text files, whose media are files of a folder: what the two formats below share."""
+
+    def __init__(self, data: str | Path, images: str | Path = ""):
+        """Open `data`; the media are in the folder `images`, or beside it if that is not given."""
+        super().__init__(data, images)
+        self.images = Path(images) if images else self.file.parent
+        if not self.images.is_dir():
+            fix = "set the stage's images, or --images"
+            raise UserError(self.images, "no such folder of images", fix)
+
+    def media(self, i: int, row: dict) -> list[Media]:
+        kind, names = media_names(row, self.where(i, row))
+        return [Media(kind, name, self.images / name) for name in names]
+
+
+class JsonList(JsonRows):
+    """The rows of a JSON list: [{...}, {...}]."""
+
+    def scan(self, file: Path) -> np.ndarray:
+        return scan_list(file)
+
+
+class JsonLines(JsonRows):
+    """The rows of a file with one row a line. Blank lines are passed over."""
+
+    def scan(self, file: Path) -> np.ndarray:
+        """Return (start, end, line) of each row. Nothing is parsed: a bad line is one bad row."""
+        entries = array("q")
+        end = 0
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                start = end
+                end += len(line)
+                if line.strip():
+                    entries.extend((start, end, number))
+        if not entries:
+            raise UserError(file, "empty file", "write the rows again")
+        return np.array(entries).reshape(-1, 3)
+
+    def place(self, file: Path, number: int, entries: np.ndarray) -> str:
+        return f"{file}:line {entries[0, 2]}"

@@ -1,0 +1,52 @@
+"""What a file is that should be something else: the error pages and zeros that downloads leave."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+HEAD = 256  # bytes of a file that are enough to tell
+
+
+def looks_like(head: bytes) -> str:
+    """Return what a file is that is neither JSON nor a picture nor a video, from its first bytes.
+
+    Return "" for a file that may be one of them.
+    """
+    if not head:
+        return "empty file"
+    if not head.strip(b"\0"):
+        return "only zero bytes"
+
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, the file itself was never fetched"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if text.startswith((b"<?xml", b"<error", b"<svg")):
+        return "an XML text"
+    return ""
+
+
+def open_checked(source: str | Path | bytes) -> BinaryIO:
+    """Open a file, or the bytes of one, at its start.
+
+    Raise ValueError(what is wrong with it) if it cannot be read or `looks_like` something else.
+    """
+    file = None
+    try:
+        if isinstance(source, bytes):
+            file = io.BytesIO(source)
+        else:
+            file = open(source, "rb")
+        wrong = looks_like(file.read(HEAD))
+        file.seek(0)
+    except OSError as e:
+        wrong = e.strerror.lower()
+
+    if wrong:
+        if file is not None:
+            file.close()
+        raise ValueError(wrong)
+    return file

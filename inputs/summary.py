@@ -1,0 +1,85 @@
+"""What `python data.py check` prints below the bad rows: how many there are, and how long.
+
+summary = Summary()
+summary.add_sample(images=1, tokens=700, kept=700, supervised=40)
+summary.add_bad(2)
+summary.print("rows.json", positions=576)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+
+BARS = 16  # at most
+WIDTH = 40  # characters of the longest bar
+
+
+class Summary:
+    """Counts over a set of rows."""
+
+    def __init__(self):
+        self.bad = 0
+        self.lengths = []  # tokens of each sample, before it is cut
+        self.images = Counter()  # how many samples have 0, 1, and 2 or more pictures or videos
+        self.kept = 0  # tokens of all samples, after they are cut
+        self.supervised = 0  # of these
+        self.over_long = 0  # samples that are cut
+        self.cut = 0  # tokens that they lose
+
+    def add_bad(self, count: int):
+        """Count rows that make no sample."""
+        self.bad += count
+
+    def add_sample(self, images: int, tokens: int, kept: int, supervised: int):
+        """Count a sample of so many `tokens`, of which `kept` are left and `supervised` learned."""
+        self.images[min(images, 2)] += 1
+        self.lengths.append(tokens)
+        self.kept += kept
+        self.supervised += supervised
+        if tokens > kept:
+            self.over_long += 1
+            self.cut += tokens - kept
+
+    def print(self, name: str, positions: int):
+        """Print it all under the name of the rows; `positions` are the tokens of one picture."""
+        total = self.bad + len(self.lengths)
+        text_only, one, several = (self.images[n] for n in range(3))
+        kinds = f"{text_only} text-only, {one} with one image or video, {several} with several"
+        print(f"{name}: {total} rows, {self.bad} bad; the good ones: {kinds}")
+        if not self.lengths:
+            return
+
+        low, median, high = np.percentile(self.lengths, [0, 50, 100])
+        lengths = f"{low:.0f} shortest, {median:.0f} median, {high:.0f} longest"
+        print(f"  tokens: {lengths}; {positions} per image")
+        print(histogram(self.lengths))
+        share = 100 * self.supervised / self.kept
+        print(f"  supervised: {share:.1f} % of {self.kept} tokens")
+        print(f"  over-long: {self.over_long} rows lose {self.cut} tokens of their tails")
+
+
+def histogram(lengths: list[int]) -> str:
+    """Return a bar for each range of lengths, as long as it has many. A range is a power of two."""
+    range_size = 1 << max(0, math.ceil(math.log2((max(lengths) + 1) / BARS)))
+    counts = Counter(length // range_size for length in lengths)
+    most = max(counts.values())
+
+    lines = []
+    for number in range(min(counts), max(counts) + 1):
+        count = counts[number]
+        first = number * range_size
+        last = first + range_size - 1
+        lines.append(f"  {first:>7} – {last:<7} {bar(count / most)} {count}")
+    return "\n".join(lines)
+
+
+def bar(share: float) -> str:
+    """Return a bar of this share of WIDTH, to an eighth of a character and rounded up."""
+    whole, eighths = divmod(math.ceil(8 * WIDTH * share), 8)
+    text = "█" * whole
+    if eighths:
+        text += "▏▎▍▌▋▊▉"[eighths - 1]
+    return text

@@ -1,0 +1,133 @@
+"""Which checkpoint a run goes on from, what a failed write leaves, who may write in a folder."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from checkpoints import resume
+from config import UserError
+from tests.tools.environment import ROOT
+from tests.tools.run_checkpoints import two  # noqa: F401 (a fixture)
+
+
+def test_what_is_read_is_what_was_written(two):  # noqa: F811
+    old, new = two
+    assert resume.pick(new.parent) == new
+    tensors, state = resume.read(new)
+    assert state == {"stage": 0, "step": 8}
+    g = torch.Generator().manual_seed(8)
+    assert torch.equal(tensors["weight.a"], torch.randn(7, 5, generator=g))
+
+
+@pytest.mark.parametrize("name", [resume.TENSORS, resume.MANIFEST])
+def test_a_file_cut_anywhere_is_found_and_the_one_before_is_used(two, name, capsys):  # noqa: F811
+    old, new = two
+    whole = (new / name).read_bytes()
+    for i in range(20):
+        (new / name).write_bytes(whole[: i * len(whole) // 20])
+        with pytest.raises((ValueError, OSError)):
+            resume.verify(new)
+    assert resume.pick(new.parent) == old
+    assert f"passing over {new}: {name}" in capsys.readouterr().out
+    assert resume.listed(new.parent) == [old]
+
+
+@pytest.mark.parametrize("gone", [resume.TENSORS, resume.MANIFEST])
+def test_a_missing_file_is_found(two, gone):  # noqa: F811
+    old, new = two
+    (new / gone).unlink()
+    assert resume.pick(new.parent) == old
+
+
+def test_an_explicit_checkpoint_is_used_or_nothing_is(two, capsys):  # noqa: F811
+    old, new = two
+    whole = (new / resume.TENSORS).read_bytes()
+    (new / resume.TENSORS).write_bytes(b"")
+    with pytest.raises(
+        UserError, match="train.resume=.*has 0 bytes, not .*; fix: name a whole checkpoint"
+    ):
+        resume.pick(new.parent, str(new))
+    assert resume.listed(new.parent) == [old, new]  # nothing was set aside
+    with pytest.raises(UserError, match="damaged|No such file"):
+        resume.pick(new.parent, str(new.parent / "nowhere"))
+    (new / resume.TENSORS).write_bytes(whole)
+    assert resume.pick(new.parent, str(old)) == old
+    assert "names another one" in capsys.readouterr().out
+    assert resume.pick(new.parent) == old  # the newer one is not gone on from by the next start
+
+
+def test_a_write_or_a_seal_that_fails_leaves_the_old_ones_and_surfaces(two, monkeypatch):  # noqa: F811
+    old, new = two
+    given = new.parent, 2, {"weight.a": torch.zeros(3)}, {"stage": 0, "step": 12}
+    with monkeypatch.context() as m:
+        full = OSError(28, "No space left on device")
+        m.setattr(resume, "save_file", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(UserError, match="No space left on device; fix: "):
+            resume.save(*given)
+    (new.parent / "00-00000012").write_text("a file where a folder should be")
+    resume.save(*given)
+    with pytest.raises(UserError, match="cannot be written: .*; fix: "):
+        resume.save(*given)  # the one before could not be made whole
+    (new.parent / "00-00000012").unlink()
+    assert sorted(p.name for p in new.parent.iterdir()) == [".sealing", old.name, new.name]
+    resume.save(*given)
+    resume.wait()
+    assert [p.name for p in resume.listed(new.parent)] == [new.name, "00-00000012"]
+
+
+SLOW_SEAL = """
+import sys, time
+from pathlib import Path
+from checkpoints import seal
+
+folder, temporary, name = map(Path, sys.argv[1:])
+held = seal.alone(folder)
+print("sealing", flush=True)
+time.sleep(1)
+temporary.rename(name)
+"""
+
+
+def test_the_next_start_waits_for_the_seal_of_a_killed_run(two):  # noqa: F811
+    old, new = two
+    aside = new.rename(new.parent / ".late")
+    command = [sys.executable, "-c", SLOW_SEAL, new.parent, aside, new]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    assert resume.pick(new.parent) == new
+    process.communicate()
+
+
+def test_a_full_disk_is_found_before_anything_is_written(two, monkeypatch):  # noqa: F811
+    old, new = two
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(
+        UserError, match=r"0.000 GB free, a checkpoint takes 0.000 GB; fix: make room"
+    ):
+        resume.save(new.parent, 2, {"weight.a": torch.zeros(3)}, {"stage": 0, "step": 12})
+    assert resume.listed(new.parent) == [old, new]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from checkpoints import resume
+
+held = resume.lock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_while_the_first_holds_the_folder(tmp_path):
+    command = [sys.executable, "-c", HOLDER, tmp_path]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with pytest.raises(UserError, match=rf"another run is training here \(process {process.pid}\)"):
+        resume.lock(tmp_path)
+    process.kill()
+    process.wait()
+    resume.lock(tmp_path).close()

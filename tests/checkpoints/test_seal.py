@@ -1,0 +1,55 @@
+"""A checkpoint on the disk: every kind of damage is found, and the right ones are kept."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from checkpoints import resume, seal
+from tests.tools.environment import ROOT
+from tests.tools.run_checkpoints import two, write_checkpoint  # noqa: F401 (a fixture)
+
+
+def test_every_flipped_bit_is_found(two):  # noqa: F811
+    old, new = two
+    resume.verify(new)
+    dice = random.Random(0)
+    for i in range(100):
+        file = new / (resume.TENSORS, resume.MANIFEST)[i % 2]
+        whole = file.read_bytes()
+        at, bit = dice.randrange(len(whole)), 1 << dice.randrange(8)
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+        with pytest.raises((ValueError, OSError)):
+            resume.verify(new)
+        file.write_bytes(whole)
+    resume.verify(new)
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
+    for step, loss in enumerate((0.9, 0.3, 0.5, None, 0.7)):
+        write_checkpoint(tmp_path, f"01-{step:08d}", step, trained="b", validation=loss)
+    # One of another stage.
+    write_checkpoint(tmp_path, "00-00000009", 9, trained="a", validation=0.1)
+    seal.prune(tmp_path, 2, "b")
+    assert [p.name for p in resume.listed(tmp_path)] == [
+        "01-00000001",
+        "01-00000003",
+        "01-00000004",
+    ]
+    seal.prune(tmp_path, 1)
+    assert [p.name for p in resume.listed(tmp_path)] == ["01-00000004"]
+
+
+def test_sealing_needs_neither_packages_nor_the_project(tmp_path):
+    """So it starts at once, and an edited file of the project cannot stop a run from saving."""
+    temporary = tmp_path / ".00-00000004.tmp"
+    temporary.mkdir()
+    (temporary / resume.TENSORS).write_bytes(b"tensors")
+    script = [sys.executable, "-I", "-S", ROOT / "checkpoints" / "seal.py"]
+    state = {"stage": 0, "step": 4}
+    arguments = [temporary, "00-00000004", "1", "", json.dumps(state)]
+    done = subprocess.run([*script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert resume.verify(tmp_path / "00-00000004") == state

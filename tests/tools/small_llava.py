@@ -1,0 +1,68 @@
+"""Small random LLaVAs of several families, to be written in one layout and read from another."""
+
+import torch
+
+from config import LLaVAConfig
+from model import LLaVA, init_weights
+
+GOLDEN = (
+    "gemma-siglip-qformer",
+    "openelm-dinov2-mlp3x_gelu",
+    "phi-siglip-mlp2x_gelu",
+    "qwen2-clip-mlp-cls_patch",
+    "qwen2-siglip-linear",
+    "stablelm-clip-resampler",
+    "tinyllama-clip-mlp2x_gelu",
+    "tinyllama-mof-mof_mlp",
+)
+SIDE = 12
+TEXT = {
+    "llama": {"num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "gemma": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14},
+    "phi": {"num_attention_heads": 4, "partial_rotary_factor": 0.5},
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": SIDE,
+}
+CLIP_SIDE = {
+    "size": {"shortest_edge": SIDE},
+    "crop_size": {"height": SIDE, "width": SIDE},
+    "do_center_crop": True,
+}
+
+
+def small(
+    family="llama", tower="clip", vocab: int = 97, seed: int = 0, edge: int = SIDE, **config
+) -> LLaVA:
+    text = {
+        "model_type": family,
+        "vocab_size": vocab,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        **TEXT[family],
+    }
+    vision = {"model_type": f"{tower}_vision_model", **VISION}
+    clip, siglip = (
+        CLIP_SIDE | {"size": {"shortest_edge": edge}},
+        {"size": {"height": SIDE, "width": SIDE}},
+    )
+    torch.manual_seed(seed)
+    model = LLaVA(LLaVAConfig(text, vision, clip if tower == "clip" else siglip, **config)).eval()
+    init_weights(model, 0.2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1 and name != "language_model.lm_head.bias":
+                p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def biased(model):
+    model.language_model.lm_head.bias.data[3] = 0.1
+    return model
