@@ -5,14 +5,15 @@
 
     with weights.empty():
         lm = LanguageModel.from_hf(config)
-    lora.load_quantized(lm, weights.Checkpoint(folder), lm.rename, kind="nf4")      # then apply: QLoRA
+    source = weights.Checkpoint(folder)
+    lora.load_quantized(lm, source, lm.rename, kind="nf4")  # then apply: QLoRA
 
     LoRA (Hu et al., 2021)           y = W x + b + s B A dropout(x)
         s = alpha / r; with rsLoRA (Kalajdzievski, 2023) alpha / sqrt(r)
     DoRA (Liu et al., 2024)          y = m (W + s B A) x / |W + s B A| + b, norms and m per row
 
-N outputs, K inputs, r rank: W (N, K), A (r, K), B (N, r). A and B are float32, whatever W is in.
-W stays where it was, as `base_layer` of the new module, so that the names of what trains are PEFT's:
+N outputs, K inputs, r rank: W (N, K), A (r, K), B (N, r). A and B are float32, whatever W is in. W
+stays where it was, as `base_layer` of the new module, so that the names of what trains are PEFT's:
 `.lora_A`, `.lora_B`, `.lora_magnitude_vector`. A module may be a language model, an encoder, a
 connector or a whole LLaVA. checkpoints/peft.py reads and writes PEFT's files.
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import weights
-from checkpoints.names import Table, as_tuple, matches, rename, reverse
+from checkpoints.names import Table, matches, rename, reverse
 from config import LoRA, UserError
 from kernels import int8, nf4
 from kernels.lora import dense, lora_linears
@@ -44,8 +45,8 @@ QUANTIZED = {"qlora-nf4": "nf4", "qlora-int8": "int8"}
 class Quantized(nn.Module):
     """A frozen linear in NF4 or int8, whose state dict is bitsandbytes', byte for byte.
 
-    A quantized weight is a named tuple of tensors and numbers. The tensors are buffers, so that they
-    move with the module; only their device may change.
+    A quantized weight is a named tuple of tensors and numbers. The tensors are buffers, so that
+    they move with the module; only their device may change.
     """
 
     def __init__(self, weight: nf4.NF4 | int8.Int8, bias: nn.Parameter | None):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import config
 import lora
-from checkpoints import resume, seal
+from checkpoints import peft, resume, seal
 from checkpoints.files import resolve, write_file
 from config import Recipe, Stage, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
@@ -304,7 +304,7 @@ def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
         lora.quantize(getattr(model, name), kind)  # what was not loaded
     model.language_model.model.gradient_checkpointing = recipe.train.gradient_checkpointing
     model.vision_tower.gradient_checkpointing = recipe.train.gradient_checkpointing
-    lora.adapt(model, list(recipe.stage.values()), PARTS)
+    peft.adapt(model, list(recipe.stage.values()), PARTS)
     own = dict(model.named_parameters())
     for key, t in tensors.items():
         kind, _, name = key.partition(".")
@@ -364,12 +364,12 @@ def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
     with resume.writing(output):
         if recipe.train.keep_best and (best := seal.best(folder, list(recipe.stage)[-1])):
             tokenizer.save(output / "best")
-            lora.finish(build(recipe, resume.read(best)[0], last), output / "best", start).save(
+            peft.finish(build(recipe, resume.read(best)[0], last), output / "best", start).save(
                 output / "best"
             )
         tokenizer.save(output)
         run_log.finish(output, recipe)
-        lora.finish(build(recipe, tensors, last), output, start).save(output)
+        peft.finish(build(recipe, tensors, last), output, start).save(output)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -406,7 +406,7 @@ def main(argv: list[str]):
     recipe, path = config.load([a for a in argv if a != "--dry-run"], DEMO)
     made = Path(next(iter(recipe.stage.values())).data).parent if path.resolve() == DEMO else None
     if "--dry-run" in argv:
-        return planner.dry_run(recipe, path, partial(lora.adapt, parts=PARTS), set_trainable, made)
+        return planner.dry_run(recipe, path, partial(peft.adapt, parts=PARTS), set_trainable, made)
     run, stages, output = recipe.train, list(recipe.stage), Path(recipe.train.output)
     world = ranks.setup(run.device)
     if made and world.rank == 0 and not made.exists():

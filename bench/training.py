@@ -41,6 +41,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoints import peft
 from checkpoints.names import rename, reverse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +210,7 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
         back = reverse(getattr(module, "rename", ()))
         named = {f"{part}.{rename(k, back)}": p for k, p in module.named_parameters()}
         fill_by_name({k.replace(".vision_model.", "."): p for k, p in named.items()})
-    lora.adapt(model, [stage], train.PARTS)
+    peft.adapt(model, [stage], train.PARTS)
     back = reverse(model.language_model.rename)
     for name, m in lora.adapters(model.language_model).items():
         key = "language_model." + rename(f"{name}.weight", back).removesuffix("weight")

@@ -19,14 +19,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoints import layouts
+from checkpoints import hf_llava, tinyllava
 from checkpoints.files import read_json, write_file
 from checkpoints.names import Table, as_tuple, rename, reverse
 from checkpoints.weights import read_file
@@ -44,6 +43,10 @@ from lora import (
 )
 
 ROOT = "base_model.model."
+
+# The names that a whole LLaVA may have in a file: those of transformers and of TinyLLaVA Factory.
+# What we write has the newer ones of transformers.
+ADAPTED = hf_llava.TABLE + tinyllava.TABLE
 
 # A parameter of an adapter, and how its name ends in the file.
 ENDINGS = {
@@ -74,8 +77,8 @@ KNOWN = {
 def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
     """Put adapters on every part that one of the stages tunes as `lora` or `qlora-KIND`.
 
-    parts: the name of a part in a recipe -> the model's attribute. Raises UserError as `apply` does,
-    for a part that another stage trains otherwise, and for options that differ.
+    parts: the name of a part in a recipe -> the model's attribute. Raises UserError as `lora.apply`
+    does, for a part that another stage trains otherwise, and for options that differ.
     """
     for part, attribute in parts.items():
         ways = {getattr(stage.tune, part) for stage in stages} - {"frozen"}
@@ -94,7 +97,7 @@ def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
 
         # A folder holds the adapters of all parts, so an earlier part may have brought them.
         if not adapters(model.get_submodule(attribute)):
-            load_adapter(Path(one.adapter), model, layouts.ADAPTED)
+            load_adapter(Path(one.adapter), model, ADAPTED)
         if not adapters(model.get_submodule(attribute)):
             what = f"adapts nothing of the {part}"
             raise UserError(one.adapter, what, f"leave tune.{part} frozen")
@@ -106,7 +109,7 @@ def finish(model: nn.Module, output: Path, base: str) -> nn.Module:
     base: the name of the model that the adapters are for.
     """
     if adapters(model):
-        save_adapter(output / "adapter", model, layouts.PEFT_NAMES, base)
+        save_adapter(output / "adapter", model, hf_llava.NEWER, base)
         merge(model, torch.float32)
     return model
 
@@ -195,7 +198,7 @@ def save_adapter(folder: Path, module: nn.Module, layout: Table = (), base: str 
 
 
 def name_in_file(name: str, table: Table, layout: Table) -> str:
-    """Return Hugging Face's name of a parameter. Raises UserError if it is a part of a tensor there."""
+    """Return Hugging Face's name of a parameter. Raises UserError if it is part of a tensor."""
     theirs = rename(name, reverse(table))
     if not isinstance(rename(theirs, table), str):
         what = f"one of several that are one tensor in {theirs}: PEFT has no twin"
@@ -307,7 +310,7 @@ def load_adapter(folder: Path, module: nn.Module, layout: Table = ()) -> list[st
 def check_shapes(
     file: AdapterFile, key: str, given: dict[str, Tensor], options: LoRA, rows: int, columns: int
 ):
-    """Raise UserError unless an adapter's tensors fit a linear of `rows` outputs and `columns` inputs."""
+    """Raise UserError unless an adapter fits a linear of `rows` outputs and `columns` inputs."""
     magnitudes = rows if options.dora else 0
     needed = [[options.r, columns], [rows, options.r], [magnitudes]]
     shapes = [list(tensor.shape) for tensor in given.values()]

@@ -300,8 +300,8 @@ def load(
       kept in `module.spares` and written back on saving
     - a match of `ignore`
 
-    dtype None keeps the file's. take: is offered every parameter's tensor before it is stored. Where
-    it returns True it has the tensor, and the parameter stays as it is; lora.py quantizes so.
+    dtype None keeps the file's. take: is offered every parameter's tensor before it is stored.
+    Where it returns True it has the tensor, and the parameter stays as it is. lora.py quantizes so.
 
     Returns the keys that were used. Raises UserError for a tensor that is missing, unexpected or
     there twice, and for a wrong shape or dtype; the module is then as it was.
