@@ -1,7 +1,6 @@
 """Recipes: what an experiment is, how a TOML file becomes one, and how the command line works.
 
     torchrun train.py recipes/qwen2-siglip-base.toml stage.finetune.learning_rate=1e-5
-    train.output=out/mine
 
 A recipe names a model, how the run behaves, and its stages in order. Every field is written once,
 here, with its default and the reason it exists; `train.py --help` prints that table. An unknown key
@@ -11,12 +10,12 @@ table, so that it states only what differs.
 
 The file, from top to bottom:
 
-    UserError, opt                         a mistake of the user; a field with its reason
-    Model, Train, Stage, ... Recipe        what a recipe says, one frozen dataclass per table
-    LLaVAConfig                            what a model is, whatever file it came from
-    load                                   TOML file -> its bases -> overrides -> checked
-    dataclasses dumps, help_table                      back to TOML; the table that --help prints
-    parser, cli                            what every script of the project shares
+    UserError, opt                    a mistake of the user; a field with its reason
+    Model, Train, Stage ... Recipe    what a recipe says, one frozen dataclass per table
+    LLaVAConfig                       what a model is, whatever file it came from
+    load                              TOML file -> its bases -> overrides -> checked dataclasses
+    dumps, help_table                 back to TOML; the table that --help prints
+    parser, cli                       the command line, the same for every script of the project
 """
 
 from __future__ import annotations
@@ -33,8 +32,10 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. Printed as `error: <file>:<row or key>: <what>; fix:
-    <action>`."""
+    """A mistake that the user can mend, printed as one line:
+
+    error: <file>:<row or key>: <what>; fix: <action>
+    """
 
     def __init__(self, where, what: str, fix: str):
         super().__init__(f"{where}: {what}; fix: {fix}")
@@ -116,8 +117,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    """The table [train]: how a run behaves. Only the seed and the precision change what it
-    computes."""
+    """The table [train]: how a run behaves, whatever it trains."""
 
     output: str = opt("out/run", "folder of the final model, its log and its checkpoints")
     seed: int = opt(0, "decides initial weights and the order of samples, nothing else is random")
@@ -293,11 +293,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LLaVAConfig:
-    """What makes a model, whatever file it came from: a recipe, or the config.json of any
-    layout."""
+    """What makes a model, whether a recipe says it or the config.json of any layout."""
 
-    # Hugging Face's config dicts of the two pretrained parts, verbatim, and their
-    # preprocessor_config.json.
+    # Hugging Face's config.json of each part, and preprocessor_config.json, verbatim.
     text: dict
     vision: dict
     preprocessor: dict = field(default_factory=dict)
@@ -336,10 +334,11 @@ class LLaVAConfig:
 
 
 def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
-    """Return the recipe that a command line `[recipe.toml] [section.key=value ...]` names, and its
-    file.
+    """Return the recipe that a command line names, and its file.
 
+    argv: [recipe.toml] [section.key=value ...]
     default: the recipe's file where the command line names none.
+
     Raises UserError for a missing file, a circle of bases, bad TOML, an unknown key, a wrong type
     or a wrong choice.
     """
@@ -460,8 +459,7 @@ def _type_of(dotted: str, table: dict):
 
 
 def _build(cls, table: dict, where: str, path: str = ""):
-    """Return the dataclass `cls` made from a TOML table. Every key of the table must be one of its
-    fields.
+    """Return the dataclass `cls` made from a TOML table, whose every key must be one of its fields.
 
     where: the recipe's file; path: the table's dotted name in it. Both are for messages.
     """
@@ -494,8 +492,7 @@ def _build_named(cls, tables: dict, where: str, path: str) -> dict:
 
 
 def _convert(value, kind, where: str, choices: tuple[str, ...]):
-    """Return one TOML value as `kind`. Raises UserError unless it is one, and one of the
-    choices."""
+    """Return one TOML value as `kind`. Raises UserError for another type or choice."""
     # In Python True is an int, but `seed = true` is a mistake.
     is_bool = isinstance(value, bool)
     if kind is float and isinstance(value, int) and not is_bool:
@@ -522,8 +519,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 def dumps(recipe: Recipe) -> str:
-    """Return the recipe as TOML, with every field that decides what runs; `load` reads it back
-    equal.
+    """Return the recipe as TOML, with every field that decides what runs. `load` reads it back.
 
     A run that goes on compares this text with its recipe.toml, so it must not change from version
     to version where the recipe does not.
@@ -534,8 +530,7 @@ def dumps(recipe: Recipe) -> str:
 
 
 def _write_table(part, path: str, lines: list[str]):
-    """Append the dataclass `part` as the table [path]: its own fields first, then the tables in
-    it."""
+    """Append the dataclass `part` as the table [path]: its own fields, then the tables in it."""
     if path:
         lines.append(f"[{path}]")
 
@@ -617,13 +612,14 @@ def parser(doc: str) -> Parser:
 
 
 def cli(main: Callable[[list[str]], object], doc: str, fields_help: bool = False):
-    """Run a script: call main with the command line, end with one line if the user made a mistake.
+    """Run a script: call main with the command line; end with one line if the user made a mistake.
 
     A mistake of the user is a ValueError that says its fix (a UserError, or what templates.py
-    raises); its line goes to stderr and the exit code is 1. Any other exception is one of ours and
+    raises). Its line goes to stderr and the exit code is 1. Any other exception is one of ours and
     keeps its traceback.
-    fields_help: `--help` prints the docstring and the fields of a recipe; otherwise main's parser
-    answers it.
+
+    fields_help: answer --help here, with the docstring and every field of a recipe. Otherwise
+    main's own parser answers it.
     """
     asks_for_help = "-h" in sys.argv[1:] or "--help" in sys.argv[1:]
     if asks_for_help and fields_help:

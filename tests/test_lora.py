@@ -24,9 +24,8 @@ from kernels import int8, nf4
 from kernels.lora import keep_mask
 from model import FAMILIES, LanguageModel, LLaVA
 from tests.test_families import CONFIGS, SIZES
-from tests.test_train import RECIPE
 from tests.tools.environment import run, shared
-from tests.training.test_safety import scripted
+from tests.tools.training_runs import RECIPE, scripted
 
 PLAIN = LoRA(r=4, alpha=6.0, dropout=0.0)
 KINDS = {
@@ -790,11 +789,11 @@ def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
 STOP = """
 import os, signal
 from training import run_log
-def step(self, n, *rest, real=run_log.Watch.step):
+def step(self, n, *rest, real=run_log.RunLog.step):
     real(self, n, *rest)
     if (self.name, n) == ("finetune", 5):
         os.kill(os.getpid(), signal.SIGTERM)
-run_log.Watch.step = step
+run_log.RunLog.step = step
 """
 
 
