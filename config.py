@@ -233,8 +233,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Stage:
-    """A table [stage.NAME]: one pass of the training loop, on which data, training what, and
-    how."""
+    """A table [stage.NAME]: one pass of the training loop."""
 
     # The data.
     data: str = opt(

@@ -1,13 +1,12 @@
 """Train a small multimodal model, stage by stage, as a recipe says.
 
-    torchrun train.py                                             # the demo: an embedded world, a
-    few minutes on a CPU torchrun train.py recipes/tinyllama-clip-base.toml            # one GPU
+    torchrun train.py                                           # the demo: a few minutes on a CPU
+    torchrun train.py recipes/tinyllama-clip-base.toml          # one GPU
     torchrun --nproc-per-node 8 train.py recipes/qwen2-siglip-base.toml train.output=out/mine
-    python train.py RECIPE [section.key=value ...]                # without torchrun: one process
-    python train.py --list                                        # every recipe and its published
-    scores python train.py RECIPE [section.key=value ...] --dry-run      # its files, parameters,
-    steps, memory, hours python train.py --help                                        # every field
-    of a recipe
+    python train.py RECIPE [section.key=value ...]              # without torchrun: one process
+    python train.py --list                                      # all recipes, published scores
+    python train.py RECIPE [section.key=value ...] --dry-run    # files, steps, memory, hours
+    python train.py --help                                      # every field of a recipe
 
 A killed run goes on where it stopped when the same command is given again, on any number of ranks.
 SIGTERM or SIGINT let it finish the step, save and leave a file PREEMPTED (torchrun allows 30
@@ -17,6 +16,17 @@ LLaVA.from_pretrained open.
 One optimizer step is exactly `global_batch` samples. Its loss is the sum over all supervised tokens
 of the step divided by their number, over micro-batches and ranks, so neither of them changes what
 is computed.
+
+The file, from top to bottom:
+
+    set_trainable, make_optimizer, schedule, update    what trains, and how
+    train_stage                                        the loop
+    prepare                                            what the loop needs, made from a recipe
+    run_stages, main                                   stage after stage; the command line
+
+What stands around a run is in training/: ranks.py and parallel.py (processes, DDP, FSDP),
+run_log.py (what is reported), state.py (a model from and into a checkpoint), output.py (the output
+folder), estimate.py and planner.py (--list and --dry-run).
 """
 
 from __future__ import annotations
@@ -58,8 +68,10 @@ DEMO = ROOT / "recipes" / "demo.toml"
 
 
 def set_trainable(model: LLaVA, tune: Tune):
-    """Freeze the model, then thaw what `tune` says. Raises UserError for a way that does not
-    exist."""
+    """Freeze the model, then thaw what `tune` says.
+
+    Raises UserError for a way that does not exist, or a block that the model does not have.
+    """
     model.requires_grad_(False)
     for part, attribute in PARTS.items():
         how = getattr(tune, part)
@@ -160,8 +172,8 @@ def round_frozen(model: LLaVA):
     Autocast would round them the same way in every forward pass. Checkpoints and the final model
     are not affected: they take frozen weights from where those came from.
     """
-    # Embeddings are looked up, not multiplied, so autocast leaves them as they are. A head may be
-    # tied to them.
+    # Autocast leaves embeddings as they are, because they are looked up and not multiplied. The
+    # weight of a head may be tied to them.
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         if not isinstance(module, nn.Linear):
@@ -178,21 +190,25 @@ def round_frozen(model: LLaVA):
 class StageRun:
     """What the loop of one stage works with, made by `prepare`."""
 
+    # What is to be done, and by whom.
     name: str
     index: int  # of the stage in the recipe
     stage: Stage
     options: Train
     ranks: Ranks
 
+    # The data.
     steps: Steps
-    spec: SampleSpec
+    spec: SampleSpec  # how a row becomes a sample
     held_out: Rows | None  # the rows of the validation loss
 
+    # What learns.
     model: LLaVA
     parallel: ParallelModel  # the same model, as all ranks train it
     optimizer: torch.optim.AdamW
     autocast: torch.autocast
 
+    # What is reported and saved.
     log: RunLog
     begun_with: dict[str, Tensor]  # the tensors of the checkpoint that the model comes from
 
@@ -225,11 +241,10 @@ def train_stage(run: StageRun, start: int) -> bool:
                 run.parallel.backward(loss)
             losses.append(loss.detach())
 
-        # All ranks must know the same of these two, or they would wait for each other for ever.
+        # All ranks must agree on these two, or they would wait for each other for ever.
         loss, stops = ranks.totals([sum(losses).item(), len(signals.heard())])
 
-        # Update, unless the loss of any rank is not finite: then all stop, with the weights
-        # unchanged.
+        # Update. A loss or gradient that is not finite stops all ranks before the weights change.
         logs = is_last or (step + 1) % options.log_every == 0
         grad_norms = log.gradient_norms() if logs else {}
         norm = loss
@@ -245,7 +260,7 @@ def train_stage(run: StageRun, start: int) -> bool:
         log.step(step, loss, tokens, images, wait)
         if logs:
             learning_rate = run.optimizer.param_groups[0]["lr"]
-            cut_tokens = sum(tokens for _, tokens in part.cut)
+            cut_tokens = sum(lost for _, lost in part.cut)
             log.line(step, learning_rate, norm, grad_norms, cut_tokens)
 
         # Validate.
@@ -267,8 +282,7 @@ def train_stage(run: StageRun, start: int) -> bool:
 
 
 def count(batches: list[Batch]) -> list[int]:
-    """Return how many supervised tokens, tokens, and images (as the encoder sees them) they
-    have."""
+    """Return the numbers of supervised tokens, of all tokens, and of images (tiles, frames)."""
     supervised = tokens = images = 0
     for batch in batches:
         supervised += batch.supervised
@@ -360,8 +374,7 @@ def prepare(
     stage, options = recipe.stage[name], recipe.train
     folder = Path(options.output)
 
-    # The data. Several ranks share the tokens evenly, for which the length of each row must be
-    # known.
+    # The data. To share the tokens of a step evenly, ranks must know the length of each row.
     spec = stage_spec(recipe.model, stage)
     rows = Mixture.of(stage, f"stage.{name}")
     counts = token_counts(rows, spec, options.workers) if ranks.size > 1 else None

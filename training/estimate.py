@@ -4,19 +4,20 @@
     needs = estimate(model, stage, row, recompute=False)   # requires_grad says what trains
     needs.memory.total, needs.operations
 
-An estimate. Memory of one GPU; each holds the whole model, so more of them save none:
+Below: the assumptions; a row of the data (`mean_row`); one part of a model (`cost`); a stage
+(`estimate`). Everything but the number of parameters is an estimate.
+
+Memory of one GPU. Each holds the whole model, so more of them save none:
 
     weights      4 P          P parameters in float32; frozen matrices 2 in bfloat16, 0.516 in NF4,
                               1 in int8
-    copies       2 P_m        in bfloat16, of the P_m in matrices that train: autocast makes and
-    keeps
-                              them
+    copies       2 P_m        in bfloat16, of the P_m in matrices that train: autocast makes them
+                              and keeps them
     gradients    4 P_t        of the P_t that train; AdamW's two moments: 8 P_t
     activations  per token and block of width D: 2 for each input and output of each matrix, 16 D
-    for
-                 norms and the float32 residual stream. Kept by every block that backward passes
-                 through; with gradient checkpointing these keep their input alone, 4 D, and one
-                 block at a time has the rest
+                 for norms and the float32 residual stream. Kept by every block that backward
+                 passes through; with gradient checkpointing these keep their input alone, 4 D,
+                 and one block at a time has the rest
     logits       16 V         per supervised token, V entries: in bfloat16 and float32, log-softmax,
                               both gradients
 

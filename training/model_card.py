@@ -1,6 +1,8 @@
 """What lies beside a finished model to tell how it came about: README.md and loss.png.
 
-finish(output, recipe)      # reads log.jsonl, writes both
+    finish(output, recipe)
+
+Both are made of log.jsonl and the recipe. The numbers of the card are the last ones of each stage.
 """
 
 from __future__ import annotations
@@ -13,8 +15,6 @@ from PIL import Image, ImageDraw
 from checkpoints.files import write_file
 from config import Model, Recipe, Stage
 
-# -------------------------------------------------------------------------------------- the picture
-
 WIDTH, HEIGHT = 900, 420  # pixels of loss.png
 EDGE = 50  # pixels around the plot
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900")  # one per stage
@@ -25,6 +25,9 @@ def finish(output: Path, recipe: Recipe):
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     draw_losses(log, output / "loss.png")
     write_file(output / "README.md", card(recipe, log))
+
+
+# -------------------------------------------------------------------------------------- the picture
 
 
 def draw_losses(log: list[dict], file: Path):

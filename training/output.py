@@ -1,11 +1,10 @@
-"""The output folder of a run: who may write there, whether it will fit, and what is there at the
-end.
+"""The output folder of a run: who may write there, and what is there at the end.
 
-    recipe.toml       the resolved recipe. The same command goes on; another recipe is refused.
-    log.jsonl         every event (run_log.py)
-    checkpoints/      to resume from; removed at the end (checkpoints/resume.py)
-    PREEMPTED         only while the run is stopped
-    config.json ...   the finished model; config.json is written last
+recipe.toml       the resolved recipe. The same command goes on; another recipe is refused.
+log.jsonl         every event (run_log.py)
+checkpoints/      to resume from; removed at the end (checkpoints/resume.py)
+PREEMPTED         only while the run is stopped
+config.json ...   the finished model; config.json is written last
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ def export(recipe: Recipe, tensors: dict, output: Path):
 
 
 def _save_model(recipe: Recipe, tensors: dict, folder: Path):
-    """Write the model that a checkpoint's tensors make, its adapters merged and also on their
-    own."""
+    """Write the model that a checkpoint's tensors make. Adapters are merged, and also kept apart."""
     last_stage = list(recipe.stage.values())[-1]
     base = recipe.model.llm or recipe.model.checkpoint
     model = state.build(recipe, tensors, last_stage)

@@ -9,11 +9,10 @@
     none   One process.
     ddp    Every rank holds the whole model. Gradients are averaged.
     fsdp   Weights, gradients and AdamW's moments are sharded over the ranks. A block of the
-    language
-           model is gathered when it is used; all the rest (towers, connector, embeddings, head) at
-           the start of each forward pass. So every micro-batch runs the same collectives, with
-           pictures or without, and a rank that has run out of micro-batches takes part with an
-           empty one. Weights are gathered in their own dtype: the arithmetic is that of one
+           language model is gathered when it is used; all the rest (towers, connector, embeddings,
+           head) at the start of each forward pass. So every micro-batch runs the same collectives,
+           with pictures or without, and a rank that has run out of micro-batches takes part with
+           an empty one. Weights are gathered in their own dtype: the arithmetic is that of one
            process.
 
 Below the class: what may be a shard (`whole`, `local_part`, `shard_like`), and the gradient norm.
@@ -33,6 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from config import UserError
 from packing import EMPTY, Batch
 from training.ranks import Ranks
+
+# ------------------------------------------------------------------------------- what auto means
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -74,6 +75,9 @@ def choose_mode(asked: str, model: nn.Module, ranks: Ranks) -> str:
         need += buffer.nbytes
     room = torch.cuda.get_device_properties(ranks.device).total_memory / 2
     return "fsdp" if need > room else "ddp"
+
+
+# -------------------------------------------------------------------------- the model on the ranks
 
 
 class _Loss(nn.Module):

@@ -35,8 +35,7 @@ VIDEO = ("VideoMME", "MVBench", "LongVideoBench", "MLVU", "MMVU")
 
 
 def print_recipes(folder: Path):
-    """Print tables of the recipes in a folder: of which models, what trains, the published
-    scores."""
+    """Print tables of the recipes in a folder: their models, what trains, the published scores."""
     columns = ("recipe", "llm", "vision", "trains")
     pictures = [(*columns, *BENCHMARKS)]
     videos = [(*columns, *VIDEO)]

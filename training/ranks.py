@@ -64,6 +64,7 @@ class Ranks:
         return ranks
 
     def _start_group(self):
+        """Start torch.distributed, and keep its store for `last_word`."""
         global _store
         _store, _, _ = next(dist.rendezvous("env://"))
         on_gpus = self.device.type == "cuda"
@@ -157,11 +158,12 @@ def _leave_group():
 
 
 def _failed_first() -> bool:
-    """Return whether this rank is the one to report its error. The store counts those that
-    failed."""
+    """Return whether this rank is the one to report its error."""
     # Before there is a store, all ranks find the same mistake in the recipe: rank 0 says it.
     if _store is None:
         return int(os.environ.get("RANK", 0)) == 0
+
+    # The store counts the ranks that have failed.
     try:
         return _store.add("failed", 1) == 1
     except Exception:  # the store's host is gone, so nobody knows who was first: every rank speaks

@@ -92,8 +92,7 @@ class RunLog:
     # ------------------------------------------------------------------------------ steps
 
     def step(self, step: int, loss: float, tokens: float, images: float, wait: float):
-        """Count one step: its mean loss, its tokens and images on all ranks, the wait for its
-        data."""
+        """Count one step: its loss, tokens and images on all ranks, the seconds of waiting."""
         if self.first_step is None:
             self.first_step = step
         self.window.steps += 1
@@ -165,8 +164,7 @@ class RunLog:
         return "  ".join(columns)
 
     def _peak_memory(self) -> int:
-        """Return the largest memory that this process has used, in bytes: of the GPU if it has
-        one."""
+        """Return the most bytes that this process has used, of the GPU's memory if it has one."""
         if self.ranks.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -200,7 +198,7 @@ class RunLog:
         return change
 
     def _warn_of_parts_at_rest(self, step: int, row: dict):
-        # The first step has rate 0, so nothing moves.
+        # With warm-up the first step has rate 0, so nothing moves.
         if step == 0 or row["learning_rate"] == 0:
             return
         for part, change in row["weight_change"].items():
@@ -217,8 +215,7 @@ class RunLog:
         print0(f"{self.name} {step}/{self.steps}  validation loss {loss:.4f}")
 
     def answers(self, step: int, model: LLaVA, rows: Rows, spec: SampleSpec, count: int):
-        """Report what the model answers to the first question of `count` rows. All ranks must
-        call."""
+        """Report the model's answers to the first questions of `count` rows, on all ranks."""
         for i in range(min(count, len(rows))):
             question, wanted = (turn["value"] for turn in rows[i]["conversations"][:2])
             said = answer_first_question(model, rows, i, spec)

@@ -1,7 +1,7 @@
 """A model and its optimizer, from a checkpoint and into one.
 
-    model = build(recipe, tensors, stage)                   # tensors: of the checkpoint, {} at
-    first restore_moments(optimizer, model, tensors, step)
+    model = build(recipe, tensors, stage)                   # tensors: {}, or a checkpoint's
+    restore_moments(optimizer, model, tensors, step)
     tensors = snapshot(model, tensors, optimizer, ranks)    # what the next checkpoint holds
 
 A checkpoint's tensors are named KIND.PARAMETER; the kinds are weight, exp_avg and exp_avg_sq. It
