@@ -238,8 +238,7 @@ def _part_costs(model: LLaVA, row: Row, tokens: float, recompute: bool) -> list[
     tower_trains = any(p.requires_grad for p in tower.parameters())
     connector_trains = any(p.requires_grad for p in connector.parameters())
 
-    # A mixture of features has two encoders. They see the same views and make as many tokens of
-    # them.
+    # A mixture of features has two encoders, which make as many tokens of the same views.
     costs = []
     n = 0
     for encoder in tower.modules():

@@ -94,7 +94,7 @@ def export(recipe: Recipe, tensors: dict, output: Path):
 
 
 def _save_model(recipe: Recipe, tensors: dict, folder: Path):
-    """Write the model that a checkpoint's tensors make. Adapters are merged, and also kept apart."""
+    """Write the model that a checkpoint makes. Its adapters are merged, and also kept apart."""
     last_stage = list(recipe.stage.values())[-1]
     base = recipe.model.llm or recipe.model.checkpoint
     model = state.build(recipe, tensors, last_stage)

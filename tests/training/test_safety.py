@@ -514,7 +514,8 @@ import torch
 torch.set_num_threads(1)
 import data, train
 from checkpoints import resume
-from training import output, ranks, run_log, state
+from training import output, run_log, state
+from training.ranks import last_word
 from pathlib import Path
 from safetensors.torch import load_file
 RECIPE, FOLDER, PORT = sys.argv[1], Path(sys.argv[2]), 20000 + os.getpid() % 20000
@@ -532,7 +533,7 @@ def launch(out, size=1, arguments=(), before=lambda rank: None):
         log = os.open(f"{out}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         before(rank)
-        with ranks.last_word():
+        with last_word():
             train.main([RECIPE, f"train.output={out}", "train.workers=0", *arguments])
         os._exit(0)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
