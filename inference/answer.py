@@ -18,34 +18,47 @@ from packing import Item
 
 
 def answer(
-    model, tokenizer, questions: Sequence[str], items_of_each: Sequence[Sequence[Item]], **options
+    model,
+    tokenizer,
+    questions: Sequence[str],
+    items_of_each: Sequence[Sequence[Item]],
+    template: str | None = None,
+    **options,
 ) -> list[str]:
     """Return the model's answer to each question, without the space around it.
 
     items_of_each: the pictures and videos that each question is about, in the order of its
     `<image>` placeholders. If a question has another number of placeholders than items, they are
     put in front of it. All questions are answered in one batch.
+    template: the name of the chat template; None = the model's own.
     options: those of LLaVA.generate, except eos_token_id, which the template decides.
 
     Raises UserError if the template cannot write a prompt.
     """
-    made = answer_tokens(model, tokenizer, questions, items_of_each, **options)
+    made = answer_tokens(model, tokenizer, questions, items_of_each, template, **options)
     return [tokenizer.decode(tokens).strip() for tokens in made]
 
 
 def answer_tokens(
-    model, tokenizer, questions: Sequence[str], items_of_each: Sequence[Sequence[Item]], **options
+    model,
+    tokenizer,
+    questions: Sequence[str],
+    items_of_each: Sequence[Sequence[Item]],
+    template: str | None = None,
+    **options,
 ) -> list[list[int]]:
     """Return the tokens of each answer, without the stop token. The arguments are `answer`'s."""
+    template = template or model.config.template
+
     # One flat list of items: the model hands them out by the placeholders in the prompts.
     prompts = []
     all_items = []
     for question, items in zip(questions, items_of_each, strict=True):
-        ids = prompt_ids(question, len(items), tokenizer, model.config.template)
+        ids = prompt_ids(question, len(items), tokenizer, template)
         prompts.append(torch.tensor(ids))
         all_items.extend(items)
 
-    stop = stop_id(tokenizer, model.config.template)
+    stop = stop_id(tokenizer, template)
     made = model.generate(prompts, images=all_items, eos_token_id=stop, **options)
     return [before_stop(tokens, stop) for tokens in made.tolist()]
 

@@ -25,9 +25,8 @@ from kernels import int8, nf4
 from kernels.lora import keep_mask
 from model import FAMILIES, LanguageModel, LLaVA
 from tests.test_families import CONFIGS, SIZES
-from tests.test_train import RECIPE
 from tests.tools.environment import run, shared
-from tests.training.test_safety import scripted
+from tests.tools.training_runs import RECIPE, scripted
 
 PLAIN = LoRA(r=4, alpha=6.0, dropout=0.0)
 KINDS = {
@@ -790,11 +789,11 @@ def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
 STOP = """
 import os, signal
 from training import run_log
-def step(self, n, *rest, real=run_log.Watch.step):
+def step(self, n, *rest, real=run_log.RunLog.step):
     real(self, n, *rest)
     if (self.name, n) == ("finetune", 5):
         os.kill(os.getpid(), signal.SIGTERM)
-run_log.Watch.step = step
+run_log.RunLog.step = step
 """
 
 
@@ -824,9 +823,7 @@ def test_training_on_a_quantized_model(kind, tmp_path):
     made.requires_grad_(False)
     trained = load_file(out / "adapter" / "adapter_model.safetensors")
     for name in lora.targets(made):
-        A, B = (
-            trained[f"{ROOT}model.language_model.{name[6:]}.lora_{x}.weight"] for x in "AB"
-        )
+        A, B = (trained[f"{ROOT}model.language_model.{name[6:]}.lora_{x}.weight"] for x in "AB")
         base = module.dequantize(module.quantize(state[f"{name}.weight"]), torch.float32)
         want = base + 256 / 4 * B @ A
         assert (made.get_submodule(name).weight - want).abs().max() <= 1e-6 and not torch.equal(
