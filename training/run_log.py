@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from checkpoints import resume
 from checkpoints.files import write_file
+from inference.answer import answer
 from inputs.rows import Rows
 from inputs.sample import SampleSpec, load_items
 from inputs.templates import IMAGE

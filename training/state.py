@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import lora
+from checkpoints import peft
 from config import PARTS, Recipe, Stage, UserError
 from model import LLaVA
 from training import parallel
