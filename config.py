@@ -1,11 +1,21 @@
-"""Recipes: frozen dataclasses -> a TOML file -> `section.key=value` overrides -> `--help`.
+"""Recipes: what an experiment is, how a TOML file becomes one, and how the command line works.
 
-    torchrun train.py recipes/qwen2-siglip-base.toml stage.finetune.learning_rate=1e-5 train.output=out/mine
+    torchrun train.py recipes/qwen2-siglip-base.toml stage.finetune.learning_rate=1e-5
 
-A recipe says what an experiment is: a model, how the run behaves, and its stages in order. Each field is
-written once, here, with its reason; `--help` prints this file's table. An unknown key is an error that names
-the nearest known one, and the resolved recipe (every field, defaults included) is saved beside the checkpoint.
-`base = "FILE.toml"` lays a recipe over another one, table by table, so that it states only what differs.
+A recipe names a model, how the run behaves, and its stages in order. Every field is written once,
+here, with its default and the reason it exists; `train.py --help` prints that table. An unknown key
+is an error that names the nearest known one. The resolved recipe (every field, defaults included)
+is saved beside the checkpoints. `base = "FILE.toml"` lays a recipe over another one, table by
+table, so that it states only what differs.
+
+The file, from top to bottom:
+
+    UserError, opt                    a mistake of the user; a field with its reason
+    Model, Train, Stage ... Recipe    what a recipe says, one frozen dataclass per table
+    LLaVAConfig                       what a model is, whatever file it came from
+    load                              TOML file -> its bases -> overrides -> checked dataclasses
+    dumps, help_table                 back to TOML; the table that --help prints
+    parser, cli                       the command line, the same for every script of the project
 """
 
 from __future__ import annotations
@@ -16,29 +26,47 @@ import json
 import sys
 import tomllib
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. Printed as one line: `error: <file>:<row or key>: <what>; fix: <action>`."""
+    """A mistake that the user can mend, printed as one line:
+
+    error: <file>:<row or key>: <what>; fix: <action>
+    """
 
     def __init__(self, where, what: str, fix: str):
         super().__init__(f"{where}: {what}; fix: {fix}")
 
 
 def opt(default, why: str, choices: tuple[str, ...] = (), compare: bool = True):
-    """A field: its default, the reason it exists, for an enumeration its values, and whether it decides what runs."""
+    """Return a field of a recipe.
+
+    default: a value, {} for a table of anything, or a dataclass of this file for a table of its
+    fields.
+    why: the reason the field exists, as --help prints it.
+    choices: the only values it takes; empty = any value of its type.
+    compare: whether it decides what a run computes. If not, it is left out of the saved recipe and
+    of comparisons, so a stopped run may go on with another value.
+    """
     metadata = {"why": why, "choices": choices}
-    if isinstance(default, (dict, type)):
-        return field(
-            default_factory=dict if default == {} else default, metadata=metadata, compare=compare
-        )
-    return field(default=default, metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata, compare=compare)
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata, compare=compare)
+    return field(default=default, metadata=metadata, compare=compare)
+
+
+# ------------------------------------------------------------------------------- what a recipe says
 
 
 @dataclass(frozen=True)
 class Model:
+    """The table [model]: the parts of a model, and how pictures and videos enter it."""
+
+    # A finished model, or the parts of a new one.
     checkpoint: str = opt(
         "", "a finished model to go on from, in any layout: all of it, in place of the fields below"
     )
@@ -60,16 +88,21 @@ class Model:
     allow_pickle: bool = opt(
         False, "also read pytorch_model.bin (tensors only) where a folder has no safetensors"
     )
+
+    # What the connector gets from the encoder.
     feature_layer: int = opt(
         -2, "which hidden state of the encoder is used; 0 = embeddings, -1 = last block"
     )
     feature_select: str = opt(
         "patch", "patch drops token 0, as LLaVA does; cls_patch keeps all", ("patch", "cls_patch")
     )
+
+    # What the encoder gets from a picture or a video.
     image_mode: str = opt(
-        "square", "square resizes; pad makes a square first; tiles, anyres: high resolution, see views.py",
+        "square",
+        "square resizes; pad makes a square first; tiles, anyres: high resolution, see views.py",
         ("square", "pad", "tiles", "anyres"),
-    )  # fmt: skip
+    )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
     )
@@ -78,14 +111,18 @@ class Model:
 
     @property
     def text(self) -> str:
-        """Where the tokenizer is."""
+        """The folder or id that the tokenizer comes from."""
         return self.tokenizer or self.llm or self.checkpoint
 
 
 @dataclass(frozen=True)
 class Train:
+    """The table [train]: how a run behaves, whatever it trains."""
+
     output: str = opt("out/run", "folder of the final model, its log and its checkpoints")
     seed: int = opt(0, "decides initial weights and the order of samples, nothing else is random")
+
+    # The machine.
     precision: str = opt(
         "auto", "auto = bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16")
     )
@@ -100,6 +137,8 @@ class Train:
         False, "recompute each block in backward: less memory, a third more time"
     )
     compile: bool = opt(False, "torch.compile every block: minutes at first, then less time a step")
+
+    # What is reported and kept.
     log_every: int = opt(10, "steps between progress lines")
     save_every: int = opt(200, "steps between checkpoints to resume from")
     keep: int = opt(2, "how many such checkpoints to keep")
@@ -114,19 +153,27 @@ class Train:
         "also send the log there; either is an optional package",
         ("none", "tensorboard", "wandb"),
     )
-    parallel: str = field(  # not compared: a run may go on with another, or with other ranks
-        default="auto", compare=False,
-        metadata={"why": "ddp copies the model to every rank, fsdp shards it; auto = ddp while it fits half a GPU",
-                  "choices": ("auto", "none", "ddp", "fsdp")},
-    )  # fmt: skip
-    resume: str = field(
-        default="", compare=False,
-        metadata={"why": "go on from this checkpoint and no other; empty = the newest whole one", "choices": ()},
-    )  # fmt: skip
+
+    # A stopped run may go on with other values of these, so they are not compared.
+    parallel: str = opt(
+        "auto",
+        "ddp copies the model to every rank, fsdp shards it; auto = ddp while it fits half a GPU",
+        ("auto", "none", "ddp", "fsdp"),
+        compare=False,
+    )
+    resume: str = opt(
+        "", "go on from this checkpoint and no other; empty = the newest whole one", compare=False
+    )
+
+
+# The parts of a model: what a recipe calls them, and their attributes in LLaVA.
+PARTS = {"llm": "language_model", "vision": "vision_tower", "connector": "connector"}
 
 
 @dataclass(frozen=True)
 class Tune:
+    """The table [stage.NAME.tune]: what trains, one field for each of PARTS."""
+
     llm: str = opt(
         "frozen",
         "frozen, full, lora, qlora-nf4, qlora-int8, or partial:N (blocks from N, norm and head)",
@@ -139,6 +186,8 @@ class Tune:
 
 @dataclass(frozen=True)
 class LoRA:
+    """The table [stage.NAME.lora]: the adapters of the parts that [stage.NAME.tune] adapts."""
+
     r: int = opt(
         128, "rank of the adapters (Hu et al., 2021): their size, and what they can express"
     )
@@ -152,7 +201,8 @@ class LoRA:
     )
     targets: str = opt(
         "",
-        "names or globs of linears, ours or Hugging Face's: q_proj,v_proj; empty = all but the head",
+        "names or globs of linears, ours or Hugging Face's: q_proj,v_proj; "
+        "empty = all but the head",
     )
     adapter: str = opt(
         "",
@@ -162,6 +212,8 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Rates:
+    """The table [stage.NAME.rate]: a learning rate for each of PARTS."""
+
     llm: float = opt(0.0, "learning rate of this part; 0 = the stage's learning_rate")
     vision: float = opt(0.0, "as above; a pretrained encoder usually wants a tenth")
     connector: float = opt(0.0, "as above")
@@ -169,6 +221,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Source:
+    """A table [stage.NAME.mixture.SOURCE]: one of several data sets of a stage."""
+
     data: str = opt("", "as the stage's data")
     images: str = opt("", "as the stage's images")
     weight: float = opt(
@@ -179,6 +233,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Stage:
+    """A table [stage.NAME]: one pass of the training loop."""
+
+    # The data.
     data: str = opt(
         "", "LLaVA rows: a .json list, a .jsonl file, or tar shards (a folder or glob of them)"
     )
@@ -193,14 +250,20 @@ class Stage:
         200, "steps between validation passes (one more at the end of the stage)"
     )
     template: str = opt("pretrain", "chat template, see templates.py")
+
+    # What trains.
     tune: Tune = opt(Tune, "what trains in this stage")
     lora: LoRA = opt(LoRA, "adapters of the parts that tune says are lora or qlora")
+
+    # The optimizer.
     rate: Rates = opt(Rates, "learning rate per part")
     learning_rate: float = opt(1e-3, "peak of the warm-up + cosine schedule")
     weight_decay: float = opt(0.0, "AdamW, never on biases and norms")
     beta2: float = opt(0.999, "AdamW's second-moment decay; short runs want less")
     warmup_ratio: float = opt(0.03, "share of the steps that warm up")
     max_grad_norm: float = opt(1.0, "the gradient of a step is clipped to this norm")
+
+    # How long, and in what portions.
     epochs: float = opt(1.0, "passes over the data")
     steps: int = opt(0, "stop after this many steps instead; 0 = epochs decide")
     global_batch: int = opt(128, "samples per optimizer step, whatever the ranks and micro-batches")
@@ -214,6 +277,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
+    """A whole experiment."""
+
     model: Model = opt(Model, "the model")
     train: Train = opt(Train, "the run")
     stage: dict[str, Stage] = opt({}, "[stage.NAME] tables; each stage starts from the one before")
@@ -222,273 +287,341 @@ class Recipe:
     )
 
 
+# ---------------------------------------------------------------------------------- what a model is
+
+
 @dataclass(frozen=True)
 class LLaVAConfig:
-    """What makes a model, whatever layout it came from; text and vision are Hugging Face config dicts, verbatim."""
+    """What makes a model, whether a recipe says it or the config.json of any layout."""
 
+    # Hugging Face's config.json of each part, and preprocessor_config.json, verbatim.
     text: dict
     vision: dict
     preprocessor: dict = field(default_factory=dict)
+
+    # As in Model.
     connector: str = "mlp2x_gelu"
     connector_options: dict = field(default_factory=dict)
     feature_layer: int = -2
     feature_select: str = "patch"
     image_mode: str = "square"
+
     template: str = "llama"
-    image_scale: float = (
-        1.0  # on the connector's output; only Gemma in transformers 5 needs another
-    )
-    sources: dict = field(
-        default_factory=dict
-    )  # llm, vision, vision2: the names the parts were loaded by
+
+    # A factor on the connector's output. Only Gemma in transformers 5 needs one that is not 1.
+    image_scale: float = 1.0
+
+    # The names that the parts were loaded by, for the keys llm, vision and vision2.
+    sources: dict = field(default_factory=dict)
+
+    # As in Model.
     image_grids: str = Model.image_grids
     frames: int = Model.frames
     fps: float = Model.fps
 
     def __post_init__(self):
-        if (self.connector == "mof_mlp") != (self.vision.get("model_type") == "mof"):
-            raise UserError("model.connector", f"{self.connector} with {self.vision.get('model_type')}",
-                            "mof_mlp and the mixture of CLIP and DINOv2 (model.vision2) need each other")  # fmt: skip
-
-
-def _nearest(key: str, known) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else f"one of: {', '.join(known)}"
-
-
-def _convert(value, kind, where: str, choices: tuple[str, ...]):
-    """One TOML value as `kind`, or an error that says which type was expected."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is str and isinstance(value, Path):
-        value = str(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(where, f"{value!r} is not a {kind.__name__}", f"write a {kind.__name__}")
-    if choices and value not in choices:
-        raise UserError(where, f"{value!r} is not a choice", _nearest(str(value), choices))
-    return value
-
-
-def _build(cls, table: dict, where: str, path: str = ""):
-    """The dataclass `cls` from a TOML table; every key of the table must be a field."""
-    if not isinstance(table, dict):
-        raise UserError(f"{where}:{path}", "expected a table", f"write [{path}]")
-    hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
-    values = {}
-    for key, value in table.items():
-        full = f"{path}.{key}" if path else key
-        if key not in known:
-            raise UserError(f"{where}:{full}", "unknown key", _nearest(key, known))
-        kind = hints[key]
-        if is_dataclass(kind):
-            values[key] = _build(kind, value, where, full)
-        elif typing.get_origin(kind) is dict:  # stage: name -> Stage, mixture: name -> Source
-            if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
-                raise UserError(f"{where}:{full}", "expected named tables", f"write [{full}.NAME]")
-            inner = typing.get_args(kind)[1]
-            values[key] = {
-                name: _build(inner, v, where, f"{full}.{name}") for name, v in value.items()
-            }
-        else:
-            values[key] = _convert(value, kind, f"{where}:{full}", known[key].metadata["choices"])
-    return cls(**values)
-
-
-def _leaf_type(dotted: str, table: dict):
-    """The type of the field that `a.b.c` names (stage names come from the recipe), for reading its override."""
-    cls = Recipe
-    keys = dotted.split(".")
-    for depth, key in enumerate(keys):
-        hints = typing.get_type_hints(cls) if is_dataclass(cls) else {}
-        if typing.get_origin(cls) is dict:
-            known = table
-            for outer in keys[:depth]:
-                known = known.get(outer, {})
-            if key not in known:
-                what = f"unknown {'stage' if depth == 1 else 'source'}"
-                raise UserError(
-                    f"command line:{dotted}",
-                    what,
-                    _nearest(key, known) if known else "add its table",
-                )
-            cls = typing.get_args(cls)[1]
-        elif cls is dict:
-            return None  # inside llm_config or vision_config: whatever TOML makes of the value
-        elif key not in hints:
+        tower = self.vision.get("model_type")
+        if (self.connector == "mof_mlp") != (tower == "mof"):
             raise UserError(
-                f"command line:{dotted}",
-                "unknown key",
-                _nearest(key, hints or [".".join(keys[:depth])]),
+                "model.connector",
+                f"{self.connector} with {tower}",
+                "mof_mlp and the mixture of CLIP and DINOv2 (model.vision2) need each other",
             )
-        else:
-            cls = hints[key]
-    return cls
 
 
-def _override(table: dict, text: str):
-    dotted, eq, raw = text.partition("=")
-    if not eq:
-        raise UserError(
-            f"command line:{text}",
-            "not an override",
-            "write section.key=value, or one recipe.toml first",
-        )
-    kind = _leaf_type(dotted, table)
-    value: object = raw
-    if kind is not str:
-        try:
-            value = tomllib.loads(f"v = {raw}")["v"]
-        except tomllib.TOMLDecodeError:
-            expected = getattr(kind, "__name__", "value")
-            raise UserError(
-                f"command line:{dotted}", f"{raw!r} is not a {expected}", f"write a {expected}"
-            ) from None
-    for key in dotted.split(".")[:-1]:
-        table = table.setdefault(key, {})
-    table[dotted.split(".")[-1]] = value
-
-
-def _merge(under: dict, over: dict) -> dict:
-    """Tables key by key, anything else as `over` has it; the order is that of `under`, then what `over` adds."""
-    both = {
-        k: _merge(under[k], v)
-        for k, v in over.items()
-        if isinstance(v, dict) and isinstance(under.get(k), dict)
-    }
-    return under | over | both
-
-
-def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
-    """A recipe's table laid over its base's. `above` led here, `folder` holds what a misspelt name may have meant."""
-    if path.resolve() in [p.resolve() for p in above]:
-        raise UserError(
-            f"{above[-1]}:base",
-            f"{path} is itself based on this recipe",
-            "remove one base of the circle",
-        )
-    try:
-        table = tomllib.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
-        near = _nearest(path.name, sorted(p.name for p in folder.glob("*.toml")))
-        where, what = (
-            (f"{above[-1]}:base", f"no such recipe {path.name}")
-            if above
-            else (path, "no such recipe")
-        )
-        raise UserError(where, what, near) from None
-    except tomllib.TOMLDecodeError as e:
-        raise UserError(path, f"not TOML: {e}", "mend that line") from None
-    base = path.parent / _convert(table.pop("base", ""), str, f"{path}:base", ())
-    return table if base == path.parent else _merge(_read(base, base.parent, (*above, path)), table)
+# --------------------------------------------------------------------- from a TOML file to a Recipe
 
 
 def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
-    """The recipe that a command line `[recipe.toml] [section.key=value ...]` names, and its file.
+    """Return the recipe that a command line names, and its file.
 
-    Raises UserError for a missing file, a circle of bases, bad TOML, an unknown key, a wrong type or a wrong choice.
+    argv: [recipe.toml] [section.key=value ...]
+    default: the recipe's file where the command line names none.
+
+    Raises UserError for a missing file, a circle of bases, bad TOML, an unknown key, a wrong type
+    or a wrong choice.
     """
-    argv = list(argv)
-    path = Path(argv.pop(0)) if argv and "=" not in argv[0] else Path(default)
-    table = _read(path, Path(default).parent)
-    for text in argv:
-        _override(table, text)
+    names_a_file = bool(argv) and "=" not in argv[0]
+    if names_a_file:
+        path, overrides = Path(argv[0]), argv[1:]
+    else:
+        path, overrides = Path(default), argv
+
+    table = _read(path, folder=Path(default).parent)
+    for override in overrides:
+        _override(table, override)
     recipe = _build(Recipe, table, str(path))
     if not recipe.stage:
         raise UserError(path, "no stage", "write a [stage.NAME] table")
     return recipe, path
 
 
-def dumps(recipe) -> str:
-    """The recipe as TOML with every field that decides what runs written out; `load` reads it back equal."""
+def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
+    """Return the table of a TOML file, laid over that of its base.
+
+    folder: where to look for what a misspelt name may have meant.
+    above: the files that led here, each the base of the one before it.
+    """
+    if path.resolve() in [p.resolve() for p in above]:
+        what = f"{path} is itself based on this recipe"
+        raise UserError(f"{above[-1]}:base", what, "remove one base of the circle")
+
+    try:
+        table = tomllib.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        near = _nearest(path.name, sorted(p.name for p in folder.glob("*.toml")))
+        if above:
+            raise UserError(f"{above[-1]}:base", f"no such recipe {path.name}", near) from None
+        raise UserError(path, "no such recipe", near) from None
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(path, f"not TOML: {e}", "mend that line") from None
+
+    name = _convert(table.pop("base", ""), str, f"{path}:base", ())
+    base = path.parent / name
+    if base == path.parent:  # there is none
+        return table
+    return _merge(_read(base, base.parent, (*above, path)), table)
+
+
+def _merge(under: dict, over: dict) -> dict:
+    """Return `over` laid over `under`: tables key by key, any other value as `over` has it.
+
+    The order is that of `under`, followed by what `over` adds.
+    """
+    merged = dict(under)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(under.get(key), dict):
+            merged[key] = _merge(under[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(table: dict, text: str):
+    """Write `section.key=value` from the command line into the table."""
+    dotted, equals, raw = text.partition("=")
+    if not equals:
+        fix = "write section.key=value, or one recipe.toml first"
+        raise UserError(f"command line:{text}", "not an override", fix)
+
+    # A string needs no quotes on the command line. Anything else is read as TOML.
+    kind = _type_of(dotted, table)
+    if kind is str:
+        value: object = raw
+    else:
+        try:
+            value = tomllib.loads(f"v = {raw}")["v"]
+        except tomllib.TOMLDecodeError:
+            expected = getattr(kind, "__name__", "value")
+            what = f"{raw!r} is not a {expected}"
+            raise UserError(f"command line:{dotted}", what, f"write a {expected}") from None
+
+    *outer, last = dotted.split(".")
+    for key in outer:
+        table = table.setdefault(key, {})
+    table[last] = value
+
+
+def _type_of(dotted: str, table: dict):
+    """Return the type of the field that `a.b.c` names; None inside a table that takes any keys.
+
+    The names of stages and sources are not in any dataclass; they must be in the recipe's table.
+    """
+    where = f"command line:{dotted}"
+    keys = dotted.split(".")
+    cls = Recipe
+    for depth, key in enumerate(keys):
+        # stage.NAME or mixture.SOURCE: any name that the recipe has.
+        if typing.get_origin(cls) is dict:
+            known = table
+            for outer in keys[:depth]:
+                known = known.get(outer, {})
+            if key not in known:
+                what = "unknown stage" if depth == 1 else "unknown source"
+                fix = _nearest(key, known) if known else "add its table"
+                raise UserError(where, what, fix)
+            cls = typing.get_args(cls)[1]
+
+        # Inside llm_config, say: a value is what TOML makes of it.
+        elif cls is dict:
+            return None
+
+        # A field of a dataclass. A key below a number or a string has none to be.
+        elif not is_dataclass(cls):
+            raise UserError(where, "unknown key", _nearest(key, [".".join(keys[:depth])]))
+        else:
+            hints = typing.get_type_hints(cls)
+            if key not in hints:
+                raise UserError(where, "unknown key", _nearest(key, hints))
+            cls = hints[key]
+    return cls
+
+
+def _build(cls, table: dict, where: str, path: str = ""):
+    """Return the dataclass `cls` made from a TOML table, whose every key must be one of its fields.
+
+    where: the recipe's file; path: the table's dotted name in it. Both are for messages.
+    """
+    if not isinstance(table, dict):
+        raise UserError(f"{where}:{path}", "expected a table", f"write [{path}]")
+
+    types = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    values = {}
+    for key, value in table.items():
+        full = f"{path}.{key}" if path else key
+        if key not in known:
+            raise UserError(f"{where}:{full}", "unknown key", _nearest(key, known))
+
+        kind = types[key]
+        if is_dataclass(kind):
+            values[key] = _build(kind, value, where, full)
+        elif typing.get_origin(kind) is dict:
+            values[key] = _build_named(typing.get_args(kind)[1], value, where, full)
+        else:
+            values[key] = _convert(value, kind, f"{where}:{full}", known[key].metadata["choices"])
+    return cls(**values)
+
+
+def _build_named(cls, tables: dict, where: str, path: str) -> dict:
+    """Return a `cls` for each named table below `path`: the stages, or the sources of a mixture."""
+    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+        raise UserError(f"{where}:{path}", "expected named tables", f"write [{path}.NAME]")
+    return {name: _build(cls, table, where, f"{path}.{name}") for name, table in tables.items()}
+
+
+def _convert(value, kind, where: str, choices: tuple[str, ...]):
+    """Return one TOML value as `kind`. Raises UserError for another type or choice."""
+    # In Python True is an int, but `seed = true` is a mistake.
+    is_bool = isinstance(value, bool)
+    if kind is float and isinstance(value, int) and not is_bool:
+        value = float(value)
+    if kind is str and isinstance(value, Path):
+        value = str(value)
+
+    if not isinstance(value, kind) or (is_bool and kind is not bool):
+        raise UserError(where, f"{value!r} is not a {kind.__name__}", f"write a {kind.__name__}")
+    if choices and value not in choices:
+        raise UserError(where, f"{value!r} is not a choice", _nearest(str(value), choices))
+    return value
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """Return the end of a message: the known name that `key` may have meant, or all of them."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    return f"one of: {', '.join(known)}"
+
+
+# ------------------------------------------------------------------------- from a Recipe to text
+
+
+def dumps(recipe: Recipe) -> str:
+    """Return the recipe as TOML, with every field that decides what runs. `load` reads it back.
+
+    A run that goes on compares this text with its recipe.toml, so it must not change from version
+    to version where the recipe does not.
+    """
     lines: list[str] = []
-
-    def inline(value) -> str:
-        if isinstance(value, dict):
-            return (
-                "{"
-                + ", ".join(f"{k} = {inline(v)}" for k, v in value.items() if v is not None)
-                + "}"
-            )
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join(map(inline, value)) + "]"
-        return json.dumps(value, ensure_ascii=False)
-
-    def table(part, path: str):
-        nested = []
-        if path:
-            lines.append(f"[{path}]")
-        for f in (f for f in fields(part) if f.compare):
-            value, full = getattr(part, f.name), f"{path}.{f.name}" if path else f.name
-            if is_dataclass(value):
-                nested.append((full, value))
-            elif isinstance(value, dict) and value and all(is_dataclass(v) for v in value.values()):
-                nested += [(f"{full}.{name}", v) for name, v in value.items()]
-            else:
-                lines.append(f"{f.name} = {inline(value)}")
-        if path:
-            lines.append("")
-        for full, value in nested:
-            table(value, full)
-
-    table(recipe, "")
+    _write_table(recipe, "", lines)
     return "\n".join(lines)
+
+
+def _write_table(part, path: str, lines: list[str]):
+    """Append the dataclass `part` as the table [path]: its own fields, then the tables in it."""
+    if path:
+        lines.append(f"[{path}]")
+
+    nested = []
+    for f in fields(part):
+        if not f.compare:
+            continue
+        value = getattr(part, f.name)
+        full = f"{path}.{f.name}" if path else f.name
+        if is_dataclass(value):
+            nested.append((full, value))
+        elif isinstance(value, dict) and value and all(map(is_dataclass, value.values())):
+            nested += [(f"{full}.{name}", table) for name, table in value.items()]
+        else:
+            lines.append(f"{f.name} = {_toml(value)}")
+
+    if path:
+        lines.append("")
+    for full, table in nested:
+        _write_table(table, full, lines)
+
+
+def _toml(value) -> str:
+    """Return a value as inline TOML. TOML has no null: keys whose value is None are left out."""
+    if isinstance(value, dict):
+        pairs = [f"{k} = {_toml(v)}" for k, v in value.items() if v is not None]
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 MIXTURE = "stage.NAME.mixture.SOURCE"
 
 
 def help_table() -> str:
-    """Every field with its type, default and reason, in the order of a recipe."""
-    rows: list[str] = []
+    """Return every field with its type, default and reason, in the order of a recipe."""
+    sections = {"model": Model, "train": Train, "stage.NAME": Stage, MIXTURE: Source}
+    lines: list[str] = []
+    for path, cls in sections.items():
+        _describe(cls, path, lines)
 
-    def walk(cls, path: str):
-        hints = typing.get_type_hints(cls)
-        rows.append(f"\n[{path}]")
-        for f in fields(cls):
-            kind = hints[f.name]
-            if is_dataclass(kind):
-                continue
-            default = json.dumps({} if f.default_factory is dict else f.default)
-            why = f.metadata["why"]
-            rows.append(f"  {f.name:<24}{kind.__name__:<7}{default:<14}{why}")
-        for f in fields(cls):
-            if is_dataclass(hints[f.name]):
-                walk(hints[f.name], f"{path}.{f.name}")
-
-    for section, cls in (
-        ("model", Model),
-        ("train", Train),
-        ("stage.NAME", Stage),
-        (MIXTURE, Source),
-    ):
-        walk(cls, section)
-    rows.append(
-        "\n[published]\n  BENCHMARK = NUMBER, as the original authors report it for this recipe"
-    )
-    return (
-        "\n".join(rows)
-        + '\n\nbase = "FILE.toml" before all tables: the recipe that this one is laid over'
-    )
+    lines.append("\n[published]")
+    lines.append("  BENCHMARK = NUMBER, as the original authors report it for this recipe")
+    lines.append('\nbase = "FILE.toml" before all tables: the recipe that this one is laid over')
+    return "\n".join(lines)
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """argparse with the script's docstring as its help, and its complaints in the one-line form."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+def _describe(cls, path: str, lines: list[str]):
+    """Append a line for each field of the table [path], then the same for the tables in it."""
+    lines.append(f"\n[{path}]")
+    types = typing.get_type_hints(cls)
+    nested = []
+    for f in fields(cls):
+        kind = types[f.name]
+        if is_dataclass(kind):
+            nested.append((kind, f"{path}.{f.name}"))
+            continue
+        default = json.dumps({} if f.default_factory is dict else f.default)
+        lines.append(f"  {f.name:<24}{kind.__name__:<7}{default:<14}{f.metadata['why']}")
 
-    def error(message: str):
-        sys.exit(f"error: command line: {message}; fix: see python {made.prog} --help")
-
-    made.error = error
-    return made
+    for kind, full in nested:
+        _describe(kind, full, lines)
 
 
-def cli(main, doc: str, fields_help: bool = False):
-    """Run a script: `--help` prints its docstring, and a mistake of the user ends it with one line and exit code 1.
+# --------------------------------------------------------------------------------- the command line
 
-    A mistake of the user is a ValueError that says its fix (UserError, or what templates.py raises); any other
-    exception is one of ours and keeps its traceback.
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in the one-line form."""
+
+    def error(self, message: str):
+        sys.exit(f"error: command line: {message}; fix: see python {self.prog} --help")
+
+
+def parser(doc: str) -> Parser:
+    """Return a parser for a script; `--help` prints its docstring as it stands."""
+    return Parser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+
+
+def cli(main: Callable[[list[str]], object], doc: str, fields_help: bool = False):
+    """Run a script: call main with the command line; end with one line if the user made a mistake.
+
+    A mistake of the user is a ValueError that says its fix (a UserError, or what templates.py
+    raises). Its line goes to stderr and the exit code is 1. Any other exception is one of ours and
+    keeps its traceback.
+
+    fields_help: answer --help here, with the docstring and every field of a recipe. Otherwise
+    main's own parser answers it.
     """
-    if {"-h", "--help"} & set(sys.argv[1:]) and fields_help:
+    asks_for_help = "-h" in sys.argv[1:] or "--help" in sys.argv[1:]
+    if asks_for_help and fields_help:
         print(doc.strip() + "\n" + help_table())
         return
     try:

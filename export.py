@@ -23,7 +23,7 @@ import torch
 
 import config
 import lora
-from checkpoints import layouts, weights
+from checkpoints import layouts, peft, weights
 from checkpoints.files import resolve, write_file
 from config import UserError
 from inputs.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def main(argv: list[str]):
     dtype = getattr(torch, a.dtype) if a.dtype else None
     model = open_model(folder, dtype, a.allow_pickle)
     if a.adapter:
-        lora.load_adapter(Path(a.adapter), model, layouts.ADAPTED)
+        peft.load_adapter(Path(a.adapter), model, peft.ADAPTED)
         lora.merge(model)
     export(model, open_tokenizer(folder), a.to, out, a.transformers)
 

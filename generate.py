@@ -2,20 +2,23 @@
 
     python generate.py --model out/demo --image photo.png --prompt "What colour is the circle?"
     python generate.py --model DIR --video clip.mp4 --prompt "What happens?"
-    python generate.py --model out/demo            # a chat; /image FILE, /video FILE, /reset and /quit are commands
-    python generate.py --model out/demo --weights nf4 --temperature 0.7 --top-p 0.9 --seed 1 --stop "\\n"
+    python generate.py --model out/demo     # a chat: /image FILE, /video FILE, /reset, /quit
+    python generate.py --model out/demo --weights nf4 --temperature 0.7 --top-p 0.9 --stop "\\n"
 
-Several --image, then --video, go into the prompt in their order, in front of the text unless it says <image> itself.
-The answer is printed as it is made, then how many tokens a second; a later question of a chat starts from what has been
-read of the earlier ones. Folders and Hugging Face ids both work as --model. With a temperature equal seeds give equal
-answers. --weights int8 and nf4 quantize the language model as it is loaded, as bitsandbytes does, and compute in bf16.
+The pictures, then the videos, go into the prompt in the order in which they are given, in front of
+the text unless it says <image> itself. The answer is printed as it is made, then its speed. A later
+question of a chat starts from what has been read of the earlier ones. Folders and Hugging Face ids
+both work as --model. With a temperature, equal seeds give equal answers. --weights int8 and nf4
+quantize the language model as it is loaded, as bitsandbytes does, and compute in bfloat16.
+
+`Chat` is the conversation, and of use without the command; `main` is the command.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,86 +26,108 @@ import config
 import lora
 from checkpoints.files import resolve
 from config import UserError
+from inference.answer import before_stop, place_images
+from inference.streaming import TextStream
 from inputs.sample import load_item
-from inputs.templates import IMAGE, encode_prompt, stop_id
+from inputs.templates import encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import Item
 
 
-class Chat:
-    """A model, its tokenizer, and a conversation that grows: turns and the pictures that stand in them.
+def print_piece(text: str):
+    """Print a piece of an answer at once."""
+    print(text, end="", flush=True)
 
-    options are LLaVA.generate's; an answer also ends where it contains one of `stop`, which is left out of it.
+
+class Chat:
+    """A model, its tokenizer, and a conversation that grows: turns, and the pictures in them.
+
+    options are LLaVA.generate's. An answer also ends where it says one of the texts in `stop`,
+    which is left out of it.
     """
 
     def __init__(self, model: LLaVA, tokenizer, options: dict, stop: Sequence[str] = ()):
-        self.model, self.tokenizer, self.options, self.stop = model.eval(), tokenizer, options, stop
-        self.device = model.language_model.lm_head.weight.device
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.options = options
+        self.stop = stop
+        self.reset()
+
+    def reset(self):
+        """Forget the conversation."""
         self.turns: list[dict] = []
         self.items: list[Item] = []
-        self.waiting = 0  # pictures given but not yet asked about
+        self.waiting = 0  # items that no question has been asked about yet
 
     def show(self, file: str, kind: str = "image"):
-        """Show a picture or a video (kind); the next question is about it. Raises UserError if it cannot be read."""
+        """Show a file of a kind, "image" or "video"; the next question is about it.
+
+        Raises UserError if it cannot be read.
+        """
         try:
-            self.items.append(load_item(file, kind, self.model.views))
+            item = load_item(file, kind, self.model.views)
         except UserError:
             raise
         except ValueError as e:
             raise UserError(file, str(e), f"give another {kind} file") from None
+        self.items.append(item)
         self.waiting += 1
 
-    def ask(self, text: str, show=lambda text: print(text, end="", flush=True)) -> str:
-        """Put a question, stream the answer to `show`, keep both in the conversation. Returns the answer."""
-        if text.count(IMAGE) != self.waiting:
-            text = f"{IMAGE}\n" * self.waiting + text.replace(IMAGE, "")
+    def ask(self, text: str, show: Callable[[str], None] = print_piece) -> str:
+        """Ask a question; return the answer, and keep both in the conversation.
+
+        show: called with the next piece of the answer, which may be empty, for each token, and at
+        last with a line on its speed.
+        """
+        question = place_images(text, self.waiting)
         self.waiting = 0
-        self.turns += [{"from": "human", "value": text}, {"from": "gpt", "value": None}]
+        self.turns.append({"from": "human", "value": question})
+        self.turns.append({"from": "gpt", "value": None})  # the answer to come
+
         template = self.model.config.template
         ids = torch.tensor(encode_prompt(self.turns, self.tokenizer, template))
-        eos, shown = stop_id(self.tokenizer, template), ""
-
-        def read(tokens: list[int]) -> tuple[str, bool]:
-            """Their text up to where the answer ends, and whether it does."""
-            said = self.tokenizer.decode([t for t in tokens if t != eos])
-            ends = [at for s in self.stop if (at := said.find(s)) >= 0]
-            return said[: min(ends, default=len(said))], bool(ends)
+        eos = stop_id(self.tokenizer, template)
+        said = TextStream(self.tokenizer.decode, self.stop)
 
         def until(tokens: list[int]) -> bool:
-            """Shows what is new; true where the answer ends."""
-            nonlocal shown
-            answer, ends = read(tokens)
-            # Half a character, or what may become a stop, waits for the tokens that follow.
-            half = answer.endswith("\ufffd") or any(
-                answer.endswith(s[:n]) for s in self.stop for n in range(1, len(s))
-            )
-            if ends or not half:
-                show(answer[len(shown) :])
-                shown = answer
-            return ends
+            """Show what is new of the answer; return whether a stop string ends it."""
+            show(said.update(tokens))
+            return said.stopped
 
+        # Beam search knows its answer only at the end, so there is nothing to show before.
+        beam_search = self.options.get("num_beams", 1) > 1
         start = time.perf_counter()
-        beams = self.options.get("num_beams", 1) > 1  # whose answer is known at the end only
-        new = self.model.generate(
-            [ids], self.items, eos_token_id=eos, until=None if beams else until, **self.options
+        made = self.model.generate(
+            [ids],
+            self.items,
+            eos_token_id=eos,
+            until=None if beam_search else until,
+            **self.options,
         )
         seconds = time.perf_counter() - start
-        answer, _ = read(new[0].tolist())
-        show(answer[len(shown) :])
-        show(f"\n[{new.size(1)} tokens, {new.size(1) / seconds:.1f} tokens/s]\n")
-        self.turns[-1]["value"] = answer.strip()
-        return answer.strip()
+
+        # The last token, and with beam search the whole answer, has not been shown yet.
+        until(before_stop(made[0].tolist(), eos))
+        show(said.finish())
+        count = made.size(1)
+        show(f"\n[{count} tokens, {count / seconds:.1f} tokens/s]\n")
+
+        answer = said.text.strip()
+        self.turns[-1]["value"] = answer
+        return answer
 
     def command(self, line: str) -> bool:
-        """One line of the interactive chat; False ends it."""
+        """Obey one line of the interactive chat; return False if it ends the chat."""
         word, _, rest = line.partition(" ")
         if word == "/quit":
             return False
         if word == "/reset":
-            self.turns, self.items, self.waiting = [], [], 0
-        elif word in ("/image", "/video"):
-            self.show(rest.strip(), word[1:])
+            self.reset()
+        elif word == "/image":
+            self.show(rest.strip(), "image")
+        elif word == "/video":
+            self.show(rest.strip(), "video")
         elif word.startswith("/"):
             print("commands: /image FILE, /video FILE, /reset, /quit")
         elif line:
@@ -110,71 +135,88 @@ class Chat:
         return True
 
 
-def main(argv: list[str]):
+def arguments(argv: list[str]):
+    """Return the command line's options, read and checked."""
     parser = config.parser(__doc__)
-    parser.add_argument(
-        "--model", required=True, help="folder or Hugging Face id of a trained model"
+    option = parser.add_argument
+    option("--model", required=True, help="folder or Hugging Face id of a trained model")
+    option("--image", action="append", default=[], help="a picture; may be given several times")
+    option(
+        "--video",
+        action="append",
+        default=[],
+        help="a video, or a folder of its frames; likewise",
     )
-    parser.add_argument(
-        "--image", action="append", default=[], help="a picture; may be given several times"
+    option("--prompt", help="the question; without it a chat starts")
+    option("--max-new-tokens", type=int, default=256, help="longest answer (256)")
+    option(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest token, 1 draws as the model has it, more is bolder (0)",
     )
-    parser.add_argument(
-        "--video", action="append", default=[], help="a video, or a folder of its frames; likewise"
-    )
-    parser.add_argument("--prompt", help="the question; without it a chat starts")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as the "
-                        "model has it, more is bolder (0)")  # fmt: skip
-    parser.add_argument(
+    option(
         "--top-p",
         type=float,
         default=1.0,
         help="draw from the fewest tokens of this probability (1)",
     )
-    parser.add_argument(
+    option(
         "--top-k",
         type=int,
         default=0,
         help="draw from so many of the likeliest tokens (0: from all)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    parser.add_argument(
+    option("--seed", type=int, default=0, help="of the draws (0)")
+    option(
         "--stop",
         action="append",
         default=[],
         help="text that ends an answer; may be given several times",
     )
-    parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams (1)")
-    parser.add_argument(
+    option("--beams", type=int, default=1, help="beam search with so many beams (1)")
+    option(
         "--weights",
         choices=("fp32", "bf16", *lora.KINDS),
         help="of the language model (fp32; a GPU: bf16)",
     )
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only"
-    )
-    a = parser.parse_args(argv)
-    if a.beams > 1 and a.temperature:
+    option("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
+    args = parser.parse_args(argv)
+    if args.beams > 1 and args.temperature:
         raise UserError("--beams", "beam search draws nothing", "leave out --temperature")
+    return args
+
+
+def load_chat(args) -> Chat:
+    """Return a chat with the model that the options name, quantized if they say so."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = a.weights or ("bf16" if device == "cuda" else "fp32")
-    folder = resolve(a.model, allow_pickle=a.allow_pickle)
-    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    model = LLaVA.from_pretrained(folder, dtype, device, a.allow_pickle)
-    if kind in lora.KINDS:
-        lora.quantize(model.language_model, kind)
-    options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k,
-               "num_beams": a.beams, "generator": torch.Generator().manual_seed(a.seed)}  # fmt: skip
-    chat = Chat(model, load_tokenizer(folder), options, [s.replace("\\n", "\n") for s in a.stop])
-    for kind, given in (("image", a.image), ("video", a.video)):
-        for file in given:
-            chat.show(file, kind)
-    if a.prompt is not None:
-        chat.ask(a.prompt)
-        return
+    weights = args.weights or ("bf16" if device == "cuda" else "fp32")
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+
+    folder = resolve(args.model, allow_pickle=args.allow_pickle)
+    model = LLaVA.from_pretrained(folder, dtype, device, args.allow_pickle)
+    if weights in lora.KINDS:
+        lora.quantize(model.language_model, weights)
+
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "num_beams": args.beams,
+        "generator": torch.Generator().manual_seed(args.seed),
+    }
+    # A shell passes \\n on as two characters.
+    stop = [text.replace("\\n", "\n") for text in args.stop]
+    return Chat(model, load_tokenizer(folder), options, stop)
+
+
+def converse(chat: Chat):
+    """Read lines and obey them until /quit or the end of the input."""
     if sys.stdin.isatty():
         print(
-            "Ask about pictures. /image FILE or /video FILE shows one, /reset forgets all, /quit leaves."
+            "Ask about pictures. /image FILE or /video FILE shows one, "
+            "/reset forgets all, /quit leaves."
         )
     while True:
         try:
@@ -184,8 +226,22 @@ def main(argv: list[str]):
         try:
             if not chat.command(line.strip()):
                 return
-        except UserError as e:
+        except UserError as e:  # the chat goes on after a mistake
             print(f"error: {e}")
+
+
+def main(argv: list[str]):
+    args = arguments(argv)
+    chat = load_chat(args)
+    for file in args.image:
+        chat.show(file, "image")
+    for file in args.video:
+        chat.show(file, "video")
+
+    if args.prompt is None:
+        converse(chat)
+    else:
+        chat.ask(args.prompt)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import layouts, weights
+from checkpoints import barellava, layouts, weights
 from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
@@ -805,11 +805,13 @@ class LLaVA(nn.Module):
         with the same arguments. Raises UserError.
         """
         folder = resolve(str(path), allow_pickle=allow_pickle)
-        config, source, hf_names = layouts.read(folder, allow_pickle)
+        found = layouts.read(folder, allow_pickle)
+        source = found.tensors
 
         # Hugging Face's files leave out of `text_config` what its config class has as a default.
+        config = found.config
         kind = config.text["model_type"]
-        if hf_names and kind in FAMILIES:
+        if found.hf_names and kind in FAMILIES:
             config = replace(config, text=FAMILIES[kind].defaults | config.text)
 
         with weights.empty():
@@ -822,7 +824,7 @@ class LLaVA(nn.Module):
             part = getattr(model, name)
             load_part = loaders.get(name, weights.load)
             table = ()
-            if hf_names:
+            if found.hf_names:
                 table = getattr(part, "rename", ())
             used |= load_part(
                 part,
@@ -889,14 +891,7 @@ class LLaVA(nn.Module):
 
         Tokenizer and recipe are the caller's.
         """
-        folder = Path(folder)
-        state = {}
-        for name in self.PARTS:
-            state |= weights.tensors(getattr(self, name), prefix=f"{name}.")
-        weights.save(folder, state)
-        preprocessor = self.vision_tower.processor.to_hf()
-        write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
-        write_file(folder / "config.json", json.dumps(layouts.to_ours(self.config), indent=2))
+        barellava.save(Path(folder), self)
 
     def compile_blocks(self, **options):
         """Run torch.compile on every block of language model and encoder, in place.
@@ -1056,33 +1051,62 @@ class LLaVA(nn.Module):
         head = self.language_model.lm_head
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
 
-    # -- generation
-    # --------------------------------------------------------------------------------------
+    # -- generation ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(
-        self, input_ids, images: Tensor | Sequence[Item] | None = None, attention_mask: Tensor |
-        None = None, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
-        num_beams: int = 1, eos_token_id: int | None = None, use_cache: bool = True, generator:
-        torch.Generator | None = None, stream: Callable[[list[int]], None] | None = None, top_k: int
-        = 0, until: Callable[[list[int]], bool] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Continue prompts: (B, T) with attention_mask, or a list of B ragged (T,) tensors -> (B,
-        new) tokens.
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        images: Tensor | Sequence[Item] | None = None,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+        stream: Callable[[list[int]], None] | None = None,
+        top_k: int = 0,
+        until: Callable[[list[int]], bool] | None = None,
+    ) -> Tensor:
+        """Return the tokens that continue B prompts, (B, new).
 
-        Greedy at temperature 0, else sampling (engine.choose); num_beams > 1 is beam search (scores
-        divided by length, as Hugging Face's default). A sequence ends with eos_token_id, or where
-        until, called with its tokens so far, says so, and is filled up with eos_token_id. images as
-        in forward, in the order of the -200; an image that several prompts begin with is encoded
-        and prefilled once. stream is called with each step's B tokens. use_cache=False recomputes
-        everything for each token: slow, the check on the cache.
+        input_ids: (B, T) with an attention_mask, or a list of B ragged tensors (T,).
+        images: as in `forward`, one for each -200 in order. An image that several prompts begin
+        with is encoded and prefilled once.
+
+        Decoding is greedy at temperature 0; otherwise tokens are sampled with top_p and top_k
+        (inference/sampling.py) and seeds that `generator` draws. num_beams > 1 is beam search,
+        whose scores are divided by length, as Hugging Face's default has it.
+
+        A sequence ends with eos_token_id, or when `until`, called with its tokens so far, returns
+        true. It is padded with eos_token_id. `stream` is called with each step's B tokens.
+
+        Raises ValueError when images and placeholders disagree, when a prompt is empty, or when
+        beam search is asked to sample, to stream or to stop at a text.
         """
         if isinstance(input_ids, Tensor):
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            input_ids = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
-        rows = [row.to(self.language_model.lm_head.weight.device) for row in input_ids]
+            input_ids = without_padding(input_ids, attention_mask)
+        device = self.language_model.lm_head.weight.device
+        prompts = [ids.to(device) for ids in input_ids]
+        items = match_images(prompts, images)
+
+        if num_beams > 1:
+            if temperature or stream or until:
+                raise ValueError("beam search has no temperature, no stream and no stopping text")
+            return generation.generate_with_beams(
+                self, prompts, items, max_new_tokens, num_beams, eos_token_id
+            )
         return generation.generate(
-            self, rows, match_images(rows, images), max_new_tokens, num_beams, eos_token_id,
-            use_cache, generator, stream, temperature=temperature, top_p=top_p, top_k=top_k,
+            self,
+            prompts,
+            items,
+            max_new_tokens,
+            eos_token_id,
+            generator,
+            stream,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
             until=until,
-        )  # fmt: skip
+        )

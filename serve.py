@@ -5,20 +5,28 @@
 
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
-    client.chat.completions.create(model="demo", messages=[{"role": "user", "content": [picture, question]}])
+    question = {"type": "text", "text": "What is this?"}
+    messages = [{"role": "user", "content": [picture, question]}]
+    client.chat.completions.create(model="demo", messages=messages)
 
-/v1/chat/completions takes messages of text and picture parts, stream, stream_options, max_tokens (or
-max_completion_tokens), temperature and top_p (1, as OpenAI has it), stop and seed. Other fields are refused unless they
-ask for nothing; a picture's `detail` has no meaning here. Pictures are data URLs of PNG, JPEG, WebP, GIF or BMP; http
-URLs only with --allow-urls. Requests are answered one after another in the order of their arrival, as many as
---max-queue wait, more get status 429. There is no key: whoever reaches the port may ask, so it is 127.0.0.1's alone
+/v1/chat/completions takes messages of text and picture parts, stream, stream_options, max_tokens
+(or max_completion_tokens), temperature and top_p (1, as OpenAI has it), stop and seed. Other fields
+are refused unless they ask for nothing; a picture's `detail` has no meaning here. Pictures are data
+URLs of PNG, JPEG, WebP, GIF or BMP; http URLs only with --allow-urls.
+
+Requests are answered one after another in the order of their arrival. As many as --max-queue wait,
+more get status 429. There is no key: whoever reaches the port may ask, so only this machine can,
 unless --host says otherwise.
+
+In this order: how requests are read (`read_request`), how they are answered over HTTP (`Handler`),
+the page (`web_page`), and the command (`main`). The queue behind all is inference/job_queue.py.
 """
 
 import json
 import time
 import urllib.parse
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,126 +37,269 @@ import torch
 import config
 from checkpoints.files import resolve
 from config import UserError
-from inference.job_queue import Engine, Job, Limits, Refused, fetch
+from inference.job_queue import Job, JobQueue, Limits, Refused, fetch
 from inputs.templates import IMAGE
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import Item
 
-NEUTRAL = {
-    "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "frequency_penalty": (0,), "presence_penalty": (0,),
-    "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},),
-    "modalities": (["text"],), "user": None, "metadata": None, "store": None,
-}  # fmt: skip  # what asks for nothing we lack; None: any value
-KNOWN = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-         "stop", "seed"}  # fmt: skip
+# -- requests --------------------------------------------------------------------------------------
+
+# The fields of a request that are obeyed.
+SUPPORTED = (
+    "model",
+    "messages",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+)
+
+# Values of other fields that ask for nothing that is missing here.
+HARMLESS = {
+    "n": [1],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "logit_bias": [{}],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+}
+
+# Fields that change no answer, whatever they say.
+IGNORED = ("user", "metadata", "store")
+
+# OpenAI's roles, and what LLaVA's conversations call them.
+ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
+
+PATHS = "there are /v1/models and /v1/chat/completions"
 
 
-def number(request: dict, key: str, kind, low: float, high: float, default=None):
-    """A number of the request within its bounds, or Refused."""
-    given = request.get(key)
-    if given is None:
-        return default
-    if isinstance(given, bool) or not isinstance(given, kind) or not low <= given <= high:
-        raise Refused(
-            400, f"{key}: {given!r} is not a number from {low} to {high}", "invalid_value", key
-        )
-    return given
-
-
-def read_messages(messages, picture, most: int) -> tuple[list[dict], list[Item]]:
-    """OpenAI's messages -> LLaVA's turns and the pictures in their order; picture: a URL to its item."""
-    roles = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
-    turns, urls = [], []
-    for i, message in enumerate(messages if isinstance(messages, list) else []):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict) or message.get("role") not in roles:
-            raise Refused(
-                400, f"{where}: its role must be one of {', '.join(roles)}", "invalid_value", where
-            )
-        content, words = message.get("content"), []
-        for part in (
-            [{"type": "text", "text": content}] if isinstance(content, str) else content or [None]
-        ):
-            kind = part.get("type") if isinstance(part, dict) else None
-            inside = part.get(kind) if kind in ("text", "image_url") else None
-            if kind == "text" and isinstance(inside, str) and IMAGE not in inside:
-                words.append(inside)
-            elif (
-                kind == "image_url"
-                and isinstance(inside, dict)
-                and isinstance(inside.get("url"), str)
-            ):
-                if message["role"] != "user":
-                    raise Refused(
-                        400, f"{where}: only the user shows pictures", "invalid_value", where
-                    )
-                urls.append(inside["url"])
-                words.append(IMAGE)
-            else:
-                what = f"{where}: its content must be text (without {IMAGE}) and image_url parts"
-                raise Refused(400, what, "invalid_value", where)
-        turns.append({"from": roles[message["role"]], "value": "\n".join(words)})
-    if not turns:
-        raise Refused(400, "messages must be a list with a question", "invalid_value", "messages")
-    if len(urls) > most:
-        raise Refused(
-            400, f"{len(urls)} pictures, at most {most} are taken", "too_many_images", "messages"
-        )
-    return turns, [picture(url) for url in urls]
-
-
-def read_request(request, engine: Engine, allow_urls: bool) -> Job:
-    """A /v1/chat/completions body -> the job it asks for. Raises Refused."""
+def read_request(request, jobs: JobQueue, allow_urls: bool) -> Job:
+    """Return the job that the body of a /v1/chat/completions request asks for. Raises Refused."""
     if not isinstance(request, dict):
         raise Refused(400, "the body is not a JSON object")
     for key, given in request.items():
-        neutral = () if key in KNOWN else NEUTRAL.get(key, ())
-        if key not in KNOWN and given is not None and neutral is not None and given not in neutral:
+        if not is_supported(key, given):
             raise Refused(400, f"{key}: {given!r} is not supported", "unsupported_parameter", key)
-    if request.get("model") != engine.name:
-        raise Refused(
-            404,
-            f"model {request.get('model')!r}: {engine.name!r} is served",
-            "model_not_found",
-            "model",
-        )
+    if request.get("model") != jobs.name:
+        what = f"model {request.get('model')!r}: {jobs.name!r} is served"
+        raise Refused(404, what, "model_not_found", "model")
+
+    limits = jobs.limits
+    stop = read_stop(request)
+    length_key = "max_tokens"
+    if request.get("max_completion_tokens"):
+        length_key = "max_completion_tokens"
+    max_tokens = read_number(request, length_key, int, 1, limits.tokens, limits.tokens)
+    temperature = read_number(request, "temperature", (int, float), 0, 2, 1.0)
+    top_p = read_number(request, "top_p", (int, float), 0, 1, 1.0)
+    seed = read_number(request, "seed", int, -(2**63), 2**63 - 1)
+
+    def read_picture(url: str) -> Item:
+        return jobs.picture(fetch(url, allow_urls, limits.body))
+
+    turns, images = read_messages(request.get("messages"), read_picture, limits.images)
+    return jobs.job(
+        turns,
+        images,
+        max_tokens,
+        stop=stop,
+        temperature=temperature,
+        top_p=max(top_p, 1e-6),  # 0 is allowed, and means the likeliest token alone
+        seed=seed,
+    )
+
+
+def is_supported(key: str, given) -> bool:
+    """Return whether a field of a request is obeyed, or asks for nothing."""
+    if key in SUPPORTED or key in IGNORED:
+        return True
+    return given is None or given in HARMLESS.get(key, [])
+
+
+def read_number(request: dict, key: str, kind, low: float, high: float, default=None):
+    """Return a number of the request; Refused unless it is of a kind and from low to high."""
+    given = request.get(key)
+    if given is None:
+        return default
+    # To Python, True is an integer.
+    if isinstance(given, bool) or not isinstance(given, kind) or not low <= given <= high:
+        what = f"{key}: {given!r} is not a number from {low} to {high}"
+        raise Refused(400, what, "invalid_value", key)
+    return given
+
+
+def read_stop(request: dict) -> list[str]:
+    """Return the stop strings of a request, which gives one, or a list of up to four."""
     stop = request.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    if (
-        not isinstance(stop, list)
-        or len(stop) > 4
-        or not all(isinstance(s, str) and s for s in stop)
-    ):
+    if isinstance(stop, str):
+        stop = [stop]
+    good = isinstance(stop, list) and len(stop) <= 4
+    if not good or not all(isinstance(text, str) and text for text in stop):
         raise Refused(400, "stop: a string, or up to four", "invalid_value", "stop")
-    limits, new = (
-        engine.limits,
-        "max_completion_tokens" if request.get("max_completion_tokens") else "max_tokens",
-    )
-    options = {
-        "max_tokens": number(request, new, int, 1, limits.tokens, limits.tokens),
-        "temperature": number(request, "temperature", (int, float), 0, 2, 1.0),
-        "top_p": max(
-            number(request, "top_p", (int, float), 0, 1, 1.0), 1e-6
-        ),  # 0: the likeliest token alone
-        "seed": number(request, "seed", int, -(2**63), 2**63 - 1),
-    }
+    return stop
 
-    def picture(url: str) -> Item:
-        return engine.picture(fetch(url, allow_urls, limits.body))
 
-    return engine.job(
-        *read_messages(request.get("messages"), picture, limits.images), stop=stop, **options
-    )
+def read_messages(
+    messages, read_picture: Callable[[str], Item], most: int
+) -> tuple[list[dict], list[Item]]:
+    """Return LLaVA's turns and the pictures in their order, from OpenAI's messages.
+
+    read_picture: from a URL to an item. It is called when all messages have been found right and
+    there are at most `most` pictures. Raises Refused.
+    """
+    if not isinstance(messages, list):
+        messages = []
+    turns = []
+    urls = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            what = f"{where}: its role must be one of {', '.join(ROLES)}"
+            raise Refused(400, what, "invalid_value", where)
+        text, shown = read_content(message, where)
+        turns.append({"from": ROLES[message["role"]], "value": text})
+        urls.extend(shown)
+
+    if not turns:
+        raise Refused(400, "messages must be a list with a question", "invalid_value", "messages")
+    if len(urls) > most:
+        what = f"{len(urls)} pictures, at most {most} are taken"
+        raise Refused(400, what, "too_many_images", "messages")
+    return turns, [read_picture(url) for url in urls]
+
+
+def read_content(message: dict, where: str) -> tuple[str, list[str]]:
+    """Return a message's text, with <image> where a picture stands, and the pictures' URLs.
+
+    Its content is a text, or a list of text and image_url parts. Raises Refused.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+
+    words = []
+    urls = []
+    for part in content or [None]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        inside = part.get(kind) if kind in ("text", "image_url") else None
+        if kind == "text" and isinstance(inside, str) and IMAGE not in inside:
+            words.append(inside)
+        elif (
+            kind == "image_url" and isinstance(inside, dict) and isinstance(inside.get("url"), str)
+        ):
+            if message["role"] != "user":
+                what = f"{where}: only the user shows pictures"
+                raise Refused(400, what, "invalid_value", where)
+            urls.append(inside["url"])
+            words.append(IMAGE)
+        else:
+            what = f"{where}: its content must be text (without {IMAGE}) and image_url parts"
+            raise Refused(400, what, "invalid_value", where)
+    return "\n".join(words), urls
+
+
+# -- the API ---------------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Listens at an address, with a thread and a Handler for each connection."""
+
+    def __init__(self, address: tuple[str, int], jobs: JobQueue, allow_urls: bool):
+        super().__init__(address, Handler)
+        self.jobs = jobs
+        self.allow_urls = allow_urls
+        self.started = int(time.time())
+
+
+def api(jobs: JobQueue, host: str, port: int, allow_urls: bool = False) -> Server:
+    """Return a server that is bound but does not serve yet; port 0 takes a free one.
+
+    Raises OSError if the port is taken.
+    """
+    return Server((host, port), jobs, allow_urls)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; `server` has engine, allow_urls and started."""
+    """One connection of a client, with one request after another."""
 
-    protocol_version, timeout = "HTTP/1.1", 60  # seconds that a silent client is waited for
-    unread = 0  # bytes of the body that are still to come
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds that a silent client is waited for
+    unread = 0  # bytes of the request's body that are still to come
+    server: Server
+
+    def do_GET(self):
+        """Answer /v1/models and /v1/models/NAME."""
+        name = self.server.jobs.name
+        model = {
+            "id": name,
+            "object": "model",
+            "created": self.server.started,
+            "owned_by": "barellava",
+        }
+        path = urllib.parse.unquote(self.path)
+        if path == "/v1/models":
+            self.reply(200, {"object": "list", "data": [model]})
+        elif path == f"/v1/models/{name}":
+            self.reply(200, model)
+        else:
+            self.refuse(Refused(404, f"{self.path}: {PATHS}", "not_found"))
+
+    def do_POST(self):
+        """Answer /v1/chat/completions."""
+        jobs = self.server.jobs
+        try:
+            with jobs.seat():
+                request = self.read_body()
+                job = read_request(request, jobs, self.server.allow_urls)
+                # Closing the answer early, because the client is gone, stops the model.
+                with closing(jobs.answer(job)) as pieces:
+                    if request.get("stream"):
+                        self.stream(request, job, pieces)
+                    else:
+                        self.complete(job, pieces)
+        except Refused as e:
+            self.refuse(e)
+        except OSError:  # the client is gone
+            self.close_connection = True
+
+    def read_body(self):
+        """Return the JSON of a request. Raises Refused.
+
+        It must say that it is JSON: a web page elsewhere cannot send that without being allowed.
+        """
+        length = self.headers.get("Content-Length", "")
+        most = self.server.jobs.limits.body
+        self.unread = int(length) if length.isdecimal() else 0
+
+        if self.path != "/v1/chat/completions":
+            raise Refused(404, f"{self.path}: {PATHS}", "not_found")
+        if not length.isdecimal():
+            self.close_connection = True  # where this request ends is not known
+            raise Refused(411, "a Content-Length is needed")
+        if self.unread > most:
+            what = f"the request has {length} bytes, at most {most} are taken"
+            raise Refused(413, what, "request_too_large")
+
+        body = self.rfile.read(self.unread)
+        self.unread = 0
+        if self.headers.get_content_type() != "application/json":
+            raise Refused(415, "Content-Type must be application/json")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as e:
+            raise Refused(400, f"the body is not JSON: {e}") from None
 
     def reply(self, status: int, body: dict):
+        """Send a whole JSON reply."""
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -157,78 +308,31 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def refuse(self, refused: Refused):
-        for _ in range(
-            100
-        ):  # a client that is still sending would not read the reply, up to a limit
+        """Send an error reply.
+
+        A client reads no reply while it is still sending, so the rest of its request is read first:
+        up to 100 MiB. If there is even more, the connection is closed.
+        """
+        for _ in range(100):
             self.unread -= len(self.rfile.read(min(self.unread, 1 << 20)))
-        self.close_connection = self.close_connection or self.unread > 0
+        if self.unread > 0:
+            self.close_connection = True
         self.reply(refused.status, refused.body)
 
-    def do_GET(self):
-        name = self.server.engine.name
-        model = {
-            "id": name,
-            "object": "model",
-            "created": self.server.started,
-            "owned_by": "barellava",
-        }
-        found = {"/v1/models": {"object": "list", "data": [model]}, f"/v1/models/{name}": model}
-        try:
-            self.reply(200, found[urllib.parse.unquote(self.path)])
-        except KeyError:
-            self.refuse(
-                Refused(
-                    404, f"{self.path}: there are /v1/models and /v1/chat/completions", "not_found"
-                )
-            )
-
-    def do_POST(self):
-        try:
-            with self.server.engine.seat():
-                request = self.read_body()
-                job = read_request(request, self.server.engine, self.server.allow_urls)
-                with closing(self.server.engine.answer(job)) as pieces:
-                    (self.stream if request.get("stream") else self.complete)(request, job, pieces)
-        except Refused as e:
-            self.refuse(e)
-        except OSError:  # the client is gone
-            self.close_connection = True
-
-    def read_body(self):
-        """The JSON of a request, which must say that it is JSON: then no web page elsewhere can send it unasked."""
-        length, most = self.headers.get("Content-Length", ""), self.server.engine.limits.body
-        self.unread = int(length) if length.isdecimal() else 0
-        if self.path != "/v1/chat/completions":
-            raise Refused(
-                404, f"{self.path}: there are /v1/models and /v1/chat/completions", "not_found"
-            )
-        if not length.isdecimal():
-            self.close_connection = True  # where this request ends is not known
-            raise Refused(411, "a Content-Length is needed")
-        if self.unread > most:
-            raise Refused(
-                413,
-                f"the request has {length} bytes, at most {most} are taken",
-                "request_too_large",
-            )
-        body, self.unread = self.rfile.read(self.unread), 0
-        if self.headers.get_content_type() != "application/json":
-            raise Refused(415, "Content-Type must be application/json")
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as e:
-            raise Refused(400, f"the body is not JSON: {e}") from None
-
-    def complete(self, request: dict, job: Job, pieces):
+    def complete(self, job: Job, pieces: Iterator[str]):
+        """Send the whole answer at once."""
         message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": job.finish}
-        self.reply(
-            200, self.envelope("chat.completion") | {"choices": [choice], "usage": job.usage()}
-        )
+        completion = self.envelope("chat.completion")
+        completion |= {"choices": [choice], "usage": job.usage()}
+        self.reply(200, completion)
 
-    def stream(self, request: dict, job: Job, pieces):
-        """Server-sent events: the role, pieces of text, why it ended, the usage where asked for, [DONE]."""
-        self.close_connection = True  # its end is the end of the answer
+    def stream(self, request: dict, job: Job, pieces: Iterator[str]):
+        """Send server-sent events: the role, pieces of text, the reason of the end, and [DONE].
+
+        The usage comes before [DONE] if stream_options.include_usage asks for it.
+        """
+        self.close_connection = True  # the end of the connection is the end of the answer
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
@@ -239,149 +343,169 @@ class Handler(BaseHTTPRequestHandler):
         def send(data: dict):
             self.wfile.write(b"data: " + json.dumps(data).encode() + b"\n\n")
 
-        def chunk(delta: dict, finish: str | None = None):
-            send(
-                head
-                | {
-                    "choices": [
-                        {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-                    ]
-                }
-            )
+        def send_delta(delta: dict, finish: str | None = None):
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+            send(head | {"choices": [choice]})
 
         try:
-            chunk({"role": "assistant", "content": ""})
+            send_delta({"role": "assistant", "content": ""})
             for piece in pieces:
-                chunk({"content": piece})
-            chunk({}, job.finish)
-            if (request.get("stream_options") or {}).get("include_usage"):
+                send_delta({"content": piece})
+            send_delta({}, job.finish)
+            options = request.get("stream_options") or {}
+            if options.get("include_usage"):
                 send(head | {"choices": [], "usage": job.usage()})
-        except Refused as e:  # too late for a status
+        except Refused as e:  # it is too late for a status
             send(e.body)
         self.wfile.write(b"data: [DONE]\n\n")
 
     def envelope(self, kind: str) -> dict:
-        made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
-        return made | {"model": self.server.engine.name}
+        """Return the fields that every reply of a kind begins with."""
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.server.jobs.name,
+        }
 
 
-def api(engine: Engine, host: str, port: int, allow_urls: bool = False) -> ThreadingHTTPServer:
-    """A server that is bound but does not serve yet; port 0 takes a free one. Raises OSError."""
-    server = ThreadingHTTPServer((host, port), Handler)
-    server.engine, server.allow_urls, server.started = engine, allow_urls, int(time.time())
-    return server
+# -- the page --------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------ the page
+def web_page(jobs: JobQueue, host: str, port: int, **options):
+    """Serve the page until it is stopped. options: of gradio's launch.
 
-
-def page(engine: Engine, host: str, port: int, **options):
-    """Serve the page. Answers are greedy; no font or script comes from elsewhere; the conversation stays here, where no
-    browser changes it. options: of gradio's launch. Raises OSError where the port is taken."""
+    Answers are greedy. No font or script comes from elsewhere. The conversation stays here, where
+    no browser changes it. Raises OSError if the port is taken.
+    """
     try:
         import gradio
     except ImportError:
         raise UserError("--web", "gradio is not installed", "pip install '.[demo]'") from None
 
     def ask(message: dict, shown: list, said: tuple):
-        """The box, the chat and (turns, pictures) -> the same three, as the answer grows."""
-        text, files = message["text"].strip(), message["files"]
+        """Take what the box, the chat and the state hold; yield what they hold as the answer grows.
+
+        message: a text, and the names of files. shown: the messages in the chat. said: the turns
+        and the pictures of the conversation so far.
+        """
         try:
-            if not text or IMAGE in text:
-                raise Refused(400, f"write a question, without {IMAGE} in it")
-            with engine.seat():
-                images = [*said[1], *(engine.picture(Path(f).read_bytes()) for f in files)]
-                turns = [*said[0], {"from": "human", "value": f"{IMAGE}\n" * len(files) + text}]
-                job, answer = (
-                    engine.job(turns, images, stop=[], temperature=0.0, top_p=1.0, seed=None),
-                    "",
-                )
-                shown = [*shown, *({"role": "user", "content": {"path": f}} for f in files)]
-                shown += [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
-                with closing(engine.answer(job)) as pieces:
-                    for piece in pieces:
-                        answer += piece
-                        shown = [*shown[:-1], {"role": "assistant", "content": answer}]
-                        yield None, shown, said
-                yield None, shown, ([*turns, {"from": "gpt", "value": answer.strip()}], images)
+            yield from answer(message["text"].strip(), message["files"], shown, said)
         except Refused as e:
             raise gradio.Error(str(e), title="Not answered", print_exception=False) from None
 
+    def answer(text: str, files: list[str], shown: list, said: tuple):
+        """Do what `ask` says. Raises Refused."""
+        if not text or IMAGE in text:
+            raise Refused(400, f"write a question, without {IMAGE} in it")
+        with jobs.seat():
+            turns, images = said
+            images = images + [jobs.picture(Path(file).read_bytes()) for file in files]
+            question = f"{IMAGE}\n" * len(files) + text
+            turns = turns + [{"from": "human", "value": question}]
+            job = jobs.job(turns, images, stop=[], temperature=0.0, top_p=1.0, seed=None)
+
+            shown = list(shown)
+            for file in files:
+                shown.append({"role": "user", "content": {"path": file}})
+            shown.append({"role": "user", "content": text})
+            shown.append({"role": "assistant", "content": ""})
+
+            # The box is empty from now on (None), and the last message grows.
+            made = ""
+            with closing(jobs.answer(job)) as pieces:
+                for piece in pieces:
+                    made += piece
+                    shown = [*shown[:-1], {"role": "assistant", "content": made}]
+                    yield None, shown, said
+
+            # Only a whole answer becomes part of the conversation.
+            turns = turns + [{"from": "gpt", "value": made.strip()}]
+            yield None, shown, (turns, images)
+
+    # Uploaded files are deleted when they are an hour old.
     with gradio.Blocks(
-        title=engine.name, analytics_enabled=False, delete_cache=(3600, 3600)
+        title=jobs.name, analytics_enabled=False, delete_cache=(3600, 3600)
     ) as blocks:
-        gradio.Markdown(f"### {engine.name}")
+        gradio.Markdown(f"### {jobs.name}")
         chat = gradio.Chatbot(show_label=False, height=480, render_markdown=False, buttons=[])
-        hint = "Show a picture, ask about it"
         box = gradio.MultimodalTextbox(
             show_label=False,
             file_types=["image"],
             sources=["upload"],
             file_count="multiple",
-            placeholder=hint,
+            placeholder="Show a picture, ask about it",
         )
         said = gradio.State(([], []), time_to_live=3600)
-        asking = box.submit(
-            ask, [box, chat, said], [box, chat, said], concurrency_limit=1 + engine.limits.queue
-        )
+        parts = [box, chat, said]
+        seats = 1 + jobs.limits.queue
+        asking = box.submit(ask, inputs=parts, outputs=parts, concurrency_limit=seats)
         chat.clear(lambda: ([], []), None, said, cancels=asking)
+
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    options = {
+    defaults = {
         "quiet": True,
         "theme": theme,
         "footer_links": [],
-        "max_file_size": engine.limits.body,
-    } | options
-    return blocks.queue(max_size=1 + engine.limits.queue).launch(
-        server_name=host, server_port=port, **options
-    )
+        "max_file_size": jobs.limits.body,
+    }
+    queued = blocks.queue(max_size=seats)
+    return queued.launch(server_name=host, server_port=port, **(defaults | options))
 
 
-def main(argv: list[str]):
+# -- the command -----------------------------------------------------------------------------------
+
+
+def arguments(argv: list[str]):
+    """Return the command line's options, and the limits that they set."""
     parser = config.parser(__doc__)
-    parser.add_argument(
-        "--model", required=True, help="folder or Hugging Face id of a trained model"
-    )
-    parser.add_argument("--web", action="store_true", help="the page in place of the API")
-    parser.add_argument(
+    option = parser.add_argument
+    option("--model", required=True, help="folder or Hugging Face id of a trained model")
+    option("--web", action="store_true", help="the page in place of the API")
+    option(
         "--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="(8000)")
-    parser.add_argument(
+    option("--port", type=int, default=8000, help="(8000)")
+    option(
         "--allow-urls", action="store_true", help="fetch pictures from http URLs that requests name"
     )
-    parser.add_argument(
+    option(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="of the weights (float32)",
     )
-    for f in fields(Limits):
-        parser.add_argument(
-            f"--max-{f.name}",
-            type=int,
-            default=f.default,
-            help=f"{f.metadata['why']} ({f.default})",
-        )
-    a = parser.parse_args(argv)
-    limits = Limits(**{f.name: getattr(a, f"max_{f.name}") for f in fields(Limits)})
+    for limit in fields(Limits):
+        words = f"{limit.metadata['why']} ({limit.default})"
+        option(f"--max-{limit.name}", type=int, default=limit.default, help=words)
+
+    args = parser.parse_args(argv)
+    given = {limit.name: getattr(args, f"max_{limit.name}") for limit in fields(Limits)}
+    return args, Limits(**given)
+
+
+def main(argv: list[str]):
+    args, limits = arguments(argv)
+
+    # A folder is served under its own name, a model of the hub under its id.
+    name = args.model
+    if Path(args.model).is_dir():
+        name = Path(args.model).resolve().name
+
+    folder = resolve(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = resolve(a.model)
-    name = Path(a.model).resolve().name if Path(a.model).is_dir() else a.model
-    engine = Engine(
-        LLaVA.from_pretrained(folder, getattr(torch, a.dtype), device),
-        load_tokenizer(folder),
-        name,
-        limits,
-    )
-    address = f"http://{a.host}:{a.port}"
+    model = LLaVA.from_pretrained(folder, getattr(torch, args.dtype), device)
+    jobs = JobQueue(model, load_tokenizer(folder), name, limits)
+
+    address = f"http://{args.host}:{args.port}"
     try:
-        if a.web:
+        if args.web:
             print(f"{name}: {address}", flush=True)
-            page(engine, a.host, a.port)
+            web_page(jobs, args.host, args.port)
         else:
-            with api(engine, a.host, a.port, a.allow_urls) as server:
-                print(f"{name}: http://{a.host}:{server.server_port}/v1", flush=True)
+            with api(jobs, args.host, args.port, args.allow_urls) as server:
+                # Of the server's port: with --port 0 it has just been chosen.
+                print(f"{name}: http://{args.host}:{server.server_port}/v1", flush=True)
                 server.serve_forever()
     except OSError as e:
         raise UserError(address, str(e), "give another --port or --host") from None

@@ -1,26 +1,41 @@
 """Train a small multimodal model, stage by stage, as a recipe says.
 
-    torchrun train.py                                             # the demo: an embedded world, a few minutes on a CPU
-    torchrun train.py recipes/tinyllama-clip-base.toml            # one GPU
+    torchrun train.py                                           # the demo: a few minutes on a CPU
+    torchrun train.py recipes/tinyllama-clip-base.toml          # one GPU
     torchrun --nproc-per-node 8 train.py recipes/qwen2-siglip-base.toml train.output=out/mine
-    python train.py RECIPE [section.key=value ...]                # without torchrun: one process
-    python train.py --list                                        # every recipe and its published scores
-    python train.py RECIPE [section.key=value ...] --dry-run      # its files, parameters, steps, memory, hours
-    python train.py --help                                        # every field of a recipe
+    python train.py RECIPE [section.key=value ...]              # without torchrun: one process
+    python train.py --list                                      # all recipes, published scores
+    python train.py RECIPE [section.key=value ...] --dry-run    # files, steps, memory, hours
+    python train.py --help                                      # every field of a recipe
 
-A killed run goes on where it stopped when the same command is given again, on any number of ranks. SIGTERM or SIGINT
-let it finish the step, save and leave a file PREEMPTED (torchrun allows 30 seconds for that). What comes out
-(train.output) is a folder that generate.py, evaluate.py and LLaVA.from_pretrained open.
+A killed run goes on where it stopped when the same command is given again, on any number of ranks.
+SIGTERM or SIGINT let it finish the step, save and leave a file PREEMPTED (torchrun allows 30
+seconds for that). What comes out (train.output) is a folder that generate.py, evaluate.py and
+LLaVA.from_pretrained open.
 
-One optimizer step is exactly `global_batch` samples. Its loss is the sum over all supervised tokens of the step
-divided by their number, over micro-batches and ranks, so neither of them changes what is computed.
+One optimizer step is exactly `global_batch` samples. Its loss is the sum over all supervised tokens
+of the step divided by their number, over micro-batches and ranks, so neither of them changes what
+is computed.
+
+The file, from top to bottom:
+
+    set_trainable, make_optimizer, schedule, update    what trains, and how
+    train_stage                                        the loop
+    prepare                                            what the loop needs, made from a recipe
+    run_stages, main                                   stage after stage; the command line
+
+What stands around a run is in training/: ranks.py and parallel.py (processes, DDP, FSDP),
+run_log.py (what is reported), state.py (a model from and into a checkpoint), output.py (the output
+folder), estimate.py and planner.py (--list and --dry-run).
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,75 +44,96 @@ from torch import Tensor, nn
 
 import config
 import lora
-from checkpoints import resume, seal
-from checkpoints.files import resolve, write_file
-from config import Recipe, Stage, Tune, UserError
+from checkpoints import peft, resume
+from checkpoints.files import write_file
+from config import PARTS, Recipe, Stage, Train, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
-from demo import world as demo_world
-from inputs.rows import Mixture, files, open_rows
-from inputs.tokenizer import load_tokenizer
+from demo import world
+from inputs.rows import Mixture, Rows, files, open_rows
+from inputs.sample import SampleSpec
 from layers import RMSNorm
 from model import LLaVA
-from packing import EMPTY, Batch
-from training import planner, ranks, run_log
-from training.ranks import World, print0
+from packing import Batch
+from training import estimate, output, parallel, planner, run_log, signals, state
+from training.parallel import ParallelModel
+from training.ranks import Ranks, last_word, print0
+from training.recorder import Recorder
+from training.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "recipes" / "demo.toml"
-PARTS = {"llm": "language_model", "vision": "vision_tower", "connector": "connector"}
 
 
-# --------------------------------------------------------------------------------------- what trains, and how
+# ----------------------------------------------------------------------------- what trains, and how
 
 
-def set_trainable(model: LLaVA, tune: Tune) -> dict[str, list[nn.Parameter]]:
-    """Freeze and thaw as `tune` says -> the trainable parameters of each part. Raises UserError for a bad value."""
+def set_trainable(model: LLaVA, tune: Tune):
+    """Freeze the model, then thaw what `tune` says.
+
+    Raises UserError for a way that does not exist, or a block that the model does not have.
+    """
     model.requires_grad_(False)
     for part, attribute in PARTS.items():
-        how, module = getattr(tune, part), getattr(model, attribute)
+        how = getattr(tune, part)
+        module = getattr(model, attribute)
         kind, _, start = how.partition(":")
-        if how == "full":
+
+        if how == "frozen":
+            continue
+        elif how == "full":
             module.requires_grad_(True)
+        elif how == "lora" or how in lora.QUANTIZED:
+            lora.freeze(module)
         elif kind == "partial" and start.isdigit() and part != "connector":
             if int(start) >= len(module.blocks):
-                raise UserError(
-                    f"tune.{part}",
-                    f"{how}, but there are {len(module.blocks)} blocks",
-                    "name an earlier one",
-                )
+                what = f"{how}, but there are {len(module.blocks)} blocks"
+                raise UserError(f"tune.{part}", what, "name an earlier one")
             module.blocks[int(start) :].requires_grad_(True)
-            if part == "llm":
+            if part == "llm":  # and what comes after its blocks
                 module.model.norm.requires_grad_(True)
                 module.lm_head.requires_grad_(True)
-        elif how in ("lora", *lora.QUANTIZED):
-            lora.freeze(module)
-        elif how != "frozen":
+        else:
             ways = f"frozen, full, lora, {', '.join(lora.QUANTIZED)} or partial:N"
             raise UserError(f"tune.{part}", f"{how!r} is not a way to tune", f"write {ways}")
-    return {
-        part: [p for p in getattr(model, a).parameters() if p.requires_grad]
-        for part, a in PARTS.items()
-    }
+
+
+def trainable_parameters(model: LLaVA) -> dict[str, list[nn.Parameter]]:
+    """Return the trainable parameters of each part."""
+    trainable = {}
+    for part, attribute in PARTS.items():
+        parameters = getattr(model, attribute).parameters()
+        trainable[part] = [p for p in parameters if p.requires_grad]
+    return trainable
 
 
 def make_optimizer(model: LLaVA, stage: Stage) -> torch.optim.AdamW:
-    """AdamW over what is trainable: one learning rate per part, no weight decay on biases and norms."""
-    norms = {
-        p
-        for m in model.modules()
-        if isinstance(m, (nn.LayerNorm, RMSNorm))
-        for p in m.parameters(False)
-    }
+    """Return AdamW over what is trainable. `peak` of a group is its learning rate after warm-up.
+
+    Each part may have its own rate. Biases and the parameters of norms have no weight decay.
+    Raises UserError if nothing is trainable.
+    """
+    of_norms = set()
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, RMSNorm)):
+            of_norms.update(module.parameters(recurse=False))
+
     groups = []
     for part, attribute in PARTS.items():
         decayed, plain = [], []
         for name, p in getattr(model, attribute).named_parameters():
-            if p.requires_grad:
-                (plain if p in norms or name.endswith("bias") else decayed).append(p)
+            if not p.requires_grad:
+                continue
+            if p in of_norms or name.endswith("bias"):
+                plain.append(p)
+            else:
+                decayed.append(p)
+
         peak = getattr(stage.rate, part) or stage.learning_rate
-        groups += [{"params": decayed, "peak": peak, "weight_decay": stage.weight_decay},
-                   {"params": plain, "peak": peak, "weight_decay": 0.0}]  # fmt: skip
-    groups = [g for g in groups if g["params"]]
+        if decayed:
+            groups.append({"params": decayed, "peak": peak, "weight_decay": stage.weight_decay})
+        if plain:
+            groups.append({"params": plain, "peak": peak, "weight_decay": 0.0})
+
     if not groups:
         raise UserError("tune", "nothing is trainable in this stage", "set one part to full")
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, stage.beta2), eps=1e-8, fused=True)
@@ -112,354 +148,410 @@ def schedule(step: int, steps: int, warmup_ratio: float) -> float:
 
 
 def update(optimizer: torch.optim.AdamW, stage: Stage, step: int, steps: int) -> float:
-    """Clip, set the rates, step, clear. Returns the gradient norm before clipping; not finite = nothing was updated."""
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    total = ranks.gradient_norm(parameters)
-    norm = total.item()
-    if math.isfinite(norm):
-        nn.utils.clip_grads_with_norm_(parameters, stage.max_grad_norm, total)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, steps, stage.warmup_ratio)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    """Clip the gradients, set the learning rates, step, and clear the gradients.
+
+    Returns the gradient norm before clipping. If it is not finite, nothing was updated.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total_norm = parallel.gradient_norm(parameters)
+    norm = total_norm.item()
+    if not math.isfinite(norm):
+        return norm
+
+    nn.utils.clip_grads_with_norm_(parameters, stage.max_grad_norm, total_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * schedule(step, steps, stage.warmup_ratio)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 def round_frozen(model: LLaVA):
-    """Frozen matrices in bfloat16, half the memory: autocast would round them the same way in every forward pass.
-    The checkpoints and the final model take theirs from where they came from, unrounded."""
+    """Round frozen matrices to bfloat16, which halves their memory.
+
+    Autocast would round them the same way in every forward pass. Checkpoints and the final model
+    are not affected: they take frozen weights from where those came from.
+    """
+    # Autocast leaves embeddings as they are, because they are looked up and not multiplied. The
+    # weight of a head may be tied to them.
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    for m in model.modules():
-        if isinstance(m, nn.Linear) and not m.weight.requires_grad and m.weight not in tables:
-            m.weight = nn.Parameter(m.weight.bfloat16(), requires_grad=False)
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight
+        if not weight.requires_grad and weight not in tables:
+            module.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
 
 
-# -------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
-def validate(module: nn.Module, batches, world: World) -> float:
-    """Mean loss over the supervised tokens of all held-out rows."""
-    loss = count = 0.0
-    with ranks.forward_only(module) as forward:
-        for batch in ranks.together(batches, module, world):
-            loss += forward(on_device(batch, world.device)).item()
-            count += batch.supervised if batch else 0
-    loss, count = ranks.total([loss, count], world)
-    return loss / max(1, count)
+@dataclass
+class StageRun:
+    """What the loop of one stage works with, made by `prepare`."""
+
+    # What is to be done, and by whom.
+    name: str
+    index: int  # of the stage in the recipe
+    stage: Stage
+    options: Train
+    ranks: Ranks
+
+    # The data.
+    steps: Steps
+    spec: SampleSpec  # how a row becomes a sample
+    held_out: Rows | None  # the rows of the validation loss
+
+    # What learns.
+    model: LLaVA
+    parallel: ParallelModel  # the same model, as all ranks train it
+    optimizer: torch.optim.AdamW
+    autocast: torch.autocast
+
+    # What is reported and saved.
+    log: RunLog
+    begun_with: dict[str, Tensor]  # the tensors of the checkpoint that the model comes from
 
 
-def on_device(batch: Batch | None, device: torch.device) -> Batch:
-    """The batch on the device. None, where other ranks have a batch: one token that teaches nothing."""
-    return (batch or EMPTY).to(device)
+def train_stage(run: StageRun, start: int) -> bool:
+    """Train one stage from optimizer step `start`. Return False if told to stop before its end.
 
+    The end of a stage is saved, too: the next one begins with that checkpoint.
+    """
+    options, ranks, log = run.options, run.ranks, run.log
+    on_gpu = ranks.device.type == "cuda"
+    steps = loader(run.steps, start, options.workers, pin_memory=on_gpu)
 
-def refuse(part, losses: list[Tensor], steps: Steps, where: str, world: World):
-    """Stop all ranks with the rows whose loss is not finite, or all of the step if only a gradient is not."""
-    bad = [b.rows for b, loss in zip(part.batches, losses, strict=False) if not loss.isfinite()]
-    named = ranks.collect(sorted(r for rows in bad for r in rows), world)
-    named = named or ranks.collect(sorted(r for b in part.batches for r in b.rows), world)
-    rows = ", ".join(steps.rows.where(r) for r in named[:16]) + f" and {len(named) - 16} more" * (
-        len(named) > 16
-    )
-    raise UserError(
-        rows, where, "lower the learning rate or mend these rows; the last checkpoint is good"
-    )
+    for step, (part, wait) in enumerate(steps, start):
+        is_last = step + 1 == len(run.steps)
 
+        # Dropout depends on the place in the run and on nothing before it, so that a run that was
+        # stopped draws what it would have drawn.
+        torch.manual_seed(hash((options.seed, run.index, step, ranks.rank)))
 
-def train_stage(
-    model: LLaVA, index: int, recipe: Recipe, world: World, start: int, tensors: dict
-) -> bool:
-    """One pass of the loop: a stage from optimizer step `start`. `tensors` of the checkpoint that `model` comes from
-    hold AdamW's moments if it is a resumed one. Saves what the next stage begins with; False: preempted."""
-    name, run = list(recipe.stage)[index], recipe.train
-    stage, output = recipe.stage[name], Path(run.output)
-    spec = stage_spec(recipe.model, stage)
-    rows = Mixture.of(stage, f"stage.{name}")
-    counts = (
-        token_counts(rows, spec, run.workers) if world.size > 1 else None
-    )  # ranks share the tokens evenly
-    steps = Steps(rows, spec, stage, run, world.rank, world.size, counts=counts)
-    held_out = stage.validation and open_rows(stage.validation, stage.images)
-    set_trainable(model, stage.tune)
-    if world.rank == 0:
-        check_room(model, recipe, output / "checkpoints")
-    bf16, cuda = ranks.use_bf16(run.precision, world.device), world.device.type == "cuda"
-    if bf16:
-        round_frozen(model)
-    model.to(world.device)
-    share = planner.peak_share(model, stage, steps.rows, world.device) / world.size
-    if run.compile:
-        model.compile_blocks()
-    mode = ranks.choose(run.parallel, model, world)
-    module = ranks.wrap(model, world, mode)
-    trainable = {
-        part: [p for p in getattr(model, a).parameters() if p.requires_grad]
-        for part, a in PARTS.items()
-    }
-    optimizer = make_optimizer(model, stage)
-    restore_moments(optimizer, model, tensors, start)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
-    log = run_log.Watch(output / "log.jsonl", name, len(steps), trainable, world, share)
-    if world.rank == 0:
-        log.record = run_log.recorder(run.log, output, recipe)
-    announce(log, model, start, steps, mode, world)
-    ranks.heed_signals()
+        # Gather: every loss is divided by the supervised tokens of the whole step, on all ranks.
+        batches = part.batches
+        supervised, tokens, images = ranks.totals(count(batches))
 
-    for step, (part, wait) in enumerate(loader(steps, start, run.workers, cuda), start):
-        torch.manual_seed(
-            hash((run.seed, index, step, world.rank))
-        )  # dropout is a function of the position
-        counts = [sum(b.supervised for b in part.batches), sum(len(b.input_ids) for b in part.batches),
-                  sum(0 if b.images is None else len(b.images) for b in part.batches)]  # fmt: skip
-        supervised, tokens, images = ranks.total(counts, world)
+        # Forward and backward, one micro-batch at a time.
         losses = []
-        for i, batch in enumerate(ranks.together(part.batches, module, world)):
-            with ranks.accumulate(module, last=i + 1 == len(part.batches)), autocast:
-                loss = module(on_device(batch, world.device)) / supervised
-                (loss * world.size).backward()  # DDP and FSDP divide by the ranks
+        for i, batch in enumerate(run.parallel.in_step(batches)):
+            with run.parallel.accumulating(last=i + 1 == len(batches)), run.autocast:
+                loss = run.parallel.loss(batch.to(ranks.device)) / supervised
+                run.parallel.backward(loss)
             losses.append(loss.detach())
-        loss, stop = ranks.total([sum(losses).item(), len(ranks.asked())], world)
-        last = step + 1 == len(steps)
-        logs = last or (step + 1) % run.log_every == 0
-        norms = log.gradient_norms() if logs else {}
-        norm = update(optimizer, stage, step, len(steps)) if math.isfinite(loss) else loss
+
+        # All ranks must agree on these two, or they would wait for each other for ever.
+        loss, stops = ranks.totals([sum(losses).item(), len(signals.heard())])
+
+        # Update. A loss or gradient that is not finite stops all ranks before the weights change.
+        logs = is_last or (step + 1) % options.log_every == 0
+        grad_norms = log.gradient_norms() if logs else {}
+        norm = loss
+        if math.isfinite(loss):
+            norm = update(run.optimizer, run.stage, step, len(run.steps))
         if not math.isfinite(norm):
-            what = (
-                f"loss {loss}, gradient norm {norm} at {name} step {step + 1}: nothing was updated"
-            )
-            refuse(part, losses, steps, what, world)
+            refuse(run, batches, losses, f"loss {loss}, gradient norm {norm}", step)
+
+        # Log.
         for message in part.skipped:
             log.write("skipped", step=step + 1, row=message)
             print(f"skipped {message}", flush=True)
-        rate = optimizer.param_groups[0]["lr"]
-        log.step(step, loss, tokens, images, wait, logs and {
-            "learning_rate": rate, "grad_norm": norm, "grad_norms": norms, "weight_change": log.changes(),
-            "cut_tokens": sum(n for _, n in part.cut)} or None)  # fmt: skip
-        value = None
-        if held_out and ((step + 1) % stage.validation_every == 0 or last):
-            batches = validation_batches(held_out, spec, stage, run, world.rank, world.size, print)
-            with autocast:
-                value = validate(module, batches, world)
-            log.validation(step + 1, value)
-            if run.answers:
-                with ranks.forward_only(module), autocast:
-                    log.answers(step + 1, model, held_out, spec, run.answers)
-        if (
-            last
-            or stop
-            or (step + 1) % run.save_every == 0
-            or (run.keep_best and value is not None)
-        ):
-            state = {
-                "stage": index + last,
-                "step": 0 if last else step + 1,
-                "trained": name,
-                "validation": value,
-            }
-            copies = snapshot(model, tensors, None if last else optimizer, world)
-            if world.rank == 0:
-                resume.save(output / "checkpoints", run.keep, copies, state, name * run.keep_best)
-        if stop and not last:
-            why = ", ".join(ranks.asked()) or "another rank was told to"
-            print0(f"{name} {step + 1}/{len(steps)}  stops: {why}")
+        log.step(step, loss, tokens, images, wait)
+        if logs:
+            learning_rate = run.optimizer.param_groups[0]["lr"]
+            cut_tokens = sum(lost for _, lost in part.cut)
+            log.line(step, learning_rate, norm, grad_norms, cut_tokens)
+
+        # Validate.
+        validation = None
+        if run.held_out and (is_last or (step + 1) % run.stage.validation_every == 0):
+            validation = validate_and_log(run, step)
+
+        # Save.
+        may_be_best = options.keep_best and validation is not None
+        if is_last or stops or may_be_best or (step + 1) % options.save_every == 0:
+            save(run, step, validation)
+        if stops and not is_last:
+            why = ", ".join(signals.heard()) or "another rank was told to"
+            print0(f"{run.name} {step + 1}/{len(run.steps)}  stops: {why}")
             return False
-    log.write("end", seconds=time.perf_counter() - log.start)
+
+    log.write("end", seconds=time.perf_counter() - log.begin)
     return True
 
 
-# ---------------------------------------------------------------------------------------- before and after it
+def count(batches: list[Batch]) -> list[int]:
+    """Return the numbers of supervised tokens, of all tokens, and of images (tiles, frames)."""
+    supervised = tokens = images = 0
+    for batch in batches:
+        supervised += batch.supervised
+        tokens += len(batch.input_ids)
+        if batch.images is not None:
+            images += len(batch.images)
+    return [supervised, tokens, images]
 
 
-def announce(log: run_log.Watch, model: LLaVA, start: int, steps: Steps, mode: str, world: World):
-    parameters = {part: lora.count(getattr(model, a)) for part, a in PARTS.items()}
-    trainable = {part: sum(p.numel() for p in ps) for part, ps in log.trainable.items()}
-    rows, ranks = len(steps.rows), f"; {mode} on {world.size} ranks" * (world.size > 1)
-    log.write(
-        "start", step=start, steps=len(steps), rows=rows, parameters=parameters, trainable=trainable
-    )
-    shares = ", ".join(
-        f"{part} {n / 1e6:.2f}M{'' if trainable.get(part) else ' (frozen)'}"
-        for part, n in parameters.items()
-    )
-    print0(
-        f"{log.name}: {rows} rows, {len(steps)} steps, {model.image_tokens} tokens per image; {shares}{ranks}"
-    )
+def refuse(run: StageRun, batches: list[Batch], losses: list[Tensor], found: str, step: int):
+    """Stop all ranks with the rows whose loss is not finite.
 
-
-def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
-    """The recipe's own parts, quantized where `stage` says so, and over them the trained weights of a checkpoint.
-
-    Raises UserError if they do not fit.
+    If only a gradient is not finite, no row can be told from the others: all of the step are named.
     """
-    kinds = {
-        PARTS[p]: lora.QUANTIZED[way]
-        for p, way in vars(stage.tune).items()
-        if way in lora.QUANTIZED
-    }
-    load = {name: partial(lora.load_quantized, kind=kind) for name, kind in kinds.items()}
-    model = LLaVA.from_parts(
-        recipe.model, list(recipe.stage.values())[-1].template, recipe.train.seed, load
+    own_bad, own_all = [], []
+    for batch, loss in zip(batches, losses, strict=False):  # fsdp has losses of empty batches, too
+        own_all += batch.rows
+        if not loss.isfinite():
+            own_bad += batch.rows
+    named = run.ranks.collect(sorted(own_bad))
+    if not named:
+        named = run.ranks.collect(sorted(own_all))
+
+    rows = ", ".join(run.steps.rows.where(row) for row in named[:16])
+    if len(named) > 16:
+        rows += f" and {len(named) - 16} more"
+    what = f"{found} at {run.name} step {step + 1}: nothing was updated"
+    fix = "lower the learning rate or mend these rows; the last checkpoint is good"
+    raise UserError(rows, what, fix)
+
+
+def validate(model: ParallelModel, batches: Iterable[Batch]) -> float:
+    """Return the mean loss over the supervised tokens of all held-out rows."""
+    loss = supervised = 0.0
+    with model.forward_only() as forward:
+        for batch in model.in_step(batches):
+            loss += forward(batch.to(model.ranks.device)).item()
+            supervised += batch.supervised
+    loss, supervised = model.ranks.totals([loss, supervised])
+    return loss / max(1, supervised)
+
+
+def validate_and_log(run: StageRun, step: int) -> float:
+    """Return the loss on the held-out rows after this step, and report it and a few answers."""
+    ranks = run.ranks
+    batches = validation_batches(
+        run.held_out, run.spec, run.stage, run.options, ranks.rank, ranks.size, print
     )
-    for name, kind in kinds.items():
-        lora.quantize(getattr(model, name), kind)  # what was not loaded
-    model.language_model.model.gradient_checkpointing = recipe.train.gradient_checkpointing
-    model.vision_tower.gradient_checkpointing = recipe.train.gradient_checkpointing
-    lora.adapt(model, list(recipe.stage.values()), PARTS)
-    own = dict(model.named_parameters())
-    for key, t in tensors.items():
-        kind, _, name = key.partition(".")
-        if kind == "weight":
-            if name not in own or own[name].shape != t.shape:
-                raise UserError(
-                    f"checkpoint:{name}",
-                    f"{[*t.shape]} has no place in this model",
-                    "give its own recipe",
-                )
-            own[name].data.copy_(t)
-    return model
+    with run.autocast:
+        loss = validate(run.parallel, batches)
+    run.log.validation(step + 1, loss)
+
+    if run.options.answers:
+        with run.parallel.forward_only(), run.autocast:
+            run.log.answers(step + 1, run.model, run.held_out, run.spec, run.options.answers)
+    return loss
 
 
-def snapshot(
-    model: LLaVA, tensors: dict[str, Tensor], optimizer, world: World
-) -> dict[str, Tensor]:
-    """Every weight trained so far, and AdamW's moments: copies on rank 0's CPU. Weights that only an earlier stage
-    trained are those of its checkpoint, as read."""
-    out = {k: v for k, v in tensors.items() if k.startswith("weight.")}
-    for name, p in model.named_parameters():
-        named = {"weight": p} if p.requires_grad else {}
-        if optimizer and p in optimizer.state:
-            named |= {k: optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-        for kind, t in named.items():
-            t = ranks.whole(t.detach())
-            if world.rank == 0:
-                out[f"{kind}.{name}"] = t.to("cpu", copy=True)
-    return out
+def save(run: StageRun, step: int, validation: float | None):
+    """Write a checkpoint: what a start after this step goes on from. All ranks must call it."""
+    optimizer: torch.optim.AdamW | None = run.optimizer
+    if step + 1 < len(run.steps):
+        place = {"stage": run.index, "step": step + 1}
+    else:
+        # The next stage begins, with an optimizer of its own.
+        place = {"stage": run.index + 1, "step": 0}
+        optimizer = None
+
+    tensors = state.snapshot(run.model, run.begun_with, optimizer, run.ranks)
+    if run.ranks.is_first:
+        folder = Path(run.options.output) / "checkpoints"
+        keep_best_of = run.name if run.options.keep_best else ""
+        described = {**place, "trained": run.name, "validation": validation}
+        resume.save(folder, run.options.keep, tensors, described, keep_best_of)
 
 
-def restore_moments(
-    optimizer: torch.optim.AdamW, model: LLaVA, moments: dict[str, Tensor], step: int
-):
-    for name, p in model.named_parameters():
-        if f"exp_avg.{name}" in moments:
-            both = {k: ranks.like(moments[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **both}
+# ------------------------------------------------------------------------------ before and after it
 
 
-def check_room(model: LLaVA, recipe: Recipe, folder: Path):
-    """Raise UserError unless the disk takes this stage's checkpoints and the final model."""
-    run, one = recipe.train, 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    more = max(
-        1, run.keep + 1 + run.keep_best - len(seal.listed(folder))
-    )  # one while it is being written
-    resume.need_room(
-        folder.parent, one * more + 4 * lora.count(model), f"{more} checkpoints and the model"
+def prepare(
+    model: LLaVA, index: int, recipe: Recipe, ranks: Ranks, start: int, tensors: dict[str, Tensor]
+) -> StageRun:
+    """Return what the loop needs to train a stage of the recipe from optimizer step `start`.
+
+    model: on the CPU; it is frozen, rounded, moved to the device and spread over the ranks as the
+    recipe says. tensors: of the checkpoint that it comes from, with AdamW's moments if start > 0.
+    """
+    name = list(recipe.stage)[index]
+    stage, options = recipe.stage[name], recipe.train
+    folder = Path(options.output)
+
+    # The data. To share the tokens of a step evenly, ranks must know the length of each row.
+    spec = stage_spec(recipe.model, stage)
+    rows = Mixture.of(stage, f"stage.{name}")
+    counts = token_counts(rows, spec, options.workers) if ranks.size > 1 else None
+    steps = Steps(rows, spec, stage, options, ranks.rank, ranks.size, counts=counts)
+    held_out = None
+    if stage.validation:
+        held_out = open_rows(stage.validation, stage.images)
+
+    # What trains.
+    set_trainable(model, stage.tune)
+    if ranks.is_first:
+        output.check_room(model, recipe)
+
+    # On the device, and over the ranks. Blocks are compiled before DDP or FSDP wraps them.
+    bf16 = parallel.use_bf16(options.precision, ranks.device)
+    if bf16:
+        round_frozen(model)
+    model.to(ranks.device)
+    peak_share = estimate.peak_share(model, stage, rows, ranks.device) / ranks.size
+    if options.compile:
+        model.compile_blocks()
+    mode = parallel.choose_mode(options.parallel, model, ranks)
+    parallel_model = ParallelModel(model, mode, ranks)
+
+    # The optimizer comes after that, because fsdp replaces the parameters.
+    trainable = trainable_parameters(model)
+    optimizer = make_optimizer(model, stage)
+    state.restore_moments(optimizer, model, tensors, start)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16)
+
+    recorder = Recorder(options.log, folder, recipe) if ranks.is_first else None
+    log = RunLog(folder / "log.jsonl", name, len(steps), trainable, ranks, recorder, peak_share)
+    announce(log, model, start, steps, mode)
+    return StageRun(
+        name=name,
+        index=index,
+        stage=stage,
+        options=options,
+        ranks=ranks,
+        steps=steps,
+        spec=spec,
+        held_out=held_out,
+        model=model,
+        parallel=parallel_model,
+        optimizer=optimizer,
+        autocast=autocast,
+        log=log,
+        begun_with=tensors,
     )
 
 
-def export(recipe: Recipe, tensors: dict[str, Tensor], output: Path):
-    """The finished model with all that belongs to it; config.json, written last, says that it is finished."""
-    folder, c, last = output / "checkpoints", recipe.model, list(recipe.stage.values())[-1]
-    start = c.llm or c.checkpoint
-    tokenizer = load_tokenizer(resolve(c.text, small=True))
-    with resume.writing(output):
-        if recipe.train.keep_best and (best := seal.best(folder, list(recipe.stage)[-1])):
-            tokenizer.save(output / "best")
-            lora.finish(build(recipe, resume.read(best)[0], last), output / "best", start).save(
-                output / "best"
-            )
-        tokenizer.save(output)
-        run_log.finish(output, recipe)
-        lora.finish(build(recipe, tensors, last), output, start).save(output)
-        shutil.rmtree(folder, ignore_errors=True)
+def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str):
+    """Log the start of a stage: its rows and steps, and which parts of the model train."""
+    parameters = {}
+    for part, attribute in PARTS.items():
+        parameters[part] = lora.count(getattr(model, attribute))
+    trainable = {}
+    for part, tensors in log.trainable.items():
+        trainable[part] = sum(p.numel() for p in tensors)
+    log.write(
+        "start",
+        step=start,
+        steps=len(steps),
+        rows=len(steps.rows),
+        parameters=parameters,
+        trainable=trainable,
+    )
+
+    sizes = []
+    for part, n in parameters.items():
+        frozen = "" if trainable.get(part) else " (frozen)"
+        sizes.append(f"{part} {n / 1e6:.2f}M{frozen}")
+    line = f"{log.name}: {len(steps.rows)} rows, {len(steps)} steps, "
+    line += f"{model.image_tokens} tokens per image; {', '.join(sizes)}"
+    if log.ranks.size > 1:
+        line += f"; {mode} on {log.ranks.size} ranks"
+    print0(line)
 
 
-def open_output(recipe: Recipe, world: World) -> bool:
-    """Claim the output folder; False if this very run is finished. Raises UserError if another recipe lives there."""
-    output, text = Path(recipe.train.output), config.dumps(recipe)
-    saved = output / "recipe.toml"
-    begun = (output / "log.jsonl").exists()  # a start that failed on a mistake has claimed nothing
-    if begun and saved.exists() and saved.read_text() != text:
-        odd = next(
-            (
-                b
-                for a, b in zip(saved.read_text().splitlines(), text.splitlines(), strict=False)
-                if a != b
-            ),
-            "its length",
-        )
-        raise UserError(
-            saved,
-            f"another recipe was trained here (now: {odd})",
-            "set train.output, or remove the folder",
-        )
-    if (output / "config.json").exists():
-        return False
-    if world.rank == 0:
-        write_file(saved, text)
-    ranks.barrier(world)
-    return True
+def check_recipe(recipe: Recipe, path: Path):
+    """Raise UserError for what would stop the run later, before anything is loaded."""
+    for name, stage in recipe.stage.items():
+        sources = [source.data for source in stage.mixture.values()]
+        for file in [stage.data, stage.validation, *sources]:
+            if file and not files(file):
+                what = f"no such file {file}"
+                raise UserError(f"{path}:stage.{name}", what, "correct data or validation")
+
+    last_stage = list(recipe.stage.values())[-1]
+    blind = recipe.train.keep_best and not last_stage.validation
+    if recipe.train.keep < 1 or blind:
+        what = "keep is at least 1, and keep_best needs a last stage with validation"
+        fix = "correct keep, or write stage.NAME.validation"
+        raise UserError(f"{path}:train", what, fix)
+
+
+def run_stages(recipe: Recipe, ranks: Ranks):
+    """Train the stages of a recipe from its newest checkpoint on, and export the finished model.
+
+    A stage begins with what a restart would begin with: the checkpoint at the end of the one
+    before. So a run that was stopped and one that was not compute the same.
+    """
+    stages = list(recipe.stage.values())
+    folder = Path(recipe.train.output)
+    explicit = recipe.train.resume
+    is_first_round = True
+    while True:
+        # Rank 0 decides which checkpoint it is. There is none before the first has been saved.
+        chosen = resume.pick(folder / "checkpoints", explicit) if ranks.is_first else None
+        chosen = ranks.broadcast(chosen)
+        tensors, place = {}, {"stage": 0, "step": 0}
+        if chosen:
+            tensors, place = resume.read(chosen)
+        index, start = place["stage"], place["step"]
+        if chosen and is_first_round:
+            print0(f"resumed: {index} of {len(stages)} stages done, {start} steps of the next")
+        if ranks.is_first:
+            run_log.forget_after(folder / "log.jsonl", list(recipe.stage), index, start)
+            (folder / "PREEMPTED").unlink(missing_ok=True)
+        if index == len(stages):
+            break
+        explicit, is_first_round = "", False
+
+        model = state.build(recipe, tensors, stages[index])
+        run = prepare(model, index, recipe, ranks, start, tensors)
+        signals.hold()
+        is_done = train_stage(run, start)
+
+        # The optimizer and the model must be gone before the next stage's are built.
+        del model, run
+        if not is_done:
+            if ranks.is_first:
+                resume.wait()
+                write_file(folder / "PREEMPTED", "the same command goes on from here\n")
+            print0(f"preempted: saved in {folder}/checkpoints; the same command goes on from there")
+            return
+        ranks.barrier()
+
+    if ranks.is_first:
+        output.export(recipe, tensors, folder)
+    ranks.barrier()
+    print0(f'done: {folder}   try: python generate.py --model {folder} --image FILE --prompt "..."')
 
 
 def main(argv: list[str]):
     if argv == ["--list"]:
-        return planner.print_recipes(DEMO.parent)
-    recipe, path = config.load([a for a in argv if a != "--dry-run"], DEMO)
-    made = Path(next(iter(recipe.stage.values())).data).parent if path.resolve() == DEMO else None
-    if "--dry-run" in argv:
-        return planner.dry_run(recipe, path, partial(lora.adapt, parts=PARTS), set_trainable, made)
-    run, stages, output = recipe.train, list(recipe.stage), Path(recipe.train.output)
-    world = ranks.setup(run.device)
-    if made and world.rank == 0 and not made.exists():
-        demo_world.write(made)
-    ranks.barrier(world)
-    for (
-        name,
-        stage,
-    ) in recipe.stage.items():  # before anything is loaded: what is missing later is missing now
-        for file in filter(
-            None, (stage.data, stage.validation, *(s.data for s in stage.mixture.values()))
-        ):
-            if not files(file):
-                raise UserError(
-                    f"{path}:stage.{name}", f"no such file {file}", "correct data or validation"
-                )
-    if run.keep < 1 or (run.keep_best and not recipe.stage[stages[-1]].validation):
-        raise UserError(f"{path}:train", "keep is at least 1, and keep_best needs a last stage with validation",
-                        "correct keep, or write stage.NAME.validation")  # fmt: skip
-    claimed = resume.lock(output) if world.rank == 0 else None
-    if not open_output(recipe, world):
-        print0(
-            f"{run.output} is finished: this recipe's model is there; set train.output for another run"
-        )
+        planner.print_recipes(DEMO.parent)
         return
-    folder, explicit = output / "checkpoints", run.resume
-    while True:  # a stage begins with what a restart would begin with
-        chosen = ranks.share(resume.pick(folder, explicit) if world.rank == 0 else None, world)
-        tensors, state = resume.read(chosen) if chosen else ({}, {"stage": 0, "step": 0})
-        index, start = state["stage"], state["step"]
-        if chosen and explicit is not None:
-            print0(f"resumed: {index} of {len(stages)} stages done, {start} steps of the next")
-        if world.rank == 0:
-            run_log.forget_after(output / "log.jsonl", stages, index, start)
-            (output / "PREEMPTED").unlink(missing_ok=True)
-        if index == len(stages):
-            break
-        explicit = None
-        model = build(recipe, tensors, list(recipe.stage.values())[index])
-        if not train_stage(model, index, recipe, world, start, tensors):
-            if world.rank == 0:
-                resume.wait()
-                write_file(output / "PREEMPTED", "the same command goes on from here\n")
-            print0(f"preempted: saved in {folder}; the same command goes on from there")
-            return
-        ranks.barrier(world)
-    if world.rank == 0:
-        export(recipe, tensors, output)
-    ranks.barrier(world)
-    print0(f'done: {output}   try: python generate.py --model {output} --image FILE --prompt "..."')
-    del claimed  # held until here
+    recipe, path = config.load([arg for arg in argv if arg != "--dry-run"], DEMO)
+
+    # The demo makes its own data, if it is not there.
+    demo_data = None
+    if path.resolve() == DEMO:
+        first_stage = next(iter(recipe.stage.values()))
+        demo_data = Path(first_stage.data).parent
+    if "--dry-run" in argv:
+        adapt = partial(peft.adapt, parts=PARTS)
+        planner.dry_run(recipe, path, adapt, set_trainable, demo_data)
+        return
+
+    ranks = Ranks.join(recipe.train.device)
+    if demo_data and ranks.is_first and not demo_data.exists():
+        world.write(demo_data)
+    ranks.barrier()
+    check_recipe(recipe, path)
+
+    # Rank 0 holds the folder until the end, so that no second run writes there.
+    folder = Path(recipe.train.output)
+    lock = resume.lock(folder) if ranks.is_first else nullcontext()
+    with lock:
+        if output.claim(recipe, ranks):
+            run_stages(recipe, ranks)
+        else:
+            what = "this recipe's model is there; set train.output for another run"
+            print0(f"{recipe.train.output} is finished: {what}")
 
 
 if __name__ == "__main__":
-    with ranks.last_word():
+    with last_word():
         config.cli(main, __doc__, fields_help=True)

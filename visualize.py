@@ -1,299 +1,404 @@
-"""One answer looked into: what else each token might have been, and where in the picture and the text it comes from.
+"""One answer looked into: what else each token could have been, and what its choice came from.
 
     python visualize.py --model out/demo --image FILE --prompt "What colour is the circle?" OUT
 
-writes OUT/index.html, one page with everything in it, and its heat maps as OUT/token-1.png ... For every token of the
-greedy answer:
-- the likeliest tokens in its place, and their probabilities;
-- attention of the position that chose it, averaged over heads and layers (or one --layer), to every token before it,
-  and to the patches of the picture, as a heat map;
-- cosine similarity of its row of the output head with the last hidden state of every patch;
-- occlusion (Zeiler and Fergus, 2014): how much its log-probability falls where a window of the picture, a quarter of
-  its side, is filled with the picture's median colours.
-Heat maps lie on the picture as the encoder sees it, each scaled to its own maximum. Those of attention and similarity
-need a connector with a token per patch. What they are worth was measured on 100 scenes of the demo with the word that
-answers a question on a colour or a shape (tests/test_visualize.py). Occlusion is the one to trust: it peaks inside the
-object's box in 86 %, and 69 % of its mass lies there (the box is 11 % of the picture). Attention peaks on the object's
-patch in 85 %, but 43 % of its mass is all that lies there; similarity peaks there in 45 % (chance: 25 %).
+writes OUT/index.html, one page with everything in it, and its heat maps as OUT/token-1.png ...
 
-T tokens after image expansion, W of them the answer, L layers, H heads, n tokens per image, N windows, S x S pixels.
+For every token of the greedy answer the page shows:
+- the likeliest tokens in its place, and their probabilities;
+- attention of the position that chose it, averaged over heads and layers (or one --layer), to
+  every token before it, and to the patches of the picture, as a heat map;
+- cosine similarity of its row of the output head with the last hidden state of every patch;
+- occlusion (Zeiler and Fergus, 2014): how much its log-probability falls where a window of the
+  picture, a quarter of its side, is filled with the picture's median colours.
+Heat maps lie on the picture as the encoder sees it, each scaled to its own maximum. Those of
+attention and similarity need a connector with a token per patch. What they are worth was measured
+on 100 scenes of the demo with the word that answers a question on a colour or a shape
+(tests/test_visualize.py). Occlusion is the one to trust: it peaks inside the object's box in 86 %,
+and 69 % of its mass lies there (the box is 11 % of the picture). Attention peaks on the object's
+patch in 85 %, but 43 % of its mass is all that lies there; similarity peaks there in 45 % (chance:
+25 %).
+
+`inspect_answer` computes all this as an `Inspection`; `answer_page` draws it.
+
+T tokens after image expansion, W of them the answer, L layers, H heads, n tokens per image,
+N pictures, S x S pixels, g x g cells of a heat map, V vocabulary.
 """
 
-import base64
 import html
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 import config
 from checkpoints.files import resolve, write_file
 from config import UserError
+from inference.answer import answer_tokens, prompt_ids
 from inputs.pictures import load_image
-from inputs.templates import IMAGE, encode_prompt, stop_id
+from inputs.preview import encode_png, html_page, image_tag
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import IMAGE_TOKEN, Item, expand_images
 
-SHOWN = 240  # pixels across a heat map on the page
-WINDOWS = 7  # along a side, each a quarter of it and half over the next
-PER_PATCH = (
-    "identity",
-    "linear",
-    "mlp",
-)  # connectors that keep a token for each patch, by the start of their names
+# Connectors that keep a token for each patch, by the start of their names.
+PER_PATCH = ("identity", "linear", "mlp")
+
+# Occlusion: windows along a side, each two cells wide, so a quarter of the picture and half over
+# the next window.
+WINDOWS = 7
+CELLS = WINDOWS + 1
+
+
+# -- what is computed ------------------------------------------------------------------------------
 
 
 @dataclass
-class Answer:
-    """What is known of W answer tokens; maps are (W, g, g) over the picture, None where patches have no tokens."""
+class Inspection:
+    """What is known of the W tokens of an answer. Maps lie on the picture, (W, g, g)."""
 
     picture: Tensor  # (3, S, S) uint8, as the encoder sees it
     ids: Tensor  # (T,) prompt and answer, IMAGE_TOKEN at every image position
-    first: int  # where the answer starts
+    first: int  # where the answer starts in ids
     probabilities: Tensor  # (W, V)
-    attention: (
-        Tensor  # (L, W, T) of the position before each token, averaged over heads; rows sum to 1
-    )
+
+    # (L, W, T): of the position before each token, averaged over heads; each row sums to 1.
+    attention: Tensor
+
+    # (W, g, g) with a cell for each patch; None where patches have no tokens of their own.
     similarity: Tensor | None
-    occlusion: (
-        Tensor  # (W, WINDOWS + 1, WINDOWS + 1), fall of the log-probability in nats, never below 0
-    )
+
+    # (W, CELLS, CELLS): the fall of the log-probability in nats, never below 0.
+    occlusion: Tensor
+
+    def attention_of(self, layer: int | None = None) -> Tensor:
+        """Return the attention (W, T) of one layer, or the mean of all layers."""
+        if layer is None:
+            return self.attention.mean(0)
+        return self.attention[layer]
 
     def attention_map(self, layer: int | None = None) -> Tensor | None:
-        """(W, g, g): the share of attention that each patch gets, of all layers' mean or of one layer."""
-        weight = self.attention.mean(0) if layer is None else self.attention[layer]
-        return (
-            None
-            if self.similarity is None
-            else on_grid(weight[:, self.ids == IMAGE_TOKEN], self.similarity.size(-1))
-        )
+        """Return the attention (W, g, g) to each patch; None where patches have no tokens."""
+        if self.similarity is None:
+            return None
+        to_image = self.attention_of(layer)[:, self.ids == IMAGE_TOKEN]
+        return on_grid(to_image, self.similarity.size(-1))
+
+
+@torch.inference_mode()
+def inspect_answer(
+    model: LLaVA, prompt: list[int], answer: list[int], picture: Tensor
+) -> Inspection:
+    """Return what made the model give an answer to a prompt with one picture.
+
+    prompt and answer: ids, one IMAGE_TOKEN in the prompt. picture: (3, S, S) uint8.
+    """
+    lm = model.language_model
+    device = lm.lm_head.weight.device
+
+    (features,) = model.encode_items([Item(picture[None])])  # (n, D)
+    ids = expand_images(torch.tensor(prompt + answer, device=device), [len(features)])  # (T,)
+    first = len(ids) - len(answer)
+    choosing = slice(first - 1, len(ids) - 1)  # the positions that choose the answer's tokens
+
+    # One forward pass that keeps the attention of those positions.
+    attention: list[Tensor] = []
+    x = model.embed(ids, features)
+    positions = torch.arange(len(ids), device=device)
+    hidden_states = lm.model(x, positions, recording_attention(choosing, attention))  # (T, D)
+    probabilities = lm.lm_head(hidden_states[choosing]).float().softmax(-1)
+
+    similarity = None
+    if model.config.connector.startswith(PER_PATCH):
+        words = F.normalize(lm.lm_head.weight[ids[first:]].float(), dim=-1)  # (W, D)
+        patches = F.normalize(hidden_states[ids == IMAGE_TOKEN].float(), dim=-1)  # (n, D)
+        vision = model.vision_tower.config
+        patches_of_a_side = vision.processor.side // vision.hf["patch_size"]
+        similarity = on_grid(words @ patches.T, patches_of_a_side)
+
+    return Inspection(
+        picture=picture,
+        ids=ids,
+        first=first,
+        probabilities=probabilities,
+        attention=torch.stack(attention),
+        similarity=similarity,
+        occlusion=occlusion(model, prompt, answer, picture),
+    )
 
 
 def on_grid(values: Tensor, g: int) -> Tensor:
-    """(W, n) values of an image's tokens -> (W, g, g): without a class token, 0 for a patch that the encoder drops."""
-    kept = values[:, -g * g :]
-    return torch.nn.functional.pad(kept, (g * g - kept.size(1), 0)).view(-1, g, g)
+    """Return the values (W, n) of an image's tokens as (W, g, g), a cell for each patch.
+
+    A class token, which is the first of more than g g tokens, is left out. A first patch that the
+    encoder drops, with fewer, is 0.
+    """
+    patches = values[:, -g * g :]
+    dropped = g * g - patches.size(1)
+    return F.pad(patches, (dropped, 0)).view(-1, g, g)
 
 
-def recorded(rows: slice, into: list[Tensor]):
-    """Causal attention of one sequence by its formula; the softmax of `rows`, averaged over heads, is appended."""
+def recording_attention(rows: slice, recorded: list[Tensor]):
+    """Return causal attention of one sequence that keeps its probabilities.
+
+    It is computed by its formula, with all scores in memory. The probabilities of the queries
+    `rows`, averaged over heads, (W, T), are appended to `recorded`, once for each layer.
+    """
 
     def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-        scores = torch.einsum("thd,shd->hts", q, k).float() * q.size(-1) ** -0.5
+        # Every key-value head serves a group of query heads.
+        group = q.size(1) // k.size(1)
+        k = k.repeat_interleave(group, 1)  # (T, H, d)
+        v = v.repeat_interleave(group, 1)
+
+        scores = torch.einsum("thd,shd->hts", q, k).float() * q.size(-1) ** -0.5  # (H, T, T)
         future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-        p = scores.masked_fill(future, float("-inf")).softmax(-1)
-        into.append(p[:, rows].mean(0))
-        return torch.einsum("hts,shd->thd", p.to(v.dtype), v)
+        probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
+        recorded.append(probabilities[:, rows].mean(0))
+        return torch.einsum("hts,shd->thd", probabilities.to(v.dtype), v)
 
     return attend
 
 
 @torch.inference_mode()
-def look(model: LLaVA, prompt: list[int], answer: list[int], picture: Tensor) -> Answer:
-    """What made the model give `answer` to a prompt with one picture, (3, S, S) uint8."""
-    lm, device = model.language_model, model.language_model.lm_head.weight.device
-    (features,) = model.encode_items([Item(picture[None])])
-    counts = [len(features)]
-    ids, seen = expand_images(torch.tensor(prompt + answer, device=device), counts), []
-    rows = slice(
-        len(ids) - len(answer) - 1, len(ids) - 1
-    )  # the positions that choose the answer's tokens
-    hidden = lm.model(
-        model.embed(ids, features), torch.arange(len(ids), device=device), recorded(rows, seen)
-    )
-    vision, similarity = model.vision_tower.config, None
-    if model.config.connector.startswith(PER_PATCH):
-        words = torch.nn.functional.normalize(
-            lm.lm_head.weight[ids[-len(answer) :]].float(), dim=-1
-        )
-        patches = torch.nn.functional.normalize(hidden[ids == IMAGE_TOKEN].float(), dim=-1)
-        similarity = on_grid(words @ patches.T, vision.processor.side // vision.hf["patch_size"])
-    return Answer(
-        picture, ids, len(ids) - len(answer), lm.lm_head(hidden[rows]).float().softmax(-1), torch.stack(seen),
-        similarity, occlusion(model, prompt, answer, picture),
-    )  # fmt: skip
-
-
-@torch.inference_mode()
 def occlusion(model: LLaVA, prompt: list[int], answer: list[int], picture: Tensor) -> Tensor:
-    """(W, g, g), g = WINDOWS + 1: the fall of each token's log-probability, mean of the windows that cover a cell."""
-    device, side = model.language_model.lm_head.weight.device, picture.size(-1)
-    edges = [round(i * side / (WINDOWS + 1)) for i in range(WINDOWS + 2)]
-    ids = torch.tensor(prompt + answer, device=device)[None]
+    """Return how much each token's log-probability falls where the picture is covered.
 
-    def log_probabilities(pictures: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, W)
-        pixels = model.vision_tower.processor.normalise(pictures).to(device)
-        logits = model(ids.expand(len(pixels), -1), pixels).logits[:, -len(answer) - 1 : -1].float()
-        return (
-            logits.log_softmax(-1)
-            .gather(-1, ids[:, -len(answer) :, None].expand(len(pixels), -1, -1))[..., 0]
-            .cpu()
-        )
+    (W, CELLS, CELLS): each cell is the mean of the windows that cover it.
+    """
+    side = picture.size(-1)
+    edges = [round(i * side / CELLS) for i in range(CELLS + 1)]  # of the cells, in pixels
+    median = picture.flatten(1).median(1).values[:, None, None]  # (3, 1, 1)
+    uncovered = log_probabilities(model, prompt, answer, picture[None])  # (1, W)
 
-    whole, fill = (
-        log_probabilities(picture[None]),
-        picture.flatten(1).median(1).values[:, None, None],
-    )
-    total, count = (
-        torch.zeros(len(answer), WINDOWS + 1, WINDOWS + 1),
-        torch.zeros(WINDOWS + 1, WINDOWS + 1),
-    )
+    total = torch.zeros(len(answer), CELLS, CELLS)
+    count = torch.zeros(CELLS, CELLS)
     for y in range(WINDOWS):
-        row = picture.repeat(WINDOWS, 1, 1, 1)
+        # The windows of one row at once, each on a picture of its own.
+        covered = picture.repeat(WINDOWS, 1, 1, 1)
         for x in range(WINDOWS):
-            row[x, :, edges[y] : edges[y + 2], edges[x] : edges[x + 2]] = fill
-        for x, fall in enumerate((whole - log_probabilities(row)).clamp(min=0)):
+            covered[x, :, edges[y] : edges[y + 2], edges[x] : edges[x + 2]] = median
+        falls = uncovered - log_probabilities(model, prompt, answer, covered)  # (WINDOWS, W)
+
+        for x, fall in enumerate(falls.clamp(min=0)):
             total[:, y : y + 2, x : x + 2] += fall[:, None, None]
             count[y : y + 2, x : x + 2] += 1
     return total / count
 
 
-# ------------------------------------------------------------------------------------------------ the page
+def log_probabilities(
+    model: LLaVA, prompt: list[int], answer: list[int], pictures: Tensor
+) -> Tensor:
+    """Return the log-probability (N, W) of an answer's tokens for each of the pictures.
+
+    pictures: (N, 3, S, S) uint8.
+    """
+    device = model.language_model.lm_head.weight.device
+    pixels = model.vision_tower.processor.normalise(pictures).to(device)
+    ids = torch.tensor(prompt + answer, device=device).expand(len(pixels), -1)  # (N, T)
+    logits = model(ids, pixels).logits[:, -len(answer) - 1 : -1].float()  # (N, W, V)
+    chosen = ids[:, -len(answer) :, None]  # (N, W, 1)
+    return logits.log_softmax(-1).gather(-1, chosen)[..., 0].cpu()
 
 
-def heat(picture: Tensor, values: Tensor) -> Image.Image:
-    """(3, S, S) uint8 under (g, g) values: red where they are largest, SHOWN pixels across."""
-    low = values.min().clamp(max=0)  # cosines may all be negative
-    strength = (values - low) / (values.max() - low).clamp(min=1e-12)
-    mask = Image.fromarray((strength * 255).byte().cpu().numpy()).resize(
-        (SHOWN, SHOWN), Image.Resampling.NEAREST
-    )
-    grey = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
-        (SHOWN, SHOWN), Image.Resampling.BICUBIC
-    )
-    grey = Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.35)
-    return Image.composite(
-        Image.blend(grey, Image.new("RGB", grey.size, (220, 20, 20)), 0.65), grey, mask
-    )
+# -- the page --------------------------------------------------------------------------------------
+
+MAP_WIDTH = 240  # pixels across a heat map
+MAP_GAP = 8  # pixels between two of them
+SMALL_WIDTH = 120  # pixels across the picture at the top
+BAR_WIDTH = 130  # pixels of a bar that stands for a probability of 1
+
+RED = (220, 20, 20)
+
+STYLE = """\
+body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1060px; color: #222 }
+h2 { margin: 1.6em 0 .4em }
+.row { display: flex; gap: 18px; align-items: flex-start }
+.row > div { flex: none }
+.small { color: #666; font-size: 13px }
+td { padding: 1px 8px 1px 0; white-space: pre }
+.bar { background: #3b6fb6; height: 12px }
+.text { line-height: 1.9 }
+.text span { white-space: pre-wrap; padding: 2px 0 }
+img { display: block; image-rendering: pixelated; border: 1px solid #ccc }
+"""
 
 
-def png(image: Image.Image) -> bytes:
-    image.save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
-
-
-STYLE = """body{font:15px system-ui,sans-serif;margin:2em auto;max-width:1060px;color:#222}h2{margin:1.6em 0 .4em}
-.row{display:flex;gap:18px;align-items:flex-start}.row>div{flex:none}.small{color:#666;font-size:13px}
-td{padding:1px 8px 1px 0;white-space:pre}.bar{background:#3b6fb6;height:12px}.text{line-height:1.9}
-.text span{white-space:pre-wrap;padding:2px 0}img{display:block;image-rendering:pixelated;border:1px solid #ccc}"""
-
-
-def image_tag(data: bytes, width: int = SHOWN) -> str:
-    return f'<img width="{width}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-
-
-def page(
-    answer: Answer, question: str, tokenizer, k: int = 8, layer: int | None = None
+def answer_page(
+    seen: Inspection, question: str, tokenizer, k: int = 8, layer: int | None = None
 ) -> tuple[str, list[bytes]]:
-    """The page as HTML, and the PNG of each token's heat maps, side by side."""
-    pieces = [
-        "<image>" if i == IMAGE_TOKEN else tokenizer.decode([i]) or tokenizer.token(i)
-        for i in answer.ids.tolist()
-    ]
-    shares = (answer.attention.mean(0) if layer is None else answer.attention[layer]).cpu()
-    image = (answer.ids == IMAGE_TOKEN).cpu()
-    maps = {
-        "attention": answer.attention_map(layer),
-        "similarity": answer.similarity,
-        "occlusion": answer.occlusion,
-    }
+    """Return the page as HTML, and for each token the PNG of its heat maps, side by side.
+
+    k: how many tokens to show in each place. layer: whose attention, by default all layers' mean.
+    """
+    pieces = [piece_of(i, tokenizer) for i in seen.ids.tolist()]
+    attention = seen.attention_of(layer).cpu()
+    probabilities = seen.probabilities.cpu()
+
+    maps = {"attention": seen.attention_map(layer)}
+    maps |= {"similarity": seen.similarity, "occlusion": seen.occlusion}
     maps = {name: values for name, values in maps.items() if values is not None}
-    said = html.escape("".join(pieces[answer.first :]))
+
+    said = "".join(pieces[seen.first :])
+    plain_picture = draw_heat(seen.picture, torch.zeros(1, 1))
     parts = [
-        f"<p><b>{html.escape(question)}</b> {said}</p>",
-        image_tag(png(heat(answer.picture, torch.zeros(1, 1))), 120),
+        f"<p><b>{html.escape(question)}</b> {html.escape(said)}</p>",
+        image_tag(plain_picture, SMALL_WIDTH),
     ]
     pngs = []
-    for w, p in enumerate(answer.probabilities.cpu()):
-        word, top = pieces[answer.first + w], p.topk(min(k, len(p)))
-        bars = "".join(
-            f"<tr><td>{html.escape(repr(tokenizer.decode([i]) or tokenizer.token(i) or '')[1:-1])}</td>"
-            f'<td>{100 * q:.1f} %</td><td><div class="bar" style="width:{130 * q:.0f}px"></div></td></tr>'
-            for q, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        )
-        drawn = [heat(answer.picture, values[w]) for values in maps.values()]
-        strip = Image.new("RGB", (len(drawn) * (SHOWN + 8) - 8, SHOWN), "white")
-        for i, one in enumerate(drawn):
-            strip.paste(one, (i * (SHOWN + 8), 0))
-        pngs.append(png(strip))
-        share, most = shares[w][image].sum().item(), shares[w][~image].max().item()
-        notes = {
-            "attention": f"{100 * share:.0f} % of it on the picture",
-            "similarity": f"cosine {answer.similarity[w].min():.2f} to {answer.similarity[w].max():.2f}"
-            if "similarity" in maps
-            else "",
-            "occlusion": f"at most {answer.occlusion[w].max():.2f} nats",
-        }
-        text, skip = "", False
-        for at in range(answer.first + w):
-            if not image[at]:
-                shade = shares[w][at].item() / max(most, 1e-12)
-                text += f'<span style="background:rgba(220,20,20,{0.7 * shade:.2f})">{html.escape(pieces[at])}</span>'
-            elif not skip:
-                text += f'<span class="small">[picture {100 * share:.0f} %]</span>'
-            skip = bool(image[at])
-        figures = "".join(
-            f'<div>{image_tag(png(one))}<span class="small">{name}: {notes[name]}</span></div>'
-            for name, one in zip(maps, drawn, strict=True)
-        )
-        parts.append(
-            f"<h2>{w + 1}. {html.escape(word)}</h2><div class=row>{figures}<div><table>{bars}</table></div></div>"
-        )
-        parts.append(
-            f'<p class="text"><span class="small">attention to the text: </span>{text}</p>'
-        )
-    parts.append(f'<p class="small">{html.escape(__doc__[__doc__.index("- the likeliest") :])}</p>')
-    head = f"<!doctype html><meta charset=utf-8><title>{html.escape(question)}</title><style>{STYLE}</style>"
-    return head + "\n".join(parts) + "\n", pngs
+    for w in range(len(probabilities)):
+        heading = f"{w + 1}. {html.escape(pieces[seen.first + w])}"
+        drawn = {name: draw_heat(seen.picture, values[w]) for name, values in maps.items()}
+        notes = map_notes(seen, w, attention)
+        figures = []
+        for name, image in drawn.items():
+            caption = f'<span class="small">{name}: {notes[name]}</span>'
+            figures.append(f"<div>{image_tag(image, MAP_WIDTH)}{caption}</div>")
+        table = likeliest_table(probabilities[w], tokenizer, k)
+        text = attention_text(seen, w, attention, pieces)
+
+        parts.append(f"<h2>{heading}</h2>")
+        parts.append(f'<div class="row">{"".join(figures)}<div>{table}</div></div>')
+        parts.append(f'<p class="text">{text}</p>')
+        pngs.append(encode_png(side_by_side(list(drawn.values()))))
+
+    explanation = __doc__[__doc__.index("- the likeliest") : __doc__.index("`inspect_answer`")]
+    parts.append(f'<p class="small">{html.escape(explanation)}</p>')
+    return html_page(question, "\n".join(parts), STYLE), pngs
+
+
+def piece_of(token: int, tokenizer) -> str:
+    """Return the text of one token, or its name where it has no text."""
+    if token == IMAGE_TOKEN:
+        return "<image>"
+    return tokenizer.decode([token]) or tokenizer.token(token) or ""
+
+
+def likeliest_table(probabilities: Tensor, tokenizer, k: int) -> str:
+    """Return an HTML table of the k likeliest tokens and bars of their probabilities (V,)."""
+    top = probabilities.topk(min(k, len(probabilities)))
+    rows = []
+    for p, token in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        # Line breaks and the like as a Python string has them, without its quotes.
+        name = repr(piece_of(token, tokenizer))[1:-1]
+        bar = f'<div class="bar" style="width:{BAR_WIDTH * p:.0f}px"></div>'
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{100 * p:.1f} %</td><td>{bar}</td></tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def map_notes(seen: Inspection, w: int, attention: Tensor) -> dict[str, str]:
+    """Return what stands below each of the heat maps of token w; attention (W, T)."""
+    image = (seen.ids == IMAGE_TOKEN).cpu()
+    share = attention[w][image].sum().item()
+    notes = {
+        "attention": f"{100 * share:.0f} % of it on the picture",
+        "occlusion": f"at most {seen.occlusion[w].max():.2f} nats",
+    }
+    if seen.similarity is not None:
+        cosine = seen.similarity[w]
+        notes["similarity"] = f"cosine {cosine.min():.2f} to {cosine.max():.2f}"
+    return notes
+
+
+def attention_text(seen: Inspection, w: int, attention: Tensor, pieces: list[str]) -> str:
+    """Return HTML of the text before token w, the redder the more attention a token gets."""
+    image = (seen.ids == IMAGE_TOKEN).cpu()
+    share = attention[w][image].sum().item()
+    most = max(attention[w][~image].max().item(), 1e-12)
+
+    spans = ['<span class="small">attention to the text: </span>']
+    inside_picture = False
+    for at in range(seen.first + w):
+        if not image[at]:
+            strength = 0.7 * attention[w][at].item() / most
+            colour = f"rgba(220,20,20,{strength:.2f})"
+            spans.append(f'<span style="background:{colour}">{html.escape(pieces[at])}</span>')
+        elif not inside_picture:  # one span for all of its tokens
+            spans.append(f'<span class="small">[picture {100 * share:.0f} %]</span>')
+        inside_picture = bool(image[at])
+    return "".join(spans)
+
+
+def draw_heat(picture: Tensor, values: Tensor) -> Image.Image:
+    """Return the picture (3, S, S) uint8 under the values (g, g): red where they are largest."""
+    # Cosines may all be negative, so the scale starts at 0 or below.
+    low = values.min().clamp(max=0)
+    strength = (values - low) / (values.max() - low).clamp(min=1e-12)
+
+    size = (MAP_WIDTH, MAP_WIDTH)
+    mask = Image.fromarray((strength * 255).byte().cpu().numpy())
+    mask = mask.resize(size, Image.Resampling.NEAREST)
+    pale = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    pale = Image.blend(pale, Image.new("RGB", size, "white"), 0.35)
+    red = Image.blend(pale, Image.new("RGB", size, RED), 0.65)
+    return Image.composite(red, pale, mask)
+
+
+def side_by_side(images: list[Image.Image]) -> Image.Image:
+    """Return heat maps in one picture, from left to right."""
+    step = MAP_WIDTH + MAP_GAP
+    strip = Image.new("RGB", (len(images) * step - MAP_GAP, MAP_WIDTH), "white")
+    for i, image in enumerate(images):
+        strip.paste(image, (i * step, 0))
+    return strip
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def arguments(argv: list[str]):
+    """Return the command line's options."""
+    parser = config.parser(__doc__)
+    option = parser.add_argument
+    option("out", metavar="OUT", help="folder to write")
+    option("--model", required=True, help="folder or Hugging Face id of a trained model")
+    option("--image", required=True, help="a picture")
+    option("--prompt", required=True, help="the question")
+    option("--layer", type=int, help="attention of this layer alone, counted from 0")
+    option("--top-k", type=int, default=8, help="how many tokens to show in each place (8)")
+    option("--max-new-tokens", type=int, default=16, help="longest answer (16)")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str]):
-    parser = config.parser(__doc__)
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument(
-        "--model", required=True, help="folder or Hugging Face id of a trained model"
-    )
-    parser.add_argument("--image", required=True, help="a picture")
-    parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--layer", type=int, help="attention of this layer alone, counted from 0")
-    parser.add_argument(
-        "--top-k", type=int, default=8, help="how many tokens to show in each place (8)"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (16)")
-    a = parser.parse_args(argv)
-    device, folder = "cuda" if torch.cuda.is_available() else "cpu", resolve(a.model)
-    model, tokenizer = LLaVA.from_pretrained(folder, device=device), load_tokenizer(folder)
+    args = arguments(argv)
+    folder = resolve(args.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LLaVA.from_pretrained(folder, device=device)
+    tokenizer = load_tokenizer(folder)
+
     layers = len(model.language_model.blocks)
-    if a.layer is not None and not 0 <= a.layer < layers:
-        raise UserError(
-            "--layer", f"{a.layer}: the model has {layers} layers", f"give 0 to {layers - 1}"
-        )
+    if args.layer is not None and not 0 <= args.layer < layers:
+        what = f"{args.layer}: the model has {layers} layers"
+        raise UserError("--layer", what, f"give 0 to {layers - 1}")
     try:
-        picture = model.vision_tower.processor.pixels(load_image(a.image), model.config.image_mode)
+        image = load_image(args.image)
+        picture = model.vision_tower.processor.pixels(image, model.config.image_mode)
     except ValueError as e:
-        raise UserError(a.image, str(e), "give an image file") from None
-    template, turn = (
-        model.config.template,
-        {"from": "human", "value": f"{IMAGE}\n{a.prompt.replace(IMAGE, '')}"},
+        raise UserError(args.image, str(e), "give an image file") from None
+
+    (answer,) = answer_tokens(
+        model,
+        tokenizer,
+        [args.prompt],
+        [[Item(picture[None])]],
+        max_new_tokens=args.max_new_tokens,
     )
-    prompt, eos = encode_prompt([turn], tokenizer, template), stop_id(tokenizer, template)
-    pixels = model.vision_tower.processor.normalise(picture[None]).to(device)
-    made = model.generate(
-        [torch.tensor(prompt)], images=pixels, max_new_tokens=a.max_new_tokens, eos_token_id=eos
-    )
-    answer = [t for t in made[0].tolist() if t != eos]
     if not answer:
         raise UserError("--prompt", "the model answers nothing to it", "ask something else")
-    text, pngs = page(look(model, prompt, answer, picture), a.prompt, tokenizer, a.top_k, a.layer)
-    for i, data in enumerate(pngs, 1):
-        write_file(Path(a.out) / f"token-{i}.png", data)
-    write_file(Path(a.out) / "index.html", text)
-    print(f"{tokenizer.decode(answer).strip()}: {Path(a.out) / 'index.html'}")
+
+    prompt = prompt_ids(args.prompt, 1, tokenizer, model.config.template)
+    seen = inspect_answer(model, prompt, answer, picture)
+    page, pngs = answer_page(seen, args.prompt, tokenizer, args.top_k, args.layer)
+
+    out = Path(args.out)
+    for number, png in enumerate(pngs, 1):
+        write_file(out / f"token-{number}.png", png)
+    write_file(out / "index.html", page)
+    print(f"{tokenizer.decode(answer).strip()}: {out / 'index.html'}")
 
 
 if __name__ == "__main__":

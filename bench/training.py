@@ -41,6 +41,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoints import peft
 from checkpoints.names import rename, reverse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,10 +197,12 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
     from config import Model, Stage, Tune
     from model import LLaVA
     from packing import bin_pack, pack_samples
-    from training import planner, ranks
+    from training.estimate import Row, estimate
+    from training.parallel import ParallelModel
+    from training.ranks import Ranks
 
     imports, bf16 = peak(device), case.dtype == "bfloat16"
-    world = ranks.World(0, 1, torch.device(device))
+    ranks = Ranks(0, 1, torch.device(device))
     stage = Stage(tune=Tune(llm=case.tune), learning_rate=RATES[case.tune], warmup_ratio=0.0,
                   micro_batch_tokens=case.budget)  # fmt: skip
     with torch.device(device):
@@ -209,7 +212,7 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
         back = reverse(getattr(module, "rename", ()))
         named = {f"{part}.{rename(k, back)}": p for k, p in module.named_parameters()}
         fill_by_name({k.replace(".vision_model.", "."): p for k, p in named.items()})
-    lora.adapt(model, [stage], train.PARTS)
+    peft.adapt(model, [stage], train.PARTS)
     back = reverse(model.language_model.rename)
     for name, m in lora.adapters(model.language_model).items():
         key = "language_model." + rename(f"{name}.weight", back).removesuffix("weight")
@@ -221,16 +224,16 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
         (len(r.items), n, len(r.ids) - n, int((r.labels >= 0).sum()))
         for r, n in zip(rows, places, strict=True)
     ]
-    flops = sum(planner.estimate(model, stage, fact, recompute=False)[1] for fact in facts)
+    flops = sum(estimate(model, stage, Row(*fact), recompute=False).operations for fact in facts)
     if device == "cuda":  # as a user would: recompute only where it does not fit
-        row = [sum(f) / len(facts) for f in zip(*facts, strict=True)]
-        need = sum(planner.estimate(model, stage, row, recompute=False)[0].values())
+        row = Row(*(sum(f) / len(facts) for f in zip(*facts, strict=True)))
+        need = estimate(model, stage, row, recompute=False).memory.total
         model.language_model.model.gradient_checkpointing = (
             need > torch.cuda.get_device_properties(0).total_memory
         )
     if bf16:
         train.round_frozen(model)
-    module, optimizer = ranks.wrap(model, world, "none"), train.make_optimizer(model, stage)
+    parallel, optimizer = ParallelModel(model, "none", ranks), train.make_optimizer(model, stage)
     batches = [
         pack_samples([rows[j] for j in b])
         for b in bin_pack([len(r.ids) for r in rows], case.budget)
@@ -243,7 +246,7 @@ def ours(case: Case, text: dict, vision: dict, device: str) -> tuple:
         losses = []
         for batch in batches:
             with autocast:
-                loss = module(train.on_device(batch, world.device)) / supervised
+                loss = parallel.loss(batch.to(ranks.device)) / supervised
                 loss.backward()
             losses.append(loss.detach())
         return sum(losses).item(), train.update(optimizer, stage, 0, 10**9)

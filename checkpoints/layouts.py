@@ -80,10 +80,6 @@ LAYOUTS: dict[str, Layout] = {
     "llava_next": Layout(hf_llava.read_next, hf_llava.TABLE),
 }
 
-# The names that PEFT's files of whole models may have: those of its two programs, transformers and
-# Factory.
-ADAPTED: Table = hf_llava.TABLE + tinyllava.TABLE
-
 
 class ReadCheckpoint(NamedTuple):
     config: LLaVAConfig

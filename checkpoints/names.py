@@ -1,4 +1,16 @@
-"""Rename tables: from the names in a file to ours, and back."""
+"""Rename tables: from the names of tensors in a file to ours, and back.
+
+    table = (("model.layers.*.attn.**", "blocks.*.self_attn.**"),)
+    rename("model.layers.3.attn.q.weight", table)            # "blocks.3.self_attn.q.weight"
+    rename("blocks.3.self_attn.q.weight", reverse(table))    # and back
+
+A table is a sequence of pairs (theirs, ours). In a name `*` stands for one component between dots
+and `**` for any tail, and what they stand for on the left is put in their places on the right. Read
+forwards a table loads a checkpoint, read backwards it saves one.
+
+Where `ours` is a tuple of names, the file keeps those parameters as one tensor, stacked along
+dimension 0: a fused qkv projection, for example.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +19,56 @@ from collections.abc import Iterable
 from functools import cache
 
 Names = str | tuple[str, ...]
+Table = tuple[tuple[Names, Names], ...]
 
-Table = tuple[tuple[Names, Names], ...]  # (theirs, ours), see the docstring above
+# What the two wildcards stand for, as regular expressions.
+WILDCARDS = {"**": "(.+)", "*": r"([^.]+)"}
 
 
 @cache
-def _pattern(glob: str) -> re.Pattern:
-    parts = re.split(r"(\*\*|\*)", glob)
-    return re.compile("".join({"**": "(.+)", "*": r"([^.]+)"}.get(p, re.escape(p)) for p in parts))
+def compile_pattern(pattern: str) -> re.Pattern:
+    """Return a regular expression that matches the same names, with a group for each wildcard."""
+    pieces = []
+    for piece in re.split(r"(\*\*|\*)", pattern):
+        pieces.append(WILDCARDS.get(piece) or re.escape(piece))
+    return re.compile("".join(pieces))
 
 
-def _fill(glob: str, parts: Iterable[str]) -> str:
-    parts = iter(parts)
-    return re.sub(r"\*\*|\*", lambda _: next(parts), glob)
+def fill_pattern(pattern: str, values: Iterable[str]) -> str:
+    """Return the pattern with the values in the places of its wildcards."""
+    values = iter(values)
+    return re.sub(r"\*\*|\*", lambda _: next(values), pattern)
+
+
+def as_tuple(names: Names) -> tuple[str, ...]:
+    """Return one name or several as a tuple."""
+    if isinstance(names, str):
+        return (names,)
+    return names
 
 
 def rename(key: str, table: Table) -> Names:
-    """The first pair whose left side matches decides; a key that none matches keeps its name.
+    """Return the new name of a key: that of the first pair whose left side matches.
 
-    A tuple on the right gives a tuple of names; of a tuple on the left, any name matches.
+    A key that no pair matches keeps its name. A tuple on the right gives a tuple of names. A tuple
+    on the left matches with any of its names.
     """
     for left, right in table:
-        for glob in (left,) if isinstance(left, str) else left:
-            if match := _pattern(glob).fullmatch(key):
-                parts = match.groups()
-                return (
-                    _fill(right, parts)
-                    if isinstance(right, str)
-                    else tuple(_fill(r, parts) for r in right)
-                )
+        for pattern in as_tuple(left):
+            match = compile_pattern(pattern).fullmatch(key)
+            if match is None:
+                continue
+            if isinstance(right, str):
+                return fill_pattern(right, match.groups())
+            return tuple(fill_pattern(name, match.groups()) for name in right)
     return key
 
 
 def reverse(table: Table) -> Table:
+    """Return the table that renames back."""
     return tuple((ours, theirs) for theirs, ours in table)
 
 
-def matches(key: str, globs: Iterable[str]) -> bool:
-    return any(_pattern(g).fullmatch(key) for g in globs)
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Say whether a key matches any of the patterns."""
+    return any(compile_pattern(pattern).fullmatch(key) for pattern in patterns)

@@ -1,9 +1,16 @@
-"""Strict safetensors in and out: what a file holds is what the module gets, or an error names the key.
+"""Strict safetensors in and out: what a file holds is what the module gets, or an error names it.
 
-A checkpoint is read lazily from memory-mapped files and assigned, never copied: a parameter that keeps its
-dtype costs no memory until it is touched. A rename table is a list of (theirs, ours) pairs in which `*` stands
-for one dotted component and `**` for any tail; it is used forwards to load and backwards to save. Where `ours` is
-a tuple of names, the file keeps those parameters as one tensor, stacked along dimension 0 (a fused qkv projection).
+    with weights.empty():
+        model = LanguageModel.from_hf(config)               # shapes, no storage
+    source = weights.Checkpoint(folder)                     # reads names, no tensors
+    weights.load(model, source, model.rename)               # every key used, every parameter filled
+    weights.save(folder, weights.tensors(model, model.rename))
+
+A checkpoint is read lazily from memory-mapped files, and a tensor is assigned and not copied. So a
+parameter that keeps the dtype of its file costs no memory until it is used. names.py explains the
+rename tables.
+
+Read `load` first. `Checkpoint` is one folder, `Joined` several folders as one.
 """
 
 from __future__ import annotations
@@ -21,126 +28,143 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from checkpoints.files import damaged, read_json, write_file
-from checkpoints.names import Table, matches, rename, reverse
+from checkpoints.names import Table, as_tuple, matches, rename, reverse
 from config import UserError
 
-FLOATS = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-)  # fp8 means nothing without its scales
+# Not fp8, which means nothing without its scales.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADER_BYTES = 100_000_000  # safetensors' own limit; a file of another kind may claim any length
-SHARD_BYTES = 5_000_000_000  # Hugging Face's own shard size
+SHARD_BYTES = 5_000_000_000  # the size of Hugging Face's own shards
+
+Reader = Callable[[str], Tensor]  # from a key to its tensor
+
+# ------------------------------------------------------------------------------------ one file
 
 
-def _inside(folder: Path, name: str) -> bool:
-    """Whether an index may name this shard: a file of the folder, or a link into the Hugging Face cache it lies in."""
-    target, home = (folder / name).resolve(), folder.resolve()
-    cache = (
-        target.parent.parent
-    )  # .../models--org--name/{blobs/HASH, snapshots/REVISION/model.safetensors}
-    linked = target.parent.name == "blobs" and cache / "snapshots" in home.parents
-    return Path(name).name == name and (target.parent == home or linked)
+def open_safetensors(path: Path) -> tuple[list[str], Reader]:
+    """Return the keys of a safetensors file, and a function that reads a tensor."""
+    check_header(path)
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+
+    def read(key: str) -> Tensor:
+        # The file is opened for each tensor. One open file would keep every page that was ever
+        # read in the memory of the process.
+        return safe_open(path, "pt").get_tensor(key)
+
+    return keys, read
 
 
-def _open_safetensors(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """A file's keys and what reads a tensor by its key."""
+def check_header(path: Path):
+    """Raise UserError for a key that is twice in the header.
 
-    def once(pairs):  # JSON allows a key twice, and safetensors would silently take the last
+    JSON allows it, and safetensors would silently take the last one.
+    """
+
+    def refuse_twice(pairs):
         table = {}
         for key, value in pairs:
             if key in table:
-                raise UserError(
-                    f"{path}:{key}", "twice in the header", "download the checkpoint again"
-                )
+                fix = "download the checkpoint again"
+                raise UserError(f"{path}:{key}", "twice in the header", fix)
             table[key] = value
         return table
 
-    with open(path, "rb") as f:
-        json.loads(
-            f.read(min(int.from_bytes(f.read(8), "little"), HEADER_BYTES)), object_pairs_hook=once
-        )
-    # Opened for each tensor: one handle would keep every page that was ever read in the process's memory.
-    return list(safe_open(path, "pt").keys()), lambda key: safe_open(path, "pt").get_tensor(key)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, HEADER_BYTES))
+    json.loads(header, object_pairs_hook=refuse_twice)
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises UserError for one that is missing or damaged."""
-    try:
-        return load_file(path)
-    except Exception as e:  # safetensors and the system: each has its own type
-        raise damaged(path, "a whole safetensors file", e) from None
-
-
-def _open_pickle(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """The same of a torch.save file; weights_only refuses everything that could run code."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+def open_pickle(path: Path) -> tuple[list[str], Reader]:
+    """Return the same of a torch.save file. `weights_only` refuses everything that could run."""
+    is_zip = zipfile.is_zipfile(
+        path
+    )  # files of old versions of torch are not, and cannot be mapped
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(path, "not a table of names and tensors", "convert it to safetensors")
     return list(state), state.__getitem__
 
 
-class Checkpoint(Mapping):
-    """The tensors of a folder, by key, read when asked for: `model.safetensors`, or an index and its shards.
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except Exception as e:  # safetensors and the system each have types of their own
+        raise damaged(path, "a whole safetensors file", e) from None
 
-    allow_pickle also reads `pytorch_model.bin` (or its index and shards), tensors only and only where there is no
-    safetensors file. Raises UserError for a file that is missing, damaged, outside the folder or at odds with the
-    index, and for a key that is stored twice.
+
+# ------------------------------------------------------------------------------------ folders
+
+OPENERS = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_pickle}
+AGAIN = "download the checkpoint again"
+
+
+class Checkpoint(Mapping):
+    """The tensors of a folder by key, each read when it is asked for.
+
+    The folder has `model.safetensors`, or an index and its shards. With allow_pickle a folder
+    without safetensors may have `pytorch_model.bin`, or its index and shards; only tensors are read
+    from those. Raises UserError for a file that is missing, damaged, outside the folder or at odds
+    with the index, and for a key that is stored twice.
     """
 
     def __init__(self, folder: Path, allow_pickle: bool = False):
-        self.folder, self.where = folder, {}
-        self._read: dict[str, Callable[[str], Tensor]] = {}
-        kinds = {"model.safetensors": _open_safetensors, "pytorch_model.bin": _open_pickle}
-        there = [n for n in kinds if (folder / n).exists() or (folder / f"{n}.index.json").exists()]
-        name = there[0] if there else "model.safetensors"
+        self.folder = folder
+        self.where: dict[str, str] = {}  # key -> the file that has it
+        self._readers: dict[str, Reader] = {}  # file -> what reads from it
+
+        name = self._choose_file()
         if name.endswith(".bin") and not allow_pickle:
-            raise UserError(
-                folder / name,
-                "only pickled weights",
-                "pass allow_pickle=true, or convert to safetensors",
-            )
-        index, files = folder / f"{name}.index.json", None
-        if index.exists():
-            files = read_json(index).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(n, str) for n in files.values()):
-                raise UserError(
-                    f"{index}:weight_map", "not a table of key and shard", "download it again"
-                )
-            if outside := [k for k, n in files.items() if not _inside(folder, n)]:
-                raise UserError(f"{index}:{outside[0]}", f"its shard {files[outside[0]]!r} lies outside the folder",
-                                "download the checkpoint again")  # fmt: skip
-        for shard in [name] if files is None else sorted(set(files.values())):
-            path = folder / shard
-            try:
-                keys, self._read[shard] = kinds[name](path)
-            except FileNotFoundError:
-                raise UserError(
-                    path, "missing", f"give a folder with {name} or its shards"
-                ) from None
-            except UserError:
-                raise
-            except Exception as e:  # safetensors, zip, unpickling, system: each has its own type
-                raise damaged(path, f"a whole {path.suffix[1:]} file", e) from None
-            for key in keys:
-                if key in self.where:
-                    raise UserError(
-                        f"{path}:{key}",
-                        f"also in {self.where[key]}",
-                        "download the checkpoint again",
-                    )
-                self.where[key] = shard
-        if files is not None and files != self.where:
-            odd = sorted(set(files) ^ set(self.where)) or [
-                k for k in files if files[k] != self.where[k]
-            ]
-            raise UserError(
-                f"{index}:{odd[0]}", "index and shards disagree", "download the checkpoint again"
-            )
+            fix = "pass allow_pickle=true, or convert to safetensors"
+            raise UserError(folder / name, "only pickled weights", fix)
+
+        index = folder / f"{name}.index.json"
+        if not index.exists():
+            self._add(name, name)
+            return
+        listed = read_index(index)
+        for shard in sorted(set(listed.values())):
+            self._add(shard, name)
+        self._compare(index, listed)
+
+    def _choose_file(self) -> str:
+        """Return the kind of weights that the folder has; safetensors if it has none."""
+        for name in OPENERS:
+            index = self.folder / f"{name}.index.json"
+            if (self.folder / name).exists() or index.exists():
+                return name
+        return "model.safetensors"
+
+    def _add(self, shard: str, kind: str):
+        """Open a file of a kind in OPENERS and note where its keys are."""
+        path = self.folder / shard
+        try:
+            keys, self._readers[shard] = OPENERS[kind](path)
+        except FileNotFoundError:
+            raise UserError(path, "missing", f"give a folder with {kind} or its shards") from None
+        except UserError:
+            raise
+        except Exception as e:  # safetensors, zip, unpickling and the system have their own types
+            raise damaged(path, f"a whole {path.suffix[1:]} file", e) from None
+
+        for key in keys:
+            if key in self.where:
+                raise UserError(f"{path}:{key}", f"also in {self.where[key]}", AGAIN)
+            self.where[key] = shard
+
+    def _compare(self, index: Path, listed: dict[str, str]):
+        """Raise UserError if the index and the shards do not say the same."""
+        if listed == self.where:
+            return
+        odd = sorted(set(listed) ^ set(self.where))
+        if not odd:
+            odd = [key for key in listed if listed[key] != self.where[key]]
+        raise UserError(f"{index}:{odd[0]}", "index and shards disagree", AGAIN)
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._read[self.where[key]](key)
+        return self._readers[self.where[key]](key)
 
     def __iter__(self):
         return iter(self.where)
@@ -149,30 +173,59 @@ class Checkpoint(Mapping):
         return len(self.where)
 
     def file(self, key: str) -> Path:
-        """The file that holds a key; the folder for a key that is missing."""
+        """Return the file that holds a key; the folder for a key that is missing."""
         return self.folder / self.where.get(key, "")
 
     def locate(self, key: str) -> str:
-        """`file:key`, for messages."""
+        """Return `file:key`, for messages."""
         return f"{self.file(key)}:{key}"
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """Return {key: shard} of an index. Raises UserError for a shard outside of its folder."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(n, str) for n in listed.values()):
+        what = "not a table of key and shard"
+        raise UserError(f"{index}:weight_map", what, "download it again")
+    for key, shard in listed.items():
+        if not is_inside(index.parent, shard):
+            raise UserError(f"{index}:{key}", f"its shard {shard!r} lies outside the folder", AGAIN)
+    return listed
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Say whether an index may name this shard: a file of the folder, or of its cache.
+
+    In the cache of Hugging Face a model's folder is CACHE/models--org--name/snapshots/REVISION,
+    and its files are links to CACHE/models--org--name/blobs/HASH.
+    """
+    if Path(name).name != name:
+        return False
+    home = folder.resolve()
+    target = (folder / name).resolve()
+    if target.parent == home:
+        return True
+    model = target.parent.parent
+    return target.parent.name == "blobs" and model / "snapshots" in home.parents
+
+
 class Joined(Mapping):
-    """Several checkpoints as one, each under its prefix: {"language_model.": Checkpoint(a), ...}."""
+    """Several checkpoints as one, each under a prefix: {"language_model.": Checkpoint(a), ...}."""
 
     def __init__(self, parts: Mapping[str, Checkpoint]):
         self.parts = dict(parts)
-        self.where: dict[str, tuple[Checkpoint, str]] = {}
+        self.where: dict[str, tuple[Checkpoint, str]] = {}  # key -> the part, and its own key
         for prefix, part in self.parts.items():
             for key in part:
                 if prefix + key in self.where:
-                    other = self.where[prefix + key][0].folder
-                    raise UserError(part.locate(key), f"also in {other}", "remove one of the two")
+                    other, _ = self.where[prefix + key]
+                    what = f"also in {other.folder}"
+                    raise UserError(part.locate(key), what, "remove one of the two")
                 self.where[prefix + key] = part, key
 
     def __getitem__(self, key: str) -> Tensor:
-        part, own = self.where[key]
-        return part[own]
+        part, own_key = self.where[key]
+        return part[own_key]
 
     def __iter__(self):
         return iter(self.where)
@@ -181,37 +234,51 @@ class Joined(Mapping):
         return len(self.where)
 
     def _find(self, key: str) -> tuple[Checkpoint, str]:
-        """The part that has a key, or that a missing key belongs to; the key as that part calls it."""
-        prefix = max(
-            (p for p in self.parts if key.startswith(p)), key=len, default=next(iter(self.parts))
-        )
-        return self.where.get(key) or (self.parts[prefix], key.removeprefix(prefix))
+        """Return the part that a key belongs to, also if it is missing, and the key there."""
+        if key in self.where:
+            return self.where[key]
+        prefixes = [prefix for prefix in self.parts if key.startswith(prefix)]
+        prefix = max(prefixes, key=len, default=next(iter(self.parts)))
+        return self.parts[prefix], key.removeprefix(prefix)
 
     def file(self, key: str) -> Path:
-        part, own = self._find(key)
-        return part.file(own)
+        """Return the file that holds a key; the folder for a key that is missing."""
+        part, own_key = self._find(key)
+        return part.file(own_key)
 
     def locate(self, key: str) -> str:
-        """`file:key`, the key as it stands in that file."""
-        part, own = self._find(key)
-        return part.locate(own)
+        """Return `file:key`, with the key as it stands in that file."""
+        part, own_key = self._find(key)
+        return part.locate(own_key)
 
 
-class _SkipInit(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+# ------------------------------------------------------------------------------------ loading
+
+
+class SkipInit(TorchFunctionMode):
+    """Functions of torch.nn.init do nothing while this is active."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        skip = getattr(func, "__module__", "") == "torch.nn.init"  # a property's getter has none
-        return kwargs["tensor"] if skip else func(*args, **kwargs)
+        # The getter of a property is a function without a module.
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def empty():
-    """Modules built inside have shapes but no storage: `load` brings it.
+    """Build modules that have shapes and no storage; `load` brings it.
 
-    That is the meta device without nn.init: a random number there makes torch import sympy, a second and 150 MB.
+    This is the meta device without nn.init. A random number on the meta device would make torch
+    import sympy, which takes a second and 150 MB.
     """
-    with torch.device("meta"), _SkipInit():
+    with torch.device("meta"), SkipInit():
         yield
+
+
+# Is offered (our name, tensor, place for messages); returns whether it keeps the tensor itself.
+Taker = Callable[[str, Tensor, str], bool]
 
 
 def load(
@@ -222,126 +289,194 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ignore: Iterable[str] = (),
+    take: Taker | None = None,
 ) -> set[str]:
-    """Fill every parameter and buffer of `module` from the keys of `source` that start with `prefix`.
+    """Fill all parameters and buffers of `module` from keys of `source` that begin with `prefix`.
 
-    The module may be `empty`. A key must be a parameter (after renaming), or match `module.spare` (kept
-    aside in `module.spares`, written back on saving: tensors that belong to the checkpoint but not to our forward
-    pass), or match `ignore`. Tied parameters (`module.tied`: alias -> owner) need no key of their own.
-    Returns the keys it used. Raises UserError for a missing, unexpected or duplicate tensor and one of a wrong shape
-    or type; the module is then as it was.
+    The module may be `empty`. After renaming, each key must be one of these:
+    - a parameter or buffer of the module
+    - one of `module.tied` (alias -> owner), which need no key of their own
+    - a match of `module.spare`: part of the checkpoint, not of our forward pass. These tensors are
+      kept in `module.spares` and written back on saving
+    - a match of `ignore`
+
+    dtype None keeps the file's. take: is offered every parameter's tensor before it is stored.
+    Where it returns True it has the tensor, and the parameter stays as it is. lora.py quantizes so.
+
+    Returns the keys that were used. Raises UserError for a tensor that is missing, unexpected or
+    there twice, and for a wrong shape or dtype; the module is then as it was.
     """
     tied: dict[str, str] = getattr(module, "tied", {})
     spare: tuple[str, ...] = getattr(module, "spare", ())
-    wanted = {k: v for k, v in module.state_dict(keep_vars=True).items() if k not in tied}
-    names = {
-        key: rename(key.removeprefix(prefix), table) for key in source if key.startswith(prefix)
-    }
+    state = module.state_dict(keep_vars=True)
+    wanted = {name: tensor for name, tensor in state.items() if name not in tied}
+
+    renamed = {}
+    for key in source:
+        if key.startswith(prefix):
+            renamed[key] = rename(key.removeprefix(prefix), table)
+
     found: dict[str, Tensor] = {}
+    taken: set[str] = set()
     spares: dict[str, Tensor] = {}
-    locate = getattr(source, "locate", lambda key: f"checkpoint:{key}")
-    for key, ours in names.items():
-        if ours in tied and tied[ours] in wanted:
-            # Some files store the tied copy too. Fine while it is a copy; another value would be lost silently.
-            owner = next((k for k, name in names.items() if name == tied[ours]), None)
-            if owner is None:
-                ours = tied[ours]
-            elif not torch.equal(source[key], source[owner]):
-                raise UserError(locate(key), f"differs from {owner}, to which the config ties it",
-                                "set tie_word_embeddings to false in config.json")  # fmt: skip
-        parts = (ours,) if isinstance(ours, str) else ours
+    for key, names in renamed.items():
+        where = locate(source, key)
+        if names in tied and tied[names] in wanted:
+            owner = tied[names]
+            if owner not in renamed.values():
+                names = owner  # the file has the parameter under the name of its alias
+            else:
+                check_tied(source, key, next(k for k, n in renamed.items() if n == owner))
+
+        # One tensor of the file may be several parameters.
+        parts = as_tuple(names)
         if wanted.keys() >= set(parts):
-            if again := found.keys() & set(parts):
-                raise UserError(
-                    locate(key), f"a second tensor for {min(again)}", "remove one of the two"
-                )
-            tensor, want = source[key], [wanted[name] for name in parts]
-            _fits(tensor, want, locate(key))
-            keep = dtype is None or not tensor.is_floating_point()
-            rows = tensor.split([len(w) for w in want]) if len(parts) > 1 else [tensor]
-            for name, part in zip(parts, rows, strict=True):
-                found[name] = part.to(device=device, dtype=part.dtype if keep else dtype)
-        elif ours in tied or matches(parts[0], ignore):
+            again = (found.keys() | taken) & set(parts)
+            if again:
+                what = f"a second tensor for {min(again)}"
+                raise UserError(where, what, "remove one of the two")
+            tensor = source[key]
+            targets = [wanted[name] for name in parts]
+            check_fit(tensor, targets, where)
+            for name, part in zip(parts, split_rows(tensor, targets), strict=True):
+                if take is not None and take(name, part, where):
+                    taken.add(name)
+                elif dtype is None or not part.is_floating_point():
+                    found[name] = part.to(device)
+                else:
+                    found[name] = part.to(device, dtype)
+        elif names in tied or matches(parts[0], ignore):
             continue
         elif matches(parts[0], spare):
             spares[parts[0]] = source[key]
         else:
-            raise UserError(
-                locate(key),
-                "a tensor this model has no place for",
-                "check config.json's model_type",
-            )
-    missing = sorted(set(wanted) - set(found))
+            what = "a tensor this model has no place for"
+            raise UserError(where, what, "check config.json's model_type")
+
+    missing = sorted(wanted.keys() - found.keys() - taken)
     if missing:
+        what = "missing from the weights"
+        if len(missing) > 1:
+            what += f" and {len(missing) - 1} more"
         theirs = prefix + rename(missing[0], reverse(table))
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(
-            locate(theirs),
-            f"missing from the weights{more}",
-            "give the folder of a complete checkpoint",
-        )
+        raise UserError(locate(source, theirs), what, "give the folder of a complete checkpoint")
+
     module.load_state_dict(found, strict=False, assign=True)
     if spares:
         module.spares.update(spares)
+
+    # Assigning replaced the owner's parameter, so the aliases get it again.
     for alias, owner in tied.items():
         parent, _, name = alias.rpartition(".")
         setattr(module.get_submodule(parent), name, module.get_parameter(owner))
-    return set(names)
+    return set(renamed)
 
 
-def _fits(tensor: Tensor, want: list[Tensor], where: str):
-    """Raise UserError unless the tensor has the shape (stacked along dimension 0) and the kind of number wanted."""
-    shape = want[0].shape if len(want) == 1 else (sum(len(w) for w in want), *want[0].shape[1:])
-    if tensor.shape != torch.Size(shape):
-        raise UserError(where, f"shape {[*tensor.shape]}, the config needs {[*shape]}",
-                        "use the config.json that belongs to these weights")  # fmt: skip
-    types = FLOATS if want[0].is_floating_point() else (want[0].dtype,)
-    if tensor.dtype not in types:
-        types = " or ".join(str(t).removeprefix("torch.") for t in types)
-        raise UserError(where, f"type {str(tensor.dtype).removeprefix('torch.')}, the model needs {types}",
-                        "give the original weights, neither quantized nor converted")  # fmt: skip
+def locate(source: Mapping[str, Tensor], key: str) -> str:
+    """Return the place of a key for messages; a plain dict has no file to name."""
+    if hasattr(source, "locate"):
+        return source.locate(key)
+    return f"checkpoint:{key}"
+
+
+def check_tied(source: Mapping[str, Tensor], key: str, owner: str):
+    """Raise UserError unless the tensor of a tied parameter is a copy of its owner's.
+
+    Some files store the copy, too. Another value would be lost silently.
+    """
+    if not torch.equal(source[key], source[owner]):
+        what = f"differs from {owner}, to which the config ties it"
+        fix = "set tie_word_embeddings to false in config.json"
+        raise UserError(locate(source, key), what, fix)
+
+
+def split_rows(tensor: Tensor, targets: list[Tensor]) -> list[Tensor]:
+    """Return the part of a tensor, stacked along dimension 0, that belongs to each target."""
+    if len(targets) == 1:
+        return [tensor]
+    return list(tensor.split([len(target) for target in targets]))
+
+
+def check_fit(tensor: Tensor, targets: list[Tensor], where: str):
+    """Raise UserError unless the tensor has the shape and the kind of number of the targets.
+
+    The shape is that of the targets stacked along dimension 0.
+    """
+    shape = list(targets[0].shape)
+    if len(targets) > 1:
+        shape[0] = sum(len(target) for target in targets)
+    if list(tensor.shape) != shape:
+        what = f"shape {list(tensor.shape)}, the config needs {shape}"
+        raise UserError(where, what, "use the config.json that belongs to these weights")
+
+    dtypes = (targets[0].dtype,)
+    if targets[0].is_floating_point():
+        dtypes = FLOATS
+    if tensor.dtype not in dtypes:
+        has = dtype_name(tensor.dtype)
+        needs = " or ".join(dtype_name(dtype) for dtype in dtypes)
+        fix = "give the original weights, neither quantized nor converted"
+        raise UserError(where, f"type {has}, the model needs {needs}", fix)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------ saving
 
 
 def tensors(module: nn.Module, table: Table = (), prefix: str = "") -> dict[str, Tensor]:
-    """The opposite of `load`: every tensor of the module (and its spares) under the file's names, tied ones once."""
+    """Return every tensor of the module, and its spares, under the names of a file.
+
+    This is the opposite of `load`. Tied parameters are there once, under their owner's name.
+    """
     tied = getattr(module, "tied", {})
-    state = {k: v for k, v in module.state_dict().items() if k not in tied} | getattr(
-        module, "spares", {}
-    )
-    out, back = {}, reverse(table)
+    state = {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
+    state |= getattr(module, "spares", {})
+
+    out = {}
+    back = reverse(table)
     for ours, tensor in state.items():
         theirs = rename(ours, back)
         parts = rename(theirs, table)
         if isinstance(parts, str) or ours not in parts:
             out[prefix + theirs] = tensor.detach()
         elif ours == parts[0]:
-            out[prefix + theirs] = torch.cat([state[p] for p in parts]).detach()
+            # The file has several of our parameters as one tensor.
+            stacked = torch.cat([state[part] for part in parts])
+            out[prefix + theirs] = stacked.detach()
     return out
 
 
 def save(folder: Path, state: dict[str, Tensor], shard_bytes: int = SHARD_BYTES):
-    """Write tensors as `model.safetensors`, or as shards and, last, their index."""
-    shards, size = [{}], 0
+    """Write tensors as `model.safetensors`, or as shards and, after them, their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
     for key, tensor in state.items():
         if size and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][key] = tensor.contiguous().cpu()
         size += tensor.nbytes
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        write_file(
-            folder / name, lambda tmp, shard=shard: save_file(shard, tmp, metadata={"format": "pt"})
-        )
+
     index = folder / "model.safetensors.index.json"
     if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0])
         index.unlink(missing_ok=True)
-    else:
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(t.nbytes for t in state.values())
-        write_file(
-            index, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
-        )
+        return
+
+    where = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shard)
+        where |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in state.values())
+    content = {"metadata": {"total_size": total}, "weight_map": where}
+    write_file(index, json.dumps(content, indent=1))
+
+
+def write_tensors(path: Path, state: dict[str, Tensor]):
+    """Write one safetensors file, whole or not at all."""
+    write_file(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))

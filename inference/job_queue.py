@@ -1,6 +1,16 @@
-"""One model, many who ask: a queue of jobs with limits, answered one by one. `serve.py` is what people run.
+"""A queue of jobs in front of one model: limits on what is taken, and answers one after another.
 
-B sequences, N images, H x W pixels.
+    jobs = JobQueue(model, tokenizer, "demo", Limits())
+    with jobs.seat():  # Refused with status 429 if too many wait
+        job = jobs.job(turns, items, stop=[], temperature=0.0, top_p=1.0, seed=None)
+        for piece in jobs.answer(job):
+            print(piece, end="")
+
+serve.py is what people run; its HTTP handler and its page both stand on this file. Requests come
+from many threads, and one thread of the queue's own runs the model.
+
+In this order: `Limits`, `Refused` and `Job`; then `JobQueue`; then `fetch`, which gets the bytes
+of a picture that a request names by URL.
 """
 
 from __future__ import annotations
@@ -20,26 +30,26 @@ import torch
 from PIL import Image
 
 from config import UserError
+from inference.streaming import TextStream
 from inputs.pictures import load_image
 from inputs.templates import encode_prompt, stop_id
-from model import LLaVA
 from packing import Item
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-)  # Pillow knows many more, some of which start other programs
+# Pillow knows many more, some of which start other programs.
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+FETCH_SECONDS = 20  # how long a server of pictures may be silent
 
 
 def limit(default: int, why: str):
+    """Return a field of Limits with the words that `serve.py --help` has for it."""
     return field(default=default, metadata={"why": why})
 
 
 @dataclass(frozen=True)
 class Limits:
+    """What a request may cost at most. serve.py has an option --max-... for each."""
+
     body: int = limit(20_000_000, "bytes of a request, or of an uploaded picture")
     pixels: int = limit(25_000_000, "pixels of a picture")
     images: int = limit(8, "pictures in a conversation")
@@ -49,39 +59,47 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that cannot be answered: HTTP status, what is wrong, OpenAI's code and the field it is about."""
+    """A request that is not answered: the HTTP status, and the body of OpenAI's error reply.
+
+    code: OpenAI's word for the error. param: the field of the request that it is about.
+    """
+
+    KINDS = {429: "rate_limit_error", 500: "server_error"}
 
     def __init__(
         self, status: int, message: str, code: str | None = None, param: str | None = None
     ):
         super().__init__(message)
-        kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+        kind = self.KINDS.get(status, "invalid_request_error")
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Over(Exception):
-    """Raised inside generate to end it: a stop string was written, or nobody listens any more."""
+class Ended(Exception):
+    """Raised inside LLaVA.generate to end it: at a stop string, or when nobody listens any more."""
 
 
 @dataclass
 class Job:
-    """One answer to make; `pieces` brings its text as it is made, then None or the exception that ended it."""
+    """One answer to make. The queue's thread fills the fields below `seed`."""
 
     ids: list[int]
     images: list[Item]
-    prompt_tokens: int
+    prompt_tokens: int  # image positions included
     max_tokens: int
     temperature: float
     top_p: float
     stop: list[str]
     seed: int | None
-    made: list[int] = field(default_factory=list)
-    finish: str = "length"
+
+    made: list[int] = field(default_factory=list)  # tokens of the answer
+    finish: str = "length"  # OpenAI's finish_reason: "stop" if the answer came to an end
+    # Its text as it is made, then None, or the exception that ended it.
     pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     cancelled: bool = False
 
-    def usage(self) -> dict:
+    def usage(self) -> dict[str, int]:
+        """Return the numbers of tokens, as OpenAI's replies have them."""
         new = len(self.made)
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -90,85 +108,107 @@ class Job:
         }
 
 
-def held_back(text: str, stops: list[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
-    ends = (
-        n
-        for stop in stops
-        for n in range(min(len(stop) - 1, len(text)), 0, -1)
-        if text.endswith(stop[:n])
-    )
-    return max(ends, default=0)
+class JobQueue:
+    """A model that answers jobs one by one, in a thread of its own.
 
+    The thread does not wait for whoever reads an answer, so a slow reader delays nobody.
+    """
 
-class Engine:
-    """A model that answers jobs one by one, in a thread of its own: a slow reader does not keep it waiting."""
-
-    def __init__(self, model: LLaVA, tokenizer, name: str, limits: Limits):
-        self.model, self.tokenizer, self.name, self.limits = model, tokenizer, name, limits
+    def __init__(self, model, tokenizer, name: str, limits: Limits):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.limits = limits
         self.eos = stop_id(tokenizer, model.config.template)
-        self.device = model.language_model.lm_head.weight.device
-        self.context = min(
-            limits.context, model.config.text.get("max_position_embeddings") or limits.context
-        )
-        self.seats, self.jobs = threading.Semaphore(1 + limits.queue), queue.SimpleQueue()
+
+        trained = model.config.text.get("max_position_embeddings") or limits.context
+        self.context = min(limits.context, trained)
+
+        self.seats = threading.Semaphore(1 + limits.queue)  # one is answered, the others wait
+        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
+    # -- before a job: is there room, and is the request within the limits? ------------------------
+
     @contextmanager
-    def seat(self):
-        """Held from before a request is read until it is answered. Raises Refused (429) when none is free."""
+    def seat(self) -> Iterator[None]:
+        """Hold a seat from before a request is read until it is answered.
+
+        Raises Refused (429) if none is free.
+        """
         if not self.seats.acquire(blocking=False):
-            raise Refused(
-                429,
-                f"{self.limits.queue} requests are waiting already; try again later",
-                "queue_full",
-            )
+            waiting = f"{self.limits.queue} requests are waiting already; try again later"
+            raise Refused(429, waiting, "queue_full")
         try:
             yield
         finally:
             self.seats.release()
 
     def picture(self, data: bytes) -> Item:
-        """A picture file's bytes -> what the encoder takes. Raises Refused."""
+        """Return the item of a picture file's bytes. Raises Refused."""
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as head:
-                if head.width * head.height > self.limits.pixels:
-                    size = f"{head.width} x {head.height} pixels, at most {self.limits.pixels:,} are taken"
-                    raise Refused(400, f"the picture has {size}", "image_too_large", "messages")
+            # Opening reads the size and no pixels, so a huge picture costs nothing.
+            with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as head:
+                width, height = head.size
+            if width * height > self.limits.pixels:
+                most = f"at most {self.limits.pixels:,} are taken"
+                what = f"the picture has {width} x {height} pixels, {most}"
+                raise Refused(400, what, "image_too_large", "messages")
             return self.model.views.picture(load_image(data))
         except (OSError, ValueError, Image.DecompressionBombError) as e:
-            why = str(e) if isinstance(e, ValueError) else f"none of {', '.join(FORMATS)}"
-            raise Refused(
-                400, f"the picture cannot be read: {why}", "invalid_image", "messages"
-            ) from None
+            why = f"none of {', '.join(PICTURE_FORMATS)}"
+            if isinstance(e, ValueError):
+                why = str(e)
+            what = f"the picture cannot be read: {why}"
+            raise Refused(400, what, "invalid_image", "messages") from None
 
     def job(
         self, turns: list[dict], images: list[Item], max_tokens: int | None = None, **sampling
     ) -> Job:
-        """A conversation in LLaVA's form, its last turn the question, and its pictures in order. Raises Refused."""
-        if len(images) > self.limits.images:
-            what = f"{len(images)} pictures, at most {self.limits.images} are taken"
+        """Return the job of answering a conversation.
+
+        turns: in LLaVA's form, the last one is the question. images: its pictures in order.
+        sampling: temperature, top_p, stop and seed of the Job. Raises Refused.
+        """
+        limits = self.limits
+        if len(images) > limits.images:
+            what = f"{len(images)} pictures, at most {limits.images} are taken"
             raise Refused(400, what, "too_many_images", "messages")
-        if max_tokens is not None and max_tokens > self.limits.tokens:
-            raise Refused(
-                400, f"max_tokens is too large: at most {self.limits.tokens}", None, "max_tokens"
-            )
+        if max_tokens is not None and max_tokens > limits.tokens:
+            what = f"max_tokens is too large: at most {limits.tokens}"
+            raise Refused(400, what, None, "max_tokens")
+
         try:
             ids = encode_prompt(turns, self.tokenizer, self.model.config.template)
         except UserError as e:
             raise Refused(400, str(e), None, "messages") from None
-        length = len(ids) + sum(self.model.views.positions(image.shape) - 1 for image in images)
-        if (room := self.context - length) < 1:
-            what = f"the conversation has {length} tokens, pictures included; the context is {self.context}"
+
+        # A picture is one id in the prompt, and many positions in the context.
+        length = len(ids)
+        for image in images:
+            length += self.model.views.positions(image.shape) - 1
+        room = self.context - length
+        if room < 1:
+            what = f"the conversation has {length} tokens, pictures included"
+            what += f"; the context is {self.context}"
             raise Refused(400, what, "context_length_exceeded", "messages")
-        new = min(max_tokens or self.limits.tokens, room)
-        return Job(ids, images, length, new, **sampling)
+
+        new_tokens = min(max_tokens or limits.tokens, room)
+        return Job(ids, images, length, new_tokens, **sampling)
+
+    # -- the answer --------------------------------------------------------------------------------
 
     def answer(self, job: Job) -> Iterator[str]:
-        """The answer in pieces, as they are made. Whoever closes this early stops the model at its next token."""
+        """Yield the answer in pieces, as they are made. Raises Refused (500) if the model fails.
+
+        Whoever closes this generator early stops the model at its next token.
+        """
         self.jobs.put(job)
         try:
-            while (piece := job.pieces.get()) is not None:
+            while True:
+                piece = job.pieces.get()
+                if piece is None:
+                    return
                 if isinstance(piece, Exception):
                     raise Refused(500, "the model failed; the server's log says how") from piece
                 yield piece
@@ -176,8 +216,10 @@ class Engine:
             job.cancelled = True
 
     def _work(self):
+        """Answer jobs for ever; what the thread does."""
         while True:
-            job, end = self.jobs.get(), None
+            job = self.jobs.get()
+            end = None
             try:
                 if not job.cancelled:
                     self._generate(job)
@@ -187,72 +229,95 @@ class Engine:
             job.pieces.put(end)
 
     def _generate(self, job: Job):
-        text, shown = "", 0
+        """Run the model on a job and hand out its text as it comes."""
+        text = TextStream(self._decode, job.stop)
 
         def stream(step: list[int]):
-            nonlocal text, shown
+            token = step[0]
             if job.cancelled:
-                raise Over
-            if step[0] == self.eos:
+                raise Ended
+            if token == self.eos:
                 job.finish = "stop"
                 return
-            job.made.append(step[0])
-            text = self.tokenizer.decode(job.made).lstrip()
-            if found := [at for at in map(text.find, job.stop) if at >= 0]:
-                text, job.finish = text[: min(found)], "stop"
-                raise Over
-            if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
-                ready = len(text) - held_back(text, job.stop)
-                if ready > shown:
-                    job.pieces.put(text[shown:ready])
-                    shown = ready
 
-        # This thread alone draws random numbers; without a seed one request's must not decide the next one's.
-        torch.manual_seed(job.seed) if job.seed is not None else torch.seed()
-        options = {
-            "temperature": job.temperature,
-            "top_p": job.top_p,
-            "eos_token_id": self.eos,
-            "stream": stream,
-        }
+            job.made.append(token)
+            hand_out(text.update(job.made))
+            if text.stopped:
+                job.finish = "stop"
+                raise Ended
+
+        def hand_out(piece: str):
+            if piece:
+                job.pieces.put(piece)
+
+        # Nobody else draws random numbers in this process, so the global generator will do. A job
+        # without a seed gets a new one, or it would depend on the seed of the job before.
+        if job.seed is None:
+            torch.seed()
+        else:
+            torch.manual_seed(job.seed)
+
         try:
             self.model.generate(
-                [torch.tensor(job.ids)], images=job.images, max_new_tokens=job.max_tokens, **options
+                [torch.tensor(job.ids)],
+                images=job.images,
+                max_new_tokens=job.max_tokens,
+                temperature=job.temperature,
+                top_p=job.top_p,
+                eos_token_id=self.eos,
+                stream=stream,
             )
-        except Over:
+        except Ended:
             pass
-        if text[shown:]:
-            job.pieces.put(text[shown:])
+        hand_out(text.finish())
+
+    def _decode(self, tokens: list[int]) -> str:
+        """Return the text of an answer, without the space that templates put before it."""
+        return self.tokenizer.decode(tokens).lstrip()
+
+
+# -- pictures that a request names -----------------------------------------------------------------
 
 
 def fetch(url: str, allow_urls: bool, most: int) -> bytes:
-    """The bytes behind a data URL, or an http one where that is allowed. Raises Refused."""
+    """Return the bytes behind a data URL, or behind an http one if that is allowed.
+
+    most: how many bytes are taken. Raises Refused.
+    """
+    scheme = url[:8].lower()
+    if scheme.startswith("data:"):
+        return _decode_data_url(url)
+    if scheme.startswith(("http://", "https://")) and allow_urls:
+        return _fetch_http(url, most)
+
+    allowed = "data URLs (the server runs without --allow-urls)"
+    if allow_urls:
+        allowed = "data and http URLs"
+    what = f"{url[:60]!r}: pictures are taken as {allowed}"
+    raise Refused(400, what, "invalid_image_url", "messages")
+
+
+def _decode_data_url(url: str) -> bytes:
+    """Return the bytes that a data URL holds in base64. Raises Refused."""
     head, comma, body = url.partition(",")
-    if head[:5].lower() == "data:":
-        try:
-            if comma and head.lower().endswith(";base64"):
-                return base64.b64decode(body, validate=True)
-        except binascii.Error:
-            pass
-        raise Refused(
-            400, "the data URL is not data:image/...;base64,...", "invalid_image_url", "messages"
-        )
-    if not allow_urls or not url.lower().startswith(("http://", "https://")):
-        allowed = (
-            "data and http URLs"
-            if allow_urls
-            else "data URLs (the server runs without --allow-urls)"
-        )
-        raise Refused(
-            400, f"{url[:60]!r}: pictures are taken as {allowed}", "invalid_image_url", "messages"
-        )
     try:
-        with urllib.request.urlopen(url, timeout=20) as reply:
-            data = reply.read(most + 1)
+        if comma and head.lower().endswith(";base64"):
+            return base64.b64decode(body, validate=True)
+    except binascii.Error:
+        pass
+    what = "the data URL is not data:image/...;base64,..."
+    raise Refused(400, what, "invalid_image_url", "messages")
+
+
+def _fetch_http(url: str, most: int) -> bytes:
+    """Return the bytes that an http server sends. Raises Refused."""
+    try:
+        with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as reply:
+            data = reply.read(most + 1)  # one more, to see whether there are more
     except (OSError, ValueError) as e:
-        raise Refused(
-            400, f"{url[:60]!r} cannot be fetched: {e}", "invalid_image_url", "messages"
-        ) from None
+        what = f"{url[:60]!r} cannot be fetched: {e}"
+        raise Refused(400, what, "invalid_image_url", "messages") from None
     if len(data) > most:
-        raise Refused(400, f"{url[:60]!r} has over {most} bytes", "image_too_large", "messages")
+        what = f"{url[:60]!r} has over {most} bytes"
+        raise Refused(400, what, "image_too_large", "messages")
     return data

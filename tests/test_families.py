@@ -1,4 +1,4 @@
-"""Every language model family against transformers: two small random configurations each, with odd numbers."""
+"""Every language model family against transformers: two small random configurations each."""
 
 import copy
 
@@ -25,31 +25,67 @@ SIZES = {
 # model_type -> two configurations; each differs from SIZES in what it names.
 CONFIGS = {
     "llama": (
-        {"num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+        },
         {"num_attention_heads": 3, "head_dim": 18, "rope_theta": 1234.5, "attention_bias": True},
     ),
     "qwen2": (
-        {"num_attention_heads": 5, "num_key_value_heads": 1, "rope_theta": 1e6, "tie_word_embeddings": True},
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        },
         {"num_attention_heads": 6, "num_key_value_heads": 3},
     ),
     "qwen3": (
         {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 14, "rope_theta": 1e6},
-        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": True},
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "tie_word_embeddings": True,
+        },
     ),
     "gemma": (
         {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 26},
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "hidden_size": 50},
     ),
     "stablelm": (
-        {"num_attention_heads": 5, "num_key_value_heads": 5, "partial_rotary_factor": 0.5, "use_qkv_bias": True},
-        {"num_attention_heads": 6, "num_key_value_heads": 2, "partial_rotary_factor": 0.4, "qk_layernorm": True,
-         "use_parallel_residual": True, "tie_word_embeddings": True},
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "partial_rotary_factor": 0.5,
+            "use_qkv_bias": True,
+        },
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": 0.4,
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+            "tie_word_embeddings": True,
+        },
     ),
     "phi": (
-        {"num_attention_heads": 5, "num_key_value_heads": 5, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-4},
-        {"num_attention_heads": 6, "num_key_value_heads": 2, "partial_rotary_factor": 0.4, "qk_layernorm": True},
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "partial_rotary_factor": 0.5,
+            "layer_norm_eps": 1e-4,
+        },
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": 0.4,
+            "qk_layernorm": True,
+        },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(
@@ -58,7 +94,7 @@ CONFIGS = {
     ids=lambda p: f"{p[0]}-{p[1]}",
 )
 def pair(request, tmp_path_factory):
-    """A random model of transformers, no weight at a value that hides a mistake, and ours loaded from its files."""
+    """A random model of transformers, no weight at a value that hides a mistake, and ours."""
     kind, i = request.param
     folder = tmp_path_factory.mktemp(kind)
     config = transformers.AutoConfig.for_model(kind, **(SIZES | CONFIGS[kind][i]))
@@ -135,7 +171,7 @@ def test_saved_under_hugging_faces_names_bit_for_bit(pair):
 
 
 def test_openelm_is_checked_against_its_golden_case():
-    """transformers has no OpenELM; tests/test_model.py compares it with the outputs of Apple's own code."""
+    """transformers has no OpenELM; tests/test_model.py compares it with Apple's own code."""
     assert set(FAMILIES) == {*CONFIGS, "openelm"}
 
 

@@ -14,10 +14,24 @@ from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import ROOT, run
 
-TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "initializer_range": 0.3}  # fmt: skip
-VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-          "num_attention_heads": 2, "patch_size": 16, "image_size": 48}  # fmt: skip
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 16,
+    "image_size": 48,
+}
 OPTIONS = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "num_beams": 1}
 
 
@@ -127,8 +141,13 @@ def test_the_picture_matters(folder):
 
 def test_the_chat_goes_on_after_a_mistake(folder):
     lines = "/image nowhere.png\n/help\nhello\n/reset\n/quit\nnever\n"
-    done = subprocess.run([sys.executable, "generate.py", "--model", folder, "--max-new-tokens", "4"], cwd=ROOT,
-                          input=lines, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "generate.py", "--model", folder, "--max-new-tokens", "4"],
+        cwd=ROOT,
+        input=lines,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "error: nowhere.png: no such file" in done.stdout and "commands: /image" in done.stdout
     assert done.stdout.count("tokens/s]") == 1

@@ -16,6 +16,7 @@ import lora
 from checkpoints import hf_llava, layouts, tinyllava, weights
 from checkpoints.files import write_file
 from checkpoints.names import rename, reverse
+from checkpoints.peft import ROOT, load_adapter, save_adapter
 from config import LLaVAConfig, LoRA, UserError
 from connectors import build_connector
 from demo import world
@@ -24,9 +25,8 @@ from kernels import int8, nf4
 from kernels.lora import keep_mask
 from model import FAMILIES, LanguageModel, LLaVA
 from tests.test_families import CONFIGS, SIZES
-from tests.test_train import RECIPE
 from tests.tools.environment import run, shared
-from tests.training.test_safety import scripted
+from tests.tools.training_runs import RECIPE, scripted
 
 PLAIN = LoRA(r=4, alpha=6.0, dropout=0.0)
 KINDS = {
@@ -123,7 +123,7 @@ def test_outputs_and_every_gradient_equal_peft(family, kind, tmp_path):
     theirs, ours = oracle(family[0], KINDS[kind]), LanguageModel.from_pretrained(family[1])
     theirs.save_pretrained(tmp_path)
     linears = lora.targets(ours)
-    assert lora.load_adapter(tmp_path, ours) == linears  # every one but the head
+    assert load_adapter(tmp_path, ours) == linears  # every one but the head
     want, got = theirs(IDS).logits, ours(IDS)
     compare(ours, want, got, theirs, ours.rename)
     with theirs.disable_adapter(), torch.no_grad():
@@ -152,7 +152,7 @@ def test_every_part_equals_peft(name, kind, tmp_path):
     patterns = "model.**" if name == "openelm" else ""
     theirs = oracle(ours, KINDS[kind], target_modules=lora.targets(ours, patterns))
     theirs.save_pretrained(tmp_path)
-    lora.load_adapter(tmp_path, ours)
+    load_adapter(tmp_path, ours)
     compare(ours, theirs(x), ours(x), theirs)
 
 
@@ -171,7 +171,7 @@ def test_patterns_and_modules_to_save_of_a_peft_file(family, tmp_path):
         LanguageModel.from_pretrained(family[1]),
     )
     theirs.save_pretrained(tmp_path)
-    lora.load_adapter(tmp_path, ours)
+    load_adapter(tmp_path, ours)
     want = theirs(IDS).logits
     assert (ours(IDS) - want).abs().max() <= 1e-5 * want.abs().max()
     scales = {name: (a.options.r, a.options.alpha) for name, a in lora.adapters(ours).items()}
@@ -188,7 +188,7 @@ def test_our_files_load_in_peft(family, tmp_path):
     lora.apply(ours, dataclasses.replace(kind, targets="q_proj"))
     lora.apply(ours, dataclasses.replace(kind, targets="layers.1.**.v_proj", r=3, alpha=5.0))
     ours.model.norm.requires_grad_(True)
-    lora.save_adapter(tmp_path, filled(ours, 5))
+    save_adapter(tmp_path, filled(ours, 5))
     base = copy.deepcopy(family[0])
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     want = ours(IDS)
@@ -198,7 +198,7 @@ def test_our_files_load_in_peft(family, tmp_path):
             assert torch.equal(theirs(IDS).logits, family[0](IDS).logits)
         assert (family[0](IDS).logits - want).abs().max() > 0.1 * want.std()
     again = LanguageModel.from_pretrained(family[1])
-    lora.load_adapter(tmp_path, again)
+    load_adapter(tmp_path, again)
     assert torch.equal(again(IDS), want)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in ours.named_parameters() if p.requires_grad
@@ -213,7 +213,7 @@ def test_a_llava_and_hugging_faces_exchange_adapters(tmp_path):
     lora.apply(ours, PLAIN, ["language_model"])
     ours.vision_tower.requires_grad_(False)
     filled(ours, 2)
-    lora.save_adapter(tmp_path, ours, layouts.LAYOUTS["llava"].table[len(hf_llava.PROJECTOR) :])
+    save_adapter(tmp_path, ours, layouts.LAYOUTS["llava"].table[len(hf_llava.PROJECTOR) :])
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -227,7 +227,7 @@ def test_a_llava_and_hugging_faces_exchange_adapters(tmp_path):
         ).logits
     assert (got[..., : want.size(-1)] - want).abs().max() <= 1e-4 * want.abs().max()
     again = LLaVA.from_pretrained(tmp_path / "model")
-    lora.load_adapter(tmp_path, again, layouts.LAYOUTS["llava"].table)
+    load_adapter(tmp_path, again, layouts.LAYOUTS["llava"].table)
     assert (
         again(ids, pixels).logits[..., : want.size(-1)] - want
     ).abs().max() <= 1e-5 * want.abs().max()
@@ -270,7 +270,7 @@ def test_an_adapter_of_openelms_fused_linear_becomes_one_of_each(dora, tmp_path)
     fused = torch.cat([getattr(attention, f"{x}_proj").weight for x in "qkv"]) + 6 / 4 * B @ A
     if dora:
         fused *= (magnitude / fused.norm(dim=1))[:, None]
-    names = lora.load_adapter(write_adapter(tmp_path, tensors, use_dora=dora), lm)
+    names = load_adapter(write_adapter(tmp_path, tensors, use_dora=dora), lm)
     assert names == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
     lora.merge(lm)
     merged = torch.cat([getattr(lm.model.layers[1].self_attn, f"{x}_proj").weight for x in "qkv"])
@@ -280,7 +280,7 @@ def test_an_adapter_of_openelms_fused_linear_becomes_one_of_each(dora, tmp_path)
 def test_an_adapter_of_tinyllava_factory(tmp_path):
     model, name = llava("mlp2x_gelu"), "language_model.model.layers.1.mlp.up_proj"
     folder = write_adapter(tmp_path, pair(name, 94, 60))
-    assert lora.load_adapter(folder, model, layouts.LAYOUTS["tinyllava"].table) == [name]
+    assert load_adapter(folder, model, layouts.LAYOUTS["tinyllava"].table) == [name]
 
 
 def test_a_lora_folder_of_tinyllava_factory_loads_merged(tmp_path):
@@ -319,18 +319,18 @@ def test_a_lora_folder_of_tinyllava_factory_loads_merged(tmp_path):
 
 def test_what_peft_cannot_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match="0 kinds"):
-        lora.save_adapter(tmp_path, small())
+        save_adapter(tmp_path, small())
     with pytest.raises(UserError, match="qkv_proj.weight: PEFT has no twin"):
-        lora.save_adapter(tmp_path, adapted(OPENELM))
+        save_adapter(tmp_path, adapted(OPENELM))
     lm = adapted(LLAMA | {"tie_word_embeddings": True})
     lm.lm_head.requires_grad_(True)
     with pytest.raises(UserError, match="tied to the head"):
-        lora.save_adapter(tmp_path, lm)
+        save_adapter(tmp_path, lm)
     lm = small()
     lora.apply(lm, dataclasses.replace(PLAIN, targets="q_proj"))
     lora.apply(lm, dataclasses.replace(PLAIN, targets="v_proj", dora=True))
     with pytest.raises(UserError, match="2 kinds"):
-        lora.save_adapter(tmp_path, lm)
+        save_adapter(tmp_path, lm)
     assert not list(tmp_path.iterdir())
 
 
@@ -366,7 +366,7 @@ GOOD = pair(Q, 60, 60)
 def test_an_adapter_that_is_not_this_models_is_refused(tensors, config, message, tmp_path):
     lm = small()
     with pytest.raises(UserError, match=message):
-        lora.load_adapter(write_adapter(tmp_path, tensors, **config), lm)
+        load_adapter(write_adapter(tmp_path, tensors, **config), lm)
     assert not lora.adapters(lm)
 
 
@@ -376,7 +376,7 @@ def test_a_tied_head_that_was_saved_apart_is_refused(tmp_path):
         tmp_path, GOOD | {"base_model.model.lm_head.weight": torch.ones(131, 60)}
     )
     with pytest.raises(UserError, match="lm_head.weight: the model has no place"):
-        lora.load_adapter(folder, lm)
+        load_adapter(folder, lm)
 
 
 def test_a_damaged_adapter_file(tmp_path):
@@ -385,10 +385,10 @@ def test_a_damaged_adapter_file(tmp_path):
         b"version https://git-lfs.github.com/spec/v1"
     )
     with pytest.raises(UserError, match="Git LFS"):
-        lora.load_adapter(folder, small())
+        load_adapter(folder, small())
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        lora.load_adapter(folder, small())
+        load_adapter(folder, small())
 
 
 # -------------------------------------------------------------------------------------------- the module itself
@@ -789,11 +789,11 @@ def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
 STOP = """
 import os, signal
 from training import run_log
-def step(self, n, *rest, real=run_log.Watch.step):
+def step(self, n, *rest, real=run_log.RunLog.step):
     real(self, n, *rest)
     if (self.name, n) == ("finetune", 5):
         os.kill(os.getpid(), signal.SIGTERM)
-run_log.Watch.step = step
+run_log.RunLog.step = step
 """
 
 
@@ -823,9 +823,7 @@ def test_training_on_a_quantized_model(kind, tmp_path):
     made.requires_grad_(False)
     trained = load_file(out / "adapter" / "adapter_model.safetensors")
     for name in lora.targets(made):
-        A, B = (
-            trained[f"{lora.ROOT}model.language_model.{name[6:]}.lora_{x}.weight"] for x in "AB"
-        )
+        A, B = (trained[f"{ROOT}model.language_model.{name[6:]}.lora_{x}.weight"] for x in "AB")
         base = module.dequantize(module.quantize(state[f"{name}.weight"]), torch.float32)
         want = base + 256 / 4 * B @ A
         assert (made.get_submodule(name).weight - want).abs().max() <= 1e-6 and not torch.equal(

@@ -1,4 +1,4 @@
-"""serve.py as its users meet it: over HTTP with a plain client and OpenAI's own, and as a page in a browser."""
+"""serve.py as its users meet it: over HTTP, with OpenAI's client, and as a page in a browser."""
 
 import base64
 import io
@@ -20,17 +20,31 @@ from PIL import Image
 import serve
 from config import Model
 from demo import world as demo_world
-from evaluate import generate
-from inference.job_queue import Engine, Limits, held_back
+from inference.answer import answer as answer_of
+from inference.job_queue import JobQueue, Limits
 from inputs.templates import encode_prompt
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import ROOT, run
 
-TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "initializer_range": 0.3}  # fmt: skip
-VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-          "num_attention_heads": 2, "patch_size": 16, "image_size": 48}  # fmt: skip
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 16,
+    "image_size": 48,
+}
 LIMITS = Limits(body=100_000, pixels=10_000, images=2, tokens=40, context=200, queue=2)
 
 
@@ -44,19 +58,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(folder):
-    return Engine(LLaVA.from_pretrained(folder), load_tokenizer(folder), "tiny", LIMITS)
+def jobs(folder):
+    return JobQueue(LLaVA.from_pretrained(folder), load_tokenizer(folder), "tiny", LIMITS)
 
 
-def listen(engine, allow_urls=False):
-    server = serve.api(engine, "127.0.0.1", 0, allow_urls)
+def listen(jobs, allow_urls=False):
+    server = serve.api(jobs, "127.0.0.1", 0, allow_urls)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, f"http://127.0.0.1:{server.server_port}"
 
 
 @pytest.fixture(scope="module")
-def url(engine):
-    server, url = listen(engine)
+def url(jobs):
+    server, url = listen(jobs)
     yield url
     server.shutdown()
 
@@ -102,8 +116,8 @@ def post(url, body, path="/v1/chat/completions", **headers):
         return e.code, json.loads(e.read())["error"]
 
 
-def job(engine, text):
-    return engine.job(
+def job(jobs, text):
+    return jobs.job(
         [{"from": "human", "value": text}], [], stop=[], temperature=0.0, top_p=1.0, seed=None
     )
 
@@ -121,20 +135,20 @@ def answer(url, body):
     return reply["choices"][0]["message"]["content"]
 
 
-def expected(engine, text, *pictures, new=12):
-    pixels = [engine.picture(p) for p in pictures]
-    return generate(engine.model, engine.tokenizer, [text], [pixels], max_new_tokens=new)[0]
+def expected(jobs, text, *pictures, new=12):
+    pixels = [jobs.picture(p) for p in pictures]
+    return answer_of(jobs.model, jobs.tokenizer, [text], [pixels], max_new_tokens=new)[0]
 
 
-def test_answers_are_those_of_generate(engine, url):
+def test_answers_are_those_of_generate(jobs, url):
     red, blue = png(), png((30, 30, 200))
     for pictures in ((), (red,), (blue,), (red, blue)):
         got = answer(url, question("How many?", *map(shown, pictures)))
-        assert got.strip() == expected(engine, "How many?", *pictures) != ""
-    assert expected(engine, "How many?", red) != expected(engine, "How many?", blue)
+        assert got.strip() == expected(jobs, "How many?", *pictures) != ""
+    assert expected(jobs, "How many?", red) != expected(jobs, "How many?", blue)
 
 
-def test_a_conversation_is_the_prompt_of_all_its_turns(engine, url):
+def test_a_conversation_is_the_prompt_of_all_its_turns(jobs, url):
     talk = [
         {"role": "system", "content": "Be brief."},
         *question("What?", shown(png()))["messages"],
@@ -171,13 +185,13 @@ def test_a_stream_is_the_answer_in_pieces(url):
     assert all("usage" not in c and c["id"] == last["id"] for c in chunks)
 
 
-def test_usage_counts_every_position(engine, url):
+def test_usage_counts_every_position(jobs, url):
     usage = post(url, question("How many?", shown(png()), shown(png()), max_tokens=5))[1]["usage"]
     plain = post(url, question("How many?", max_tokens=5))[1]["usage"]
     ids = encode_prompt(
-        [{"from": "human", "value": "<image>\n<image>\nHow many?"}], engine.tokenizer, "plain"
+        [{"from": "human", "value": "<image>\n<image>\nHow many?"}], jobs.tokenizer, "plain"
     )
-    each = engine.model.encode_images(torch.zeros(1, 3, 48, 48)).size(1)
+    each = jobs.model.encode_images(torch.zeros(1, 3, 48, 48)).size(1)
     assert usage["prompt_tokens"] == len(ids) - 2 + 2 * each > plain["prompt_tokens"] + 2 * each
     assert usage["completion_tokens"] == 5 and usage["total_tokens"] == usage["prompt_tokens"] + 5
 
@@ -199,27 +213,28 @@ def test_stop_strings_end_the_answer_and_are_never_shown(url):
     )  # a beginning that was held back comes out
 
 
-@pytest.mark.parametrize("text, stop, said", [("I say stop, now", "stop", "I say "), ("I say sto", "stop", "I say sto"),
-                                              ("a to b", "b", "a to "), ("stool stop", "stop", "stool ")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, stop, said",
+    [
+        ("I say stop, now", "stop", "I say "),
+        ("I say sto", "stop", "I say sto"),
+        ("a to b", "b", "a to "),
+        ("stool stop", "stop", "stool "),
+    ],
+)
 def test_a_stop_string_that_comes_in_pieces_is_never_shown(
-    engine, url, monkeypatch, text, stop, said
+    jobs, url, monkeypatch, text, stop, said
 ):
-    ids = [i for letter in text for i in engine.tokenizer.encode(letter)[0]]
+    ids = [i for letter in text for i in jobs.tokenizer.encode(letter)[0]]
     assert len(ids) == len(text)
     monkeypatch.setattr(
-        engine.model, "generate", lambda prompt, stream, **options: [stream([i]) for i in ids]
+        jobs.model, "generate", lambda prompt, stream, **options: [stream([i]) for i in ids]
     )
     deltas = [
         json.loads(e)["choices"][0]["delta"]
         for e in post(url, question(stop=stop, stream=True))[1][:-1]
     ]
     assert "".join(d.get("content", "") for d in deltas) == said == answer(url, question(stop=stop))
-
-
-def test_held_back_is_the_longest_beginning_of_a_stop_string():
-    assert held_back("I say sto", ["stop", "to go"]) == 3
-    assert held_back("I say t", ["stop", "to go"]) == 1
-    assert held_back("I say stop", ["stop"]) == 0 and held_back("a", []) == 0
 
 
 def test_sampling_is_decided_by_the_seed(url):
@@ -242,11 +257,11 @@ def test_max_tokens_ends_it_by_length(url):
     assert post(url, question(max_tokens=None))[1]["usage"]["completion_tokens"] <= LIMITS.tokens
 
 
-def test_an_end_token_ends_it(engine, url, monkeypatch):
-    made = engine.model.generate([torch.tensor(job(engine, "How many?").ids)], max_new_tokens=12)[
+def test_an_end_token_ends_it(jobs, url, monkeypatch):
+    made = jobs.model.generate([torch.tensor(job(jobs, "How many?").ids)], max_new_tokens=12)[
         0
     ].tolist()
-    monkeypatch.setattr(engine, "eos", made[5])
+    monkeypatch.setattr(jobs, "eos", made[5])
     reply = post(url, question())[1]
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["usage"]["completion_tokens"] == made.index(made[5])
@@ -260,15 +275,20 @@ def test_models(url):
         urllib.request.urlopen(f"{url}/v1/models/other")
 
 
+def said_by(role, content):
+    """A request with one message."""
+    return question() | {"messages": [{"role": role, "content": content}]}
+
+
 BIG = png(size=(101, 100))
 BAD = [
     (question() | {"messages": []}, 400, "messages must be a list"),
     (question() | {"messages": "hello"}, 400, "messages must be a list"),
-    (question() | {"messages": [{"role": "tool", "content": "x"}]}, 400, "its role must be one of"),
-    (question() | {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "its content must be text"),
-    (question() | {"messages": [{"role": "user", "content": None}]}, 400, "its content must be text"),
-    (question() | {"messages": [{"role": "assistant", "content": "x"}]}, 400, "wrong last turn"),
-    (question() | {"messages": [{"role": "assistant", "content": [shown(png())]}]}, 400, "only the user shows"),
+    (said_by("tool", "x"), 400, "its role must be one of"),
+    (said_by("user", [{"type": "audio"}]), 400, "its content must be text"),
+    (said_by("user", None), 400, "its content must be text"),
+    (said_by("assistant", "x"), 400, "wrong last turn"),
+    (said_by("assistant", [shown(png())]), 400, "only the user shows"),
     (question("What is <image>?"), 400, "without <image>"),
     (question(model="gpt-4"), 404, "'tiny' is served"),
     (question(n=2), 400, "n: 2 is not supported"),
@@ -317,7 +337,7 @@ def test_only_json_from_a_known_length_is_read(url):
     assert post(url, question(), path="/v1/other")[0] == 404
 
 
-def test_urls_are_fetched_only_where_allowed(engine):
+def test_urls_are_fetched_only_where_allowed(jobs):
     files = {"/red.png": png(), "/large.png": b"x" * 100_001}
 
     class Files(BaseHTTPRequestHandler):
@@ -331,10 +351,10 @@ def test_urls_are_fetched_only_where_allowed(engine):
 
     host = HTTPServer(("127.0.0.1", 0), Files)
     threading.Thread(target=host.serve_forever, daemon=True).start()
-    server, url = listen(engine, allow_urls=True)
+    server, url = listen(jobs, allow_urls=True)
     there = f"http://127.0.0.1:{host.server_port}/"
     assert answer(url, question("How many?", at(f"{there}red.png"))).strip() == expected(
-        engine, "How many?", png()
+        jobs, "How many?", png()
     )
     assert (
         "has over 100000 bytes"
@@ -372,8 +392,8 @@ class Slow:
         monkeypatch.setattr(model, "generate", generate)
 
 
-def test_a_full_queue_refuses_and_the_others_are_answered_in_order(engine, url, monkeypatch):
-    slow, got = Slow(engine.model, monkeypatch), []
+def test_a_full_queue_refuses_and_the_others_are_answered_in_order(jobs, url, monkeypatch):
+    slow, got = Slow(jobs.model, monkeypatch), []
     texts = ["x" * n for n in (3, 90, 30)]
     threads = [
         threading.Thread(target=lambda t=t: got.append(post(url, question(t))[0])) for t in texts
@@ -382,7 +402,7 @@ def test_a_full_queue_refuses_and_the_others_are_answered_in_order(engine, url, 
         thread.start()
         if i == 0:
             assert slow.started.acquire(timeout=30)
-        until(lambda i=i: engine.jobs.qsize() == i)
+        until(lambda i=i: jobs.jobs.qsize() == i)
     status, reply = post(url, question())
     assert (
         status == 429
@@ -393,33 +413,31 @@ def test_a_full_queue_refuses_and_the_others_are_answered_in_order(engine, url, 
     for thread in threads:
         thread.join(30)
     assert got == [200] * 3 and post(url, question())[0] == 200
-    lengths = [len(engine.tokenizer.encode(t)[0]) for t in texts]
+    lengths = [len(jobs.tokenizer.encode(t)[0]) for t in texts]
     assert [n - slow.order[0] for n in slow.order[:3]] == [n - lengths[0] for n in lengths]
 
 
-def test_a_reader_that_leaves_stops_the_model(engine, monkeypatch):
-    left, real, read = job(engine, "Hello"), engine.model.generate, threading.Event()
+def test_a_reader_that_leaves_stops_the_model(jobs, monkeypatch):
+    left, real, read = job(jobs, "Hello"), jobs.model.generate, threading.Event()
 
     def generate(ids, stream, **options):
         real(ids, stream=lambda step: (stream(step), read.wait(30)), **options)
 
-    monkeypatch.setattr(engine.model, "generate", generate)
-    pieces = engine.answer(left)
+    monkeypatch.setattr(jobs.model, "generate", generate)
+    pieces = jobs.answer(left)
     next(pieces)
     pieces.close()
     read.set()
-    after = job(engine, "Hello")
-    assert (
-        "".join(engine.answer(after)) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
-    )
+    after = job(jobs, "Hello")
+    assert "".join(jobs.answer(after)) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
 
 
-def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(engine, url, monkeypatch, capfd):
+def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(jobs, url, monkeypatch, capfd):
     def broken(*args, **options):
         raise RuntimeError("secret path /a/b")
 
     with monkeypatch.context() as m:
-        m.setattr(engine.model, "generate", broken)
+        m.setattr(jobs.model, "generate", broken)
         status, reply = post(url, question())
         assert (
             status == 500 and reply["type"] == "server_error" and "secret" not in reply["message"]
@@ -430,7 +448,7 @@ def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(engine, url, m
     assert post(url, question())[0] == 200
 
 
-def test_openais_client(engine, url):
+def test_openais_client(jobs, url):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve(
@@ -440,7 +458,7 @@ def test_openais_client(engine, url):
     whole = client.chat.completions.create(**ask)
     text = whole.choices[0].message.content
     assert (
-        text.strip() == expected(engine, "How many?", png()) and whole.usage.completion_tokens == 12
+        text.strip() == expected(jobs, "How many?", png()) and whole.usage.completion_tokens == 12
     )
     stream = client.chat.completions.create(
         **ask, stream=True, stream_options={"include_usage": True}
@@ -478,22 +496,22 @@ def test_the_command(folder):
 
 
 @pytest.fixture(scope="module")
-def page(engine):
+def page(jobs):
     pytest.importorskip("gradio", reason="pip install '.[demo]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app, *_ = serve.page(engine, "127.0.0.1", port, prevent_thread_lock=True)
+    app, *_ = serve.web_page(jobs, "127.0.0.1", port, prevent_thread_lock=True)
     yield f"http://127.0.0.1:{port}"
     import gradio
 
     gradio.close_all()
 
 
-def test_the_page_takes_no_path_of_the_server(engine, page, folder, monkeypatch):
+def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
     Image.new("RGB", (60, 40)).save(folder / "secret.png")
-    seen, real = [], engine.picture
-    monkeypatch.setattr(engine, "picture", lambda data: seen.append(data) or real(data))
+    seen, real = [], jobs.picture
+    monkeypatch.setattr(jobs, "picture", lambda data: seen.append(data) or real(data))
 
     def send(path):
         data = [
@@ -523,8 +541,8 @@ def test_the_page_takes_no_path_of_the_server(engine, page, folder, monkeypatch)
     assert send(given[0]) is True and seen == [png()]  # the same request with what was uploaded
 
 
-def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
-    """A picture and a question, an answer that streams, another question, three bad files; nothing from elsewhere."""
+def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
+    """A picture, a streamed answer, another question, four bad files; nothing from elsewhere."""
     playwright = pytest.importorskip("playwright.sync_api")
     names = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"
     if not (browser := next(filter(None, map(shutil.which, names)), None)):
@@ -538,7 +556,7 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    go, real, pixels, asked = threading.Event(), engine.model.generate, [], []
+    go, real, pixels, asked = threading.Event(), jobs.model.generate, [], []
 
     def generate(ids, images, stream, **options):
         pixels.append(images)
@@ -551,7 +569,7 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
             **options,
         )
 
-    monkeypatch.setattr(engine.model, "generate", generate)
+    monkeypatch.setattr(jobs.model, "generate", generate)
     with playwright.sync_playwright() as p:
         window = p.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
         elsewhere = []
@@ -580,14 +598,14 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
         wait(lambda: answers.count() == 1 and answers.inner_text().strip())
         first = answers.inner_text().strip()  # the model stands still at its sixth token
         go.set()
-        whole = "".join(engine.answer(job(engine, "hello")))  # behind the first in the queue
+        whole = "".join(jobs.answer(job(jobs, "hello")))  # behind the first in the queue
         assert whole
         wait(lambda: len(answers.inner_text().strip()) > len(first))
         ask("And now?")
         wait(
             lambda: answers.count() == 2 and len(asked) == 3 and answers.nth(1).inner_text().strip()
         )
-        assert torch.equal(pixels[0][0].pixels, engine.picture(png()).pixels)
+        assert torch.equal(pixels[0][0].pixels, jobs.picture(png()).pixels)
         assert torch.equal(pixels[0][0].pixels, pixels[2][0].pixels)
         assert asked[2] > asked[0]
         whole = answers.nth(1).inner_text
@@ -597,8 +615,12 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
         ask("And now?")
         wait(lambda: answers.count() == 1 and len(asked) == 4 and answers.inner_text().strip())
         assert pixels[3] == []  # the picture went with the conversation
-        for name, told in {"not.png": "none of PNG", "many.png": "at most 10,000", "large.png": "exceed the maximum",
-                           "a.txt": "Invalid file type"}.items():  # fmt: skip
+        for name, told in {
+            "not.png": "none of PNG",
+            "many.png": "at most 10,000",
+            "large.png": "exceed the maximum",
+            "a.txt": "Invalid file type",
+        }.items():
             window.goto(page)
             window.wait_for_selector("textarea")
             ask("What?", name)
@@ -610,7 +632,7 @@ def test_the_page_in_a_browser(engine, page, tmp_path, monkeypatch):
         assert not elsewhere
 
 
-def test_without_gradio_the_page_says_what_to_install(engine, monkeypatch):
+def test_without_gradio_the_page_says_what_to_install(jobs, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"gradio is not installed; fix: pip install '.\[demo\]'"):
-        serve.page(engine, "127.0.0.1", 0)
+        serve.web_page(jobs, "127.0.0.1", 0)

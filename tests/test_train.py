@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -19,97 +18,16 @@ import train
 from checkpoints import seal
 from config import Stage, Tune
 from data import stage_spec, validation_batches
-from demo import world as demo_world
 from inputs.pictures import load_image
 from inputs.rows import open_rows
 from inputs.templates import encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import DEVICES, GPU, ROOT, run, shared
-from training import ranks
-
-RECIPE = """
-[model]
-connector = "linear"
-tokenizer = "{world}/tokenizer"
-feature_layer = -1
-feature_select = "cls_patch"
-[model.llm_config]
-model_type = "llama"
-vocab_size = 512
-hidden_size = 32
-intermediate_size = 48
-num_hidden_layers = 2
-num_attention_heads = 2
-[model.vision_config]
-model_type = "siglip_vision_model"
-hidden_size = 32
-intermediate_size = 48
-num_hidden_layers = 2
-num_attention_heads = 2
-patch_size = 16
-image_size = 48
-[train]
-output = "{out}"
-precision = "fp32"
-workers = 1
-log_every = 1
-save_every = 4
-[stage.pretrain]
-data = "{world}/pretrain.json"
-images = "{world}/images"
-template = "pretrain"
-tune = {{ llm = "full", vision = "full" }}
-steps = 6
-global_batch = 12
-[stage.finetune]
-data = "{world}/finetune.json"
-images = "{world}/images"
-validation = "{world}/val.json"
-template = "plain"
-tune = {{ llm = "partial:1", vision = "frozen" }}
-steps = 14
-global_batch = 12
-weight_decay = 0.1
-"""
-
-
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "world"
-    demo_world.write(folder, scenes=240)
-    rows = (
-        folder / "finetune.json"
-    )  # some rows without a picture, so that micro-batches differ in kind
-    table = json.loads(rows.read_text())
-    for row in table[::5]:
-        del row["image"]
-        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>\n", "")
-    rows.write_text(json.dumps(table))
-    return folder
-
-
-@pytest.fixture
-def recipe(tiny_world, tmp_path):
-    """Writes the recipe for an output folder of the given name, returns both."""
-
-    def write(name: str):
-        file, out = tmp_path / f"{name}.toml", tmp_path / name
-        file.write_text(RECIPE.format(world=tiny_world, out=out))
-        return file, out
-
-    return write
-
-
-def torchrun(ranks: int, *arguments):
-    return run("-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", 29000 + os.getpid() % 2000,
-               "train.py", *arguments)  # fmt: skip
-
-
-def losses(out) -> list[float]:
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["event"] == "step"]
-
+from tests.tools.training_runs import losses, losses_so_far, recipe, tiny_world, torchrun  # noqa: F401
+from training import state
+from training.parallel import ParallelModel
+from training.ranks import Ranks
 
 # ------------------------------------------------------------------------------------------ against the reference
 
@@ -147,7 +65,7 @@ def test_trajectory_of_the_reference(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no GPU")
-def test_a_gpu_trains_as_the_cpu_does(recipe):
+def test_a_gpu_trains_as_the_cpu_does(recipe):  # noqa: F811
     """In float32 to rounding, compiled too, and again with the same bits; nearly so in bfloat16."""
     ways = {
         "cpu": ["device=cpu"],
@@ -169,7 +87,7 @@ def test_a_gpu_trains_as_the_cpu_does(recipe):
 # ------------------------------------------------------------------------------------------------- against itself
 
 
-def test_ranks_packing_and_accumulation_change_nothing(recipe):
+def test_ranks_packing_and_accumulation_change_nothing(recipe):  # noqa: F811
     file, out = recipe("one")
     run("train.py", file)
     want = losses(out)
@@ -189,7 +107,7 @@ def test_ranks_packing_and_accumulation_change_nothing(recipe):
     assert losses(out) == pytest.approx(want, rel=1e-5)
 
 
-def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
+def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):  # noqa: F811
     file, out = recipe("whole")
     run("train.py", file)
     whole = (out / "model.safetensors").read_bytes()
@@ -213,13 +131,7 @@ def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
         assert not (out / "checkpoints").exists()
 
 
-def losses_so_far(out) -> list[str]:
-    return [
-        line for line in (out / "log.jsonl").read_text().splitlines() if '"event": "step"' in line
-    ]
-
-
-def test_a_damaged_checkpoint_is_passed_over(recipe):
+def test_a_damaged_checkpoint_is_passed_over(recipe):  # noqa: F811
     file, out = recipe("damaged")
     run("train.py", file)
     whole = (out / "model.safetensors").read_bytes()
@@ -240,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe):
     assert (out / "model.safetensors").read_bytes() == whole
 
 
-def test_finished_run_says_so_and_another_recipe_is_refused(recipe):
+def test_finished_run_says_so_and_another_recipe_is_refused(recipe):  # noqa: F811
     file, out = recipe("done")
     run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1")
     before = (out / "model.safetensors").stat().st_mtime_ns
@@ -252,7 +164,7 @@ def test_finished_run_says_so_and_another_recipe_is_refused(recipe):
     assert "another recipe" in run("train.py", file, ok=False).stderr
 
 
-def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recipe):
+def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recipe):  # noqa: F811
     file, out = recipe("mended")
     short = ("stage.pretrain.steps=1", "stage.finetune.steps=1")
     run("train.py", file, *short, "stage.pretrain.template=lama", ok=False)
@@ -263,7 +175,7 @@ def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recip
 # ------------------------------------------------------------------------------------------------ what it trains
 
 
-def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):
+def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):  # noqa: F811
     file, out = recipe("frozen")
     run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=3")
     short, out1 = recipe("first")
@@ -286,7 +198,7 @@ def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):
     assert set(must) <= moved
 
 
-def test_a_part_that_does_not_move_is_reported(recipe):
+def test_a_part_that_does_not_move_is_reported(recipe):  # noqa: F811
     file, _ = recipe("still")
     said = run(
         "train.py", file, "stage.pretrain.rate.vision=1e-30", "stage.finetune.steps=1"
@@ -295,7 +207,7 @@ def test_a_part_that_does_not_move_is_reported(recipe):
     assert "tune.llm is trainable" not in said
 
 
-def test_log_holds_what_a_reader_wants(recipe):
+def test_log_holds_what_a_reader_wants(recipe):  # noqa: F811
     file, out = recipe("log")
     run("train.py", file)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -316,7 +228,7 @@ def test_log_holds_what_a_reader_wants(recipe):
     assert any(r["event"] == "validation" and r["stage"] == "finetune" for r in rows)
 
 
-def test_what_comes_out_opens(recipe):
+def test_what_comes_out_opens(recipe):  # noqa: F811
     file, out = recipe("opens")
     run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
     assert LLaVA.from_pretrained(out).config.template == "plain"
@@ -324,7 +236,7 @@ def test_what_comes_out_opens(recipe):
     assert again.stage["finetune"].tune.llm == "partial:1"
 
 
-def test_bf16_learns(recipe):
+def test_bf16_learns(recipe):  # noqa: F811
     file, out = recipe("bf16")
     run("train.py", file, "train.precision=bf16", "train.gradient_checkpointing=true")
     got = losses(out)
@@ -354,7 +266,7 @@ def test_bf16_learns(recipe):
         (["train.device=cuda"], "no GPU"),
     ],
 )
-def test_a_mistake_is_one_line(recipe, overrides, message):
+def test_a_mistake_is_one_line(recipe, overrides, message):  # noqa: F811
     file, out = recipe("wrong")
     done = run("train.py", file, *overrides, ok=False)
     last = done.stderr.strip().splitlines()
@@ -364,14 +276,14 @@ def test_a_mistake_is_one_line(recipe, overrides, message):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '[{"id": 1'])
-def test_an_empty_or_broken_data_file_is_one_line(recipe, tmp_path, text):
+def test_an_empty_or_broken_data_file_is_one_line(recipe, tmp_path, text):  # noqa: F811
     file, _ = recipe("empty")
     (tmp_path / "rows.json").write_text(text)
     done = run("train.py", file, f"stage.pretrain.data={tmp_path / 'rows.json'}", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):
+def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):  # noqa: F811
     file, out = recipe("base")
     run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
     folder = tmp_path / "llm"
@@ -391,7 +303,7 @@ def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
+def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: F811
     """model.checkpoint and a mixture: what trains starts where the first run ended, its adapters too."""
     file, first = recipe("first")
     run(
@@ -432,7 +344,7 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
     own = config.load([str(file), "stage.finetune.tune.llm=lora", "stage.finetune.tune.vision=frozen",
                        f"stage.finetune.lora.adapter={first}/adapter"], file)[0]  # fmt: skip
     stage = own.stage["finetune"]
-    start = train.build(dataclasses.replace(own, stage={"finetune": stage}), {}, stage)
+    start = state.build(dataclasses.replace(own, stage={"finetune": stage}), {}, stage)
     assert all(a.options.r == 4 for a in lora.adapters(start).values())
     lora.merge(start)
     theirs = before.state_dict()
@@ -441,7 +353,7 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
             assert torch.allclose(value, theirs[name], atol=1e-6), name
 
 
-def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):
+def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):  # noqa: F811
     """Shown at each validation; the last ones are those of the finished model. Validation leaves out dropout."""
     file, out = recipe("answers")
     last = ("train.answers=3", "stage.finetune.validation_every=7", "stage.finetune.tune.llm=lora",
@@ -468,15 +380,15 @@ def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):
             held_out, spec, Stage(template="plain", global_batch=16), config.Train(workers=0)
         )
     )
-    world = ranks.World(0, 1, torch.device("cpu"))
-    loss = train.validate(ranks.wrap(model, world, "none"), batches, world)
+    alone = Ranks(0, 1, torch.device("cpu"))
+    loss = train.validate(ParallelModel(model, "none", alone), batches)
     assert loss == pytest.approx(
         [r for r in rows if r["event"] == "validation"][-1]["loss"], rel=1e-4
     )
 
 
 @pytest.mark.full
-def test_compiled_blocks_change_nothing(recipe):
+def test_compiled_blocks_change_nothing(recipe):  # noqa: F811
     """train.compile, with inductor: minutes of compiling on two cores."""
     one, out = recipe("compiled")
     short = ("stage.pretrain.steps=2", "stage.finetune.steps=4")

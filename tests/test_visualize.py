@@ -1,4 +1,4 @@
-"""visualize.py: its numbers are the model's own, and on the demo its heat maps lie on the object."""
+"""visualize.py: its numbers are the model's own, and in the demo its maps lie on the object."""
 
 import random
 import re
@@ -16,10 +16,25 @@ from model import LLaVA
 from packing import IMAGE_TOKEN
 from tests.tools.environment import ROOT, run
 
-TEXT = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
-VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-          "num_attention_heads": 2, "patch_size": 16, "image_size": 48}  # fmt: skip
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 16,
+    "image_size": 48,
+}
 MADE = [270, 300, 17]
 
 
@@ -42,7 +57,7 @@ def read(folder, question="How many?"):
 
 def test_probabilities_are_those_of_the_model(folder):
     model, _, picture, prompt = read(folder)
-    answer = visualize.look(model, prompt, MADE, picture)
+    answer = visualize.inspect_answer(model, prompt, MADE, picture)
     pixels = model.vision_tower.processor.normalise(picture[None])
     logits = model(torch.tensor([prompt + MADE]), pixels).logits[0, -4:-1]
     torch.testing.assert_close(answer.probabilities, logits.softmax(-1), rtol=1e-4, atol=1e-6)
@@ -50,16 +65,17 @@ def test_probabilities_are_those_of_the_model(folder):
 
 
 def test_attention_is_causal_and_moves_the_answer(folder):
-    """The attention of a row is what its output is made of: with all of it on one key, the output is that value."""
+    """Its probabilities sum to 1, none is on the future, and the output is that of torch."""
     model, _, picture, prompt = read(folder)
-    answer = visualize.look(model, prompt, MADE, picture)
+    answer = visualize.inspect_answer(model, prompt, MADE, picture)
     assert answer.attention.shape == (2, 3, len(answer.ids))
     torch.testing.assert_close(answer.attention.sum(-1), torch.ones(2, 3))
     for w in range(3):
         assert (answer.attention[:, w, answer.first + w :] == 0).all()
         assert (answer.attention[:, w, : answer.first + w] > 0).all()
     q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
-    out = visualize.recorded(slice(3, 5), seen := [])(0, q, k, v)
+    seen = []
+    out = visualize.recording_attention(slice(3, 5), seen)(0, q, k, v)
     exact = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
     )
@@ -69,7 +85,7 @@ def test_attention_is_causal_and_moves_the_answer(folder):
 
 def test_maps_have_a_cell_for_each_patch(folder):
     model, _, picture, prompt = read(folder)
-    answer = visualize.look(model, prompt, MADE, picture)
+    answer = visualize.inspect_answer(model, prompt, MADE, picture)
     image = answer.attention.mean(0)[:, answer.ids == IMAGE_TOKEN]
     drawn = answer.attention_map()
     assert image.shape == (3, 8)  # SigLIP under feature_select "patch" loses its first
@@ -117,7 +133,7 @@ def test_a_resampler_has_no_patches_to_draw_on(tmp_path):
         connector_options={"num_queries": 4},
     )
     model = LLaVA.from_parts(made, "plain")
-    answer = visualize.look(
+    answer = visualize.inspect_answer(
         model, [5, IMAGE_TOKEN, 9], MADE, torch.randint(0, 255, (3, 48, 48)).byte()
     )
     assert (
@@ -129,7 +145,7 @@ def test_a_resampler_has_no_patches_to_draw_on(tmp_path):
 
 def test_heat_is_red_where_it_is_largest():
     values = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
-    drawn = visualize.heat(torch.full((3, 48, 48), 255, dtype=torch.uint8), values)
+    drawn = visualize.draw_heat(torch.full((3, 48, 48), 255, dtype=torch.uint8), values)
     cells = [drawn.getpixel((x, y)) for y in (60, 180) for x in (60, 180)]
     assert drawn.size == (240, 240) and cells[0] == cells[3] == (255, 255, 255)
     assert cells[1][1] < cells[2][1] < 255 and cells[1][0] > 225
@@ -167,9 +183,9 @@ def test_the_command_writes_a_page_and_pictures(folder, tmp_path):
 
 
 def measure(folder, scenes):
-    """{measure: % over scenes}: is the heat map of the word that answers on the object that it is about?
+    """Return {measure: % of the scenes}: is the heat map of an answer's word on its object?
 
-    Scenes are of the benchmark's compositions, which no training has seen, and have two objects or three.
+    Scenes are of the benchmark's compositions, which no training has seen, with 2 or 3 objects.
     """
     model, tokenizer, rng = LLaVA.from_pretrained(folder), load_tokenizer(folder), random.Random(7)
     found = []
@@ -184,25 +200,31 @@ def measure(folder, scenes):
         turn = {"from": "human", "value": f"<image>\n{question.text}"}
         prompt = encode_prompt([turn], tokenizer, model.config.template)
         made = tokenizer.encode(f" {question.answer}")[0]
-        look = visualize.look(model, prompt, made, model.vision_tower.processor.pixels(image))
+        seen = visualize.inspect_answer(
+            model, prompt, made, model.vision_tower.processor.pixels(image)
+        )
         patch, (left, top, right, bottom) = (
             thing["cell"][0] * 2 + thing["cell"][1],
             map(round, thing["box"]),
         )
-        attention, similarity = look.attention_map()[0].flatten(), look.similarity[0].flatten()
-        heat = torch.nn.functional.interpolate(look.occlusion[None, :1], 48)[
+        attention, similarity = seen.attention_map()[0].flatten(), seen.similarity[0].flatten()
+        heat = torch.nn.functional.interpolate(seen.occlusion[None, :1], 48)[
             0, 0
         ]  # cells of 6 pixels
         y, x = divmod(int(heat.argmax()), 48)
-        found.append({
-            "right": look.probabilities[0].argmax().item() == made[0],
-            "attention peaks on the patch": attention.argmax().item() == patch,
-            "attention's mass on the patch": (attention[patch] / attention.sum()).item(),
-            "similarity peaks on the patch": similarity.argmax().item() == patch,
-            "occlusion peaks in the box": top <= y < bottom and left <= x < right,
-            "occlusion's mass in the box": (heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9)).item(),
-            "the box's share of the picture": (bottom - top) * (right - left) / 48**2,
-        })  # fmt: skip
+        found.append(
+            {
+                "right": seen.probabilities[0].argmax().item() == made[0],
+                "attention peaks on the patch": attention.argmax().item() == patch,
+                "attention's mass on the patch": (attention[patch] / attention.sum()).item(),
+                "similarity peaks on the patch": similarity.argmax().item() == patch,
+                "occlusion peaks in the box": top <= y < bottom and left <= x < right,
+                "occlusion's mass in the box": (
+                    heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9)
+                ).item(),
+                "the box's share of the picture": (bottom - top) * (right - left) / 48**2,
+            }
+        )
     return {name: 100 * sum(row[name] for row in found) / scenes for name in found[0]}
 
 

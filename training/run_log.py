@@ -1,7 +1,13 @@
-"""Watching a run: the progress line, log.jsonl, TensorBoard or Weights & Biases, and what lies beside a finished model.
+"""The log of a run: one line of log.jsonl per event, and the progress lines that a person watches.
 
-log.jsonl has one JSON object a line, {"event": ..., "stage": ...}, where an event is start, step, validation, answer,
-skipped or end. Only rank 0 prints and writes.
+    log = RunLog(file, "finetune", steps, trainable, ranks, recorder)
+    log.step(step, loss, tokens, images, wait)               # every step
+    log.line(step, learning_rate, ...)                       # every train.log_every steps
+    log.validation(step + 1, loss)
+
+log.jsonl has one JSON object a line, {"event": ..., "stage": ...}. An event is start, step,
+validation, answer, skipped or end. A run that resumes reads the file back (`forget_after`), and
+model_card.py draws it. Only rank 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -10,71 +16,39 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-import config
 from checkpoints import resume
 from checkpoints.files import write_file
-from config import Recipe, UserError
+from inference.answer import answer
 from inputs.rows import Rows
 from inputs.sample import SampleSpec, load_items
-from inputs.templates import IMAGE, encode_prompt, stop_id
+from inputs.templates import IMAGE
 from model import LLaVA
-from training import ranks
-from training.ranks import World, print0
+from training import parallel
+from training.ranks import Ranks, print0
+from training.recorder import Recorder
 
-COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900")
-
-
-def recorder(kind: str, output: Path, recipe: Recipe) -> Callable[[int, dict[str, float]], None]:
-    """What takes (step, numbers) to TensorBoard or Weights & Biases. Raises UserError where it is not installed.
-
-    Anything else that fails there (no network, no login) is said once, and training goes on: log.jsonl has it all.
-    """
-
-    def quietly(function):
-        def call(*args):
-            nonlocal send
-            try:
-                return function(*args)
-            except ImportError:
-                raise UserError(
-                    "train.log", f"{kind} is not installed", f"pip install {kind}"
-                ) from None
-            except Exception as e:
-                print0(f"warning: train.log: {kind} failed ({e}); log.jsonl has everything")
-                send = None
-
-        return call
-
-    def connect():
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(output / "tensorboard"))
-            return lambda step, row: (
-                [writer.add_scalar(k, v, step) for k, v in row.items()] and writer.flush()
-            )
-        import wandb
-
-        run = wandb.init(
-            project="barellava",
-            name=output.name,
-            dir=str(output),
-            config={"recipe": config.dumps(recipe)},
-        )
-        return lambda step, row: run.log(row, step=step)
-
-    send = quietly(connect)() if kind != "none" else None
-    return lambda step, row: send and quietly(send)(step, row)
+PROBED = 64  # values of each trainable tensor that are watched: enough to see whether it moves
 
 
-class Watch:
+@dataclass
+class Window:
+    """The sums over the steps since the last progress line."""
+
+    begin: float  # seconds, as time.perf_counter counts them
+    steps: int = 0
+    loss: float = 0.0
+    tokens: float = 0.0
+    images: float = 0.0
+    wait: float = 0.0  # seconds that the loop waited for data
+
+
+class RunLog:
     """The numbers of one stage, and whether every trainable part moves."""
 
     def __init__(
@@ -83,210 +57,217 @@ class Watch:
         name: str,
         steps: int,
         trainable: dict[str, list[nn.Parameter]],
-        world: World,
-        peak_share=0.0,
+        ranks: Ranks,
+        recorder: Recorder | None = None,
+        peak_share: float = 0.0,
     ):
-        """peak_share: of all GPUs' peak, what one token per second takes; 0 = unknown."""
-        self.file, self.name, self.steps, self.world = file, name, steps, world
-        self.trainable = {part: ps for part, ps in trainable.items() if ps}
-        self.start = self.last = time.perf_counter()
-        self.tokens = self.images = self.wait = self.loss = self.count = 0.0
-        self.first: int | None = None
-        self.before = self._probe()
-        self.record: Callable[[int, dict[str, float]], None] = lambda step, row: None
+        """name, steps: of the stage. trainable: the trainable parameters of each part.
+
+        recorder: where else the numbers go. peak_share: what one token per second takes of the peak
+        of all GPUs; 0 = unknown.
+        """
+        self.file = file
+        self.name = name
+        self.steps = steps
+        self.trainable = {part: parameters for part, parameters in trainable.items() if parameters}
+        self.ranks = ranks
+        self.recorder = recorder
         self.peak_share = peak_share
 
-    def _probe(self) -> dict[str, list[Tensor]]:
-        """A few values of every trainable tensor: enough to see whether it moves, at no memory."""
-        return {
-            p: [ranks.local(t.detach()).flatten()[:64].clone() for t in ts]
-            for p, ts in self.trainable.items()
-        }
+        self.begin = time.perf_counter()
+        self.first_step: int | None = None  # not 0 where a run was resumed
+        self.window = Window(self.begin)
+        self.probed_at_begin = self._probe()
 
     def write(self, event: str, **values):
-        if self.world.rank == 0:
+        """Append an event to log.jsonl."""
+        if self.ranks.is_first:
+            line = json.dumps({"event": event, "stage": self.name, **values})
             with resume.writing(self.file), open(self.file, "a") as f:
-                f.write(json.dumps({"event": event, "stage": self.name, **values}) + "\n")
+                f.write(line + "\n")
+
+    def _record(self, step: int, numbers: dict[str, float]):
+        if self.recorder is not None:
+            self.recorder.record(step, {f"{self.name}/{k}": v for k, v in numbers.items()})
+
+    # ------------------------------------------------------------------------------ steps
+
+    def step(self, step: int, loss: float, tokens: float, images: float, wait: float):
+        """Count one step: its loss, tokens and images on all ranks, the seconds of waiting."""
+        if self.first_step is None:
+            self.first_step = step
+        self.window.steps += 1
+        self.window.loss += loss
+        self.window.tokens += tokens
+        self.window.images += images
+        self.window.wait += wait
+
+    def line(
+        self,
+        step: int,
+        learning_rate: float,
+        grad_norm: float,
+        grad_norms: dict[str, float],
+        cut_tokens: int,
+    ):
+        """Report the steps since the last line, and begin the next window.
+
+        grad_norm: before clipping; grad_norms: the same per part. cut_tokens: in this step, tokens
+        that over-long rows lost. All ranks must call it.
+        """
+        now = time.perf_counter()
+        seconds = now - self.window.begin
+        row = {
+            "step": step + 1,
+            "steps": self.steps,
+            "loss": self.window.loss / self.window.steps,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "grad_norms": grad_norms,
+            "weight_change": self._weight_change(),
+            "cut_tokens": cut_tokens,
+            "tokens_per_s": self.window.tokens / seconds,
+            "images_per_s": self.window.images / seconds,
+            "data_wait": self.window.wait / seconds,
+            "memory_gb": self._peak_memory() / 2**30,
+            "seconds": now - self.begin,
+        }
+        if self.peak_share:
+            row["mfu"] = row["tokens_per_s"] * self.peak_share
+
+        self.write("step", **row)
+        self._record(step + 1, {k: v for k, v in row.items() if isinstance(v, float)})
+        print0(self._progress(row))
+        self._warn_of_parts_at_rest(step, row)
+        self.window = Window(now)
+
+    def _progress(self, row: dict) -> str:
+        """Return the line that a person sees."""
+        done = row["step"] - self.first_step
+        left = self.steps - row["step"]
+        eta = int(row["seconds"] / done * left)
+
+        columns = [
+            f"{self.name} {row['step']}/{self.steps}",
+            f"loss {row['loss']:.4f}",
+            f"lr {row['learning_rate']:.2e}",
+            f"|g| {row['grad_norm']:.2f}",
+            f"{row['tokens_per_s'] / 1000:.1f}k tok/s",
+            f"{row['images_per_s']:.0f} img/s",
+        ]
+        if "mfu" in row:
+            columns.append(f"mfu {100 * row['mfu']:.0f}%")
+        columns += [
+            f"data {100 * row['data_wait']:.0f}%",
+            f"{row['memory_gb']:.1f} GB",
+            f"eta {eta // 60}:{eta % 60:02d}",
+        ]
+        return "  ".join(columns)
+
+    def _peak_memory(self) -> int:
+        """Return the most bytes that this process has used, of the GPU's memory if it has one."""
+        if self.ranks.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    # ------------------------------------------------------------------ does every part move?
 
     def gradient_norms(self) -> dict[str, float]:
-        """Per part, of the gradient that is about to be clipped."""
-        return {part: ranks.gradient_norm(ps).item() for part, ps in self.trainable.items()}
+        """Return the norm of each part's gradient. Call it before clipping, on all ranks."""
+        return {
+            part: parallel.gradient_norm(parameters).item()
+            for part, parameters in self.trainable.items()
+        }
 
-    def changes(self) -> dict[str, float]:
-        """Per part, relative change of the probed weights since the stage began."""
-        out = {}
-        for part, now in self._probe().items():
-            pairs = list(zip(now, self.before[part], strict=True))
-            moved = sum((a - b).square().sum().item() for a, b in pairs)
-            out[part] = math.sqrt(
-                moved / max(1e-30, sum(b.square().sum().item() for _, b in pairs))
-            )
-        return out
+    def _probe(self) -> dict[str, list[Tensor]]:
+        """Return copies of the first values of every trainable tensor, per part."""
+        probed = {}
+        for part, parameters in self.trainable.items():
+            local = [parallel.local_part(p.detach()) for p in parameters]
+            probed[part] = [t.flatten()[:PROBED].clone() for t in local]
+        return probed
+
+    def _weight_change(self) -> dict[str, float]:
+        """Return the relative change of each part's probed values since the stage began."""
+        change = {}
+        for part, values in self._probe().items():
+            moved = size = 0.0
+            for now, before in zip(values, self.probed_at_begin[part], strict=True):
+                moved += (now - before).square().sum().item()
+                size += before.square().sum().item()
+            change[part] = math.sqrt(moved / max(1e-30, size))
+        return change
+
+    def _warn_of_parts_at_rest(self, step: int, row: dict):
+        # With warm-up the first step has rate 0, so nothing moves.
+        if step == 0 or row["learning_rate"] == 0:
+            return
+        for part, change in row["weight_change"].items():
+            if change == 0:
+                what = f"tune.{part} is trainable but has not moved; is its rate 0?"
+                print0(f"warning: {self.name}: {what}")
+
+    # ------------------------------------------------------------------------- validation
 
     def validation(self, step: int, loss: float):
+        """Report the loss on the held-out rows after `step` steps."""
         self.write("validation", step=step, loss=loss)
-        self.record(step, {f"{self.name}/validation": loss})
+        self._record(step, {"validation": loss})
         print0(f"{self.name} {step}/{self.steps}  validation loss {loss:.4f}")
 
     def answers(self, step: int, model: LLaVA, rows: Rows, spec: SampleSpec, count: int):
-        """What the model now says to the first question of `count` rows, beside what they say. All ranks must call."""
-        stop = stop_id(spec.tokenizer, spec.template)
+        """Report the model's answers to the first questions of `count` rows, on all ranks."""
         for i in range(min(count, len(rows))):
-            row = rows[i]
-            asked, wanted = row["conversations"][:2]
-            items = load_items(rows, i, spec, row)[: asked["value"].count(IMAGE)]
-            ids = torch.tensor(
-                encode_prompt(
-                    [asked, {"from": "gpt", "value": None}], spec.tokenizer, spec.template
-                )
-            )
-            made = model.generate([ids], items, max_new_tokens=64, eos_token_id=stop)[0].tolist()
-            said = spec.tokenizer.decode(made[: made.index(stop)] if stop in made else made).strip()
+            question, wanted = (turn["value"] for turn in rows[i]["conversations"][:2])
+            said = answer_first_question(model, rows, i, spec)
             self.write(
                 "answer",
                 step=step,
                 row=rows.where(i),
-                question=asked["value"],
-                wanted=wanted["value"],
+                question=question,
+                wanted=wanted,
                 said=said,
             )
-            question = " ".join(asked["value"].replace(IMAGE, "").split())[:80]
-            print0(
-                f"{self.name} {step}/{self.steps}  {question!r}: {said[:80]!r}, wanted {wanted['value'][:80]!r}"
-            )
+            short = " ".join(question.replace(IMAGE, "").split())[:80]
+            head = f"{self.name} {step}/{self.steps}"
+            print0(f"{head}  {short!r}: {said[:80]!r}, wanted {wanted[:80]!r}")
 
-    def step(
-        self, step: int, loss: float, tokens: float, images: float, wait: float, log: dict | None
-    ):
-        """Count one step; `log` (learning_rate, grad_norm, ...) closes a window with a line."""
-        self.first = step if self.first is None else self.first
-        self.loss, self.count, self.wait = self.loss + loss, self.count + 1, self.wait + wait
-        self.tokens, self.images = self.tokens + tokens, self.images + images
-        if log is None:
-            return
-        now = time.perf_counter()
-        seconds, loss = now - self.last, self.loss / self.count
-        eta = (now - self.start) / (step + 1 - self.first) * (self.steps - step - 1)
-        cuda = self.world.device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if cuda
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        row = {
-            "step": step + 1, "steps": self.steps, "loss": loss, **log, "tokens_per_s": self.tokens / seconds,
-            "images_per_s": self.images / seconds, "data_wait": self.wait / seconds, "memory_gb": peak / 2**30,
-            "seconds": now - self.start,
-        }  # fmt: skip
-        if self.peak_share:
-            row["mfu"] = row["tokens_per_s"] * self.peak_share
-        self.write("step", **row)
-        self.record(
-            step + 1, {f"{self.name}/{k}": v for k, v in row.items() if isinstance(v, float)}
-        )
-        print0(
-            f"{self.name} {step + 1}/{self.steps}  loss {loss:.4f}  lr {log['learning_rate']:.2e}  "
-            f"|g| {log['grad_norm']:.2f}  {row['tokens_per_s'] / 1000:.1f}k tok/s  {row['images_per_s']:.0f} img/s  "
-            + (f"mfu {100 * row['mfu']:.0f}%  " if "mfu" in row else "")
-            + f"data {100 * row['data_wait']:.0f}%  {row['memory_gb']:.1f} GB  "
-            f"eta {int(eta) // 60}:{int(eta) % 60:02d}"
-        )
-        for part, change in log["weight_change"].items():
-            if change == 0 and step > 0 and log["learning_rate"] > 0:
-                print0(
-                    f"warning: {self.name}: tune.{part} is trainable but has not moved; is its rate 0?"
-                )
-        self.last, self.loss, self.count, self.wait, self.tokens, self.images = (
-            now,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-        )
+
+def answer_first_question(model: LLaVA, rows: Rows, i: int, spec: SampleSpec) -> str:
+    """Return the model's answer to the first question of row i, in the stage's own template.
+
+    The finished model has the template of the last stage, and the stages before may have another.
+    """
+    row = rows[i]
+    question = row["conversations"][0]["value"]
+
+    # Pictures of later turns are left out.
+    items = load_items(rows, i, spec, row)
+    items = items[: question.count(IMAGE)]
+
+    texts = answer(
+        model, spec.tokenizer, [question], [items], template=spec.template, max_new_tokens=64
+    )
+    return texts[0]
 
 
 def forget_after(file: Path, stages: list[str], stage: int, step: int):
-    """Drop the log rows that a resumed run will write again."""
+    """Drop the rows of log.jsonl that a resumed run writes again.
+
+    The run goes on after `step` steps of the stage with this index: of stages before, all rows
+    stay. The last line is dropped too if a kill cut it short.
+    """
     if not file.exists():
         return
-    rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-    def stays(row: dict) -> bool:
-        at = stages.index(row["stage"]) if row["stage"] in stages else len(stages)
-        return at < stage or (
-            at == stage and row.get("step", 0) <= step and row["event"] not in ("start", "end")
-        )
-
-    write_file(file, "".join(line for line in rows if stays(json.loads(line))))
-
-
-def draw_losses(rows: list[dict], file: Path, width: int = 900, height: int = 420, edge: int = 50):
-    """loss.png: the training loss of each stage one after the other, and as dots the validation loss."""
-    points = [r for r in rows if r["event"] in ("step", "validation")]
-    if not points:
-        return
-    names = list(dict.fromkeys(r["stage"] for r in points))
-    ends = {n: max(r["step"] for r in points if r["stage"] == n) for n in names}
-    begins = {n: sum(ends[m] for m in names[:i]) for i, n in enumerate(names)}
-    high = max(r["loss"] for r in points)
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-
-    def at(row: dict) -> tuple[float, float]:
-        x = (begins[row["stage"]] + row["step"]) / sum(ends.values())
-        return edge + x * (width - 2 * edge), height - edge - row["loss"] / high * (
-            height - 2 * edge
-        )
-
-    draw.line([(edge, edge), (edge, height - edge), (width - edge, height - edge)], "black")
-    draw.text((4, edge - 6), f"{high:.2f}", "black")
-    draw.text((4, height - edge - 6), "0.00", "black")
-    draw.text((width - edge - 30, height - edge + 6), f"{sum(ends.values())} steps", "black")
-    for i, name in enumerate(names):
-        colour = COLOURS[i % len(COLOURS)]
-        draw.line([at(r) for r in points if r["stage"] == name and r["event"] == "step"], colour, 2)
-        for x, y in (at(r) for r in points if r["stage"] == name and r["event"] == "validation"):
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        draw.text((edge + 10 + 160 * i, 14), f"{name} (dots: validation)", colour)
-    write_file(file, lambda path: image.save(path, "PNG"))
-
-
-def card(recipe: Recipe, rows: list[dict]) -> str:
-    """README.md of a finished model: what it is made of, what it saw, how it scored, how to open it."""
-    m = recipe.model
-    lines = [
-        "# " + Path(recipe.train.output).name, "",
-        *([f"- all of {m.checkpoint}, trained on"] if m.checkpoint else [
-            f"- language model: {m.llm or 'random weights, ' + str(m.llm_config.get('model_type'))}",
-            f"- vision encoder: {' + '.join(filter(None, (m.vision, m.vision2))) or 'random weights'}",
-            f"- connector: {m.connector}"]), "", "| stage | data | trains | steps | loss | validation loss |",
-        "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, stage in recipe.stage.items():
-        mine = [r for r in rows if r["stage"] == name]
-        last = {
-            event: ([r for r in mine if r["event"] == event] or [{}])[-1]
-            for event in ("step", "validation")
-        }
-        trains = ", ".join(
-            f"{k} {v}" for k, v in vars(stage.tune).items() if isinstance(v, str) and v != "frozen"
-        )
-        loss, held_out = (f"{r['loss']:.4f}" if r else "-" for r in last.values())
-        data = stage.data or ", ".join(f"{s.data} x {s.weight}" for s in stage.mixture.values())
-        lines.append(
-            f"| {name} | {data} | {trains} | {last['step'].get('step', 0)} | {loss} | {held_out} |"
-        )
-    lines += [
-        "", "`recipe.toml` is the whole recipe, `log.jsonl` and `loss.png` tell how it went.", "",
-        '    python generate.py --model THIS_FOLDER --image FILE --prompt "..."',
-        '    LLaVA.from_pretrained("THIS_FOLDER")        # model.py', "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def finish(output: Path, recipe: Recipe):
-    """loss.png and README.md."""
-    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    draw_losses(rows, output / "loss.png")
-    write_file(output / "README.md", card(recipe, rows))
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue
+        row = json.loads(line)
+        known = row["stage"] in stages
+        index = stages.index(row["stage"]) if known else len(stages)
+        is_earlier = index < stage
+        is_same = index == stage and row.get("step", 0) <= step
+        if is_earlier or (is_same and row["event"] not in ("start", "end")):
+            kept.append(line)
+    write_file(file, "".join(kept))

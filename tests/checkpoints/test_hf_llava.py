@@ -13,7 +13,7 @@ from checkpoints import weights
 from checkpoints.files import read_json
 from export import export
 from inputs import templates
-from inputs.rows import load_image
+from inputs.pictures import load_image
 from inputs.templates import byte_tokenizer
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA

@@ -24,6 +24,7 @@ from inputs.tiling import read_grids
 from model import LLaVA, init_weights
 from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
 from tests.tools.environment import shared
+from tests.tools.no_cache import generate_without_cache
 from tests.tools.sample_rows import row, write
 
 TEXT = {
@@ -384,11 +385,11 @@ def test_prompts_of_all_kinds_are_answered_together_as_alone(mode, connector):
     prompts = [torch.tensor(ids) for ids, _ in asked]
     items = [item for _, shown in asked for item in shown]
     alone = [
-        model.generate([p], shown, max_new_tokens=6, use_cache=False)[0].tolist()
+        generate_without_cache(model, [p], shown, max_new_tokens=6)[0].tolist()
         for p, (_, shown) in zip(prompts, asked, strict=True)
     ]
     assert model.generate(prompts, items, max_new_tokens=6).tolist() == alone
-    assert model.generate(prompts, items, max_new_tokens=6, use_cache=False).tolist() == alone
+    assert generate_without_cache(model, prompts, items, max_new_tokens=6).tolist() == alone
 
 
 def test_items_that_differ_in_order_or_shape_are_not_taken_for_each_other():

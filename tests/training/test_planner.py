@@ -22,7 +22,8 @@ from model import LLaVA
 from packing import IMAGE_TOKEN, ONE_VIEW, Batch
 from tests.tools.environment import ROOT, run, shared
 from train import set_trainable
-from training import planner
+from training import estimate, planner
+from training.estimate import Row
 
 LLM = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
@@ -310,7 +311,12 @@ def test_memory_is_the_sum_that_the_docstring_gives():
     model = build(device="meta")
     stage = Stage(tune=Tune(llm="full"), global_batch=8, micro_batch_tokens=200)
     set_trainable(model, stage.tune)
-    memory, _ = planner.estimate(model, stage, (1, 15, 20, 10), recompute=True)
+    row = Row(1, 15, 20, 10)
+
+    def memory_of(stage: Stage, recompute: bool) -> dict[str, float]:
+        return estimate.estimate(model, stage, row, recompute).memory.by_kind
+
+    memory = memory_of(stage, recompute=True)
     lm, connector = count(model.language_model), count(model.connector)
     linears = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
                for name, part in model.named_children()}  # fmt: skip
@@ -326,25 +332,19 @@ def test_memory_is_the_sum_that_the_docstring_gives():
     )  # the connector, at all 16 encoder tokens, kept whole
     assert memory["activations"] == rows * (3 * 4 * 64 * tokens + mlp + block * tokens)
     assert memory["logits"] == 16 * 96 * rows * 10
-    kept, _ = planner.estimate(model, stage, (1, 15, 20, 10), recompute=False)
+    kept = memory_of(stage, recompute=False)
     assert kept["activations"] == rows * (3 * block * tokens + mlp + block * tokens)
-    quantized, _ = planner.estimate(
-        model, replace(stage, tune=Tune(llm="qlora-nf4")), (1, 15, 20, 10), recompute=True
-    )
+    quantized = memory_of(replace(stage, tune=Tune(llm="qlora-nf4")), recompute=True)
     assert quantized["weights"] == memory["weights"]  # what trains is in float32 all the same
     set_trainable(model, Tune())
-    quantized, _ = planner.estimate(
-        model, replace(stage, tune=Tune(llm="qlora-nf4")), (1, 15, 20, 10), recompute=True
-    )
+    quantized = memory_of(replace(stage, tune=Tune(llm="qlora-nf4")), recompute=True)
     head, rest = model.language_model.lm_head.weight.numel(), lm - linears["language_model"]
     packed = 0.516 * (linears["language_model"] - head) + 2 * head + 4 * rest
     assert quantized["weights"] == pytest.approx(
         packed + 4 * (count(model) - lm) - 2 * linears["vision_tower"]
     )
     set_trainable(model, stage.tune)
-    one, _ = planner.estimate(
-        model, replace(stage, micro_batch_tokens=0), (1, 15, 20, 10), recompute=False
-    )
+    one = memory_of(replace(stage, micro_batch_tokens=0), recompute=False)
     assert one["activations"] * rows == kept["activations"]
 
 
@@ -370,8 +370,8 @@ def test_operations_are_those_that_torch_counts(tune, recompute):
             Batch(ids, labels, torch.arange(39), cu_seqlens, 39, pixels, [ONE_VIEW] * 2, [])
         )
         loss.backward()
-    _, flops = planner.estimate(model, Stage(tune=tune), (2, 30, 9, 8), recompute)
-    assert flops == pytest.approx(counter.get_total_flops(), rel=0.03)
+    needs = estimate.estimate(model, Stage(tune=tune), Row(2, 30, 9, 8), recompute)
+    assert needs.operations == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_attention_grows_with_the_square_and_backward_is_two_and_a_half():
@@ -380,11 +380,11 @@ def test_attention_grows_with_the_square_and_backward_is_two_and_a_half():
     lm, heads = model.language_model, 3 * 64
 
     def work(tokens, causal, recompute=False):
-        linear = planner.cost(lm.model, lm.blocks, 64, 0, tokens, True, recompute, causal)[0]
-        return (
-            planner.cost(lm.model, lm.blocks, 64, heads, tokens, True, recompute, causal)[0]
-            - linear
-        )
+        def operations(heads):
+            part = lm.model, lm.blocks, 64, heads, tokens
+            return estimate.cost(*part, True, recompute, causal).operations
+
+        return operations(heads) - operations(0)
 
     assert work(100, causal=False) == 4 * 100**2 * heads * 3.5
     assert work(100, causal=True) == 4 * 100**2 * heads * 3.5 / 2
@@ -398,14 +398,13 @@ def test_both_encoders_of_a_mixture_are_counted():
     two.vision_tower.clip, two.vision_tower.dinov2 = (
         build(device="meta").vision_tower for _ in range(2)
     )
-    stage, row = Stage(), (1, 15, 20, 10)
+    stage, row = Stage(), Row(1, 15, 20, 10)
     for model in (one, two):
         set_trainable(model, stage.tune)
-    first, second = (planner.estimate(m, stage, row, True) for m in (one, two))
-    encoder = planner.cost(one.vision_tower, one.vision_tower.blocks, 48, 48 * 3, 16, False, True)[
-        0
-    ]
-    assert second[1] - first[1] == pytest.approx(encoder)
+    first, second = (estimate.estimate(m, stage, row, True).operations for m in (one, two))
+    tower = one.vision_tower
+    encoder = estimate.cost(tower, tower.blocks, 48, 48 * 3, 16, False, True).operations
+    assert second - first == pytest.approx(encoder)
 
 
 def test_the_largest_run_that_was_reported():
@@ -420,9 +419,8 @@ def test_the_largest_run_that_was_reported():
     hours = []
     for stage, rows in zip(r.stage.values(), (558_128, 665_298), strict=True):
         set_trainable(model, stage.tune)
-        memory, flops = planner.estimate(
-            model, stage, planner.mean_row(None, stage.template, model.views), True
-        )
-        hours.append(rows * flops / planner.GPUS["A100-40G"][1] / planner.SHARE / 8 / 3600)
+        row = estimate.mean_row(None, stage.template, model.views)
+        needs = estimate.estimate(model, stage, row, True)
+        hours.append(estimate.hours(rows, needs.operations, estimate.GPUS["A100-40G"], 8))
     assert 6 < sum(hours) < 12
-    assert 40 < sum(memory.values()) / 1e9 < 80
+    assert 40 < needs.memory.total / 1e9 < 80

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,59 +16,24 @@ from safetensors.torch import load_file
 import config
 from checkpoints import resume
 from config import UserError
-from tests.test_train import losses, losses_so_far, recipe, tiny_world  # noqa: F401 (fixtures)
+from packing import EMPTY
 from tests.tools.environment import ROOT, run
-from training import ranks, run_log
+from tests.tools.training_runs import (  # recipe and tiny_world are fixtures
+    background,
+    distributed,
+    losses,
+    one_line,
+    recipe,  # noqa: F401
+    scripted,
+    tiny_world,  # noqa: F401
+    wait_for_steps,
+)
+from training import parallel, state
+from training.ranks import Ranks
+from training.recorder import Recorder
 
 FULL = pytest.mark.full
 SHORT = ("stage.pretrain.steps=2", "stage.finetune.steps=4", "train.save_every=2")
-
-
-def distributed(ranks: int, *arguments, ok=True):
-    return run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        ranks,
-        "train.py",
-        *arguments,
-        ok=ok,
-    )
-
-
-def background(*arguments, ranks: int = 1) -> subprocess.Popen:
-    start = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        if ranks > 1
-        else []
-    )
-    command = [sys.executable, *start, "train.py", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_steps(process: subprocess.Popen, out: Path, steps: int):
-    """Until the log has so many steps of a run that is still going."""
-    while process.poll() is None and (
-        not (out / "log.jsonl").exists() or len(losses_so_far(out)) < steps
-    ):
-        time.sleep(0.002)
-    assert process.poll() is None, "it ended too early: " + "".join(process.communicate())
-
-
-def scripted(patch: str, *arguments, ok=False):
-    """train.py with a few lines of Python run before it: what a test breaks."""
-    code = f"import sys; sys.argv = ['train.py', *{[*map(str, arguments)]!r}]; sys.path.insert(0, '.')\n{patch}\n"
-    code += "import runpy; runpy.run_path('train.py', run_name='__main__')"
-    return run("-c", code, ok=ok)
-
-
-def one_line(done) -> str:
-    last = done.stderr.strip().splitlines()
-    assert len(last) == 1 and last[0].startswith("error: ") and "; fix: " in last[0], done.stderr
-    return last[0]
 
 
 # ------------------------------------------------------------------------------------------------- a whole run
@@ -114,7 +78,7 @@ def test_two_runs_in_one_folder(recipe):  # noqa: F811
 
 NAN = """
 import data, torch
-def pack(samples, real=data.pack):
+def pack(samples, real=data.pack_samples):
     batch = real(samples)
     for s, row in enumerate(batch.rows):
         if row in {rows}:
@@ -122,7 +86,7 @@ def pack(samples, real=data.pack):
             batch.positions = batch.positions.double()
             batch.positions[cu[s]:cu[s + 1]] = float("nan")
     return batch
-data.pack = pack
+data.pack_samples = pack
 """
 
 
@@ -323,25 +287,22 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
 
 
 def test_a_batch_of_nothing_has_no_loss_and_no_gradient(recipe):  # noqa: F811
-    import train
-
     loaded, _ = config.load([str(recipe("nothing")[0])], "")
-    model = train.build(loaded, {}, loaded.stage["finetune"])
-    loss = model.loss(train.on_device(None, torch.device("cpu")))
+    model = state.build(loaded, {}, loaded.stage["finetune"])
+    loss = model.loss(EMPTY.to("cpu"))
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_none_is_refused_on_several_ranks():
-    world = ranks.World(0, 2, torch.device("cpu"))
+    model = torch.nn.Linear(2, 2)
+    two = Ranks(0, 2, torch.device("cpu"))
     with pytest.raises(UserError, match="train.parallel: none, but 2 ranks"):
-        ranks.choose("none", torch.nn.Linear(2, 2), world)
-    assert ranks.choose("auto", torch.nn.Linear(2, 2), world) == "ddp"
-    assert (
-        ranks.choose("fsdp", torch.nn.Linear(2, 2), ranks.World(0, 1, torch.device("cpu")))
-        == "none"
-    )
+        parallel.choose_mode("none", model, two)
+    assert parallel.choose_mode("auto", model, two) == "ddp"
+    alone = Ranks(0, 1, torch.device("cpu"))
+    assert parallel.choose_mode("fsdp", model, alone) == "none"
 
 
 # ---------------------------------------------------------------------------------------------------- watching
@@ -368,7 +329,7 @@ def test_a_recorder_that_fails_is_said_once_and_a_missing_one_is_an_error(
     with pytest.raises(
         UserError, match="train.log: wandb is not installed; fix: pip install wandb"
     ):
-        run_log.recorder("wandb", tmp_path, config.Recipe())
+        Recorder("wandb", tmp_path, config.Recipe())
     sent = []
 
     class Wandb:
@@ -381,12 +342,12 @@ def test_a_recorder_that_fails_is_said_once_and_a_missing_one_is_an_error(
                 raise ConnectionError("no network")
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
-    record = run_log.recorder("wandb", tmp_path, config.Recipe())
+    recorder = Recorder("wandb", tmp_path, config.Recipe())
     for step in (1, 2, 3):
-        record(step, {"loss": 1.0})
+        recorder.record(step, {"loss": 1.0})
     assert [step for step, _ in sent] == [1, 2]
     assert capsys.readouterr().out.count("no network") == 1
-    assert run_log.recorder("none", tmp_path, config.Recipe())(1, {}) is None
+    assert Recorder("none", tmp_path, config.Recipe()).record(1, {}) is None
 
 
 # ---------------------------------------------------------------------------- the long matrices: make test-full
@@ -400,8 +361,8 @@ import torch
 torch.set_num_threads(1)
 import data, train
 from checkpoints import resume
-from training import ranks
-from training import run_log
+from training import output, run_log, state
+from training.ranks import last_word
 from pathlib import Path
 from safetensors.torch import load_file
 RECIPE, FOLDER, PORT = sys.argv[1], Path(sys.argv[2]), 20000 + os.getpid() % 20000
@@ -419,7 +380,7 @@ def launch(out, size=1, arguments=(), before=lambda rank: None):
         log = os.open(f"{out}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         before(rank)
-        with ranks.last_word():
+        with last_word():
             train.main([RECIPE, f"train.output={out}", "train.workers=0", *arguments])
         os._exit(0)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
@@ -437,7 +398,7 @@ KILLS = (
     HARNESS
     + """
 PHASES = {  # what is about to be called when the process dies, and how often it is called in a whole run
-    "start": (train, "open_output", 1), "load": (train, "build", 3), "first batch": (data.Steps, "__getitem__", 1),
+    "start": (output, "claim", 1), "load": (state, "build", 3), "first batch": (data.Steps, "__getitem__", 1),
     "forward": (train.LLaVA, "loss", 22), "backward": (torch.Tensor, "backward", 22),
     "optimizer": (torch.optim.AdamW, "step", 22), "validation": (train, "validate", 3),
     "writing tensors": (resume, "save_file", 9), "export": (train.LLaVA, "save", 1),
@@ -538,11 +499,11 @@ def stop_at(step, seen):
             with open(seen, "a") as f:
                 f.write("".join(f"{r}\\n" for r in batch.rows))
             return real(batch, device)
-        def write(self, *a, real=run_log.Watch.step, **k):
+        def write(self, *a, real=run_log.RunLog.step, **k):
             real(self, *a, **k)
             if self.name == "finetune" and a[0] == step and rank == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
-        data.Batch.to, run_log.Watch.step = to, write
+        data.Batch.to, run_log.RunLog.step = to, write
     return before
 
 quiet = ["stage.finetune.validation="]

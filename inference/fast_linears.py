@@ -1,0 +1,99 @@
+"""Faster linear layers for decoding: other kernels in the place of the modules' own forwards.
+
+    with replaced_forwards(fast_linears(language_model)):
+        ...  # every step of decoding in here is faster
+
+A step of decoding multiplies every weight with a few rows only, so its time is the time to read
+the weights. The modules' own forwards are made for training; three kinds of them can do better:
+
+- bfloat16 on a CPU: oneDNN lays a weight out anew for every product. Here that is done once.
+- NF4 on a CPU: no product reads its codes directly, so the weight is dequantized once.
+- other quantized weights: the product is called without the (empty) adapter of lora.Quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import nf4
+from kernels.lora import FORMATS
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
+    """Return a faster forward for every linear layer of a language model that has one.
+
+    A weight that is laid out or dequantized takes its size in memory once more.
+    """
+    dtype = lm.model.norm.weight.dtype
+    on_cpu = lm.model.norm.weight.is_cpu
+
+    fast = {}
+    for name, module in lm.named_modules():
+        # An adapter multiplies with its base layer itself, and never calls its forward.
+        if name.endswith("base_layer"):
+            continue
+
+        weight = getattr(module, "weight", None)
+        if type(weight) is nf4.NF4 and on_cpu:
+            fast[module] = _dense(nf4.dequantize(weight, dtype), module.bias)
+        elif type(weight) in FORMATS:
+            fast[module] = _quantized(weight, module.bias)
+        elif isinstance(module, nn.Linear) and on_cpu and _is_plain(weight, dtype):
+            fast[module] = _dense(weight.detach(), module.bias)
+    return fast
+
+
+def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a weight is an ordinary parameter: neither sharded nor of another dtype."""
+    return type(weight) is nn.Parameter and weight.dtype == dtype
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
+    """Return x -> x weight^T + bias, with a bfloat16 weight in oneDNN's own layout."""
+    if weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+
+        def linear(x: Tensor) -> Tensor:
+            return F.linear(x, weight, bias)
+
+        return linear
+
+    # Laying the weight out takes longer than the product with a few rows.
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def reordered_linear(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, reordered, bias, "none", [], "")
+
+    return reordered_linear
+
+
+def _quantized(weight: Tensor, bias: Tensor | None) -> Forward:
+    """Return x -> x weight^T + bias, with the product of the weight's format."""
+    matmul = FORMATS[type(weight)].matmul
+
+    def linear(x: Tensor) -> Tensor:
+        y = matmul(x, weight)
+        if bias is not None:
+            y.add_(bias)
+        return y
+
+    return linear
+
+
+@contextmanager
+def replaced_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+    """Give modules other forwards, and their own again at the end."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        # The attribute only hides the method of the class, which is there again without it.
+        for module in forwards:
+            del module.forward

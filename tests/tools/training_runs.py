@@ -1,0 +1,151 @@
+"""Runs of train.py for tests: a tiny world, a recipe for it, and ways to start, watch and read a run.
+
+`recipe` and `tiny_world` are fixtures: a test file that uses them imports them by name.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from demo import world as demo_world
+from tests.tools.environment import ROOT, run
+
+RECIPE = """
+[model]
+connector = "linear"
+tokenizer = "{world}/tokenizer"
+feature_layer = -1
+feature_select = "cls_patch"
+[model.llm_config]
+model_type = "llama"
+vocab_size = 512
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+num_attention_heads = 2
+[model.vision_config]
+model_type = "siglip_vision_model"
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+num_attention_heads = 2
+patch_size = 16
+image_size = 48
+[train]
+output = "{out}"
+precision = "fp32"
+workers = 1
+log_every = 1
+save_every = 4
+[stage.pretrain]
+data = "{world}/pretrain.json"
+images = "{world}/images"
+template = "pretrain"
+tune = {{ llm = "full", vision = "full" }}
+steps = 6
+global_batch = 12
+[stage.finetune]
+data = "{world}/finetune.json"
+images = "{world}/images"
+validation = "{world}/val.json"
+template = "plain"
+tune = {{ llm = "partial:1", vision = "frozen" }}
+steps = 14
+global_batch = 12
+weight_decay = 0.1
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "world"
+    demo_world.write(folder, scenes=240)
+    rows = (
+        folder / "finetune.json"
+    )  # some rows without a picture, so that micro-batches differ in kind
+    table = json.loads(rows.read_text())
+    for row in table[::5]:
+        del row["image"]
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>\n", "")
+    rows.write_text(json.dumps(table))
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny_world, tmp_path):
+    """Writes the recipe for an output folder of the given name, returns both."""
+
+    def write(name: str):
+        file, out = tmp_path / f"{name}.toml", tmp_path / name
+        file.write_text(RECIPE.format(world=tiny_world, out=out))
+        return file, out
+
+    return write
+
+
+def torchrun(ranks: int, *arguments):
+    return run("-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", 29000 + os.getpid() % 2000,
+               "train.py", *arguments)  # fmt: skip
+
+
+def distributed(ranks: int, *arguments, ok=True):
+    return run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        ranks,
+        "train.py",
+        *arguments,
+        ok=ok,
+    )
+
+
+def background(*arguments, ranks: int = 1) -> subprocess.Popen:
+    start = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    command = [sys.executable, *start, "train.py", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, steps: int):
+    """Until the log has so many steps of a run that is still going."""
+    while process.poll() is None and (
+        not (out / "log.jsonl").exists() or len(losses_so_far(out)) < steps
+    ):
+        time.sleep(0.002)
+    assert process.poll() is None, "it ended too early: " + "".join(process.communicate())
+
+
+def scripted(patch: str, *arguments, ok=False):
+    """train.py with a few lines of Python run before it: what a test breaks."""
+    code = f"import sys; sys.argv = ['train.py', *{[*map(str, arguments)]!r}]; sys.path.insert(0, '.')\n{patch}\n"
+    code += "import runpy; runpy.run_path('train.py', run_name='__main__')"
+    return run("-c", code, ok=ok)
+
+
+def one_line(done) -> str:
+    last = done.stderr.strip().splitlines()
+    assert len(last) == 1 and last[0].startswith("error: ") and "; fix: " in last[0], done.stderr
+    return last[0]
+
+
+def losses(out) -> list[float]:
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["event"] == "step"]
+
+
+def losses_so_far(out) -> list[str]:
+    return [
+        line for line in (out / "log.jsonl").read_text().splitlines() if '"event": "step"' in line
+    ]

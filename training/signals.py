@@ -1,0 +1,37 @@
+"""How a run hears that it should stop: SIGTERM or SIGINT, while a step must not be interrupted.
+
+signals.hold()              # once, before the first step
+if signals.heard(): ...     # between two steps: the names of those that have come
+"""
+
+from __future__ import annotations
+
+import signal
+
+STOP = {signal.SIGTERM, signal.SIGINT}
+_delivered: list[str] = []
+
+
+def hold():
+    """Keep SIGTERM and SIGINT from ending this process from now on; `heard` tells of them.
+
+    Blocked, a signal waits in the kernel as pending. Worker processes that the loader starts later
+    inherit that. They need it: torchrun and terminals signal every process of a run, and a worker
+    that died of it would take the step with it.
+
+    Blocking holds for this thread and for threads that it starts later. A thread from before (of
+    OpenMP, say) can still receive the signal. Python then runs the handler, which notes it.
+    """
+    for number in STOP:
+        signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+
+
+def _note(number: int, _frame):
+    _delivered.append(signal.Signals(number).name)
+
+
+def heard() -> list[str]:
+    """Return the names of the signals that have come since `hold`, delivered or pending."""
+    pending = [signal.Signals(number).name for number in signal.sigpending() & STOP]
+    return _delivered + pending
