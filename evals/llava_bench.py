@@ -25,15 +25,18 @@ PUBLISHED = ("all", {"LLaVA-1.5-7B": 65.4, "LLaVA-1.5-13B": 72.5})
 # The official prompt (rule.json), to the letter. It is the same for all categories.
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 RULE = """\
-We would like to request your feedback on the performance of two AI assistants in response to the user question \
-displayed above. The user asks the question on observing an image. For your reference, the visual content in the \
-image is represented with a few sentences describing the image. \n\
-Please rate the helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an \
-overall score on a scale of 1 to 10, where a higher score indicates better overall performance.
-Please first output a single line containing only two values indicating the scores for Assistant 1 and 2, \
-respectively. The two scores are separated by a space.
-In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential bias \
-and ensuring that the order in which the responses were presented does not affect your judgment."""
+We would like to request your feedback on the performance of two AI assistants in response to \
+the user question displayed above. The user asks the question on observing an image. For your \
+reference, the visual content in the image is represented with a few sentences describing the \
+image. \n\
+Please rate the helpfulness, relevance, accuracy, level of details of their responses. Each \
+assistant receives an overall score on a scale of 1 to 10, where a higher score indicates \
+better overall performance.
+Please first output a single line containing only two values indicating the scores for \
+Assistant 1 and 2, respectively. The two scores are separated by a space.
+In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding \
+any potential bias and ensuring that the order in which the responses were presented does not \
+affect your judgment."""
 CATEGORIES = ("conv", "detail", "complex")
 TEMPERATURE = 0.2
 REVIEW_TOKENS = 1024

@@ -1,5 +1,5 @@
-"""MLVU (Zhou et al., 2024), the multiple-choice part of its dev set: seven tasks about clips of three
-minutes to two hours.
+"""MLVU, the multiple-choice part of its dev set (Zhou et al., 2024): seven tasks about clips of
+three minutes to two hours.
 
 Files as published (MLVU/MVLU on Hugging Face, the folder MLVU): json/N_TASK.json, video/N_TASK/.
 Its two tasks of generation, 8_sub_scene and 9_summary, which a language model judges, are left out.

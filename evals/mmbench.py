@@ -1,9 +1,9 @@
-"""MMBench (Liu et al., 2023): multiple choice in twenty abilities, each question in every rotation of
-its options.
+"""MMBench (Liu et al., 2023): multiple choice in twenty abilities, each question in every rotation
+of its options.
 
-Both layouts are one file, which holds its pictures: mmbench_dev_20230712.tsv, or MMBench_DEV_EN.tsv,
-MMBench_TEST_EN.tsv or their _legacy (opencompass). A rotation has the index of its question plus a
-multiple of 10^6.
+Both layouts are one file, which holds its pictures: LLaVA's mmbench_dev_20230712.tsv, or
+opencompass's MMBench_DEV_EN.tsv, MMBench_TEST_EN.tsv or their _legacy. A rotation has the index of
+its question plus a multiple of 10^6.
 
 `circular`, the published number, counts a question as right when all its rotations are; `vanilla`
 counts the questions as first asked. Chance is 1 / number of choices, for each rotation. There are
@@ -167,7 +167,7 @@ def score(examples, answers):
 
 
 def write(examples, answers, stem, data_dir):
-    """Write the server's file: the columns of the questions' file, the seventh is the prediction."""
+    """Write the server's file: LLaVA's columns, of which the seventh is the prediction."""
     columns = [name for name in examples[0]["row"] if name not in DROPPED]
     table = [columns[:6] + ["prediction"] + columns[6:]]
     for example, answer in zip(examples, answers, strict=True):

@@ -1,5 +1,5 @@
-"""MMVU, validation (Zhao et al., 2025): 625 multiple-choice and 375 open questions about expert clips
-of 27 subjects.
+"""MMVU, validation (Zhao et al., 2025): 625 multiple-choice and 375 open questions about expert
+clips of 27 subjects.
 
 Files as published (yale-nlp/MMVU on Hugging Face): validation.json, videos/SUBJECT/. A subject is
 the folder of the clip, in lmms-eval's disciplines.

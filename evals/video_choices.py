@@ -1,5 +1,7 @@
-"""What the video benchmarks share: multiple choice about one clip, asked and read as TinyLLaVA-Video
-does (tinyllava/eval of github.com/ZhangXJ199/TinyLLaVA-Video), whose numbers are the published ones.
+"""Multiple choice about one clip: what the video benchmarks share.
+
+Questions are asked and answers are read as TinyLLaVA-Video does it, whose numbers are the published
+ones (tinyllava/eval of github.com/ZhangXJ199/TinyLLaVA-Video).
 
 The trap: an answer that no letter can be read off is guessed there, so that a score changes from
 run to run. Here such an answer earns what a guess earns on average. Chance is 1 / number of

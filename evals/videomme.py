@@ -1,5 +1,5 @@
-"""Video-MME (Fu et al., 2024): 900 clips of 11 seconds to an hour, three questions on each, with four
-options.
+"""Video-MME (Fu et al., 2024): 900 clips of 11 seconds to an hour, three questions on each, with
+four options.
 
 Files as published (lmms-lab/Video-MME on Hugging Face): videomme/test-00000-of-00001.parquet, read
 with pyarrow, and data/ID.mp4, which videos_chunked_*.zip hold.

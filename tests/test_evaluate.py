@@ -152,7 +152,7 @@ def test_ranks_share_the_work_and_rank_0_puts_it_in_order(tmp_path):
     assert [f.name for f in sorted(tmp_path.iterdir())] == ["one.jsonl", "three.jsonl"]
 
 
-# ------------------------------------------------------------------------------------- with a data set
+# ---------------------------------------------------------------------------------- with a data set
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_a_folder_without_the_benchmark(tmp_path):
         evaluate.main(["--model", str(tmp_path), "--task", "world", "--data", str(tmp_path)])
 
 
-# ---------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 @pytest.fixture

@@ -62,8 +62,11 @@ def test_a_judge_is_asked_again_and_remembers(tmp_path, monkeypatch):
     with endpoint(lambda n, body: {1: 429, 2: 503}.get(n, f"reply {n}")) as (url, requests):
         judge = Judge(url, "m", tmp_path / "j.jsonl", wait=0.01)
         assert judge(asked, 0.5, 7) == "reply 3" == judge(asked, 0.5, 7) and len(requests) == 3
-        assert requests[2] == ("/v1/chat/completions", "Bearer secret",
-                               {"model": "m", "messages": asked, "temperature": 0.5, "max_tokens": 7})  # fmt: skip
+        assert requests[2] == (
+            "/v1/chat/completions",
+            "Bearer secret",
+            {"model": "m", "messages": asked, "temperature": 0.5, "max_tokens": 7},
+        )
         assert judge(asked, 0.0, 7) == "reply 4"
         with open(tmp_path / "j.jsonl", "a") as lines:
             lines.write('\n{"key": "x", "re')  # killed while writing
@@ -162,8 +165,13 @@ def test_a_judged_run_killed_and_resumed(task, llava, tmp_path, model, monkeypat
             "detail": 50,
         }
         review = json.loads((tmp_path / "out/a-reviews.jsonl").read_text().splitlines()[1])
-        assert review == {"id": 2, "question_id": 1, "category": "llava_bench_detail", "content": "10 5\nso",
-                          "tuple": [10, 5]}  # fmt: skip
+        assert review == {
+            "id": 2,
+            "question_id": 1,
+            "category": "llava_bench_detail",
+            "content": "10 5\nso",
+            "tuple": [10, 5],
+        }
         assert "[Context]\na\nb\n\n[Question]" in requests[1][2]["messages"][1]["content"]
         assert requests[1][2]["temperature"] == 0.2 and requests[1][2]["max_tokens"] == 1024
     assert "published: " in capsys.readouterr().out
@@ -179,7 +187,7 @@ def test_a_judge_needs_the_ground_truth(tmp_path, model):
         evaluated(model, "mmvet", tmp_path, tmp_path / "out", "--judge", "http://127.0.0.1:9/v1")
 
 
-# ------------------------------------------------------------------------------------------------ lmms-eval
+# ---------------------------------------------------------------------------------------- lmms-eval
 
 
 @pytest.fixture
@@ -202,8 +210,22 @@ def test_lmms_eval_gets_the_answers_that_evaluate_gets(adapter, model):
     docs = [{"pictures": [Image.open(io.BytesIO(png(i)))] * n} for i, n in enumerate((1, 0, 2, 1))]
     lm.task_dict = {"t": {"test": docs}}
     contexts = ["What?", "Say <b>.", "These <image> and <image>?", "Is it so, or not?"]
-    args = [(c, {"max_new_tokens": 3 + i % 2, "until": ["\n\n", ""], "do_sample": False, "temperature": 0},
-             lambda doc: doc["pictures"], i, "t", "test") for i, c in enumerate(contexts)]  # fmt: skip
+    args = [
+        (
+            c,
+            {
+                "max_new_tokens": 3 + i % 2,
+                "until": ["\n\n", ""],
+                "do_sample": False,
+                "temperature": 0,
+            },
+            lambda doc: doc["pictures"],
+            i,
+            "t",
+            "test",
+        )
+        for i, c in enumerate(contexts)
+    ]
     answers = lm.generate_until([SimpleNamespace(args=a) for a in args])
     for i, (context, doc) in enumerate(zip(contexts, docs, strict=True)):
         seen = [[lm.llava.views.picture(p) for p in doc["pictures"]]]

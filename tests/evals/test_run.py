@@ -258,14 +258,42 @@ def test_a_question_that_is_there_twice_is_refused(tmp_path):
         evaluated(tmp_path, "pope", tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("task, old, new, message", [
-    ("pope", "Is there a popular 1?", "Is there a unicorn?", r"test.jsonl:2: not the question of \S+popular.json:0"),
-    ("pope", '"category": "random"}\n', '"category": "x"}\n', r"pope_test.jsonl:\d: not as published: it has no 'x'"),
-    ("gqa", '"201"', '"209"', r"balanced.jsonl:0: question 209 is not in testdev_balanced_questions.json"),
-    ("textvqa", "What is the brand?", "What?", r"_ocr.jsonl:0: its question is not in TextVQA_0.5.1_val.json"),
-    ("mme", "Is it a dog?", "Is it a cow?", r"llava_mme.jsonl:1: its question is not in \S+/count"),
-    ("llava_bench", '"conv"', '"other"', r"questions.jsonl:0: category 'other' has no rule"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, old, new, message",
+    [
+        (
+            "pope",
+            "Is there a popular 1?",
+            "Is there a unicorn?",
+            r"test.jsonl:2: not the question of \S+popular.json:0",
+        ),
+        (
+            "pope",
+            '"category": "random"}\n',
+            '"category": "x"}\n',
+            r"pope_test.jsonl:\d: not as published: it has no 'x'",
+        ),
+        (
+            "gqa",
+            '"201"',
+            '"209"',
+            r"balanced.jsonl:0: question 209 is not in testdev_balanced_questions.json",
+        ),
+        (
+            "textvqa",
+            "What is the brand?",
+            "What?",
+            r"_ocr.jsonl:0: its question is not in TextVQA_0.5.1_val.json",
+        ),
+        (
+            "mme",
+            "Is it a dog?",
+            "Is it a cow?",
+            r"llava_mme.jsonl:1: its question is not in \S+/count",
+        ),
+        ("llava_bench", '"conv"', '"other"', r"questions.jsonl:0: category 'other' has no rule"),
+    ],
+)
 def test_files_that_do_not_belong_together(task, old, new, message, tmp_path):
     FILES[task][0](tmp_path, True)
     file = tmp_path / files(task, True)

@@ -39,7 +39,7 @@ def scores_of(scores, digits=2):
     return {name: round(s["score"], digits) for name, s in scores.items()}
 
 
-# ------------------------------------------------------------------------------------- generated answers
+# -------------------------------------------------------------------------------- generated answers
 
 # Of the outputs of vqaEval.py, m4c_evaluator.py, MMMU's eval_utils.py and VLMEvalKit's matching_util.py.
 OFFICIAL = {
@@ -68,7 +68,7 @@ def test_what_generated_answers_are_read_as_is_what_the_official_code_reads():
     assert len(set(letters)) == 10 and digests(letters) == OFFICIAL["mmbench"].split()
 
 
-# ------------------------------------------------------------------------- VQAv2, TextVQA: ten human answers
+# ---------------------------------------------------------------- VQAv2, TextVQA: ten human answers
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_chance_of_open_answers_is_the_best_constant_answer():
     assert scores["a"] == {"score": 100, "chance": 100, "n": 1} and scores["b"]["chance"] == 50
 
 
-# ------------------------------------------------------------------------------------------------ POPE, MME
+# ---------------------------------------------------------------------------------------- POPE, MME
 
 
 def test_pope():
@@ -236,9 +236,16 @@ def test_mme():
     def example(task, picture, label):
         return {"task": task, "group": f"{task}/{picture}", "label": label}
 
-    examples = [example("count", 1, "Yes"), example("count", 1, "No"), example("count", 2, "Yes"),
-                example("count", 2, "No"), example("OCR", 1, "Yes"), example("OCR", 1, "No"),
-                example("code_reasoning", 1, "Yes"), example("code_reasoning", 1, "No")]  # fmt: skip
+    examples = [
+        example("count", 1, "Yes"),
+        example("count", 1, "No"),
+        example("count", 2, "Yes"),
+        example("count", 2, "No"),
+        example("OCR", 1, "Yes"),
+        example("OCR", 1, "No"),
+        example("code_reasoning", 1, "Yes"),
+        example("code_reasoning", 1, "No"),
+    ]
     scores = mme.score(examples, ["yes", "no", "no", "No", "no", "yes", "Yes", "NO"])
     assert (
         scores["count"] == {"score": 75 + 50, "chance": 75, "n": 4} and scores["OCR"]["score"] == 0
@@ -265,24 +272,38 @@ def test_mme_is_the_official_one():
     assert set(scores) == {*mme.TASKS, *mme.GROUPS} and scores["Perception"]["chance"] == 750
 
 
-# ------------------------------------------------------------------------------------ ScienceQA, MMMU, MMBench
+# ------------------------------------------------------------------------- ScienceQA, MMMU, MMBench
 
 
 @pytest.mark.parametrize(
     "answer, letter",
     [
-        ("B", "B"), ("B. because", "B"), ("B.", None), ("B because", None), ("b", None), ("F", None), ("", None),
-        ("So. The answer is C. Good.", "C"), ("The answer is C", None), ("The answer is C. The answer is D.", None),
+        ("B", "B"),
+        ("B. because", "B"),
+        ("B.", None),
+        ("B because", None),
+        ("b", None),
+        ("F", None),
+        ("", None),
+        ("So. The answer is C. Good.", "C"),
+        ("The answer is C", None),
+        ("The answer is C. The answer is D.", None),
     ],
-)  # fmt: skip
+)
 def test_scienceqa_reads_letters_as_llava_does(answer, letter):
     assert scienceqa.parse(answer) == letter
 
 
 def science(ids, answers):
     problems = read("scienceqa/problems.json")
-    examples = [{"names": scienceqa.names(problems[i]), "label": "ABCDE"[problems[i]["answer"]],
-                 "choices": problems[i]["choices"]} for i in ids]  # fmt: skip
+    examples = [
+        {
+            "names": scienceqa.group_names(problems[i]),
+            "label": "ABCDE"[problems[i]["answer"]],
+            "choices": problems[i]["choices"],
+        }
+        for i in ids
+    ]
     return scienceqa.score(examples, answers)
 
 
@@ -291,9 +312,17 @@ def test_scienceqa_is_the_official_one():
         read("scienceqa/expected_subset.json"),
         read("scienceqa/pid_splits.json")["test"],
     )
-    names = {"acc_natural": "natural science", "acc_social": "social science", "acc_language": "language science",
-             "acc_has_text": "text", "acc_has_image": "IMG", "acc_no_context": "no context", "acc_average": "all",
-             "acc_grade_1_6": "grades 1-6", "acc_grade_7_12": "grades 7-12"}  # fmt: skip
+    names = {
+        "acc_natural": "natural science",
+        "acc_social": "social science",
+        "acc_language": "language science",
+        "acc_has_text": "text",
+        "acc_has_image": "IMG",
+        "acc_no_context": "no context",
+        "acc_average": "all",
+        "acc_grade_1_6": "grades 1-6",
+        "acc_grade_7_12": "grades 7-12",
+    }
     llava = {
         row["question_id"]: row["text"]
         for row in read_lines("scienceqa/answers_llava_lcs_subset.jsonl")
@@ -324,8 +353,13 @@ def test_mmmu_scores():
         return subject | {"image": image, "label": label, "choices": choices or {}}
 
     two = {"A": "one", "B": "two"}
-    examples = [example(1, "B", two), example(2, "A", two), example(3, ["24/7", "3.429"]), example(4, "A", two, None),
-                example(5, "right", image=None)]  # fmt: skip
+    examples = [
+        example(1, "B", two),
+        example(2, "A", two),
+        example(3, ["24/7", "3.429"]),
+        example(4, "A", two, None),
+        example(5, "right", image=None),
+    ]
     scores = mmmu.score(examples, ["(B)", "B", "x = 3.4286", "B", "right"])
     guess = (
         random.Random(42).choice(["A", "B"]) == "A"
@@ -392,8 +426,14 @@ def test_mmbench_scores_all_rotations_of_a_question():
             "row": {"category": "colour"},
         }
 
-    examples = [example(1, "A"), example(2, "B", 4), example(1000001, "B"), example(1000002, "A", 4),
-                example(2000002, "A", 4), example(3, None)]  # fmt: skip
+    examples = [
+        example(1, "A"),
+        example(2, "B", 4),
+        example(1000001, "B"),
+        example(1000002, "A", 4),
+        example(2000002, "A", 4),
+        example(3, None),
+    ]
     scores = mmbench.score(examples, ["A", "B.", "B", "B", "A", "A"])
     assert scores["circular"] == {
         "score": 50,
@@ -406,7 +446,7 @@ def test_mmbench_scores_all_rotations_of_a_question():
     assert mmbench.score(examples[-1:], ["A"]) == {}
 
 
-# --------------------------------------------------------------------------------- LLaVA-Bench, MM-Vet
+# ------------------------------------------------------------------------------ LLaVA-Bench, MM-Vet
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,23 @@ def fake_pyarrow(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", module)
 
 
-# ------------------------------------------------------------------------------------------ files as published
+# ------------------------------------------------------------------------------- files as published
 
 
 def videomme_rows():
-    first = {"video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History",
-             "url": "https://www.youtube.com/watch?v=fFjv93ACGo8", "videoID": "fFjv93ACGo8", "question_id": "001-1",
-             "task_type": "Counting Problem", "question": "Which kind of decoration is the most?",
-             "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. St. Nicholas."], "answer": "C"}  # fmt: skip
+    first = {
+        "video_id": "001",
+        "duration": "short",
+        "domain": "Knowledge",
+        "sub_category": "Humanity & History",
+        "url": "https://www.youtube.com/watch?v=fFjv93ACGo8",
+        "videoID": "fFjv93ACGo8",
+        "question_id": "001-1",
+        "task_type": "Counting Problem",
+        "question": "Which kind of decoration is the most?",
+        "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. St. Nicholas."],
+        "answer": "C",
+    }
     again = {"question_id": "001-2", "answer": "D"}
     other = {"duration": "long", "videoID": "-Xy_z", "question_id": "601-1", "answer": "A",
              "options": ["A. Yes", "B. 3.5 m.", "C. No.", "D. None"]}  # fmt: skip
@@ -88,8 +97,13 @@ def mlvu_rows():
         plain,
         plain | {"candidates": ["Blue", "Red", "Blue", ""], "answer": "Blue"},
     ]
-    files["json/2_needle.json"] = [plain | {"candidates": ["Fishing", "Catching the drone", "Swimming", "Sunbathing"],
-                                            "answer": "Catching a flying drone quadcopter"}]  # fmt: skip
+    files["json/2_needle.json"] = [
+        plain
+        | {
+            "candidates": ["Fishing", "Catching the drone", "Swimming", "Sunbathing"],
+            "answer": "Catching a flying drone quadcopter",
+        }
+    ]
     files["json/8_sub_scene.json"] = [
         {"video": "subPlot_1.mp4", "question": "Describe it.", "answer": "A man."}
     ]
@@ -97,16 +111,41 @@ def mlvu_rows():
 
 
 def longvideobench_rows():
-    first = {"video_id": "86CxyhFV9MI", "question": "Which subtitles appear?", "question_wo_referring_query": "Which?",
-             "candidates": ["one", "two", "three", "four", "five"], "correct_choice": 4, "position": [854],
-             "topic_category": "NP-News-Programs", "question_category": "TOS", "level": "L2-Relation",
-             "id": "86CxyhFV9MI_0", "video_path": "86CxyhFV9MI.mp4", "subtitle_path": "86CxyhFV9MI_en.json",
-             "duration_group": 600, "starting_timestamp_for_subtitles": 0, "duration": 160.0}  # fmt: skip
-    second = first | {"id": "x_1", "video_path": "@x.1.mp4", "subtitle_path": "x_en.json", "duration_group": 15,
-                      "duration": 4.5, "starting_timestamp_for_subtitles": 60, "candidates": ["a", "b"],
-                      "correct_choice": 0, "question": "What is he doing?"}  # fmt: skip
-    said = [(0.0, 9.0, "unseen "), (9.5, 12.0, "at 10, "), (40.2, 40.4, "brief at 40, "), (95.0, None, "to the end, "),
-            (145.0, 153.0, "at 150")]  # fmt: skip
+    first = {
+        "video_id": "86CxyhFV9MI",
+        "question": "Which subtitles appear?",
+        "question_wo_referring_query": "Which?",
+        "candidates": ["one", "two", "three", "four", "five"],
+        "correct_choice": 4,
+        "position": [854],
+        "topic_category": "NP-News-Programs",
+        "question_category": "TOS",
+        "level": "L2-Relation",
+        "id": "86CxyhFV9MI_0",
+        "video_path": "86CxyhFV9MI.mp4",
+        "subtitle_path": "86CxyhFV9MI_en.json",
+        "duration_group": 600,
+        "starting_timestamp_for_subtitles": 0,
+        "duration": 160.0,
+    }
+    second = first | {
+        "id": "x_1",
+        "video_path": "@x.1.mp4",
+        "subtitle_path": "x_en.json",
+        "duration_group": 15,
+        "duration": 4.5,
+        "starting_timestamp_for_subtitles": 60,
+        "candidates": ["a", "b"],
+        "correct_choice": 0,
+        "question": "What is he doing?",
+    }
+    said = [
+        (0.0, 9.0, "unseen "),
+        (9.5, 12.0, "at 10, "),
+        (40.2, 40.4, "brief at 40, "),
+        (95.0, None, "to the end, "),
+        (145.0, 153.0, "at 150"),
+    ]
     spoken = [{"timestamp": [start, end], "text": text} for start, end, text in said]
     said = [("00:01:00.600", "00:01:01.200", "at 1 "), ("00:01:03.000", "00:01:03.900", "at 3.375")]
     listed = [{"start": start, "end": end, "line": text} for start, end, text in said]
@@ -122,28 +161,54 @@ SORTS = ("heap", "quick", "merge", "bubble", "radix")
 
 def mmvu_rows():
     site = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos"
-    choice = {"id": "validation_3", "video": f"{site}/Computer_Science/1.mp4", "youtube_url": "",
-              "question_type": "multiple-choice", "metadata": {"subject": "Computer Science"}, "answer": "E",
-              "question": "Which sort?", "choices": dict(zip("ABCDE", SORTS, strict=True))}  # fmt: skip
+    choice = {
+        "id": "validation_3",
+        "video": f"{site}/Computer_Science/1.mp4",
+        "youtube_url": "",
+        "question_type": "multiple-choice",
+        "metadata": {"subject": "Computer Science"},
+        "answer": "E",
+        "question": "Which sort?",
+        "choices": dict(zip("ABCDE", SORTS, strict=True)),
+    }
     blank = {"question_type": "open-ended", "choices": dict.fromkeys("ABCDE", "")}
-    art = blank | {"id": "validation_0", "video": f"{site}/Art/0.mp4", "question": "Which technique?",
-                   "answer": "Dolly Zoom"}  # fmt: skip
-    nerve = blank | {"id": "validation_305", "video": f"{site}/Clinical_Medicine/2.mp4", "question": "Which nerve?",
-                     "answer": "cranial nerve III "}  # fmt: skip
+    art = blank | {
+        "id": "validation_0",
+        "video": f"{site}/Art/0.mp4",
+        "question": "Which technique?",
+        "answer": "Dolly Zoom",
+    }
+    nerve = blank | {
+        "id": "validation_305",
+        "video": f"{site}/Clinical_Medicine/2.mp4",
+        "question": "Which nerve?",
+        "answer": "cranial nerve III ",
+    }
     return {"validation.json": [choice | art, choice, choice | nerve]}
 
 
-TASKS = {"videomme": (videomme, videomme_rows), "mvbench": (mvbench, mvbench_rows), "mlvu": (mlvu, mlvu_rows),
-         "longvideobench": (longvideobench, longvideobench_rows), "mmvu": (mmvu, mmvu_rows)}  # fmt: skip
+TASKS = {
+    "videomme": (videomme, videomme_rows),
+    "mvbench": (mvbench, mvbench_rows),
+    "mlvu": (mlvu, mlvu_rows),
+    "longvideobench": (longvideobench, longvideobench_rows),
+    "mmvu": (mmvu, mmvu_rows),
+}
 CLIPS = {
     "videomme": ["data/fFjv93ACGo8.mp4", "data/-Xy_z.mp4"],
-    "mvbench": [f"video/{folder}/v.mp4" for folder in sorted({*mvbench.TASKS.values()} - {"tvqa/frames_fps3_hq"})]
-    + ["video/ssv2_video/20.webm", "video/data0613/star/Charades_v1_480/only_in_0613.mp4",
-       "video/tvqa/frames_fps3_hq/castle_s01e02_seg02_clip_00/00001.jpg"],
+    "mvbench": [
+        f"video/{folder}/v.mp4"
+        for folder in sorted({*mvbench.TASKS.values()} - {"tvqa/frames_fps3_hq"})
+    ]
+    + [
+        "video/ssv2_video/20.webm",
+        "video/data0613/star/Charades_v1_480/only_in_0613.mp4",
+        "video/tvqa/frames_fps3_hq/castle_s01e02_seg02_clip_00/00001.jpg",
+    ],
     "mlvu": [f"video/{task}/movie101_66.mp4" for task in mlvu.FILES],
     "longvideobench": ["videos/86CxyhFV9MI.mp4", "videos/@x.1.mp4"],
     "mmvu": ["videos/Computer_Science/1.mp4", "videos/Art/0.mp4", "videos/Clinical_Medicine/2.mp4"],
-}  # fmt: skip
+}
 
 
 def write(task, folder, files=None):
@@ -167,7 +232,7 @@ def read(task, folder):
     return {e["id"]: e for e in found}
 
 
-# --------------------------------------------------------------------------------------------------- examples
+# ----------------------------------------------------------------------------------------- examples
 
 
 def test_videomme_examples(tmp_path):
@@ -292,7 +357,7 @@ def test_mmvu_examples(tmp_path):
     assert len(mmvu.DISCIPLINE_OF) == 27
 
 
-# ---------------------------------------------------------------------------------------------- what is broken
+# ----------------------------------------------------------------------------------- what is broken
 
 
 def spoiled(task, file, change):
@@ -394,7 +459,7 @@ def test_parquet_without_pyarrow_is_said(tmp_path, monkeypatch):
         videomme.examples(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 FRUIT = {"A": "red apples", "B": "candles", "C": "berries", "D": "three kinds"}
 
@@ -402,14 +467,29 @@ FRUIT = {"A": "red apples", "B": "candles", "C": "berries", "D": "three kinds"}
 @pytest.mark.parametrize(
     "answer, letter",
     [
-        ("C", "C"), ("C.", "C"), ("C. berries", "C"), ("(C)", "C"), (" 'B' ", "B"), ("B: candles", "B"),
-        ("Apples, surely", "A"), ("\n Clearly so", "C"),  # their first letter is a choice
-        ("The answer is (B), not (D", "B"), ("it is (B) or (D)", "D"), ("I say B or C .", "C"), ("I say B.", "B"),
-        ("it shows candles on a large tree", "B"), ("it shows berries and CANDLES on trees", "B"),
+        ("C", "C"),
+        ("C.", "C"),
+        ("C. berries", "C"),
+        ("(C)", "C"),
+        (" 'B' ", "B"),
+        ("B: candles", "B"),
+        ("Apples, surely", "A"),
+        ("\n Clearly so", "C"),  # their first letter is a choice
+        ("The answer is (B), not (D", "B"),
+        ("it is (B) or (D)", "D"),
+        ("I say B or C .", "C"),
+        ("I say B.", "B"),
+        ("it shows candles on a large tree", "B"),
+        ("it shows berries and CANDLES on trees", "B"),
         ("candles", None),  # fewer than six words are not searched
-        ("E", None), ("c", None), ("", None), (".", None), ("no idea", None), ("the nice", None),
+        ("E", None),
+        ("c", None),
+        ("", None),
+        (".", None),
+        ("no idea", None),
+        ("the nice", None),
     ],
-)  # fmt: skip
+)
 def test_which_letter_an_answer_is_read_as(answer, letter):
     assert video_choices.parse(answer, FRUIT) == letter
 

@@ -64,15 +64,26 @@ def vqav2(d, llava, split="test-dev2015", images="test2015"):
 
 def vqav2_val(d, llava):
     expected = vqav2(d, llava, "val2014", "val2014")
-    rows = [{"question_id": int(n), "answers": [{"answer": a} for a in ["red"] * 9 + ["Blue"]], "answer_type": "other"}
-            for n, _, _ in expected]  # fmt: skip
+    rows = [
+        {
+            "question_id": int(n),
+            "answers": [{"answer": a} for a in ["red"] * 9 + ["Blue"]],
+            "answer_type": "other",
+        }
+        for n, _, _ in expected
+    ]
     put(d / "v2_mscoco_val2014_annotations.json", {"annotations": rows})
     return [(n, q, ["red"] * 9 + ["Blue"]) for n, q, _ in expected]
 
 
 def gqa(d, llava):
-    table = {f"20{i}": {"imageId": f"n{i}", "question": q, "answer": a, "types": {"structural": kind}} for i, q, a, kind
-             in ((1, "Is it overcast?", "no", "verify"), (2, "Who is it?", "man", "query"))}  # fmt: skip
+    table = {
+        f"20{i}": {"imageId": f"n{i}", "question": q, "answer": a, "types": {"structural": kind}}
+        for i, q, a, kind in (
+            (1, "Is it overcast?", "no", "verify"),
+            (2, "Who is it?", "man", "query"),
+        )
+    }
     pictures(d / ("data/images" if llava else "images"), "n1.jpg", "n2.jpg")
     put(d / ("data" if llava else "questions1.2") / "testdev_balanced_questions.json", table)
     if llava:
@@ -110,8 +121,13 @@ def scienceqa(d, llava):
     if llava:
         first = {"from": "human", "value": "<image>\nWhich?\nA. cat\nB. dog"}
         second = {"from": "human", "value": "Context: A map.\nWhere?\nA. a\nB. b\nC. c"}
-        put(d / "llava_test_CQM-A.json", [{"id": "7", "image": "7/image.png", "conversations": [first]},
-                                          {"id": "9", "conversations": [second]}])  # fmt: skip
+        put(
+            d / "llava_test_CQM-A.json",
+            [
+                {"id": "7", "image": "7/image.png", "conversations": [first]},
+                {"id": "9", "conversations": [second]},
+            ],
+        )
     return [("7", "Which?\nA. cat\nB. dog" + LETTER, "B"),
             ("9", "Context: A map.\nWhere?\nA. a\nB. b\nC. c" + LETTER, "A")]  # fmt: skip
 
@@ -143,12 +159,26 @@ def textvqa(d, llava, ocr="\nReference OCR token: STOP, 5"):
 def pope(d, llava):
     expected, asked = [], []
     for i, split in enumerate(("random", "popular", "adversarial")):
-        rows = [{"question_id": n, "image": f"p{i}.jpg", "text": f"Is there a {split} {n}?", "label": label}
-                for n, label in ((1, "yes"), (2, "no"))]  # fmt: skip
+        rows = [
+            {
+                "question_id": n,
+                "image": f"p{i}.jpg",
+                "text": f"Is there a {split} {n}?",
+                "label": label,
+            }
+            for n, label in ((1, "yes"), (2, "no"))
+        ]
         put(d / ("coco" if llava else ".") / f"coco_pope_{split}.json", rows)
         expected += [(f"{split}-{r['question_id']}", r["text"] + WORD, r["label"]) for r in rows]
-        asked = [{"question_id": 10 * i + r["question_id"], "image": r["image"], "text": r["text"] + WORD,
-                  "category": split} for r in rows] + asked  # fmt: skip
+        asked = [
+            {
+                "question_id": 10 * i + r["question_id"],
+                "image": r["image"],
+                "text": r["text"] + WORD,
+                "category": split,
+            }
+            for r in rows
+        ] + asked
     pictures(d / "val2014", "p0.jpg", "p1.jpg", "p2.jpg")
     if llava:
         put(d / "llava_pope_test.jsonl", asked)
@@ -165,8 +195,11 @@ def mme(d, llava):
     pictures(release, "count/0001.jpg", "landmark/images/x.png")
     names = ("count/0001", "landmark/x")
     if llava:
-        rows = [{"question_id": file, "image": file, "text": f"Is it a {what}?{WORD}", "category": "y"}
-                for file in ("count/0001.jpg", "landmark/images/x.png") for what in ("cat", "dog")]  # fmt: skip
+        rows = [
+            {"question_id": file, "image": file, "text": f"Is it a {what}?{WORD}", "category": "y"}
+            for file in ("count/0001.jpg", "landmark/images/x.png")
+            for what in ("cat", "dog")
+        ]
         put(d / "llava_mme.jsonl", rows)
     return [(f"{name}/{i}", f"Is it a {what}?{WORD}", label) for name in names
             for i, (what, label) in enumerate((("cat", "Yes"), ("dog", "No")))]  # fmt: skip
@@ -191,11 +224,30 @@ def mmmu(d, llava):
         pictures(d / "all_images", "art_1.png", "math_1.png")
         return list(zip(ids, prompts, labels, strict=True))
     rows = [
-        {"id": ids[0], "question": "Who is <image 1>?", "options": "['Ann', 'Bob']", "answer": "B", "image_1": 0},
-        {"id": ids[1], "question": "Add <image 1>.", "options": "[]", "answer": "['3', 'three']", "image_1": 1},
-        {"id": ids[2], "question": "Compare <image 2> and <image 1>.", "options": "['<image 2>', 'two']",
-         "answer": "A", "image_1": 2, "image_2": 3, "image_3": 4},
-    ]  # fmt: skip
+        {
+            "id": ids[0],
+            "question": "Who is <image 1>?",
+            "options": "['Ann', 'Bob']",
+            "answer": "B",
+            "image_1": 0,
+        },
+        {
+            "id": ids[1],
+            "question": "Add <image 1>.",
+            "options": "[]",
+            "answer": "['3', 'three']",
+            "image_1": 1,
+        },
+        {
+            "id": ids[2],
+            "question": "Compare <image 2> and <image 1>.",
+            "options": "['<image 2>', 'two']",
+            "answer": "A",
+            "image_1": 2,
+            "image_2": 3,
+            "image_3": 4,
+        },
+    ]
     for row in rows:
         row["question_type"] = "multiple-choice" if row["options"] != "[]" else "open"
         for i in range(1, 8):
@@ -217,8 +269,18 @@ def parquet(file, rows):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     else:
         coded = {"bytes": lambda value: base64.b64encode(value).decode()}
-        put(file, json.dumps([{k: v and isinstance(v, dict) and {"bytes": coded["bytes"](v["bytes"])} or v
-                               for k, v in row.items()} for row in rows]))  # fmt: skip
+        put(
+            file,
+            json.dumps(
+                [
+                    {
+                        k: v and isinstance(v, dict) and {"bytes": coded["bytes"](v["bytes"])} or v
+                        for k, v in row.items()
+                    }
+                    for row in rows
+                ]
+            ),
+        )
 
 
 def mmvet_files(d, llava):
@@ -278,30 +340,56 @@ def mmbench(d, llava):
 
 
 def seedbench(d, llava):
-    rows = [{"question_id": n, "question": f"Q{n}?", "answer": "B", "data_id": f"pic{n}", "data_type": kind,
-             "question_type_id": 1} | {f"choice_{x}": f"{x}{n}" for x in "abcd"}
-            for n, kind in (("101", "image"), ("103", "image"), ("v2", "video"))]  # fmt: skip
+    rows = [
+        {
+            "question_id": n,
+            "question": f"Q{n}?",
+            "answer": "B",
+            "data_id": f"pic{n}",
+            "data_type": kind,
+            "question_type_id": 1,
+        }
+        | {f"choice_{x}": f"{x}{n}" for x in "abcd"}
+        for n, kind in (("101", "image"), ("103", "image"), ("v2", "video"))
+    ]
     put(d / "SEED-Bench.json", {"question_type": {"Scene Understanding": 1}, "questions": rows})
     pictures(d / "SEED-Bench-image", "pic101", "pic103")
     prompts = {
         n: f"Q{n}?\nA. a{n}\nB. b{n}\nC. c{n}\nD. d{n}" + LETTER for n in ("101", "v2", "103")
     }
     if llava:
-        asked = [{"question_id": int(n) if n.isdigit() else n, "image": f"SEED-Bench-image/pic{n}", "text": text}
-                 for n, text in prompts.items()]  # fmt: skip
+        asked = [
+            {
+                "question_id": int(n) if n.isdigit() else n,
+                "image": f"SEED-Bench-image/pic{n}",
+                "text": text,
+            }
+            for n, text in prompts.items()
+        ]
         put(d / "llava-seed-bench.jsonl", asked)
     return [(n, prompts[n], "B") for n in ("101", "103")]
 
 
 # task: (writes its files, the file of questions in LLaVA's layout and in the original one)
 FILES = {
-    "vqav2": (vqav2, "llava_vqav2_mscoco_test-dev2015.jsonl", "v2_OpenEnded_mscoco_test-dev2015_questions.json"),
+    "vqav2": (
+        vqav2,
+        "llava_vqav2_mscoco_test-dev2015.jsonl",
+        "v2_OpenEnded_mscoco_test-dev2015_questions.json",
+    ),
     "vqav2-val": (vqav2_val, None, "v2_OpenEnded_mscoco_val2014_questions.json"),
-    "gqa": (gqa, "llava_gqa_testdev_balanced.jsonl", "questions1.2/testdev_balanced_questions.json"),
+    "gqa": (
+        gqa,
+        "llava_gqa_testdev_balanced.jsonl",
+        "questions1.2/testdev_balanced_questions.json",
+    ),
     "scienceqa": (scienceqa, "llava_test_CQM-A.json", "problems.json"),
     "textvqa": (textvqa, "llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"),
-    "textvqa-plain": (lambda d, llava: textvqa(d, llava, ""), "llava_textvqa_val_v051_ocr.jsonl",
-                      "TextVQA_0.5.1_val.json"),
+    "textvqa-plain": (
+        lambda d, llava: textvqa(d, llava, ""),
+        "llava_textvqa_val_v051_ocr.jsonl",
+        "TextVQA_0.5.1_val.json",
+    ),
     "pope": (pope, "llava_pope_test.jsonl", "coco_pope_popular.json"),
     "mme": (mme, "llava_mme.jsonl", "count/0001.txt"),
     "mmmu": (mmmu, "anns_for_eval.json", "Math/validation-00000-of-00001.parquet"),
@@ -309,7 +397,7 @@ FILES = {
     "llava_bench": (llava_bench_files, "questions.jsonl", None),
     "mmbench": (mmbench, "mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv"),
     "seedbench": (seedbench, "llava-seed-bench.jsonl", "SEED-Bench.json"),
-}  # fmt: skip
+}
 CASES = [pytest.param(task, i == 1, id=f"{task}-{'llava' if i == 1 else 'original'}")
          for task, row in FILES.items() for i in (1, 2) if row[i]]  # fmt: skip
 

@@ -61,8 +61,11 @@ def short_answers(count=5000):
         )
 
 
-OPTIONS = [{"A": "red", "B": "Blue car", "C": "$1,200", "D": "none of these"}, {"A": "Yes", "B": "no"},
-           {letter: f"option {letter.lower()} {'x' * i}" for i, letter in enumerate("ABCDEFGHI")}]  # fmt: skip
+OPTIONS = [
+    {"A": "red", "B": "Blue car", "C": "$1,200", "D": "none of these"},
+    {"A": "Yes", "B": "no"},
+    {letter: f"option {letter.lower()} {'x' * i}" for i, letter in enumerate("ABCDEFGHI")},
+]
 SAID = """A B C D E Z (A) (B) (C) B. C) A: [D] *B* **C**. a b The answer is red Blue car blue yes no none of these
     option x $1,200 1200 -3.5 1e5 2E-3 1,234,567 .75 3/4 could be so thus therefore final result = : is it 12 45% i
     . , ; ! ? ' is: A, B, and (C)""".split()
