@@ -12,7 +12,7 @@ the files share:
     published.py      the published number beside a score
     lmms_eval.py      the way in for lmms-eval, which has many more benchmarks
 
-Read pope.py first: it has everything that a task needs and nothing else.
+Read moving.py first, the shortest, then pope.py, which reads its questions in two layouts.
 
 To add a benchmark, write evals/NAME.py with the parts of `Task`, name it in the table TASKS of
 evaluate.py, and add its files and expected questions to the tests.
@@ -53,34 +53,45 @@ class Example(TypedDict, total=False):
 class Task(Protocol):
     """What evaluate.py asks of a file of evals/, or of a variant of one.
 
-    Every task has `MAX_NEW_TOKENS` and `examples`, and either `score` or `judge`. The rest is
+    Every task has MAX_NEW_TOKENS and `examples`, and either `score` or `judge`. The rest is
     optional: a file leaves out what its benchmark does not have.
 
-    Scores are {name: {"score", "chance", "n"}}: a number (mostly percent), what an answer without
-    looking at the picture reaches, and the number of questions. A "chance" of None is unknown. The
-    first name is the first line of the printed table.
+    Scores are {name: {"score", "chance", "n"}}: a number, mostly percent; what an answer reaches
+    without a look at the picture, None if unknown; the number of questions. They are printed in
+    this order.
     """
 
+    # The longest answer, in tokens.
     MAX_NEW_TOKENS: int
 
-    # The name of a score, and its published number: the column of a recipe's [published] table, or
-    # {model: number} where no recipe has it; the first model is shown.
+    # Optional: the name of a score, and its published number. That is the column of a recipe's
+    # [published] table, or {model: number} if recipes have none; the first model is shown.
     PUBLISHED: tuple[str, str | dict[str, float]]
 
-    examples: Callable[[str | Path], list[Example]]
-    """Return the questions in the data folder. Raise UserError for a file that is missing or a row
-    that is not as published."""
+    def examples(self, data_dir: str | Path) -> list[Example]:
+        """Return the questions in the data folder.
 
-    score: Callable[[list[Example], list[str]], dict[str, dict]]
-    """Return the scores of one answer to each example; {} if no example has a label."""
+        Raise UserError for a file that is missing, or a row that is not as published.
+        """
 
-    judge: Callable[..., dict[str, dict]]
-    """judge(examples, answers, ask, stem, data_dir): as `score`, for answers that a language model
-    judges; `ask` is a judge.Judge. What it writes has a name that begins with `stem`."""
+    def score(self, examples: list[Example], answers: list[str]) -> dict[str, dict]:
+        """Return the scores of one answer to each example; {} if no example has a label."""
 
-    write: Callable[..., list[Path]]
-    """write(examples, answers, stem, data_dir): write the answers as the benchmark's own server or
-    script takes them, under names that begin with `stem`, and return the files."""
+    def judge(
+        self, examples: list[Example], answers: list[str], ask: Callable, stem: Path, data_dir: str
+    ) -> dict[str, dict]:
+        """Return the scores of answers that a language model judges.
 
-    text_only: Callable[[str | Path], dict[str, float]]
-    """Return {name of a score: what the best answers to the words alone reach}."""
+        `ask` is a judge.Judge. Files that this writes have names that begin with `stem`.
+        """
+
+    def write(
+        self, examples: list[Example], answers: list[str], stem: Path, data_dir: str
+    ) -> list[Path]:
+        """Write the answers as the benchmark's server or script takes them; return the files.
+
+        Optional. Their names begin with `stem`.
+        """
+
+    def text_only(self, data_dir: str | Path) -> dict[str, float]:
+        """Return {name of a score: what the best answers to the words alone reach}. Optional."""

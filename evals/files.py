@@ -68,6 +68,7 @@ def read_table(file: Path, lines: bool = False, part: str | None = None) -> dict
 
 
 def _parse_lines(file: Path, text: str) -> dict:
+    # Not splitlines(): a text may hold other line breaks, such as U+2028, which JSON allows.
     rows = {}
     for number, line in enumerate(text.rstrip("\n").split("\n")):
         try:
@@ -83,6 +84,7 @@ def read_parquet(file: Path) -> list[tuple[str, dict]]:
 
     Raise UserError if it cannot be read, or if pyarrow is not installed.
     """
+    # Only two benchmarks need it, so it is no requirement of the project.
     try:
         from pyarrow import parquet
     except ModuleNotFoundError:

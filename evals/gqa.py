@@ -31,6 +31,7 @@ QUESTIONS = "testdev_balanced_questions.json"
 def examples(data_dir):
     """Return the questions in the order of the file. Own key: "type", open or binary."""
     folder = find_first(data_dir, "data/images", "images").relative_to(data_dir)
+    # GQA's own file has the labels and types, in either layout.
     file = find_first(
         data_dir,
         f"data/{QUESTIONS}",
@@ -40,6 +41,7 @@ def examples(data_dir):
     )
     found = read_questions(file, folder)
 
+    # LLaVA's file, if it is there, decides the order and the prompts.
     llava = Path(data_dir) / "llava_gqa_testdev_balanced.jsonl"
     if llava.exists():
         return ask_as_llava(found, llava, file, folder)
@@ -52,6 +54,7 @@ def read_questions(file, folder):
     for number, row in read_table(file).items():
         where = f"{file}:{number}"
         with errors_at(where):
+            # The scorer knows only these two kinds.
             kind = "binary"
             if row["types"]["structural"] == "query":
                 kind = "open"

@@ -61,6 +61,7 @@ class Judge:
             "temperature": temperature,
             "max_tokens": max_tokens,
         }
+        # The same question to the same judge has the same key, whatever the run.
         text = json.dumps(body)
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in self.known:
@@ -87,6 +88,7 @@ class Judge:
             # Not sent on to where the endpoint may redirect.
             request.add_unredirected_header("Authorization", f"Bearer {api_key}")
 
+        # A refusal ends this at once; an endpoint that is busy or away gets time.
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(min(self.wait * 2 ** (attempt - 1), LONGEST_WAIT))

@@ -50,6 +50,7 @@ def examples(data_dir):
     """
     find_first(data_dir, "images")
 
+    # What the pictures show, in words: the judge sees no pictures.
     contexts = {}
     for where, row in read_rows(find_first(data_dir, "context.jsonl")):
         with errors_at(where):
@@ -58,6 +59,7 @@ def examples(data_dir):
                 caption = "\n".join(caption)
             contexts[row["image"]] = caption
 
+    # GPT-4's answers, which the judge compares with.
     reference = {}
     for where, row in read_rows(find_first(data_dir, "answers_gpt4.jsonl")):
         with errors_at(where):

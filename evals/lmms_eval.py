@@ -67,6 +67,7 @@ class Barellava(lmms):
             self.device = torch.device("cpu")
             dtype = dtype or "float32"
 
+        # From here on it is the model that evaluate.py measures.
         folder = resolve(pretrained)
         llava = LLaVA.from_pretrained(folder, dtype=getattr(torch, dtype), device=self.device)
         self.llava = llava.eval()
@@ -139,6 +140,7 @@ class Barellava(lmms):
                 number, task, split = request.args[3:]
                 target = target(self.task_dict[task][split][number])
 
+            # The pair as a training row: the labels mark the answer and its end.
             items = self.items(request.args)
             turns = [
                 {"from": "human", "value": place_images(question, len(items))},
@@ -176,6 +178,7 @@ def generate_options(asked: dict) -> dict:
 
 def cut_at_stops(text: str, stops: list[str]) -> str:
     """Return the text before the first stop string, without space around it."""
+    # A task may also name the empty string, which stops nothing.
     for stop in stops:
         if stop:
             text = text.split(stop)[0]

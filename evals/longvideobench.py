@@ -76,6 +76,7 @@ def read_subtitles(data_dir, row):
         if "timestamp" in line:
             start, end = line["timestamp"]
             text = line["text"]
+            # The last may have no end: it is seen until the clip ends.
             if not isinstance(end, float):
                 end = row["duration"]
         else:

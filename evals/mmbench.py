@@ -150,6 +150,7 @@ def score(examples, answers):
 
     results = []
     for rotations in questions.values():
+        # The first row of a question is the question as first asked.
         first, first_right = rotations[0]
         all_right = all(right for _, right in rotations)
         chance = 1 / len(first["choices"])

@@ -43,6 +43,7 @@ def examples(data_dir):
 
     Own keys: "task"; "group": the picture; "question": as the archive has it.
     """
+    # The data folder holds the archive's folder, or is that folder: then it holds the tasks.
     release = find_first(data_dir, "MME_Benchmark_release_version", *TASKS)
     if release.name in TASKS:
         release = release.parent
@@ -62,6 +63,7 @@ def examples(data_dir):
 
 def read_task(data_dir, release, task):
     """Return the questions of a task as the archive has them, with LLaVA's end of a prompt."""
+    # Some tasks of the archive keep questions and pictures apart, the others side by side.
     texts = release / task / "questions_answers_YN"
     images = release / task / "images"
     if not texts.exists():
@@ -100,6 +102,7 @@ def read_task(data_dir, release, task):
 
 def ask_as_llava(found, llava, data_dir, release):
     """Return the questions of LLaVA's file, in its order and with its prompts."""
+    # LLaVA's rows have no number: a question is known by its picture and its text.
     known = {(example["group"], bare(example["question"])): example for example in found}
 
     asked = []
@@ -159,6 +162,7 @@ def score(examples, answers):
 
 def task_score(pictures):
     """Return the score of a task; pictures: whether each answer is right, a list a picture."""
+    # A picture counts once more if all of its answers are right.
     answers = []
     both_right = 0
     for of_picture in pictures:
@@ -173,6 +177,7 @@ def task_score(pictures):
 
 def write(examples, answers, stem, data_dir):
     """Write STEM-results/TASK.txt as MME's calculation.py reads them (--results_dir)."""
+    # Tabs and line breaks of an answer would be taken for cells and rows.
     lines = {}
     for example, answer in zip(examples, answers, strict=True):
         one_line = " ".join(answer.split())

@@ -196,6 +196,7 @@ def parse_open(answer):
     if not texts:
         texts = [answer]
 
+    # A sentence may hold several numbers: each may be the answer.
     numbers = []
     for text in texts:
         for pattern in NUMBERS:
@@ -244,6 +245,7 @@ def number(text):
 
 def open_right(answer, label):
     """Return whether an open answer holds a true text, or is a true number."""
+    # The true answers, each as text and as number, whichever it is.
     truths = label
     if not isinstance(label, list):
         truths = [label]
@@ -252,6 +254,7 @@ def open_right(answer, label):
         true_values += comparable(truth)
     true_texts = [value for value in true_values if isinstance(value, str)]
 
+    # A text may stand anywhere in what was said; a number must be equal.
     for said in parse_open(answer):
         if isinstance(said, str):
             if any(text in said for text in true_texts):
@@ -276,6 +279,7 @@ def score(examples, answers):
         if not has_picture:
             names.append("pictures missing")
 
+        # An answer about pictures that were not shown is not read: a choice is guessed.
         choices = example["choices"]
         if choices:
             said = None

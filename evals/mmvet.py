@@ -71,6 +71,7 @@ def examples(data_dir):
     folder = find_first(data_dir, "images")
     llava = Path(data_dir) / "llava-mm-vet.jsonl"
 
+    # MM-Vet's own file has the true answers; LLaVA's has only the questions.
     found = {}
     file = find_truth(data_dir)
     if file:
@@ -145,6 +146,7 @@ def grade(example, answer, ask):
     row = " | ".join([example["question"], truth, answer, ""])
     question = f"{PROMPT}\n{row}"
 
+    # As asked first, then again with a hint that a digit is wanted.
     requests = [(0.0, question)]
     for temperature in AGAIN_TEMPERATURES:
         requests.append((temperature, question + AGAIN))
@@ -152,6 +154,7 @@ def grade(example, answer, ask):
     for temperature, text in requests:
         reply = ask([{"role": "user", "content": text}], temperature, REPLY_TOKENS)
         try:
+            # "nan" is a number too, but lies in no range.
             value = float(reply.split(" ")[0].strip())
         except ValueError:
             continue

@@ -50,6 +50,7 @@ def examples(data_dir):
     found = []
     for where, row in read_rows(find_first(data_dir, "validation.json")):
         with errors_at(where):
+            # Open questions have choices as well, all of them empty.
             kind = KINDS[row["question_type"]]
             label = row["answer"].strip()
             if kind == "multiple choice":

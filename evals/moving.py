@@ -24,6 +24,7 @@ def examples(data_dir):
     found = []
     for where, row in read_rows(find_first(data_dir, "benchmark/moving.jsonl")):
         with errors_at(where):
+            # The rest of a row is as the demo wrote it: label, kind, choices, group.
             names = {
                 "id": f"moving-{row['question_id']}",
                 "image": None,

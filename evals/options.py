@@ -36,6 +36,7 @@ def parse_choice(answer: str, choices: dict[str, str]) -> str | None:
     a B between spaces, then, in a long answer, for the text of an option. The one mentioned last
     counts, also in "not (C)".
     """
+    # The spaces let a letter at either end stand between spaces too.
     padded = f" {strip_marks(answer)} "
 
     in_brackets = {letter: f"({letter})" for letter in choices}
@@ -48,6 +49,7 @@ def parse_choice(answer: str, choices: dict[str, str]) -> str | None:
     if said:
         return said
 
+    # A short answer without a letter is no sentence about an option.
     if len(padded.split()) < LONG_ANSWER:
         return None
     texts = {letter: str(text).lower() for letter, text in choices.items()}

@@ -42,6 +42,7 @@ PRINTED = {
 
 def examples(data_dir):
     """Return the questions, split after split. Own key: "split"."""
+    # LLaVA's file, if it is there, decides the prompts; POPE's own files have the labels.
     llava = Path(data_dir) / "llava_pope_test.jsonl"
     asked = None
     if llava.exists():
@@ -127,12 +128,14 @@ def counts(said, labels):
 
     The keys: TP, FP, TN, FN (a positive is a yes), acc, precision, recall, f1, yes_ratio.
     """
+    # True and false positives and negatives.
     pairs = list(zip(said, labels, strict=True))
     tp = pairs.count(("yes", "yes"))
     fp = pairs.count(("yes", "no"))
     tn = pairs.count(("no", "no"))
     fn = pairs.count(("no", "yes"))
 
+    # The denominators of at least 1 make a ratio of nothing 0.
     precision = tp / max(tp + fp, 1)
     recall = tp / max(tp + fn, 1)
     f1 = 2 * precision * recall / ((precision + recall) or 1)
@@ -163,6 +166,7 @@ def score(examples, answers):
         if not labels:
             continue
 
+        # Chance is the same split, answered with yes throughout.
         reached = counts(said, labels)
         always_yes = counts(["yes"] * len(labels), labels)
         for key, name in PRINTED.items():

@@ -54,7 +54,7 @@ def nearest(column: str, names: dict[str, str]) -> tuple[float, str]:
         if column not in recipe.published:
             continue
 
-        # The language model counts twice: it decides more of the numbers.
+        # The language model counts twice as much as the encoder.
         likeness = 2 * similarity(recipe.model.llm, names["llm"])
         likeness += similarity(recipe.model.vision, names["vision"])
         if likeness > best_likeness:

@@ -38,6 +38,7 @@ def examples(data_dir):
     if llava.exists():
         return read_llava(llava, problems)
 
+    # The original layout: prompts are made as LLaVA's converter makes them.
     found = []
     test_ids = read_rows(find_first(data_dir, "pid_splits.json"), part="test")
     for _, number in test_ids:
@@ -83,6 +84,7 @@ def make_example(where, number, text, image, problem):
 
 def group_names(problem):
     """Return the scores that a problem counts in."""
+    # By what the question comes with; it may be both.
     names = ["all"]
     if problem["hint"]:
         names.append("text")
@@ -91,6 +93,7 @@ def group_names(problem):
     if len(names) == 1:
         names.append("no context")
 
+    # By subject, grade and topic.
     names.append(problem["subject"])
     if int(problem["grade"].removeprefix("grade")) <= 6:
         names.append("grades 1-6")

@@ -31,6 +31,7 @@ class OpenResult:
 
 def group_scores(results: Iterable[Result]) -> dict[str, dict]:
     """Return {group: score}, groups in the order of their first appearance."""
+    # A result counts in all of its groups.
     groups = {}
     for result in results:
         for name in result.groups:
@@ -52,6 +53,7 @@ def open_scores(results: Sequence[OpenResult]) -> dict[str, dict]:
     """Return {group: score} of open answers; chance is what the best constant answer earns."""
     scores = group_scores(Result(result.groups, result.credit) for result in results)
 
+    # Each group has a best constant answer of its own.
     credits = {}
     for result in results:
         for name in result.groups:

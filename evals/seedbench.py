@@ -26,6 +26,7 @@ CHANCE = 1 / 4
 def examples(data_dir):
     """Return the questions in the order of the file. Own keys: "kind", "question_id"."""
     file = find_first(data_dir, "SEED-Bench.json")
+    # A question says the number of its kind; the file says the names of all.
     kinds = {}
     for name, number in read_table(file, part="question_type").items():
         kinds[number] = name
@@ -43,6 +44,7 @@ def examples(data_dir):
                 continue
             number = str(row["question_id"])
             options = [row["choice_a"], row["choice_b"], row["choice_c"], row["choice_d"]]
+            # The prompt as LLaVA's converter writes it, or LLaVA's own.
             as_asked = {
                 "image": f"SEED-Bench-image/{row['data_id']}",
                 "prompt": row["question"] + list_options(options) + LETTER,

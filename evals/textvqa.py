@@ -93,6 +93,7 @@ def ask_as_llava(found, llava, file, folder, ocr):
                 what = f"its question is not in {file.name}"
                 raise UserError(where, what, "take both of the same version")
 
+            # LLaVA's prompt has a line of OCR tokens, which `textvqa-plain` does not show.
             if not ocr:
                 rest = [line for line in rest if not line.startswith(OCR.strip())]
             changes = {
@@ -108,6 +109,7 @@ def score(examples, answers):
     """Return the soft accuracy of all questions."""
     results = []
     for example, answer in zip(examples, answers, strict=True):
+        # Both sides are normalised, in contrast to VQAv2.
         humans = [vqa.m4c(text) for text in example["label"]]
         credit = vqa.soft_accuracy(vqa.m4c(answer), humans)
         results.append(OpenResult(("all",), credit, vqa.credit_of(humans)))

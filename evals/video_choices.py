@@ -78,6 +78,7 @@ def parse(answer: str, choices: dict[str, str]) -> str | None:
     "Apples" begins with A: the first letter counts even where a word follows.
     """
     answer = answer.strip()
+    # TinyLLaVA-Video looks at the first letter before it asks MMMU's rule.
     begin = strip_marks(answer)[:1]
     if begin in choices:
         return begin

@@ -76,6 +76,7 @@ def official(text: str) -> str:
             out = out.replace(mark, " ")
     out = re.sub(r"\.(?!\d)", "", out, count=32)
 
+    # Numbers as digits, no articles, apostrophes where they belong.
     words = []
     for word in out.lower().split():
         word = NUMBERS.get(word, word)
@@ -111,6 +112,7 @@ def soft_accuracy(answer: str, humans: list[str]) -> float:
 
     It is the mean over the humans of min(1, n / 3), where n of the other humans agree.
     """
+    # Officially ten accuracies are taken, each against the nine humans that remain.
     agree = humans.count(answer)
     accuracies = []
     for human in humans:

@@ -11,8 +11,8 @@ Scored as VQA's vqaEval.py scores the server's file: the soft accuracy over ten 
 (evals/vqa.py). Chance is what the best constant answer gets.
 
 The trap: an answer is normalised twice, first by M4C's processor, with which LLaVA writes the
-server's file, then by the scorer. The scorer does so only where the ten humans differ: to a
-question that all ten answered with yes, Yes is wrong if it still has its capital by then.
+server's file, then by the scorer. The scorer does so only where the ten humans differ: where all
+ten said yes, Yes is right only because M4C's processor has written it in lower case.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def examples(data_dir, split="test-dev2015"):
 
     "label" has the ten answers, or is None. Own keys: "question_id"; "type": of the answer.
     """
+    # The pictures of test-dev are some of test2015.
     pictures = split.replace("-dev", "")
     folder = find_first(data_dir, pictures)
     file = find_first(
@@ -103,10 +104,12 @@ def score(examples, answers):
 
 def write(examples, answers, stem, data_dir):
     """Write the server's file: all questions of test2015, empty answers to those not asked here."""
+    # The server takes answers as M4C's processor has them.
     answered = {}
     for example, answer in zip(examples, answers, strict=True):
         answered[example["question_id"]] = vqa.m4c(answer)
 
+    # It also wants a row for each question of test2015, of which test-dev is a part.
     llava = Path(data_dir) / "llava_vqav2_mscoco_test2015.jsonl"
     original = Path(data_dir) / "v2_OpenEnded_mscoco_test2015_questions.json"
     if llava.exists():

@@ -36,6 +36,7 @@ def examples(data_dir):
 
         for where, row in read_rows(file):
             with errors_at(where):
+                # The rest of a row is as the demo wrote it: label, kind, choices.
                 names = {
                     "id": f"{split}-{row['question_id']}",
                     "image": f"images/{row['image']}",
@@ -51,6 +52,7 @@ def score(examples, answers):
     """Return the scores of the three existence splits, of all attributes, and of their kinds."""
     results = []
     for example, answer in zip(examples, answers, strict=True):
+        # Existence has a score for each split, not one of its own.
         groups = [example["split"]]
         if example["kind"] not in ("existence", example["split"]):
             groups.append(example["kind"])

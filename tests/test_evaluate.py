@@ -1,4 +1,4 @@
-"""evaluate.py, evals/world.py and report.py: scores, resuming, order, and the page made of them."""
+"""evaluate.py, evals/world.py and demo/report.py: scores, resuming, order, the page of them."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_scores():
 
 
 class Oracle:
-    """Answers from the question, remembers what it was asked, and can be killed after some batches."""
+    """Answers from the question; it remembers what it was asked and can be killed after batches."""
 
     def __init__(self, batches=99):
         self.asked, self.batches = [], batches
@@ -144,7 +144,8 @@ def test_ranks_share_the_work_and_rank_0_puts_it_in_order(tmp_path):
     file, ranks = tmp_path / "three.jsonl", [Oracle(), Oracle(), Oracle()]
     for rank in (2, 1):
         assert evaluate.answer_examples(examples, examples, ranks[rank], file, 2, rank, 3) is None
-    # Rank 0 has read before the others wrote: here it finds their files, and asks nothing of theirs either way.
+    # In a run, rank 0 has read before the others write. Here it finds their files, but asks nothing
+    # of theirs either way.
     assert evaluate.answer_examples(examples, examples, ranks[0], file, 2, 0, 3) == one
     assert [{int(name[1:]) % 3 for name in r.asked} for r in ranks] == [{0}, {1}, {2}]
     assert sum(len(r.asked) for r in ranks) == 11

@@ -31,7 +31,10 @@ def model(tmp_path_factory):
 
 @contextlib.contextmanager
 def endpoint(reply):
-    """A local OpenAI-compatible server; `reply(number, body)` is a text or an HTTP status. Yields (url, requests)."""
+    """Run a local OpenAI-compatible server and yield (url, requests).
+
+    `reply(number, body)` returns a text or an HTTP status.
+    """
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,7 +96,7 @@ def test_a_judge_that_refuses_is_a_mistake_of_the_user(status, tries, tmp_path, 
 
 
 def test_the_official_prompts():
-    """As mm-vet_evaluator.py and LLaVA's eval_gpt_review_bench.py and rule.json have them, to the letter."""
+    """They are those of mm-vet_evaluator.py and of LLaVA's rule.json, to the letter."""
     digest = [
         hashlib.sha256(text.encode()).hexdigest()[:16] for text in (mmvet.PROMPT, llava_bench.RULE)
     ]
@@ -286,7 +289,7 @@ def test_lmms_eval_gets_likelihoods(adapter, model):
 def test_lmms_eval_is_told_whether_the_target_is_the_greedy_answer(
     adapter, model, monkeypatch, wrong, greedy
 ):
-    """The last of the prompt is at -6 of ` yes</s>`: what is said before the answer does not count."""
+    """The prompt's last token is at -6 of ` yes</s>`: what is said before does not count."""
     lm = adapter.Barellava(pretrained=str(model), device="cpu")
 
     def forward(ids, images, labels):

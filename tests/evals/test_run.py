@@ -1,15 +1,12 @@
 """Every benchmark from its files to its scores, in both layouts, on a small random model."""
 
-import base64
 import csv
 import dataclasses
 import io
 import json
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -26,8 +23,8 @@ from packing import ItemShape
 from tests.tools.benchmark_files import (
     CASES,
     FILES,
-    PYARROW,
     evaluated,
+    fake_pyarrow,
     files,
     mme,
     mmmu,
@@ -45,20 +42,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fake_pyarrow(monkeypatch):
-    if PYARROW:
-        return
-
-    def read_table(file):
-        rows = json.loads(Path(file).read_text())
-        for value in (value for row in rows for value in row.values()):
-            if isinstance(value, dict):
-                value["bytes"] = base64.b64decode(value["bytes"])
-        return SimpleNamespace(to_pylist=lambda: rows)
-
-    module = ModuleType("pyarrow")
-    module.parquet = SimpleNamespace(read_table=read_table)
-    monkeypatch.setitem(sys.modules, "pyarrow", module)
+def parquet_can_be_read(monkeypatch):
+    fake_pyarrow(monkeypatch)
 
 
 @pytest.mark.parametrize("task, llava", CASES)
@@ -71,6 +56,13 @@ def test_examples_are_what_the_official_evaluation_asks(task, llava, tmp_path):
         assert Path(e["where"].rsplit(":", 1)[0]).is_file()
         for picture in evaluate.load_media(e, tmp_path, lambda source, _: load_image(source)):
             assert picture.size == (8, 6)
+
+
+@pytest.mark.parametrize("task", evaluate.TASKS)
+def test_a_task_has_what_the_protocol_says(task):
+    offered = vars(evaluate.TASKS[task])
+    assert offered["MAX_NEW_TOKENS"] > 0 and callable(offered["examples"])
+    assert ("score" in offered) != ("judge" in offered)
 
 
 GROUPS = {
@@ -353,7 +345,10 @@ def test_the_published_number_is_of_the_recipe_named_most_alike():
 
 
 def test_a_video_is_seen_in_frames_its_span_only_and_as_one_frame(tmp_path, model):
-    """The frames that the model's config asks for, from the question's part of the clip; the control shows one."""
+    """The model's config says how many frames, and the question which part of the clip.
+
+    The control shows one.
+    """
     for i in range(12):
         put(tmp_path / "clip" / f"{i}.png", png(i))
     example = {

@@ -1,4 +1,4 @@
-"""evals/: each scorer against the official one's numbers, on its published answers and on generated ones."""
+"""evals/: each scorer against the official one, on its published answers and on generated ones."""
 
 import json
 import random
@@ -41,13 +41,19 @@ def scores_of(scores, digits=2):
 
 # -------------------------------------------------------------------------------- generated answers
 
-# Of the outputs of vqaEval.py, m4c_evaluator.py, MMMU's eval_utils.py and VLMEvalKit's matching_util.py.
+# Of the outputs of vqaEval.py, m4c_evaluator.py, MMMU's eval_utils.py and VLMEvalKit's
+# matching_util.py.
 OFFICIAL = {
-    "vqa": "97a15dd0 2e7f4a4e e1c9154a 65db8526 ad677440 c3491b49 18b8f4e1 e17fa601 86b532df e33a33bb",
-    "m4c": "5bf2b30d 733bf686 3bca329a f7062b66 209a93f2 bf2a6df7 0149e8cb 4e90e9ed fbd6be2f ca5179e2",
-    "choice": "28a8a610 f95dbe94 69da68ab f59afbf7 76629419 b346780c fa0be97b 842377c8 1ae4bb96 0bbc417b",
-    "open": "de1b608a 76e78a53 b488b4b1 06a3473c 216d2baa 6de83afe 45207cb5 233d3a8d 6bd55756 fb38c95c",
-    "mmbench": "2f96fe4d 79584488 147124ab 31eed5e6 a00a398e 9a143dd6 11770c41 6ce2b723 fa5d88cf e9a3f98e",
+    "vqa": "97a15dd0 2e7f4a4e e1c9154a 65db8526 ad677440 "
+    "c3491b49 18b8f4e1 e17fa601 86b532df e33a33bb",
+    "m4c": "5bf2b30d 733bf686 3bca329a f7062b66 209a93f2 "
+    "bf2a6df7 0149e8cb 4e90e9ed fbd6be2f ca5179e2",
+    "choice": "28a8a610 f95dbe94 69da68ab f59afbf7 76629419 "
+    "b346780c fa0be97b 842377c8 1ae4bb96 0bbc417b",
+    "open": "de1b608a 76e78a53 b488b4b1 06a3473c 216d2baa "
+    "6de83afe 45207cb5 233d3a8d 6bd55756 fb38c95c",
+    "mmbench": "2f96fe4d 79584488 147124ab 31eed5e6 a00a398e "
+    "9a143dd6 11770c41 6ce2b723 fa5d88cf e9a3f98e",
 }
 
 
@@ -124,7 +130,7 @@ def test_vqa_and_textvqa_are_the_official_ones():
 
 
 def test_scores_of_short_answers():
-    """What is scored is what the official pipeline would: VQAv2's server file, GQA's predictions, SEED's letters."""
+    """Scored is what the official pipeline scores: server files, predictions, letters."""
     one, two = (
         {"label": ["yes"] * 10, "type": "yes/no"},
         {"label": ["2"] * 4 + ["two"] * 6, "type": "number"},

@@ -1,28 +1,21 @@
-"""evals/ on clips: the five benchmarks' files as published, a few rows each, to examples and scores."""
+"""evals/ on clips: the five benchmarks' files as published, a few rows each, and their scores."""
 
-import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from config import UserError
 from evals import longvideobench, mlvu, mmvu, mvbench, video_choices, videomme
-from tests.tools.benchmark_files import LETTER, PYARROW, parquet, put
+from tests.tools.benchmark_files import LETTER, fake_pyarrow, parquet, put
 from tests.tools.generated_answers import digests, long_answers
 
 DIRECT = "\nAnswer the question directly without explanation."
 
 
 @pytest.fixture(autouse=True)
-def fake_pyarrow(monkeypatch):
-    if PYARROW:
-        return
-    module = ModuleType("pyarrow")
-    read = lambda file: SimpleNamespace(to_pylist=lambda: json.loads(Path(file).read_text()))  # noqa: E731
-    module.parquet = SimpleNamespace(read_table=read)
-    monkeypatch.setitem(sys.modules, "pyarrow", module)
+def parquet_can_be_read(monkeypatch):
+    fake_pyarrow(monkeypatch)
 
 
 # ------------------------------------------------------------------------------- files as published
@@ -239,7 +232,8 @@ def test_videomme_examples(tmp_path):
     found = read("videomme", tmp_path)
     assert list(found) == ["001-1", "001-2", "601-1"]
     e = found["001-1"]
-    question = "Which kind of decoration is the most?\nA. Apples.\nB. Candles.\nC. Berries.\nD. St. Nicholas."
+    question = "Which kind of decoration is the most?"
+    question += "\nA. Apples.\nB. Candles.\nC. Berries.\nD. St. Nicholas."
     assert (e["video"], e["prompt"]) == ("data/fFjv93ACGo8.mp4", question + LETTER)
     assert (
         e["choices"] == {"A": "Apples", "B": "Candles", "C": "Berries", "D": "St. Nicholas"}

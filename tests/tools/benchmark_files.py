@@ -4,7 +4,10 @@ import base64
 import csv
 import io
 import json
+import sys
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -281,6 +284,24 @@ def parquet(file, rows):
                 ]
             ),
         )
+
+
+def fake_pyarrow(monkeypatch):
+    """Let `import pyarrow` give what reads the files of `parquet` where it is not installed."""
+    if PYARROW:
+        return
+
+    def read_table(file):
+        rows = json.loads(Path(file).read_text())
+        for row in rows:
+            for value in row.values():
+                if isinstance(value, dict):
+                    value["bytes"] = base64.b64decode(value["bytes"])
+        return SimpleNamespace(to_pylist=lambda: rows)
+
+    module = ModuleType("pyarrow")
+    module.parquet = SimpleNamespace(read_table=read_table)
+    monkeypatch.setitem(sys.modules, "pyarrow", module)
 
 
 def mmvet_files(d, llava):

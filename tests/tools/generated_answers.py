@@ -35,14 +35,16 @@ MARKS = [
     "*",
 ]
 MARKS += ["\n", "\t", " ", "  "]
-NOUNS = """a an the A The none None zero one Two three ten eleven 1 2 10 1,000 1,000,000 3.5 .5 5. 12:30 2,5 cat Dogs
-    stop-sign ice/cream T-shirt é ß İ ½ ² yes No it's she's shes let's lets somebody'd somebodyd ow's'at I'm Im ive
-    <=3. <=3.x can not 4th No.1 e.g. U.S.A. o'clock 'twas""".split()
+NOUNS = """
+    a an the A The none None zero one Two three ten eleven 1 2 10 1,000 1,000,000 3.5 .5 5. 12:30
+    2,5 cat Dogs stop-sign ice/cream T-shirt é ß İ ½ ² yes No it's she's shes let's lets
+    somebody'd somebodyd ow's'at I'm Im ive <=3. <=3.x can not 4th No.1 e.g. U.S.A. o'clock 'twas
+""".split()
 LOST = sorted(vqa.CONTRACTIONS)
 
 
 def short_answers(count=5000):
-    """Words, numbers and lost apostrophes between all punctuation marks."""
+    """Yield words, numbers and lost apostrophes between all punctuation marks."""
     draw = Draw(7)
     for _ in range(count):
         parts = []
@@ -66,13 +68,15 @@ OPTIONS = [
     {"A": "Yes", "B": "no"},
     {letter: f"option {letter.lower()} {'x' * i}" for i, letter in enumerate("ABCDEFGHI")},
 ]
-SAID = """A B C D E Z (A) (B) (C) B. C) A: [D] *B* **C**. a b The answer is red Blue car blue yes no none of these
-    option x $1,200 1200 -3.5 1e5 2E-3 1,234,567 .75 3/4 could be so thus therefore final result = : is it 12 45% i
-    . , ; ! ? ' is: A, B, and (C)""".split()
+SAID = """
+    A B C D E Z (A) (B) (C) B. C) A: [D] *B* **C**. a b The answer is red Blue car blue yes no
+    none of these option x $1,200 1200 -3.5 1e5 2E-3 1,234,567 .75 3/4 could be so thus therefore
+    final result = : is it 12 45% i . , ; ! ? ' is: A, B, and (C)
+""".split()
 
 
 def long_answers(count=5000):
-    """(choices, answer): letters, options and numbers in sentences, as models that reason write them."""
+    """Yield (choices, answer): letters, options and numbers in sentences, as models reason."""
     draw = Draw(11)
     for _ in range(count):
         words = [draw(SAID) for _ in range(1 + draw.upto(draw([0, 3, 12])))]
@@ -83,6 +87,6 @@ def long_answers(count=5000):
 
 
 def digests(outputs, size=500):
-    """A short hash of every `size` outputs: a difference shows where it is."""
+    """Return a short hash of every `size` outputs: a difference shows where it is."""
     chunks = [outputs[i : i + size] for i in range(0, len(outputs), size)]
     return [hashlib.sha256(json.dumps(chunk).encode()).hexdigest()[:8] for chunk in chunks]
