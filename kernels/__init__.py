@@ -1,4 +1,4 @@
-"""The fused operations: one operation per file. Nothing of the project is imported here.
+"""The fused operations, one per file. Nothing of the project is imported here.
 
 Every operation's file has the same order, so one that is read explains the others:
 
@@ -8,16 +8,17 @@ Every operation's file has the same order, so one that is read explains the othe
     the operation      a custom op with its gradient, which torch.compile keeps whole
     public function    picks Triton for tensors on a GPU and the reference elsewhere
 
-Begin with norms.py, where a program has one row. Then attention.py: its tiles are in tiles.py, and attention of one
-new token against a cache is decode.py. cross_entropy.py, glu.py, rope.py and lora.py are the rest of a model; nf4.py
-and int8.py are quantized weights.
+Begin with norms.py, where a program has one row. Then attention.py, whose tiles are in tiles.py;
+attention of one new token against a cache is decode.py. cross_entropy.py, glu.py, rope.py and
+lora.py are the rest of a model, nf4.py and int8.py are quantized weights.
 
-Three words of Triton: a kernel is run by many programs at once, each asks `tl.program_id` which part of the work is
-its own, and its values are tiles whose sizes (`tl.constexpr`) are powers of two known to the compiler. What of a tile
-lies beyond the end of a tensor is masked in every load and store.
+Three words of Triton. A kernel is run by many programs at once, each of which asks `tl.program_id`
+which part of the work is its own. Its values are tiles, whose sizes (`tl.constexpr`) are powers of
+two that the compiler knows. What of a tile lies beyond the end of a tensor is masked in every load and
+store.
 
-The inputs on which the kernels are tested, what they are compiled for and the mistakes that tests must see are in
-tests/kernels/cases/.
+The inputs on which kernels are tested, what they are compiled for, and the mistakes that tests must
+see are in tests/kernels/cases/.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Softmax attention of dense batches and of packed rows of samples, in the way of FlashAttention.
 
-    s_ij = scale q_i . k_j     p_ij = exp(s_ij - lse_i)     lse_i = log sum_j exp(s_ij)     o_i = sum_j p_ij v_j
+    s_ij = scale q_i . k_j             lse_i = log sum_j exp(s_ij)
+    p_ij = exp(s_ij - lse_i)           o_i = sum_j p_ij v_j
 
 over the keys j that query i may see: j <= i where causal, j in the same sample where packed. The
 backward pass needs only lse of the softmax:
@@ -16,9 +17,9 @@ scale is 1/sqrt(d) unless given, and positive. The softmax, lse and every sum ar
 dtype. lse is kept in base 2: the machine's exponential is 2^x, so scores are multiplied by
 scale * log2(e) once and every exp below is an exp2.
 
-The scores stay on the chip, block by block. Bytes moved, forward: q, k, v in, o out, that is
-2 T d (H + K) elements, where separate operations also move T^2 H several times. Backward: one kernel
-over blocks of queries makes delta and dq, one over blocks of keys makes dk and dv and sums the query
+The scores stay on the chip, block by block. Bytes moved, forward: q, k, v in, o out, that is 2 T d
+(H + K) elements, where separate operations also move T^2 H several times. Backward: one kernel over
+blocks of queries makes delta and dq, one over blocks of keys makes dk and dv and sums the query
 heads of its key head itself. So the scores are computed twice (on sm_90 three times above d = 128:
 dk, then dv), but no sum depends on which program comes first: gradients are deterministic. Blocks
 that the causal mask empties are never visited.
@@ -72,7 +73,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
 def reference_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
 ) -> Tensor:
-    """Return causal attention inside each sample of a packed row; shapes as in `attention_packed`."""
+    """Return causal attention inside each sample of a row; shapes as in `attention_packed`."""
     tokens = q.size(0)
     samples = cu_seqlens.numel() - 1
     if samples == 1:
@@ -460,7 +461,8 @@ BLOCKS_HOPPER = {
     "key": {80: Blocks(64, 128, 8, 3), 256: Blocks(32, 128, 8, 2)},
 }
 
-# No matrix unit multiplies float32 exactly: the products take so many registers that blocks are small.
+# No matrix unit multiplies float32 exactly: the products take so many registers that blocks are
+# small.
 FLOAT32_NARROW = Blocks(16, 32, 4, 1)
 FLOAT32_WIDE = Blocks(16, 16, 8, 1)
 
@@ -487,7 +489,7 @@ def key_passes(d: int, hopper: bool) -> list[dict[str, bool]]:
 
 
 class Layout(NamedTuple):
-    """What all kernels of one call share beside the tensors. Without cu_seqlens samples are equal."""
+    """What all kernels of a call share beside the tensors. Without cu_seqlens samples are equal."""
 
     cu_seqlens: Tensor | None  # (S + 1,) int32
     samples: int

@@ -6,9 +6,9 @@
     dh_t = W^T dz_t      dW = sum_t dz_t h_t^T      db = sum_t dz_t
 
 T tokens, n of them supervised, D width, V vocabulary. Unsupervised rows are dropped before the
-product, so a row of 700 image positions and 20 answer tokens computes 20 rows of logits. The sum, not
-the mean, is returned: the caller divides by the number of supervised tokens of the whole optimizer
-step, over micro-batches and ranks.
+product, so a row of 700 image positions and 20 answer tokens computes 20 rows of logits. The sum,
+not the mean, is returned: the caller divides by the number of supervised tokens of the whole
+optimizer step, over micro-batches and ranks.
 
 The gradients are computed in the forward pass, while the logits are there, and only scaled in the
 backward pass. Rows are taken in chunks, so that at most CHUNK bytes of logits exist. For each chunk
@@ -17,15 +17,16 @@ backward pass. Rows are taken in chunks, so that at most CHUNK bytes of logits e
     one kernel (`rows_kernel`) reads z twice and overwrites it with dz,
     two products make dh and dW.
 
-Large chunks keep the products at full rate, as each reads W once and adds to all of dW. Bytes moved:
-3 n V elements of logits by the kernel, 2 n V by the products that follow, and per chunk W twice and
-dW (float32 where there is more than one chunk) in and out.
+Large chunks keep the products at full rate, as each reads W once and adds to all of dW. Bytes
+moved: 3 n V elements of logits by the kernel, 2 n V by the products that follow, and per chunk W
+twice and dW (float32 where there is more than one chunk) in and out.
 
 The file in order: reference, the kernel, the same rows in plain torch, the operation over chunks
 (`_linear_cross_entropy`), its gradient, and the public `linear_cross_entropy`.
 
-Computing gradients in the forward pass is Liger-Kernel's method (Hsu et al., 2024); Cut Cross-Entropy
-(Wijmans et al., 2024) keeps even a chunk out of memory and computes its logits again instead.
+Computing gradients in the forward pass is Liger-Kernel's method (Hsu et al., 2024); Cut
+Cross-Entropy (Wijmans et al., 2024) keeps even a chunk out of memory and computes its logits again
+instead.
 """
 
 from __future__ import annotations
@@ -292,8 +293,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the sum of the losses over supervised positions, a float32 scalar.
 
-    hidden (T, D), weight (V, D), bias (V,) or None, targets (T,) with -100 where unsupervised. Under
-    autocast the products are in its dtype; gradients have their tensors' dtypes. No second
+    hidden (T, D), weight (V, D), bias (V,) or None, targets (T,) with -100 where unsupervised.
+    Under autocast the products are in its dtype; gradients have their tensors' dtypes. No second
     derivatives.
     """
     if fused(hidden):

@@ -1,6 +1,8 @@
 """Attention of one new token per sequence to a cache of the tokens before it.
 
-    s_j = scale q . k_j      o = sum_j exp(s_j) v_j / sum_j exp(s_j)      over filled slots j < length
+    s_j = scale q . k_j         o = sum_j exp(s_j) v_j / sum_j exp(s_j)
+
+over the filled slots j < length.
 
     B sequences    H query heads    K key-value heads    G = H / K query heads that share a key head
     d head width    L slots of the cache    D1 + D2 columns of a head, cut in two (kernels/tiles.py)
@@ -9,9 +11,9 @@ scale is 1/sqrt(d) unless given, and positive. Scores and sums are float32 in ev
 
 One token has too few heads to fill the machine, so the keys of a sequence are cut into parts of
 equal length (Dao et al., Flash-Decoding, 2023): `decode_kernel` computes the softmax and the output
-of each part, and `combine_kernel` puts the parts together by their log-sum-exp. The G query heads of
-a key head are the rows of one program. Bytes moved: the filled part of the cache once, that is
-2 length K d elements per sequence, however many heads share it.
+of each part, and `combine_kernel` puts the parts together by their log-sum-exp. The G query heads
+of a key head are the rows of one program. Bytes moved: the filled part of the cache once, that is 2
+length K d elements per sequence, however many heads share it.
 """
 
 from __future__ import annotations

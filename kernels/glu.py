@@ -11,15 +11,15 @@ sigma the logistic function:
     gelu_tanh    s = sigma(2 z), z = sqrt(2/pi) (x + 0.044715 x^3)  s' = 2 z' s (1 - s)
     gelu         s = (1 + erf(x / sqrt 2)) / 2                      s' = exp(-x^2 / 2) / sqrt(2 pi)
 
-gelu_tanh is written with sigma because (1 + tanh z) / 2 = sigma(2 z). With t = exp(-|2 z|), which is
-at most 1, s (1 - s) = t / (1 + t)^2 neither cancels nor overflows.
+gelu_tanh is written with sigma because (1 + tanh z) / 2 = sigma(2 z). With t = exp(-|2 z|), which
+is at most 1, s (1 - s) = t / (1 + t)^2 neither cancels nor overflows.
 
 Backward:  dx = dy * u * (s + x s')      du = dy * a(x)      (u = 1 where plain)
 
-a(x) is computed again in the backward pass, not stored. T rows, I width. Bytes moved, forward: x and
-u in, y out, 3 T I elements (plain: 2 T I). Backward: dy, x, u in, dx, du out, 5 T I (plain: 3 T I).
-The arithmetic is float32 in every dtype. x and u may be halves of one (T, 2I) projection: anything may
-follow a row, and no copy is made.
+a(x) is computed again in the backward pass, not stored. T rows, I width. Bytes moved, forward: x
+and u in, y out, 3 T I elements (plain: 2 T I). Backward: dy, x, u in, dx, du out, 5 T I (plain: 3 T
+I). The arithmetic is float32 in every dtype. x and u may be halves of one (T, 2I) projection:
+anything may follow a row, and no copy is made.
 
 Hendrycks and Gimpel, Gaussian Error Linear Units, 2016; Shazeer, GLU Variants Improve Transformer,
 2020.
@@ -57,7 +57,8 @@ def soft_step(x, ACT: tl.constexpr):
         s = 0.5 + 0.5 * tl.erf(0.7071067811865476 * x)
         return s, 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
-    # s = sigma(z2), and the slope is the derivative of z2. The numbers are 2 sqrt(2/pi), 3 * 0.044715.
+    # s = sigma(z2), and the slope is the derivative of z2. The numbers are 2 sqrt(2/pi), 3 *
+    # 0.044715.
     if ACT == "gelu_tanh":
         z2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
@@ -219,7 +220,7 @@ def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 
 def gelu(x: Tensor, kind: str) -> Tensor:
-    """Return the activation of x (..., I): "gelu_tanh", "quick_gelu" (CLIP) or "gelu" (with erf)."""
+    """Return act(x) of x (..., I); kind is "gelu_tanh", "quick_gelu" (CLIP) or "gelu" (erf)."""
     if fused(x):
         return triton_glu(x, None, kind)
     return reference(x, None, kind)

@@ -1,13 +1,15 @@
-"""8-bit integer weights with one scale per row, byte for byte as bitsandbytes' LLM.int8 stores them.
+"""8-bit integer weights with a scale per row, byte for byte as bitsandbytes' LLM.int8 stores them.
 
-    S_n = max |w_n|  over row n        q = round(w * 127 / S_n), to even        w = q * S_n * (1 / 127)
+    S_n = max |w_n|  over row n
+    q = round(w * 127 / S_n), to even
+    w = q * S_n * (1 / 127)
 
-Weights pass through float16 on the way in, as they do in bitsandbytes. Activations stay in their own
-dtype (LLM.int8 quantizes them too). N outputs, K inputs, M rows of activations.
+Weights pass through float16 on the way in, as they do in bitsandbytes. Activations stay in their
+own dtype (LLM.int8 quantizes them too). N outputs, K inputs, M rows of activations.
 
 Bytes moved, `dequantize`: N K in, 2 N K out (bf16), one kernel in place of three. `matmul`, for the
-few rows of decoding: N K in. |q| <= 127 is exact in bf16, so the products need no rounding of w, and
-the scale multiplies the finished sum. Neither has a gradient: kernels/lora.py has.
+few rows of decoding: N K in. |q| <= 127 is exact in bf16, so the products need no rounding of w,
+and the scale multiplies the finished sum. Neither has a gradient: kernels/lora.py has.
 
 Dettmers, Lewis, Belkada and Zettlemoyer, LLM.int8(), 2022.
 """
@@ -129,8 +131,8 @@ def matmul_kernel(
 def tile_sizes(M: int) -> dict[str, int]:
     """Return the block sizes of `matmul_kernel` for M rows.
 
-    A dot has 16 rows at least. With more of them half the width is in flight, as the sums of the rows
-    take the registers.
+    A dot has 16 rows at least. With more of them half the width is in flight, as the sums of the
+    rows take the registers.
     """
     rows = max(16, power_of_two(M))
     return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_K": 128 if rows == 16 else 64}

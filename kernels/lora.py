@@ -12,14 +12,14 @@
     R the largest rank, rounded up to a power of two
 
 W is a tensor, or an NF4 or Int8 weight that is unpacked in the forward pass, again in the backward
-pass, and never kept. Every adapter drops other elements of x. The mask is a hash of (seed, element),
-two elements to a hash, made anew by the three kernels that need it: no mask and no dropped copy of x
-is stored. Saved for the backward pass: x and h.
+pass, and never kept. Every adapter drops other elements of x. The mask is a hash of (seed,
+element), two elements to a hash, made anew by the three kernels that need it: no mask and no
+dropped copy of x is stored. Saved for the backward pass: x and h.
 
 Elements moved beside the frozen products: forward x in, h out (T K + T G R), y in and out once more
 as B is added to it; backward x in for dA, dx in and out: 4 T K whatever G is. Separate operations
-with dropout move 10 T K per adapter, and keep its dropped x and its mask. Without dropout all products
-are cuBLAS's, one for all adapters where it can be.
+with dropout move 10 T K per adapter, and keep its dropped x and its mask. Without dropout all
+products are cuBLAS's, one for all adapters where it can be.
 
 The products of A and B run in x's dtype with float32 sums, as they do under autocast: A and B are
 rounded to it first and their gradients come back in their own dtype; h, y and dx are rounded to x's
@@ -29,8 +29,8 @@ The file in order: the dropout mask in torch, `reference`, the mask in Triton, `
 `gradient_kernel` (dA), `add_kernel` (dx), the operation `_lora`, its gradient `_lora_backward`, and
 the public `lora_linears`.
 
-Hu et al., LoRA, 2021; rsLoRA (Kalajdzievski, 2023) is another s. The hash is Wellons' lowbias32 with
-two keys.
+Hu et al., LoRA, 2021; rsLoRA (Kalajdzievski, 2023) is another s. The hash is Wellons' lowbias32
+with two keys.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _mix(h, key):
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """Return what dropout keeps, on any device: (rows, columns) bool from seed () int64.
 
-    It is true with probability 1 - p, to 2^-17. Two neighbours of a row share a hash, that of pair i
-    of the row-major order: hash(seed, i mod 2^32). One is kept where its lower half is p 2^16 or
+    It is true with probability 1 - p, to 2^-17. Two neighbours of a row share a hash, that of pair
+    i of the row-major order: hash(seed, i mod 2^32). One is kept where its lower half is p 2^16 or
     more, the other where its upper half is.
     """
     low = seed.to(torch.int32)
@@ -300,7 +300,7 @@ def _rank(As: Sequence[Tensor]) -> int:
 
 
 def _stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return A of all adapters, (r_g, K) each, as (G, R, K) in dtype; the missing ranks are zero."""
+    """Return all A, (r_g, K) each, as (G, R, K) in dtype; the missing ranks are zero."""
     rank = _rank(As)
     return torch.stack([F.pad(A.to(dtype), (0, 0, 0, rank - len(A))) for A in As])
 
@@ -587,8 +587,8 @@ def lora_linears(
 ) -> tuple[Tensor, ...]:
     """Return linears of one input, each with its adapter.
 
-    In PEFT's words, W_g(x) + B_g(A_g(dropout(x))) scale_g. x (..., K); per adapter a weight (N_g, K)
-    (a tensor, nf4.NF4 or int8.Int8), a bias (N_g,) or None, A (r_g, K), B (N_g, r_g) and a scale
+    In PEFT's words, W_g(x) + B_g(A_g(dropout(x))) scale_g. x (..., K); per adapter a weight (N_g,
+    K) (a tensor, nf4.NF4 or int8.Int8), a bias (N_g,) or None, A (r_g, K), B (N_g, r_g) and a scale
     -> y (..., N_g) each, in x's dtype, or in autocast's where that is on.
 
     p is the dropout of training (0: none); seeds (G,) int64 on x's device then say what is dropped.

@@ -16,8 +16,8 @@ Each operation is rounded to float32, and w once more to its dtype.
 
 Bytes moved, `dequantize`: n/2 + n/64 in, 2 n out (bf16): one kernel in place of five. `matmul`, for
 the few rows of decoding: n/2 + n/64 in and nothing of the weight out, so a token costs a quarter of
-what it does in bf16; above about 64 rows `dequantize` and cuBLAS are faster. Neither has a gradient:
-kernels/lora.py has.
+what it does in bf16; above about 64 rows `dequantize` and cuBLAS are faster. Neither has a
+gradient: kernels/lora.py has.
 
 Dettmers, Pagnoni, Holtzman and Zettlemoyer, QLoRA, 2023; the 8-bit codes: Dettmers, 8-Bit
 Approximations, 2015.
@@ -137,8 +137,8 @@ class NF4(NamedTuple):
 def dynamic_map() -> Tensor:
     """Return the 256 codes of 8 bits, ascending.
 
-    They are 0, 1, and in each of 7 decades equal steps of either sign, twice as many as in the decade
-    below.
+    They are 0, 1, and in each of 7 decades equal steps of either sign, twice as many as in the
+    decade below.
     """
     codes = [0.0, 1.0]
     for i in range(7):

@@ -1,9 +1,10 @@
 """Root mean square and layer normalization, with the addition of the residual stream before it.
 
     s = x + r                            (with a residual; else s = x)
-    RMS    y = s / sqrt(mean(s^2) + eps) * (w + o)          o = 1 for Gemma, which stores w - 1, else 0
+    RMS    y = s / sqrt(mean(s^2) + eps) * (w + o)
     Layer  y = (s - mean(s)) / sqrt(var(s) + eps) * w + b
 
+where o is 1 for Gemma, which stores w - 1, and else 0.
 Backward, with n the normalized s (before w), g = dy * (w + o), c = 1 / sqrt(...), means over the
 width:
 
@@ -11,12 +12,12 @@ width:
     Layer  ds = c * (g - mean(g) - n * mean(g * n))     dw the same, db = sum over rows of dy
     dx = dr = ds + the gradient that reaches s itself
 
-T rows (tokens, or heads of tokens), D width. Bytes moved, forward: x (and r) in, y (and s) out, that
-is 2 T D elements (4 T D with the residual), where separate operations move 6 T D and more. Backward:
-dy, s (and the gradient of s) in, ds out; c, one number per row, is kept.
+T rows (tokens, or heads of tokens), D width. Bytes moved, forward: x (and r) in, y (and s) out,
+that is 2 T D elements (4 T D with the residual), where separate operations move 6 T D and more.
+Backward: dy, s (and the gradient of s) in, ds out; c, one number per row, is kept.
 
-Statistics are float32 in every dtype. Weight gradients are summed by each program over its rows, then
-over the programs in a fixed order: they are deterministic.
+Statistics are float32 in every dtype. Weight gradients are summed by each program over its rows,
+then over the programs in a fixed order: they are deterministic.
 
 Zhang and Sennrich, Root Mean Square Layer Normalization, 2019; Ba, Kiros and Hinton, Layer
 Normalization, 2016.

@@ -1,8 +1,9 @@
 """Tiles: the pieces that attention.py and decode.py are made of.
 
-A tile is some rows (queries or keys of one head) by the d columns of that head. Triton's tiles are a power of two
-wide, a head need not be: SigLIP's has 72 columns and Phi-2's 80. One tile of 128 columns would cost a head of 80 as
-much as one of 128, so a head is cut into two tiles, of D1 columns and of the D2 that remain:
+A tile is some rows (queries or keys of one head) by the d columns of that head. Triton's tiles are
+a power of two wide, a head need not be: SigLIP's has 72 columns and Phi-2's 80. One tile of 128
+columns would cost a head of 80 as much as one of 128, so a head is cut into two tiles, of D1
+columns and of the D2 that remain:
 
     d     D1 + D2
     64    64           D2 = 0: one tile is enough
@@ -11,11 +12,12 @@ much as one of 128, so a head is cut into two tiles, of D1 columns and of the D2
     96    64 + 32
     120   128          64 + 64 would cost as much as one tile
 
-Every piece below therefore takes and returns pairs, x1 (rows, D1) and x2 (rows, D2). A product over the width is the
-sum of two products. Where D2 is 0 the second of a pair is never computed with; it is there because a function must
-return the same number of values in both cases.
+Every piece below therefore takes and returns pairs, x1 (rows, D1) and x2 (rows, D2). A product over
+the width is the sum of two products. Where D2 is 0 the second of a pair is never computed with; it
+is there because a function must return the same number of values in both cases.
 
-`online_softmax` is the step of FlashAttention's loop over keys. The rest loads, stores and multiplies.
+`online_softmax` is the step of FlashAttention's loop over keys. The rest loads, stores and
+multiplies.
 
 Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
@@ -46,7 +48,8 @@ def load_rows(
 ):
     """Rows start .. start + ROWS of a head at X, `stride` elements apart -> (ROWS, D1), (ROWS, D2).
 
-    Rows from `end` on are zeros. Only the EDGE of a sequence has such rows; elsewhere no row is masked.
+    Rows from `end` on are zeros. Only the EDGE of a sequence has such rows; elsewhere no row is
+    masked.
     """
     row = tl.arange(0, ROWS)[:, None]
     column1 = tl.arange(0, D1)[None, :]
@@ -86,10 +89,13 @@ def store_rows(
     D1: tl.constexpr,
     D2: tl.constexpr,
 ):
-    """Write the tiles to rows start .. start + ROWS of a head at X, as far as there are rows (`end`) and columns (D).
+    """Write the tiles to rows start .. start + ROWS of a head at X.
 
-    Rows and masks are computed otherwise than in `load_rows`. If they were the same expressions, the compiler would
-    keep the loads' results in registers all through the loop, to use them again here.
+    Nothing is written beyond the rows (`end`) and the columns (D) that exist.
+
+    Rows and masks are computed otherwise than in `load_rows`. If they were the same expressions,
+    the compiler would keep the loads' results in registers all through the loop, to use them again
+    here.
     """
     row = start + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D1)[None, :]
@@ -123,7 +129,7 @@ def dot_transposed(a1, a2, b1, b2, D2: tl.constexpr):
 
 @triton.jit
 def dot_add(c1, c2, p, b1, b2, D2: tl.constexpr):
-    """c (M, d), p (M, N), b (N, d) -> c + p b, where p is rounded to b's dtype for the matrix unit."""
+    """c (M, d), p (M, N), b (N, d) -> c + p b. The matrix unit takes p in b's dtype."""
     c1 = tl.dot(p.to(b1.dtype), b1, c1, input_precision="ieee")
     if D2:
         c2 = tl.dot(p.to(b1.dtype), b2, c2, input_precision="ieee")
@@ -134,9 +140,10 @@ def dot_add(c1, c2, p, b1, b2, D2: tl.constexpr):
 def online_softmax(s, scale_log2, row_max, row_sum, acc1, acc2, v1, v2, D2: tl.constexpr):
     """Take one more block of keys into the softmax: scores s (M, N) and values v (N, d).
 
-    row_max (M,) is the largest score so far, row_sum (M,) the sum of 2^(scale_log2 (s - row_max)), acc (M, d) the
-    sum of the same times v. Where the largest score grows, what was summed before is scaled down to it, so no power
-    of two is above 1 and none overflows. scale_log2 is scale * log2(e): it turns a power of e into one of 2.
+    row_max (M,) is the largest score so far, row_sum (M,) the sum of 2^(scale_log2 (s - row_max)),
+    acc (M, d) the sum of the same times v. Where the largest score grows, what was summed before is
+    scaled down to it, so no power of two is above 1 and none overflows. scale_log2 is scale *
+    log2(e): it turns a power of e into one of 2.
     """
     new_max = tl.maximum(row_max, tl.max(s, 1))
     p = tl.exp2(s * scale_log2 - (new_max * scale_log2)[:, None])
@@ -163,7 +170,7 @@ def split_width(d: int) -> dict[str, int]:
 
 
 def group_size(heads: int, kv_heads: int) -> int:
-    """Return the query heads that share a key head. ValueError if the heads cannot be shared evenly."""
+    """Return the query heads that share a key head. ValueError if they cannot share evenly."""
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not share {kv_heads} key-value heads evenly")
     return heads // kv_heads
@@ -172,9 +179,9 @@ def group_size(heads: int, kv_heads: int) -> int:
 def head_strided(x: Tensor) -> Tensor:
     """Return x (..., d) as the kernels address it, copied only where it has to be.
 
-    Tokens and heads may lie anywhere, as they do in a view of a fused projection, but whole heads apart, and the
-    numbers of a head side by side. Kernels count strides in heads: times d, they are multiples of d in elements,
-    from which the compiler sees that wide loads are aligned.
+    Tokens and heads may lie anywhere, as they do in a view of a fused projection, but whole heads
+    apart, and the numbers of a head side by side. Kernels count strides in heads: times d, they are
+    multiples of d in elements, from which the compiler sees that wide loads are aligned.
     """
     in_order = x.stride(-1) == 1
     whole_heads_apart = all(stride % x.size(-1) == 0 for stride in x.stride()[:-1])
@@ -184,5 +191,5 @@ def head_strided(x: Tensor) -> Tensor:
 
 
 def fits_tiles(q: Tensor) -> bool:
-    """Return whether Triton takes q (..., d): a matrix unit has no float64, and no tile holds a wider head."""
+    """Return whether Triton takes q (..., d): matrix units have no float64, tiles no wider head."""
     return fused(q) and q.dtype != torch.float64 and q.size(-1) <= MAX_HEAD

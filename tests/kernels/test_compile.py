@@ -15,8 +15,8 @@ from tests.tools.environment import ROOT
 pytestmark = pytest.mark.gpu
 TARGETS = (80, 89, 90, 100)
 
-# An operation's targets share a process. Attention has most of the builds, and its blocks are of two
-# kinds: those of sm_90, in which registers are scarcest, are always compiled, the others with
+# An operation's targets share a process. Attention has most of the builds, and its blocks are of
+# two kinds: those of sm_90, in which registers are scarcest, are always compiled, the others with
 # `make test-full`.
 COMPILED = []
 for operation in OPERATIONS:

@@ -20,7 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_the_loss_takes_a_quarter_of_the_memory_of_all_logits():
-    """Forward and backward, 2,048 tokens, 152k words: the peak above the inputs, each in a process."""
+    """Forward and backward, 2,048 tokens, 152k words: each one's peak above the inputs."""
     ours = int(run("-c", PEAK, "ours").stdout)
     plain = int(run("-c", PEAK, "plain").stdout)
     assert ours <= plain / 4

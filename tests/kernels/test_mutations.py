@@ -1,4 +1,4 @@
-"""No mistake in a kernel goes unseen: with one put into its source, its cases are no longer exact."""
+"""No mistake in a kernel goes unseen: with one in its source, its cases are no longer exact."""
 
 import importlib
 import re

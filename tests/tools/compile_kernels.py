@@ -29,7 +29,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def compile_build(build: Build, target: int, **options):
-    """Return what Triton makes of a build for sm_<target>, with the text of every stage in `asm`."""
+    """Return what Triton makes of a build for sm_<target>, with every stage's text in `asm`."""
     names = build.kernel.arg_names
     signature = build.types | dict.fromkeys(build.constants, "constexpr")
     types = {name: signature[name].removesuffix(":16") for name in names}

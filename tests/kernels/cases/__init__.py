@@ -21,7 +21,7 @@ OPERATIONS = sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 class Case(NamedTuple):
-    """Inputs of an odd size on which `fused` must be as exact as `reference`, in every gradient too.
+    """Inputs of an odd size on which `fused` must be as exact as `reference`, gradients too.
 
     inputs(generator) makes the arguments. Their float32 tensors are cast to the dtype under test,
     others stay. `grads` are the numbers of the arguments that have gradients.

@@ -1,4 +1,4 @@
-"""Attention: dense batches and packed rows, with and without a causal mask, every way to cut a head."""
+"""Attention: dense batches and packed rows, causal or not, every way to cut a head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of one new token: caches of unequal and of no length, several parts, wide and narrow heads."""
+"""Attention of one new token: unequal and empty caches, several parts, wide and narrow heads."""
 
 from __future__ import annotations
 
