@@ -22,8 +22,8 @@ code 1. A peer that is missing or refuses a shape is listed with its reason; "(b
 does only part of the work. The file is written after every shape, and what an operation had in it
 from an earlier run is replaced.
 
-The file in order: `Run` (one path), `race` (times in turns), `measure` (one shape), the machine, the
-file, the command.
+The file in order: `Run` (one path), `race` (times in turns), `measure` (one shape), the machine,
+the file, the command.
 """
 
 from __future__ import annotations

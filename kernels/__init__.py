@@ -14,8 +14,8 @@ lora.py are the rest of a model, nf4.py and int8.py are quantized weights.
 
 Three words of Triton. A kernel is run by many programs at once, each of which asks `tl.program_id`
 which part of the work is its own. Its values are tiles, whose sizes (`tl.constexpr`) are powers of
-two that the compiler knows. What of a tile lies beyond the end of a tensor is masked in every load and
-store.
+two that the compiler knows. What of a tile lies beyond the end of a tensor is masked in every load
+and store.
 
 The inputs on which kernels are tested, what they are compiled for, and the mistakes that tests must
 see are in tests/kernels/cases/.

@@ -47,6 +47,7 @@ def test_compiles_without_spilling(operation, targets):
 LENGTHS = """
 from types import SimpleNamespace
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -67,9 +68,9 @@ def note(source, **options):
     return SimpleNamespace(hash=len(compiled))
 
 def compile_only(self, *args, warmup, **options):
-    self.compile = note
     return launch(self, *args, warmup=True, **options)
 
+triton.compiler.compile = note
 JITFunction.run = compile_only
 for lengths in ([1], [16], [17, 47]):
     T = sum(lengths)
