@@ -142,24 +142,24 @@ def visible(query, first_key, keys, CAUSAL: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "max_q", "max_k", "blocks"])
 def forward_kernel(
-    Q,  # (T, H, d); distances between its tokens and heads, in heads of D numbers: q_token, q_head
+    Q,  # (T, H, d)
     K,  # (keys, K, d)
     V,
     OUT,  # (T, H, d)
     LSE,  # (H, T) float32, in base 2
-    CU,  # (S + 1,) int32 if PACKED
-    q_token,
-    q_head,
+    CU,  # (S + 1,) int32 if PACKED: where samples begin
+    q_token,  # from one token of Q to the next, in heads: times D, in numbers
+    q_head,  # from one head of Q to the next, in heads
     k_token,
     k_head,
     v_token,
     v_head,
     T,
-    max_q,
-    max_k,
+    max_q,  # queries of every sample, if not PACKED
+    max_k,  # keys of every sample, if not PACKED
     H,
     G,
-    blocks,
+    blocks,  # of the longest sample
     scale,
     PACKED: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -197,13 +197,24 @@ def forward_kernel(
     row_sum = tl.zeros((BM,), tl.float32)
     acc1, acc2 = zero_rows(BM, D1, D2)
 
-    # Causal: the last query of the block sees keys up to its own; its first query sees all keys
+    # Causal: the last query of the block sees keys up to its own, and its first query sees all keys
     # of the `whole` blocks before it.
-    end = tl.minimum(first + BM, keys) if CAUSAL else keys
-    whole = (tl.minimum(first, keys) if CAUSAL else keys) // BN
+    if CAUSAL:
+        end = tl.minimum(first + BM, keys)
+        whole = tl.minimum(first, keys) // BN
+    else:
+        end = keys
+        whole = keys // BN
 
     for EDGE in tl.static_range(2):
-        for i in range(EDGE * whole, tl.cdiv(end, BN) if EDGE else whole):
+        if EDGE:
+            begin_block = whole
+            end_block = tl.cdiv(end, BN)
+        else:
+            begin_block = 0
+            end_block = whole
+
+        for i in range(begin_block, end_block):
             start = i * BN
             k1, k2 = load_rows(K, start, keys, k_token * D, BN, D, D1, D2, EDGE)
             s = dot_transposed(q1, q2, k1, k2, D2)  # (BM, BN)
@@ -262,7 +273,8 @@ def query_kernel(
 ):
     """Compute dq of BM queries of one head, over the keys in the order of the forward pass.
 
-    It also stores the queries' pairs (lse, delta), which `key_kernel` then loads in one piece.
+    The arguments without a comment are as in `forward_kernel`. The queries' pairs (lse, delta) are
+    stored, too: `key_kernel` then loads both in one piece.
     """
     # Place, as in the forward pass.
     block, head, begin_q, begin_k, queries, keys = find_place(
@@ -295,11 +307,22 @@ def query_kernel(
     dq1, dq2 = zero_rows(BM, D1, D2)
 
     # The two loops of the forward pass: blocks that all queries see whole, then the edge.
-    end = tl.minimum(first + BM, keys) if CAUSAL else keys
-    whole = (tl.minimum(first, keys) if CAUSAL else keys) // BN
+    if CAUSAL:
+        end = tl.minimum(first + BM, keys)
+        whole = tl.minimum(first, keys) // BN
+    else:
+        end = keys
+        whole = keys // BN
 
     for EDGE in tl.static_range(2):
-        for i in range(EDGE * whole, tl.cdiv(end, BN) if EDGE else whole):
+        if EDGE:
+            begin_block = whole
+            end_block = tl.cdiv(end, BN)
+        else:
+            begin_block = 0
+            end_block = whole
+
+        for i in range(begin_block, end_block):
             start = i * BN
             k1, k2 = load_rows(K, start, keys, k_token * D, BN, D, D1, D2, EDGE)
             p = tl.exp2(dot_transposed(q1, q2, k1, k2, D2) * scale_log2 - lse[:, None])  # (BM, BN)
@@ -380,27 +403,39 @@ def key_kernel(
     DO += (begin_q * H + head * G) * D
     PAIRS += 2 * (head * G * T + begin_q)
 
-    # The queries in order: none sees the keys before `near`, then `diagonal` blocks see some of
-    # them, then from `far` on `whole` blocks see all, and at `last` there may be a partial block.
-    near = first // BM * BM if CAUSAL else 0
-    diagonal = tl.cdiv(tl.maximum(tl.minimum(first + BN, queries) - near, 0), BM) if CAUSAL else 0
+    # The queries in order. Causal: none before `near` sees a key of the block, and the `diagonal`
+    # blocks from there on see some of them. From `far` on `whole` blocks see all keys, and at
+    # `last` there may be a partial block.
+    if CAUSAL:
+        near = first // BM * BM
+        diagonal = tl.cdiv(tl.maximum(tl.minimum(first + BN, queries) - near, 0), BM)
+    else:
+        near = 0
+        diagonal = 0
     whole = tl.maximum(tl.maximum(queries - near, 0) // BM - diagonal, 0)
     far = near + diagonal * BM
     last = near + (diagonal + whole) * BM
 
     for EDGE in tl.static_range(2):
-        count = diagonal + (last < queries) if EDGE else whole
+        if EDGE:
+            count = diagonal + (last < queries)
+        else:
+            count = whole
 
         # One loop over heads and blocks, so that loads run ahead from one head into the next.
         for i in range(count * G):
             h = (i // count).to(tl.int64)
             start = i % count * BM
-            start = tl.where(start < diagonal * BM, near + start, last) if EDGE else far + start
+            if EDGE:
+                start = tl.where(start < diagonal * BM, near + start, last)
+            else:
+                start = far + start
 
             pair = PAIRS + 2 * (h * T + start) + 2 * row[:, None] + tl.arange(0, 2)[None, :]
-            lse, delta = tl.split(
-                tl.load(pair, (row < queries - start)[:, None], 0.0) if EDGE else tl.load(pair)
-            )
+            if EDGE:
+                lse, delta = tl.split(tl.load(pair, (row < queries - start)[:, None], 0.0))
+            else:
+                lse, delta = tl.split(tl.load(pair))
 
             q1, q2 = load_rows(Q + h * q_head * D, start, queries, q_token * D, BM, D, D1, D2, EDGE)
             p = tl.exp2(dot_transposed(k1, k2, q1, q2, D2) * scale_log2 - lse[None, :])  # (BN, BM)

@@ -118,12 +118,15 @@ def matmul_kernel(
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(part * BLOCK_K, K, tl.num_programs(1) * BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        x = tl.load(X + m[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :], 0.0)
-        q = tl.load(Q + n[None, :] * K + k[:, None], (n < N)[None, :] & (k < K)[:, None], 0)
+        x_at = X + m[:, None] * K + k[None, :]
+        x = tl.load(x_at, (m < M)[:, None] & (k < K)[None, :], 0.0)  # (BLOCK_M, BLOCK_K)
+        q_at = Q + n[None, :] * K + k[:, None]
+        q = tl.load(q_at, (n < N)[None, :] & (k < K)[:, None], 0)  # (BLOCK_K, BLOCK_N)
         y = tl.dot(x, q.to(x.dtype), y, input_precision="ieee")
 
     # The scale of a row of W, once for the finished sum. The last factor is STEP.
-    y *= (tl.load(S + n, n < N, 0.0) * 7.874015718698502e-3)[None, :]
+    scale = tl.load(S + n, n < N, 0.0) * 7.874015718698502e-3
+    y *= scale[None, :]
     at = (part * M + m)[:, None] * N + n[None, :]
     tl.store(Y + at, y.to(Y.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
 
@@ -165,7 +168,8 @@ def _matmul(x: Tensor, weight: Tensor, SCB: Tensor) -> Tensor:
     # and the parts are summed in float32.
     sizes = tile_sizes(M)
     tiles = divide_up(N, sizes["BLOCK_N"])
-    parts = max(1, min(2 * multiprocessors(x) // max(1, tiles), K // sizes["BLOCK_K"]))
+    wanted = 2 * multiprocessors(x) // max(1, tiles)
+    parts = max(1, min(wanted, K // sizes["BLOCK_K"]))
     y = x.new_empty(parts, M, N, dtype=x.dtype if parts == 1 else torch.float32)
     if y.numel():
         matmul_kernel[(tiles, parts)](x, weight, SCB, y, M, N, K, **sizes, num_stages=3)

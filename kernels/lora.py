@@ -191,7 +191,8 @@ def down_kernel(
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = load_dropped(X, SEEDS + g, start, K, k, T, threshold, BLOCK_T)
-        a = tl.load(A + g * RANK * K + (r[:, None] * K + k[None, :]), (k < K)[None, :], 0.0)
+        a_at = A + g * RANK * K + (r[:, None] * K + k[None, :])
+        a = tl.load(a_at, (k < K)[None, :], 0.0)  # (RANK, BLOCK_K)
         h = tl.dot(a, tl.trans(x), h, input_precision="ieee")
 
     at = H + (start * G + g) * RANK + (t[None, :] * (G * RANK) + r[:, None])
@@ -259,8 +260,10 @@ def add_kernel(
         one = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
         for first in range(0, RANK, BLOCK_R):
             r = first + tl.arange(0, BLOCK_R)
-            dh = tl.load(DH + (start * G + g) * RANK + (t * (G * RANK) + r[None, :]), inside, 0.0)
-            a = tl.load(A + g * RANK * K + (r[:, None] * K + k), k < K, 0.0)
+            dh_at = DH + (start * G + g) * RANK + (t * (G * RANK) + r[None, :])
+            dh = tl.load(dh_at, inside, 0.0)  # (BLOCK_T, BLOCK_R)
+            a_at = A + g * RANK * K + (r[:, None] * K + k)
+            a = tl.load(a_at, k < K, 0.0)  # (BLOCK_R, BLOCK_K)
             one = tl.dot(dh, a, one, input_precision="ieee")
         total += tl.where(kept(SEEDS + g, start + t, k, K, threshold), one, 0.0)
 
@@ -431,7 +434,10 @@ def _gradient_of_A(
         dA = (dh.flatten(1).t() @ x).view(G, rank, K)
 
     # Without the ranks that were filled up; a copy, as an operation may not return views.
-    return [d[: len(A)].to(A.dtype, copy=True) for d, A in zip(dA, As, strict=True)]
+    dAs = []
+    for padded, A in zip(dA, As, strict=True):
+        dAs.append(padded[: len(A)].to(A.dtype, copy=True))
+    return dAs
 
 
 def _gradient_of_x(

@@ -313,7 +313,8 @@ def matmul_kernel(
     for first in range(part * BLOCKS, each, tl.num_programs(1) * BLOCKS):
         b = first + tl.arange(0, BLOCKS)
         k = first * 2 * HALF + tl.arange(0, BLOCKS * 2 * HALF)
-        x = tl.load(X + m[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :], 0.0)
+        x_at = X + m[:, None] * K + k[None, :]
+        x = tl.load(x_at, (m < M)[:, None] & (k < K)[None, :], 0.0)
 
         block = tl.reshape(row[:, None] * each + b[None, :], (BLOCK_N * BLOCKS,))
         inside = tl.reshape((row < N)[:, None] & (b < each)[None, :], (BLOCK_N * BLOCKS,))
@@ -400,7 +401,8 @@ def _matmul(
     sizes = tile_sizes(M)
     tiles = divide_up(rows, sizes["BLOCK_N"])
     pieces = K // blocksize // sizes["BLOCKS"]
-    parts = max(1, min(4 * multiprocessors(x) // max(1, tiles), pieces))
+    wanted = 4 * multiprocessors(x) // max(1, tiles)
+    parts = max(1, min(wanted, pieces))
     y = x.new_empty(parts, M, rows, dtype=x.dtype if parts == 1 else torch.float32)
     if y.numel():
         matmul_kernel[(tiles, parts)](
