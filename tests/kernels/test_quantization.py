@@ -1,6 +1,7 @@
-"""NF4 and int8 are bitsandbytes' bytes; the dropout of adapters is one mask everywhere, and a good one.
+"""NF4 and int8 are bitsandbytes' bytes; the dropout of adapters is one good mask everywhere.
 
-That the kernels are exact, in value and gradient, is test_accuracy.py. Here: equality of every bit.
+That the kernels are exact, in value and gradient, is test_accuracy.py. Here: equality of every
+bit.
 """
 
 import pytest
@@ -47,7 +48,10 @@ def test_nf4_dequantized_is_bitsandbytes(name, function):
 
 
 def test_rows_that_are_not_whole_blocks():
-    """bitsandbytes' CPU code quantizes these in flat blocks and reads them back as if each row began one; we do not."""
+    """bitsandbytes' CPU code quantizes these in flat blocks, then reads each row as if it began one.
+
+    We do not.
+    """
     expected = golden("c")
     q, (rows, width) = nf4.NF4.from_state(expected), expected["weight_fp"].shape
     scale = (q.nested_quant_map[q.absmax.int()] * q.nested_absmax + q.nested_offset)[
@@ -188,7 +192,10 @@ def test_mask_wraps_after_32_bits():
 @pytest.mark.parametrize("p", [0.05, 0.25])
 @pytest.mark.parametrize("shape", [(512, 1024), (301, 1023)])
 def test_mask_is_random(p, shape):
-    """Its rate, its flat power spectrum (no period, row or column stands out), and no relation between two seeds."""
+    """Its rate, its flat power spectrum, and no relation between two seeds.
+
+    A flat spectrum: no period, row or column stands out.
+    """
     n = shape[0] * shape[1]
 
     def centred(seed):
@@ -285,8 +292,10 @@ def test_adapters_survive_compile(function, form):
         return first.square().sum() + second.sin().sum()
 
     seeds = torch.tensor([3, 4], device=DEVICE)
-    results = [(y := f(seeds), *torch.autograd.grad(y, leaves))
-               for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager"))]  # fmt: skip
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        y = f(seeds)
+        results.append((y, *torch.autograd.grad(y, leaves)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert {t._version for t in leaves} == {0}
