@@ -48,7 +48,7 @@ def test_nf4_dequantized_is_bitsandbytes(name, function):
 
 
 def test_rows_that_are_not_whole_blocks():
-    """bitsandbytes' CPU code quantizes these in flat blocks, then reads each row as if it began one.
+    """bitsandbytes' CPU code quantizes these in flat blocks, then reads each row as one begun anew.
 
     We do not.
     """
