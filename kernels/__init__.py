@@ -1,86 +1,76 @@
-"""One operation per file; see each file's docstring for its mathematics. Imports nothing of the project.
+"""The fused operations, one per file. Nothing of the project is imported here.
 
-Every file has the same order: docstring, `reference` in plain torch, Triton forward and backward, the autograd
-operation that torch.compile keeps, the one public function, and what tests/test_kernels.py and bench/kernels.py
-find it by: CASES, BUILDS, MUTATIONS. A public function picks Triton for tensors on a GPU and the reference elsewhere.
+Every operation's file has the same order, so one that is read explains the others:
+
+    docstring          the formulas, forward and backward, and the bytes that are moved
+    reference          the same in plain torch: what a CPU runs, and what the tests compare with
+    kernels            Triton, forward and backward
+    the operation      a custom op with its gradient, which torch.compile keeps whole
+    public function    picks Triton for tensors on a GPU and the reference elsewhere
+
+Begin with norms.py, where a program has one row. Then attention.py, whose tiles are in tiles.py;
+attention of one new token against a cache is decode.py. cross_entropy.py, glu.py, rope.py and
+lora.py are the rest of a model, nf4.py and int8.py are quantized weights.
+
+Three words of Triton. A kernel is run by many programs at once, each of which asks `tl.program_id`
+which part of the work is its own. Its values are tiles, whose sizes (`tl.constexpr`) are powers of
+two that the compiler knows. What of a tile lies beyond the end of a tensor is masked in every load
+and store.
+
+The inputs on which kernels are tested, what they are compiled for, and the mistakes that tests must
+see are in tests/kernels/cases/.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-os.environ.setdefault(
-    "TRITON_DEFAULT_FP_FUSION", "1"
-)  # a * b + c as one instruction; Triton 3.10 will not by itself
+# a * b + c as one instruction, with one rounding; Triton 3.10 does not do it by itself.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is none for macOS and Windows; every operation has its reference
-
+except ImportError:
+    # There is no Triton for macOS and Windows. Every operation has its reference, and the kernels
+    # stay functions that nothing calls.
     class triton:  # noqa: N801
         @staticmethod
         def jit(f=None, **_):
-            return f or (lambda g: g)
+            if f is None:
+                return lambda function: function
+            return f
 
     tl = None
 
 
 def fused(x: Tensor) -> bool:
-    """Whether Triton runs on this tensor."""
+    """Return whether Triton runs on this tensor."""
     return x.is_cuda and tl is not None
 
 
-def processors(x: Tensor) -> int:
-    """Multiprocessors of x's GPU; a few for the interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
+def multiprocessors(x: Tensor) -> int:
+    """Return the number of multiprocessors of x's GPU; a few for the interpreter."""
+    if not x.is_cuda:
+        return 8
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def hopper(x: Tensor) -> bool:
-    """Whether x's GPU is an H100, H200 or GH200, which the interpreter poses as."""
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+def is_hopper(x: Tensor) -> bool:
+    """Return whether x's GPU is an H100, H200 or GH200 (sm_90), which the interpreter poses as."""
+    if not x.is_cuda:
+        return True
+    return torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
-class Case(NamedTuple):
-    """Inputs of an odd size on which `fused` must be as exact as `reference`, in every gradient too.
-
-    inputs(generator) makes the arguments; float32 tensors are cast to the dtype under test, others stay. `grads` are
-    the numbers of the arguments that have gradients.
-    """
-
-    name: str
-    fused: Callable
-    reference: Callable
-    inputs: Callable[[torch.Generator], tuple]
-    grads: tuple[int, ...] = ()
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two from n on, which a tile that holds n numbers is wide."""
+    return 1 << (n - 1).bit_length()
 
 
-class Build(NamedTuple):
-    """One kernel as it is compiled for a GPU that is not there: pointer types by argument, constants, warps, stages.
-
-    `types` gives Triton's names ("*bf16", "*fp32", "i32", "fp32"; "i32:16" where every model has a multiple of 16);
-    arguments that it leaves out are in `constants`.
-    """
-
-    kernel: object
-    types: dict[str, str]
-    constants: dict[str, object]
-    warps: int = 4
-    stages: int = 2
-    targets: tuple[int, ...] = (80, 89, 90, 100)  # compute capabilities that it is launched on
-
-
-class Mutation(NamedTuple):
-    """A mistake (`old` -> `new` in the file's source) that the comparison with fp64 must catch in `case`."""
-
-    old: str
-    new: str
-    case: str
-
-
-def randn(g: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=g)
+def divide_up(n: int, size: int) -> int:
+    """Return how many blocks of `size` hold n numbers."""
+    return -(-n // size)

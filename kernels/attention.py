@@ -1,310 +1,611 @@
-"""Softmax attention: dense batches and packed rows of samples here, one new token against a cache in kernels/decode.py.
+"""Softmax attention of dense batches and of packed rows of samples, in the way of FlashAttention.
 
-    s_ij = scale * q_i . k_j      p_ij = exp(s_ij - lse_i)      lse_i = log sum_j exp(s_ij)      o_i = sum_j p_ij v_j
+    s_ij = scale q_i . k_j             lse_i = log sum_j exp(s_ij)
+    p_ij = exp(s_ij - lse_i)           o_i = sum_j p_ij v_j
 
-over the keys j that i may see: j <= i where causal, j in the same sample where packed. Backward, from lse alone:
+over the keys j that query i may see: j <= i where causal, j in the same sample where packed. The
+backward pass needs only lse of the softmax:
 
-    delta_i = do_i . o_i                   ds_ij = p_ij * (do_i . v_j - delta_i)
-    dq_i = scale * sum_j ds_ij k_j         dk_j = scale * sum_i ds_ij q_i         dv_j = sum_i p_ij do_i
+    delta_i = do_i . o_i               ds_ij = p_ij (do_i . v_j - delta_i)
+    dq_i = scale sum_j ds_ij k_j       dk_j = scale sum_i ds_ij q_i       dv_j = sum_i p_ij do_i
 
-T tokens, S samples, B batch, H query heads, K key-value heads (H a multiple of K), d head width.
-scale is 1/sqrt(d) unless given, and positive. The softmax, lse and every sum are float32 in every dtype.
+    B batch    T tokens (queries)    M keys    S samples    d head width
+    H query heads    K key-value heads    G = H / K query heads that share a key head
+    BM queries and BN keys of one block    D1 + D2 columns of a head, cut in two (kernels/tiles.py)
 
-The scores stay on the chip, block by block. Bytes moved, forward: q, k, v in, o out, 2 T d (H + K) elements, where
-separate operations also move T^2 H several times. Backward: a kernel over blocks of queries (delta, dq) and one over
-blocks of keys (dk, dv), which sums the query heads of its key head itself. So scores are computed twice (on sm_90 three
-times above d = 128: dk, then dv), but no sum depends on which program comes first: deterministic. Blocks that the
-causal mask empties are never visited.
-The pieces, and how a head of 80 columns is cut into 64 and 16, are in kernels/decode.py.
+scale is 1/sqrt(d) unless given, and positive. The softmax, lse and every sum are float32 in every
+dtype. lse is kept in base 2: the machine's exponential is 2^x, so scores are multiplied by
+scale * log2(e) once and every exp below is an exp2.
+
+The scores stay on the chip, block by block. Bytes moved, forward: q, k, v in, o out, that is 2 T d
+(H + K) elements, where separate operations also move T^2 H several times. Backward: one kernel over
+blocks of queries makes delta and dq, one over blocks of keys makes dk and dv and sums the query
+heads of its key head itself. So the scores are computed twice (on sm_90 three times above d = 128:
+dk, then dv), but no sum depends on which program comes first: gradients are deterministic. Blocks
+that the causal mask empties are never visited.
+
+The file in order: references, `forward_kernel`, `query_kernel`, `key_kernel`, block sizes, launch,
+the operation, and the public `attention` and `attention_packed`. One new token against a cache is
+kernels/decode.py.
 
 Dao et al., FlashAttention, 2022; Dao, FlashAttention-2, 2023.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, Case, Mutation, hopper, randn, tl, triton
-from kernels.decode import (
-    add,
-    attention_decode,
-    eligible,
-    group,
-    inner,
-    load,
-    rows,
-    softmax,
-    store,
-    widths,
-    zeros,
+from kernels import divide_up, is_hopper, tl, triton
+from kernels.decode import attention_decode
+from kernels.tiles import (
+    dot_add,
+    dot_transposed,
+    fits_tiles,
+    group_size,
+    head_strided,
+    load_rows,
+    online_softmax,
+    split_width,
+    store_rows,
+    zero_rows,
 )
 
 __all__ = ["attention", "attention_decode", "attention_packed"]
 
 
+# ------------------------------------------------------------------ plain torch
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    """Return attention of a dense batch: q (B, T, H, d), k and v (B, M, K, d) -> (B, T, H, d)."""
+    q = q.transpose(1, 2)  # (B, H, T, d)
+    k = k.transpose(1, 2)  # (B, K, M, d)
+    v = v.transpose(1, 2)
     grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
-    ).transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return o.transpose(1, 2)
 
 
 def reference_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
 ) -> Tensor:
-    tokens, samples = q.size(0), cu_seqlens.numel() - 1
+    """Return causal attention inside each sample of a row; shapes as in `attention_packed`."""
+    tokens = q.size(0)
+    samples = cu_seqlens.numel() - 1
     if samples == 1:
         return reference(q[None], k[None], v[None], True, scale)[0]
+
+    # On a CPU, and for very unequal lengths, padding costs more than a loop over the samples. A
+    # trace of torch.compile cannot loop: how many samples there are is not known to it.
     lengths = cu_seqlens.diff()
-    if not torch.compiler.is_compiling() and (q.is_cpu or samples * max_seqlen > 2 * tokens):
-        # On a CPU, and for very unequal lengths, padding costs more than a loop, which only a trace cannot take.
-        parts = [t.split(lengths.tolist()) for t in (q, k, v)]
-        return torch.cat(
-            [reference(*(t[None] for t in s), True, scale)[0] for s in zip(*parts, strict=True)]
-        )
-    # Pad on the right. Under a causal mask no real token sees the padding behind it, so no mask is needed.
-    start = torch.arange(samples, device=q.device) * max_seqlen - cu_seqlens[:-1]
-    slot = torch.arange(tokens, device=q.device) + start.repeat_interleave(
-        lengths, output_size=tokens
-    )
+    unequal = samples * max_seqlen > 2 * tokens
+    if not torch.compiler.is_compiling() and (q.is_cpu or unequal):
+        sizes = lengths.tolist()
+        outputs = []
+        for one_q, one_k, one_v in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+            outputs.append(reference(one_q[None], one_k[None], one_v[None], True, scale)[0])
+        return torch.cat(outputs)
 
-    def pad(t: Tensor) -> Tensor:
-        rows = t.new_zeros(samples * max_seqlen, *t.shape[1:]).index_copy(0, slot, t)
-        return rows.view(samples, max_seqlen, *t.shape[1:])
+    # Pad on the right. Under a causal mask no real token sees the padding behind it, so no mask is
+    # needed. `slot` is where each token of the row goes.
+    shift = torch.arange(samples, device=q.device) * max_seqlen - cu_seqlens[:-1]
+    shift_of_token = shift.repeat_interleave(lengths, output_size=tokens)
+    slot = torch.arange(tokens, device=q.device) + shift_of_token
 
-    return reference(pad(q), pad(k), pad(v), True, scale).flatten(0, 1).index_select(0, slot)
+    def pad(x: Tensor) -> Tensor:
+        padded = x.new_zeros(samples * max_seqlen, *x.shape[1:]).index_copy(0, slot, x)
+        return padded.view(samples, max_seqlen, *x.shape[1:])
+
+    o = reference(pad(q), pad(k), pad(v), True, scale)  # (S, longest, H, d)
+    return o.flatten(0, 1).index_select(0, slot)
+
+
+# ------------------------------------------------------------------ Triton: forward
 
 
 @triton.jit
-def _place(CU, TQ, TK, heads, blocks, PACKED: tl.constexpr, REVERSE: tl.constexpr):
-    """This program's block and head, where its sample begins and how long it is, as queries and as keys."""
-    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    block = (
-        blocks - 1 - block if REVERSE else block
-    )  # the longest work first: what starts last should be short
-    sample, head = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
+def find_place(CU, max_q, max_k, heads, blocks, PACKED: tl.constexpr, LONGEST_FIRST: tl.constexpr):
+    """Return this program's block and head, and where its sample begins and how long it is.
+
+    -> block, head, first query of the sample, its first key, its queries, its keys.
+    Under a causal mask the last block has the most keys. It should start first: what starts last
+    should be short, or the others wait for it.
+    """
+    block = tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    if LONGEST_FIRST:
+        block = blocks - 1 - block
+    sample = (rest // heads).to(tl.int64)
+    head = (rest % heads).to(tl.int64)
+
     if PACKED:
         begin = tl.load(CU + sample).to(tl.int64)
         length = (tl.load(CU + sample + 1) - begin).to(tl.int32)
         return block, head, begin, begin, length, length
     else:
-        return block, head, sample * TQ, sample * TK, TQ, TK
+        return block, head, sample * max_q, sample * max_k, max_q, max_k
 
 
 @triton.jit
-def _seen(row, start, tk, CAUSAL: tl.constexpr, BN: tl.constexpr):
-    key = start + tl.arange(0, BN)[None, :]
-    return (key < tk) & (key <= row[:, None]) if CAUSAL else key < tk
+def visible(query, first_key, keys, CAUSAL: tl.constexpr, BN: tl.constexpr):
+    """Return which of BN keys exist, (1, BN), and are seen by each query, (BM, BN) where causal."""
+    key = first_key + tl.arange(0, BN)[None, :]
+    if CAUSAL:
+        return (key < keys) & (key <= query[:, None])
+    else:
+        return key < keys
 
 
-@triton.jit(do_not_specialize=["T", "TQ", "TK", "blocks"])
+@triton.jit(do_not_specialize=["T", "max_q", "max_k", "blocks"])
 def forward_kernel(
-    Q, K, V, OUT, LSE, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """BM queries of one head per program, over blocks of BN keys: first those that all of them see, then the edge.
+    Q,  # (T, H, d)
+    K,  # (keys, K, d)
+    V,
+    OUT,  # (T, H, d)
+    LSE,  # (H, T) float32, in base 2
+    CU,  # (S + 1,) int32 if PACKED: where samples begin
+    q_token,  # from one token of Q to the next, in heads: times D, in numbers
+    q_head,  # from one head of Q to the next, in heads
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    T,
+    max_q,  # queries of every sample, if not PACKED
+    max_k,  # keys of every sample, if not PACKED
+    H,
+    G,
+    blocks,  # of the longest sample
+    scale,
+    PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Compute o and lse of BM queries of one head, in a loop over blocks of BN keys.
 
-    Masks cost as much as the softmax, so the loop is written out without and with them. It counts blocks: where ptxas
-    sees that a loop is run but once, it waits for every matrix product of the kernel.
+    Masks cost as much as the softmax, so the loop is written twice: over the blocks that all the
+    queries see whole, without masks, then over those at the edge (the diagonal, the last keys).
+    Each loop counts blocks. Where it counted keys in steps of BN, ptxas could see that a loop runs
+    only once, and would then wait for each matrix product of the kernel.
     """
-    block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H, blocks, PACKED, CAUSAL)
+    # Place: the block's first query, and the keys and values of its key head.
+    block, head, begin_q, begin_k, queries, keys = find_place(
+        CU, max_q, max_k, H, blocks, PACKED, CAUSAL
+    )
     first = block * BM
-    if first >= tq:
+    if first >= queries:
         return
-    K += begin_k * kt * D + head // G * kh * D
-    V += begin_k * vt * D + head // G * vh * D
-    q1, q2 = load(Q + begin_q * qt * D + head * qh * D, first, tq, qt * D, BM, D, D1, D2)
-    row, c = (
-        first + tl.arange(0, BM),
-        scale * 1.4426950408889634,
-    )  # the machine's exponential is of 2
-    top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
-    o1, o2 = zeros(BM, D1, D2)
-    end = tl.minimum(first + BM, tk) if CAUSAL else tk
-    whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN
-    for edge in tl.static_range(2):
-        for i in range(edge * whole, tl.cdiv(end, BN) if edge else whole):
+    K += begin_k * k_token * D + head // G * k_head * D
+    V += begin_k * v_token * D + head // G * v_head * D
+
+    # Load the queries once; they stay on the chip.
+    Q += begin_q * q_token * D + head * q_head * D
+    q1, q2 = load_rows(Q, first, queries, q_token * D, BM, D, D1, D2)
+    query = first + tl.arange(0, BM)
+    scale_log2 = scale * 1.4426950408889634  # times log2(e)
+
+    # The softmax so far, in float32.
+    row_max = tl.full((BM,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)
+    acc1, acc2 = zero_rows(BM, D1, D2)
+
+    # Causal: the last query of the block sees keys up to its own, and its first query sees all keys
+    # of the `whole` blocks before it.
+    if CAUSAL:
+        end = tl.minimum(first + BM, keys)
+        whole = tl.minimum(first, keys) // BN
+    else:
+        end = keys
+        whole = keys // BN
+
+    for EDGE in tl.static_range(2):
+        if EDGE:
+            begin_block = whole
+            end_block = tl.cdiv(end, BN)
+        else:
+            begin_block = 0
+            end_block = whole
+
+        for i in range(begin_block, end_block):
             start = i * BN
-            k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2, edge)
-            s = inner(q1, q2, k1, k2, D2)
-            if edge:
-                s = tl.where(_seen(row, start, tk, CAUSAL, BN), s, float("-inf"))
-            v1, v2 = load(V, start, tk, vt * D, BN, D, D1, D2, edge)
-            top, total, o1, o2 = softmax(s, c, top, total, o1, o2, v1, v2, D2)
-    total = tl.where(total > 0, total, 1.0)  # no key at all: the output is 0
-    at = (begin_q * H + head) * D
-    store(OUT + at, o1 / total[:, None], o2 / total[:, None], first, tq, H * D, BM, D, D1, D2)
-    tl.store(LSE + head * T + begin_q + row, top * c + tl.log2(total), row < tq)
+            k1, k2 = load_rows(K, start, keys, k_token * D, BN, D, D1, D2, EDGE)
+            s = dot_transposed(q1, q2, k1, k2, D2)  # (BM, BN)
+            if EDGE:
+                s = tl.where(visible(query, start, keys, CAUSAL, BN), s, float("-inf"))
+            v1, v2 = load_rows(V, start, keys, v_token * D, BN, D, D1, D2, EDGE)
+            row_max, row_sum, acc1, acc2 = online_softmax(
+                s, scale_log2, row_max, row_sum, acc1, acc2, v1, v2, D2
+            )
+
+    # Divide by the sum; where there was no key at all, the output is 0.
+    row_sum = tl.where(row_sum > 0, row_sum, 1.0)
+    OUT += (begin_q * H + head) * D
+    o1 = acc1 / row_sum[:, None]
+    o2 = acc2 / row_sum[:, None]
+    store_rows(OUT, o1, o2, first, queries, H * D, BM, D, D1, D2)
+    at = LSE + head * T + begin_q + query
+    lse = row_max * scale_log2 + tl.log2(row_sum)
+    tl.store(at, lse, query < queries)
 
 
-@triton.jit(do_not_specialize=["T", "TQ", "TK", "blocks"])
+# ------------------------------------------------------------------ Triton: backward
+
+
+@triton.jit(do_not_specialize=["T", "max_q", "max_k", "blocks"])
 def query_kernel(
-    Q, K, V, OUT, DO, LSE, PAIRS, DQ, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """dq of BM queries of one head, in the order of the forward pass; and their pairs (lse, delta), side by side."""
-    block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H, blocks, PACKED, CAUSAL)
+    Q,
+    K,
+    V,
+    OUT,  # (T, H, d)
+    DO,  # (T, H, d)
+    LSE,  # (H, T)
+    PAIRS,  # (H, T, 2), filled for key_kernel: lse and delta of a query, side by side
+    DQ,  # (T, H, d)
+    CU,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    T,
+    max_q,
+    max_k,
+    H,
+    G,
+    blocks,
+    scale,
+    PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Compute dq of BM queries of one head, over the keys in the order of the forward pass.
+
+    The arguments without a comment are as in `forward_kernel`. The queries' pairs (lse, delta) are
+    stored, too: `key_kernel` then loads both in one piece.
+    """
+    # Place, as in the forward pass.
+    block, head, begin_q, begin_k, queries, keys = find_place(
+        CU, max_q, max_k, H, blocks, PACKED, CAUSAL
+    )
     first = block * BM
-    if first >= tq:
+    if first >= queries:
         return
-    K += begin_k * kt * D + head // G * kh * D
-    V += begin_k * vt * D + head // G * vh * D
-    at, per_row = (begin_q * H + head) * D, head * T + begin_q
-    row, c = first + tl.arange(0, BM), scale * 1.4426950408889634
-    o1, o2 = load(OUT + at, first, tq, H * D, BM, D, D1, D2)
-    g1, g2 = load(DO + at, first, tq, H * D, BM, D, D1, D2)
-    delta = tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
+    K += begin_k * k_token * D + head // G * k_head * D
+    V += begin_k * v_token * D + head // G * v_head * D
+    rows = (begin_q * H + head) * D  # of the sample's first query, in OUT, DO and DQ
+    number = head * T + begin_q  # of the sample's first query, in LSE and PAIRS
+    query = first + tl.arange(0, BM)
+    scale_log2 = scale * 1.4426950408889634  # times log2(e)
+
+    # delta = do . o, in float32 from rounded outputs.
+    o1, o2 = load_rows(OUT + rows, first, queries, H * D, BM, D, D1, D2)
+    do1, do2 = load_rows(DO + rows, first, queries, H * D, BM, D, D1, D2)
+    delta = tl.sum(o1.to(tl.float32) * do1.to(tl.float32), 1)  # (BM,)
     if D2:
-        delta += tl.sum(o2.to(tl.float32) * g2.to(tl.float32), 1)
-    lse = tl.load(LSE + per_row + row, row < tq, float("inf"))
-    pair = PAIRS + 2 * (per_row + row)[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(pair, tl.join(lse, delta), (row < tq)[:, None])
-    q1, q2 = load(Q + begin_q * qt * D + head * qh * D, first, tq, qt * D, BM, D, D1, D2)
-    dq1, dq2 = zeros(BM, D1, D2)
-    end = tl.minimum(first + BM, tk) if CAUSAL else tk
-    whole = (tl.minimum(first, tk) if CAUSAL else tk) // BN
-    for edge in tl.static_range(2):
-        for i in range(edge * whole, tl.cdiv(end, BN) if edge else whole):
+        delta += tl.sum(o2.to(tl.float32) * do2.to(tl.float32), 1)
+
+    # A query that does not exist has lse = inf, so every p of its row is 0.
+    lse = tl.load(LSE + number + query, query < queries, float("inf"))
+    pair = PAIRS + 2 * (number + query)[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(pair, tl.join(lse, delta), (query < queries)[:, None])
+
+    Q += begin_q * q_token * D + head * q_head * D
+    q1, q2 = load_rows(Q, first, queries, q_token * D, BM, D, D1, D2)
+    dq1, dq2 = zero_rows(BM, D1, D2)
+
+    # The two loops of the forward pass: blocks that all queries see whole, then the edge.
+    if CAUSAL:
+        end = tl.minimum(first + BM, keys)
+        whole = tl.minimum(first, keys) // BN
+    else:
+        end = keys
+        whole = keys // BN
+
+    for EDGE in tl.static_range(2):
+        if EDGE:
+            begin_block = whole
+            end_block = tl.cdiv(end, BN)
+        else:
+            begin_block = 0
+            end_block = whole
+
+        for i in range(begin_block, end_block):
             start = i * BN
-            k1, k2 = load(K, start, tk, kt * D, BN, D, D1, D2, edge)
-            p = tl.exp2(inner(q1, q2, k1, k2, D2) * c - lse[:, None])
-            if edge:
-                p = tl.where(_seen(row, start, tk, CAUSAL, BN), p, 0.0)
-            v1, v2 = load(V, start, tk, vt * D, BN, D, D1, D2, edge)
-            ds = p * (inner(g1, g2, v1, v2, D2) - delta[:, None])
-            dq1, dq2 = add(dq1, dq2, ds, k1, k2, D2)
-    store(DQ + at, dq1 * scale, dq2 * scale, first, tq, H * D, BM, D, D1, D2)
+            k1, k2 = load_rows(K, start, keys, k_token * D, BN, D, D1, D2, EDGE)
+            p = tl.exp2(dot_transposed(q1, q2, k1, k2, D2) * scale_log2 - lse[:, None])  # (BM, BN)
+            if EDGE:
+                p = tl.where(visible(query, start, keys, CAUSAL, BN), p, 0.0)
+            v1, v2 = load_rows(V, start, keys, v_token * D, BN, D, D1, D2, EDGE)
+            ds = p * (dot_transposed(do1, do2, v1, v2, D2) - delta[:, None])
+            dq1, dq2 = dot_add(dq1, dq2, ds, k1, k2, D2)
+
+    store_rows(DQ + rows, dq1 * scale, dq2 * scale, first, queries, H * D, BM, D, D1, D2)
 
 
-@triton.jit(do_not_specialize=["T", "TQ", "TK", "blocks"])
+@triton.jit(do_not_specialize=["T", "max_q", "max_k", "blocks"])
 def key_kernel(
-    Q, K, V, DO, PAIRS, DK, DV, CU, qt, qh, kt, kh, vt, vh, T, TQ, TK, H, G, blocks, scale, PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """dk (if KEYS) and dv (if VALUES) of BN keys of one key head, over its G query heads and their blocks of queries:
-    first blocks that see all the keys, then those at the diagonal and the last, partial one.
+    Q,
+    K,
+    V,
+    DO,  # (T, H, d)
+    PAIRS,  # (H, T, 2): lse and delta
+    DK,  # (keys, K, d)
+    DV,
+    CU,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    T,
+    max_q,
+    max_k,
+    H,
+    G,
+    blocks,
+    scale,
+    PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Compute dk (if KEYS) and dv (if VALUES) of BN keys of one key head.
 
-    p and ds are transposed, (BN, BM), to be left operands, which stay in registers. Queries beyond the end are
-    zeros, do and delta too, and so add nothing; keys beyond the end are not stored."""
-    block, head, begin_q, begin_k, tq, tk = _place(CU, TQ, TK, H // G, blocks, PACKED, False)
+    It loops over the G query heads of the key head and the blocks of BM queries of each: first the
+    blocks that see all the keys, without masks, then those at the edge: the diagonal, and the last,
+    partial one. p and ds are transposed, (BN, BM), so that they are left operands of a matrix
+    product: these may stay in registers, right ones must go to shared memory.
+
+    Queries beyond the end need no mask: their q, do and delta are loaded as zeros, so they add
+    nothing. Keys beyond the end are computed and not stored.
+    """
+    # Place: the block's first key. K and V are read once and stay on the chip.
+    block, head, begin_q, begin_k, queries, keys = find_place(
+        CU, max_q, max_k, H // G, blocks, PACKED, False
+    )
     first = block * BN
-    if first >= tk:
+    if first >= keys:
         return
-    k1, k2 = load(K + begin_k * kt * D + head * kh * D, first, tk, kt * D, BN, D, D1, D2)
+    K += begin_k * k_token * D + head * k_head * D
+    k1, k2 = load_rows(K, first, keys, k_token * D, BN, D, D1, D2)
     v1, v2 = k1, k2
     if KEYS:
-        v1, v2 = load(V + begin_k * vt * D + head * vh * D, first, tk, vt * D, BN, D, D1, D2)
-    c, row, key = scale * 1.4426950408889634, tl.arange(0, BM), first + tl.arange(0, BN)
-    dk1, dk2 = zeros(BN, D1, D2)
-    dv1, dv2 = zeros(BN, D1, D2)
-    Q += begin_q * qt * D + head * G * qh * D
+        V += begin_k * v_token * D + head * v_head * D
+        v1, v2 = load_rows(V, first, keys, v_token * D, BN, D, D1, D2)
+
+    scale_log2 = scale * 1.4426950408889634  # times log2(e)
+    row = tl.arange(0, BM)
+    key = first + tl.arange(0, BN)
+    dk1, dk2 = zero_rows(BN, D1, D2)
+    dv1, dv2 = zero_rows(BN, D1, D2)
+
+    # The first of the G query heads.
+    Q += begin_q * q_token * D + head * G * q_head * D
     DO += (begin_q * H + head * G) * D
     PAIRS += 2 * (head * G * T + begin_q)
-    near = first // BM * BM if CAUSAL else 0  # no query before this one sees a key of the block
-    diagonal = tl.cdiv(tl.maximum(tl.minimum(first + BN, tq) - near, 0), BM) if CAUSAL else 0
-    whole = tl.maximum(tl.maximum(tq - near, 0) // BM - diagonal, 0)
-    far, last = near + diagonal * BM, near + (diagonal + whole) * BM
-    for edge in tl.static_range(2):
-        count = diagonal + (last < tq) if edge else whole
-        for i in range(count * G):  # one loop, so that loads run ahead from one head into the next
-            h, start = (i // count).to(tl.int64), i % count * BM
-            start = tl.where(start < diagonal * BM, near + start, last) if edge else far + start
+
+    # The queries in order. Causal: none before `near` sees a key of the block, and the `diagonal`
+    # blocks from there on see some of them. From `far` on `whole` blocks see all keys, and at
+    # `last` there may be a partial block.
+    if CAUSAL:
+        near = first // BM * BM
+        diagonal = tl.cdiv(tl.maximum(tl.minimum(first + BN, queries) - near, 0), BM)
+    else:
+        near = 0
+        diagonal = 0
+    whole = tl.maximum(tl.maximum(queries - near, 0) // BM - diagonal, 0)
+    far = near + diagonal * BM
+    last = near + (diagonal + whole) * BM
+
+    for EDGE in tl.static_range(2):
+        if EDGE:
+            count = diagonal + (last < queries)
+        else:
+            count = whole
+
+        # One loop over heads and blocks, so that loads run ahead from one head into the next.
+        for i in range(count * G):
+            h = (i // count).to(tl.int64)
+            start = i % count * BM
+            if EDGE:
+                start = tl.where(start < diagonal * BM, near + start, last)
+            else:
+                start = far + start
+
             pair = PAIRS + 2 * (h * T + start) + 2 * row[:, None] + tl.arange(0, 2)[None, :]
-            lse, delta = tl.split(
-                tl.load(pair, (row < tq - start)[:, None], 0.0) if edge else tl.load(pair)
-            )
-            q1, q2 = load(Q + h * qh * D, start, tq, qt * D, BM, D, D1, D2, edge)
-            p = tl.exp2(inner(k1, k2, q1, q2, D2) * c - lse[None, :])
-            if edge and CAUSAL:
+            if EDGE:
+                lse, delta = tl.split(tl.load(pair, (row < queries - start)[:, None], 0.0))
+            else:
+                lse, delta = tl.split(tl.load(pair))
+
+            q1, q2 = load_rows(Q + h * q_head * D, start, queries, q_token * D, BM, D, D1, D2, EDGE)
+            p = tl.exp2(dot_transposed(k1, k2, q1, q2, D2) * scale_log2 - lse[None, :])  # (BN, BM)
+            if EDGE and CAUSAL:
                 p = tl.where(key[:, None] <= (start + row)[None, :], p, 0.0)
-            g1, g2 = load(DO + h * D, start, tq, H * D, BM, D, D1, D2, edge)
+
+            do1, do2 = load_rows(DO + h * D, start, queries, H * D, BM, D, D1, D2, EDGE)
             if VALUES:
-                dv1, dv2 = add(dv1, dv2, p, g1, g2, D2)
+                dv1, dv2 = dot_add(dv1, dv2, p, do1, do2, D2)
             if KEYS:
-                ds = p * (inner(v1, v2, g1, g2, D2) - delta[None, :])
-                dk1, dk2 = add(dk1, dk2, ds, q1, q2, D2)
-    at, stride = (begin_k * (H // G) + head) * D, H // G * D
+                ds = p * (dot_transposed(v1, v2, do1, do2, D2) - delta[None, :])
+                dk1, dk2 = dot_add(dk1, dk2, ds, q1, q2, D2)
+
+    rows = (begin_k * (H // G) + head) * D
+    stride = H // G * D
     if KEYS:
-        store(DK + at, dk1 * scale, dk2 * scale, first, tk, stride, BN, D, D1, D2)
+        store_rows(DK + rows, dk1 * scale, dk2 * scale, first, keys, stride, BN, D, D1, D2)
     if VALUES:
-        store(DV + at, dv1, dv2, first, tk, stride, BN, D, D1, D2)
+        store_rows(DV + rows, dv1, dv2, first, keys, stride, BN, D, D1, D2)
 
 
-# Queries, keys, warps and stages of loads under way, by kernel and the widest head they are for, such that all numbers
-# stay in registers. On sm_90 a block is 128 rows by what fits there and in 227 KiB of shared memory: its matrix unit
-# takes 64 rows of each 4 warps, and L2 is read once for all of them. The others fit in sm_89's 99 KiB.
-_BLOCKS = {
-    "forward": {128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
-    "query": {128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
-    "key": {80: (32, 128, 8, 2), 96: (16, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-}
-_BLOCKS_90 = {
-    "forward": {
-        64: (128, 128, 8, 3),
-        96: (128, 128, 8, 2),
-        128: (128, 64, 8, 3),
-        256: (128, 32, 8, 2),
+# ------------------------------------------------------------------ block sizes and launch
+
+
+class Blocks(NamedTuple):
+    """Queries and keys of a block, warps of a program, stages of loads under way at once."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+# By kernel, then by the widest head they are for. What limits them is registers: all numbers of a
+# program must stay in them, and the compile test fails where one is spilled to memory. These fit in
+# the 99 KiB of shared memory of an sm_89, and in those of sm_80 and sm_100.
+BLOCKS = {
+    "forward": {128: Blocks(128, 64, 8, 2), 256: Blocks(32, 32, 4, 2)},
+    "query": {128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 8, 1)},
+    "key": {
+        80: Blocks(32, 128, 8, 2),
+        96: Blocks(16, 128, 8, 2),
+        128: Blocks(64, 64, 8, 2),
+        256: Blocks(32, 32, 8, 2),
     },
-    "query": {96: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
-    "key": {80: (64, 128, 8, 3), 256: (32, 128, 8, 2)},
 }
 
+# On sm_90 a block is 128 rows by what fits in registers and in 227 KiB of shared memory: the matrix
+# unit takes 64 rows from each 4 warps, and one read of L2 serves all of them.
+BLOCKS_HOPPER = {
+    "forward": {
+        64: Blocks(128, 128, 8, 3),
+        96: Blocks(128, 128, 8, 2),
+        128: Blocks(128, 64, 8, 3),
+        256: Blocks(128, 32, 8, 2),
+    },
+    "query": {96: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 32, 8, 2)},
+    "key": {80: Blocks(64, 128, 8, 3), 256: Blocks(32, 128, 8, 2)},
+}
 
-def _blocks(kernel: str, d: int, dtype: torch.dtype, sm90: bool) -> dict:
-    sizes = next(b for width, b in (_BLOCKS_90 if sm90 else _BLOCKS)[kernel].items() if d <= width)
-    if dtype == torch.float32:  # no matrix unit multiplies it exactly
-        sizes = (16, 32, 4, 1) if d <= 96 else (16, 16, 8, 1)
-    return dict(zip(("BM", "BN", "num_warps", "num_stages"), sizes, strict=True))
+# No matrix unit multiplies float32 exactly: the products take so many registers that blocks are
+# small.
+FLOAT32_NARROW = Blocks(16, 32, 4, 1)
+FLOAT32_WIDE = Blocks(16, 16, 8, 1)
 
 
-def _parts(d: int, sm90: bool) -> list[dict]:
-    each = (
-        ((True, False), (False, True)) if sm90 and d > 128 else ((True, True),)
-    )  # both sums would not fit
-    return [{"KEYS": keys, "VALUES": values} for keys, values in each]
+def choose_blocks(kernel: str, d: int, dtype: torch.dtype, hopper: bool) -> Blocks:
+    """Return the block sizes of "forward", "query" or "key" for heads of d columns."""
+    if dtype == torch.float32:
+        return FLOAT32_NARROW if d <= 96 else FLOAT32_WIDE
+    table = BLOCKS_HOPPER if hopper else BLOCKS
+    for widest, blocks in table[kernel].items():
+        if d <= widest:
+            return blocks
+    raise ValueError(f"no block holds a head of {d} columns")
+
+
+def key_passes(d: int, hopper: bool) -> list[dict[str, bool]]:
+    """Return what each launch of `key_kernel` computes: dk and dv together, or one after the other.
+
+    In Hopper's large blocks both sums of a wide head would not fit in registers.
+    """
+    if hopper and d > 128:
+        return [{"KEYS": True, "VALUES": False}, {"KEYS": False, "VALUES": True}]
+    return [{"KEYS": True, "VALUES": True}]
+
+
+class Layout(NamedTuple):
+    """What all kernels of a call share beside the tensors. Without cu_seqlens samples are equal."""
+
+    cu_seqlens: Tensor | None  # (S + 1,) int32
+    samples: int
+    max_q: int  # queries of the longest sample
+    max_k: int  # keys of the longest sample
+    causal: bool
+    scale: float | None
 
 
 def _launch(
-    kernel, name: str, q, k, v, others, cu, samples, longest_q, longest_k, causal, scale, **flags
+    kernel, name: str, q: Tensor, k: Tensor, v: Tensor, others: tuple, layout: Layout, **flags: bool
 ):
-    """One program per block, head and sample, all in the first dimension (the others end at 65,535)."""
-    (T, H, d), K = q.shape, k.size(1)
-    sizes, heads = _blocks(name, d, q.dtype, hopper(q)), K if name == "key" else H
-    blocks = -(-longest_k // sizes["BN"]) if name == "key" else -(-longest_q // sizes["BM"])
-    if blocks * samples * heads:
-        q, k, v = map(rows, (q, k, v))
-        kernel[(blocks * samples * heads,)](
-            q, k, v, *others, q if cu is None else cu, *(x.stride(i) // d for x in (q, k, v) for i in (0, 1)), T,
-            longest_q, longest_k, H, group(H, K), blocks, d**-0.5 if scale is None else scale, PACKED=cu is not None,
-            CAUSAL=causal, **widths(d), **sizes, **flags,
-        )  # fmt: skip
+    """Run one program per block, head and sample; `others` are the tensors between V and CU.
+
+    All of them are numbered in the grid's first dimension, as the other two end at 65,535.
+    """
+    T, H, d = q.shape
+    K = k.size(1)
+    sizes = choose_blocks(name, d, q.dtype, is_hopper(q))
+    if name == "key":
+        heads = K
+        blocks = divide_up(layout.max_k, sizes.BN)
+    else:
+        heads = H
+        blocks = divide_up(layout.max_q, sizes.BM)
+    programs = blocks * layout.samples * heads
+    if programs == 0:
+        return
+
+    # Distances between tokens and between heads, in heads.
+    strides = []
+    q, k, v = head_strided(q), head_strided(k), head_strided(v)
+    for x in (q, k, v):
+        strides += [x.stride(0) // d, x.stride(1) // d]
+
+    packed = layout.cu_seqlens is not None
+    kernel[(programs,)](
+        q,
+        k,
+        v,
+        *others,
+        layout.cu_seqlens if packed else q,  # not read where samples are equal
+        *strides,
+        T,
+        layout.max_q,
+        layout.max_k,
+        H,
+        group_size(H, K),
+        blocks,
+        d**-0.5 if layout.scale is None else layout.scale,
+        PACKED=packed,
+        CAUSAL=layout.causal,
+        **split_width(d),
+        **sizes._asdict(),
+        **flags,
+    )
+
+
+# ------------------------------------------------------------------ the operation and its gradient
 
 
 @torch.library.custom_op("barellava::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, samples: int, longest_q: int, longest_k: int, causal: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor | None,
+    samples: int,
+    max_q: int,
+    max_k: int,
+    causal: bool,
     scale: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q (T, H, d), k and v (keys, K, d); without cu all samples have the longest length -> o, lse (H, T) in base 2."""
-    o, lse = q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-    _launch(
-        forward_kernel,
-        "forward",
-        q,
-        k,
-        v,
-        (o, lse),
-        cu,
-        samples,
-        longest_q,
-        longest_k,
-        causal,
-        scale,
-    )
+) -> tuple[Tensor, Tensor]:
+    """q (T, H, d), k and v (keys, K, d), all samples one behind another -> o, lse (H, T) in base 2.
+
+    cu (S + 1,) says where samples begin; without it all of them have max_q queries and max_k keys.
+    """
+    layout = Layout(cu, samples, max_q, max_k, causal, scale)
+    o = q.new_empty(q.shape)
+    lse = q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+    _launch(forward_kernel, "forward", q, k, v, (o, lse), layout)
     return o, lse
 
 
@@ -315,18 +616,30 @@ def _(q, k, v, *_):
 
 @torch.library.custom_op("barellava::attention_backward", mutates_args=())
 def _attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu: Tensor | None,
-    samples: int, longest_q: int, longest_k: int, causal: bool, scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (dq, dk, dv), pairs, do = (
-        (x.new_empty(x.shape) for x in (q, k, v)),
-        lse.new_empty(*lse.shape, 2),
-        do.contiguous(),
-    )
-    rest = cu, samples, longest_q, longest_k, causal, scale
-    _launch(query_kernel, "query", q, k, v, (o, do, lse, pairs, dq), *rest)
-    for part in _parts(q.size(-1), hopper(q)):
-        _launch(key_kernel, "key", q, k, v, (do, pairs, dk, dv), *rest, **part)
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu: Tensor | None,
+    samples: int,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv in the shapes of q, k and v."""
+    layout = Layout(cu, samples, max_q, max_k, causal, scale)
+    dq = q.new_empty(q.shape)
+    dk = k.new_empty(k.shape)
+    dv = v.new_empty(v.shape)
+    pairs = lse.new_empty(*lse.shape, 2)
+    do = do.contiguous()
+
+    _launch(query_kernel, "query", q, k, v, (o, do, lse, pairs, dq), layout)
+    for computed in key_passes(q.size(-1), is_hopper(q)):
+        _launch(key_kernel, "key", q, k, v, (do, pairs, dk, dv), layout, **computed)
     return dq, dk, dv
 
 
@@ -336,138 +649,70 @@ def _(do, q, k, v, *_):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-    ctx.rest = inputs[4:]
+    q, k, v, cu, *ctx.numbers = inputs
+    o, lse = output
+    ctx.save_for_backward(q, k, v, o, lse, cu)
 
 
-def _gradients(ctx, do, _):
-    return *_attention_backward(do, *ctx.saved_tensors, *ctx.rest), *[None] * 6
+def _gradients(ctx, do, dlse):
+    dq, dk, dv = _attention_backward(do, *ctx.saved_tensors, *ctx.numbers)
+    return dq, dk, dv, None, None, None, None, None, None
 
 
 _attention.register_autograd(_gradients, setup_context=_save)
 
 
-def triton_attention(q, k, v, causal, scale=None):
-    # Under autocast a norm with float32 weights widens q and k; v says what the products are to be in.
-    packed = (x.flatten(0, 1).to(v.dtype) for x in (q, k, v))
-    return _attention(*packed, None, len(q), q.size(1), k.size(1), causal, scale)[0].view(q.shape)
+# ------------------------------------------------------------------ public
 
 
-def triton_packed(q, k, v, cu_seqlens, max_seqlen, scale=None):
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    return _attention(
-        q, k, v, cu_seqlens, len(cu_seqlens) - 1, max_seqlen, max_seqlen, True, scale
-    )[0]
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
+) -> Tensor:
+    """Return what `attention` does, by Triton on any device (the interpreter, on a CPU)."""
+    # Under autocast a norm with float32 weights widens q and k. v's dtype is that of the products.
+    o, _ = _attention(
+        q.flatten(0, 1).to(v.dtype),
+        k.flatten(0, 1).to(v.dtype),
+        v.flatten(0, 1),
+        None,
+        len(q),
+        q.size(1),
+        k.size(1),
+        causal,
+        scale,
+    )
+    return o.view(q.shape)
+
+
+def triton_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
+    """Return what `attention_packed` does, by Triton on any device."""
+    q = q.to(v.dtype)
+    k = k.to(v.dtype)
+    samples = len(cu_seqlens) - 1
+    o, _ = _attention(q, k, v, cu_seqlens, samples, max_seqlen, max_seqlen, True, scale)
+    return o
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
-    """Dense attention: q (B, T, H, d), k and v (B, M, K, d) -> (B, T, H, d); causal: query i sees keys 0 .. i."""
-    return (triton_attention if eligible(q) else reference)(q, k, v, causal, scale)
+    """Return dense attention: q (B, T, H, d), k and v (B, M, K, d) -> (B, T, H, d).
+
+    Where causal, query i sees keys 0 .. i. H is a multiple of K. With gradients.
+    """
+    if fits_tiles(q):
+        return triton_attention(q, k, v, causal, scale)
+    return reference(q, k, v, causal, scale)
 
 
 def attention_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
 ) -> Tensor:
-    """Causal attention inside each sample of a packed row; no token sees another sample.
+    """Return causal attention inside each sample of a packed row; no token sees another sample.
 
-    q (T, H, d), k and v (T, K, d), cu_seqlens (S+1,) int32 with sample s at [cu_seqlens[s], cu_seqlens[s+1]),
-    max_seqlen the longest sample -> (T, H, d).
+    q (T, H, d), k and v (T, K, d), cu_seqlens (S + 1,) int32 with sample s at [cu_seqlens[s],
+    cu_seqlens[s + 1]), max_seqlen the longest sample -> (T, H, d). With gradients.
     """
-    return (triton_packed if eligible(q) else reference_packed)(
-        q, k, v, cu_seqlens, max_seqlen, scale
-    )
-
-
-def _dense(
-    name: str,
-    B: int,
-    T: int,
-    M: int,
-    H: int,
-    K: int,
-    d: int,
-    causal: bool,
-    scale: float | None = None,
-) -> Case:
-    def inputs(g):
-        return randn(g, B, T, H, d), randn(g, B, M, K, d), randn(g, B, M, K, d), causal, scale
-
-    return Case(name, triton_attention, reference, inputs, (0, 1, 2))
-
-
-def _packed(name: str, lengths: tuple[int, ...], H: int, K: int, d: int) -> Case:
-    def inputs(g):
-        cu, T = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), sum(lengths)
-        return randn(g, T, H, d), randn(g, T, K, d), randn(g, T, K, d), cu, max(lengths)
-
-    return Case(name, triton_packed, reference_packed, inputs, (0, 1, 2))
-
-
-CASES = [
-    _dense("causal", 1, 129, 129, 2, 2, 64, True),
-    _dense("not causal", 2, 129, 129, 1, 1, 72, False),
-    _dense("one token", 2, 1, 1, 1, 1, 16, True)._replace(grads=(2,)),  # of q and k they are 0: no measure of an error
-    _dense("no sample", 0, 5, 5, 2, 2, 16, False),
-    _dense("no key", 1, 5, 0, 2, 1, 16, False),
-    _dense("no query", 1, 0, 5, 2, 1, 16, False),
-    _dense("few queries, grouped heads, scale", 2, 7, 129, 4, 1, 80, False, 0.2),
-    _dense("more queries than keys", 1, 129, 7, 1, 1, 96, False),
-    _dense("more queries than keys, causal", 1, 70, 40, 1, 1, 16, True),
-    Case("views of one projection", lambda x: triton_attention(*x.unbind(2), True),
-         lambda x: reference(*x.unbind(2), True), lambda g: (randn(g, 2, 40, 3, 2, 48),), (0,)),
-    Case("heads with a gap", lambda x: triton_attention(*[x[..., :16]] * 3, True),
-         lambda x: reference(*[x[..., :16]] * 3, True), lambda g: (randn(g, 2, 9, 2, 20),), (0,)),
-    _packed("packed", (7, 129, 1), 2, 1, 128),
-    _packed("packed, empty samples", (0, 5, 0, 1, 3, 0), 6, 2, 80),
-    _packed("packed, no token", (0, 0), 2, 1, 16),
-    _packed("packed, wide", (7, 66), 2, 1, 256),
-]  # fmt: skip
-
-_TYPES = (dict.fromkeys("Q K V OUT DO DQ DK DV".split(), "*bf16")
-          | dict.fromkeys("qt kt vt T TQ TK H G blocks".split(), "i32")
-          | {"LSE": "*fp32", "PAIRS": "*fp32", "CU": "*i32", "scale": "fp32"})  # fmt: skip
-
-
-def _builds(d: int, packed: bool, grouped: bool, sm90: bool) -> list[Build]:
-    ones = dict.fromkeys(
-        ("qh kh vh" if grouped else "qh kh vh G").split(), 1
-    )  # an argument of 1 is compiled in
-    constants, targets = (
-        {"PACKED": packed, "CAUSAL": packed} | ones | widths(d),
-        (90,) if sm90 else (80, 89, 100),
-    )
-    kernels = [(forward_kernel, "forward", {}), (query_kernel, "query", {})]
-    kernels += [(key_kernel, "key", part) for part in _parts(d, sm90)]
-    each = [
-        (kernel, part, *_blocks(name, d, torch.bfloat16, sm90).values())
-        for kernel, name, part in kernels
-    ]
-    return [Build(kernel, _TYPES, constants | part | {"BM": bm, "BN": bn}, warps, stages, targets)
-            for kernel, part, bm, bn, warps, stages in each]  # fmt: skip
-
-
-BUILDS = [
-    build
-    for sm90 in (False, True)
-    for shape in ((64, False, False), (64, True, False), (64, True, True), (72, False, False), (80, True, False),
-                  (96, True, False), (128, True, False), (128, True, True), (256, True, True))
-    for build in _builds(*shape, sm90)
-]  # fmt: skip
-MUTATIONS = [
-    Mutation("(key <= row[:, None])", "(key <= row[:, None] + 1)", "causal"),
-    Mutation("key[:, None] <= (start + row)", "key[:, None] < (start + row)", "causal"),
-    Mutation("if CAUSAL else key < tk", "if CAUSAL else key > -1", "not causal"),
-    Mutation("K += begin_k * kt", "K += 0 * kt", "packed, empty samples"),
-    Mutation("(i // count)", "(i // count * 0)", "few queries, grouped heads, scale"),
-    Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
-    Mutation("dq1 * scale, dq2 * scale", "dq1 * scale, dq2", "packed, empty samples"),
-    Mutation("diagonal + (last < tq)", "diagonal", "not causal"),
-    Mutation(" - delta[None, :]", "", "packed, empty samples"),
-    Mutation("delta += tl.sum(o2", "delta -= tl.sum(o2", "packed, empty samples"),
-]
-
-
-if __name__ == "__main__":
-    from bench.kernels import main
-
-    main(["attention"])
+    if fits_tiles(q):
+        return triton_packed(q, k, v, cu_seqlens, max_seqlen, scale)
+    return reference_packed(q, k, v, cu_seqlens, max_seqlen, scale)

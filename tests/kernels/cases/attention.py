@@ -1,0 +1,148 @@
+"""Attention: dense batches and packed rows, causal or not, every way to cut a head."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import attention
+from kernels.tiles import split_width
+from tests.kernels.cases import Build, Case, Mutation, randn
+
+
+def _dense(
+    name: str, B: int, T: int, M: int, H: int, K: int, d: int, causal: bool, scale=None
+) -> Case:
+    """T queries of H heads and M keys of K heads, in a batch of B."""
+
+    def inputs(g):
+        q = randn(g, B, T, H, d)
+        k = randn(g, B, M, K, d)
+        v = randn(g, B, M, K, d)
+        return q, k, v, causal, scale
+
+    return Case(name, attention.triton_attention, attention.reference, inputs, (0, 1, 2))
+
+
+def _packed(name: str, lengths: tuple[int, ...], H: int, K: int, d: int) -> Case:
+    """Samples of these lengths in one row."""
+
+    def inputs(g):
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        T = sum(lengths)
+        q = randn(g, T, H, d)
+        k = randn(g, T, K, d)
+        v = randn(g, T, K, d)
+        return q, k, v, cu_seqlens, max(lengths)
+
+    return Case(name, attention.triton_packed, attention.reference_packed, inputs, (0, 1, 2))
+
+
+def _of_one_projection(function):
+    """q, k and v are views of one tensor (B, T, 3, H, d)."""
+    return lambda x: function(*x.unbind(2), True)
+
+
+def _with_gaps(function):
+    """Heads are 16 of 20 columns: no whole heads apart, so a copy is needed."""
+    return lambda x: function(x[..., :16], x[..., :16], x[..., :16], True)
+
+
+CASES = [
+    _dense("causal", 1, 129, 129, 2, 2, 64, True),
+    _dense("not causal", 2, 129, 129, 1, 1, 72, False),
+    # The gradients of q and k are 0 here: nothing to measure an error by.
+    _dense("one token", 2, 1, 1, 1, 1, 16, True)._replace(grads=(2,)),
+    _dense("no sample", 0, 5, 5, 2, 2, 16, False),
+    _dense("no key", 1, 5, 0, 2, 1, 16, False),
+    _dense("no query", 1, 0, 5, 2, 1, 16, False),
+    _dense("few queries, grouped heads, scale", 2, 7, 129, 4, 1, 80, False, 0.2),
+    _dense("more queries than keys", 1, 129, 7, 1, 1, 96, False),
+    _dense("more queries than keys, causal", 1, 70, 40, 1, 1, 16, True),
+    Case(
+        "views of one projection",
+        _of_one_projection(attention.triton_attention),
+        _of_one_projection(attention.reference),
+        lambda g: (randn(g, 2, 40, 3, 2, 48),),
+        (0,),
+    ),
+    Case(
+        "heads with a gap",
+        _with_gaps(attention.triton_attention),
+        _with_gaps(attention.reference),
+        lambda g: (randn(g, 2, 9, 2, 20),),
+        (0,),
+    ),
+    _packed("packed", (7, 129, 1), 2, 1, 128),
+    _packed("packed, empty samples", (0, 5, 0, 1, 3, 0), 6, 2, 80),
+    _packed("packed, no token", (0, 0), 2, 1, 16),
+    _packed("packed, wide", (7, 66), 2, 1, 256),
+]
+
+_TYPES = {
+    **dict.fromkeys(("Q", "K", "V", "OUT", "DO", "DQ", "DK", "DV"), "*bf16"),
+    **dict.fromkeys(("LSE", "PAIRS"), "*fp32"),
+    "CU": "*i32",
+    **dict.fromkeys(("q_token", "k_token", "v_token"), "i32"),
+    **dict.fromkeys(("T", "max_q", "max_k", "H", "G", "blocks"), "i32"),
+    "scale": "fp32",
+}
+
+
+def _builds(d: int, packed: bool, grouped: bool, hopper: bool) -> list[Build]:
+    """All kernels for a head of d columns; packed rows are causal, dense batches are encoders'."""
+    # Triton compiles an argument that is 1 in as a constant.
+    ones = ["q_head", "k_head", "v_head"]
+    if not grouped:
+        ones.append("G")
+    constants = {"PACKED": packed, "CAUSAL": packed, **dict.fromkeys(ones, 1), **split_width(d)}
+
+    launches = [("forward", attention.forward_kernel, {}), ("query", attention.query_kernel, {})]
+    for computed in attention.key_passes(d, hopper):
+        launches.append(("key", attention.key_kernel, computed))
+
+    builds = []
+    for name, kernel, flags in launches:
+        blocks = attention.choose_blocks(name, d, torch.bfloat16, hopper)
+        sizes = {"BM": blocks.BM, "BN": blocks.BN}
+        builds.append(
+            Build(
+                kernel,
+                _TYPES,
+                constants | flags | sizes,
+                blocks.num_warps,
+                blocks.num_stages,
+                (90,) if hopper else (80, 89, 100),
+            )
+        )
+    return builds
+
+
+# Head width, packed, grouped heads.
+_SHAPES = [
+    (64, False, False),
+    (64, True, False),
+    (64, True, True),
+    (72, False, False),
+    (80, True, False),
+    (96, True, False),
+    (128, True, False),
+    (128, True, True),
+    (256, True, True),
+]
+BUILDS = []
+for _hopper in (False, True):
+    for _shape in _SHAPES:
+        BUILDS += _builds(*_shape, _hopper)
+
+MUTATIONS = [
+    Mutation("(key <= query[:, None])", "(key <= query[:, None] + 1)", "causal"),
+    Mutation("key[:, None] <= (start + row)", "key[:, None] < (start + row)", "causal"),
+    Mutation("else:\n        return key < keys", "else:\n        return key > -1", "not causal"),
+    Mutation("K += begin_k * k_token", "K += 0 * k_token", "packed, empty samples"),
+    Mutation("(i // count)", "(i // count * 0)", "few queries, grouped heads, scale"),
+    Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
+    Mutation("dq1 * scale, dq2 * scale", "dq1 * scale, dq2", "packed, empty samples"),
+    Mutation("diagonal + (last < queries)", "diagonal", "not causal"),
+    Mutation(" - delta[None, :]", "", "packed, empty samples"),
+    Mutation("delta += tl.sum(o2", "delta -= tl.sum(o2", "packed, empty samples"),
+]
