@@ -8,6 +8,9 @@ is an error that names the nearest known one. The resolved recipe (every field, 
 is saved beside the checkpoints. `base = "FILE.toml"` lays a recipe over another one, table by
 table, so that it states only what differs.
 
+To add a field, write it in its dataclass: `learning_rate: float = opt(1e-3, "why it exists")`. The
+TOML, the command line, --help and the saved recipe follow from that line.
+
 The file, from top to bottom:
 
     UserError, opt                    a mistake of the user; a field with its reason
@@ -52,10 +55,13 @@ def opt(default, why: str, choices: tuple[str, ...] = (), compare: bool = True):
     of comparisons, so a stopped run may go on with another value.
     """
     metadata = {"why": why, "choices": choices}
+
+    # Tables are made anew for each recipe: dataclasses forbid to share a default that can change.
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata, compare=compare)
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata, compare=compare)
+
     return field(default=default, metadata=metadata, compare=compare)
 
 
@@ -100,7 +106,7 @@ class Model:
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres: high resolution, see views.py",
+        "square resizes; pad makes a square first; tiles, anyres: high resolution, see tiling.py",
         ("square", "pad", "tiles", "anyres"),
     )
     image_grids: str = opt(
@@ -110,7 +116,7 @@ class Model:
     fps: float = opt(0.0, "so many a second instead, at most `frames`; 0 = always `frames`")
 
     @property
-    def text(self) -> str:
+    def tokenizer_source(self) -> str:
         """The folder or id that the tokenizer comes from."""
         return self.tokenizer or self.llm or self.checkpoint
 
@@ -343,13 +349,18 @@ def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
     """
     names_a_file = bool(argv) and "=" not in argv[0]
     if names_a_file:
-        path, overrides = Path(argv[0]), argv[1:]
+        path = Path(argv[0])
+        overrides = argv[1:]
     else:
-        path, overrides = Path(default), argv
+        path = Path(default)
+        overrides = argv
 
+    # Plain tables first, so that a base and the command line can change any part of them.
     table = _read(path, folder=Path(default).parent)
     for override in overrides:
         _override(table, override)
+
+    # Then dataclasses, which check every key and value.
     recipe = _build(Recipe, table, str(path))
     if not recipe.stage:
         raise UserError(path, "no stage", "write a [stage.NAME] table")
@@ -377,9 +388,9 @@ def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
         raise UserError(path, f"not TOML: {e}", "mend that line") from None
 
     name = _convert(table.pop("base", ""), str, f"{path}:base", ())
-    base = path.parent / name
-    if base == path.parent:  # there is none
+    if Path(name) == Path():  # there is none
         return table
+    base = path.parent / name
     return _merge(_read(base, base.parent, (*above, path)), table)
 
 
@@ -416,6 +427,7 @@ def _override(table: dict, text: str):
             what = f"{raw!r} is not a {expected}"
             raise UserError(f"command line:{dotted}", what, f"write a {expected}") from None
 
+    # The tables on the way to the key need not be in the file.
     *outer, last = dotted.split(".")
     for key in outer:
         table = table.setdefault(key, {})
@@ -440,15 +452,17 @@ def _type_of(dotted: str, table: dict):
                 what = "unknown stage" if depth == 1 else "unknown source"
                 fix = _nearest(key, known) if known else "add its table"
                 raise UserError(where, what, fix)
-            cls = typing.get_args(cls)[1]
+            _, cls = typing.get_args(cls)  # of dict[str, Stage]
 
-        # Inside llm_config, say: a value is what TOML makes of it.
+        # Inside a plain dict, as llm_config is: a value is what TOML makes of it.
         elif cls is dict:
             return None
 
-        # A field of a dataclass. A key below a number or a string has none to be.
+        # Below a number or a string there are no keys. The field itself may have been meant.
         elif not is_dataclass(cls):
             raise UserError(where, "unknown key", _nearest(key, [".".join(keys[:depth])]))
+
+        # A field of a dataclass.
         else:
             hints = typing.get_type_hints(cls)
             if key not in hints:
@@ -477,9 +491,11 @@ def _build(cls, table: dict, where: str, path: str = ""):
         if is_dataclass(kind):
             values[key] = _build(kind, value, where, full)
         elif typing.get_origin(kind) is dict:
-            values[key] = _build_named(typing.get_args(kind)[1], value, where, full)
+            _, named = typing.get_args(kind)  # of dict[str, Stage]
+            values[key] = _build_named(named, value, where, full)
         else:
-            values[key] = _convert(value, kind, f"{where}:{full}", known[key].metadata["choices"])
+            choices = known[key].metadata["choices"]
+            values[key] = _convert(value, kind, f"{where}:{full}", choices)
     return cls(**values)
 
 
@@ -494,10 +510,10 @@ def _convert(value, kind, where: str, choices: tuple[str, ...]):
     """Return one TOML value as `kind`. Raises UserError for another type or choice."""
     # In Python True is an int, but `seed = true` is a mistake.
     is_bool = isinstance(value, bool)
+
+    # `fps = 1` is as good as 1.0.
     if kind is float and isinstance(value, int) and not is_bool:
         value = float(value)
-    if kind is str and isinstance(value, Path):
-        value = str(value)
 
     if not isinstance(value, kind) or (is_bool and kind is not bool):
         raise UserError(where, f"{value!r} is not a {kind.__name__}", f"write a {kind.__name__}")
@@ -533,6 +549,7 @@ def _write_table(part, path: str, lines: list[str]):
     if path:
         lines.append(f"[{path}]")
 
+    # In TOML a table's own fields come before the tables in it.
     nested = []
     for f in fields(part):
         if not f.compare:
@@ -542,7 +559,8 @@ def _write_table(part, path: str, lines: list[str]):
         if is_dataclass(value):
             nested.append((full, value))
         elif isinstance(value, dict) and value and all(map(is_dataclass, value.values())):
-            nested += [(f"{full}.{name}", table) for name, table in value.items()]
+            for name, table in value.items():
+                nested.append((f"{full}.{name}", table))
         else:
             lines.append(f"{f.name} = {_toml(value)}")
 
@@ -562,12 +580,14 @@ def _toml(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-MIXTURE = "stage.NAME.mixture.SOURCE"
-
-
 def help_table() -> str:
     """Return every field with its type, default and reason, in the order of a recipe."""
-    sections = {"model": Model, "train": Train, "stage.NAME": Stage, MIXTURE: Source}
+    sections = {
+        "model": Model,
+        "train": Train,
+        "stage.NAME": Stage,
+        "stage.NAME.mixture.SOURCE": Source,
+    }
     lines: list[str] = []
     for path, cls in sections.items():
         _describe(cls, path, lines)
@@ -588,8 +608,12 @@ def _describe(cls, path: str, lines: list[str]):
         if is_dataclass(kind):
             nested.append((kind, f"{path}.{f.name}"))
             continue
-        default = json.dumps({} if f.default_factory is dict else f.default)
-        lines.append(f"  {f.name:<24}{kind.__name__:<7}{default:<14}{f.metadata['why']}")
+
+        default = f.default
+        if f.default_factory is dict:
+            default = {}
+        what = f"{f.name:<24}{kind.__name__:<7}{json.dumps(default):<13}"
+        lines.append(f"  {what} {f.metadata['why']}")
 
     for kind, full in nested:
         _describe(kind, full, lines)
@@ -602,6 +626,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its complaints in the one-line form."""
 
     def error(self, message: str):
+        """End with one line, where argparse would also print the usage."""
         sys.exit(f"error: command line: {message}; fix: see python {self.prog} --help")
 
 
@@ -613,21 +638,23 @@ def parser(doc: str) -> Parser:
 def cli(main: Callable[[list[str]], object], doc: str, fields_help: bool = False):
     """Run a script: call main with the command line; end with one line if the user made a mistake.
 
-    A mistake of the user is a ValueError that says its fix (a UserError, or what templates.py
-    raises). Its line goes to stderr and the exit code is 1. Any other exception is one of ours and
-    keeps its traceback.
+    A mistake of the user is a ValueError that says its fix: a UserError, or what
+    inputs/templates.py raises. Its line goes to stderr, and the exit code is 1. Any other exception
+    is a mistake of ours and keeps its traceback.
 
     fields_help: answer --help here, with the docstring and every field of a recipe. Otherwise
     main's own parser answers it.
     """
-    asks_for_help = "-h" in sys.argv[1:] or "--help" in sys.argv[1:]
+    argv = sys.argv[1:]
+    asks_for_help = "-h" in argv or "--help" in argv
     if asks_for_help and fields_help:
         print(doc.strip() + "\n" + help_table())
         return
+
     try:
-        main(sys.argv[1:])
+        main(argv)
     except ValueError as e:
         if "; fix: " not in str(e):
             raise
-        sys.stdout.flush()
+        sys.stdout.flush()  # what was printed before stays above the error
         sys.exit(f"error: {e}")

@@ -4,6 +4,23 @@
     connector = build_connector("resampler", vision_dim=1152, text_dim=2560, num_queries=64)
     features = connector(tokens)                                   # (N, n, C) -> (N, m, D)
 
+To add a connector, write its module anywhere above the menu and give the menu one entry. Nothing
+else in the project changes: training, inference, checkpoints and tests look the entry up.
+
+    class Average(nn.Module):
+        def __init__(self, vision_dim: int, text_dim: int, every: int): ...
+        def forward(self, x: Tensor) -> Tensor: ...     # (N, n, C) -> (N, n // every, D)
+
+    def one_of_every(n: int, every: int) -> int:
+        return n // every
+
+    CONNECTORS = {
+        ...
+        "average": Connector(Average, options={"every": 4}, tokens=one_of_every),
+    }
+
+A recipe then says connector = "average" and, for another size, connector_options = {every = 2}.
+
 In the order of the file:
 
     identity, mlp, MixtureMLP            a token in, a token out
@@ -11,13 +28,13 @@ In the order of the file:
     Resampler, NaiveResampler,           learnt latents read the tokens, however many there are
         GroupResampler
     QFormer                              learnt queries read the tokens, in a BERT
-    CONNECTORS                           the menu: name -> module, options, number of tokens
+    Connector, CONNECTORS                the menu: name -> module, options, number of tokens
     build_connector, connector_tokens    what the rest of the code calls
     join_views                           the views of one item, as its connector reads them
 
 N images, n tokens in and m tokens out per image, C vision width, D text width, W width inside a
-Q-Former, v views, d width of a head. Parameters have TinyLLaVA's names. To add a connector, write
-its module and one entry of CONNECTORS.
+Q-Former, v views, d width of a head, s stretches of a group resampler. Parameters have TinyLLaVA's
+names.
 """
 
 from __future__ import annotations
@@ -51,6 +68,8 @@ def identity(vision_dim: int, text_dim: int) -> nn.Module:
 def mlp(vision_dim: int, text_dim: int, depth: int = 2) -> nn.Sequential:
     """Return `depth` linears with GELU between them; two are LLaVA-1.5's (Liu et al., 2023)."""
     layers = [nn.Linear(vision_dim, text_dim)]
+
+    # The first linear changes the width, the others keep it.
     for _ in range(depth - 1):
         layers.append(GELU())
         layers.append(nn.Linear(text_dim, text_dim))
@@ -73,6 +92,8 @@ class MixtureMLP(nn.Module):
         clip, dinov2 = x.unbind(1)  # (N, n, C) each
         clip = self.clip(clip)  # (N, n, D)
         dinov2 = self.dinov2(dinov2)
+
+        # Both encoders cut the picture into the same patches, so a pair shows one place.
         pairs = torch.stack([clip, dinov2], dim=2)  # (N, n, 2, D)
         return pairs.flatten(1, 2)
 
@@ -93,8 +114,11 @@ class MLPWithNewline(nn.Sequential):
             what = "anyres takes a connector mlpNx_gelu"
             raise UserError("model.image_mode", what, "use one, or tiles")
         super().__init__(*layers)
+
+        # LLaVA-NeXT draws it with standard deviation 1 / sqrt(D).
         width = layers[-1].out_features
-        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+        newline = torch.randn(width) * width**-0.5
+        self.image_newline = nn.Parameter(newline)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, n + 1, D) of (N, n, C): the MLP's tokens of each image, then the newline."""
@@ -104,14 +128,15 @@ class MLPWithNewline(nn.Sequential):
 
 
 def anyres_order(shape: ItemShape, n: int) -> Tensor:
-    """Return which tokens of MLPWithNewline stand in the text for an anyres item, in their order.
+    """Return which tokens stand in the text for an anyres item, as indices in the text's order.
 
-    The item has `shape.views` views of n tokens: first the whole picture, then its tiles. Its
-    tokens in the text are those of the first view, then those of the tiles as of one large
-    picture: row by row, without the border, and a newline behind each row.
+    They are indices into the item's own tokens and one newline behind them: `shape.views` views of
+    n tokens each, first the whole picture, then its tiles. The text has the tokens of the first
+    view, then those of the tiles as of one large picture: row by row, without the border, and a
+    newline behind each row.
     """
-    side = isqrt(n)
-    newline = shape.views * n  # the last token
+    side = isqrt(n)  # a view is a square of tokens
+    newline = shape.views * n
     whole = torch.arange(n)
 
     # The indices of the tiles' tokens, laid out like the picture.
@@ -136,6 +161,7 @@ class PerceiverAttention(nn.Module):
         super().__init__()
         self.heads = heads
         inner = heads * head_width
+
         self.norm_media = LayerNorm(width)
         self.norm_latents = LayerNorm(width)
         self.to_q = nn.Linear(width, inner, bias=False)
@@ -148,8 +174,11 @@ class PerceiverAttention(nn.Module):
         latents = self.norm_latents(latents)
         source = torch.cat([x, latents], dim=1)  # (N, n + m, D)
 
+        # Keys and values come from one linear, as in the released weights.
+        q = self.to_q(latents)
         k, v = self.to_kv(source).chunk(2, dim=-1)
-        q = self.to_q(latents).unflatten(-1, (self.heads, -1))  # (N, m, heads, d)
+
+        q = q.unflatten(-1, (self.heads, -1))  # (N, m, heads, d)
         k = k.unflatten(-1, (self.heads, -1))  # (N, n + m, heads, d)
         v = v.unflatten(-1, (self.heads, -1))
 
@@ -179,6 +208,8 @@ class Resampler(nn.Module):
         self.linear = nn.Linear(vision_dim, text_dim)
         latents = nn.init.normal_(torch.empty(num_queries, text_dim))
         self.latents = nn.Parameter(latents)
+
+        # A layer is a pair without a name: `layers.0.0` attends and `layers.0.1` is its MLP.
         self.layers = nn.ModuleList()
         for _ in range(num_resampler_layers):
             layer = [PerceiverAttention(text_dim), feed_forward(text_dim)]
@@ -187,10 +218,11 @@ class Resampler(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """Return the latents (N, m, D) after they read tokens x (N, n, D) of the text's width."""
-        latents = self.latents.expand(len(x), -1, -1)
+        latents = self.latents.expand(len(x), -1, -1)  # (N, m, D), the same for every image
         for attend, mlp in self.layers:
             latents = latents + attend(x, latents)
             latents = latents + mlp(latents)
+
         return self.norm(latents)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,11 +236,16 @@ def sinusoids(x: Tensor) -> Tensor:
     Sine and cosine alternate, and the frequency falls along the width.
     """
     n, width = x.shape[1:]
+
+    # Half as many frequencies as channels, rounded up: 1 for the first, toward 1 / 10000.
     exponent = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
-    frequency = 10000**-exponent
-    angle = torch.arange(n, device=x.device)[:, None] * frequency  # (n, D / 2), rounded up
-    waves = torch.stack([angle.sin(), angle.cos()], dim=-1)
-    return waves.flatten(1)[:, :width].to(x.dtype)
+    frequency = 10000**-exponent  # (D / 2,)
+
+    place = torch.arange(n, device=x.device)
+    angle = place[:, None] * frequency  # (n, D / 2)
+    waves = torch.stack([angle.sin(), angle.cos()], dim=-1)  # (n, D / 2, 2)
+    waves = waves.flatten(1)[:, :width]  # of an odd width the last cosine is left out
+    return waves.to(x.dtype)
 
 
 class NaiveResampler(Resampler):
@@ -242,11 +279,15 @@ class GroupResampler(Resampler):
             where = "model.connector_options.group"
             what = f"{group} do not divide num_queries {num_queries}"
             raise UserError(where, what, "choose a divisor")
-        super().__init__(vision_dim, text_dim, num_queries // group, num_resampler_layers)
+
+        # Each stretch is read by all the latents there are, so together they make num_queries.
+        latents_per_stretch = num_queries // group
+        super().__init__(vision_dim, text_dim, latents_per_stretch, num_resampler_layers)
         self.group = group
 
     def read_stretches(self, stretches: Tensor) -> Tensor:
         """Return the latents (N, s * m, D) of s stretches (N, s, size, D), each read alone."""
+        # Stretches are read as if each were an image, so that none sees another.
         latents = self.read(stretches.flatten(0, 1))  # (N * s, m, D)
         return latents.view(len(stretches), -1, latents.size(-1))
 
@@ -259,13 +300,16 @@ class GroupResampler(Resampler):
         split = longer * (size + 1)
         first = x[:, :split].unflatten(1, (longer, size + 1))
         rest = x[:, split:].unflatten(1, (self.group - longer, size))
+        first = self.read_stretches(first)
+        rest = self.read_stretches(rest)
 
-        latents = torch.cat([self.read_stretches(first), self.read_stretches(rest)], dim=1)
+        latents = torch.cat([first, rest], dim=1)  # (N, m, D)
         return latents + sinusoids(latents)
 
 
 # --------------------------------------------------------------------------------------- Q-Former
 
+# The eps of BERT's norms, and the sizes of bert-base.
 BERT_EPS = 1e-12
 BERT_BASE = {
     "hidden_size": 768,
@@ -319,7 +363,7 @@ class BertAttention(nn.Module):
         v = project.value(source)
         q = self.split_heads(q)  # (N, heads, m, d)
         k = self.split_heads(k)  # (N, heads, n, d)
-        v = self.split_heads(v)
+        v = self.split_heads(v)  # (N, heads, n, d)
 
         # Not the fused attention. The queries' entries are nearly equal before they are normalised,
         # which makes this connector so sensitive to rounding that another order of sums alone
@@ -352,8 +396,9 @@ class BertLayer(nn.Module):
         self.output_query = BertOutput(intermediate, width)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Return the second half of the layer, norm included."""
-        return self.output_query(self.intermediate_query(x), x)
+        """Return the queries x (N, m, W) after the second half of the layer, norm included."""
+        hidden = self.intermediate_query(x)  # (N, m, intermediate)
+        return self.output_query(hidden, x)
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """Return the queries x (N, m, W) after the layer, which does not look at the features."""
@@ -404,6 +449,7 @@ class QFormer(nn.Module):
         queries = nn.init.normal_(torch.empty(1, num_queries, hidden_size), std=0.02)
         self.query_tokens = nn.Parameter(queries)
 
+        # Layers 0, 2, 4, ... attend to the image.
         layers = nn.ModuleList()
         sizes = (hidden_size, num_attention_heads, intermediate_size)
         for i in range(num_hidden_layers):
@@ -422,15 +468,21 @@ class QFormer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (N, m, D) of (N, n, C)."""
+        # The norm has no weight or bias, and is therefore not in the files.
         width = self.query_tokens.size(-1)
         x = F.layer_norm(self.query_tokens, (width,), eps=BERT_EPS)  # (1, m, W)
-        x = x.expand(len(features), -1, -1)
+        x = x.expand(len(features), -1, -1)  # (N, m, W), the same for every image
+
         for layer in self.bert.encoder.layer:
             x = layer(x, features)
+
         return self.projector(x)
 
 
 # --------------------------------------------------------------------------------------- the menu
+
+# How many tokens a connector makes of n: the functions for Connector.tokens. Each is called with
+# all of the connector's options, and takes the one that it needs.
 
 
 def as_many(n: int, **options: int) -> int:
@@ -449,22 +501,32 @@ def as_many_as_queries(n: int, num_queries: int, **options: int) -> int:
 
 
 class Connector(NamedTuple):
-    """An entry of the menu."""
+    """An entry of the menu: how a connector is built, and how many tokens it makes."""
 
-    build: Callable[..., nn.Module]  # called with (vision_dim, text_dim, **options)
-    options: dict[str, int] = {}  # names and defaults; all are positive integers
-    tokens: Callable[..., int] = as_many  # (n, **options) -> tokens in the text
-    mean: bool = False  # reads the mean of an item's views, not all their tokens
+    # Called with (vision_dim, text_dim, **options), it returns a module (N, n, C) -> (N, m, D).
+    build: Callable[..., nn.Module]
+
+    # The names of its options and their defaults. All are positive integers.
+    options: dict[str, int] = {}
+
+    # Called with (n, **options), it returns m. The text is laid out by it before any picture is
+    # encoded.
+    tokens: Callable[..., int] = as_many
+
+    # Whether it reads the mean of an item's views instead of the tokens of all of them.
+    mean: bool = False
 
 
 MLPS = {f"mlp{depth}x_gelu": Connector(partial(mlp, depth=depth)) for depth in range(1, 9)}
 
 CONNECTORS = {
+    # A token in, a token out.
     "identity": Connector(identity),
     "linear": Connector(nn.Linear),
     **MLPS,
     "mean_mlp2x_gelu": Connector(mlp, mean=True),
     "mof_mlp": Connector(MixtureMLP, tokens=of_two_encoders),
+    # As many tokens out as there are queries.
     "resampler": Connector(
         Resampler,
         options={"num_queries": 128, "num_resampler_layers": 3},
@@ -488,6 +550,9 @@ CONNECTORS = {
 }
 
 
+# -------------------------------------------------------------- what the rest of the code calls
+
+
 def _choose(spec: str, options: dict[str, int]) -> tuple[Connector, dict[str, int]]:
     """Return the entry of an exact name, and its options with the defaults filled in."""
     if spec not in CONNECTORS:
@@ -501,10 +566,13 @@ def _choose(spec: str, options: dict[str, int]) -> tuple[Connector, dict[str, in
             if connector.options:
                 fix = f"one of {', '.join(connector.options)}"
             raise UserError(where, f"unknown to {spec}", fix)
+
         # Not isinstance: True is an int, too.
         if type(value) is not int or value < 1:
             fix = f"the default is {connector.options[name]}"
             raise UserError(where, f"{value!r} is not a positive integer", fix)
+
+    # Options on the right of | win over the defaults.
     return connector, connector.options | options
 
 
@@ -525,9 +593,13 @@ def connector_tokens(spec: str, tokens: int, views: int = 1, **options: int) -> 
     UserError as build_connector does.
     """
     connector, options = _choose(spec, options)
-    if not connector.mean:
-        tokens = views * tokens
-    return connector.tokens(tokens, **options)
+
+    # As in join_views: the mean of the views has the tokens of one view.
+    if connector.mean:
+        n = tokens
+    else:
+        n = views * tokens
+    return connector.tokens(n, **options)
 
 
 def join_views(spec: str, x: Tensor) -> Tensor:
@@ -538,6 +610,9 @@ def join_views(spec: str, x: Tensor) -> Tensor:
     """
     if CONNECTORS[spec].mean:
         return x.mean(1)
-    if x.dim() == 5:
+
+    # In a mixture, the views of one encoder come together.
+    is_mixture = x.dim() == 5
+    if is_mixture:
         x = x.transpose(1, 2)  # (N, 2, v, n, C)
     return x.flatten(-3, -2)

@@ -6,17 +6,24 @@
     python data.py inspect --data rows.json --tokenizer DIR --template phi [--row 7]
     python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # tars of 1000 MB
 
-A row is {"id": ..., "image": "a.jpg" | ["a.jpg", "b.jpg"] | absent, "conversations": [{"from":
-"human" | "gpt", "value": "... <image> ..."}, ...]}, or has "video" in place of "image". Rows are
-read by inputs/rows.py, and inputs/sample.py makes samples of them. Here
+A row is what LLaVA's data sets have, with "video" in place of "image" for a video:
 
-    Order         says which row is the k-th sample of training: a permutation for each epoch
-    Steps         takes global_batch samples for each optimizer step and packs them into batches
-    loader        has worker processes make steps ahead
-    token_counts  measures all rows, so that ranks can share the tokens of a step evenly
-    check, inspect and the command come last
+    {"id": ..., "image": "a.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat is this?"},
+        {"from": "gpt", "value": "A cat."}]}
 
-What training sees is a function of (seed, i) for step i, and of nothing else: it is the same on any
+"image" may be a list of files, or be absent. Rows are read by inputs/rows.py, and inputs/sample.py
+makes samples of them. This file, from top to bottom:
+
+    make_spec, stage_spec    how a row becomes a sample: tokenizer, template, limits
+    Order                    which row is the k-th sample of training: a permutation for each epoch
+    Steps, Step              global_batch samples for each optimizer step, packed into micro-batches
+    loader                   worker processes that make steps ahead
+    token_counts             the length of every row, so that ranks can share tokens evenly
+    check, inspect           a look at the rows before training
+    main                     the command
+
+What training sees at step i is a function of (seed, i) and of nothing else: it is the same on any
 number of ranks and workers, and after any restart.
 """
 
@@ -29,8 +36,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,9 +76,13 @@ GIVE_UP = 100
 def make_spec(tokenizer: str, template: str, max_tokens: int, views: Tiling) -> SampleSpec:
     """Return a spec for a tokenizer (a folder or Hugging Face id) and a template that fits it.
 
-    Without a tokenizer, a token is a byte. Raise UserError.
+    Without a tokenizer, a token is a byte. Raises UserError for a tokenizer that cannot be loaded,
+    and for a template that is unknown or does not fit.
     """
-    folder = resolve(tokenizer, small=True) if tokenizer else None
+    folder = None
+    if tokenizer:
+        folder = resolve(tokenizer, small=True)
+
     try:
         tok = load_tokenizer(folder) if folder else byte_tokenizer()
         templates.resolve(template, tok)
@@ -81,13 +94,13 @@ def make_spec(tokenizer: str, template: str, max_tokens: int, views: Tiling) -> 
 def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     """Return the spec of a recipe's stage, for training and `check` alike.
 
-    Raise UserError for a missing tokenizer, template or encoder.
+    Raises UserError for a missing tokenizer, template or encoder.
     """
-    if not model.text:
+    if not model.tokenizer_source:
         fix = "name a folder with tokenizer.json or tokenizer.model"
         raise UserError("model.tokenizer", "not set", fix)
     views = tiling_of(config_from_recipe(model, stage.template))
-    return make_spec(model.text, stage.template, stage.max_tokens, views)
+    return make_spec(model.tokenizer_source, stage.template, stage.max_tokens, views)
 
 
 # --------------------------------------------------------------------------------- order of samples
@@ -100,16 +113,21 @@ class Order:
 
     In a mixture, `parts` says for each source how many rows it has and how many of them an epoch
     takes. Rows are numbered through all sources. Each source has an endless stream of its own rows,
-    shuffled again whenever all were taken; an epoch takes the next ones of each, and permutes them.
+    shuffled again whenever all were taken. An epoch takes the next ones of each, and permutes them.
+
+    Raises UserError for a negative seed, which numpy does not take.
     """
 
     def __init__(self, n: int, seed: int, parts: tuple[Part, ...] = ()):
-        """Raise UserError for a negative seed, which numpy does not take."""
         if seed < 0:
             raise UserError("train.seed", f"{seed} is negative", "write 0 or more")
         self.seed = seed
         self.parts = parts
-        self.n = sum(per_epoch for _, per_epoch in parts) if parts else n  # samples of an epoch
+
+        # How many samples an epoch has.
+        self.n = n
+        if parts:
+            self.n = sum(per_epoch for _, per_epoch in parts)
 
         # Only one epoch's rows are kept: of millions of rows they take megabytes.
         self.epoch = -1
@@ -126,12 +144,14 @@ class Order:
     def candidates(self, k: int) -> Iterator[int]:
         """Yield the row of sample k, then those that stand in for it if it is unusable.
 
-        They are the ones that follow in its epoch's permutation, and not in the file: where a whole
-        block of rows is bad, all of it would become the one row behind the block.
+        They are the rows that follow it in its epoch's permutation, and not in the file. Where a
+        whole block of the file is bad, every row of it would else become the one after the block.
         """
         epoch, place = divmod(k, self.n)
+        first_of_epoch = epoch * self.n
         for j in range(min(self.n, GIVE_UP)):
-            _, row = self(epoch * self.n + (place + j) % self.n)
+            # From the end of the epoch on to its beginning: no other epoch is touched.
+            _, row = self(first_of_epoch + (place + j) % self.n)
             yield row
 
     def _epoch_rows(self, epoch: int) -> np.ndarray:
@@ -140,7 +160,8 @@ class Order:
         if not self.parts:
             return order
 
-        # Sources are numbered from 1: to SeedSequence a key that ends in 0 is the key without it.
+        # Sources are numbered from 1, because SeedSequence ignores zeros at the end of a key: a
+        # source 0 would have the same permutation as the epochs themselves.
         taken = []
         first_row = np.int64(0)  # wider than a source's own numbers: all together may be many
         for source, (rows, per_epoch) in enumerate(self.parts, 1):
@@ -153,7 +174,7 @@ class Order:
         begin = epoch * per_epoch
         end = begin + per_epoch
 
-        # The stream is one permutation of the source after the other; these are the ones we need.
+        # The stream is one permutation of the source after the other. Make those that are needed.
         first_turn = begin // rows
         last_turn = (end - 1) // rows
         turns = []
@@ -167,29 +188,36 @@ class Order:
     def _permutation(self, n: int, *key: int) -> np.ndarray:
         """Return a permutation of range(n) that (seed, *key) decides, for ever.
 
-        It ranks n raw draws of the generator. numpy promises that these never change, so that a
-        run can be resumed years later; of `Generator.permutation` it does not promise it.
+        It ranks n raw draws of the generator. numpy promises that raw draws never change, so a run
+        can be resumed years later. It promises nothing of the kind for `Generator.permutation`.
         """
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, *key]))
         draws = bits.random_raw(n)
-        return np.argsort(draws, kind="stable").astype(np.int32)  # half the memory, in every worker
+        order = np.argsort(draws, kind="stable")
+        return order.astype(np.int32)  # half the memory, in every worker
 
 
 # ---------------------------------------------------------------------------------- optimizer steps
 
 
+class MicroBatch(NamedTuple):
+    """Which samples and which items of `Step.packed` form a micro-batch."""
+
+    samples: slice
+    items: slice
+
+
 @dataclass
 class Step:
-    """One rank's part of an optimizer step, cut into micro-batches.
+    """One rank's share of an optimizer step, cut into micro-batches.
 
-    It comes from a worker as a few large tensors in `packed`, and `parts` says where micro-batches
-    begin. Hundreds of these with five tensors each would use up the files that a process may open.
+    A worker sends it as the few large tensors of `packed`. Each tensor that is sent takes an open
+    file, and hundreds of micro-batches with five tensors each would use up what a process may open.
     """
 
-    packed: Batch | None = None  # all its samples, micro-batch after micro-batch; None = none
-
-    # Of each micro-batch, which samples and which items of `packed` are in it.
-    parts: list[tuple[slice, slice]] = field(default_factory=list)
+    # All its samples, micro-batch after micro-batch; None where there are none.
+    packed: Batch | None = None
+    micro_batches: list[MicroBatch] = field(default_factory=list)
 
     # A message for each row that on_bad_row = "skip" left out.
     skipped: list[str] = field(default_factory=list)
@@ -197,15 +225,15 @@ class Step:
     # (row, tokens taken off its tail) of over-long rows.
     cut: list[tuple[int, int]] = field(default_factory=list)
 
-    seconds: float = 0.0  # that making it took
+    seconds: float = 0.0  # it took to make
 
     # Why training must stop, or "". An exception in a worker would arrive as a page of traceback.
     error: str = ""
 
     @property
     def batches(self) -> list[Batch]:
-        """The micro-batches."""
-        return [self.packed.part(samples, items) for samples, items in self.parts]
+        """The micro-batches themselves, as slices of `packed`."""
+        return [self.packed.part(batch.samples, batch.items) for batch in self.micro_batches]
 
     def pin_memory(self) -> Step:
         """Return it in pinned memory, which is fast to copy to a GPU. The DataLoader calls it."""
@@ -215,15 +243,19 @@ class Step:
 
 
 class Steps(Dataset):
-    """`steps[i]` is this rank's part of optimizer step i.
+    """`steps[i]` is this rank's share of optimizer step i.
 
     Step i has the samples i * global_batch, ..., (i + 1) * global_batch - 1 of the order. It is a
-    function of i alone, so any worker can make any step, at any time. Its samples are dealt to the
-    ranks: rank r makes those whose number is r modulo the number of ranks. With `counts`, of
-    token_counts and the same on all ranks, they are shared so that all ranks have as many tokens.
+    function of i alone, so any worker can make any step, at any time.
+
+    Its samples are dealt to the ranks in turn: rank r of `world` makes those whose number is r
+    modulo `world`. With `counts` (of token_counts, the same on all ranks) they are shared so that
+    all ranks have about as many tokens.
 
     With validation=True there is every row once, in the order of the file. Then a bad row has no
-    stand-in, and a rank's part may be empty.
+    stand-in, and a rank's share may be empty.
+
+    Raises UserError if there are more ranks than samples in a step.
     """
 
     def __init__(
@@ -237,14 +269,13 @@ class Steps(Dataset):
         validation: bool = False,
         counts: np.ndarray | None = None,
     ):
-        """Raise UserError if there are more ranks than samples in a step."""
         if stage.global_batch < world:
             what = f"{stage.global_batch}, for {world} ranks"
             raise UserError("stage.global_batch", what, f"write {world} or more")
         self.rows = rows
         self.spec = spec
         self.stage = stage
-        self.size = stage.global_batch
+        self.size = stage.global_batch  # samples of a step, on all ranks
         self.stop_at_bad = train.on_bad_row == "stop"
         self.rank = rank
         self.world = world
@@ -253,9 +284,10 @@ class Steps(Dataset):
         self.order = Order(len(rows), train.seed, rows.parts)
 
     def __len__(self) -> int:
-        """Return how many steps there are: the stage's, or those in which its epochs fit.
+        """Return how many steps there are: as many as the stage says, or as its epochs take.
 
-        The last one is as large as all: after the last epoch it takes samples of the next.
+        Every step has global_batch samples. Where the epochs do not fill the last one, it also
+        takes samples of the next epoch.
         """
         if self.validation:
             return math.ceil(len(self.rows) / self.size)
@@ -265,6 +297,7 @@ class Steps(Dataset):
         return max(1, math.ceil(samples / self.size))
 
     def __getitem__(self, i: int) -> Step:
+        """Return this rank's share of step i."""
         begin = time.perf_counter()
 
         # Make the samples. A bad row that must stop training is reported in the step.
@@ -278,22 +311,28 @@ class Steps(Dataset):
         except UserError as e:
             return Step(error=str(e))
 
-        # Put them into micro-batches under the token budget, and these one behind the other.
+        # Cut them into micro-batches under the token budget, and line these up.
         lengths = [len(sample.ids) for sample in samples]
         ordered = []
-        parts = []
+        micro_batches = []
         first_item = 0
         for places in bin_pack(lengths, self.stage.micro_batch_tokens):
-            micro_batch = [samples[place] for place in places]
-            end_item = first_item + sum(len(sample.items) for sample in micro_batch)
-            end_sample = len(ordered) + len(micro_batch)
-            parts.append((slice(len(ordered), end_sample), slice(first_item, end_item)))
-            ordered += micro_batch
+            first_sample = len(ordered)
+            end_item = first_item
+            for place in places:
+                ordered.append(samples[place])
+                end_item += len(samples[place].items)
+
+            batch = MicroBatch(slice(first_sample, len(ordered)), slice(first_item, end_item))
+            micro_batches.append(batch)
             first_item = end_item
 
+        packed = None
+        if ordered:
+            packed = pack_samples(ordered)
         return Step(
-            packed=pack_samples(ordered) if ordered else None,
-            parts=parts,
+            packed=packed,
+            micro_batches=micro_batches,
             skipped=skipped,
             cut=[(sample.row, sample.cut) for sample in samples if sample.cut],
             seconds=time.perf_counter() - begin,
@@ -306,22 +345,29 @@ class Steps(Dataset):
         if self.validation:
             end = min(end, len(self.rows))
 
+        # Without counts, deal them in turn.
         if self.counts is None:
             return [k for k in range(begin, end) if k % self.world == self.rank]
 
+        # With counts, as many tokens for each. Every rank computes the same split.
         lengths = []
         for k in range(begin, end):
             _, row = self.order(k)
             lengths.append(int(self.counts[row, 0]))
-        places = split_by_tokens(lengths, self.world)[self.rank]
+        places_of_ranks = split_by_tokens(lengths, self.world)
+        places = places_of_ranks[self.rank]
         return [begin + place for place in places]
 
     def _sample(self, k: int, skipped: list[str]) -> Sample | None:
         """Return the k-th sample, or its first usable stand-in; None if validation has none.
 
-        Add a message to `skipped` for each unusable row. Raise UserError where one stops training.
+        Add a message to `skipped` for each unusable row. Raises UserError where one stops training.
         """
-        candidates = [k] if self.validation else self.order.candidates(k)
+        if self.validation:
+            candidates = [k]
+        else:
+            candidates = self.order.candidates(k)
+
         for row in candidates:
             try:
                 return make_sample(self.rows, row, self.spec)
@@ -346,8 +392,8 @@ def loader(
 ) -> Iterator[tuple[Step, float]]:
     """Yield (step, seconds waited for it), from step `start` on.
 
-    `workers` processes make them ahead, which changes nothing else; 0 makes each when it is asked
-    for. Raise UserError at a bad row that must stop training.
+    `workers` processes make steps ahead; with 0, this process makes each when it is asked for. The
+    steps are the same. Raises UserError at a bad row that must stop training.
     """
     loaded = DataLoader(
         steps,
@@ -356,7 +402,7 @@ def loader(
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
-        # It draws a seed when it starts. Dropout's generator must not notice.
+        # A DataLoader draws a seed when it starts. It must not come from dropout's generator.
         generator=torch.Generator(),
     )
     made = iter(loaded)
@@ -367,17 +413,20 @@ def loader(
             if step is None:
                 return
             if step.error:
-                # The line is complete. UserError(...) would want its three parts.
+                # The error is a complete line, and UserError(...) would want its three parts.
                 raise UserError.__new__(UserError, step.error)
-            yield step, time.perf_counter() - begin
+            waited = time.perf_counter() - begin
+            yield step, waited
     finally:
-        # This ends the workers now. When the garbage collector finds them later, each takes five
-        # seconds to end.
+        # This ends the workers now. Found later by the garbage collector, each takes five seconds.
         del made
 
 
 def _start_worker(_: int):
-    """Use one thread: the ranks own the cores, and a forked pool of threads must not be used."""
+    """Use one thread, because a pool of threads does not survive the fork of a worker.
+
+    The cores belong to the ranks anyway.
+    """
     torch.set_num_threads(1)
 
 
@@ -413,15 +462,18 @@ class Counts(Dataset):
         self.end = end
 
     def __len__(self) -> int:
+        """Return how many chunks there are."""
         return math.ceil((self.end - self.begin) / self.CHUNK)
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Return (rows of the chunk, 3) int64: tokens, views and supervised tokens of each."""
         first = self.begin + i * self.CHUNK
         last = min(first + self.CHUNK, self.end)
-        return np.array([self._measure(row) for row in range(first, last)], np.int64)
+        measured = [self._measure(row) for row in range(first, last)]
+        return np.array(measured, np.int64)
 
     def _measure(self, row: int) -> tuple[int, int, int]:
+        """Return the tokens, views and supervised tokens of a row; zeros if it is unusable."""
         try:
             sample = make_sample(self.rows, row, self.spec, pixels=False)
         except UserError:
@@ -437,32 +489,34 @@ def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
     It is zeros for a row that makes none. All rows are tokenized once, by `workers` processes. The
     counts are kept beside the rows' files, for this tokenizer, this template and these limits.
     """
-    decides = repr(
-        (spec.template, spec.max_tokens, spec.views, sorted(spec.tokenizer.files.items()))
-    )
+    # What the counts depend on is in the name of their file.
+    tokenizer_files = sorted(spec.tokenizer.files.items())
+    decides = repr((spec.template, spec.max_tokens, spec.views, tokenizer_files))
     key = hashlib.sha256(decides.encode()).hexdigest()[:12]
 
     counts = []
     for file, begin, end in rows.file_spans():
-
-        def count(file=file, begin=begin, end=end) -> np.ndarray:
-            print(f"{file}: counting the tokens of its rows, once", flush=True)
-            chunks = Counts(rows, spec, begin, end)
-            loaded = DataLoader(
-                chunks,
-                batch_size=None,
-                num_workers=min(workers, len(chunks)),
-                generator=torch.Generator(),  # as in `loader`
-            )
-            progress = tqdm(loaded, unit="chunk", disable=None, leave=False)
-            return np.concatenate(list(progress))
-
+        chunks = Counts(rows, spec, begin, end)
+        count = partial(count_chunks, chunks, file, workers)
         counts.append(cached_array(file, f"{key}.counts", count))
 
     # The counts of a single file stay a memory map, which ranks and workers share.
     if len(counts) == 1:
         return counts[0]
     return np.concatenate(counts)
+
+
+def count_chunks(chunks: Counts, file: str | Path, workers: int) -> np.ndarray:
+    """Return the counts of all chunks of a file, joined, and show the progress."""
+    print(f"{file}: counting the tokens of its rows, once", flush=True)
+    loaded = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=min(workers, len(chunks)),
+        generator=torch.Generator(),  # as in `loader`
+    )
+    progress = tqdm(loaded, unit="chunk", disable=None, leave=False)
+    return np.concatenate(list(progress))
 
 
 # -------------------------------------------------------------------------------- check and inspect
@@ -478,10 +532,10 @@ class Job:
     order: Order | None = None  # in which `inspect` shows them; None = that of the file
 
 
-# The smallest picture there is. To try whether pictures can be decoded, it is enough.
+# The smallest picture there is. It is enough for a check whether pictures can be decoded.
 PIXEL = ImageProcessor(1, resample=Image.Resampling.NEAREST)
 
-# What `inspect` shows of pictures without a recipe: the square that CLIP-L/14-336 gets.
+# How `inspect` shows pictures without a recipe: as the square that CLIP-L/14-336 gets.
 WITHOUT_RECIPE = ImageProcessor(336)
 
 
@@ -490,9 +544,11 @@ def check(rows: Rows, spec: SampleSpec) -> int:
 
     Print a line for each that is bad or cut, then a summary.
     """
-    # What becomes of the pixels does not matter, unless it decides on the number of tokens.
+    # The pixels do not matter, so each picture shrinks to one. Tiles must stay, because the size of
+    # a picture decides how many there are, and with them the number of tokens.
     if spec.views.mode not in TILED:
-        spec = replace(spec, views=replace(spec.views, mode="square", processor=PIXEL))
+        views = replace(spec.views, mode="square", processor=PIXEL)
+        spec = replace(spec, views=views)
 
     # A micro-batch for each sample, so that each can be counted.
     stage = config.Stage(global_batch=16, micro_batch_tokens=0)
@@ -504,6 +560,7 @@ def check(rows: Rows, spec: SampleSpec) -> int:
         for step, _ in loader(steps, workers=workers):
             for line in step.skipped:
                 tqdm.write(line)
+
             for row, cut in step.cut:
                 note = f"note: over-long, loses {cut} tokens of its tail"
                 tqdm.write(f"{rows.where(row)}: {note}; fix: raise max_tokens, or leave it so")
@@ -513,23 +570,25 @@ def check(rows: Rows, spec: SampleSpec) -> int:
                 kept = len(batch.labels)
                 tokens = kept + cut_of.get(batch.rows[0], 0)
                 summary.add_sample(len(batch.shapes), tokens, kept, batch.supervised)
+
             summary.add_bad(len(step.skipped))
-            progress.update(len(step.skipped) + len(step.parts))
+            progress.update(len(step.skipped) + len(step.micro_batches))
 
     summary.print(rows.file, spec.views.positions())
     return summary.bad
 
 
 def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = True) -> str:
-    """Print rows as training sees them, what is supervised marked, and return them as HTML.
+    """Print rows as training sees them, with the supervised text marked, and return them as HTML.
 
-    With pixels=False, pictures are neither read nor in the HTML. Raise UserError for a bad row.
+    With pixels=False, pictures are neither read nor in the HTML. Raises UserError for a bad row.
     """
     template = templates.resolve(spec.template, spec.tokenizer)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     html = []
     total = 0
     total_supervised = 0
+
     for i in numbers:
         row = rows[i]
         sample = make_sample(rows, i, spec, pixels)
@@ -537,7 +596,7 @@ def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = Tru
         total += len(sample.ids)
         total_supervised += supervised
 
-        # The line above it: how many tokens, and which views the encoder gets.
+        # The line above the text: how many tokens, and which views the encoder gets.
         head = f"{rows.where(i, row)}: {len(sample.ids)} tokens, {supervised} supervised"
         head += f", views: {describe_views(sample, pixels)}"
         if sample.cut:
@@ -548,6 +607,7 @@ def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = Tru
         _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
         print(f"--- {head}\n{show_supervised(text, labels, offsets, colour)}")
 
+        # The same for the page, with the pictures.
         html.append(f"<h2>{escape(head)}</h2>")
         if pixels:
             for item in sample.items:
@@ -574,7 +634,6 @@ def describe_views(sample: Sample, pixels: bool) -> str:
 
 # -------------------------------------------------------------------------------------- the command
 
-
 STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #1c2430 }
 h2 { font-size: 1em; margin: 2em 0 .5em }
@@ -593,10 +652,10 @@ def jobs_of_options(args) -> list[Job]:
     elif args.tokenizer:
         limit = 2048
     else:
-        limit = sys.maxsize  # bytes, of which there are too many
+        limit = sys.maxsize  # bytes are several times as many as tokens, so 2048 would cut rows
 
-    # Without a model only the number of a picture's tokens is known. A resampler makes that many of
-    # whatever an encoder gives.
+    # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes that
+    # number of whatever an encoder gives.
     processor = WITHOUT_RECIPE if args.command == "inspect" else PIXEL
     views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, processor)
     spec = make_spec(args.tokenizer, args.template, limit, views)
@@ -626,7 +685,7 @@ def jobs_of_recipe(arguments: list[str]) -> list[Job]:
 
 
 def check_jobs(jobs: list[Job], where: str):
-    """Check the rows of all jobs. Raise UserError if some are bad."""
+    """Check the rows of all jobs. Raises UserError if some are bad."""
     bad = 0
     total = 0
     for job in jobs:
@@ -640,7 +699,7 @@ def check_jobs(jobs: list[Job], where: str):
 
 def inspect_jobs(jobs: list[Job], args):
     """Show some rows of each job, and write the page if one is asked for."""
-    # Without a recipe one looks at the text; pictures need not be there unless a page shows them.
+    # Without a recipe, the text is what matters. Pictures may be missing, unless a page shows them.
     pixels = bool(args.recipe or args.page)
     body = [LEGEND]
     for job in jobs:
@@ -654,7 +713,10 @@ def inspect_jobs(jobs: list[Job], args):
 
 
 def rows_to_show(job: Job, args) -> list[int]:
-    """Return the row of --row, or the first --rows of training or of the file. Raise UserError."""
+    """Return the row of --row, or the first --rows of training or of the file.
+
+    Raises UserError for a --row that is not there.
+    """
     n = len(job.rows)
     if args.row is not None:
         if not 0 <= args.row < n:
@@ -664,11 +726,15 @@ def rows_to_show(job: Job, args) -> list[int]:
 
     if job.order is None:
         return list(range(min(args.rows, n)))
-    count = min(args.rows, job.order.n)
-    return [row for _, row in map(job.order, range(count))]
+    shown = []
+    for k in range(min(args.rows, job.order.n)):
+        _, row = job.order(k)
+        shown.append(row)
+    return shown
 
 
 def main(argv: list[str]):
+    """Do what the command line says: check, inspect or shard."""
     parser = config.parser(__doc__)
     add = parser.add_argument
     add("command", choices=["check", "inspect", "shard"])
@@ -685,6 +751,7 @@ def main(argv: list[str]):
     add("--size", type=int, default=1000, help="shard: megabytes of a tar file")
     args = parser.parse_args(argv)
 
+    # Rows into tar files.
     if args.command == "shard":
         if len(args.recipe) != 2:
             parser.error("shard takes rows and a new folder")
@@ -694,11 +761,18 @@ def main(argv: list[str]):
         print(f"{out}: {len(rows)} rows in {count} tar files")
         return
 
+    # A look at rows, of one of the two.
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
-    jobs = jobs_of_options(args) if args.data else jobs_of_recipe(args.recipe)
+    if args.data:
+        where = args.data
+        jobs = jobs_of_options(args)
+    else:
+        where = args.recipe[0]
+        jobs = jobs_of_recipe(args.recipe)
+
     if args.command == "check":
-        check_jobs(jobs, where=args.data or args.recipe[0])
+        check_jobs(jobs, where)
     else:
         inspect_jobs(jobs, args)
 

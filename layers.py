@@ -1,8 +1,12 @@
 """Layers that encoders, connectors and language models share: norms, LayerScale, GELU and two MLPs.
 
-    norm = RMSNorm(width, eps=1e-6)
-    normed = norm(x)                                # (..., D) -> (..., D)
-    normed, x = norm.add(attended, x)               # x = x + attended, and the norm of that sum
+    input_norm = RMSNorm(width, eps=1e-6)
+    normed = input_norm(x)                          # (..., D) -> (..., D)
+    normed, x = input_norm.add(attended, x)         # x = x + attended, and the norm of that sum
+
+    LayerNorm, RMSNorm, OffsetRMSNorm    norms, which can also add a residual
+    LayerNormPerHead, LayerScale         what StableLM-2 does to heads, DINOv2 to branches
+    GELU, GLU, MLP                       the second half of a transformer's block
 
 T tokens, D width, H heads, d head width. `norm`, `gelu` and `glu` are functions of kernels/: each
 call is one fused Triton kernel on a GPU, and plain PyTorch elsewhere.
@@ -20,9 +24,9 @@ from kernels.norms import norm
 
 
 class _Norm:
-    """What the norms share. Each brings weight, bias, eps and the `kind` that the kernel knows."""
+    """The calls that the norms share. Each norm brings weight, bias, eps and `kind`."""
 
-    kind: str
+    kind: str  # by which the kernel knows the norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., D), normalised over its last dimension."""
@@ -30,7 +34,8 @@ class _Norm:
         return normed
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return norm(x + residual) and x + residual, which one kernel computes together."""
+        """Return norm(x + residual) and x + residual, (..., D) each."""
+        # One kernel for both, so that the sum is not read back from memory.
         return norm(x, self.weight, self.bias, eps=self.eps, kind=self.kind, residual=residual)
 
 
@@ -44,12 +49,13 @@ class RMSNorm(_Norm, nn.Module):
     """Root mean square normalisation (Zhang and Sennrich, 2019), with statistics in float32."""
 
     kind = "rms"
-    start = 1.0
-    bias = None
+    start = 1.0  # of each weight
+    bias = None  # the kernel takes one for LayerNorm
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((width,), self.start))
+        weight = torch.full((width,), self.start)
+        self.weight = nn.Parameter(weight)
         self.eps = eps
 
 
@@ -65,14 +71,17 @@ class LayerNormPerHead(nn.Module):
 
     def __init__(self, heads: int, width: int, eps: float):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps, bias=False) for _ in range(heads))
+        self.norms = nn.ModuleList()
+        for _ in range(heads):
+            self.norms.append(nn.LayerNorm(width, eps, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (T, H, d), each head normalised by its own norm."""
-        heads = []
+        normed = []
         for i, head_norm in enumerate(self.norms):
-            heads.append(head_norm(x[:, i]))  # (T, d)
-        return torch.stack(heads, dim=1)
+            head = x[:, i]  # (T, d)
+            normed.append(head_norm(head))
+        return torch.stack(normed, dim=1)
 
 
 class LayerScale(nn.Module):
@@ -80,7 +89,8 @@ class LayerScale(nn.Module):
 
     def __init__(self, width: int, start: float):
         super().__init__()
-        self.lambda1 = nn.Parameter(torch.full((width,), float(start)))
+        factors = torch.full((width,), float(start))
+        self.lambda1 = nn.Parameter(factors)  # called like this in DINOv2's files
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., D) times the factors (D,)."""
@@ -104,6 +114,7 @@ class GLU(nn.Module):
     def __init__(self, width: int, intermediate: int, act: str = "silu"):
         super().__init__()
         self.act = act
+
         self.gate_proj = nn.Linear(width, intermediate, bias=False)
         self.up_proj = nn.Linear(width, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, width, bias=False)
@@ -112,6 +123,8 @@ class GLU(nn.Module):
         """Return down(act(gate(x)) * up(x)), (..., D) -> (..., D)."""
         gate = self.gate_proj(x)
         up = self.up_proj(x)
+
+        # One kernel. Backward computes act(gate) again, so it is not stored.
         hidden = glu(gate, up, self.act)  # act(gate) * up
         return self.down_proj(hidden)
 

@@ -1,24 +1,35 @@
 """LoRA and QLoRA on any linear: adapters, frozen weights in 4 or 8 bits, and merging.
 
+LoRA, for training and afterwards:
+
     lora.apply(lm, LoRA(r=16, targets="q_proj,v_proj"))     # all else in lm is frozen
     lora.merge(lm)                                          # plain linears again
+
+QLoRA (Dettmers et al., 2023): load the weights quantized, then apply.
 
     with weights.empty():
         lm = LanguageModel.from_hf(config)
     source = weights.Checkpoint(folder)
-    lora.load_quantized(lm, source, lm.rename, kind="nf4")  # then apply: QLoRA
+    lora.load_quantized(lm, source, lm.rename, kind="nf4")
+    lora.apply(lm, LoRA(r=16))
 
-    LoRA (Hu et al., 2021)           y = W x + b + s B A dropout(x)
-        s = alpha / r; with rsLoRA (Kalajdzievski, 2023) alpha / sqrt(r)
-    DoRA (Liu et al., 2024)          y = m (W + s B A) x / |W + s B A| + b, norms and m per row
+The arithmetic, for a linear of N outputs and K inputs, with rank r: W (N, K), A (r, K), B (N, r).
 
-N outputs, K inputs, r rank: W (N, K), A (r, K), B (N, r). A and B are float32, whatever W is in. W
-stays where it was, as `base_layer` of the new module, so that the names of what trains are PEFT's:
-`.lora_A`, `.lora_B`, `.lora_magnitude_vector`. A module may be a language model, an encoder, a
-connector or a whole LLaVA. checkpoints/peft.py reads and writes PEFT's files.
+    LoRA (Hu et al., 2021)             y = W x + b + s B A dropout(x), s = alpha / r
+    rsLoRA (Kalajdzievski, 2023)       the same with s = alpha / sqrt(r)
+    DoRA (Liu et al., 2024)            y = m (W + s B A) x / |W + s B A| + b, norms and m per row
 
-In the order of the file: the modules that take the place of a linear; which linears they replace;
-merging; quantizing.
+A and B are float32, whatever W is in. W stays in the module `base_layer` of the new one, so that
+the names of what trains are PEFT's: `.lora_A`, `.lora_B`, `.lora_magnitude_vector`. A module may be
+a language model, an encoder, a connector or a whole LLaVA. checkpoints/peft.py reads and writes
+PEFT's files.
+
+The file, from top to bottom:
+
+    Quantized, LoRALinear, DoRALinear    the modules that take the place of a linear
+    targets, apply, freeze               which linears they replace
+    merge                                back to plain linears
+    quantize, load_quantized, count      4 and 8 bits
 """
 
 from __future__ import annotations
@@ -35,8 +46,10 @@ from config import LoRA, UserError
 from kernels import int8, nf4
 from kernels.lora import dense, lora_linears
 
-# What quantizes a weight (N, K), by kind; and the ways to tune that a recipe can name.
+# The function that quantizes a weight (N, K), by kind.
 KINDS = {"nf4": nf4.quantize, "int8": int8.quantize}
+
+# The ways to tune that quantize, as [stage.NAME.tune] names them, and their kinds.
 QUANTIZED = {"qlora-nf4": "nf4", "qlora-int8": "int8"}
 
 # ------------------------------------------------------------------------------------ the modules
@@ -60,7 +73,7 @@ class Quantized(nn.Module):
         self._store(weight)
 
     def _store(self, weight: nf4.NF4 | int8.Int8):
-        """Keep the fields of a weight: tensors as buffers, the rest in a dict."""
+        """Keep the fields of a weight: tensors as buffers, numbers in a dict."""
         self.numbers = {}
         for name, value in weight._asdict().items():
             if isinstance(value, Tensor):
@@ -71,6 +84,7 @@ class Quantized(nn.Module):
 
     @property
     def weight(self) -> nf4.NF4 | int8.Int8:
+        """The quantized weight, put together from the buffers, wherever they are now."""
         values = []
         for name in self.kind._fields:
             if name in self.numbers:
@@ -80,6 +94,7 @@ class Quantized(nn.Module):
         return self.kind(*values)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Add the weight to a state dict. nn.Module calls this with the module's prefix."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key, tensor in self.weight.state().items():
             destination[prefix + key] = tensor
@@ -87,6 +102,7 @@ class Quantized(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ):
+        """Take the weight from a state dict. nn.Module calls this with the module's prefix."""
         # Our keys are taken out first: nn.Module would call them unexpected.
         state = {}
         for key in self.weight.state():
@@ -95,16 +111,21 @@ class Quantized(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
+
+        # The weight stays on its device, as a parameter would.
         if state:
-            self._store(self.kind.from_state(state).to(self.weight[0].device))
+            device = self.weight[0].device  # of its first tensor
+            self._store(self.kind.from_state(state).to(device))
         else:
             missing.append(f"{prefix}weight")
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        # The kernel of LoRA multiplies with a quantized weight. Without an adapter its rank is 0.
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + bias, (..., K) -> (..., N)."""
+        # The kernel that multiplies with quantized weights is LoRA's. Rank 0 is no adapter.
         A = x.new_empty(0, self.in_features)
         B = x.new_empty(self.out_features, 0)
-        return lora_linears(x, [self.weight], [self.bias], [A], [B], [0.0])[0]
+        outputs = lora_linears(x, [self.weight], [self.bias], [A], [B], [0.0])
+        return outputs[0]
 
 
 class LoRALinear(nn.Module):
@@ -114,23 +135,26 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer = base
         self.options = options
+
         if options.rslora:
             self.scale = options.alpha / math.sqrt(options.r)
         else:
             self.scale = options.alpha / options.r
 
-        device = base.weight[
-            0
-        ].device  # of a tensor's first row, or of a quantized weight's first field
-        self.lora_A = nn.Parameter(torch.empty(options.r, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, options.r, device=device))
+        # weight[0] is a row of a tensor, or the first field of a quantized weight.
+        device = base.weight[0].device
+        A = torch.empty(options.r, base.in_features, device=device)
+        B = torch.zeros(base.out_features, options.r, device=device)
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return W x + bias + s B A dropout(x), computed by one kernel."""
         dropout = 0.0
         seeds = None
-        if self.training and self.lora_A.requires_grad and self.options.dropout:
+        learns = self.training and self.lora_A.requires_grad
+        if learns and self.options.dropout:
             # The kernel draws its mask from a seed, and draws the same mask in backward.
             dropout = self.options.dropout
             seeds = torch.randint(2**62, (1,), device=x.device)
@@ -148,7 +172,8 @@ class LoRALinear(nn.Module):
         )
         return outputs[0]
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + bias + s B A dropout(x), (..., K) -> (..., N)."""
         return self.product(x, self.base_layer.bias)
 
     @torch.no_grad()
@@ -161,8 +186,8 @@ class LoRALinear(nn.Module):
 class DoRALinear(LoRALinear):
     """A LoRALinear that also trains the length m of each row of the weight.
 
-    As in PEFT, no gradient passes through the norm. Dropout is the adapter's alone; PEFT's training
-    also multiplies (m / norm - 1) W by the dropped x.
+    As in PEFT, no gradient passes through the norm. Dropout is on the adapter's input alone; PEFT
+    in training also multiplies (m / norm - 1) W by the dropped x.
     """
 
     def __init__(self, base: nn.Linear | Quantized, options: LoRA):
@@ -174,8 +199,11 @@ class DoRALinear(LoRALinear):
         """Return the norm of each row of W + s B A, (N,)."""
         return super().merged().norm(dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return m / |W + s B A| (W x + s B A dropout(x)) + bias, (..., K) -> (..., N)."""
+        # The bias comes last, because the lengths of the rows do not scale it.
         y = self.product(x, None)
+
         # Autocast would round the norms, and so the lengths of all rows.
         with torch.autocast(x.device.type, enabled=False):
             factor = self.lora_magnitude_vector / self.row_norms()
@@ -214,27 +242,31 @@ def rename_table(module: nn.Module) -> Table:
 
     That of a LLaVA has the tables of its parts, each name behind the name of its part.
     """
-    if not hasattr(module, "PARTS"):
+    is_llava = hasattr(module, "PARTS")
+    if not is_llava:
         return getattr(module, "rename", ())
 
     table = []
-    for name in module.PARTS:
-        for theirs, ours in getattr(getattr(module, name), "rename", ()):
+    for part in module.PARTS:
+        part_table = getattr(getattr(module, part), "rename", ())
+        for theirs, ours in part_table:
             if isinstance(ours, str):
-                table.append((f"{name}.{theirs}", f"{name}.{ours}"))
-            else:
-                table.append((f"{name}.{theirs}", tuple(f"{name}.{one}" for one in ours)))
+                with_part = f"{part}.{ours}"
+            else:  # one tensor of theirs is several of ours
+                with_part = tuple(f"{part}.{name}" for name in ours)
+            table.append((f"{part}.{theirs}", with_part))
     return tuple(table)
 
 
 def is_target(name: str, module: nn.Module) -> bool:
-    """Say whether a module is a linear that may get an adapter.
+    """Say whether a module is a linear that may get an adapter."""
+    # A linear that is the whole module has no name, and nothing to be put into.
+    if not name or not isinstance(module, (nn.Linear, Quantized)):
+        return False
 
-    Not the head, whose weight the fused loss reads by itself, and not what already has one.
-    """
-    last = name.rpartition(".")[2]
-    is_linear = isinstance(module, (nn.Linear, Quantized))
-    return bool(name) and is_linear and last not in ("base_layer", "lm_head")
+    # The fused loss reads the weight of the head by itself. A base_layer has an adapter already.
+    _, _, last = name.rpartition(".")
+    return last not in ("base_layer", "lm_head")
 
 
 def is_below(name: str, parts: Iterable[str]) -> bool:
@@ -254,18 +286,23 @@ def targets(module: nn.Module, patterns: str = "", parts: Iterable[str] = ("",))
         if is_target(name, m) and is_below(name, parts):
             linears.append(name)
 
-    back = reverse(rename_table(module))
-    theirs = {name: rename(f"{name}.weight", back).removesuffix(".weight") for name in linears}
+    # Hugging Face's name of each. The tables rename parameters, so a weight's name stands for it.
+    to_theirs = reverse(rename_table(module))
+    theirs = {}
+    for name in linears:
+        theirs[name] = rename(f"{name}.weight", to_theirs).removesuffix(".weight")
 
     chosen = set()
     for pattern in patterns.replace(",", " ").split() or ["**"]:
-        globs = (pattern, f"**.{pattern}")
+        globs = (pattern, f"**.{pattern}")  # a whole name, or the end of one
         hits = [n for n in linears if matches(n, globs) or matches(theirs[n], globs)]
         if not hits:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+            last_components = {name.rpartition(".")[2] for name in linears}
+            known = ", ".join(sorted(last_components)) or "none"
             fix = f"the linears here (no head): {known}"
             raise UserError("lora.targets", f"{pattern!r} matches no linear", fix)
         chosen.update(hits)
+
     return [name for name in linears if name in chosen]
 
 
@@ -295,7 +332,10 @@ def apply(module: nn.Module, options: LoRA, parts: Iterable[str] = ("",)) -> lis
 
     names = targets(module, options.targets, parts)
     for name in names:
-        put(module, name, make_adapter(module.get_submodule(name), options))
+        linear = module.get_submodule(name)
+        put(module, name, make_adapter(linear, options))
+
+    # Adapters are there now, so this leaves them trainable.
     for part in parts:
         freeze(module.get_submodule(part))
     return names
@@ -307,8 +347,10 @@ def apply(module: nn.Module, options: LoRA, parts: Iterable[str] = ("",)) -> lis
 def merge(module: nn.Module, dtype: torch.dtype = torch.bfloat16):
     """Turn all adapters and quantized linears into plain linears, one by one.
 
-    An adapter is added to its weight, in that weight's dtype; in `dtype` where it was quantized.
+    A weight and its adapter are added in float32. The sum has the weight's dtype, or `dtype` where
+    the weight was quantized.
     """
+    # A list, because the modules change on the way.
     for name, m in list(module.named_modules()):
         if isinstance(m, LoRALinear):
             base = m.base_layer
@@ -319,15 +361,16 @@ def merge(module: nn.Module, dtype: torch.dtype = torch.bfloat16):
         else:
             continue
 
-        if not isinstance(base, Quantized):
-            weight = weight.to(base.weight.dtype)
-        else:
+        if isinstance(base, Quantized):
             weight = weight.to(dtype)
+        else:
+            weight = weight.to(base.weight.dtype)
         put(module, name, plain_linear(weight, base.bias))
 
 
 def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     """Return a frozen linear with this weight (N, K), which is not copied, and this bias."""
+    # On the meta device, so that no memory is filled with random numbers first.
     with weights.empty():
         linear = nn.Linear(weight.size(1), weight.size(0))
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -348,11 +391,13 @@ def quantize(module: nn.Module, kind: str):
     for name in targets(module):
         linear = module.get_submodule(name)
         if isinstance(linear, nn.Linear):
-            put(module, name, Quantized(KINDS[kind](linear.weight), linear.bias))
+            weight = KINDS[kind](linear.weight)
+            put(module, name, Quantized(weight, linear.bias))
 
 
 def count(module: nn.Module) -> int:
     """Return how many parameters a module has, with those that are quantized."""
+    # A quantized weight is in buffers, and two of its values may share a byte.
     total = sum(p.numel() for p in module.parameters())
     for m in module.modules():
         if isinstance(m, Quantized):
@@ -370,17 +415,18 @@ def load_quantized(
     device: torch.device | str = "cpu",
     ignore: Iterable[str] = (),
 ) -> set[str]:
-    """Do what weights.load does for an `empty` part, but leave every linear but the head in `kind`.
+    """Load an `empty` part as weights.load does, but quantize every linear except the head.
 
-    Of the rest, tables of embeddings and the head keep the dtype of the file, vectors and
-    convolutions come in `dtype`. One weight at a time is in memory unquantized, and it is quantized
-    on `device` from the dtype of the file. All is frozen. Returns the keys that were used. Raises
+    One weight at a time is in memory unquantized. It is quantized to `kind` on `device`, from the
+    dtype of the file. Of the rest, tables of embeddings and the head keep the dtype of the file;
+    vectors and convolutions come in `dtype`. All is frozen. Returns the keys that were used. Raises
     UserError as weights.load does, and for a weight that int8 cannot hold.
     """
     linears = {f"{name}.weight": name for name in targets(part)}
     quantized = {}
 
     def take(name: str, weight: Tensor, where: str) -> bool:
+        """Quantize a weight and return True if it is a linear's; weights.load skips it then."""
         if name not in linears:
             return False
         try:
@@ -389,9 +435,11 @@ def load_quantized(
             raise UserError(where, str(e), "use nf4") from None
         return True
 
+    # The linears keep empty weights until all is read; the biases are loaded by then.
     used = weights.load(part, source, table, prefix, ignore=ignore, take=take)
     for name, weight in quantized.items():
-        put(part, name, Quantized(weight, part.get_submodule(name).bias))
+        bias = part.get_submodule(name).bias
+        put(part, name, Quantized(weight, bias))
 
     # The matrices that are left: tables of embeddings, and the head.
     matrices = set()

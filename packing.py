@@ -15,9 +15,9 @@ In the order of reading:
     Batch, EMPTY                 a packed row to learn from
     split_by_tokens, bin_pack    which rank and which micro-batch takes a sample
 
-T tokens, S samples, N items (pictures and videos), V views of all of them, H query heads, K
-key-value heads, d head width. Ids hold IMAGE_TOKEN at each position of an item, labels hold IGNORE
-where nothing is learned.
+T tokens of a packed row, t of one sample, S samples, N items (pictures and videos), V views of all
+of them, H query heads, K key-value heads, d head width. Ids hold IMAGE_TOKEN at each position of an
+item, labels hold IGNORE where nothing is learned.
 """
 
 from __future__ import annotations
@@ -45,10 +45,15 @@ class ItemShape(NamedTuple):
     """
 
     views: int = 1
-    rows: int = 0  # of tiles, which come after the first view
+
+    # The grid of tiles, which come after the first view.
+    rows: int = 0
     columns: int = 0
-    top: int = 0  # rows of tokens that show the border, above the picture and again below it
-    left: int = 0  # columns of such tokens, left of the picture and again right of it
+
+    # The border around the picture: how many rows of tokens show it above and again below, and how
+    # many columns left and again right.
+    top: int = 0
+    left: int = 0
 
 
 ONE_VIEW = ItemShape()
@@ -80,34 +85,43 @@ def match_images(rows: list[Tensor], images: Tensor | Sequence[Item] | None) -> 
     placeholder ignores its image. Raises ValueError when images and placeholders disagree.
     """
     placeholders = [count_images(row) for row in rows]
+    total = sum(placeholders)
     items = []
-    if images is not None and sum(placeholders) > 0:
+    if images is not None and total > 0:
         items = as_items(images)
 
-    if len(items) == sum(placeholders):
+    # One image for each placeholder.
+    if len(items) == total:
         return items
+
+    # One image for each row, of which some have no placeholder.
     if len(items) != len(rows) or max(placeholders) > 1:
-        raise ValueError(f"{sum(placeholders)} image placeholders but {len(items)} images")
-    return [item for item, count in zip(items, placeholders, strict=True) if count]
+        raise ValueError(f"{total} image placeholders but {len(items)} images")
+    used = []
+    for item, count in zip(items, placeholders, strict=True):
+        if count == 1:
+            used.append(item)
+    return used
 
 
 def count_images(ids: Tensor) -> int:
-    """Return the number of placeholders in ids (T,) that are not expanded yet."""
+    """Return the number of placeholders in ids (t,) that are not expanded yet."""
     return int((ids == IMAGE_TOKEN).sum())
 
 
 def expand_images(ids: Tensor, counts: Sequence[int], labels: Tensor | None = None) -> Tensor:
-    """Repeat the placeholder of image i `counts[i]` times: ids (T,) -> ids of all positions.
+    """Return ids (t,) with the placeholder of image i repeated `counts[i]` times.
 
-    With labels (T,), return the labels of all positions instead: IGNORE at the images.
+    With labels (t,), return them as long as those ids instead, with IGNORE at the images.
     """
     is_image = ids == IMAGE_TOKEN
-    repeats = torch.ones_like(ids)
+    repeats = torch.ones_like(ids)  # a token of text stays one
     repeats[is_image] = torch.tensor(counts, dtype=ids.dtype, device=ids.device)
 
     if labels is None:
         return ids.repeat_interleave(repeats)
-    return labels.masked_fill(is_image, IGNORE).repeat_interleave(repeats)
+    labels = labels.masked_fill(is_image, IGNORE)
+    return labels.repeat_interleave(repeats)
 
 
 # ------------------------------------------------------------------------------------ packed rows
@@ -126,10 +140,17 @@ def pack_rows(rows: Sequence[Tensor]) -> PackedRow:
     """Join samples in the order given, each of them a row of ids (t,) whose images are expanded."""
     device = rows[0].device
     lengths = [len(row) for row in rows]
+
+    # Positions begin again in each sample, as if it were alone.
+    positions = [torch.arange(length, device=device) for length in lengths]
+
+    # Cumulative lengths: the kernels take them as int32.
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+
     return PackedRow(
         input_ids=torch.cat(list(rows)),
-        positions=torch.cat([torch.arange(length, device=device) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32),
+        positions=torch.cat(positions),
+        cu_seqlens=cu_seqlens.to(torch.int32),
         max_seqlen=max(lengths),
     )
 
@@ -137,11 +158,11 @@ def pack_rows(rows: Sequence[Tensor]) -> PackedRow:
 def pack_prompts(rows: list[Tensor], counts: Sequence[int]) -> PackedRow:
     """Join rows of ids with one placeholder per image; `counts` are the tokens of each image."""
     expanded = []
-    done = 0  # images of the rows before this one
+    first = 0  # the first image of this row
     for row in rows:
-        images = count_images(row)
-        expanded.append(expand_images(row, counts[done : done + images]))
-        done += images
+        end = first + count_images(row)
+        expanded.append(expand_images(row, counts[first:end]))
+        first = end
     return pack_rows(expanded)
 
 
@@ -149,7 +170,11 @@ def without_padding(padded: Tensor, attention_mask: Tensor | None = None) -> lis
     """Return the rows of a padded batch (B, T) without the places where the mask (B, T) is 0."""
     if attention_mask is None:
         return list(padded)
-    return [row[mask.bool()] for row, mask in zip(padded, attention_mask, strict=True)]
+
+    rows = []
+    for row, mask in zip(padded, attention_mask, strict=True):
+        rows.append(row[mask.bool()])
+    return rows
 
 
 # How a layer attends. attend(layer, q, k, v) takes the queries (T, H, d) of a layer and its new
@@ -173,7 +198,7 @@ def packed_attention(cu_seqlens: Tensor, max_seqlen: int) -> Attend:
 
 @dataclass
 class Batch:
-    """A packed row to learn from: its first fields are those of a PackedRow, in another order."""
+    """A packed row to learn from: a PackedRow with labels and with the pixels of its items."""
 
     input_ids: Tensor  # (T,) int64, IMAGE_TOKEN at image positions
     labels: Tensor  # (T,) int64, NOT shifted, IGNORE where unsupervised
@@ -203,13 +228,16 @@ class Batch:
             first += shape.views
         return items
 
-    def to(self, device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
+        """Return it on a device. From pinned memory, the copy runs beside what the GPU does."""
         return self._with_each_tensor(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
+        """Return it in pinned memory, from which copies to a GPU need not be waited for."""
         return self._with_each_tensor(Tensor.pin_memory)
 
     def _with_each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return it with `change` applied to all of its tensors."""
         changed = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -218,21 +246,24 @@ class Batch:
 
     def part(self, samples: slice, items: slice) -> Batch:
         """Return some of the samples, to which the given items belong. Its tensors are slices."""
+        # S samples have S + 1 boundaries.
         cu_seqlens = self.cu_seqlens[samples.start : samples.stop + 1]
         tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        lengths = cu_seqlens.diff()
 
         images = None
         shapes = self.shapes[items]
         if shapes:
             first = views_in(self.shapes[: items.start])
-            images = self.images[first : first + views_in(shapes)]
+            end = first + views_in(shapes)
+            images = self.images[first:end]
 
         return Batch(
             input_ids=self.input_ids[tokens],
             labels=self.labels[tokens],
             positions=self.positions[tokens],
             cu_seqlens=cu_seqlens - tokens.start,
-            max_seqlen=int(cu_seqlens.diff().max()),
+            max_seqlen=int(lengths.max()),
             images=images,
             shapes=shapes,
             rows=self.rows[samples],
@@ -256,10 +287,15 @@ EMPTY = Batch(
 
 def pack_samples(samples: Sequence) -> Batch:
     """Join samples (of inputs/sample.py: ids, labels, items and row) in the order given."""
-    row = pack_rows([sample.ids for sample in samples])
+    ids = []
+    labels = []
+    numbers = []
     pixels = []
     shapes = []
     for sample in samples:
+        ids.append(sample.ids)
+        labels.append(sample.labels)
+        numbers.append(sample.row)
         for item in sample.items:
             pixels.append(item.pixels)
             shapes.append(item.shape)
@@ -268,15 +304,16 @@ def pack_samples(samples: Sequence) -> Batch:
     if pixels:
         images = torch.cat(pixels)
 
+    packed = pack_rows(ids)
     return Batch(
-        input_ids=row.input_ids,
-        labels=torch.cat([sample.labels for sample in samples]),
-        positions=row.positions,
-        cu_seqlens=row.cu_seqlens,
-        max_seqlen=row.max_seqlen,
+        input_ids=packed.input_ids,
+        labels=torch.cat(labels),
+        positions=packed.positions,
+        cu_seqlens=packed.cu_seqlens,
+        max_seqlen=packed.max_seqlen,
         images=images,
         shapes=shapes,
-        rows=[sample.row for sample in samples],
+        rows=numbers,
     )
 
 
@@ -294,14 +331,18 @@ def split_by_tokens(lengths: list[int], ranks: int) -> list[list[int]]:
     The longest sample left goes to the rank with the fewest tokens (Graham, 1969: longest
     processing time first). The samples of a rank keep the order of the stream.
     """
-    parts = [[] for _ in range(ranks)]
+    taken = [[] for _ in range(ranks)]  # the samples of each rank
     tokens = [0] * ranks
+
+    def load(rank: int) -> tuple[int, int]:
+        """Return what a rank has so far; among equal tokens, fewer samples are less."""
+        return tokens[rank], len(taken[rank])
+
     for j in longest_first(lengths):
-        # Among ranks with equal tokens, the one with the fewest samples.
-        rank = min(range(ranks), key=lambda r: (tokens[r], len(parts[r])))
-        parts[rank].append(j)
+        rank = min(range(ranks), key=load)
+        taken[rank].append(j)
         tokens[rank] += lengths[j]
-    return [sorted(part) for part in parts]
+    return [sorted(samples) for samples in taken]
 
 
 def bin_pack(lengths: list[int], budget: int) -> list[list[int]]:
@@ -318,13 +359,16 @@ def bin_pack(lengths: list[int], budget: int) -> list[list[int]]:
     bins = []
     room = []  # tokens that each bin can still take
     for j in longest_first(lengths):
-        fitting = [b for b in range(len(bins)) if lengths[j] <= room[b]]
-        if fitting:
-            chosen = fitting[0]
-        else:
-            chosen = len(bins)
+        # The first bin with room.
+        chosen = 0
+        while chosen < len(bins) and room[chosen] < lengths[j]:
+            chosen += 1
+
+        # There is none: open a new one. An over-long sample leaves it less than no room.
+        if chosen == len(bins):
             bins.append([])
             room.append(budget)
+
         bins[chosen].append(j)
         room[chosen] -= lengths[j]
     return sorted(sorted(samples) for samples in bins)

@@ -8,25 +8,33 @@
     python train.py RECIPE [section.key=value ...] --dry-run    # files, steps, memory, hours
     python train.py --help                                      # every field of a recipe
 
+The result is the folder train.output. generate.py, evaluate.py and LLaVA.from_pretrained open it.
 A killed run goes on where it stopped when the same command is given again, on any number of ranks.
-SIGTERM or SIGINT let it finish the step, save and leave a file PREEMPTED (torchrun allows 30
-seconds for that). What comes out (train.output) is a folder that generate.py, evaluate.py and
-LLaVA.from_pretrained open.
+SIGTERM or SIGINT lets it finish the step, save, and leave a file PREEMPTED; torchrun allows 30
+seconds for that.
 
 One optimizer step is exactly `global_batch` samples. Its loss is the sum over all supervised tokens
-of the step divided by their number, over micro-batches and ranks, so neither of them changes what
-is computed.
+of the step, divided by their number. The sums run over all micro-batches and all ranks, so neither
+the number of ranks nor the size of micro-batches changes what is computed.
 
-The file, from top to bottom:
+This file, from top to bottom; the loop alone is worth reading first:
 
     set_trainable, make_optimizer, schedule, update    what trains, and how
-    train_stage                                        the loop
+    StageRun, train_stage                              the loop
     prepare                                            what the loop needs, made from a recipe
     run_stages, main                                   stage after stage; the command line
 
-What stands around a run is in training/: ranks.py and parallel.py (processes, DDP, FSDP),
-run_log.py (what is reported), state.py (a model from and into a checkpoint), output.py (the output
-folder), estimate.py and planner.py (--list and --dry-run).
+The files around it:
+
+    config.py                  what a recipe says
+    data.py                    rows -> steps of packed micro-batches
+    model.py                   the model and its loss
+    training/ranks.py          the processes of a run
+    training/parallel.py       one model on all of them: DDP, FSDP
+    training/run_log.py        what is reported
+    training/state.py          a model from a checkpoint and into one
+    training/output.py         the output folder
+    training/planner.py        --list and --dry-run; estimate.py has the arithmetic
 """
 
 from __future__ import annotations
@@ -68,15 +76,16 @@ DEMO = ROOT / "recipes" / "demo.toml"
 
 
 def set_trainable(model: LLaVA, tune: Tune):
-    """Freeze the model, then thaw what `tune` says.
+    """Freeze the model, then make trainable what `tune` says.
 
     Raises UserError for a way that does not exist, or a block that the model does not have.
     """
     model.requires_grad_(False)
     for part, attribute in PARTS.items():
-        how = getattr(tune, part)
         module = getattr(model, attribute)
-        kind, _, start = how.partition(":")
+        how = getattr(tune, part)
+        kind, _, start = how.partition(":")  # of partial:N
+        is_partial = kind == "partial" and start.isdigit() and part != "connector"
 
         if how == "frozen":
             continue
@@ -84,12 +93,15 @@ def set_trainable(model: LLaVA, tune: Tune):
             module.requires_grad_(True)
         elif how == "lora" or how in lora.QUANTIZED:
             lora.freeze(module)
-        elif kind == "partial" and start.isdigit() and part != "connector":
-            if int(start) >= len(module.blocks):
+        elif is_partial:
+            first = int(start)
+            if first >= len(module.blocks):
                 what = f"{how}, but there are {len(module.blocks)} blocks"
                 raise UserError(f"tune.{part}", what, "name an earlier one")
-            module.blocks[int(start) :].requires_grad_(True)
-            if part == "llm":  # and what comes after its blocks
+            module.blocks[first:].requires_grad_(True)
+
+            # What comes after the blocks trains with them. An encoder has nothing there.
+            if part == "llm":
                 module.model.norm.requires_grad_(True)
                 module.lm_head.requires_grad_(True)
         else:
@@ -107,10 +119,11 @@ def trainable_parameters(model: LLaVA) -> dict[str, list[nn.Parameter]]:
 
 
 def make_optimizer(model: LLaVA, stage: Stage) -> torch.optim.AdamW:
-    """Return AdamW over what is trainable. `peak` of a group is its learning rate after warm-up.
+    """Return AdamW over what is trainable.
 
-    Each part may have its own rate. Biases and the parameters of norms have no weight decay.
-    Raises UserError if nothing is trainable.
+    Each part of the model may have its own learning rate. `peak` of a group is its rate at the end
+    of the warm-up; `update` scales it by the schedule. Biases and the parameters of norms have no
+    weight decay. Raises UserError if nothing is trainable.
     """
     of_norms = set()
     for module in model.modules():
@@ -119,28 +132,33 @@ def make_optimizer(model: LLaVA, stage: Stage) -> torch.optim.AdamW:
 
     groups = []
     for part, attribute in PARTS.items():
-        decayed, plain = [], []
+        decayed = []
+        not_decayed = []
         for name, p in getattr(model, attribute).named_parameters():
             if not p.requires_grad:
                 continue
             if p in of_norms or name.endswith("bias"):
-                plain.append(p)
+                not_decayed.append(p)
             else:
                 decayed.append(p)
 
         peak = getattr(stage.rate, part) or stage.learning_rate
         if decayed:
             groups.append({"params": decayed, "peak": peak, "weight_decay": stage.weight_decay})
-        if plain:
-            groups.append({"params": plain, "peak": peak, "weight_decay": 0.0})
+        if not_decayed:
+            groups.append({"params": not_decayed, "peak": peak, "weight_decay": 0.0})
 
     if not groups:
         raise UserError("tune", "nothing is trainable in this stage", "set one part to full")
+
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, stage.beta2), eps=1e-8, fused=True)
 
 
 def schedule(step: int, steps: int, warmup_ratio: float) -> float:
-    """Linear warm-up from 0, then cosine to 0: the factor on the learning rate of step 0, 1, ..."""
+    """Return the factor on the learning rate of step 0, 1, ..., steps - 1.
+
+    It rises linearly from 0 to 1 during the warm-up, then falls to 0 along half a cosine.
+    """
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return step / warmup
@@ -154,7 +172,7 @@ def update(optimizer: torch.optim.AdamW, stage: Stage, step: int, steps: int) ->
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total_norm = parallel.gradient_norm(parameters)
-    norm = total_norm.item()
+    norm = total_norm.item()  # the same on all ranks
     if not math.isfinite(norm):
         return norm
 
@@ -170,10 +188,10 @@ def round_frozen(model: LLaVA):
     """Round frozen matrices to bfloat16, which halves their memory.
 
     Autocast would round them the same way in every forward pass. Checkpoints and the final model
-    are not affected: they take frozen weights from where those came from.
+    are not affected: they take frozen weights unrounded from where those came from.
     """
     # Autocast leaves embeddings as they are, because they are looked up and not multiplied. The
-    # weight of a head may be tied to them.
+    # weight of a head may be tied to them, and then it must stay, too.
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         if not isinstance(module, nn.Linear):
@@ -190,15 +208,15 @@ def round_frozen(model: LLaVA):
 class StageRun:
     """What the loop of one stage works with, made by `prepare`."""
 
-    # What is to be done, and by whom.
-    name: str
+    # What the recipe says, and who does it.
+    name: str  # of the stage
     index: int  # of the stage in the recipe
     stage: Stage
     options: Train
     ranks: Ranks
 
     # The data.
-    steps: Steps
+    steps: Steps  # this rank's share of each optimizer step
     spec: SampleSpec  # how a row becomes a sample
     held_out: Rows | None  # the rows of the validation loss
 
@@ -220,23 +238,25 @@ def train_stage(run: StageRun, start: int) -> bool:
     """
     options, ranks, log = run.options, run.ranks, run.log
     on_gpu = ranks.device.type == "cuda"
-    steps = loader(run.steps, start, options.workers, pin_memory=on_gpu)
+    loaded = loader(run.steps, start, options.workers, pin_memory=on_gpu)
 
-    for step, (part, wait) in enumerate(steps, start):
-        is_last = step + 1 == len(run.steps)
+    for step, (share, waited) in enumerate(loaded, start):
+        done = step + 1  # steps, with this one
+        is_last = done == len(run.steps)
 
-        # Dropout depends on the place in the run and on nothing before it, so that a run that was
-        # stopped draws what it would have drawn.
+        # Dropout depends on the place in the run and on nothing before it, so a resumed run draws
+        # what an uninterrupted one draws. Integers hash alike in every process.
         torch.manual_seed(hash((options.seed, run.index, step, ranks.rank)))
 
         # Gather: every loss is divided by the supervised tokens of the whole step, on all ranks.
-        batches = part.batches
+        batches = share.batches
         supervised, tokens, images = ranks.totals(count(batches))
 
         # Forward and backward, one micro-batch at a time.
         losses = []
         for i, batch in enumerate(run.parallel.in_step(batches)):
-            with run.parallel.accumulating(last=i + 1 == len(batches)), run.autocast:
+            is_last_batch = i + 1 == len(batches)
+            with run.parallel.accumulating(last=is_last_batch), run.autocast:
                 loss = run.parallel.loss(batch.to(ranks.device)) / supervised
                 run.parallel.backward(loss)
             losses.append(loss.detach())
@@ -244,37 +264,42 @@ def train_stage(run: StageRun, start: int) -> bool:
         # All ranks must agree on these two, or they would wait for each other for ever.
         loss, stops = ranks.totals([sum(losses).item(), len(signals.heard())])
 
+        # The update clears the gradients, so the norms that are logged of each part come first.
+        logs = is_last or done % options.log_every == 0
+        norms_of_parts = {}
+        if logs:
+            norms_of_parts = log.gradient_norms()
+
         # Update. A loss or gradient that is not finite stops all ranks before the weights change.
-        logs = is_last or (step + 1) % options.log_every == 0
-        grad_norms = log.gradient_norms() if logs else {}
-        norm = loss
         if math.isfinite(loss):
             norm = update(run.optimizer, run.stage, step, len(run.steps))
+        else:
+            norm = loss  # the gradients are no better
         if not math.isfinite(norm):
             refuse(run, batches, losses, f"loss {loss}, gradient norm {norm}", step)
 
         # Log.
-        for message in part.skipped:
-            log.write("skipped", step=step + 1, row=message)
+        for message in share.skipped:
+            log.write("skipped", step=done, row=message)
             print(f"skipped {message}", flush=True)
-        log.step(step, loss, tokens, images, wait)
+        log.step(step, loss, tokens, images, waited)
         if logs:
             learning_rate = run.optimizer.param_groups[0]["lr"]
-            cut_tokens = sum(lost for _, lost in part.cut)
-            log.line(step, learning_rate, norm, grad_norms, cut_tokens)
+            cut_tokens = sum(lost for _, lost in share.cut)
+            log.line(step, learning_rate, norm, norms_of_parts, cut_tokens)
 
         # Validate.
         validation = None
-        if run.held_out and (is_last or (step + 1) % run.stage.validation_every == 0):
+        if run.held_out and (is_last or done % run.stage.validation_every == 0):
             validation = validate_and_log(run, step)
 
         # Save.
         may_be_best = options.keep_best and validation is not None
-        if is_last or stops or may_be_best or (step + 1) % options.save_every == 0:
+        if is_last or stops or may_be_best or done % options.save_every == 0:
             save(run, step, validation)
         if stops and not is_last:
             why = ", ".join(signals.heard()) or "another rank was told to"
-            print0(f"{run.name} {step + 1}/{len(run.steps)}  stops: {why}")
+            print0(f"{run.name} {done}/{len(run.steps)}  stops: {why}")
             return False
 
     log.write("end", seconds=time.perf_counter() - log.begin)
@@ -293,15 +318,17 @@ def count(batches: list[Batch]) -> list[int]:
 
 
 def refuse(run: StageRun, batches: list[Batch], losses: list[Tensor], found: str, step: int):
-    """Stop all ranks with the rows whose loss is not finite.
+    """Stop all ranks with a UserError that names the rows of micro-batches without a finite loss.
 
     If only a gradient is not finite, no row can be told from the others: all of the step are named.
     """
-    own_bad, own_all = [], []
+    own_bad = []
+    own_all = []
     for batch, loss in zip(batches, losses, strict=False):  # fsdp has losses of empty batches, too
         own_all += batch.rows
         if not loss.isfinite():
             own_bad += batch.rows
+
     named = run.ranks.collect(sorted(own_bad))
     if not named:
         named = run.ranks.collect(sorted(own_all))
@@ -321,6 +348,7 @@ def validate(model: ParallelModel, batches: Iterable[Batch]) -> float:
         for batch in model.in_step(batches):
             loss += forward(batch.to(model.ranks.device)).item()
             supervised += batch.supervised
+
     loss, supervised = model.ranks.totals([loss, supervised])
     return loss / max(1, supervised)
 
@@ -342,24 +370,26 @@ def validate_and_log(run: StageRun, step: int) -> float:
 
 
 def save(run: StageRun, step: int, validation: float | None):
-    """Write a checkpoint: what a start after this step goes on from. All ranks must call it."""
+    """Write a checkpoint, from which a run goes on after this step. All ranks must call it."""
     optimizer: torch.optim.AdamW | None = run.optimizer
     if step + 1 < len(run.steps):
         place = {"stage": run.index, "step": step + 1}
     else:
-        # The next stage begins, with an optimizer of its own.
+        # The next stage begins, and makes an optimizer of its own.
         place = {"stage": run.index + 1, "step": 0}
         optimizer = None
 
     tensors = state.snapshot(run.model, run.begun_with, optimizer, run.ranks)
     if run.ranks.is_first:
         folder = Path(run.options.output) / "checkpoints"
-        keep_best_of = run.name if run.options.keep_best else ""
+        keep_best_of = ""
+        if run.options.keep_best:
+            keep_best_of = run.name
         described = {**place, "trained": run.name, "validation": validation}
         resume.save(folder, run.options.keep, tensors, described, keep_best_of)
 
 
-# ------------------------------------------------------------------------------ before and after it
+# --------------------------------------------------------------------------- before and after it
 
 
 def prepare(
@@ -367,8 +397,9 @@ def prepare(
 ) -> StageRun:
     """Return what the loop needs to train a stage of the recipe from optimizer step `start`.
 
-    model: on the CPU; it is frozen, rounded, moved to the device and spread over the ranks as the
-    recipe says. tensors: of the checkpoint that it comes from, with AdamW's moments if start > 0.
+    model: on the CPU. It is frozen, rounded, moved to the device and spread over the ranks as the
+    recipe says.
+    tensors: of the checkpoint that it comes from, with AdamW's moments if start > 0.
     """
     name = list(recipe.stage)[index]
     stage, options = recipe.stage[name], recipe.train
@@ -377,7 +408,9 @@ def prepare(
     # The data. To share the tokens of a step evenly, ranks must know the length of each row.
     spec = stage_spec(recipe.model, stage)
     rows = Mixture.of(stage, f"stage.{name}")
-    counts = token_counts(rows, spec, options.workers) if ranks.size > 1 else None
+    counts = None
+    if ranks.size > 1:
+        counts = token_counts(rows, spec, options.workers)
     steps = Steps(rows, spec, stage, options, ranks.rank, ranks.size, counts=counts)
     held_out = None
     if stage.validation:
@@ -405,9 +438,13 @@ def prepare(
     state.restore_moments(optimizer, model, tensors, start)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16)
 
-    recorder = Recorder(options.log, folder, recipe) if ranks.is_first else None
+    # What is reported.
+    recorder = None
+    if ranks.is_first:
+        recorder = Recorder(options.log, folder, recipe)
     log = RunLog(folder / "log.jsonl", name, len(steps), trainable, ranks, recorder, peak_share)
     announce(log, model, start, steps, mode)
+
     return StageRun(
         name=name,
         index=index,
@@ -428,12 +465,15 @@ def prepare(
 
 def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str):
     """Log the start of a stage: its rows and steps, and which parts of the model train."""
+    # For log.jsonl. A part that is frozen is not in log.trainable.
     parameters = {}
     for part, attribute in PARTS.items():
         parameters[part] = lora.count(getattr(model, attribute))
+
     trainable = {}
     for part, tensors in log.trainable.items():
         trainable[part] = sum(p.numel() for p in tensors)
+
     log.write(
         "start",
         step=start,
@@ -443,10 +483,14 @@ def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str):
         trainable=trainable,
     )
 
+    # For the terminal.
     sizes = []
     for part, n in parameters.items():
-        frozen = "" if trainable.get(part) else " (frozen)"
-        sizes.append(f"{part} {n / 1e6:.2f}M{frozen}")
+        size = f"{part} {n / 1e6:.2f}M"
+        if part not in trainable:
+            size += " (frozen)"
+        sizes.append(size)
+
     line = f"{log.name}: {len(steps.rows)} rows, {len(steps)} steps, "
     line += f"{model.image_tokens} tokens per image; {', '.join(sizes)}"
     if log.ranks.size > 1:
@@ -463,12 +507,33 @@ def check_recipe(recipe: Recipe, path: Path):
                 what = f"no such file {file}"
                 raise UserError(f"{path}:stage.{name}", what, "correct data or validation")
 
+    # OUTPUT/best is the best of the last stage, so that one must be measured.
     last_stage = list(recipe.stage.values())[-1]
-    blind = recipe.train.keep_best and not last_stage.validation
-    if recipe.train.keep < 1 or blind:
+    no_best = recipe.train.keep_best and not last_stage.validation
+    if recipe.train.keep < 1 or no_best:
         what = "keep is at least 1, and keep_best needs a last stage with validation"
         fix = "correct keep, or write stage.NAME.validation"
         raise UserError(f"{path}:train", what, fix)
+
+
+def newest_checkpoint(
+    recipe: Recipe, explicit: str, ranks: Ranks
+) -> tuple[dict[str, Tensor], int, int]:
+    """Return the tensors to go on from, the index of the stage, and its first optimizer step.
+
+    explicit: a checkpoint to take instead of the newest one, or "". Before the first has been
+    saved, the run begins with no tensors at step 0 of stage 0.
+    """
+    # Rank 0 decides, because ranks that look at different times may see different files.
+    chosen = None
+    if ranks.is_first:
+        chosen = resume.pick(Path(recipe.train.output) / "checkpoints", explicit)
+    chosen = ranks.broadcast(chosen)
+
+    if not chosen:
+        return {}, 0, 0
+    tensors, place = resume.read(chosen)
+    return tensors, place["stage"], place["step"]
 
 
 def run_stages(recipe: Recipe, ranks: Ranks):
@@ -479,39 +544,37 @@ def run_stages(recipe: Recipe, ranks: Ranks):
     """
     stages = list(recipe.stage.values())
     folder = Path(recipe.train.output)
-    explicit = recipe.train.resume
-    is_first_round = True
+
+    # Where this start begins.
+    tensors, index, start = newest_checkpoint(recipe, recipe.train.resume, ranks)
+    if tensors:
+        print0(f"resumed: {index} of {len(stages)} stages done, {start} steps of the next")
+
     while True:
-        # Rank 0 decides which checkpoint it is. There is none before the first has been saved.
-        chosen = resume.pick(folder / "checkpoints", explicit) if ranks.is_first else None
-        chosen = ranks.broadcast(chosen)
-        tensors, place = {}, {"stage": 0, "step": 0}
-        if chosen:
-            tensors, place = resume.read(chosen)
-        index, start = place["stage"], place["step"]
-        if chosen and is_first_round:
-            print0(f"resumed: {index} of {len(stages)} stages done, {start} steps of the next")
+        # What was logged after the checkpoint is done again.
         if ranks.is_first:
             run_log.forget_after(folder / "log.jsonl", list(recipe.stage), index, start)
             (folder / "PREEMPTED").unlink(missing_ok=True)
         if index == len(stages):
             break
-        explicit, is_first_round = "", False
 
         model = state.build(recipe, tensors, stages[index])
         run = prepare(model, index, recipe, ranks, start, tensors)
         signals.hold()
         is_done = train_stage(run, start)
 
-        # The optimizer and the model must be gone before the next stage's are built.
-        del model, run
+        # All of this stage's memory must be free before the next stage's model is built.
+        del model, run, tensors
         if not is_done:
             if ranks.is_first:
                 resume.wait()
                 write_file(folder / "PREEMPTED", "the same command goes on from here\n")
             print0(f"preempted: saved in {folder}/checkpoints; the same command goes on from there")
             return
+
+        # The next stage begins with what this one saved last.
         ranks.barrier()
+        tensors, index, start = newest_checkpoint(recipe, "", ranks)
 
     if ranks.is_first:
         output.export(recipe, tensors, folder)
@@ -520,17 +583,23 @@ def run_stages(recipe: Recipe, ranks: Ranks):
 
 
 def main(argv: list[str]):
+    """Do what the command line says: list the recipes, plan one, or train it."""
     if argv == ["--list"]:
         planner.print_recipes(DEMO.parent)
         return
-    recipe, path = config.load([arg for arg in argv if arg != "--dry-run"], DEMO)
+
+    is_dry_run = "--dry-run" in argv
+    recipe_and_overrides = [arg for arg in argv if arg != "--dry-run"]
+    recipe, path = config.load(recipe_and_overrides, DEMO)
 
     # The demo makes its own data, if it is not there.
     demo_data = None
     if path.resolve() == DEMO:
         first_stage = next(iter(recipe.stage.values()))
         demo_data = Path(first_stage.data).parent
-    if "--dry-run" in argv:
+
+    if is_dry_run:
+        # planner.py stands below this file and cannot import set_trainable, so it is handed over.
         adapt = partial(peft.adapt, parts=PARTS)
         planner.dry_run(recipe, path, adapt, set_trainable, demo_data)
         return
@@ -543,7 +612,9 @@ def main(argv: list[str]):
 
     # Rank 0 holds the folder until the end, so that no second run writes there.
     folder = Path(recipe.train.output)
-    lock = resume.lock(folder) if ranks.is_first else nullcontext()
+    lock = nullcontext()
+    if ranks.is_first:
+        lock = resume.lock(folder)
     with lock:
         if output.claim(recipe, ranks):
             run_stages(recipe, ranks)

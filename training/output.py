@@ -78,7 +78,7 @@ def export(recipe: Recipe, tensors: dict, output: Path):
     """
     checkpoints = output / "checkpoints"
     last_stage = list(recipe.stage)[-1]
-    tokenizer = load_tokenizer(resolve(recipe.model.text, small=True))
+    tokenizer = load_tokenizer(resolve(recipe.model.tokenizer_source, small=True))
     with resume.writing(output):
         if recipe.train.keep_best:
             best = seal.best(checkpoints, last_stage)
