@@ -46,8 +46,7 @@ class Beams:
         x = model.embed(packed.input_ids, features)  # (T, D)
         slots = packed.max_seqlen + max_new_tokens
         self.cache = Cache(self.lm.config, self.prompts, slots, like=x)
-        attend = self.cache.prefill(packed.cu_seqlens, packed.max_seqlen, packed.positions)
-        hidden_states = self.lm.model(x, packed.positions, attend)
+        hidden_states = self.lm.model(x, packed.positions, self.cache.prefill(packed))
 
         # In float32, because beam search adds up many log-probabilities.
         last = packed.cu_seqlens[1:].long() - 1

@@ -1,8 +1,9 @@
 """The key-value cache of decoding: what attention needs to know of the tokens before.
 
     cache = Cache(lm.config, rows=B, slots=L, like=hidden_states)
-    hidden_states = lm.model(x, positions, cache.prefill(cu_seqlens, max_seqlen, positions))
-    hidden_states = lm.model(x, cache.lengths, cache.step())  # one more token of each sequence
+    packed = pack_rows(prompts)
+    hidden_states = lm.model(x, packed.positions, cache.prefill(packed))
+    hidden_states = lm.model(y, cache.lengths, cache.step())  # one more token of each sequence
 
 Row b of the cache belongs to sequence b, and its slot t holds the key and the value of token t.
 `prefill`, `extend` and `step` return the attention function (packing.Attend) that the language
@@ -17,7 +18,8 @@ Read `step` first: it is the shortest path through the cache. `prefill` and `ext
 for many tokens at once. Below them are the operations on rows that the engine's prefix cache and
 beam search need.
 
-B sequences, T tokens of a packed row, H heads, K key-value heads, d head width, L cache slots.
+B sequences, S prompts, T tokens of a packed row, H heads, K key-value heads, d head width,
+L cache slots.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention_decode, attention_packed
-from packing import Attend
+from packing import Attend, PackedRow
 
 
 class Cache:
@@ -62,22 +64,20 @@ class Cache:
 
     # -- attention -----------------------------------------------------------------------------
 
-    def prefill(
-        self, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor, rows: Tensor | None = None
-    ) -> Attend:
-        """Return the attention of packed prompts, which fills the cache from slot 0.
+    def prefill(self, packed: PackedRow, rows: Tensor | None = None) -> Attend:
+        """Return the attention of S packed prompts, which fills the cache from slot 0.
 
-        cu_seqlens (S + 1,), max_seqlen and positions (T,) describe the packed row of S prompts.
         rows (S,): the cache row of each prompt, by default the first S rows.
         """
-        self.lengths = cu_seqlens.diff().long()
+        self.lengths = packed.cu_seqlens.diff().long()
         if rows is None:
-            rows = torch.arange(len(self.lengths), device=positions.device)
+            rows = torch.arange(len(self.lengths), device=self.lengths.device)
         row_of_token = rows.repeat_interleave(self.lengths)  # (T,)
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer.index, row_of_token, positions, k, v)
-            return attention_packed(q, k, v, cu_seqlens, max_seqlen)
+            # Nothing older is in these rows, so the new keys and values are all there is to see.
+            self._write(layer.index, row_of_token, packed.positions, k, v)
+            return attention_packed(q, k, v, packed.cu_seqlens, packed.max_seqlen)
 
         return attend
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from inference.cache import Cache
 from inference.fast_linears import fast_linears, replaced_forwards
 from inference.sampling import sample_tokens
-from packing import IMAGE_TOKEN, Item, as_items, pack_prompts
+from packing import IMAGE_TOKEN, Item, as_items, count_images, pack_prompts
 
 # A common beginning of fewer slots is computed again: copying it would not be worth the trouble.
 MIN_PREFIX = 16
@@ -393,7 +393,7 @@ class Engine:
         if len(request.ids) == 0:
             raise ValueError("a prompt is empty")
         items = as_items(request.images)
-        placeholders = int((request.ids == IMAGE_TOKEN).sum())
+        placeholders = count_images(request.ids)
         if placeholders != len(items):
             raise ValueError(f"{placeholders} image placeholders but {len(items)} images")
 
@@ -518,7 +518,7 @@ class Engine:
             attend = self.cache.extend(rows, starts, lengths.tolist(), positions)
         else:
             row_index = torch.tensor(rows, device=self.device)
-            attend = self.cache.prefill(packed.cu_seqlens, packed.max_seqlen, positions, row_index)
+            attend = self.cache.prefill(packed, row_index)
 
         features_of_tails = None
         if images:
