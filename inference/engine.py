@@ -132,7 +132,7 @@ class Placement:
 
 
 class Engine:
-    """Decodes the requests of one model, at most `rows` at once.
+    """The decoder of one model's requests, at most `rows` at once.
 
     The cache grows to what the longest request needs. The rows that are being decoded are always
     the first `active` ones, so that a step reads views of the cache.
@@ -148,7 +148,8 @@ class Engine:
         self.device = self.lm.lm_head.weight.device
 
         # One token's embedding shows the device and dtype of the hidden states, for the cache.
-        self.embedding = self.lm.model.embed(torch.zeros(1, dtype=torch.long, device=self.device))
+        some_token = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.embedding = self.lm.model.embed(some_token)
 
         self.rows = [Row() for _ in range(rows)]
         self.active = 0  # rows being decoded
@@ -333,12 +334,13 @@ class Engine:
         self._make_room(prompts)
         whole, continued = self._place(prompts)
 
-        # An image that some row holds is encoded again if its prompt cannot begin with that row.
+        # An image that a row held before is encoded again if its prompt cannot begin with that row.
         missing = {}
         for placement in whole + continued:
-            for i in self.rows[placement.row].cached_ids[placement.reused :]:
-                if i < 0 and i not in features:
-                    missing[i] = images[i]
+            ids = self.rows[placement.row].cached_ids
+            for name in fingerprints_in(ids[placement.reused :]):
+                if name not in features:
+                    missing[name] = images[name]
         features |= self._encode(missing)
 
         # First the prompts that reuse nothing, then those that may reuse what these have computed.
@@ -365,16 +367,17 @@ class Engine:
         """
         held = set()
         for row in self.rows:
-            held.update(i for i in row.cached_ids if i < 0)
-        self.image_slots = {i: self.image_slots[i] for i in held}
+            held.update(fingerprints_in(row.cached_ids))
+        self.image_slots = {name: self.image_slots[name] for name in held}
 
         new = {}
-        for i, item in images.items():
-            if i not in held:
-                new[i] = item
+        for name, item in images.items():
+            if name not in held:
+                new[name] = item
+
         features = self._encode(new)
-        for i, image_features in features.items():
-            self.image_slots[i] = len(image_features)
+        for name, image_features in features.items():
+            self.image_slots[name] = len(image_features)
         return features
 
     def _make_room(self, prompts: list[Prompt]):
@@ -417,12 +420,9 @@ class Engine:
 
     def _slots(self, ids: list[int]) -> int:
         """Return the number of cache slots that tokens and images take."""
-        slots = 0
-        for i in ids:
-            if i < 0:
-                slots += self.image_slots[i]
-            else:
-                slots += 1
+        slots = len(ids)
+        for name in fingerprints_in(ids):
+            slots += self.image_slots[name] - 1
         return slots
 
     def _place(self, prompts: list[Prompt]) -> tuple[list[Placement], list[Placement]]:
@@ -539,6 +539,11 @@ def fingerprint(item: Item) -> int:
     digest = hashlib.sha256(shape.encode())
     digest.update(pixels.view(torch.uint8).numpy())
     return -1 - int.from_bytes(digest.digest())
+
+
+def fingerprints_in(ids: list[int]) -> list[int]:
+    """Return the fingerprints of images among the ids of a prompt."""
+    return [i for i in ids if i < 0]
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
