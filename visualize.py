@@ -205,17 +205,20 @@ def occlusion(model: LLaVA, prompt: list[int], answer: list[int], picture: Tenso
     for y in range(WINDOWS):
         # The windows of one row at once, each on a picture of its own.
         pictures = picture.repeat(WINDOWS, 1, 1, 1)  # (WINDOWS, 3, S, S)
+        down = slice(edges[y], edges[y + 2])
         for x in range(WINDOWS):
-            window = pictures[x, :, edges[y] : edges[y + 2], edges[x] : edges[x + 2]]
-            window[:] = median[:, None, None]
+            across = slice(edges[x], edges[x + 2])
+            pictures[x, :, down, across] = median[:, None, None]
         covered = log_probabilities(model, prompt, answer, pictures)  # (WINDOWS, W)
 
         # A window counts for each of its two by two cells. If covering it makes a token likelier,
         # the model does not need what is there, which is a fall of 0.
         falls = (uncovered - covered).clamp(min=0)
+        cells_down = slice(y, y + 2)
         for x, fall in enumerate(falls):
-            total[:, y : y + 2, x : x + 2] += fall[:, None, None]
-            count[y : y + 2, x : x + 2] += 1
+            cells_across = slice(x, x + 2)
+            total[:, cells_down, cells_across] += fall[:, None, None]
+            count[cells_down, cells_across] += 1
     return total / count
 
 
@@ -233,9 +236,11 @@ def log_probabilities(
 
     # Counted from the end, where images have no tokens. The position before a token chooses it.
     width = len(answer)
-    of_answer = logits[:, -width - 1 : -1].float().log_softmax(-1)  # (N, W, V)
+    choosing = slice(-width - 1, -1)
+    of_answer = logits[:, choosing].float().log_softmax(-1)  # (N, W, V)
     chosen = tokens[-width:].expand(len(pixels), -1)  # (N, W)
-    return of_answer.gather(-1, chosen[:, :, None])[:, :, 0].cpu()
+    of_chosen = of_answer.gather(-1, chosen[:, :, None])  # (N, W, 1)
+    return of_chosen[:, :, 0].cpu()
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -330,7 +335,8 @@ def likeliest_table(probabilities: Tensor, tokenizer, k: int) -> str:
     rows = []
     for p, token in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         # Line breaks and the like as a Python string has them, without its quotes.
-        name = html.escape(repr(piece_of(token, tokenizer))[1:-1])
+        quoted = repr(piece_of(token, tokenizer))
+        name = html.escape(quoted[1:-1])
         bar = f'<div class="bar" style="width:{BAR_WIDTH * p:.0f}px"></div>'
         rows.append(f"<tr><td>{name}</td><td>{100 * p:.1f} %</td><td>{bar}</td></tr>")
     return f"<table>{''.join(rows)}</table>"

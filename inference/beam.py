@@ -8,7 +8,8 @@
 `beam_search` is the loop. In it one `Search` for each prompt decides which beams go on, which
 answers are finished, and when the prompt is done.
 
-B prompts, K beams of each, V vocabulary. Beam k of prompt b is sequence b K + k.
+B prompts, K beams of each, T tokens of the packed prompts, D width, V vocabulary.
+Beam k of prompt b is sequence b K + k.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Beams:
         x = model.embed(packed.input_ids, features)  # (T, D)
         slots = packed.max_seqlen + max_new_tokens
         self.cache = Cache(self.lm.config, self.prompts, slots, like=x)
-        hidden_states = self.lm.model(x, packed.positions, self.cache.prefill(packed))
+        attend = self.cache.prefill(packed)
+        hidden_states = self.lm.model(x, packed.positions, attend)
 
         # In float32, because beam search adds up many log-probabilities.
         last = packed.cu_seqlens[1:].long() - 1
@@ -64,8 +66,9 @@ class Beams:
     def step(self, tokens: Tensor):
         """Append a token (B K,) to each sequence and compute the next logits."""
         positions = self.cache.lengths
-        x = self.lm.model.embed(tokens)
-        hidden_states = self.lm.model(x, positions, self.cache.step())
+        x = self.lm.model.embed(tokens)  # (B K, D)
+        attend = self.cache.step()
+        hidden_states = self.lm.model(x, positions, attend)
         self.logits = self.lm.lm_head(hidden_states).float()
 
 
@@ -190,8 +193,12 @@ class Search:
             if worst >= scores[0] / length:
                 self.done = True
 
-        # Only now: the loop above still needed the tokens of the old beams.
-        self.open = [self.open[candidate.beam] + [candidate.token] for candidate in going]
+        # A list of its own for each beam: several may continue the same old one.
+        new_open = []
+        for candidate in going:
+            tokens = self.open[candidate.beam] + [candidate.token]
+            new_open.append(tokens)
+        self.open = new_open
         return going
 
     def best(self, open_scores: list[float]) -> list[int]:

@@ -69,10 +69,11 @@ class Cache:
 
         rows (S,): the cache row of each prompt, by default the first S rows.
         """
-        self.lengths = packed.cu_seqlens.diff().long()
+        lengths = packed.cu_seqlens.diff().long()
+        self.lengths = lengths
         if rows is None:
-            rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        row_of_token = rows.repeat_interleave(self.lengths)  # (T,)
+            rows = torch.arange(len(lengths), device=lengths.device)
+        row_of_token = rows.repeat_interleave(lengths)  # (T,)
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # Nothing older is in these rows, so the new keys and values are all there is to see.
@@ -90,8 +91,10 @@ class Cache:
         tokens follow; they attend to those slots and, causally, to each other. positions (T,) are
         the slots of all new tokens, T = sum of lengths.
         """
-        row_of_token = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
-        row_of_token = row_of_token.to(positions.device)  # (T,)
+        row_of_token = []
+        for row, length in zip(rows, lengths, strict=True):
+            row_of_token += [row] * length
+        row_of_token = torch.tensor(row_of_token, device=positions.device)  # (T,)
 
         # New token i of a sequence sees the `start` slots that were filled, and new tokens 0 to i.
         masks = []

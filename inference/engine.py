@@ -159,21 +159,23 @@ class Engine:
 
         # A graph holds on to the addresses of the weights. Training moves them, and a sharded
         # weight is put together anew for each step.
+        on_gpu = self.device.type == "cuda"
         plain_weights = type(self.lm.lm_head.weight) is nn.Parameter
-        self.use_graph = self.device.type == "cuda" and plain_weights and not model.training
+        self.use_graph = on_gpu and plain_weights and not model.training
 
         self._allocate(slots, old=None)
 
     def _allocate(self, slots: int, old: Cache | None):
         """Make a cache of so many slots that begins with what the old one holds."""
-        self.cache = Cache(self.lm.config, len(self.rows), slots, like=self.embedding)
+        rows = len(self.rows)
+        self.cache = Cache(self.lm.config, rows, slots, like=self.embedding)
         if old is not None:
             self.cache.copy_from(old)
 
         # A captured step reads its inputs from here: each row's last token, and how many of its
         # slots are filled. The graph holds on to the addresses of the cache, so a new cache needs
         # a new graph.
-        self.inputs = torch.zeros(2, len(self.rows), dtype=torch.long, device=self.device)
+        self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_logits: Tensor | None = None
 
@@ -242,7 +244,8 @@ class Engine:
             self.rows[i] = last
 
         # With a copy of the list: the row that has moved goes on to append to the old one.
-        self.rows[self.active] = Row(cached_ids=list(last.cached_ids), filled=last.filled)
+        kept_ids = list(last.cached_ids)
+        self.rows[self.active] = Row(cached_ids=kept_ids, filled=last.filled)
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -292,8 +295,10 @@ class Engine:
         """Return the logits (B, V) behind inputs (2, B): tokens, and the slots filled before."""
         tokens, filled = inputs
         self.cache.lengths = filled
-        x = self.lm.model.embed(tokens)
-        hidden_states = self.lm.model(x, filled, self.cache.step())
+        x = self.lm.model.embed(tokens)  # (B, D)
+        # The position of a token is the number of slots before it.
+        attend = self.cache.step()
+        hidden_states = self.lm.model(x, filled, attend)
         return self.lm.lm_head(hidden_states)
 
     def _replay(self) -> Tensor:
@@ -410,7 +415,8 @@ class Engine:
             item = next(remaining)
             name = fingerprint(item)
             ids.append(name)
-            images[name] = Item(item.pixels.to(self.device), item.shape)
+            pixels = item.pixels.to(self.device)
+            images[name] = Item(pixels, item.shape)
         return Prompt(request, ids, images)
 
     def _encode(self, items: dict[int, Item]) -> dict[int, Tensor]:
@@ -427,7 +433,8 @@ class Engine:
 
     def _place(self, prompts: list[Prompt]) -> tuple[list[Placement], list[Placement]]:
         """Give each prompt a free row; return those that reuse nothing, and those that do."""
-        free = list(range(self.active, self.active + len(prompts)))
+        after = self.active + len(prompts)
+        free = list(range(self.active, after))  # the rows behind the active ones
         whole: list[Placement] = []
         continued: list[Placement] = []
 

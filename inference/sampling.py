@@ -40,8 +40,9 @@ def sample_tokens(
         probabilities = _nucleus(probabilities, top_p)
 
     # What is drawn is a place among the candidates, which say what token it is.
-    places = _draw(probabilities, generator)
-    return candidates.indices.gather(-1, places[:, None])[:, 0]
+    places = _draw(probabilities, generator)[:, None]
+    tokens = candidates.indices.gather(-1, places)  # (B, 1)
+    return tokens[:, 0]
 
 
 def _likeliest(probabilities: Tensor, top_k: int) -> torch.return_types.topk:
@@ -69,7 +70,8 @@ def _draw(probabilities: Tensor, generator: torch.Generator | list[torch.Generat
     """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
-    point = _uniform(len(probabilities), generator).to(total.device) * total
+    uniform = _uniform(len(probabilities), generator)  # (B, 1)
+    point = uniform.to(total.device) * total
     index = (cumulative <= point).sum(-1)
 
     # A rounding can put the point on the total, behind the last token.
@@ -81,4 +83,6 @@ def _uniform(rows: int, generator: torch.Generator | list[torch.Generator]) -> T
     """Return a number from [0, 1) for each row, (B, 1)."""
     if isinstance(generator, torch.Generator):
         return torch.rand(rows, 1, generator=generator)
-    return torch.cat([torch.rand(1, 1, generator=g) for g in generator])
+
+    numbers = [torch.rand(1, 1, generator=g) for g in generator]
+    return torch.cat(numbers)
