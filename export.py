@@ -29,10 +29,11 @@ from config import UserError
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 
-# What writes each layout that --to names.
-WRITERS = {
-    layout.export_name: layout.write for layout in layouts.LAYOUTS.values() if layout.export_name
-}
+# What writes each layout that --to names. Layouts without such a name are only read.
+WRITERS = {}
+for layout in layouts.LAYOUTS.values():
+    if layout.export_name:
+        WRITERS[layout.export_name] = layout.write
 
 
 def export(model: LLaVA, tokenizer, to: str, folder: Path, transformers: int = 5):
@@ -62,11 +63,13 @@ def export_peft(adapter: Path, out: Path):
 def open_model(folder: Path, dtype: torch.dtype | None, allow_pickle: bool) -> LLaVA:
     """Return the model of a folder in `dtype`; None keeps the types of its files."""
     model = LLaVA.from_pretrained(folder, dtype, allow_pickle=allow_pickle)
-    if dtype:
-        # Tensors that our forward pass does not use are written back too. Loading leaves them as
-        # they are.
-        spares = model.vision_tower.spares
-        model.vision_tower.spares = {name: tensor.to(dtype) for name, tensor in spares.items()}
+    if dtype is not None:
+        # Tensors that our forward pass does not use are written back too. Loading leaves them in
+        # the types of their files.
+        converted = {}
+        for name, tensor in model.vision_tower.spares.items():
+            converted[name] = tensor.to(dtype)
+        model.vision_tower.spares = converted
     return model
 
 
@@ -79,48 +82,55 @@ def open_tokenizer(folder: Path):
         return None
 
 
-def main(argv: list[str]):
+def arguments(argv: list[str]):
+    """Return the command line's options."""
     parser = config.parser(__doc__)
-    parser.add_argument("out", help="folder to write; must not exist, or be empty")
-    parser.add_argument(
-        "--model", required=True, help="folder or Hugging Face id, in any layout that we read"
-    )
-    parser.add_argument("--to", required=True, choices=(*WRITERS, "peft"), help="the layout")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter to merge first")
-    parser.add_argument(
+    option = parser.add_argument
+    option("out", help="folder to write; must not exist, or be empty")
+    option("--model", required=True, help="folder or Hugging Face id, in any layout that we read")
+    option("--to", required=True, choices=(*WRITERS, "peft"), help="the layout")
+    option("--adapter", help="folder of a PEFT adapter to merge first")
+    option(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)"
     )
-    parser.add_argument(
+    option(
         "--transformers",
         type=int,
         choices=(4, 5),
         default=5,
         help="hf-llava: for which of them (5)",
     )
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only"
-    )
-    a = parser.parse_args(argv)
+    option("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
+    return parser.parse_args(argv)
 
-    out = Path(a.out)
+
+def main(argv: list[str]):
+    args = arguments(argv)
+    out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(out, "exists", "name a new folder")
-    folder = resolve(a.model, allow_pickle=a.allow_pickle)
-    if a.to == "peft":
+
+    # Adapters are files of their own, so no model is loaded for them.
+    folder = resolve(args.model, allow_pickle=args.allow_pickle)
+    if args.to == "peft":
         export_peft(folder / "adapter", out)
         return
 
-    dtype = getattr(torch, a.dtype) if a.dtype else None
-    model = open_model(folder, dtype, a.allow_pickle)
-    if a.adapter:
-        peft.load_adapter(Path(a.adapter), model, peft.ADAPTED)
+    dtype = None
+    if args.dtype:
+        dtype = getattr(torch, args.dtype)
+    model = open_model(folder, dtype, args.allow_pickle)
+    if args.adapter:
+        peft.load_adapter(Path(args.adapter), model, peft.ADAPTED)
         lora.merge(model)
-    export(model, open_tokenizer(folder), a.to, out, a.transformers)
+    export(model, open_tokenizer(folder), args.to, out, args.transformers)
 
+    # Say what was written.
     parameters = sum(p.numel() for p in model.parameters())
-    size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"{out}: {a.to}, {parameters / 1e6:.1f}M parameters, {size / 1e9:.2f} GB")
-    for file in sorted(out.iterdir()):
+    files = sorted(out.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{out}: {args.to}, {parameters / 1e6:.1f}M parameters, {size / 1e9:.2f} GB")
+    for file in files:
         print(f"  {file.name}")
 
 

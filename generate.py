@@ -11,7 +11,7 @@ question of a chat starts from what has been read of the earlier ones. Folders a
 both work as --model. With a temperature, equal seeds give equal answers. --weights int8 and nf4
 quantize the language model as it is loaded, as bitsandbytes does, and compute in bfloat16.
 
-`Chat` is the conversation, and of use without the command; `main` is the command.
+`Chat` is the conversation, and of use without the command. `main` is the command.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Chat:
         except UserError:
             raise
         except ValueError as e:
+            # What is wrong with a damaged file, without what to do about it.
             raise UserError(file, str(e), f"give another {kind} file") from None
         self.items.append(item)
         self.waiting += 1
@@ -80,40 +81,39 @@ class Chat:
         show: called with the next piece of the answer, which may be empty, for each token, and at
         last with a line on its speed.
         """
+        # The pictures shown since the last question belong to this one.
         question = place_images(text, self.waiting)
         self.waiting = 0
         self.turns.append({"from": "human", "value": question})
         self.turns.append({"from": "gpt", "value": None})  # the answer to come
 
+        # The prompt is the whole conversation. The model's prefix cache still holds the beginning.
         template = self.model.config.template
         ids = torch.tensor(encode_prompt(self.turns, self.tokenizer, template))
         eos = stop_id(self.tokenizer, template)
-        said = TextStream(self.tokenizer.decode, self.stop)
+        stream = TextStream(self.tokenizer.decode, self.stop)
 
-        def until(tokens: list[int]) -> bool:
+        def show_and_check(tokens: list[int]) -> bool:
             """Show what is new of the answer; return whether a stop string ends it."""
-            show(said.update(tokens))
-            return said.stopped
+            show(stream.update(tokens))
+            return stream.stopped
 
         # Beam search knows its answer only at the end, so there is nothing to show before.
-        beam_search = self.options.get("num_beams", 1) > 1
+        until = show_and_check
+        if self.options.get("num_beams", 1) > 1:
+            until = None
+
         start = time.perf_counter()
-        made = self.model.generate(
-            [ids],
-            self.items,
-            eos_token_id=eos,
-            until=None if beam_search else until,
-            **self.options,
-        )
+        made = self.model.generate([ids], self.items, eos_token_id=eos, until=until, **self.options)
         seconds = time.perf_counter() - start
 
         # The last token, and with beam search the whole answer, has not been shown yet.
-        until(before_stop(made[0].tolist(), eos))
-        show(said.finish())
+        show_and_check(before_stop(made[0].tolist(), eos))
+        show(stream.finish())
         count = made.size(1)
         show(f"\n[{count} tokens, {count / seconds:.1f} tokens/s]\n")
 
-        answer = said.text.strip()
+        answer = stream.text.strip()
         self.turns[-1]["value"] = answer
         return answer
 
@@ -189,9 +189,19 @@ def arguments(argv: list[str]):
 
 def load_chat(args) -> Chat:
     """Return a chat with the model that the options name, quantized if they say so."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = args.weights or ("bf16" if device == "cuda" else "fp32")
-    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    # Without --weights: float32 on a CPU, bfloat16 on a GPU.
+    device = "cpu"
+    weights = "fp32"
+    if torch.cuda.is_available():
+        device = "cuda"
+        weights = "bf16"
+    if args.weights:
+        weights = args.weights
+
+    # Quantized weights compute in bfloat16 too.
+    dtype = torch.bfloat16
+    if weights == "fp32":
+        dtype = torch.float32
 
     folder = resolve(args.model, allow_pickle=args.allow_pickle)
     model = LLaVA.from_pretrained(folder, dtype, device, args.allow_pickle)
@@ -206,6 +216,7 @@ def load_chat(args) -> Chat:
         "num_beams": args.beams,
         "generator": torch.Generator().manual_seed(args.seed),
     }
+
     # A shell passes \\n on as two characters.
     stop = [text.replace("\\n", "\n") for text in args.stop]
     return Chat(model, load_tokenizer(folder), options, stop)
@@ -226,13 +237,16 @@ def converse(chat: Chat):
         try:
             if not chat.command(line.strip()):
                 return
-        except UserError as e:  # the chat goes on after a mistake
+        except UserError as e:
+            # The chat goes on after a mistake.
             print(f"error: {e}")
 
 
 def main(argv: list[str]):
     args = arguments(argv)
     chat = load_chat(args)
+
+    # The pictures come first, then the videos, whatever their order in the command line.
     for file in args.image:
         chat.show(file, "image")
     for file in args.video:

@@ -37,6 +37,7 @@ import torch
 import config
 from checkpoints.files import resolve
 from config import UserError
+from inference.answer import place_images
 from inference.job_queue import Job, JobQueue, Limits, Refused, fetch
 from inputs.templates import IMAGE
 from inputs.tokenizer import load_tokenizer
@@ -93,6 +94,7 @@ def read_request(request, jobs: JobQueue, allow_urls: bool) -> Job:
         what = f"model {request.get('model')!r}: {jobs.name!r} is served"
         raise Refused(404, what, "model_not_found", "model")
 
+    # How the answer is to be made. OpenAI has renamed max_tokens, and clients send either name.
     limits = jobs.limits
     stop = read_stop(request)
     length_key = "max_tokens"
@@ -103,6 +105,7 @@ def read_request(request, jobs: JobQueue, allow_urls: bool) -> Job:
     top_p = read_number(request, "top_p", (int, float), 0, 1, 1.0)
     seed = read_number(request, "seed", int, -(2**63), 2**63 - 1)
 
+    # The conversation comes last: only a request that is right so far makes us fetch pictures.
     def read_picture(url: str) -> Item:
         return jobs.picture(fetch(url, allow_urls, limits.body))
 
@@ -130,8 +133,10 @@ def read_number(request: dict, key: str, kind, low: float, high: float, default=
     given = request.get(key)
     if given is None:
         return default
+
     # To Python, True is an integer.
-    if isinstance(given, bool) or not isinstance(given, kind) or not low <= given <= high:
+    is_number = isinstance(given, kind) and not isinstance(given, bool)
+    if not is_number or not low <= given <= high:
         what = f"{key}: {given!r} is not a number from {low} to {high}"
         raise Refused(400, what, "invalid_value", key)
     return given
@@ -142,10 +147,16 @@ def read_stop(request: dict) -> list[str]:
     stop = request.get("stop") or []
     if isinstance(stop, str):
         stop = [stop]
+
     good = isinstance(stop, list) and len(stop) <= 4
-    if not good or not all(isinstance(text, str) and text for text in stop):
+    if not good or not all(is_text(text) for text in stop):
         raise Refused(400, "stop: a string, or up to four", "invalid_value", "stop")
     return stop
+
+
+def is_text(value) -> bool:
+    """Return whether a value is a string that is not empty."""
+    return isinstance(value, str) and value != ""
 
 
 def read_messages(
@@ -158,6 +169,8 @@ def read_messages(
     """
     if not isinstance(messages, list):
         messages = []
+
+    # Every message becomes a turn.
     turns = []
     urls = []
     for i, message in enumerate(messages):
@@ -165,6 +178,7 @@ def read_messages(
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             what = f"{where}: its role must be one of {', '.join(ROLES)}"
             raise Refused(400, what, "invalid_value", where)
+
         text, shown = read_content(message, where)
         turns.append({"from": ROLES[message["role"]], "value": text})
         urls.extend(shown)
@@ -186,20 +200,19 @@ def read_content(message: dict, where: str) -> tuple[str, list[str]]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
 
+    # A message without content is as wrong as one whose part is nothing.
     words = []
     urls = []
     for part in content or [None]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        inside = part.get(kind) if kind in ("text", "image_url") else None
-        if kind == "text" and isinstance(inside, str) and IMAGE not in inside:
-            words.append(inside)
-        elif (
-            kind == "image_url" and isinstance(inside, dict) and isinstance(inside.get("url"), str)
-        ):
+        text = text_of(part)
+        url = picture_url_of(part)
+        if text is not None:
+            words.append(text)
+        elif url is not None:
             if message["role"] != "user":
                 what = f"{where}: only the user shows pictures"
                 raise Refused(400, what, "invalid_value", where)
-            urls.append(inside["url"])
+            urls.append(url)
             words.append(IMAGE)
         else:
             what = f"{where}: its content must be text (without {IMAGE}) and image_url parts"
@@ -207,11 +220,34 @@ def read_content(message: dict, where: str) -> tuple[str, list[str]]:
     return "\n".join(words), urls
 
 
+def text_of(part) -> str | None:
+    """Return the text of a part of a message; None unless it is a text part as it should be.
+
+    A text with a placeholder is wrong: it would stand for a picture that nobody has sent.
+    """
+    if not isinstance(part, dict) or part.get("type") != "text":
+        return None
+    text = part.get("text")
+    if not isinstance(text, str) or IMAGE in text:
+        return None
+    return text
+
+
+def picture_url_of(part) -> str | None:
+    """Return the URL of a part of a message; None unless it is a picture part as it should be."""
+    if not isinstance(part, dict) or part.get("type") != "image_url":
+        return None
+    picture = part.get("image_url")
+    if not isinstance(picture, dict) or not isinstance(picture.get("url"), str):
+        return None
+    return picture["url"]
+
+
 # -- the API ---------------------------------------------------------------------------------------
 
 
 class Server(ThreadingHTTPServer):
-    """Listens at an address, with a thread and a Handler for each connection."""
+    """A server at an address, with a thread and a Handler for each connection."""
 
     def __init__(self, address: tuple[str, int], jobs: JobQueue, allow_urls: bool):
         super().__init__(address, Handler)
@@ -221,7 +257,7 @@ class Server(ThreadingHTTPServer):
 
 
 def api(jobs: JobQueue, host: str, port: int, allow_urls: bool = False) -> Server:
-    """Return a server that is bound but does not serve yet; port 0 takes a free one.
+    """Return a server that has its port but does not serve yet; port 0 takes a free one.
 
     Raises OSError if the port is taken.
     """
@@ -231,10 +267,12 @@ def api(jobs: JobQueue, host: str, port: int, allow_urls: bool = False) -> Serve
 class Handler(BaseHTTPRequestHandler):
     """One connection of a client, with one request after another."""
 
+    # What BaseHTTPRequestHandler reads: the protocol keeps connections open between requests.
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that a silent client is waited for
-    unread = 0  # bytes of the request's body that are still to come
     server: Server
+
+    unread = 0  # bytes of the request's body that are still to come
 
     def do_GET(self):
         """Answer /v1/models and /v1/models/NAME."""
@@ -278,12 +316,16 @@ class Handler(BaseHTTPRequestHandler):
         """
         length = self.headers.get("Content-Length", "")
         most = self.server.jobs.limits.body
-        self.unread = int(length) if length.isdecimal() else 0
+        self.unread = 0
+        if length.isdecimal():
+            self.unread = int(length)
 
+        # Refuse what needs no look at the body before reading it.
         if self.path != "/v1/chat/completions":
             raise Refused(404, f"{self.path}: {PATHS}", "not_found")
         if not length.isdecimal():
-            self.close_connection = True  # where this request ends is not known
+            # Where this request ends and the next one begins is not known.
+            self.close_connection = True
             raise Refused(411, "a Content-Length is needed")
         if self.unread > most:
             what = f"the request has {length} bytes, at most {most} are taken"
@@ -314,6 +356,7 @@ class Handler(BaseHTTPRequestHandler):
         up to 100 MiB. If there is even more, the connection is closed.
         """
         for _ in range(100):
+            # A piece of 1 MiB, or of 0 bytes when nothing is left.
             self.unread -= len(self.rfile.read(min(self.unread, 1 << 20)))
         if self.unread > 0:
             self.close_connection = True
@@ -332,7 +375,8 @@ class Handler(BaseHTTPRequestHandler):
 
         The usage comes before [DONE] if stream_options.include_usage asks for it.
         """
-        self.close_connection = True  # the end of the connection is the end of the answer
+        # The length is not known when it begins, so the end of the connection is the answer's end.
+        self.close_connection = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
@@ -355,7 +399,8 @@ class Handler(BaseHTTPRequestHandler):
             options = request.get("stream_options") or {}
             if options.get("include_usage"):
                 send(head | {"choices": [], "usage": job.usage()})
-        except Refused as e:  # it is too late for a status
+        except Refused as e:
+            # Too late for another status: 200 has been sent.
             send(e.body)
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -399,9 +444,10 @@ def web_page(jobs: JobQueue, host: str, port: int, **options):
         if not text or IMAGE in text:
             raise Refused(400, f"write a question, without {IMAGE} in it")
         with jobs.seat():
+            # New lists, since those of `said` stay as they are if this question gets no answer.
             turns, images = said
             images = images + [jobs.picture(Path(file).read_bytes()) for file in files]
-            question = f"{IMAGE}\n" * len(files) + text
+            question = place_images(text, len(files))
             turns = turns + [{"from": "human", "value": question}]
             job = jobs.job(turns, images, stop=[], temperature=0.0, top_p=1.0, seed=None)
 
@@ -411,7 +457,7 @@ def web_page(jobs: JobQueue, host: str, port: int, **options):
             shown.append({"role": "user", "content": text})
             shown.append({"role": "assistant", "content": ""})
 
-            # The box is empty from now on (None), and the last message grows.
+            # From now on the box is empty (None), and the last message grows.
             made = ""
             with closing(jobs.answer(job)) as pieces:
                 for piece in pieces:
@@ -437,11 +483,14 @@ def web_page(jobs: JobQueue, host: str, port: int, **options):
             placeholder="Show a picture, ask about it",
         )
         said = gradio.State(([], []), time_to_live=3600)
+
+        # As many questions at once as the queue has seats. Clearing the chat stops its answer.
         parts = [box, chat, said]
         seats = 1 + jobs.limits.queue
         asking = box.submit(ask, inputs=parts, outputs=parts, concurrency_limit=seats)
         chat.clear(lambda: ([], []), None, said, cancels=asking)
 
+    # Fonts of the reader's own system: gradio's would come from elsewhere.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     defaults = {
         "quiet": True,
@@ -475,6 +524,7 @@ def arguments(argv: list[str]):
         default="float32",
         help="of the weights (float32)",
     )
+    # An option --max-... for each limit.
     for limit in fields(Limits):
         words = f"{limit.metadata['why']} ({limit.default})"
         option(f"--max-{limit.name}", type=int, default=limit.default, help=words)

@@ -1,8 +1,9 @@
-"""One answer looked into: what else each token could have been, and what its choice came from.
+"""Look into one answer: what else each token could have been, and what its choice came from.
 
     python visualize.py --model out/demo --image FILE --prompt "What colour is the circle?" OUT
 
-writes OUT/index.html, one page with everything in it, and its heat maps as OUT/token-1.png ...
+writes OUT/index.html, one page with everything in it, and its heat maps as OUT/token-1.png,
+OUT/token-2.png and so on.
 
 For every token of the greedy answer the page shows:
 - the likeliest tokens in its place, and their probabilities;
@@ -19,7 +20,8 @@ and 69 % of its mass lies there (the box is 11 % of the picture). Attention peak
 patch in 85 %, but 43 % of its mass is all that lies there; similarity peaks there in 45 % (chance:
 25 %).
 
-`inspect_answer` computes all this as an `Inspection`; `answer_page` draws it.
+`inspect_answer` computes all this as an `Inspection`, and `answer_page` draws it. Read
+`Inspection` first. The page ends with the explanation above, taken from this docstring.
 
 T tokens after image expansion, W of them the answer, L layers, H heads, n tokens per image,
 N pictures, S x S pixels, g x g cells of a heat map, V vocabulary.
@@ -47,8 +49,9 @@ from packing import IMAGE_TOKEN, Item, expand_images
 # Connectors that keep a token for each patch, by the start of their names.
 PER_PATCH = ("identity", "linear", "mlp")
 
-# Occlusion: windows along a side, each two cells wide, so a quarter of the picture and half over
-# the next window.
+# Occlusion covers the picture with windows, of which a side has seven. A window is two cells wide,
+# a quarter of the side, and begins one cell behind the window before it, so neighbours overlap by
+# half.
 WINDOWS = 7
 CELLS = WINDOWS + 1
 
@@ -84,7 +87,8 @@ class Inspection:
         """Return the attention (W, g, g) to each patch; None where patches have no tokens."""
         if self.similarity is None:
             return None
-        to_image = self.attention_of(layer)[:, self.ids == IMAGE_TOKEN]
+        is_image = self.ids == IMAGE_TOKEN
+        to_image = self.attention_of(layer)[:, is_image]  # (W, n)
         return on_grid(to_image, self.similarity.size(-1))
 
 
@@ -100,64 +104,86 @@ def inspect_answer(
     device = lm.lm_head.weight.device
 
     (features,) = model.encode_items([Item(picture[None])])  # (n, D)
-    ids = expand_images(torch.tensor(prompt + answer, device=device), [len(features)])  # (T,)
+    tokens = torch.tensor(prompt + answer, device=device)
+    ids = expand_images(tokens, [len(features)])  # (T,)
+
+    # The position before a token chooses it.
     first = len(ids) - len(answer)
-    choosing = slice(first - 1, len(ids) - 1)  # the positions that choose the answer's tokens
+    choosing = slice(first - 1, len(ids) - 1)
 
     # One forward pass that keeps the attention of those positions.
     attention: list[Tensor] = []
     x = model.embed(ids, features)
     positions = torch.arange(len(ids), device=device)
-    hidden_states = lm.model(x, positions, recording_attention(choosing, attention))  # (T, D)
-    probabilities = lm.lm_head(hidden_states[choosing]).float().softmax(-1)
+    attend = recording_attention(choosing, attention)
+    hidden_states = lm.model(x, positions, attend)  # (T, D)
+    logits = lm.lm_head(hidden_states[choosing]).float()  # (W, V)
 
     similarity = None
     if model.config.connector.startswith(PER_PATCH):
-        words = F.normalize(lm.lm_head.weight[ids[first:]].float(), dim=-1)  # (W, D)
-        patches = F.normalize(hidden_states[ids == IMAGE_TOKEN].float(), dim=-1)  # (n, D)
+        answer_ids = ids[first:]
+        patch_states = hidden_states[ids == IMAGE_TOKEN]
+        similarity = cosines(lm.lm_head.weight[answer_ids], patch_states)  # (W, n)
+
         vision = model.vision_tower.config
         patches_of_a_side = vision.processor.side // vision.hf["patch_size"]
-        similarity = on_grid(words @ patches.T, patches_of_a_side)
+        similarity = on_grid(similarity, patches_of_a_side)
 
     return Inspection(
         picture=picture,
         ids=ids,
         first=first,
-        probabilities=probabilities,
+        probabilities=logits.softmax(-1),
         attention=torch.stack(attention),
         similarity=similarity,
         occlusion=occlusion(model, prompt, answer, picture),
     )
 
 
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine (W, n) of each row of a (W, D) with each row of b (n, D)."""
+    a = F.normalize(a.float(), dim=-1)
+    b = F.normalize(b.float(), dim=-1)
+    return a @ b.T
+
+
 def on_grid(values: Tensor, g: int) -> Tensor:
     """Return the values (W, n) of an image's tokens as (W, g, g), a cell for each patch.
 
-    A class token, which is the first of more than g g tokens, is left out. A first patch that the
-    encoder drops, with fewer, is 0.
+    If there are more than g g tokens, the first is a class token, which is left out. If there are
+    fewer, the encoder has dropped the first patch, whose cell is 0.
     """
-    patches = values[:, -g * g :]
-    dropped = g * g - patches.size(1)
+    cells = g * g
+    patches = values[:, -cells:]
+    dropped = cells - patches.size(1)
     return F.pad(patches, (dropped, 0)).view(-1, g, g)
 
 
 def recording_attention(rows: slice, recorded: list[Tensor]):
     """Return causal attention of one sequence that keeps its probabilities.
 
-    It is computed by its formula, with all scores in memory. The probabilities of the queries
-    `rows`, averaged over heads, (W, T), are appended to `recorded`, once for each layer.
+    It is computed by its formula, because the fused kernels never have all probabilities in memory.
+    Those of the queries `rows`, averaged over heads, (W, T), are appended to `recorded`, once for
+    each layer.
     """
 
     def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = q.size(0)
+        scale = q.size(-1) ** -0.5
+
         # Every key-value head serves a group of query heads.
         group = q.size(1) // k.size(1)
         k = k.repeat_interleave(group, 1)  # (T, H, d)
         v = v.repeat_interleave(group, 1)
 
-        scores = torch.einsum("thd,shd->hts", q, k).float() * q.size(-1) ** -0.5  # (H, T, T)
-        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        # q has the index t of the query, k and v the index s of the key that it attends to.
+        scores = torch.einsum("thd,shd->hts", q, k).float() * scale  # (H, T, T)
+        everything = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
+        future = everything.triu(1)
         probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
-        recorded.append(probabilities[:, rows].mean(0))
+
+        of_rows = probabilities[:, rows]  # (H, W, T)
+        recorded.append(of_rows.mean(0))
         return torch.einsum("hts,shd->thd", probabilities.to(v.dtype), v)
 
     return attend
@@ -171,21 +197,28 @@ def occlusion(model: LLaVA, prompt: list[int], answer: list[int], picture: Tenso
     """
     side = picture.size(-1)
     edges = [round(i * side / CELLS) for i in range(CELLS + 1)]  # of the cells, in pixels
-    median = picture.flatten(1).median(1).values[:, None, None]  # (3, 1, 1)
+    median = picture.flatten(1).median(1).values  # (3,)
     uncovered = log_probabilities(model, prompt, answer, picture[None])  # (1, W)
 
     total = torch.zeros(len(answer), CELLS, CELLS)
     count = torch.zeros(CELLS, CELLS)
     for y in range(WINDOWS):
         # The windows of one row at once, each on a picture of its own.
-        covered = picture.repeat(WINDOWS, 1, 1, 1)
+        pictures = picture.repeat(WINDOWS, 1, 1, 1)  # (WINDOWS, 3, S, S)
+        down = slice(edges[y], edges[y + 2])
         for x in range(WINDOWS):
-            covered[x, :, edges[y] : edges[y + 2], edges[x] : edges[x + 2]] = median
-        falls = uncovered - log_probabilities(model, prompt, answer, covered)  # (WINDOWS, W)
+            across = slice(edges[x], edges[x + 2])
+            pictures[x, :, down, across] = median[:, None, None]
+        covered = log_probabilities(model, prompt, answer, pictures)  # (WINDOWS, W)
 
-        for x, fall in enumerate(falls.clamp(min=0)):
-            total[:, y : y + 2, x : x + 2] += fall[:, None, None]
-            count[y : y + 2, x : x + 2] += 1
+        # A window counts for each of its two by two cells. If covering it makes a token likelier,
+        # the model does not need what is there, which is a fall of 0.
+        falls = (uncovered - covered).clamp(min=0)
+        cells_down = slice(y, y + 2)
+        for x, fall in enumerate(falls):
+            cells_across = slice(x, x + 2)
+            total[:, cells_down, cells_across] += fall[:, None, None]
+            count[cells_down, cells_across] += 1
     return total / count
 
 
@@ -198,10 +231,16 @@ def log_probabilities(
     """
     device = model.language_model.lm_head.weight.device
     pixels = model.vision_tower.processor.normalise(pictures).to(device)
-    ids = torch.tensor(prompt + answer, device=device).expand(len(pixels), -1)  # (N, T)
-    logits = model(ids, pixels).logits[:, -len(answer) - 1 : -1].float()  # (N, W, V)
-    chosen = ids[:, -len(answer) :, None]  # (N, W, 1)
-    return logits.log_softmax(-1).gather(-1, chosen)[..., 0].cpu()
+    tokens = torch.tensor(prompt + answer, device=device)
+    logits = model(tokens.expand(len(pixels), -1), pixels).logits  # (N, T, V)
+
+    # Counted from the end, where images have no tokens. The position before a token chooses it.
+    width = len(answer)
+    choosing = slice(-width - 1, -1)
+    of_answer = logits[:, choosing].float().log_softmax(-1)  # (N, W, V)
+    chosen = tokens[-width:].expand(len(pixels), -1)  # (N, W)
+    of_chosen = of_answer.gather(-1, chosen[:, :, None])  # (N, W, 1)
+    return of_chosen[:, :, 0].cpu()
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -237,37 +276,50 @@ def answer_page(
     pieces = [piece_of(i, tokenizer) for i in seen.ids.tolist()]
     attention = seen.attention_of(layer).cpu()
     probabilities = seen.probabilities.cpu()
+    maps = {
+        "attention": seen.attention_map(layer),
+        "similarity": seen.similarity,
+        "occlusion": seen.occlusion,
+    }
 
-    maps = {"attention": seen.attention_map(layer)}
-    maps |= {"similarity": seen.similarity, "occlusion": seen.occlusion}
-    maps = {name: values for name, values in maps.items() if values is not None}
-
-    said = "".join(pieces[seen.first :])
-    plain_picture = draw_heat(seen.picture, torch.zeros(1, 1))
+    # At the top: the picture, the question and the answer.
+    answer = "".join(pieces[seen.first :])
     parts = [
-        f"<p><b>{html.escape(question)}</b> {html.escape(said)}</p>",
-        image_tag(plain_picture, SMALL_WIDTH),
+        f"<p><b>{html.escape(question)}</b> {html.escape(answer)}</p>",
+        image_tag(draw_heat(seen.picture, torch.zeros(1, 1)), SMALL_WIDTH),
     ]
+
+    # Then a section for each token of the answer.
     pngs = []
     for w in range(len(probabilities)):
-        heading = f"{w + 1}. {html.escape(pieces[seen.first + w])}"
-        drawn = {name: draw_heat(seen.picture, values[w]) for name, values in maps.items()}
         notes = map_notes(seen, w, attention)
         figures = []
-        for name, image in drawn.items():
+        images = []
+        for name, values in maps.items():
+            if values is None:
+                continue
+            image = draw_heat(seen.picture, values[w])
+            images.append(image)
             caption = f'<span class="small">{name}: {notes[name]}</span>'
             figures.append(f"<div>{image_tag(image, MAP_WIDTH)}{caption}</div>")
+        pngs.append(encode_png(side_by_side(images)))
+
+        token = html.escape(pieces[seen.first + w])
         table = likeliest_table(probabilities[w], tokenizer, k)
         text = attention_text(seen, w, attention, pieces)
-
-        parts.append(f"<h2>{heading}</h2>")
+        parts.append(f"<h2>{w + 1}. {token}</h2>")
         parts.append(f'<div class="row">{"".join(figures)}<div>{table}</div></div>')
         parts.append(f'<p class="text">{text}</p>')
-        pngs.append(encode_png(side_by_side(list(drawn.values()))))
 
-    explanation = __doc__[__doc__.index("- the likeliest") : __doc__.index("`inspect_answer`")]
-    parts.append(f'<p class="small">{html.escape(explanation)}</p>')
+    parts.append(f'<p class="small">{html.escape(explanation())}</p>')
     return html_page(question, "\n".join(parts), STYLE), pngs
+
+
+def explanation() -> str:
+    """Return what this file's docstring says about the page, for whoever sees only the page."""
+    start = __doc__.index("- the likeliest")
+    end = __doc__.index("`inspect_answer`")
+    return __doc__[start:end]
 
 
 def piece_of(token: int, tokenizer) -> str:
@@ -283,18 +335,18 @@ def likeliest_table(probabilities: Tensor, tokenizer, k: int) -> str:
     rows = []
     for p, token in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         # Line breaks and the like as a Python string has them, without its quotes.
-        name = repr(piece_of(token, tokenizer))[1:-1]
+        quoted = repr(piece_of(token, tokenizer))
+        name = html.escape(quoted[1:-1])
         bar = f'<div class="bar" style="width:{BAR_WIDTH * p:.0f}px"></div>'
-        rows.append(f"<tr><td>{html.escape(name)}</td><td>{100 * p:.1f} %</td><td>{bar}</td></tr>")
+        rows.append(f"<tr><td>{name}</td><td>{100 * p:.1f} %</td><td>{bar}</td></tr>")
     return f"<table>{''.join(rows)}</table>"
 
 
 def map_notes(seen: Inspection, w: int, attention: Tensor) -> dict[str, str]:
     """Return what stands below each of the heat maps of token w; attention (W, T)."""
-    image = (seen.ids == IMAGE_TOKEN).cpu()
-    share = attention[w][image].sum().item()
+    percent = 100 * attention_on_picture(seen, w, attention)
     notes = {
-        "attention": f"{100 * share:.0f} % of it on the picture",
+        "attention": f"{percent:.0f} % of it on the picture",
         "occlusion": f"at most {seen.occlusion[w].max():.2f} nats",
     }
     if seen.similarity is not None:
@@ -303,22 +355,32 @@ def map_notes(seen: Inspection, w: int, attention: Tensor) -> dict[str, str]:
     return notes
 
 
+def attention_on_picture(seen: Inspection, w: int, attention: Tensor) -> float:
+    """Return how much of the attention (W, T) of token w goes to the picture, from 0 to 1."""
+    is_image = (seen.ids == IMAGE_TOKEN).cpu()
+    return attention[w][is_image].sum().item()
+
+
 def attention_text(seen: Inspection, w: int, attention: Tensor, pieces: list[str]) -> str:
     """Return HTML of the text before token w, the redder the more attention a token gets."""
-    image = (seen.ids == IMAGE_TOKEN).cpu()
-    share = attention[w][image].sum().item()
-    most = max(attention[w][~image].max().item(), 1e-12)
+    is_image = (seen.ids == IMAGE_TOKEN).cpu()
+    of_token = attention[w]  # (T,)
+    percent = 100 * attention_on_picture(seen, w, attention)
+
+    # Text gets little beside the picture, so its own maximum is the scale. It could be 0.
+    most = max(of_token[~is_image].max().item(), 1e-12)
 
     spans = ['<span class="small">attention to the text: </span>']
     inside_picture = False
     for at in range(seen.first + w):
-        if not image[at]:
-            strength = 0.7 * attention[w][at].item() / most
-            colour = f"rgba(220,20,20,{strength:.2f})"
-            spans.append(f'<span style="background:{colour}">{html.escape(pieces[at])}</span>')
-        elif not inside_picture:  # one span for all of its tokens
-            spans.append(f'<span class="small">[picture {100 * share:.0f} %]</span>')
-        inside_picture = bool(image[at])
+        if not is_image[at]:
+            strength = 0.7 * of_token[at].item() / most
+            piece = html.escape(pieces[at])
+            spans.append(f'<span style="background:rgba(220,20,20,{strength:.2f})">{piece}</span>')
+        elif not inside_picture:
+            # One span for all tokens of the picture.
+            spans.append(f'<span class="small">[picture {percent:.0f} %]</span>')
+        inside_picture = bool(is_image[at])
     return "".join(spans)
 
 
@@ -326,13 +388,18 @@ def draw_heat(picture: Tensor, values: Tensor) -> Image.Image:
     """Return the picture (3, S, S) uint8 under the values (g, g): red where they are largest."""
     # Cosines may all be negative, so the scale starts at 0 or below.
     low = values.min().clamp(max=0)
-    strength = (values - low) / (values.max() - low).clamp(min=1e-12)
+    range_of_values = (values.max() - low).clamp(min=1e-12)  # not 0 where all values are equal
+    strength = (values - low) / range_of_values
 
+    # The mask keeps the cells' sharp edges.
     size = (MAP_WIDTH, MAP_WIDTH)
     mask = Image.fromarray((strength * 255).byte().cpu().numpy())
     mask = mask.resize(size, Image.Resampling.NEAREST)
-    pale = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
-    pale = Image.blend(pale, Image.new("RGB", size, "white"), 0.35)
+
+    # A pale picture, so that red stands out, and the same picture in red.
+    pixels = picture.permute(1, 2, 0).numpy()  # (S, S, 3)
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    pale = Image.blend(image, Image.new("RGB", size, "white"), 0.35)
     red = Image.blend(pale, Image.new("RGB", size, RED), 0.65)
     return Image.composite(red, pale, mask)
 
@@ -340,7 +407,8 @@ def draw_heat(picture: Tensor, values: Tensor) -> Image.Image:
 def side_by_side(images: list[Image.Image]) -> Image.Image:
     """Return heat maps in one picture, from left to right."""
     step = MAP_WIDTH + MAP_GAP
-    strip = Image.new("RGB", (len(images) * step - MAP_GAP, MAP_WIDTH), "white")
+    width = len(images) * step - MAP_GAP  # no gap behind the last
+    strip = Image.new("RGB", (width, MAP_WIDTH), "white")
     for i, image in enumerate(images):
         strip.paste(image, (i * step, 0))
     return strip
@@ -370,6 +438,7 @@ def main(argv: list[str]):
     model = LLaVA.from_pretrained(folder, device=device)
     tokenizer = load_tokenizer(folder)
 
+    # Say what is wrong before anything is computed.
     layers = len(model.language_model.blocks)
     if args.layer is not None and not 0 <= args.layer < layers:
         what = f"{args.layer}: the model has {layers} layers"
@@ -380,12 +449,9 @@ def main(argv: list[str]):
     except ValueError as e:
         raise UserError(args.image, str(e), "give an image file") from None
 
+    item = Item(picture[None])
     (answer,) = answer_tokens(
-        model,
-        tokenizer,
-        [args.prompt],
-        [[Item(picture[None])]],
-        max_new_tokens=args.max_new_tokens,
+        model, tokenizer, [args.prompt], [[item]], max_new_tokens=args.max_new_tokens
     )
     if not answer:
         raise UserError("--prompt", "the model answers nothing to it", "ask something else")

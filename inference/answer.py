@@ -1,10 +1,11 @@
-"""Questions in, answers out: from a text that somebody asks to the text that a model answers.
+"""Answer questions: from the texts of questions to the texts of the model's answers.
 
     questions = ["How many?", "<image>\\nWhich colour?"]
     texts = answer(model, tokenizer, questions, [[], [item]], max_new_tokens=64)
 
 `answer` is all that evaluation and the training log need. The chat of generate.py has turns and
-streams what it says, and visualize.py looks into the tokens: they use the pieces below it.
+streams its answers, and visualize.py looks into their tokens: these two use the pieces that stand
+below `answer`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def answer(
 
     Raises UserError if the template cannot write a prompt.
     """
-    made = answer_tokens(model, tokenizer, questions, items_of_each, template, **options)
-    return [tokenizer.decode(tokens).strip() for tokens in made]
+    answers = answer_tokens(model, tokenizer, questions, items_of_each, template, **options)
+    return [tokenizer.decode(tokens).strip() for tokens in answers]
 
 
 def answer_tokens(
@@ -50,7 +51,8 @@ def answer_tokens(
     """Return the tokens of each answer, without the stop token. The arguments are `answer`'s."""
     template = template or model.config.template
 
-    # One flat list of items: the model hands them out by the placeholders in the prompts.
+    # `generate` takes one flat list of items, and hands them to the placeholders of all prompts
+    # in their order.
     prompts = []
     all_items = []
     for question, items in zip(questions, items_of_each, strict=True):
@@ -58,25 +60,30 @@ def answer_tokens(
         prompts.append(torch.tensor(ids))
         all_items.extend(items)
 
+    # The answers come as one tensor, in which short ones are padded with the stop token.
     stop = stop_id(tokenizer, template)
-    made = model.generate(prompts, images=all_items, eos_token_id=stop, **options)
-    return [before_stop(tokens, stop) for tokens in made.tolist()]
+    padded = model.generate(prompts, images=all_items, eos_token_id=stop, **options)
+    return [before_stop(tokens, stop) for tokens in padded.tolist()]
 
 
-def prompt_ids(question: str, items: int, tokenizer, template: str) -> list[int]:
-    """Return the ids of a prompt with one question, one IMAGE_TOKEN for each of its items."""
-    turn = {"from": "human", "value": place_images(question, items)}
+def prompt_ids(question: str, images: int, tokenizer, template: str) -> list[int]:
+    """Return the ids of a prompt with one question and so many images, each an IMAGE_TOKEN."""
+    turn = {"from": "human", "value": place_images(question, images)}
     return encode_prompt([turn], tokenizer, template)
 
 
-def place_images(question: str, items: int) -> str:
-    """Return the question with one `<image>` for each item.
+def place_images(question: str, images: int) -> str:
+    """Return the question with so many `<image>` placeholders.
 
-    If it has as many already, they stay where they are; otherwise they are put in front.
+    If it has as many already, they stay where they are. Otherwise they are put in front, as the
+    datasets of LLaVA have them.
     """
-    if question.count(IMAGE) == items:
+    if question.count(IMAGE) == images:
         return question
-    return f"{IMAGE}\n" * items + question.replace(IMAGE, "")
+
+    # Those in the text go: which of them would stand for which image is not known.
+    text = question.replace(IMAGE, "")
+    return f"{IMAGE}\n" * images + text
 
 
 def before_stop(tokens: list[int], stop: int | None) -> list[int]:

@@ -1,8 +1,9 @@
-"""The key-value cache of decoding: what attention needs of the tokens that came before.
+"""The key-value cache of decoding: what attention needs to know of the tokens before.
 
     cache = Cache(lm.config, rows=B, slots=L, like=hidden_states)
-    hidden_states = lm.model(x, positions, cache.prefill(cu_seqlens, max_seqlen, positions))
-    hidden_states = lm.model(x, cache.lengths, cache.step())  # one more token of each sequence
+    packed = pack_rows(prompts)
+    hidden_states = lm.model(x, packed.positions, cache.prefill(packed))
+    hidden_states = lm.model(y, cache.lengths, cache.step())  # one more token of each sequence
 
 Row b of the cache belongs to sequence b, and its slot t holds the key and the value of token t.
 `prefill`, `extend` and `step` return the attention function (packing.Attend) that the language
@@ -13,7 +14,12 @@ and attends to what is in it. They differ in what is new:
     extend    the rest of prompts whose beginning is in the cache
     step      one token of each sequence
 
-B sequences, T tokens of a packed row, H heads, K key-value heads, d head width, L cache slots.
+Read `step` first: it is the shortest path through the cache. `prefill` and `extend` do the same
+for many tokens at once. Below them are the operations on rows that the engine's prefix cache and
+beam search need.
+
+B sequences, S prompts, T tokens of a packed row, H heads, K key-value heads, d head width,
+L cache slots.
 """
 
 from __future__ import annotations
@@ -23,11 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention_decode, attention_packed
-from packing import Attend
+from packing import Attend, PackedRow
 
 
 class Cache:
-    """Keys and values (B, K, L, d) of every layer, and the number of slots each row has filled."""
+    """Keys and values of every layer, and the number of slots that each sequence has filled.
+
+    k[i] and v[i] (B, K, L, d) are those of layer i. Layers may differ in K.
+    """
 
     def __init__(self, config, rows: int, slots: int, like: Tensor):
         """Allocate the cache of a language model's config on the device and in the dtype of `like`.
@@ -42,32 +51,34 @@ class Cache:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for layer in config.layers:
+            # Zeros and not `empty`: masked slots get probability 0, and 0 times a NaN that the
+            # memory happened to hold would be NaN.
             shape = (rows, layer.kv_heads, slots, config.head_dim)
             self.k.append(like.new_zeros(shape, dtype=dtype))
             self.v.append(like.new_zeros(shape, dtype=dtype))
 
-        # Of the sequences that are decoded, which are the first rows: `prefill` sets it, `step`
-        # counts on, and whoever decodes other rows than before sets it anew.
+        # How many slots each sequence that is being decoded has filled. These sequences are in the
+        # first rows. `prefill` sets it and `step` adds 1. Whoever goes on with other sequences than
+        # before sets it anew.
         self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
 
     # -- attention -----------------------------------------------------------------------------
 
-    def prefill(
-        self, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor, rows: Tensor | None = None
-    ) -> Attend:
-        """Return the attention of packed prompts, which fills the cache from slot 0.
+    def prefill(self, packed: PackedRow, rows: Tensor | None = None) -> Attend:
+        """Return the attention of S packed prompts, which fills the cache from slot 0.
 
-        cu_seqlens (S + 1,), max_seqlen and positions (T,) describe the packed row of S prompts.
         rows (S,): the cache row of each prompt, by default the first S rows.
         """
-        self.lengths = cu_seqlens.diff().long()
+        lengths = packed.cu_seqlens.diff().long()
+        self.lengths = lengths
         if rows is None:
-            rows = torch.arange(len(self.lengths), device=positions.device)
-        row_of_token = rows.repeat_interleave(self.lengths)  # (T,)
+            rows = torch.arange(len(lengths), device=lengths.device)
+        row_of_token = rows.repeat_interleave(lengths)  # (T,)
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer.index, row_of_token, positions, k, v)
-            return attention_packed(q, k, v, cu_seqlens, max_seqlen)
+            # Nothing older is in these rows, so the new keys and values are all there is to see.
+            self._write(layer.index, row_of_token, packed.positions, k, v)
+            return attention_packed(q, k, v, packed.cu_seqlens, packed.max_seqlen)
 
         return attend
 
@@ -80,31 +91,33 @@ class Cache:
         tokens follow; they attend to those slots and, causally, to each other. positions (T,) are
         the slots of all new tokens, T = sum of lengths.
         """
-        row_of_token = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
-        row_of_token = row_of_token.to(positions.device)  # (T,)
+        row_of_token = []
+        for row, length in zip(rows, lengths, strict=True):
+            row_of_token += [row] * length
+        row_of_token = torch.tensor(row_of_token, device=positions.device)  # (T,)
 
+        # New token i of a sequence sees the `start` slots that were filled, and new tokens 0 to i.
         masks = []
         for start, length in zip(starts, lengths, strict=True):
-            everything = positions.new_ones(length, start + length, dtype=torch.bool)
-            masks.append(everything.tril(start))  # token i sees what was there and tokens 0..i
+            mask = positions.new_ones(length, start + length, dtype=torch.bool)
+            masks.append(mask.tril(start))
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer.index, row_of_token, positions, k, v)
             k_cache = self.k[layer.index]
             v_cache = self.v[layer.index]
-
-            # The sequences have different lengths, so each is attended to on its own.
-            outputs = []
             q_of_each = q.to(k_cache.dtype).split(lengths)
-            for row, mask, q_part in zip(rows, masks, q_of_each, strict=True):
+
+            # The sequences have different lengths, so attention takes one after the other.
+            outputs = []
+            for row, mask, q_new in zip(rows, masks, q_of_each, strict=True):
                 end = mask.size(1)
-                out = _attend(
-                    q_part.transpose(0, 1)[None],  # (1, H, length, d)
-                    k_cache[row, :, :end][None],  # (1, K, end, d)
-                    v_cache[row, :, :end][None],
-                    mask,
-                )
+                q_one = q_new.transpose(0, 1)[None]  # (1, H, length, d)
+                k_one = k_cache[row, :, :end][None]  # (1, K, end, d)
+                v_one = v_cache[row, :, :end][None]
+                out = _attend(q_one, k_one, v_one, mask)
                 outputs.append(out[0].transpose(0, 1))  # (length, H, d)
+
             return torch.cat(outputs).to(q.dtype)  # (T, H, d)
 
         return attend
@@ -115,41 +128,49 @@ class Cache:
         The token of sequence b goes into slot lengths[b] of row b and attends to all slots up to
         it. `lengths` counts it from now on.
         """
+        # A new tensor, since callers pass the old one to the model as the tokens' positions.
         slot_of_token = self.lengths
-        self.lengths = lengths = slot_of_token + 1
-        rows = torch.arange(len(lengths), device=lengths.device)
+        lengths = slot_of_token + 1
+        self.lengths = lengths
 
-        # The kernel reads of each row what is filled. Plain torch reads all that it is given, so
-        # it gets the slots up to the longest row, with a mask if the rows differ.
+        sequences = len(lengths)
+        rows = torch.arange(sequences, device=lengths.device)
+
+        # The kernel reads only what is filled in each row. Plain torch reads all that it is given,
+        # so it gets the slots up to the longest row, with a mask if the rows differ.
         used = self.slots
         mask = None
         if not lengths.is_cuda:
             used = int(lengths.max())
             if int(lengths.min()) < used:
-                mask = torch.arange(used) < lengths[:, None]  # (B, used)
-                mask = mask[:, None, None]  # (B, 1, 1, used), for all heads
+                is_filled = torch.arange(used) < lengths[:, None]  # (B, used)
+                mask = is_filled[:, None, None]  # (B, 1, 1, used), for all heads
 
         # Views, made here once and not by every layer.
-        k_cache = [k[: len(rows), :, :used] for k in self.k]
-        v_cache = [v[: len(rows), :, :used] for v in self.v]
+        k_used = [k[:sequences, :, :used] for k in self.k]
+        v_used = [v[:sequences, :, :used] for v in self.v]
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer.index, rows, slot_of_token, k, v)
-            k_used = k_cache[layer.index]
-            v_used = v_cache[layer.index]
+            k_layer = k_used[layer.index]  # (B, K, used, d)
+            v_layer = v_used[layer.index]
+            wide_q = q.to(k_layer.dtype)  # (B, H, d)
 
-            wide_q = q.to(k_used.dtype)  # (B, H, d)
             if q.is_cuda:
-                return attention_decode(wide_q, k_used, v_used, lengths)
-            out = _attend(wide_q[:, :, None], k_used, v_used, mask)  # (B, H, 1, d)
+                return attention_decode(wide_q, k_layer, v_layer, lengths)
+
+            one_token = wide_q[:, :, None]  # (B, H, 1, d)
+            out = _attend(one_token, k_layer, v_layer, mask)
             return out[:, :, 0].to(q.dtype)
 
         return attend
 
     def _write(self, layer: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor):
         """Put k and v (T, K, d) of T tokens into the given rows (T,) and slots (T,) of a layer."""
-        self.k[layer][rows, :, slots] = k.to(self.k[layer].dtype)
-        self.v[layer][rows, :, slots] = v.to(self.v[layer].dtype)
+        k_cache = self.k[layer]
+        v_cache = self.v[layer]
+        k_cache[rows, :, slots] = k.to(k_cache.dtype)
+        v_cache[rows, :, slots] = v.to(v_cache.dtype)
 
     # -- rows ----------------------------------------------------------------------------------
 
@@ -168,11 +189,13 @@ class Cache:
             mine[:, :, : other.slots] = theirs
 
     def reorder(self, rows: Tensor):
-        """Let row i hold what row rows[i] held; beam search also changes the number of rows so."""
+        """Let row i hold what row rows[i] held. The number of rows becomes that of `rows`."""
         self.lengths = self.lengths[rows]
-        for tensors in (self.k, self.v):
-            for layer, tensor in enumerate(tensors):
-                tensors[layer] = tensor[rows]
+
+        # One layer after the other, so that only one layer is in memory twice.
+        for layer in range(len(self.k)):
+            self.k[layer] = self.k[layer][rows]
+            self.v[layer] = self.v[layer][rows]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,14 +8,16 @@
 Continuous batching (Yu et al., Orca, 2022): at most `rows` requests are decoded at once. As soon
 as an answer ends, the next request takes its row; nobody waits for the longest answer of a batch.
 
-Prefix cache: a row keeps its keys and values when its answer ends. A new prompt that begins like
-what some row holds (the same picture, a system line, the last turn of a chat) copies them and
-computes only the rest. So a picture is encoded once, however many questions follow.
+Prefix cache: a row keeps its keys and values when its answer ends. A new prompt may begin like
+what some row holds: with the same picture, a system line, the last turn of a chat. It copies them
+and computes only the rest. So a picture is encoded once, however many questions follow.
 
 Captured step: on a GPU one step of decoding is a CUDA graph, captured once and then replayed.
 
-Read `Engine.serve` first. It calls `_admit` for the prompts of new requests, `_sample` for the
-next tokens, `_retire` for the answers that end, and `_step` for the next logits.
+Read `Request` and `Row` first, then `Engine.serve`. It calls `_admit` for the prompts of new
+requests, `_sample` for the next tokens, `_retire` for the answers that end, and `_step` for the
+next logits. The prefix cache is in `_place`, which decides what a prompt can reuse, and in
+`_prefill`, which computes the rest.
 
 B sequences, T tokens of a packed row, D width, n tokens of an image, V vocabulary.
 """
@@ -26,6 +28,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +36,12 @@ from torch import Tensor, nn
 from inference.cache import Cache
 from inference.fast_linears import fast_linears, replaced_forwards
 from inference.sampling import sample_tokens
-from packing import IMAGE_TOKEN, Item, as_items, pack_prompts
+from packing import IMAGE_TOKEN, Item, as_items, count_images, pack_prompts
 
 # A common beginning of fewer slots is computed again: copying it would not be worth the trouble.
 MIN_PREFIX = 16
 
-# The number of slots of a cache is a multiple of it, so that it seldom has to grow.
+# The number of slots of a cache is a multiple of this, so that the cache seldom has to grow.
 CACHE_STEP = 256
 
 # Called after each step with (request, its new token) of every request that is being decoded.
@@ -65,6 +68,24 @@ class Request:
     tag: object = None  # the caller's own, to know the request again
 
 
+class Sampling(NamedTuple):
+    """The options by which a token is chosen. Rows with equal ones are sampled together."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0)
+
+
+def sampling_of(request: Request) -> Sampling:
+    """Return the sampling options of a request; at temperature 0 the others do not count."""
+    if request.temperature == 0:
+        return GREEDY
+    return Sampling(request.temperature, request.top_p, request.top_k)
+
+
 @dataclass
 class Row:
     """What the engine knows of one row of the cache.
@@ -87,16 +108,18 @@ class Row:
             return True
         if len(self.tokens) >= request.max_new_tokens:
             return True
-        return request.until is not None and bool(request.until(self.tokens))
+        if request.until is None:
+            return False
+        return bool(request.until(self.tokens))
 
 
 @dataclass
 class Prompt:
-    """A new request, read: its ids and its images by their fingerprints."""
+    """A new request whose images have fingerprints, so that equal prompts have equal ids."""
 
     request: Request
     ids: list[int]  # of tokens, and in the place of an image its fingerprint, which is negative
-    images: dict[int, Item]
+    images: dict[int, Item]  # by fingerprint
 
 
 @dataclass
@@ -109,7 +132,7 @@ class Placement:
 
 
 class Engine:
-    """Decodes the requests of one model, at most `rows` at once.
+    """The decoder of one model's requests, at most `rows` at once.
 
     The cache grows to what the longest request needs. The rows that are being decoded are always
     the first `active` ones, so that a step reads views of the cache.
@@ -123,8 +146,10 @@ class Engine:
         self.model = model
         self.lm = model.language_model
         self.device = self.lm.lm_head.weight.device
+
         # One token's embedding shows the device and dtype of the hidden states, for the cache.
-        self.embedding = self.lm.model.embed(torch.zeros(1, dtype=torch.long, device=self.device))
+        some_token = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.embedding = self.lm.model.embed(some_token)
 
         self.rows = [Row() for _ in range(rows)]
         self.active = 0  # rows being decoded
@@ -134,20 +159,23 @@ class Engine:
 
         # A graph holds on to the addresses of the weights. Training moves them, and a sharded
         # weight is put together anew for each step.
+        on_gpu = self.device.type == "cuda"
         plain_weights = type(self.lm.lm_head.weight) is nn.Parameter
-        self.use_graph = self.device.type == "cuda" and plain_weights and not model.training
+        self.use_graph = on_gpu and plain_weights and not model.training
 
         self._allocate(slots, old=None)
 
     def _allocate(self, slots: int, old: Cache | None):
         """Make a cache of so many slots that begins with what the old one holds."""
-        self.cache = Cache(self.lm.config, len(self.rows), slots, like=self.embedding)
+        rows = len(self.rows)
+        self.cache = Cache(self.lm.config, rows, slots, like=self.embedding)
         if old is not None:
             self.cache.copy_from(old)
 
-        # A captured step reads its inputs from here: the rows' last tokens and filled slots. The
-        # graph holds on to the addresses of the cache, so a new cache needs a new graph.
-        self.inputs = torch.zeros(2, len(self.rows), dtype=torch.long, device=self.device)
+        # A captured step reads its inputs from here: each row's last token, and how many of its
+        # slots are filled. The graph holds on to the addresses of the cache, so a new cache needs
+        # a new graph.
+        self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_logits: Tensor | None = None
 
@@ -164,29 +192,33 @@ class Engine:
         try:
             with replaced_forwards(self.linears):
                 while True:
-                    # Fill the free rows; this computes the logits of the new prompts.
-                    new = list(islice(waiting, len(self.rows) - self.active))
+                    # Fill the free rows. This computes the logits of the new prompts.
+                    free = len(self.rows) - self.active
+                    new = list(islice(waiting, free))
                     if new:
                         self._admit(new)
                     if self.active == 0:
                         return
 
-                    # One more token for each row.
-                    rows = self.rows[: self.active]
+                    # One more token for each row. `decoding` is a list of its own, because
+                    # self.rows changes when answers end.
+                    decoding = self.rows[: self.active]
                     tokens = self._sample()
                     if on_step:
-                        on_step([(row.request, t) for row, t in zip(rows, tokens, strict=True)])
+                        requests_of_rows = [row.request for row in decoding]
+                        on_step(list(zip(requests_of_rows, tokens, strict=True)))
 
-                    # Free the rows whose answers end, from the last one on, since a freed row
-                    # changes places with the last active one.
                     ended = []
                     for i, token in enumerate(tokens):
-                        if rows[i].add(token):
+                        if decoding[i].add(token):
                             ended.append(i)
+
+                    # Free their rows, from the last one on, since a freed row changes places with
+                    # the last active one.
                     for i in reversed(ended):
                         self._retire(i)
                     for i in ended:
-                        yield rows[i].request, rows[i].tokens
+                        yield decoding[i].request, decoding[i].tokens
 
                     if self.active:
                         self._step()
@@ -203,34 +235,37 @@ class Engine:
     def _retire(self, i: int):
         """Free row i. The last active row moves into its place, so that active rows stay first.
 
-        The row that becomes free keeps what it holds: row i's own, or else that of the row which
-        has moved.
+        The place of that last row becomes free. What it holds stays there for later prompts.
         """
         self.active -= 1
         last = self.rows[self.active]
         if i < self.active:
             self.cache.copy_row(source=self.active, target=i, slots=last.filled)
             self.rows[i] = last
-        # With a list of its own: the row that has moved goes on to append to the old one.
-        self.rows[self.active] = Row(cached_ids=list(last.cached_ids), filled=last.filled)
+
+        # With a copy of the list: the row that has moved goes on to append to the old one.
+        kept_ids = list(last.cached_ids)
+        self.rows[self.active] = Row(cached_ids=kept_ids, filled=last.filled)
 
     # -- one step ------------------------------------------------------------------------------
 
     def _sample(self) -> list[int]:
         """Return the next token of each active row, with one call for all rows of equal options."""
-        groups: dict[tuple, list[int]] = {}  # options -> rows
+        groups: dict[Sampling, list[int]] = {}  # options -> rows
         for i, row in enumerate(self.rows[: self.active]):
-            request = row.request
-            options = (0.0, 1.0, 0)  # greedy, whatever top_p and top_k are
-            if request.temperature:
-                options = (request.temperature, request.top_p, request.top_k)
+            options = sampling_of(row.request)
             groups.setdefault(options, []).append(i)
 
         tokens = [0] * self.active
-        for (temperature, top_p, top_k), members in groups.items():
-            logits = self.logits if len(groups) == 1 else self.logits[members]
+        for options, members in groups.items():
+            logits = self.logits
+            if len(groups) > 1:
+                logits = self.logits[members]
             generators = [self.rows[i].generator for i in members]
-            chosen = sample_tokens(logits, temperature, top_p, generators, top_k)
+
+            chosen = sample_tokens(
+                logits, options.temperature, options.top_p, generators, options.top_k
+            )
             for i, token in zip(members, chosen.tolist(), strict=True):
                 tokens[i] = token
         return tokens
@@ -238,29 +273,32 @@ class Engine:
     def _step(self):
         """Put the last token of each active row into the cache and compute the next logits."""
         active = self.rows[: self.active]
-        for row in active:
-            row.cached_ids.append(row.tokens[-1])
-
         tokens = [row.tokens[-1] for row in active]
-        filled = [row.filled for row in self.rows]
+
         if self.use_graph:
             # The graph computes all rows. For the free ones any token will do.
-            tokens += [0] * (len(self.rows) - self.active)
-            self.inputs.copy_(torch.tensor([tokens, filled]))
+            free = len(self.rows) - self.active
+            tokens_of_rows = tokens + [0] * free
+            filled = [row.filled for row in self.rows]
+            self.inputs.copy_(torch.tensor([tokens_of_rows, filled]))
             self.logits = self._replay()[: self.active]
         else:
-            inputs = torch.tensor([tokens, filled[: self.active]], device=self.device)
+            filled = [row.filled for row in active]
+            inputs = torch.tensor([tokens, filled], device=self.device)
             self.logits = self._forward(inputs)
 
-        for row in active:
+        for row, token in zip(active, tokens, strict=True):
+            row.cached_ids.append(token)
             row.filled += 1
 
     def _forward(self, inputs: Tensor) -> Tensor:
         """Return the logits (B, V) behind inputs (2, B): tokens, and the slots filled before."""
         tokens, filled = inputs
         self.cache.lengths = filled
-        x = self.lm.model.embed(tokens)
-        hidden_states = self.lm.model(x, filled, self.cache.step())
+        x = self.lm.model.embed(tokens)  # (B, D)
+        # The position of a token is the number of slots before it.
+        attend = self.cache.step()
+        hidden_states = self.lm.model(x, filled, attend)
         return self.lm.lm_head(hidden_states)
 
     def _replay(self) -> Tensor:
@@ -271,8 +309,9 @@ class Engine:
         with which it ends, never enters the cache.
         """
         if self.graph is None:
-            # First twice as usual, on a stream of its own, as capturing demands: this compiles the
-            # kernels and fills the libraries' workspaces. Doing a step again changes nothing.
+            # Before the capture the step runs twice without a graph, on a side stream as PyTorch
+            # demands: this compiles the kernels and fills the libraries' workspaces. Doing a step
+            # again changes nothing, since it writes the same keys and values to the same slots.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -296,30 +335,21 @@ class Engine:
         for prompt in prompts:
             images |= prompt.images
 
-        # How many slots a prompt takes depends on its images. What is not known from a row that
-        # holds the image is found by encoding it.
-        held = {i for row in self.rows for i in row.cached_ids if i < 0}
-        self.image_slots = {i: self.image_slots[i] for i in held}
-        features = self._encode({i: x for i, x in images.items() if i not in held})
-        self.image_slots |= {i: len(x) for i, x in features.items()}
-
-        needed = max(self._slots(p.ids) + max(1, p.request.max_new_tokens) for p in prompts)
-        if needed > self.cache.slots:
-            steps = -(-needed // CACHE_STEP)  # rounded up
-            self._allocate(steps * CACHE_STEP, old=self.cache)
-
-        # First the prompts that reuse nothing, then those that may reuse what these have computed.
+        features = self._encode_new(images)
+        self._make_room(prompts)
         whole, continued = self._place(prompts)
 
-        # An image that some row held is encoded again if a prompt cannot begin with that row.
+        # An image that a row held before is encoded again if its prompt cannot begin with that row.
         missing = {}
         for placement in whole + continued:
-            for i in self.rows[placement.row].cached_ids[placement.reused :]:
-                if i < 0 and i not in features:
-                    missing[i] = images[i]
+            ids = self.rows[placement.row].cached_ids
+            for name in fingerprints_in(ids[placement.reused :]):
+                if name not in features:
+                    missing[name] = images[name]
         features |= self._encode(missing)
 
-        logits_of_row = {}
+        # First the prompts that reuse nothing, then those that may reuse what these have computed.
+        logits_of_row: dict[int, Tensor] = {}
         for placements in (whole, continued):
             if placements:
                 computed = self._prefill(placements, features)
@@ -327,30 +357,66 @@ class Engine:
                     logits_of_row[placement.row] = logits
 
         # The new rows are those behind the active ones.
-        logits = torch.stack([logits_of_row[row] for row in sorted(logits_of_row)])
+        new_logits = [logits_of_row[row] for row in sorted(logits_of_row)]
+        logits = torch.stack(new_logits)
         if self.active:
             logits = torch.cat([self.logits, logits])
         self.logits = logits
         self.active += len(requests)
+
+    def _encode_new(self, images: dict[int, Item]) -> dict[int, Tensor]:
+        """Return the features of those images that no row holds, and note the slots of all images.
+
+        How many slots a prompt takes depends on its images. For an image that a row holds this is
+        known from before, and for a new one its features tell.
+        """
+        held = set()
+        for row in self.rows:
+            held.update(fingerprints_in(row.cached_ids))
+        self.image_slots = {name: self.image_slots[name] for name in held}
+
+        new = {}
+        for name, item in images.items():
+            if name not in held:
+                new[name] = item
+
+        features = self._encode(new)
+        for name, image_features in features.items():
+            self.image_slots[name] = len(image_features)
+        return features
+
+    def _make_room(self, prompts: list[Prompt]):
+        """Let the cache grow if a prompt and its longest answer would not fit into a row."""
+        needed = 0
+        for prompt in prompts:
+            new_tokens = max(1, prompt.request.max_new_tokens)
+            needed = max(needed, self._slots(prompt.ids) + new_tokens)
+
+        if needed > self.cache.slots:
+            steps = -(-needed // CACHE_STEP)  # rounded up
+            self._allocate(steps * CACHE_STEP, old=self.cache)
 
     def _read(self, request: Request) -> Prompt:
         """Return a request's prompt. Raises ValueError if it is empty or its images do not fit."""
         if len(request.ids) == 0:
             raise ValueError("a prompt is empty")
         items = as_items(request.images)
-        placeholders = int((request.ids == IMAGE_TOKEN).sum())
+        placeholders = count_images(request.ids)
         if placeholders != len(items):
             raise ValueError(f"{placeholders} image placeholders but {len(items)} images")
 
         images = {}
-        names = []
-        for item in items:
+        ids = []
+        remaining = iter(items)
+        for token in request.ids.tolist():
+            if token != IMAGE_TOKEN:
+                ids.append(token)
+                continue
+            item = next(remaining)
             name = fingerprint(item)
-            names.append(name)
-            images[name] = Item(item.pixels.to(self.device), item.shape)
-
-        remaining = iter(names)
-        ids = [next(remaining) if i == IMAGE_TOKEN else i for i in request.ids.tolist()]
+            ids.append(name)
+            pixels = item.pixels.to(self.device)
+            images[name] = Item(pixels, item.shape)
         return Prompt(request, ids, images)
 
     def _encode(self, items: dict[int, Item]) -> dict[int, Tensor]:
@@ -360,26 +426,33 @@ class Engine:
 
     def _slots(self, ids: list[int]) -> int:
         """Return the number of cache slots that tokens and images take."""
-        return sum(self.image_slots[i] if i < 0 else 1 for i in ids)
+        slots = len(ids)
+        for name in fingerprints_in(ids):
+            slots += self.image_slots[name] - 1
+        return slots
 
     def _place(self, prompts: list[Prompt]) -> tuple[list[Placement], list[Placement]]:
         """Give each prompt a free row; return those that reuse nothing, and those that do."""
-        free = list(range(self.active, self.active + len(prompts)))
+        after = self.active + len(prompts)
+        free = list(range(self.active, after))  # the rows behind the active ones
         whole: list[Placement] = []
         continued: list[Placement] = []
 
         for prompt in prompts:
-            # Who begins like this prompt? Rows that stay as they are until it is copied: active
-            # ones, and new ones that reuse nothing. What a free row holds may be overwritten
-            # before, so a prompt can reuse it only by taking that row.
-            sources = [*range(self.active), *free, *(placement.row for placement in whole)]
+            # Which row begins like this prompt? Active rows and new ones that reuse nothing stay as
+            # they are until they are copied. What a free row holds may be overwritten before that,
+            # so a prompt can reuse it only by taking this very row.
+            sources = list(range(self.active)) + free
+            for placement in whole:
+                sources.append(placement.row)
+
             # At least the last token is computed, for its logits are the answer's first.
             beginning = prompt.ids[:-1]
             source, reused = self._longest_prefix(sources, beginning)
             if self._slots(beginning[:reused]) < MIN_PREFIX:
                 reused = 0
 
-            # Otherwise it takes the free row that loses least.
+            # A prompt that reuses no free row takes the one whose loss costs least.
             if reused and source in free:
                 row = source
             else:
@@ -391,6 +464,8 @@ class Engine:
                 continued.append(placement)
             else:
                 whole.append(placement)
+
+            # Later prompts of this call already see what the row will hold.
             self.rows[row] = Row(
                 request=prompt.request,
                 generator=torch.Generator().manual_seed(prompt.request.seed),
@@ -400,7 +475,10 @@ class Engine:
         return whole, continued
 
     def _longest_prefix(self, rows: list[int], ids: list[int]) -> tuple[int, int]:
-        """Return the row that holds the most of a beginning, the first of equals, and how much."""
+        """Return the row that has the most of a prompt's beginning, and how many of its ids.
+
+        Of rows that have equally much, the first counts.
+        """
         best = rows[0]
         longest = -1
         for row in rows:
@@ -414,15 +492,17 @@ class Engine:
         """Compute what prompts do not reuse; return the logits (S, V) behind their last tokens."""
         rows = []
         starts = []  # how many slots of each row are reused
-        tails = []  # the ids that are not
+        tails = []  # the ids behind them, with IMAGE_TOKEN for an image, as the model has it
         images = []  # the features of all images in the tails
         for placement in placements:
             ids = self.rows[placement.row].cached_ids
 
+            # Copy what another row has computed.
             start = self._slots(ids[: placement.reused])
             if start and placement.row != placement.source:
                 self.cache.copy_row(placement.source, placement.row, start)
 
+            # Everything else is computed below.
             tail = []
             for i in ids[placement.reused :]:
                 if i < 0:
@@ -435,21 +515,24 @@ class Engine:
             starts.append(start)
             tails.append(torch.tensor(tail, device=self.device))
 
-        counts = [len(image) for image in images]
-        ids, positions, cu_seqlens, max_seqlen = pack_prompts(tails, counts)
+        packed = pack_prompts(tails, [len(image) for image in images])
+        positions = packed.positions
         if any(starts):
             # The tails do not begin at position 0 but behind what is reused.
-            lengths = cu_seqlens.diff()
+            lengths = packed.cu_seqlens.diff()
             offsets = torch.tensor(starts, device=self.device)
             positions = positions + offsets.repeat_interleave(lengths)
             attend = self.cache.extend(rows, starts, lengths.tolist(), positions)
         else:
             row_index = torch.tensor(rows, device=self.device)
-            attend = self.cache.prefill(cu_seqlens, max_seqlen, positions, row_index)
+            attend = self.cache.prefill(packed, row_index)
 
-        x = self.model.embed(ids, torch.cat(images) if images else None)  # (T, D)
+        features_of_tails = None
+        if images:
+            features_of_tails = torch.cat(images)
+        x = self.model.embed(packed.input_ids, features_of_tails)  # (T, D)
         hidden_states = self.lm.model(x, positions, attend)
-        last = cu_seqlens[1:].long() - 1
+        last = packed.cu_seqlens[1:].long() - 1
         return self.lm.lm_head(hidden_states[last])
 
 
@@ -463,6 +546,11 @@ def fingerprint(item: Item) -> int:
     digest = hashlib.sha256(shape.encode())
     digest.update(pixels.view(torch.uint8).numpy())
     return -1 - int.from_bytes(digest.digest())
+
+
+def fingerprints_in(ids: list[int]) -> list[int]:
+    """Return the fingerprints of images among the ids of a prompt."""
+    return [i for i in ids if i < 0]
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

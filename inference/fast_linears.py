@@ -1,4 +1,4 @@
-"""Faster linear layers for decoding: other kernels in the place of the modules' own forwards.
+"""Faster linear layers for decoding: other kernels in place of the modules' own forwards.
 
     with replaced_forwards(fast_linears(language_model)):
         ...  # every step of decoding in here is faster
@@ -34,6 +34,7 @@ def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
     dtype = lm.model.norm.weight.dtype
     on_cpu = lm.model.norm.weight.is_cpu
 
+    # What is none of the three kinds above, such as a sharded weight, keeps its own forward.
     fast = {}
     for name, module in lm.named_modules():
         # An adapter multiplies with its base layer itself, and never calls its forward.
@@ -79,6 +80,8 @@ def _quantized(weight: Tensor, bias: Tensor | None) -> Forward:
 
     def linear(x: Tensor) -> Tensor:
         y = matmul(x, weight)
+
+        # In place: y is new, and nothing is differentiated here.
         if bias is not None:
             y.add_(bias)
         return y

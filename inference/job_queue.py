@@ -1,4 +1,4 @@
-"""A queue of jobs in front of one model: limits on what is taken, and answers one after another.
+"""A queue of jobs in front of one model: it refuses what is too much, and answers one by one.
 
     jobs = JobQueue(model, tokenizer, "demo", Limits())
     with jobs.seat():  # Refused with status 429 if too many wait
@@ -6,8 +6,8 @@
         for piece in jobs.answer(job):
             print(piece, end="")
 
-serve.py is what people run; its HTTP handler and its page both stand on this file. Requests come
-from many threads, and one thread of the queue's own runs the model.
+serve.py is what people run, and both its HTTP handler and its page use this file. Requests come
+from many threads. Only the queue's own thread runs the model.
 
 In this order: `Limits`, `Refused` and `Job`; then `JobQueue`; then `fetch`, which gets the bytes
 of a picture that a request names by URL.
@@ -35,7 +35,7 @@ from inputs.pictures import load_image
 from inputs.templates import encode_prompt, stop_id
 from packing import Item
 
-# Pillow knows many more, some of which start other programs.
+# Pillow knows many more, some of which start other programs. A stranger must not choose those.
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 FETCH_SECONDS = 20  # how long a server of pictures may be silent
@@ -94,7 +94,8 @@ class Job:
 
     made: list[int] = field(default_factory=list)  # tokens of the answer
     finish: str = "length"  # OpenAI's finish_reason: "stop" if the answer came to an end
-    # Its text as it is made, then None, or the exception that ended it.
+
+    # The text as it is made, and at the end None, or the exception that ended it.
     pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     cancelled: bool = False
 
@@ -121,11 +122,14 @@ class JobQueue:
         self.limits = limits
         self.eos = stop_id(tokenizer, model.config.template)
 
+        # Beyond the longest context that a model was trained for, it answers nonsense.
         trained = model.config.text.get("max_position_embeddings") or limits.context
         self.context = min(limits.context, trained)
 
         self.seats = threading.Semaphore(1 + limits.queue)  # one is answered, the others wait
         self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+
+        # A daemon, so that the process can end while the thread waits for jobs.
         threading.Thread(target=self._work, daemon=True).start()
 
     # -- before a job: is there room, and is the request within the limits? ------------------------
@@ -136,6 +140,7 @@ class JobQueue:
 
         Raises Refused (429) if none is free.
         """
+        # Refused at once and not made to wait: whoever waits here holds a connection and a thread.
         if not self.seats.acquire(blocking=False):
             waiting = f"{self.limits.queue} requests are waiting already; try again later"
             raise Refused(429, waiting, "queue_full")
@@ -154,8 +159,10 @@ class JobQueue:
                 most = f"at most {self.limits.pixels:,} are taken"
                 what = f"the picture has {width} x {height} pixels, {most}"
                 raise Refused(400, what, "image_too_large", "messages")
+
             return self.model.views.picture(load_image(data))
         except (OSError, ValueError, Image.DecompressionBombError) as e:
+            # Ours are ValueErrors and say what is wrong. Pillow's only name an object in memory.
             why = f"none of {', '.join(PICTURE_FORMATS)}"
             if isinstance(e, ValueError):
                 why = str(e)
@@ -170,6 +177,7 @@ class JobQueue:
         turns: in LLaVA's form, the last one is the question. images: its pictures in order.
         sampling: temperature, top_p, stop and seed of the Job. Raises Refused.
         """
+        # The page comes here directly, so limits are checked here and not where HTTP is read.
         limits = self.limits
         if len(images) > limits.images:
             what = f"{len(images)} pictures, at most {limits.images} are taken"
@@ -184,17 +192,18 @@ class JobQueue:
             raise Refused(400, str(e), None, "messages") from None
 
         # A picture is one id in the prompt, and many positions in the context.
-        length = len(ids)
+        prompt_tokens = len(ids)
         for image in images:
-            length += self.model.views.positions(image.shape) - 1
-        room = self.context - length
+            prompt_tokens += self.model.views.positions(image.shape) - 1
+
+        room = self.context - prompt_tokens
         if room < 1:
-            what = f"the conversation has {length} tokens, pictures included"
+            what = f"the conversation has {prompt_tokens} tokens, pictures included"
             what += f"; the context is {self.context}"
             raise Refused(400, what, "context_length_exceeded", "messages")
 
-        new_tokens = min(max_tokens or limits.tokens, room)
-        return Job(ids, images, length, new_tokens, **sampling)
+        wanted = max_tokens or limits.tokens
+        return Job(ids, images, prompt_tokens, max_tokens=min(wanted, room), **sampling)
 
     # -- the answer --------------------------------------------------------------------------------
 
@@ -216,7 +225,7 @@ class JobQueue:
             job.cancelled = True
 
     def _work(self):
-        """Answer jobs for ever; what the thread does."""
+        """Answer jobs for ever. This is what the queue's thread runs."""
         while True:
             job = self.jobs.get()
             end = None
@@ -224,6 +233,7 @@ class JobQueue:
                 if not job.cancelled:
                     self._generate(job)
             except Exception as e:
+                # Any error ends this job only: without the thread no later one would be answered.
                 traceback.print_exc()
                 end = e
             job.pieces.put(end)
@@ -232,8 +242,12 @@ class JobQueue:
         """Run the model on a job and hand out its text as it comes."""
         text = TextStream(self._decode, job.stop)
 
+        def hand_out(piece: str):
+            if piece:
+                job.pieces.put(piece)
+
         def stream(step: list[int]):
-            token = step[0]
+            (token,) = step  # one prompt, so one token a step
             if job.cancelled:
                 raise Ended
             if token == self.eos:
@@ -245,10 +259,6 @@ class JobQueue:
             if text.stopped:
                 job.finish = "stop"
                 raise Ended
-
-        def hand_out(piece: str):
-            if piece:
-                job.pieces.put(piece)
 
         # Nobody else draws random numbers in this process, so the global generator will do. A job
         # without a seed gets a new one, or it would depend on the seed of the job before.
@@ -269,6 +279,8 @@ class JobQueue:
             )
         except Ended:
             pass
+
+        # What was held back, because more tokens could have changed it.
         hand_out(text.finish())
 
     def _decode(self, tokens: list[int]) -> str:
@@ -284,7 +296,7 @@ def fetch(url: str, allow_urls: bool, most: int) -> bytes:
 
     most: how many bytes are taken. Raises Refused.
     """
-    scheme = url[:8].lower()
+    scheme = url[:8].lower()  # a data URL is long, and only its beginning is looked at
     if scheme.startswith("data:"):
         return _decode_data_url(url)
     if scheme.startswith(("http://", "https://")) and allow_urls:
@@ -293,6 +305,7 @@ def fetch(url: str, allow_urls: bool, most: int) -> bytes:
     allowed = "data URLs (the server runs without --allow-urls)"
     if allow_urls:
         allowed = "data and http URLs"
+    # Errors show the beginning of a URL, since a data URL holds a whole picture.
     what = f"{url[:60]!r}: pictures are taken as {allowed}"
     raise Refused(400, what, "invalid_image_url", "messages")
 

@@ -1,6 +1,8 @@
-"""The choice of the next token from its logits: greedy, or sampled with top-k and nucleus sampling.
+"""Choose the next token from its logits: greedily, or at random with top-k and nucleus sampling.
 
-B sequences, V vocabulary.
+    tokens = sample_tokens(logits, temperature=0.7, top_p=0.9, generator=generators)
+
+B sequences, V vocabulary, k likeliest tokens.
 """
 
 from __future__ import annotations
@@ -24,47 +26,63 @@ def sample_tokens(
     generator: one for each row, or one that all rows draw from, on the CPU. A row takes exactly one
     number of its generator, so neither the other rows nor the device change what is drawn.
     """
+    logits = logits.float()  # argmax of bfloat16 is slow on a CPU, and softmax is inexact in it
     if temperature == 0:
-        # In float32: argmax of bfloat16 is slow on a CPU.
-        return logits.float().argmax(-1)
+        return logits.argmax(-1)
 
-    probabilities = (logits.float() / temperature).softmax(-1)  # (B, V)
-    token_ids = None
-    if top_k or top_p < 1:
-        probabilities, token_ids = _nucleus(probabilities, top_k, top_p)
+    probabilities = (logits / temperature).softmax(-1)  # (B, V)
+    if top_k == 0 and top_p >= 1:
+        return _draw(probabilities, generator)
 
-    # Draw by the inverse of the cumulative distribution, which need not sum to 1: `point` lies
-    # somewhere on [0, total), and the token is the first whose cumulative probability passes it.
-    cumulative = probabilities.cumsum(-1)
-    point = _uniform(len(logits), generator).to(logits.device) * cumulative[:, -1:]
-    index = (cumulative <= point).sum(-1, keepdim=True)  # (B, 1)
-    # A rounding can put the point on the total, behind the last token.
-    index = index.clamp(max=probabilities.size(-1) - 1)
-
-    if token_ids is not None:
-        index = token_ids.gather(-1, index)
-    return index[:, 0]
-
-
-def _nucleus(probabilities: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the likeliest probabilities (B, k), largest first, and their token ids (B, k).
-
-    k is top_k, or V if that is 0. What the nucleus of top_p leaves out has probability 0.
-    """
-    vocabulary = probabilities.size(-1)
-    kept = min(top_k or vocabulary, vocabulary)
-    probabilities, token_ids = probabilities.topk(kept)
-
+    candidates = _likeliest(probabilities, top_k)
+    probabilities = candidates.values  # (B, k), the largest first
     if top_p < 1:
-        # A token is left out when the likelier ones before it reach top_p already.
-        before = probabilities.cumsum(-1) - probabilities
-        total = probabilities.sum(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(before >= top_p * total, 0)
-    return probabilities, token_ids
+        probabilities = _nucleus(probabilities, top_p)
+
+    # What is drawn is a place among the candidates, which say what token it is.
+    places = _draw(probabilities, generator)[:, None]
+    tokens = candidates.indices.gather(-1, places)  # (B, 1)
+    return tokens[:, 0]
+
+
+def _likeliest(probabilities: Tensor, top_k: int) -> torch.return_types.topk:
+    """Return the values and the indices of the top_k largest probabilities; of all for 0."""
+    kept = probabilities.size(-1)
+    if top_k != 0:
+        kept = min(top_k, kept)
+    return probabilities.topk(kept)
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Return falling probabilities (B, k) with 0 for all that the nucleus of top_p leaves out."""
+    # A token is left out when the likelier ones before it reach top_p already. After top-k their
+    # sum may be less than 1, and top_p is a share of that sum.
+    before = probabilities.cumsum(-1) - probabilities
+    total = probabilities.sum(-1, keepdim=True)
+    return probabilities.masked_fill(before >= top_p * total, 0)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator | list[torch.Generator]) -> Tensor:
+    """Return the index (B,) of one probability (B, k) in each row, drawn at random.
+
+    This is the inverse of the cumulative distribution: a point is drawn between 0 and the sum of
+    the row, which need not be 1, and the first cumulative probability beyond the point counts.
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    uniform = _uniform(len(probabilities), generator)  # (B, 1)
+    point = uniform.to(total.device) * total
+    index = (cumulative <= point).sum(-1)
+
+    # A rounding can put the point on the total, behind the last token.
+    last = probabilities.size(-1) - 1
+    return index.clamp(max=last)
 
 
 def _uniform(rows: int, generator: torch.Generator | list[torch.Generator]) -> Tensor:
     """Return a number from [0, 1) for each row, (B, 1)."""
     if isinstance(generator, torch.Generator):
         return torch.rand(rows, 1, generator=generator)
-    return torch.cat([torch.rand(1, 1, generator=g) for g in generator])
+
+    numbers = [torch.rand(1, 1, generator=g) for g in generator]
+    return torch.cat(numbers)

@@ -1,4 +1,4 @@
-"""The text of an answer while it is made: stop strings, and characters that are not complete yet.
+"""Show the text of an answer while it is made, in spite of stop strings and split characters.
 
     text = TextStream(tokenizer.decode, stop=["\\n"])
     for tokens in ...:  # all tokens of the answer so far
@@ -7,9 +7,9 @@
             break
     print(text.finish())
 
-Tokens are no characters. One token may end in the middle of a character whose other bytes come
-with the next, and a stop string may be spread over several. So the end of what has been decoded
-is shown only when the tokens that follow cannot change it.
+A token is not a whole number of characters. It may end in the middle of a character whose other
+bytes come with the next token, and a stop string may be spread over several tokens. So the end of
+what has been decoded is shown only when the tokens that follow cannot change it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class TextStream:
 
     def update(self, tokens: list[int]) -> str:
         """Return the piece of text that can be shown now; tokens are all those of the answer."""
+        # Decoded as a whole each time: the text of a token depends on the tokens around it.
         text = self.decode(tokens)
+
         end = first_stop(text, self.stop)
         if end is not None:
             self.text = text[:end]
@@ -45,7 +47,10 @@ class TextStream:
         self.text = text
         if text.endswith(INCOMPLETE):
             return ""
-        return self._show(len(text) - possible_stop(text, self.stop))
+
+        # Hold back what may become a stop string.
+        certain = len(text) - possible_stop(text, self.stop)
+        return self._show(certain)
 
     def finish(self) -> str:
         """Return what has waited for more tokens. The answer is complete, so none will come."""
@@ -54,6 +59,7 @@ class TextStream:
     def _show(self, end: int) -> str:
         """Return the text up to `end` that has not been returned before."""
         piece = self.text[self.shown : end]
+        # Never back, so that no character is returned twice.
         self.shown = max(self.shown, end)
         return piece
 
@@ -67,6 +73,7 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
 def possible_stop(text: str, stops: Sequence[str]) -> int:
     """Return how many characters at the end of a text may be the beginning of a stop string."""
     longest = 0
+    # A whole stop string is not among them: `first_stop` has looked for it before.
     for stop in stops:
         for length in range(1, len(stop)):
             if text.endswith(stop[:length]):

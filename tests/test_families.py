@@ -144,6 +144,7 @@ def test_every_gradient_equals_transformers(pair):
 
 def test_cached_decoding_equals_the_full_forward(pair):
     from inference.cache import Cache
+    from packing import pack_rows
 
     _, ours, _ = pair
     ids = torch.randint(0, 131, (1, 9), generator=torch.Generator().manual_seed(3))
@@ -151,10 +152,8 @@ def test_cached_decoding_equals_the_full_forward(pair):
         full = ours(ids)[0]
         x = ours.model.embed_tokens(ids[0])
         cache = Cache(ours.config, 1, 9, x)
-        cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
-        first = ours.lm_head(
-            ours.model(x[:4], torch.arange(4), cache.prefill(cu_seqlens, 4, torch.arange(4)))
-        )
+        packed = pack_rows([ids[0, :4]])
+        first = ours.lm_head(ours.model(x[:4], packed.positions, cache.prefill(packed)))
         steps = [
             ours.lm_head(ours.model(x[t : t + 1], torch.tensor([t]), cache.step()))
             for t in range(4, 9)

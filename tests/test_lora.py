@@ -838,9 +838,9 @@ import torch
 import lora
 from checkpoints import weights
 from config import LoRA
-from inference.cache import packed
 from kernels.cross_entropy import linear_cross_entropy
 from model import LanguageModel
+from packing import packed_attention
 from pathlib import Path
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 hf = json.loads((folder / "config.json").read_text())
@@ -861,7 +861,7 @@ lm.model.gradient_checkpointing = True
 optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], 1e-3)
 ids, losses = torch.arange(1, 25), []
 for _ in range(2):
-    hidden = lm.model(lm.model.embed(ids), torch.arange(24), packed(torch.tensor([0, 24], dtype=torch.int32), 24))
+    hidden = lm.model(lm.model.embed(ids), torch.arange(24), packed_attention(torch.tensor([0, 24], dtype=torch.int32), 24))
     losses.append(linear_cross_entropy(hidden, lm.lm_head.weight, None, torch.cat([ids[1:], ids.new_full((1,), -100)])))
     losses[-1].backward()
     optimizer.step()

@@ -25,21 +25,24 @@ class Uncached:
     All of them are computed together, as one packed row.
     """
 
-    def __init__(self, model, prompts: list[Tensor], items: list[Item], beams: int):
+    def __init__(self, model, prompts: list[Tensor], items: list[Item], num_beams: int):
         self.lm = model.language_model
         self.prompts = len(prompts)
-        self.beams = beams
+        self.num_beams = num_beams
 
         encoded = model.encode_items(items)
         features = torch.cat(encoded) if encoded else None
-        ids, _, cu_seqlens, _ = pack_prompts(prompts, [len(item) for item in encoded])
-        x = model.embed(ids, features).split(cu_seqlens.diff().tolist())
-        self.sequences = [embeddings for embeddings in x for _ in range(beams)]  # each (T, D)
+        packed = pack_prompts(prompts, [len(item) for item in encoded])
+        lengths = packed.cu_seqlens.diff().tolist()
+
+        self.sequences = []  # the embeddings of each, (T, D)
+        for embeddings in model.embed(packed.input_ids, features).split(lengths):
+            self.sequences += [embeddings] * num_beams
         self.compute()
 
-    def reorder(self, rows: Tensor):
-        self.sequences = [self.sequences[row] for row in rows.tolist()]
-        self.logits = self.logits[rows]
+    def reorder(self, parents: Tensor):
+        self.sequences = [self.sequences[parent] for parent in parents.tolist()]
+        self.logits = self.logits[parents]
 
     def step(self, tokens: Tensor):
         for i, embedding in enumerate(self.lm.model.embed(tokens)):
