@@ -1,4 +1,4 @@
-"""moving.py: the same bytes for a seed, lossless clips, true answers that no single frame gives away."""
+"""moving.py: the same bytes for a seed, lossless clips, answers that no single frame gives away."""
 
 import itertools
 import json
@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from config import UserError
-from demo import moving, world
+from demo import moving, scenes, world
 from evals import moving as task
 from inputs import video
 from inputs.tokenizer import load_tokenizer
-from tests.demo.test_world import asked, digest
+from tests.tools.demo_world import asked, digest
 from tests.tools.environment import run
 
 
@@ -43,7 +43,7 @@ def seen(frame):
     found = {}
     for row, column in itertools.product(range(2), repeat=2):
         pixels = frame.crop((24 * column, 24 * row, 24 * column + 24, 24 * row + 24))
-        for name, colour in world.COLOURS.items():
+        for name, colour in scenes.COLOURS.items():
             at = [
                 divmod(i, 24)
                 for i, value in enumerate(pixels.get_flattened_data())
@@ -92,7 +92,7 @@ def test_same_seed_same_bytes_from_the_command_line(folder, tmp_path):
 
 def test_held_out_compositions_are_in_no_training_clip(folder):
     train, val, held = (
-        {world.composition(scene) for name in names for row in name for scene in row["scene"]}
+        {scenes.composition(scene) for name in names for row in name for scene in row["scene"]}
         for names in (
             (rows(folder, "pretrain"), rows(folder, "finetune")),
             (rows(folder, "val"), rows(folder, "val_pretrain")),
@@ -102,7 +102,7 @@ def test_held_out_compositions_are_in_no_training_clip(folder):
     assert not train & held and not train & val and not val & held
     assert len(train) > 40 and len(val) == 1 and len(held) == 7
     assert {pair for scene in train for pair in scene} == set(
-        world.PAIRS
+        scenes.PAIRS
     )  # each object itself has been seen
 
 
@@ -116,7 +116,7 @@ def test_clips_are_lossless(folder):
         y, x = empty.pop()
         background = film[0].getpixel((47 * x, 47 * y))
         for frame, scene in zip(film, row["scene"], strict=True):
-            assert frame.tobytes() == world.render(scene, background).tobytes()
+            assert frame.tobytes() == scenes.render(scene, background).tobytes()
 
 
 def test_every_answer_is_what_the_pixels_show(folder):
