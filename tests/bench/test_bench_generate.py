@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-import bench.generate
-from bench.generate import CPU, OURS, PEER, row, step_bytes
+from bench.common import OURS, PEER
+from bench.decoding import step_bytes, write
+from bench.generate import CPU, row
 from model import LLaVA
 from tests.tools.environment import ROOT, run
 
@@ -39,7 +40,7 @@ def test_a_number_below_its_target_is_called_missed():
 def test_bytes_of_a_step(tmp_path):
     """The toy in float32: its weights without the table of embeddings, and 40 slots of 2 sequences."""
     pytest.importorskip("transformers")
-    bench.generate.write("toy", tmp_path / "toy")
+    write("toy", tmp_path / "toy")
     model = LLaVA.from_pretrained(tmp_path / "toy")
     weights = (
         2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 321 * 64 + 64
