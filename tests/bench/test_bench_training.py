@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from bench.training import CASES, MODELS, OURS, PEER, RESULTS, Case, judge, table
+from bench.common import OURS, PEER, RESULTS
+from bench.training import judge, table
+from bench.training_cases import CASES, MODELS, Case
 from tests.tools.environment import ROOT, run, shared
 
 
