@@ -152,8 +152,9 @@ def test_captions_follow_the_objects_or_note_true_answers(folder):
         if set(told) == set(places[0]):
             followed += 1
             for what, track in told.items():
-                assert track == ", ".join(f"{'top bottom'.split()[p[what][0]]} {'left right'.split()[p[what][1]]}"
-                                          for p in places)  # fmt: skip
+                cells = [frame[what] for frame in places]
+                words = [f"{('top', 'bottom')[y]} {('left', 'right')[x]}" for y, x in cells]
+                assert track == ", ".join(words)
         else:
             assert len(told) == 3
             for note, answer in told.items():
@@ -167,7 +168,7 @@ def test_captions_follow_the_objects_or_note_true_answers(folder):
 
 
 def test_neither_the_middle_frame_nor_the_words_tell_more_than_chance(folder):
-    """Of each picture in the middle and of each text, every question has each of its answers equally often."""
+    """Every question about a middle frame, and every text, has all its answers equally often."""
     by_frame, by_text = defaultdict(Counter), defaultdict(Counter)
     for row in benchmark(folder):
         middle = frames(folder, row)[1].tobytes()
@@ -182,7 +183,7 @@ def test_neither_the_middle_frame_nor_the_words_tell_more_than_chance(folder):
 
 
 def test_the_first_frame_or_the_last_decides_half_of_the_directions(folder):
-    """As the benchmark's description says: to who knows which of the three it is, by where the two objects stand."""
+    """Where the objects stand tells it to somebody who knows which of the three frames it is."""
     for k in (0, 2):
         counts = defaultdict(Counter)
         for row in benchmark(folder):

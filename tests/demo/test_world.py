@@ -32,7 +32,7 @@ def benchmark(folder):
 
 
 def truth(question, scene):
-    """The answer, from the words of the question and the boxes of the objects: nothing of world.py's own logic."""
+    """Return the answer from the words and the boxes, with nothing of the world's own logic."""
     words = question.rstrip("?").split()
     colours = [thing["colour"] for thing in scene]
     shapes = [thing["shape"] for thing in scene]
@@ -171,7 +171,8 @@ def test_pictures_show_the_objects(folder):
                 image.getpixel((int((left + right) / 2), int((top + bottom) / 2)))
                 == scenes.COLOURS[thing["colour"]]
             )
-            # Of its box, the top left corner belongs to a square only, the bottom left one to all but a circle.
+            # The top left corner of its box belongs to a square only, the bottom left one to all
+            # but a circle.
             corners = (image.getpixel((int(left + 1), int(y))) for y in (top + 1, bottom - 1))
             filled = tuple(corner == scenes.COLOURS[thing["colour"]] for corner in corners)
             assert filled == {"circle": (False, False), "square": (True, True)}.get(
