@@ -1,4 +1,4 @@
-"""The peer's path of bench/training.py: transformers (and PEFT) as TinyLLaVA Factory drives them."""
+"""The peer's path of bench/training.py: transformers (and PEFT), as TinyLLaVA Factory has them."""
 
 from __future__ import annotations
 

@@ -44,16 +44,23 @@ def seen(frame):
     for row, column in itertools.product(range(2), repeat=2):
         pixels = frame.crop((24 * column, 24 * row, 24 * column + 24, 24 * row + 24))
         for name, colour in scenes.COLOURS.items():
-            at = [
-                divmod(i, 24)
-                for i, value in enumerate(pixels.get_flattened_data())
-                if value == colour
-            ]
-            if at:
-                height, width = (max(p) - min(p) + 1 for p in zip(*at, strict=True))
-                filled = len(at) / (height * width)  # 1, less than pi / 4, about a half
-                shape = "square" if filled > 0.95 else "circle" if filled > 0.7 else "triangle"
-                found[f"{name} {shape}"] = (row, column)
+            at = []
+            for i, value in enumerate(pixels.get_flattened_data()):
+                if value == colour:
+                    at.append(divmod(i, 24))
+            if not at:
+                continue
+
+            # The share of its box that it fills: 1, less than pi / 4, about a half.
+            height, width = (max(p) - min(p) + 1 for p in zip(*at, strict=True))
+            filled = len(at) / (height * width)
+            if filled > 0.95:
+                shape = "square"
+            elif filled > 0.7:
+                shape = "circle"
+            else:
+                shape = "triangle"
+            found[f"{name} {shape}"] = (row, column)
     return found
 
 
