@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-import bench.generate
-from bench.generate import CPU, OURS, PEER, row, step_bytes
+from bench.common import OURS, PEER
+from bench.decoding import step_bytes, write
+from bench.generate import CPU, row
 from model import LLaVA
 from tests.tools.environment import ROOT, run
 
@@ -28,8 +29,16 @@ def test_a_toy_is_measured_beside_transformers(tmp_path):
 
 
 def test_a_number_below_its_target_is_called_missed():
-    case = {"kind": "bfloat16", "batch": 1, "rates": {OURS: [5.0], PEER: [4.0]}, "ratios": [CPU["bfloat16", 1] - 0.01],
-            "step_ms": 1.0, "bytes": 10, "equal": 1, "tokens": 1}  # fmt: skip
+    case = {
+        "kind": "bfloat16",
+        "batch": 1,
+        "rates": {OURS: [5.0], PEER: [4.0]},
+        "ratios": [CPU["bfloat16", 1] - 0.01],
+        "step_ms": 1.0,
+        "bytes": 10,
+        "equal": 1,
+        "tokens": 1,
+    }
     assert "MISSED" in row(case, 1e6, True)
     assert row(case | {"ratios": [CPU["bfloat16", 1]]}, 1e6, True).endswith("target 1.3: met")
     on_a_gpu = row(case | {"ratios": [7.0], "bytes": 76}, 100e3, False)
@@ -37,9 +46,9 @@ def test_a_number_below_its_target_is_called_missed():
 
 
 def test_bytes_of_a_step(tmp_path):
-    """The toy in float32: its weights without the table of embeddings, and 40 slots of 2 sequences."""
+    """The toy in float32: weights without the table of embeddings, and 40 slots of 2 sequences."""
     pytest.importorskip("transformers")
-    bench.generate.write("toy", tmp_path / "toy")
+    write("toy", tmp_path / "toy")
     model = LLaVA.from_pretrained(tmp_path / "toy")
     weights = (
         2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 321 * 64 + 64

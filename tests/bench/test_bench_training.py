@@ -1,27 +1,41 @@
-"""bench/training.py: both paths compute the same, what is missed or wrong is said, the sizes are the published ones."""
+"""bench/training.py: both paths compute the same, errors are reported, sizes are published ones."""
 
 import copy
 import json
 
 import pytest
 
-from bench.training import CASES, MODELS, OURS, PEER, RESULTS, Case, judge, table
+from bench.common import OURS, PEER, RESULTS
+from bench.training import judge, table
+from bench.training_cases import CASES, MODELS, Case
 from tests.tools.environment import ROOT, run, shared
 
 
 def steps(seconds: float, loss: float) -> list[dict]:
-    return [{"seconds": 9 * seconds, "loss": 2.0, "norm": 1.0, "peak": 3e9},  # not counted
-            *({"seconds": seconds * k, "loss": loss, "norm": 5.0, "peak": 4e9} for k in (1, 2, 0.5))]  # fmt: skip
+    made = [{"seconds": 9 * seconds, "loss": 2.0, "norm": 1.0, "peak": 3e9}]  # not counted
+    for factor in (1, 2, 0.5):
+        made.append({"seconds": seconds * factor, "loss": loss, "norm": 5.0, "peak": 4e9})
+    return made
 
 
 RESULT = {
-    "case": ["100M", "full", "bfloat16", 16, 1024, {"speed": 2.0, "leaner": 0.6}], "rate": 1e12, "threads": 2,
-    "date": "2026-01-01 00:00", "versions": {"torch": "2.13", "cuda": None},
+    "case": ["100M", "full", "bfloat16", 16, 1024, {"speed": 2.0, "leaner": 0.6}],
+    "rate": 1e12,
+    "threads": 2,
+    "date": "2026-01-01 00:00",
+    "versions": {"torch": "2.13", "cuda": None},
     "paths": {
-        OURS: {"imports": 1e9, "tokens": 100, "supervised": 40, "flops": 2e12, "images": 3, "steps": steps(4.0, 1.5)},
+        OURS: {
+            "imports": 1e9,
+            "tokens": 100,
+            "supervised": 40,
+            "flops": 2e12,
+            "images": 3,
+            "steps": steps(4.0, 1.5),
+        },
         PEER: {"imports": 0, "padding": 0.4, "steps": steps(6.0, 1.5)},
     },
-}  # fmt: skip
+}
 
 
 def test_numbers_targets_and_what_is_wrong():
@@ -108,15 +122,20 @@ def test_both_compute_the_same_and_it_becomes_a_page(tmp_path):
     assert "| Phi-2-SigLIP-3.1B, LoRA | transformers |" in page.read_text()
 
 
-@pytest.mark.parametrize("model, folder, place", [
-    ("Phi-2-SigLIP-3.1B", "microsoft--phi-2", 0), ("Qwen2-0.5B-SigLIP", "Qwen--Qwen2-0.5B", 0),
-    ("Phi-2-SigLIP-3.1B", "google--siglip-so400m-patch14-384", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, folder, place",
+    [
+        ("Phi-2-SigLIP-3.1B", "microsoft--phi-2", 0),
+        ("Qwen2-0.5B-SigLIP", "Qwen--Qwen2-0.5B", 0),
+        ("Phi-2-SigLIP-3.1B", "google--siglip-so400m-patch14-384", 1),
+    ],
+)
 def test_sizes_are_the_published_ones(model, folder, place):
     theirs = json.loads((shared(f"assets/configs/{folder}") / "config.json").read_text())
     theirs = theirs["vision_config"] if place else theirs
     different = {k for k, v in MODELS[model][place].items() if theirs.get(k) != v}
-    # Factory trains Phi-2 with dropout 0.1, which nothing could be compared with; Qwen2 knows two lengths.
+    # Factory trains Phi-2 with dropout 0.1, which nothing could be compared with. Qwen2 has two
+    # lengths.
     assert different <= {"resid_pdrop", "max_position_embeddings"}
 
 

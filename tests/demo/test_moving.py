@@ -1,4 +1,4 @@
-"""moving.py: the same bytes for a seed, lossless clips, true answers that no single frame gives away."""
+"""moving.py: the same bytes for a seed, lossless clips, answers that no single frame gives away."""
 
 import itertools
 import json
@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from config import UserError
-from demo import moving, world
+from demo import moving, scenes, world
 from evals import moving as task
 from inputs import video
 from inputs.tokenizer import load_tokenizer
-from tests.demo.test_world import asked, digest
+from tests.tools.demo_world import asked, digest
 from tests.tools.environment import run
 
 
@@ -43,17 +43,24 @@ def seen(frame):
     found = {}
     for row, column in itertools.product(range(2), repeat=2):
         pixels = frame.crop((24 * column, 24 * row, 24 * column + 24, 24 * row + 24))
-        for name, colour in world.COLOURS.items():
-            at = [
-                divmod(i, 24)
-                for i, value in enumerate(pixels.get_flattened_data())
-                if value == colour
-            ]
-            if at:
-                height, width = (max(p) - min(p) + 1 for p in zip(*at, strict=True))
-                filled = len(at) / (height * width)  # 1, less than pi / 4, about a half
-                shape = "square" if filled > 0.95 else "circle" if filled > 0.7 else "triangle"
-                found[f"{name} {shape}"] = (row, column)
+        for name, colour in scenes.COLOURS.items():
+            at = []
+            for i, value in enumerate(pixels.get_flattened_data()):
+                if value == colour:
+                    at.append(divmod(i, 24))
+            if not at:
+                continue
+
+            # The share of its box that it fills: 1, less than pi / 4, about a half.
+            height, width = (max(p) - min(p) + 1 for p in zip(*at, strict=True))
+            filled = len(at) / (height * width)
+            if filled > 0.95:
+                shape = "square"
+            elif filled > 0.7:
+                shape = "circle"
+            else:
+                shape = "triangle"
+            found[f"{name} {shape}"] = (row, column)
     return found
 
 
@@ -92,7 +99,7 @@ def test_same_seed_same_bytes_from_the_command_line(folder, tmp_path):
 
 def test_held_out_compositions_are_in_no_training_clip(folder):
     train, val, held = (
-        {world.composition(scene) for name in names for row in name for scene in row["scene"]}
+        {scenes.composition(scene) for name in names for row in name for scene in row["scene"]}
         for names in (
             (rows(folder, "pretrain"), rows(folder, "finetune")),
             (rows(folder, "val"), rows(folder, "val_pretrain")),
@@ -102,7 +109,7 @@ def test_held_out_compositions_are_in_no_training_clip(folder):
     assert not train & held and not train & val and not val & held
     assert len(train) > 40 and len(val) == 1 and len(held) == 7
     assert {pair for scene in train for pair in scene} == set(
-        world.PAIRS
+        scenes.PAIRS
     )  # each object itself has been seen
 
 
@@ -116,7 +123,7 @@ def test_clips_are_lossless(folder):
         y, x = empty.pop()
         background = film[0].getpixel((47 * x, 47 * y))
         for frame, scene in zip(film, row["scene"], strict=True):
-            assert frame.tobytes() == world.render(scene, background).tobytes()
+            assert frame.tobytes() == scenes.render(scene, background).tobytes()
 
 
 def test_every_answer_is_what_the_pixels_show(folder):
@@ -152,8 +159,9 @@ def test_captions_follow_the_objects_or_note_true_answers(folder):
         if set(told) == set(places[0]):
             followed += 1
             for what, track in told.items():
-                assert track == ", ".join(f"{'top bottom'.split()[p[what][0]]} {'left right'.split()[p[what][1]]}"
-                                          for p in places)  # fmt: skip
+                cells = [frame[what] for frame in places]
+                words = [f"{('top', 'bottom')[y]} {('left', 'right')[x]}" for y, x in cells]
+                assert track == ", ".join(words)
         else:
             assert len(told) == 3
             for note, answer in told.items():
@@ -167,7 +175,7 @@ def test_captions_follow_the_objects_or_note_true_answers(folder):
 
 
 def test_neither_the_middle_frame_nor_the_words_tell_more_than_chance(folder):
-    """Of each picture in the middle and of each text, every question has each of its answers equally often."""
+    """Every question about a middle frame, and every text, has all its answers equally often."""
     by_frame, by_text = defaultdict(Counter), defaultdict(Counter)
     for row in benchmark(folder):
         middle = frames(folder, row)[1].tobytes()
@@ -182,7 +190,7 @@ def test_neither_the_middle_frame_nor_the_words_tell_more_than_chance(folder):
 
 
 def test_the_first_frame_or_the_last_decides_half_of_the_directions(folder):
-    """As the benchmark's description says: to who knows which of the three it is, by where the two objects stand."""
+    """Where the objects stand tells it to somebody who knows which of the three frames it is."""
     for k in (0, 2):
         counts = defaultdict(Counter)
         for row in benchmark(folder):

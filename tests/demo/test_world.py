@@ -1,6 +1,5 @@
-"""world.py: the same bytes for a seed, nothing held out seen in training, true and balanced answers."""
+"""The demo world: the same bytes for a seed, nothing held out in training, true answers."""
 
-import hashlib
 import json
 import random
 from collections import Counter, defaultdict
@@ -8,8 +7,9 @@ from collections import Counter, defaultdict
 import pytest
 from PIL import Image
 
-from demo import world
+from demo import scenes, world
 from inputs.tokenizer import load_tokenizer
+from tests.tools.demo_world import asked, digest
 from tests.tools.environment import run
 
 
@@ -31,24 +31,8 @@ def benchmark(folder):
     }
 
 
-def asked(row):
-    """(question, answer) of a LLaVA row."""
-    values = [turn["value"] for turn in row["conversations"]]
-    return list(
-        zip((value.removeprefix("<image>\n") for value in values[::2]), values[1::2], strict=True)
-    )
-
-
-def digest(folder):
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    content = [
-        (str(f.relative_to(folder)), hashlib.sha256(f.read_bytes()).hexdigest()) for f in files
-    ]
-    return hashlib.sha256(repr(content).encode()).hexdigest()
-
-
 def truth(question, scene):
-    """The answer, from the words of the question and the boxes of the objects: nothing of world.py's own logic."""
+    """Return the answer from the words and the boxes, with nothing of the world's own logic."""
     words = question.rstrip("?").split()
     colours = [thing["colour"] for thing in scene]
     shapes = [thing["shape"] for thing in scene]
@@ -107,20 +91,20 @@ def test_another_seed_other_scenes(folder):
 
 def test_held_out_compositions_are_in_no_training_picture(folder):
     train = {
-        world.composition(row["scene"])
+        scenes.composition(row["scene"])
         for name in ("pretrain", "finetune")
         for row in rows(folder, name)
     }
     val = {
-        world.composition(row["scene"])
+        scenes.composition(row["scene"])
         for name in ("val", "val_pretrain")
         for row in rows(folder, name)
     }
-    held = {world.composition(row["scene"]) for file in benchmark(folder).values() for row in file}
+    held = {scenes.composition(row["scene"]) for file in benchmark(folder).values() for row in file}
     assert not train & held and not train & val and not val & held
     assert len(held) > 40 and len(val) > 10
     assert {pair for scene in train for pair in scene} == set(
-        world.PAIRS
+        scenes.PAIRS
     )  # each object itself has been seen
 
 
@@ -166,7 +150,7 @@ def test_captions_list_every_object_or_note_true_answers(folder):
 def place(thing):
     """Where the middle of an object lies, from its box."""
     x, y = (
-        int((thing["box"][i] + thing["box"][i + 2]) / 2 // (world.IMAGE_SIZE / 2)) for i in (0, 1)
+        int((thing["box"][i] + thing["box"][i + 2]) / 2 // (scenes.IMAGE_SIZE / 2)) for i in (0, 1)
     )
     return f"at the {('top', 'bottom')[y]} {('left', 'right')[x]}"
 
@@ -185,11 +169,12 @@ def test_pictures_show_the_objects(folder):
             assert 0 < left < right < 48 and 0 < top < bottom < 48
             assert (
                 image.getpixel((int((left + right) / 2), int((top + bottom) / 2)))
-                == world.COLOURS[thing["colour"]]
+                == scenes.COLOURS[thing["colour"]]
             )
-            # Of its box, the top left corner belongs to a square only, the bottom left one to all but a circle.
+            # The top left corner of its box belongs to a square only, the bottom left one to all
+            # but a circle.
             corners = (image.getpixel((int(left + 1), int(y))) for y in (top + 1, bottom - 1))
-            filled = tuple(corner == world.COLOURS[thing["colour"]] for corner in corners)
+            filled = tuple(corner == scenes.COLOURS[thing["colour"]] for corner in corners)
             assert filled == {"circle": (False, False), "square": (True, True)}.get(
                 thing["shape"], (False, filled[1])
             )
@@ -257,7 +242,7 @@ def test_negatives_are_of_their_kind(folder):
                 value for thing in row["scene"] for value in (thing["colour"], thing["shape"])
             }
             if name == "popular":
-                assert pair in world.POPULAR
+                assert pair in scenes.POPULAR
             if name == "adversarial" and row["label"] == "no":
                 assert beside.intersection(pair)
 

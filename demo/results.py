@@ -1,0 +1,224 @@
+"""What the report of a demo run shows: the files of the run, read, and what is computed from them.
+
+    run = read_run(Path("out/demo"))    # the recipe, the log, the answers with and without pictures
+    samples, mistakes = choose_samples(run.examples, run.right)
+
+report.py draws it. Scores are evals/world.py's; nothing is scored again here but single answers.
+"""
+
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError
+from evals import world
+
+# How many of the sample pictures show each kind of question.
+SAMPLES = {
+    "existence_random": 4,
+    "existence_popular": 3,
+    "existence_adversarial": 4,
+    "colour": 3,
+    "shape": 3,
+    "count": 3,
+    "relation": 4,
+}
+MISTAKES = 16  # further wrong answers
+
+
+@dataclass
+class Stage:
+    """One stage of training, from the log."""
+
+    start: dict
+    end: dict
+    steps: list[dict]
+    validations: list[dict]
+
+
+@dataclass
+class Evaluation:
+    """What evaluate.py wrote of one run over the benchmark."""
+
+    scores: dict[str, dict]  # name -> {"score", "chance", "text_only", "n"}
+    answers: dict[str, str]  # id of the example -> answer
+    seconds: float
+
+
+@dataclass
+class Run:
+    """Everything that the page shows."""
+
+    recipe: str
+    stages: dict[str, Stage]
+    seeing: Evaluation
+    blanked: Evaluation  # the same questions with every picture blanked
+    data: Path  # the data set's folder
+    facts: dict  # the data set's world.json
+    examples: list[dict]  # of the benchmark, those that were answered
+    right: dict[str, bool]  # id of the example -> whether the answer with pictures is right
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read(file: Path, parse: Callable, fix: str):
+    """Return parse(text of the file). Raise UserError, with what makes the file, if it cannot."""
+    try:
+        return parse(file.read_text())
+    except FileNotFoundError:
+        raise UserError(file, "no such file", fix) from None
+    except (OSError, ValueError) as error:
+        raise UserError(file, f"cannot be read: {error}", fix) from None
+
+
+def json_lines(text: str) -> list:
+    """Return the values of a file of JSON lines."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder and its eval/. Raise UserError: which file is missing, what makes it."""
+    train_first = "train first: torchrun train.py"
+    recipe = read(folder / "recipe.toml", str, train_first)
+    log = folder / "log.jsonl"
+    stages = read_log(read(log, json_lines, train_first), log)
+
+    evaluate = f"torchrun evaluate.py --model {folder} --task world --data DIR"
+    seeing, data = read_evaluation(folder, "world", evaluate)
+    blanked, _ = read_evaluation(folder, "world-blank", f"{evaluate} --blank")
+
+    examples = [e for e in world.examples(data) if e["id"] in seeing.answers]
+    right = {e["id"]: world.is_right(e, seeing.answers[e["id"]]) for e in examples}
+    write_again = "write the data set again: python -m demo.world OUT"
+    facts = read(data / "world.json", json.loads, write_again)
+    return Run(recipe, stages, seeing, blanked, data, facts, examples, right)
+
+
+def read_evaluation(folder: Path, name: str, fix: str) -> tuple[Evaluation, Path]:
+    """Return an evaluation and the folder of its data."""
+    result = read(folder / "eval" / f"{name}.json", json.loads, fix)
+    rows = read(folder / "eval" / f"{name}.jsonl", json_lines, fix)
+    answers = {row["id"]: row["answer"] for row in rows}
+    return Evaluation(result["scores"], answers, result["seconds"]), Path(result["data"])
+
+
+def read_log(rows: list[dict], file: Path) -> dict[str, Stage]:
+    """Return the stages of a log by name. Raise UserError if one did not finish."""
+    by_stage = defaultdict(list)
+    for row in rows:
+        if row["event"] in ("start", "step", "validation", "end"):
+            by_stage[row["stage"]].append(row)
+
+    stages = {}
+    for name, of_stage in by_stage.items():
+        # A run that was resumed logs some steps twice; the later row counts.
+        steps = {row["step"]: row for row in of_stage if row["event"] == "step"}
+        validations = {row["step"]: row for row in of_stage if row["event"] == "validation"}
+        start = last_event(of_stage, "start")
+        end = last_event(of_stage, "end")
+        if not steps or not start or not end:
+            what = "this stage did not finish"
+            raise UserError(f"{file}:{name}", what, "train on: torchrun train.py")
+        stages[name] = Stage(start, end, in_order(steps), in_order(validations))
+    return stages
+
+
+def last_event(rows: list[dict], event: str) -> dict | None:
+    """Return the last row of an event."""
+    for row in reversed(rows):
+        if row["event"] == event:
+            return row
+    return None
+
+
+def in_order(by_step: dict[int, dict]) -> list[dict]:
+    """Return rows in the order of their steps."""
+    return [by_step[step] for step in sorted(by_step)]
+
+
+# ---------------------------------------------------------------------- computing
+
+
+def group_of(example: dict) -> str:
+    """Return the row of the scores that an example belongs to."""
+    if example["split"] == "attributes":
+        return example["kind"]
+    return example["split"]
+
+
+def margin(score: dict) -> float:
+    """Return half the width of a score's 95 % interval, in points.
+
+    It is Wilson's interval, whose width is not zero at 100 %.
+    """
+    p = score["score"] / 100
+    n = score["n"]
+    z = 1.96
+    deviation = math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * z / (1 + z * z / n) * deviation
+
+
+def running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return each point as the mean of its neighbours, a twentieth of the run to either side.
+
+    At the ends it reaches less far, by the same on both sides.
+    """
+    reach = max(1, len(points) // 20)
+    means = []
+    for i, (step, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)
+        window = [loss for _, loss in points[i - near : i + near + 1]]
+        means.append((step, sum(window) / len(window)))
+    return means
+
+
+def round_together(expected: dict[str, float]) -> dict[str, int]:
+    """Return whole numbers near these whose sum is the rounded sum.
+
+    Each has its whole part. What is left goes to those with the largest remainders, one each.
+    """
+    whole = {name: int(value) for name, value in expected.items()}
+    left = round(sum(expected.values())) - sum(whole.values())
+    by_remainder = sorted(expected, key=lambda name: whole[name] - expected[name])
+    for name in by_remainder[:left]:
+        whole[name] += 1
+    return whole
+
+
+def choose_samples(examples: list[dict], right: dict[str, bool]) -> tuple[list[dict], list[dict]]:
+    """Return the samples to show, and further mistakes.
+
+    Every kind of question appears as often as SAMPLES says, and wrong answers as often as the model
+    gives them. The same run always shows the same ones.
+    """
+    rng = random.Random(0)
+    good = defaultdict(list)
+    bad = defaultdict(list)
+    for example in examples:
+        pool = good if right[example["id"]] else bad
+        pool[group_of(example)].append(example)
+
+    # How many samples of each kind are wrong answers follows from its error rate.
+    expected = {}
+    for group, size in SAMPLES.items():
+        rng.shuffle(good[group])
+        rng.shuffle(bad[group])
+        total = len(good[group]) + len(bad[group])
+        expected[group] = size * len(bad[group]) / max(1, total)
+    wrong = round_together(expected)
+
+    samples = []
+    for group, size in SAMPLES.items():
+        samples += good[group][: size - wrong[group]]
+        for _ in range(wrong[group]):
+            samples.append(bad[group].pop())
+    rng.shuffle(samples)
+
+    left = [example for group in SAMPLES for example in bad[group]]
+    mistakes = rng.sample(left, min(MISTAKES, len(left)))
+    return samples, mistakes
