@@ -11,7 +11,7 @@ question of a chat starts from what has been read of the earlier ones. Folders a
 both work as --model. With a temperature, equal seeds give equal answers. --weights int8 and nf4
 quantize the language model as it is loaded, as bitsandbytes does, and compute in bfloat16.
 
-`Chat` is the conversation, and of use without the command. `main` is the command.
+`Chat` is the conversation, and useful without the command. `main` is the command.
 """
 
 from __future__ import annotations
