@@ -97,5 +97,5 @@ def write_pictures_and_rows(folder):
 
 def mean_colour_spec():
     """Return a spec of bytes as tokens, five of them for a picture, which is its mean colour."""
-    views = Tiling(5, transform=MeanColour())
+    views = Tiling(5, processor=MeanColour())
     return SampleSpec(byte_tokenizer(), "plain", max_tokens=1000, views=views)
