@@ -3,8 +3,8 @@
 The path of a training row, in reading order:
 
     rows.py             what every row format offers, the table of formats, mixtures of them
-    sample.py           one row to one sample: the whole path in one function
     templates.py        the row's conversation to one text, the text to ids and labels
+    sample.py           one row to one sample: the whole path in one function
     tiling.py           a picture or a video to the views that the encoder sees
 
 To add a row format, read rows.py; its docstring names the three places. The formats there are:
