@@ -4,7 +4,7 @@
     tokenizer_files(tokenizer, token)        # tokenizer.json and tokenizer_config.json
     chat_template(template, tokenizer)       # chat_template.jinja
 
-tokenizer: one of inputs/tokenizer.py. template: a Template or Chat of inputs/templates.py.
+tokenizer: one of inputs/tokenizer.py. template: what inputs/templates.resolve returns.
 """
 
 from __future__ import annotations

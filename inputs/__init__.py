@@ -1,1 +1,37 @@
-"""From a row in a file to one sample."""
+"""From a row in a file, or a user's question, to the ids, labels and pixels that a model takes.
+
+The path of a training row, in reading order:
+
+    rows.py             what every row format offers, the table of formats, mixtures of them
+    templates.py        the row's conversation to one text, the text to ids and labels
+    sample.py           one row to one sample: the whole path in one function
+    tiling.py           a picture or a video to the views that the encoder sees
+
+To add a row format, read rows.py; its docstring names the three places. The formats there are:
+
+    indexed_rows.py     their base: rows that are JSON texts in files, found by byte offsets
+    index.py            keeps those offsets beside the file
+    json_rows.py        .json and .jsonl, media in a folder; json_list.py scans a .json
+    shards.py           .tar, media inside; also writes such files
+    media.py            the pictures and videos that a row names
+
+What templates.py stands on:
+
+    conversation.py     turns that alternate, with images in their places
+    chat_template.py    the Jinja template that a tokenizer brings along
+    tokenizer.py        ids with the characters that each of them stands for
+
+What tiling.py and sample.py stand on:
+
+    image_processor.py  resize, crop and normalize as the published encoders do
+    pictures.py         any picture file to upright RGB, or one line of what is wrong with it
+    video.py            the frames of a video that are wanted, and no others
+    sniff.py            tells a file that is no picture or video at all: error pages, zeros
+
+For people to look at, with data.py and visualize.py:
+
+    preview.py          what is supervised, marked in a text; pictures in a page
+    summary.py          counts and lengths of many samples
+
+Nothing here needs a model's weights: data workers make samples with a tokenizer and a Tiling.
+"""

@@ -23,6 +23,7 @@ from config import UserError
 
 CROPS = "CLIPImageProcessor"
 RESIZES = "SiglipImageProcessor"
+
 # The processors that do these steps. BitImageProcessor, DINOv2's, does what CLIP's does.
 PROCESSORS = (CROPS, RESIZES, "BitImageProcessor", "CLIPFeatureExtractor")
 
@@ -37,10 +38,10 @@ def need(good: bool, where: object, value: object, fix: str):
 class ImageProcessor:
     """A published image processor. Small and picklable: data workers need no weights for it."""
 
-    size: int = 224  # pixels: the square's side, or the shortest side where crop is set
-    crop: int = (
-        0  # 0: resize straight to the square. Else: resize the shortest side, cut the centre
-    )
+    # In pixels. Without `crop` a picture is resized straight to a square of `size`. With it the
+    # shortest side is resized to `size`, and a square of `crop` is cut from the centre.
+    size: int = 224
+    crop: int = 0
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green and blue, where white is 1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = int(Image.Resampling.BICUBIC)
@@ -51,7 +52,10 @@ class ImageProcessor:
         return self.crop or self.size
 
     def __call__(self, image: Image.Image, image_mode: str = "square") -> Tensor:
-        """Return a picture as (3, side, side) float32. `pad` makes it a square first."""
+        """Return a picture as (3, side, side) float32, normalised.
+
+        `image_mode` is "square", or "pad" to pad it to a square first, see tiling.py.
+        """
         pixels = self.pixels(image, image_mode)
         return self.normalise(pixels[None])[0]
 
@@ -66,9 +70,11 @@ class ImageProcessor:
             image = self._pad_to_square(image)
 
         if self.crop:
+            # CLIP, DINOv2
             image = self._resize_shortest_side(image)
             image = self._crop_centre(image)
         else:
+            # SigLIP
             image = image.resize((self.size, self.size), self.resample)
         return self.tensor(image)
 
@@ -119,10 +125,11 @@ class ImageProcessor:
     ) -> ImageProcessor:
         """Return the processor that a preprocessor_config.json describes.
 
-        A field that is missing or null is the default's. Raises UserError for a field that asks for
+        A field that is missing or null is the default's. Raise UserError for a field that asks for
         something this class does not do.
         """
         given = dict(config)
+
         # Old files call the type feature_extractor_type.
         given.setdefault("image_processor_type", given.get("feature_extractor_type"))
         given = {key: value for key, value in given.items() if value is not None}

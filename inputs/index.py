@@ -6,9 +6,12 @@ Scanning a file of a million rows takes minutes. So the result is kept as FILE.i
 that every rank and worker maps into memory: it costs a process next to nothing. Where the folder
 is read-only, it is kept in ~/.cache/barellava.
 
-An index is an (m, 3) int64 array of entries (start, end, number). A row is file[start:end]. In a
-JSON list `number` is the row's number, in lines of JSON it is the line. In a tar shard there is
-an entry for each member of a sample, numbered in the sample: 0 is the row, 1 and on are its media.
+An index is an (m, 3) int64 array. An entry of it, (start, end, number), stands for the bytes
+file[start:end]:
+
+    .json     an entry a row; number is the row's, from 0
+    .jsonl    an entry a row; number is the line's, from 1
+    .tar      an entry a member, sample by sample; number 0 is the row, 1, 2, ... are its media
 """
 
 from __future__ import annotations
@@ -81,20 +84,20 @@ def file_stamp(file: Path) -> list[int]:
 
 def cache_places(file: Path, kind: str) -> list[Path]:
     """Return where an array of this file may be, the first choice first."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
     # Files of the same name in other folders must not meet in the cache.
     path_hash = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
     return [
         Path(f"{file}.{kind}"),
-        Path(cache) / "barellava" / f"{file.name}-{path_hash}.{kind}",
+        cache / "barellava" / f"{file.name}-{path_hash}.{kind}",
     ]
 
 
 def to_npy(array: np.ndarray, stamp: list[int]) -> bytes:
     """Return the content of a .npy file: the stamp as first row, then the array.
 
-    It is stored column by column: who asks for starts and ends alone maps no page of the numbers.
+    It is stored column by column, so that reading one column leaves the others on the disk.
     """
     stamped = np.concatenate([np.array([stamp]), array])
     buffer = io.BytesIO()
@@ -103,7 +106,7 @@ def to_npy(array: np.ndarray, stamp: list[int]) -> bytes:
 
 
 def read_cached(places: list[Path], stamp: list[int]) -> np.ndarray | None:
-    """Return a memory map of the first array with this stamp, without it; None = there is none."""
+    """Return a memory map of the first array with this stamp, without the stamp; None if none."""
     for place in places:
         try:
             stamped = np.load(place, mmap_mode="r")

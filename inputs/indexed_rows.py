@@ -1,7 +1,13 @@
 """Rows that are JSON texts in files, found by byte offsets: what the JSON and tar formats share.
 
 Of large files only the offsets are held (index.py); a row is read when it is asked for. A format
-is a subclass that says how a file is scanned and where the media of a row are.
+is a subclass that says how a file is scanned and where the media of a row are:
+
+    class JsonLines(IndexedRows):
+        def scan(self, file): ...       # where each row of a file is: an index, see index.py
+        def media(self, i, row): ...    # the pictures or videos of a row
+
+Read `IndexedRows` first. The functions above it find files and parse rows.
 """
 
 from __future__ import annotations
@@ -51,26 +57,26 @@ def json_fix(error: json.JSONDecodeError) -> str:
 
 
 class FileSpan(NamedTuple):
-    """The rows begin, ..., end - 1 of a data set lie in this file."""
+    """Which rows of a data set lie in a file: begin, ..., end - 1."""
 
     file: Path
     begin: int
     end: int
 
 
-class Found(NamedTuple):
+class Location(NamedTuple):
     """Where a row is."""
 
     file: Path
-    entries: np.ndarray  # its rows of the index: (start, end, number), first the row's own
-    place: str  # its name in messages, without its id
+    entries: np.ndarray  # (1 + media, 3): its entries of the index, first the row's own
+    place: str  # what messages call the row, without its id
 
 
 class IndexedRows:
-    """The base of the formats that index.py serves; see rows.Rows for what its methods promise."""
+    """The base of the JSON and tar formats; see rows.Rows for what its methods promise."""
 
     parts = ()  # only a Mixture has some
-    keeps_small_index = False  # whether a small file gets an index, too
+    keeps_small_index = False  # whether small files get an index, too
 
     def __init__(self, data: str | Path, images: str | Path = ""):
         """Open `data`, a file, a glob or a folder of shards. Raise UserError if that fails."""
@@ -78,45 +84,51 @@ class IndexedRows:
         self.file = Path(data)
         self.files = files(data) or [self.file]
         try:
-            self.tables = [self._index(file) for file in self.files]
+            self.indexes = [self._load_index(file) for file in self.files]
             self.states = {file: file_state(file.stat()) for file in self.files}
             self.content = self._read_small()
         except OSError as e:
             fix = "name a .json or .jsonl file of rows, or shards"
             raise UserError(e.filename, e.strerror.lower(), fix) from None
 
-        # The entries of row j of a file end where those of row j + 1 begin.
-        self.firsts = [self.first_entries(table) for table in self.tables]
+        # For each file: where the entries of row j begin in its index. They end where those of row
+        # j + 1 begin.
+        self.firsts = [self.first_entries(entries) for entries in self.indexes]
+
+        # File k has the rows from ends[k - 1] to ends[k] - 1.
         self.ends = np.cumsum([len(firsts) - 1 for firsts in self.firsts])
 
-    # What a format defines.
+    # ---- What a format defines: scan and media, and the two between if it differs there.
 
     def scan(self, file: Path) -> np.ndarray:
-        """Return the index of a file, an (m, 3) int64 array. Raise UserError, OSError."""
+        """Return the index of a file, an (m, 3) int64 array. Raise UserError or OSError."""
         raise NotImplementedError
 
-    def first_entries(self, table: np.ndarray) -> np.ndarray | range:
-        """Return the number of each row's first entry in an index, and at the end len(table)."""
-        return range(len(table) + 1)
+    def first_entries(self, entries: np.ndarray) -> np.ndarray | range:
+        """Return where each row's entries begin in an index, and as the last one len(entries)."""
+        return range(len(entries) + 1)
 
     def place(self, file: Path, number: int, entries: np.ndarray) -> str:
-        """Return the name in messages of the row with this number in its file."""
+        """Return what messages call the row with this number in its file, without its id."""
         return f"{file}:row {number}"
 
     def media(self, i: int, row: dict) -> list[Media]:
+        """Return the pictures or videos of row i, which is `row`. Raise UserError that names it."""
         raise NotImplementedError
 
-    # What follows from that.
+    # ---- What every format gets.
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, i: int) -> dict:
-        found = self._find(i)
-        row = parse(self._read(found, 0), found.place, byte=int(found.entries[0, 0]))
+        location = self._find(i)
+        text = self._read(location, 0)
+        start = int(location.entries[0, 0])
+        row = parse(text, location.place, byte=start)
         if not isinstance(row, dict):
             what = f"a JSON {type(row).__name__}, not a row"
-            raise UserError(found.place, what, "write {...}, or remove it")
+            raise UserError(location.place, what, "write {...}, or remove it")
         return row
 
     def where(self, i: int, row: dict | None = None) -> str:
@@ -128,47 +140,64 @@ class IndexedRows:
         return f"{place} (id {row['id']})"
 
     def file_spans(self) -> list[FileSpan]:
-        begins = [0, *self.ends[:-1]]
-        spans = zip(self.files, begins, self.ends, strict=True)
-        return [FileSpan(file, int(begin), int(end)) for file, begin, end in spans]
+        spans = []
+        begin = 0
+        for file, end in zip(self.files, self.ends.tolist(), strict=True):
+            spans.append(FileSpan(file, begin, end))
+            begin = end
+        return spans
 
     def __reduce__(self):
-        """Pickle as names of files: a spawned worker maps the index again, it is not sent."""
+        """Pickle what was given: a spawned worker opens the files again, and maps the same index.
+
+        Sent as a pickle, the index of a large file would be copied for each worker.
+        """
         return type(self), self.given
 
-    def _index(self, file: Path) -> np.ndarray:
-        if index.is_small(file) and not self.keeps_small_index:
+    def _is_scanned_anew(self, file: Path) -> bool:
+        """Say whether a file is scanned anew by each process. Raise OSError."""
+        return index.is_small(file) and not self.keeps_small_index
+
+    def _load_index(self, file: Path) -> np.ndarray:
+        """Return the index of a file, an (m, 3) int64 array. Raise UserError or OSError."""
+        if self._is_scanned_anew(file):
             return self.scan(file)
         return index.cached_array(file, "index", lambda: self.scan(file))
 
     def _read_small(self) -> bytes:
         """Return all of a single small file, so that no row needs the disk; b"" for others."""
-        if len(self.files) == 1 and index.is_small(self.files[0]) and not self.keeps_small_index:
+        if len(self.files) == 1 and self._is_scanned_anew(self.files[0]):
             return self.files[0].read_bytes()
         return b""
 
-    def _find(self, i: int) -> Found:
-        i = range(len(self))[i]  # counts from the end if negative, raises IndexError
+    def _find(self, i: int) -> Location:
+        """Return where row i is; -1 is the last row. Raise IndexError."""
+        i = range(len(self))[i]
+
+        # The file it is in, and its number there.
         k = int(np.searchsorted(self.ends, i, side="right"))
+        number = i
         if k > 0:
-            number = i - int(self.ends[k - 1])
-        else:
-            number = i
+            number -= int(self.ends[k - 1])
 
-        firsts = self.firsts[k]
-        entries = self.tables[k][firsts[number] : firsts[number + 1]]
-        return Found(self.files[k], entries, self.place(self.files[k], number, entries))
+        first = self.firsts[k][number]
+        end = self.firsts[k][number + 1]
+        entries = self.indexes[k][first:end]
+        place = self.place(self.files[k], number, entries)
+        return Location(self.files[k], entries, place)
 
-    def _read(self, found: Found, entry: int) -> bytes:
+    def _read(self, location: Location, entry: int) -> bytes:
         """Return the bytes of one of a row's entries. Raise UserError if the file has changed."""
-        start, end = (int(byte) for byte in found.entries[entry, :2])
+        start = int(location.entries[entry, 0])
+        end = int(location.entries[entry, 1])
         if self.content:
             return self.content[start:end]
 
         # Opened each time: forked workers would share the position of a file that stays open.
-        with open(found.file, "rb", buffering=0) as file:
-            if file_state(os.fstat(file.fileno())) != self.states[found.file]:
-                raise UserError(found.file, "has changed since it was opened", "start again")
+        with open(location.file, "rb", buffering=0) as file:
+            # The offsets hold for the file as it was when it was opened.
+            if file_state(os.fstat(file.fileno())) != self.states[location.file]:
+                raise UserError(location.file, "has changed since it was opened", "start again")
             file.seek(start)
             return file.read(end - start)
 

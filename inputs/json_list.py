@@ -1,7 +1,10 @@
 """Where each row of a JSON list is: a scan that reads the file in pieces, one row at a time.
 
+    entries = scan_list(Path("rows.json"))   # (rows, 3) int64: start, end, number
+
 Each row is parsed once, by the json module itself: what is wrong with the file is found now, and
-not after a week of training.
+not after a week of training. `scan_list` is the scan; `TextWindow` is the piece of the file that it
+looks at, and makes characters of bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +24,15 @@ from inputs.indexed_rows import json_fix, parse
 CHUNK = 1 << 24  # bytes of the file that are read at a time
 TOKEN = 16  # characters; no number or word of JSON that may be cut off is as long
 
-white_space = re.compile(r"[ \t\n\r]*")  # as JSON defines it
-decoder = json.JSONDecoder()
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # as JSON defines it
+JSON_DECODER = json.JSONDecoder()
 
 FIX = "write [row, row, ...], or one row per line in a .jsonl file"
 
 
 def scan_list(file: Path) -> np.ndarray:
-    """Return (start, end, number) of each row of a JSON list. Raise UserError."""
+    """Return (start, end, number) of each row of a JSON list, in bytes. Raise UserError."""
+    # One flat array of integers: a tuple for each row would take several times the memory.
     entries = array("q")
     with open(file, "rb") as raw:
         text = TextWindow(raw, file)
@@ -41,7 +45,7 @@ def scan_list(file: Path) -> np.ndarray:
 
 
 def open_list(text: TextWindow, file: Path):
-    """Go behind the [ of the list. Raise UserError if there is none, or nothing in it."""
+    """Move behind the [ of the list. Raise UserError if there is none, or nothing in it."""
     first = text.peek()
     if not first:
         raise UserError(file, "empty file", "write the rows again")
@@ -57,10 +61,11 @@ def open_list(text: TextWindow, file: Path):
 def scan_rows(text: TextWindow, entries: array):
     """Add (start, end, number) of each row up to the ] to `entries`. Raise JSONDecodeError."""
     while True:
-        text.peek()
+        text.peek()  # moves to where the row begins
         start = text.byte
         text.skip_value()
-        entries.extend((start, text.byte, len(entries) // 3))
+        number = len(entries) // 3
+        entries.extend((start, text.byte, number))
 
         separator = text.peek()
         if separator not in (",", "]"):
@@ -78,10 +83,13 @@ def scan_error(
 ) -> UserError:
     """Return the UserError for a JSONDecodeError whose position counts from the window's start."""
     byte = text.byte + text.bytes_to(error.pos)
+
+    # Editors want a line and a column, counted in the file.
     raw.seek(0)
     before = raw.read(byte)
     lines = before.count(b"\n")
-    line = before[before.rfind(b"\n") + 1 :].decode("utf-8-sig")
+    line_start = before.rfind(b"\n") + 1
+    line = before[line_start:].decode("utf-8-sig")
     where = f"line {lines + 1} column {len(line) + 1} (row {row}, byte {byte})"
     return UserError(file, f"not JSON at {where}: {error.msg}", json_fix(error))
 
@@ -98,6 +106,8 @@ class TextWindow:
         self.text = ""
         self.position = 0
         self.byte = 0
+
+        # A piece may end within a character; this keeps its bytes until the rest comes.
         self.utf8 = codecs.getincrementaldecoder("utf-8-sig")()
 
         # The decoder drops a byte order mark, so it is no part of `text`.
@@ -108,18 +118,19 @@ class TextWindow:
     def read_more(self) -> bool:
         """Read on, and forget what is before `position`. At the end of the file, return False.
 
-        It reads at least as much as there is already, so a long row is parsed again only a few
-        times.
+        It reads at least as much as there is already: `skip_value` parses a row from its start
+        after each reading, and so does it only a few times, however long the row is.
         """
-        raw = self.raw.read(max(CHUNK, len(self.text) - self.position))
+        unread = len(self.text) - self.position
+        piece = self.raw.read(max(CHUNK, unread))
         try:
-            read = self.utf8.decode(raw, final=not raw)
+            read = self.utf8.decode(piece, final=not piece)
         except UnicodeDecodeError as e:
             # What the decoder failed on is the end of what was read from the file.
             at = self.raw.tell() - len(e.object) + e.start
             raise UserError(self.name, f"not UTF-8 at byte {at}", "save it as UTF-8") from None
 
-        if not raw:
+        if not piece:
             return False
         self.text = self.text[self.position :] + read
         self.position = 0
@@ -139,7 +150,8 @@ class TextWindow:
     def peek(self) -> str:
         """Move to the next character that is not white space, and return it; "" at the end."""
         while True:
-            self.go_to(white_space.match(self.text, self.position).end())
+            space = WHITE_SPACE.match(self.text, self.position)
+            self.go_to(space.end())
             if self.position < len(self.text):
                 return self.text[self.position]
             if not self.read_more():
@@ -149,16 +161,18 @@ class TextWindow:
         """Move behind the JSON value at `position`. Raise JSONDecodeError; its pos is in `text`."""
         while True:
             try:
-                _, end = decoder.raw_decode(self.text, self.position)
+                _, end = JSON_DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError as e:
-                # Either it is wrong, or its end is not read yet.
+                # Either it is wrong, or its end is not read yet: then the error is at the end of
+                # the window, or in a string that does not end there.
                 in_string = e.msg.startswith("Unterminated string")
                 at_end = e.pos > len(self.text) - TOKEN
                 if (in_string or at_end) and self.read_more():
                     continue
                 raise
 
-            # A number at the end of the window may go on: 1, 1e, 1e+, 1e+5.
+            # A number at the end of the window may go on: 1, 1e, 1e+, 1e+5. Of "1e+" the decoder
+            # takes the 1, and leaves two characters.
             if end < len(self.text) - 2 or not self.read_more():
                 self.go_to(end)
                 return

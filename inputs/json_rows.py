@@ -1,5 +1,9 @@
 """Rows of a JSON list (.json), and of one JSON text a line (.jsonl), with their media in a folder.
 
+    rows.json     [{"id": 0, "image": "a.jpg", "conversations": [...]}, {...}, ...]
+    rows.jsonl    {"id": 0, "image": "a.jpg", "conversations": [...]}
+                  {...}
+
 Messages count the rows of a list from 0, as json.load(file)[i] does, and lines from 1, as editors
 do.
 """
@@ -18,12 +22,17 @@ from inputs.media import Media, media_names
 
 
 class JsonRows(IndexedRows):
-    """Rows in text files, whose media are files of a folder: what the two formats below share."""
+    """What the two formats below share: their media are files of a folder."""
 
     def __init__(self, data: str | Path, images: str | Path = ""):
-        """Open `data`; the media are in the folder `images`, or beside it if that is not given."""
+        """Open `data`, with its media in the folder `images`, by default in its own folder.
+
+        Raise UserError if it cannot be read or there is no such folder.
+        """
         super().__init__(data, images)
-        self.images = Path(images) if images else self.file.parent
+        self.images = self.file.parent
+        if images:
+            self.images = Path(images)
         if not self.images.is_dir():
             fix = "set the stage's images, or --images"
             raise UserError(self.images, "no such folder of images", fix)
@@ -45,6 +54,7 @@ class JsonLines(JsonRows):
 
     def scan(self, file: Path) -> np.ndarray:
         """Return (start, end, line) of each row. Nothing is parsed: a bad line is one bad row."""
+        # One flat array of integers: a tuple for each row would take several times the memory.
         entries = array("q")
         end = 0
         with open(file, "rb") as lines:
@@ -53,9 +63,11 @@ class JsonLines(JsonRows):
                 end += len(line)
                 if line.strip():
                     entries.extend((start, end, number))
+
         if not entries:
             raise UserError(file, "empty file", "write the rows again")
         return np.array(entries).reshape(-1, 3)
 
     def place(self, file: Path, number: int, entries: np.ndarray) -> str:
-        return f"{file}:line {entries[0, 2]}"
+        line = entries[0, 2]
+        return f"{file}:line {line}"

@@ -23,8 +23,9 @@ class Media:
 
     def __str__(self) -> str:
         """Return what messages call it: its path, or its name in the row if it comes as bytes."""
-        place = self.name if isinstance(self.source, bytes) else self.source
-        return f"{self.kind} {place}"
+        if isinstance(self.source, bytes):
+            return f"{self.kind} {self.name}"
+        return f"{self.kind} {self.source}"
 
 
 def media_names(row: dict, where: str) -> tuple[str, list[str]]:
@@ -33,12 +34,17 @@ def media_names(row: dict, where: str) -> tuple[str, list[str]]:
     A row without any is ("image", []). Raise UserError at `where` if it has both kinds, or
     something that is no name.
     """
-    if row.get("image") and row.get("video"):
-        raise UserError(where, "an image and a video in one row", "make two rows of it")
+    # A row that has none may say so with null, "" or [], or leave the key out.
+    kind = "image"
+    if row.get("video"):
+        kind = "video"
+        if row.get("image"):
+            raise UserError(where, "an image and a video in one row", "make two rows of it")
 
-    kind = "video" if row.get("video") else "image"
     given = row.get(kind) or []
-    names = given if isinstance(given, list) else [given]
+    names = given
+    if not isinstance(given, list):
+        names = [given]
     if not all(isinstance(name, str) for name in names):
         raise UserError(where, f'"{kind}" is {given!r}', "write a file name or a list of them")
     return kind, names

@@ -73,7 +73,7 @@ def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(file) as image:
-                    yield image
+                    yield image  # what the caller raises from here on is caught below
                     width, height = image.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             limit = Image.MAX_IMAGE_PIXELS

@@ -1,7 +1,7 @@
 """The pieces of a preview: a sample's text with what is supervised marked, pictures, a whole page.
 
-    text, answers, marks = render(conversation, resolve("phi", tok))
-    _, labels, offsets = tokenize(text, answers, marks, tok)
+    text, answers, marks = templates.render(conversation, templates.resolve("phi", tok))
+    _, labels, offsets = templates.tokenize(text, answers, marks, tok)
     print(show_supervised(text, labels, offsets, colour=False))
     # USER: Who? ASSISTANT:[[ A dog.<|endoftext|>]]
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from packing import IGNORE
 
+# What a terminal obeys: colour on, colour off.
 GREEN = "\033[32m"
 PLAIN = "\033[0m"
 
@@ -27,7 +28,7 @@ def split_supervised(
     """Return the text as runs of characters of one kind: [(characters, whether supervised)].
 
     Labels and offsets are those of its tokens, from `templates.tokenize`. A terminal would obey an
-    escape character in the data, so it is spelled out as the four characters \\033.
+    escape character in the data, so a run has the four characters \\033 in its place.
     """
     supervised = [False] * len(text)
     for label, (start, end) in zip(labels, offsets, strict=True):

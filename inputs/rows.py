@@ -5,9 +5,16 @@
     media = rows.media(7, row)   # its pictures or videos, each a path or bytes
     rows.where(7)                # "rows.json:row 7 (id X)", for messages
 
-A new format is a file with a class that offers what `Rows` lists, an entry in FORMATS, and a test.
-One whose rows lie in files as JSON texts derives from `indexed_rows.IndexedRows`, as json_rows.py
-and shards.py show.
+To add a row format, say .parquet, three places change:
+
+    inputs/parquet_rows.py      the new file: a class ParquetRows with the methods of `Rows`, made
+                                by ParquetRows(data, images), which raises UserError if it cannot
+    FORMATS, below              the entry: ".parquet": ParquetRows
+    tests/inputs/test_rows.py   test_every_format_offers_what_rows_promises_and_the_same_rows fails
+                                until it opens the new format, too
+
+A format whose rows are JSON texts in files derives from `indexed_rows.IndexedRows` and needs two
+methods, `scan` and `media`. json_rows.JsonLines is the shortest example.
 """
 
 from __future__ import annotations
@@ -23,31 +30,32 @@ from inputs.json_rows import JsonLines, JsonList
 from inputs.media import Media
 from inputs.shards import Shards
 
-# By the ending of the file's name; a file with any other ending is read as a JSON list.
-FORMATS = {".json": JsonList, ".jsonl": JsonLines, ".tar": Shards}
-
-
-class Part(NamedTuple):
-    """A source of a mixture: how many rows it has, and how many of them an epoch takes."""
-
-    rows: int
-    per_epoch: int
+# By the ending of the file's name. A file with any other ending is read as a JSON list.
+FORMATS = {
+    ".json": JsonList,
+    ".jsonl": JsonLines,
+    ".tar": Shards,
+}
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """Training rows in any format. Each worker gets a copy by pickle or fork: keep it small."""
+    """What every format offers.
 
-    file: Path | str  # what messages about all rows call them
-    parts: tuple[Part, ...]  # of a mixture; () for a single source
+    Each data worker gets its own copy, by fork or pickle. So rows stay in their files, and a format
+    holds little more than where they are.
+    """
+
+    file: Path | str  # what messages call the rows as a whole
+    parts: tuple[Part, ...]  # the sources of a mixture; () for a single source
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> dict:
-        """Return row i as a LLaVA row. Raise UserError that names it if it is none."""
+        """Return row i as a LLaVA row. Raise UserError that names it if it is not one."""
 
     def where(self, i: int, row: dict | None = None) -> str:
-        """Return what messages call row i. It is read for its id unless it is given."""
+        """Return what messages call row i. Its id is part of that: give the row if it is read."""
 
     def media(self, i: int, row: dict) -> list[Media]:
         """Return the pictures or videos of row i, which is `row`. Raise UserError that names it."""
@@ -61,31 +69,45 @@ def open_rows(data: str | Path, images: str | Path = "") -> Rows:
 
     `images` is the folder of the rows' media, by default that of the data. Shards hold their own.
     """
-    fix = "name a .json or .jsonl file of rows, or shards"
-    found = files(data) or [Path(data)]
-    if found[0] == Path(data) and found[0].is_dir():
+    found = files(data)
+    if not found and Path(data).is_dir():
+        fix = "name a .json or .jsonl file of rows, or shards"
         raise UserError(data, "a folder without .tar shards", fix)
 
-    endings = {file.suffix for file in found}
+    # A file that is not there has an ending as well: its format says that it is missing.
+    endings = {file.suffix for file in found or [Path(data)]}
     if len(endings) > 1:
         names = ", ".join(sorted(endings))
         raise UserError(data, f"files of several formats ({names})", "make a mixture of them")
-    row_format = FORMATS.get(found[0].suffix, JsonList)
+    row_format = FORMATS.get(endings.pop(), JsonList)
     return row_format(data, images)
+
+
+# ----------------------------------------------------------------------------------------- mixtures
+
+
+class Part(NamedTuple):
+    """A source of a mixture: how many rows it has, and how many of them an epoch takes."""
+
+    rows: int
+    per_epoch: int
 
 
 class Mixture:
     """Several sources as one, of which an epoch takes weight x len(source) rows of each.
 
-    A weight below 1 takes other rows in each epoch until all were taken, a weight above 1 takes all
-    of them again. As Rows it has every row of every source once, one source after the other.
+    A weight below 1 takes other rows in each epoch until all were taken. A weight above 1 takes all
+    rows, and some or all of them again. data.Order draws them; as `Rows`, a mixture has every row
+    of every source once, one source after the other.
     """
 
     def __init__(self, sources: list[Rows], weights: list[float]):
         """Raise UserError for a weight that takes no row."""
         self.sources = sources
-        self.ends = np.cumsum([len(source) for source in sources])
         self.file = ", ".join(str(source.file) for source in sources)
+
+        # Source k has the rows from ends[k - 1] to ends[k] - 1 of the mixture.
+        self.ends = np.cumsum([len(source) for source in sources])
 
         parts = []
         for source, weight in zip(sources, weights, strict=True):
@@ -98,7 +120,11 @@ class Mixture:
 
     @classmethod
     def of(cls, stage: Stage, where: str) -> Rows:
-        """Open what a stage of a recipe trains on: its data, or its mixture. Raise UserError."""
+        """Open what a stage of a recipe trains on: its data, or its mixture.
+
+        `where` names the stage in messages. Raise UserError.
+        """
+        # Exactly one of the two must be set.
         if bool(stage.data) == bool(stage.mixture):
             what = "set beside a mixture" if stage.data else "not set"
             fix = "name a .json or .jsonl file of rows, or sources of a mixture"
@@ -106,9 +132,12 @@ class Mixture:
         if stage.data:
             return open_rows(stage.data, stage.images)
 
-        sources = stage.mixture.values()
-        opened = [open_rows(source.data, source.images) for source in sources]
-        return cls(opened, [source.weight for source in sources])
+        opened = []
+        weights = []
+        for source in stage.mixture.values():
+            opened.append(open_rows(source.data, source.images))
+            weights.append(source.weight)
+        return cls(opened, weights)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -127,7 +156,7 @@ class Mixture:
 
     def file_spans(self) -> list[FileSpan]:
         spans = []
-        first = 0
+        first = 0  # the source's first row in the mixture
         for source in self.sources:
             for file, begin, end in source.file_spans():
                 spans.append(FileSpan(file, first + begin, first + end))
@@ -135,7 +164,7 @@ class Mixture:
         return spans
 
     def _find(self, i: int) -> tuple[Rows, int]:
-        """Return the source of row i, and its number there."""
+        """Return the source of row i, and the row's number there."""
         k = int(np.searchsorted(self.ends, i, side="right"))
         if k == 0:
             return self.sources[0], i

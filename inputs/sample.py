@@ -3,11 +3,17 @@
     spec = SampleSpec(tokenizer, template="phi", max_tokens=2048, views=model.views)
     sample = make_sample(rows, 7, spec)
 
-`make_sample` is the whole path of a row: the text becomes ids and labels, media become items, each
-<image> gets as many positions as its item has tokens, and what is longer than max_tokens is cut.
+`make_sample` is the whole path of a row; read it first. With a picture of three tokens:
 
-T tokens of a sample; v views of an item (tiling.py: a picture's tiles, a video's frames). Ids hold
-IMAGE_TOKEN at each of an item's positions, labels hold IGNORE where nothing is learned.
+    row       USER: <image>\nWho? ASSISTANT: A dog.</s>
+    ids       1 3148 ... -200 -200 -200 ... 319 11203 29889 2     -200 is IMAGE_TOKEN
+    labels    - -    ... -    -    -    ... 319 11203 29889 2     - is IGNORE: nothing is learned
+    items     [Item(pixels (v, 3, S, S), shape)]
+
+The functions below it do one step each: the text, then pictures and videos, then the checks.
+
+T tokens of a sample; v views of an item (tiling.py: a picture's tiles, a video's frames), each of
+S x S pixels.
 """
 
 from __future__ import annotations
@@ -33,9 +39,9 @@ class SampleSpec:
     """All that decides how a row becomes a sample."""
 
     tokenizer: Tokenizer
-    template: str
+    template: str  # a name in templates.TEMPLATES
     max_tokens: int
-    views: Tiling
+    views: Tiling  # how the model sees pictures and videos, LLaVA.views
 
 
 @dataclass
@@ -44,8 +50,8 @@ class Sample:
 
     ids: Tensor  # (T,) int64
     labels: Tensor  # (T,) int64, not shifted; the first is IGNORE
-    items: list[Item]  # in order of occurrence
-    row: int
+    items: list[Item]  # in the order of the row
+    row: int  # which of the rows it is
     cut: int  # tokens taken off the tail
 
 
@@ -62,19 +68,23 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
 
     # The text, with a single IMAGE_TOKEN where an item goes.
     ids, labels = encode_text(row, where, spec)
-    check_marks(ids, media, where)
+    check_image_count(ids, media, where)
 
     # The items, which say how many positions each of them takes.
-    if pixels:
-        items = [load_media(m, where, spec.views) for m in media]
-    else:
-        items = [measure_media(m, where, spec.views) for m in media]
+    items = []
+    for one in media:
+        if pixels:
+            items.append(load_media(one, where, spec.views))
+        else:
+            items.append(measure_media(one, where, spec.views))
     counts = [spec.views.positions(item.shape) for item in items]
+
+    # The labels first: their places are those of the ids that are not expanded yet.
     labels = expand_images(ids, counts, labels)
     ids = expand_images(ids, counts)
 
-    # Text may be cut, from the tail. Part of an image may not: it would have more features than
-    # positions.
+    # The tail of a text may be cut off. An image may not lose a part: it would have more features
+    # than positions.
     check_images_fit(ids, media, where, spec.max_tokens)
     cut = max(0, len(ids) - spec.max_tokens)
     ids = ids[: spec.max_tokens]
@@ -88,7 +98,10 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
 
 
 def load_items(rows: Rows, i: int, spec: SampleSpec, row: dict | None = None) -> list[Item]:
-    """Return the items of all pictures or videos of row i. Raise UserError that names it."""
+    """Return the items of row i, without its text: for questions about a row, not for training.
+
+    `row` saves reading it again where it is at hand. Raise UserError that names the row.
+    """
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
@@ -121,42 +134,50 @@ def user_error(where: str | Path, error: ValueError) -> UserError:
 # ---------------------------------------------------------------------------- pictures and videos
 
 
-def load_item(source: str | Path | bytes, kind: str, views: Tiling, **part) -> Item:
+def load_item(source: str | Path | bytes, kind: str, tiling: Tiling, **part) -> Item:
     """Return a picture or video as the encoder sees it.
 
     `kind` is "image" or "video"; `part` are the span and rate of video.stream. Raise ValueError
-    (what is wrong with it), or UserError where what reads videos is not installed.
+    (what is wrong with it), or UserError if what reads videos is not installed.
     """
     if kind == "image":
-        return views.picture(load_image(source))
-    return views.clip(video.stream(source, views.frames, views.fps, **part))
+        image = load_image(source)
+        return tiling.picture(image)
+
+    frames = video.stream(source, tiling.frames, tiling.fps, **part)
+    return tiling.clip(frames)
 
 
-def item_shape(source: str | Path | bytes, kind: str, views: Tiling) -> ItemShape:
-    """Return the shape of the item that `load_item` returns, and read no more than that takes."""
+def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemShape:
+    """Return the shape of the item that `load_item` returns, and read no more than that takes.
+
+    Raise as `load_item` does, for a file that has to be read.
+    """
     if kind == "image":
-        if views.mode in TILED:
-            return views.shape(image_size(source))
+        if tiling.mode in TILED:
+            return tiling.shape(image_size(source))
         return ItemShape()
 
-    if views.fps:
+    # Without fps every video has the same number of frames, so none is opened.
+    if tiling.fps:
         clip = video.probe(source)
-        return ItemShape(len(video.indices(clip, views.frames, views.fps)))
-    return ItemShape(views.frames)
+        taken = video.indices(clip, tiling.frames, tiling.fps)
+        return ItemShape(len(taken))
+    return ItemShape(tiling.frames)
 
 
-def load_media(media: Media, where: str, views: Tiling) -> Item:
+def load_media(media: Media, where: str, tiling: Tiling) -> Item:
     """Return the item of a row's picture or video. Raise UserError at `where`."""
     try:
-        return load_item(media.source, media.kind, views)
+        return load_item(media.source, media.kind, tiling)
     except ValueError as e:
         raise media_error(media, where, e) from None
 
 
-def measure_media(media: Media, where: str, views: Tiling) -> Item:
+def measure_media(media: Media, where: str, tiling: Tiling) -> Item:
     """Return the item of a row's picture or video without pixels. Raise UserError at `where`."""
     try:
-        shape = item_shape(media.source, media.kind, views)
+        shape = item_shape(media.source, media.kind, tiling)
     except ValueError as e:
         raise media_error(media, where, e) from None
     return Item(torch.empty(0), shape)
@@ -164,8 +185,10 @@ def measure_media(media: Media, where: str, views: Tiling) -> Item:
 
 def media_error(media: Media, where: str, error: ValueError) -> UserError:
     """Return what to raise for a picture or video that cannot be read."""
+    # A package that is missing is no fault of this row. (A UserError is a ValueError, too.)
     if isinstance(error, UserError):
-        return error  # of the installation, not of this row
+        return error
+
     fix = f"fetch the {media.kind} again, or remove the row"
     return UserError(where, f"{media}: {error}", fix)
 
@@ -174,24 +197,27 @@ def media_error(media: Media, where: str, error: ValueError) -> UserError:
 
 
 def kind_of(media: list[Media]) -> str:
-    """Return what a row's media are, in one word."""
-    return media[0].kind if media else "image"
+    """Return what a row's media are, "image" or "video": a row has no two kinds."""
+    if media:
+        return media[0].kind
+    return "image"
 
 
-def check_marks(ids: Tensor, media: list[Media], where: str):
+def check_image_count(ids: Tensor, media: list[Media], where: str):
     """Raise UserError unless there is one <image> for each picture or video."""
-    marks = int((ids == IMAGE_TOKEN).sum())
-    if marks != len(media):
+    written = int((ids == IMAGE_TOKEN).sum())
+    if written != len(media):
         there = f"{len(media)} {kind_of(media)}s in the row"
-        what = f"{marks} <image> in what the humans say but {there}"
+        what = f"{written} <image> in what the humans say but {there}"
         raise UserError(where, what, "write one <image> for each, or remove the row")
 
 
 def check_images_fit(ids: Tensor, media: list[Media], where: str, max_tokens: int):
-    """Raise UserError if an image's positions, all in place now, go beyond max_tokens."""
+    """Raise UserError if an image's positions go beyond max_tokens. The ids are expanded."""
     positions = (ids == IMAGE_TOKEN).nonzero()
     if not len(positions):
         return
+
     end = int(positions[-1]) + 1
     if end > max_tokens:
         what = f"{kind_of(media)} cut, it ends at token {end} and max_tokens is {max_tokens}"
@@ -200,7 +226,8 @@ def check_images_fit(ids: Tensor, media: list[Media], where: str, max_tokens: in
 
 def check_supervised(labels: Tensor, where: str, cut: int):
     """Raise UserError if there is nothing to learn in what is left of a row."""
-    if bool((labels == IGNORE).all()):
+    nothing_left = bool((labels == IGNORE).all())
+    if nothing_left:
         total = len(labels) + cut
         what = f"nothing supervised in the first {len(labels)} of its {total} tokens"
         raise UserError(where, what, "write an answer, raise max_tokens, or remove the row")

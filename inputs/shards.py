@@ -26,7 +26,8 @@ from inputs.media import Media, media_names
 if TYPE_CHECKING:
     from inputs.rows import Rows
 
-ROW = -1  # the number of the member with the row, so that it comes before the media when sorted
+# The number of the member with the row, which sorts it before the media.
+ROW = -1
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -34,39 +35,51 @@ ROW = -1  # the number of the member with the row, so that it comes before the m
 class Shards(IndexedRows):
     """The rows of a tar file, or of several."""
 
-    keeps_small_index = True  # a scan visits every member, which is slow on a network disk
+    # A scan visits every member, which is slow on a network disk however small the file is.
+    keeps_small_index = True
 
     def scan(self, file: Path) -> np.ndarray:
         return scan_tar(file)
 
-    def first_entries(self, table: np.ndarray) -> np.ndarray:
-        return np.append(np.flatnonzero(table[:, 2] == 0), len(table))
+    def first_entries(self, entries: np.ndarray) -> np.ndarray:
+        rows = np.flatnonzero(entries[:, 2] == 0)  # a sample's entry 0 is its row
+        return np.append(rows, len(entries))
 
     def media(self, i: int, row: dict) -> list[Media]:
         kind, names = media_names(row, self.where(i, row))
-        found = self._find(i)
+        location = self._find(i)
+
+        # Entry 0 is the row itself, its media follow in the order of their names in the row.
         media = []
         for entry, name in enumerate(names, 1):
-            if entry >= len(found.entries):
+            if entry >= len(location.entries):
                 what = f"image {name}: not in the shard"
-                raise UserError(found.place, what, "write the shard again, or remove the row")
-            media.append(Media(kind, name, self._read(found, entry)))
+                raise UserError(location.place, what, "write the shard again, or remove the row")
+            content = self._read(location, entry)
+            media.append(Media(kind, name, content))
         return media
 
 
 class Member(NamedTuple):
-    """A file in a tar file."""
+    """A file in a tar file: its bytes are tar[start:end]."""
 
     number: int  # ROW, or which of the sample's media it is
-    start: int  # bytes of the tar file
+    start: int
     end: int
+
+
+class TarSample(NamedTuple):
+    """The members of a tar file that stand together and have one name up to the first dot."""
+
+    key: str  # that name, with its folder
+    members: list[Member]
 
 
 def scan_tar(file: Path) -> np.ndarray:
     """Return (start, end, number) of each member, sample after sample, numbered in its sample.
 
-    The members of a sample stand together, have one name up to the first dot, and one of them is
-    .json. It gets number 0, whatever order they have in the file. Raise UserError.
+    One member of a sample is its .json. It gets number 0 and the media follow, whatever order they
+    have in the file. Raise UserError.
     """
     try:
         samples = list_samples(file)
@@ -79,7 +92,8 @@ def scan_tar(file: Path) -> np.ndarray:
     entries = []
     for key, members in samples:
         members.sort(key=lambda member: member.number)
-        if [member.number for member in members].count(ROW) != 1:
+        numbers = [member.number for member in members]
+        if numbers.count(ROW) != 1:
             what = "not exactly one .json among its members"
             raise UserError(f"{file}:{key}", what, "write the shard again")
         for number, member in enumerate(members):
@@ -87,23 +101,24 @@ def scan_tar(file: Path) -> np.ndarray:
     return np.array(entries, np.int64)
 
 
-def list_samples(file: Path) -> list[tuple[str, list[Member]]]:
-    """Return (key, members) of each sample of a tar file, in the order of the file."""
-    samples: list[tuple[str, list[Member]]] = []
+def list_samples(file: Path) -> list[TarSample]:
+    """Return the samples of a tar file, in the order of the file."""
+    samples: list[TarSample] = []
     with tarfile.open(file, "r:") as tar:
         while member := tar.next():
             tar.members.clear()  # else it would hold the headers of all members
             if not member.isfile():
                 continue
 
-            # folder/KEY.json, folder/KEY.jpg, or folder/KEY.0.jpg
+            # A member with another key than the one before begins a sample.
             folder, name = os.path.split(member.name)
             stem, _, ending = name.partition(".")
             key = f"{folder}/{stem}"
-            if not samples or samples[-1][0] != key:
-                samples.append((key, []))
+            if not samples or samples[-1].key != key:
+                samples.append(TarSample(key, []))
 
-            first = ending.partition(".")[0]
+            # KEY.json is the row, KEY.2.jpg the medium 2 of several, KEY.jpg the only one.
+            first, _, _ = ending.partition(".")
             if ending == "json":
                 number = ROW
             elif first.isdigit():
@@ -111,7 +126,8 @@ def list_samples(file: Path) -> list[tuple[str, list[Member]]]:
             else:
                 number = 0
             start = member.offset_data
-            samples[-1][1].append(Member(number, start, start + member.size))
+            end = start + member.size
+            samples[-1].members.append(Member(number, start, end))
     return samples
 
 
@@ -125,6 +141,8 @@ def shard(rows: Rows, out: Path, size: int) -> int:
     """
     if out.exists():
         raise UserError(out, "exists already", "name another folder, or remove it")
+
+    # Before hours of writing, and not in the middle of them.
     check_media(rows)
 
     # All or nothing: the folder gets its name when it is complete.
@@ -146,9 +164,11 @@ def check_media(rows: Rows):
         for media in rows.media(i, row):
             if isinstance(media.source, bytes) or media.source.is_file():
                 continue
-            what = "a folder, which no shard holds" if media.source.is_dir() else "no such file"
-            fix = "fetch it, or remove the row"
-            raise UserError(rows.where(i, row), f"{media}: {what}", fix)
+            if media.source.is_dir():
+                what = f"{media}: a folder, which no shard holds"  # a video as a folder of frames
+            else:
+                what = f"{media}: no such file"
+            raise UserError(rows.where(i, row), what, "fetch it, or remove the row")
 
 
 def write_shards(rows: Rows, folder: Path, size: int) -> int:
@@ -161,12 +181,14 @@ def write_shards(rows: Rows, folder: Path, size: int) -> int:
             tar = tarfile.open(name, "w", format=tarfile.USTAR_FORMAT)
             count += 1
 
+        # The key is the row's number, so the names of all shards together are unique.
         for ending, content in sample_members(rows, i):
             info = tarfile.TarInfo(f"{i:09d}.{ending}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
 
-        if tar.offset >= size or i + 1 == len(rows):
+        is_last = i == len(rows) - 1
+        if tar.offset >= size or is_last:
             tar.close()
             tar = None
     return count
@@ -176,13 +198,15 @@ def sample_members(rows: Rows, i: int) -> list[tuple[str, bytes]]:
     """Return the members of row i as (what follows the key in its name, content)."""
     row = rows[i]
     members = [("json", json.dumps(row).encode())]
-    media = rows.media(i, row)
-    for number, item in enumerate(media):
-        ending = (Path(item.name).suffix or ".jpg").lower()
-        if len(media) > 1:
-            name = f"{number}{ending}"
-        else:
-            name = ending.removeprefix(".")
-        content = item.source if isinstance(item.source, bytes) else item.source.read_bytes()
-        members.append((name, content))
+
+    all_media = rows.media(i, row)
+    for number, media in enumerate(all_media):
+        ending = Path(media.name).suffix.lower() or ".jpg"
+        if len(all_media) > 1:
+            ending = f".{number}{ending}"
+
+        content = media.source
+        if not isinstance(content, bytes):
+            content = content.read_bytes()
+        members.append((ending.removeprefix("."), content))
     return members

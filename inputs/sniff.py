@@ -1,4 +1,8 @@
-"""What a file is that should be something else: the error pages and zeros that downloads leave."""
+"""What a file is that should be something else: the error pages and zeros that downloads leave.
+
+looks_like(b"<!DOCTYPE html>...")   # "an HTML page", as a line for a message
+open_checked("photo.jpg")           # the open file, or ValueError("an HTML page")
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,11 @@ def looks_like(head: bytes) -> str:
     """
     if not head:
         return "empty file"
+    # A download that broke off may leave the file at its full length, with nothing in it.
     if not head.strip(b"\0"):
         return "only zero bytes"
 
+    # What precedes a text: a byte order mark, and white space.
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, the file itself was never fetched"

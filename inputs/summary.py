@@ -1,9 +1,17 @@
 """What `python data.py check` prints below the bad rows: how many there are, and how long.
 
-summary = Summary()
-summary.add_sample(images=1, tokens=700, kept=700, supervised=40)
-summary.add_bad(2)
-summary.print("rows.json", positions=576)
+    summary = Summary()
+    summary.add_sample(images=1, tokens=700, kept=700, supervised=40)
+    summary.add_bad(2)
+    summary.print("rows.json", positions=576)
+
+It prints
+
+    rows.json: 3 rows, 2 bad; the good ones: 0 text-only, 1 with one image or video, 0 with several
+      tokens: 700 shortest, 700 median, 700 longest; 576 per image
+      ...a bar for each range of lengths
+      supervised: 5.7 % of 700 tokens
+      over-long: 0 rows lose 0 tokens of their tails
 """
 
 from __future__ import annotations
@@ -46,9 +54,13 @@ class Summary:
     def print(self, name: str, positions: int):
         """Print it all under the name of the rows; `positions` are the tokens of one picture."""
         total = self.bad + len(self.lengths)
-        text_only, one, several = (self.images[n] for n in range(3))
-        kinds = f"{text_only} text-only, {one} with one image or video, {several} with several"
+        text_only = f"{self.images[0]} text-only"
+        one = f"{self.images[1]} with one image or video"
+        several = f"{self.images[2]} with several"
+        kinds = f"{text_only}, {one}, {several}"
         print(f"{name}: {total} rows, {self.bad} bad; the good ones: {kinds}")
+
+        # Where no row is good, there are no lengths to speak of.
         if not self.lengths:
             return
 
@@ -56,14 +68,19 @@ class Summary:
         lengths = f"{low:.0f} shortest, {median:.0f} median, {high:.0f} longest"
         print(f"  tokens: {lengths}; {positions} per image")
         print(histogram(self.lengths))
+
         share = 100 * self.supervised / self.kept
         print(f"  supervised: {share:.1f} % of {self.kept} tokens")
         print(f"  over-long: {self.over_long} rows lose {self.cut} tokens of their tails")
 
 
 def histogram(lengths: list[int]) -> str:
-    """Return a bar for each range of lengths, as long as it has many. A range is a power of two."""
-    range_size = 1 << max(0, math.ceil(math.log2((max(lengths) + 1) / BARS)))
+    """Return one line for each range of lengths, its bar as long as the range has many.
+
+    All ranges are of one size, a power of two, the smallest that needs at most BARS of them.
+    """
+    exponent = math.ceil(math.log2((max(lengths) + 1) / BARS))
+    range_size = 1 << max(0, exponent)
     counts = Counter(length // range_size for length in lengths)
     most = max(counts.values())
 

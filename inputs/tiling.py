@@ -44,7 +44,7 @@ TILED = ("tiles", "anyres")
 def read_grids(text: str) -> tuple[tuple[int, int], ...]:
     """Return the grids that a recipe names, as (rows, columns): "1x2 2x2" is ((1, 2), (2, 2)).
 
-    Raises UserError.
+    Raise UserError.
     """
     fix = 'write rows x columns, as "1x2 2x1 2x2"'
     error = UserError("model.image_grids", f"{text!r} are no grids", fix)
@@ -67,15 +67,19 @@ def read_grids(text: str) -> tuple[tuple[int, int], ...]:
 class Tiling:
     """How a model sees pictures and videos. Small and picklable: data workers need no weights."""
 
+    # How many tokens a view becomes.
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
     connector: str = "identity"
     options: dict = field(default_factory=dict)  # the connector's
-    # None: pictures are decoded and dropped (data.py check).
-    processor: ImageProcessor | None = None
+
+    # What becomes of a picture.
+    processor: ImageProcessor | None = None  # None: only numbers of tokens are asked for
     mode: str = "square"
     grids: tuple[tuple[int, int], ...] = ()  # (rows, columns) to choose from, for TILED modes
-    frames: int = 16  # of a video, the most where fps is set
-    fps: float = 0.0  # frames a second of a video; 0: always `frames`, evenly spread
+
+    # What is taken of a video.
+    frames: int = 16  # at most so many where fps is set, else always so many, evenly spread
+    fps: float = 0.0  # frames a second; 0: as many as `frames` says
 
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
         """Return how many tokens an item takes in the text."""
@@ -84,7 +88,7 @@ class Tiling:
 
         # anyres: the whole picture, then its tiles as one large picture of tokens, without its
         # borders and with a separator behind each row.
-        side = isqrt(self.tokens)
+        side = isqrt(self.tokens)  # of a view, in tokens
         height = shape.rows * side - 2 * shape.top
         width = shape.columns * side - 2 * shape.left
         return self.tokens + height * (width + 1)
@@ -130,7 +134,9 @@ class Tiling:
 
     def clip(self, frames: Iterable[Image.Image]) -> Item:
         """Return the item of a video's frames, in uint8. A tiled model sees each frame whole."""
-        mode = "square" if self.mode in TILED else self.mode
+        mode = self.mode
+        if mode in TILED:
+            mode = "square"
         pixels = torch.stack([self.processor.pixels(frame, mode) for frame in frames])
         return Item(pixels, ItemShape(len(pixels)))
 
@@ -151,7 +157,8 @@ class Tiling:
             scale = min(grid_width / width, grid_height / height)
 
             # Enlarging a picture adds no pixels to it.
-            kept = min(int(width * scale) * int(height * scale), width * height)
+            resized = int(width * scale) * int(height * scale)
+            kept = min(resized, width * height)
             border = grid_width * grid_height - kept
             score = (kept, -border)
             if best is None or score > best_score:  # of equals the first one stays
@@ -174,6 +181,7 @@ class Tiling:
         if width / height > grid_width / grid_height:
             filled = int(round(height * (grid_width / width), 7))
             return (grid_height - filled) // 2, 0
+
         filled = int(round(width * (grid_height / height), 7))
         return 0, (grid_width - filled) // 2
 

@@ -79,7 +79,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     In a folder with both tokenizer.json and tokenizer.model the first one wins: it alone is sure to
     hold tokens that were added later. The configuration files beside it are read for bos, eos, pad
-    and the chat template. Raises UserError when there is no tokenizer or it cannot be read.
+    and the chat template. Raise UserError when there is no tokenizer or it cannot be read.
     """
     path = Path(path)
     files = read_files(path)
@@ -90,8 +90,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         try:
             return kind(files)
         except Exception as error:  # both libraries raise what they like on a damaged file
-            what = " ".join(str(error).split())[:200] or type(error).__name__
-            what = f"cannot be loaded: {what}"
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            what = f"cannot be loaded: {reason}"
             raise UserError(f"{path}:{name}", what, "copy it again") from error
     raise missing_tokenizer(path)
 
@@ -112,6 +112,7 @@ def read_files(path: Path) -> dict[str, bytes]:
         files[name] = path.read_bytes()
         return files
 
+    # Without a vocabulary file of either kind, one can be made of GPT-2's two files.
     has_vocabulary = "tokenizer.json" in files or "tokenizer.model" in files
     if not has_vocabulary and "vocab.json" in files and "merges.txt" in files:
         files["tokenizer.json"] = build_byte_level(files, path)
@@ -188,7 +189,7 @@ class Tokenizer:
     def _load_vocabulary(self) -> tuple[int | None, int | None]:
         """Read the vocabulary file; return the ids that it knows as bos and eos, each or None.
 
-        Sets special, vocab_size, _first and _bare.
+        Set special, vocab_size, _first and _bare.
         """
         raise NotImplementedError
 
@@ -235,13 +236,16 @@ class Tokenizer:
         Together the spans cover the text. Tokens that are parts of one character share its span or
         stand at it with no width. With special=False a control token's string is plain text.
         """
-        marks = self.controls(text) if special else []
+        marks = []
+        if special:
+            marks = self.controls(text)
         return self.encode_around(text, marks)
 
     def controls(self, text: str) -> list[Mark]:
         """Return the control tokens in a text, with the space that some take in (Phi-3's do)."""
         marks = []
         for found in self._controls.finditer(text):
+            # What was found may begin or end with space that the token takes in.
             string = found[0]
             if string not in self.special:
                 string = string.strip()
@@ -254,10 +258,12 @@ class Tokenizer:
         Control strings in the text between the marks are spelled out like other text. A negative id
         is an image's: behind it a text begins anew, word mark included, as in TinyLLaVA.
         """
-        ids, offsets = [], []
+        ids = []
+        offsets = []
         cursor = 0
         model = self._first
 
+        # A mark that adds nothing, so that the loop also takes the text behind the last one.
         end_of_text = Mark(len(text), len(text), None)
         for start, end, mark_id in [*marks, end_of_text]:
             # The plain text before the mark.
@@ -281,8 +287,11 @@ class Tokenizer:
         return ids, offsets
 
     def decode(self, ids) -> str:
-        """Return the text of ids, without control tokens, images (negative ids), and ids that no
-        token has, such as those of an embedding's padding."""
+        """Return the text of ids.
+
+        Control tokens are left out, as are images (negative ids) and ids that no token has, such as
+        those of an embedding's padding.
+        """
         controls = set(self.special.values())
         kept = []
         for i in map(int, ids):
@@ -321,6 +330,7 @@ class JsonTokenizer(Tokenizer):
 
     def _load_vocabulary(self) -> tuple[int | None, int | None]:
         model = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+
         # Some files carry these two settings, which would cut or fill up every text.
         model.no_truncation()
         model.no_padding()
@@ -329,6 +339,7 @@ class JsonTokenizer(Tokenizer):
         # that it goes: bos is ours to add, and ByteLevel's cuts spaces out of the offsets.
         around = model.encode("").ids
         model.post_processor = None
+
         # Control strings in plain text are spelled out; the real ones are found by `controls`.
         model.encode_special_tokens = True
 
@@ -344,7 +355,10 @@ class JsonTokenizer(Tokenizer):
 
         self._first = model
         self._bare = without_word_mark(model)
-        return (around[0] if around else None), None
+
+        # The file does not say which token is eos.
+        bos = around[0] if around else None
+        return bos, None
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token, or None."""
@@ -369,6 +383,7 @@ class PieceTokenizer(Tokenizer):
         proto = self.files["tokenizer.model"]
         model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self._first = model
+
         # The file is a protobuf message, and of a field that occurs again the later value holds. So
         # appending normalizer_spec (field 3) { add_dummy_prefix (field 3): false } switches off the
         # word mark before a text.
@@ -411,7 +426,9 @@ class PieceTokenizer(Tokenizer):
         i = self.special.get(token)
         if i is None:
             i = self._first.piece_to_id(token)  # for an unknown one, the id of <unk>
-        return i if self.token(i) == token else None
+        if self.token(i) == token:
+            return i
+        return None
 
     def token(self, i: int) -> str | None:
         """Return the string of an id, or None."""
@@ -430,7 +447,8 @@ class PieceTokenizer(Tokenizer):
             cuts.append(found.start())
         cuts.append(len(text))
 
-        ids, offsets = [], []
+        ids = []
+        offsets = []
         for start, end in itertools.pairwise(cuts):
             mapping = model.encode_as_offset_mapping(text[start:end])
             ids += mapping["ids"]
@@ -461,10 +479,10 @@ def without_word_mark(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     In older files a Prepend normalizer makes the mark, in newer ones a Metaspace pre-tokenizer.
     """
     normalizer = describe(model.normalizer)
+    steps = []
     if normalizer:
+        # A Sequence has several, any other normalizer is the only step.
         steps = normalizer.get("normalizers", [normalizer])
-    else:
-        steps = []
     kept = [step for step in steps if step["type"] != "Prepend"]
 
     pre_tokenizer = describe(model.pre_tokenizer)
@@ -510,7 +528,7 @@ def read_named(files: dict[str, bytes]) -> dict[str, str]:
 def build_byte_level(files: dict[str, bytes], path: Path) -> bytes:
     """Return the tokenizer.json that vocab.json and merges.txt stand for (GPT-2, Phi-2, Qwen2).
 
-    Raises UserError where the files do not say how words are split, or leave out an added token.
+    Raise UserError where the files do not say how words are split, or leave out an added token.
     """
     where = f"{path}:tokenizer_config.json"
     settings = parse(files, "tokenizer_config.json")
@@ -543,8 +561,11 @@ def build_byte_level(files: dict[str, bytes], path: Path) -> bytes:
     added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
     added = dict(sorted(added.items()))
     model.add_tokens([tokenizers.AddedToken(**token) for token in added.values()])
+
+    # Tokens with a role are control tokens, also those that the vocabulary itself holds.
     named = read_named(files).values()
     model.add_special_tokens([token for token in named if model.token_to_id(token) is not None])
+
     for i, token in added.items():
         if model.token_to_id(token["content"]) != i:
             what = f"the ids of added tokens leave a gap before {token['content']!r}"

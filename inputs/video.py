@@ -35,7 +35,7 @@ class Clip:
     """What decides which frames are taken."""
 
     frames: int
-    duration: float | None  # seconds, the container's where it has one; None = unknown, of a folder
+    duration: float | None  # seconds; None: not known, as of a folder of pictures
 
 
 def indices(
@@ -44,9 +44,9 @@ def indices(
     """Return which frames are taken, as TinyLLaVA-Video does: n, evenly from first to last.
 
     With `fps` there are as many as the duration asks for, at least one and at most `n` (in
-    TinyLLaVA-Video, any number). `span` takes them only from one second to another, which are
-    rounded to frames as in MVBench. A clip with fewer than n frames gives some several times. Raise
-    ValueError for `fps` or `span` of a clip of unknown duration.
+    TinyLLaVA-Video, any number). `span` is (start, end) in seconds: only frames between the two are
+    taken, rounded to frames as in MVBench. A clip with fewer than n frames gives some several
+    times. Raise ValueError for `fps` or `span` of a clip of unknown duration.
     """
     if (fps or span) and clip.duration is None:
         raise ValueError("a folder of frames has no duration, so fps says nothing")
@@ -55,7 +55,8 @@ def indices(
     last = clip.frames - 1
     seconds = clip.duration
     if span:
-        start, end = (round(second * clip.frames / seconds) for second in span)
+        start = round(span[0] * clip.frames / seconds)
+        end = round(span[1] * clip.frames / seconds)
         first = min(max(0, start), last)
         last = max(first, min(end, last))
         seconds *= (last - first + 1) / clip.frames
@@ -243,6 +244,7 @@ class _Film:
             packets += 1
             if packet.is_keyframe:
                 self.keys.append(packet.pts)
+
             hidden = packet.is_discard or (is_vp8 and not bytes(packet)[0] & 0b10000)
             if not hidden:
                 times.append(packet.pts)
@@ -252,7 +254,9 @@ class _Film:
 
         # What is shown before the first keyframe cannot be decoded.
         self.keys.sort()
-        self.times = sorted(time for time in times if self.keys and time >= self.keys[0])
+        self.times = []
+        if self.keys:
+            self.times = sorted(time for time in times if time >= self.keys[0])
         if not self.times:
             raise ValueError("no frames")
 
@@ -269,8 +273,11 @@ class _Film:
     def pick(self, wanted: list[int]) -> Iterator[Image.Image]:
         """Yield frames by their numbers, which are in order. Raise ValueError for a damaged one."""
         wanted_times = [self.times[i] for i in wanted]
-        decoded = iter(())  # the frames from where the decoder is now
-        reached = self.keys[0] - 1  # the time of the last frame, here before all
+
+        # Where the decoder is: the frames that follow, and the time of the last one. Here it is
+        # before all.
+        decoded = iter(())
+        reached = self.keys[0] - 1
         for time in wanted_times:
             # Within a group the decoder goes on from where it is. A new group begins at its key.
             key = self.keys[bisect_right(self.keys, time) - 1]
@@ -278,6 +285,7 @@ class _Film:
                 decoded = self._decode(key, {key, *wanted_times})
             frame = self._reach(time, decoded)
 
+            # The keyframe did not lead to it: once more, from the start.
             if frame is None:
                 decoded = self._decode(self.keys[0], set(self.times))
                 frame = self._reach(time, decoded)

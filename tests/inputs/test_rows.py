@@ -265,7 +265,7 @@ def test_the_index_is_scanned_once_and_again_when_the_file_changes(tmp_path, alw
     counted = scans(monkeypatch)
     first = write(tmp_path, [row(i) for i in range(5)])
     assert len(open_rows(first.file)) == 5 and len(counted) == 1
-    assert isinstance(first.tables[0], np.memmap)
+    assert isinstance(first.indexes[0], np.memmap)
     os.utime(first.file, ns=(1, 1))  # another time
     assert len(open_rows(first.file)) == 5 and len(counted) == 2
     with pytest.raises(
@@ -336,7 +336,7 @@ def slow(self, file):
     return scan(self, file)
 
 JsonList.scan = slow
-(table,) = open_rows(sys.argv[1]).tables
+(table,) = open_rows(sys.argv[1]).indexes
 print(len(table), table.sum(), type(table).__name__)
 """
     start = [sys.executable, "-c", code, str(file)]

@@ -1,0 +1,392 @@
+"""The Jinja chat template in a tokenizer's folder, so that a new model needs no template of ours.
+
+    template = bind_chat(tok)                 # `templates.resolve("chat", tok)` gives the same
+    text, answers, marks = template.write(turns, prompt=False)
+
+Such a template is a program: it gives the text of a conversation and does not say where in it the
+turns' texts lie. `Chat` finds that out; its docstring has the method.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from config import UserError
+from inputs.conversation import IMAGE, Rendered, Span, Turn
+from inputs.tokenizer import Mark, Tokenizer
+from packing import IMAGE_TOKEN
+
+# A key is a number between two characters of private use, which no template strips or changes.
+KEY = "\ue000{}\ue001"
+KEYS = "(\ue000\\d+\ue001)"
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # Hugging Face's names for them
+
+
+@dataclass(frozen=True)
+class KeyedTurn:
+    """A turn in which each text is a key."""
+
+    role: str
+    parts: list[str]  # keys, and IMAGE where the human shows an image
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where an answer lies in a rendered text."""
+
+    start: int  # where the prompt for it ends
+    end: int  # where its own text ends
+    closing: Mark | None  # the control token behind it, if nothing but space is between
+
+
+class Measured(NamedTuple):
+    """A rendering, and where in it the turns' texts lie."""
+
+    text: str
+    keyed: str  # the same rendering with a key in the place of each text
+    spans: dict[str, Span]  # of a key: where its text lies in `text`
+
+
+class Located(NamedTuple):
+    """A rendering with all that `Chat.write` needs to know of it."""
+
+    text: str
+    answers: list[Answer]
+    marks: list[Mark]  # images and control tokens, in order
+
+
+class UnboundChat:
+    """The entry "chat" of templates.TEMPLATES, which becomes a Chat when it gets its tokenizer."""
+
+    eos = ""  # a Template's eos: here the Jinja template writes it
+
+    def bind(self, tok: Tokenizer) -> Chat:
+        """Return the tokenizer's own template. Raise UserError if it cannot be used."""
+        return bind_chat(tok)
+
+    def misfit(self, tok: Tokenizer) -> str | None:
+        """Return why this template cannot be used with that tokenizer, or None."""
+        if tok.chat_template:
+            return None
+        return "this tokenizer has no chat template"
+
+
+@functools.lru_cache(4)
+def bind_chat(tok: Tokenizer) -> Chat:
+    """Return a tokenizer's chat template. It is kept, because every row asks for it."""
+    return Chat(tok)
+
+
+class Chat:
+    """The chat template of one tokenizer.
+
+    It is rendered as Hugging Face's `apply_chat_template` does. To find the turns' texts in what it
+    gives, searching for them would go wrong where one occurs twice. So their places are measured:
+    the conversation is rendered once more with a key in the place of each text.
+
+        text    <|im_start|>user\\nWho?<|im_end|>\\n<|im_start|>assistant\\nA dog.<|im_end|>\\n
+        keyed   <|im_start|>user\\n [0]<|im_end|>\\n<|im_start|>assistant\\n   [1]<|im_end|>\\n
+
+    What stands between the keys is the template's, and the texts lie where the keys are. Templates
+    may strip the space around a text. Two more renderings, with that space before the keys and
+    behind them, show how much of it stays. All parts so measured, put together, must give the text
+    again. A template that changes a text, leaves it out or writes it twice is a UserError.
+
+    Control strings are control tokens only outside the texts. An answer is supervised from where
+    the prompt for it ends (what the template writes between the two, the model has to write) to the
+    control token behind it, that one included.
+    """
+
+    def __init__(self, tok: Tokenizer):
+        """Compile the template, and find out how it wants contents and how it ends an answer.
+
+        Raise UserError if it is not Jinja, or does not end an answer in a way that can be learned.
+        """
+        self.tok = tok
+        self.jinja = compile_jinja(tok.chat_template)
+        self.lists = False  # whether it wants contents as [{"type": "text", "text": ...}]
+        text, answer = self._probe()
+
+        # Most templates write a control token behind every answer.
+        self.closes = answer.closing is not None
+        if self.closes:
+            self.stop = answer.closing.id  # the id that ends an answer
+            return
+
+        # The others end the last answer with the tokenizer's eos, see `_close_last`. Nothing but
+        # space may follow: other text would be neither supervised nor an end.
+        rest = text[answer.end :]
+        if rest.strip() or tok.eos_id is None:
+            what = f"no control token of this tokenizer ends an answer, but {rest!r}"
+            raise UserError("template: chat", what, "use another template")
+        self.stop = tok.eos_id
+
+    def write(self, turns: list[Turn], prompt: bool) -> Rendered:
+        """Write the turns out, see `templates.render`. Raise UserError."""
+        text, answers, marks = self._locate(turns, prompt)
+        if not self.closes:
+            spans = [Span(answer.start, answer.end) for answer in answers]
+            if prompt:
+                return Rendered(text, spans, marks)
+            return self._close_last(text, spans, marks)
+
+        # An answer is supervised with the control token behind it.
+        spans = []
+        for answer in answers:
+            if answer.closing is None or answer.closing.id != self.stop:
+                end = self.tok.token(self.stop)
+                what = f"the chat template does not end every answer with {end!r}"
+                raise UserError("conversations", what, "use another template")
+            spans.append(Span(answer.start, answer.closing.end))
+        return Rendered(text, spans, marks)
+
+    def _close_last(self, text: str, spans: list[Span], marks: list[Mark]) -> Rendered:
+        """Put the tokenizer's eos behind the last answer.
+
+        LLaVA-1.5-hf gets its earlier answers without an end, as its template writes them, and stops
+        with </s> right behind the last word. So only the last answer is given an end: it is a part
+        of no prompt.
+        """
+        start, end = spans[-1]
+        text = text[:end] + self.tok.eos
+
+        # What the template wrote behind the answer is cut off, its marks as well.
+        marks = [mark for mark in marks if mark.end <= end]
+        marks.append(Mark(end, len(text), self.stop))
+        return Rendered(text, [*spans[:-1], Span(start, len(text))], marks)
+
+    def _probe(self) -> tuple[str, Answer]:
+        """Return the smallest conversation, rendered, and its answer. Set `lists` on the way."""
+        turns = [Turn("human", "a"), Turn("gpt", "b")]
+        errors = []
+        for lists in (False, True):
+            self.lists = lists
+            try:
+                located = self._locate(turns, prompt=False)
+                return located.text, located.answers[0]
+            except UserError as error:
+                errors.append(error)
+
+        # Contents as strings are the rule, so what is wrong with those is the mistake to report.
+        raise errors[0]
+
+    def _locate(self, turns: list[Turn], prompt: bool) -> Located:
+        """Return the rendered text, where its answers lie, and all its marks. Raise UserError."""
+        keyed_turns, texts = self._insert_keys(turns)
+        measured = self._measure(keyed_turns, texts, prompt)
+        marks = self._find_marks(measured)
+
+        answers = []
+        for i, turn in enumerate(keyed_turns):
+            if turn.role != "assistant":
+                continue
+
+            # What stands before the answer must be what a prompt for it will be.
+            asked = self._render(keyed_turns[:i], {}, prompt=True)
+            if not measured.keyed.startswith(asked):
+                what = f"the chat template writes what is before turn {i} differently in its prompt"
+                fix = "cut the row there, or use another template"
+                raise UserError("conversations", what, fix)
+
+            # An answer is a single text. Between the end of the prompt and it stand `opening`
+            # characters, which the model has to write, too.
+            key = turn.parts[0]
+            start, end = measured.spans[key]
+            opening = measured.keyed.index(key) - len(asked)
+            closing = find_closing(measured.text, end, marks)
+            answers.append(Answer(start - opening, end, closing))
+        return Located(measured.text, answers, marks)
+
+    def _find_marks(self, measured: Measured) -> list[Mark]:
+        """Return the images and control tokens of a rendering, in order."""
+        # They are searched in a copy in which the turns' texts are blotted out. The space in the
+        # texts stays, for some control tokens take it in.
+        outside = measured.text
+        for start, end in measured.spans.values():
+            blotted = re.sub(r"\S", "\ue000", outside[start:end])
+            outside = outside[:start] + blotted + outside[end:]
+
+        # Some vocabularies have a control token <image>. Here it is an image.
+        marks = []
+        for mark in self.tok.controls(outside):
+            if outside[mark.start : mark.end].strip() != IMAGE:
+                marks.append(mark)
+        for found in re.finditer(IMAGE, outside):
+            marks.append(Mark(found.start(), found.end(), IMAGE_TOKEN))
+        return sorted(marks)
+
+    def _insert_keys(self, turns: list[Turn]) -> tuple[list[KeyedTurn], dict[str, str]]:
+        """Return the turns with keys for their texts, and {key: text}.
+
+        "<image>" is an image only in what a human says or the system line; in an answer it is text.
+        """
+        keyed = []
+        texts = {}
+        for speaker, value in turns:
+            if speaker == "gpt":
+                pieces = [value]
+            else:
+                pieces = split_images(value, strip=self.lists)
+            parts = []
+            for piece in pieces:
+                if piece == IMAGE and speaker != "gpt":
+                    parts.append(IMAGE)
+                else:
+                    key = KEY.format(len(texts))
+                    texts[key] = piece
+                    parts.append(key)
+            keyed.append(KeyedTurn(ROLES[speaker], parts))
+        return keyed, texts
+
+    def _measure(self, turns: list[KeyedTurn], texts: dict[str, str], prompt: bool) -> Measured:
+        """Return the rendering and where the texts lie in it; see the class for the method.
+
+        Raise UserError for a template that does not write each text once, as it is.
+        """
+        what = "the chat template leaves a text or an image out, writes it twice or changes it"
+        lost = UserError("conversations", what, "mend the row, or use another template")
+
+        # Take the space around each text apart from its core.
+        cores = {}
+        space_before = {}
+        space_behind = {}
+        for key, value in texts.items():
+            lead, core, trail = re.fullmatch(r"(\s*)(.*?)(\s*)", value, re.DOTALL).groups()
+            cores[key] = core
+            space_before[key] = lead + key
+            space_behind[key] = key + trail
+
+        text = self._render(turns, texts, prompt)
+        keyed = self._render(turns, {}, prompt)
+
+        # Split at the keys: the template's own words at even places, keys at odd places.
+        plain = re.split(KEYS, keyed)
+        before = re.split(KEYS, self._render(turns, space_before, prompt))
+        behind = re.split(KEYS, self._render(turns, space_behind, prompt))
+        keys = plain[1::2]
+        if sorted(keys) != sorted(texts) or before[1::2] != keys or behind[1::2] != keys:
+            raise lost
+        images = sum(turn.parts.count(IMAGE) for turn in turns)
+        if keyed.count(IMAGE) != images:
+            raise lost
+
+        # Put the text together again, part by part. What the spaced renderings have more than the
+        # plain one is the space that stays.
+        spans = {}
+        written = plain[0]
+        for k, key in enumerate(keys):
+            ahead, rest = plain[2 * k], plain[2 * k + 2]
+            lead = before[2 * k].removeprefix(ahead)
+            trail = behind[2 * k + 2].removesuffix(rest)
+            part = lead + cores[key] + trail
+            start = len(written)
+            spans[key] = Span(start, start + len(part))
+            written += part + rest
+
+        # This is the proof that the spans are right.
+        if written != text:
+            raise lost
+        return Measured(text, keyed, spans)
+
+    def _render(self, turns: list[KeyedTurn], texts: dict[str, str], prompt: bool) -> str:
+        """Return what the template makes of the turns, with texts[key] for a key that has one.
+
+        Raise UserError if it refuses them.
+        """
+        messages = []
+        for turn in turns:
+            parts = [texts.get(part, part) for part in turn.parts]
+            if self.lists:
+                is_image = [part == IMAGE for part in turn.parts]
+                content = list_content(parts, is_image)
+            else:
+                content = "".join(parts)
+            messages.append({"role": turn.role, "content": content})
+
+        try:
+            return self.jinja.render(
+                **self.tok.named,
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+            )
+        except Exception as error:  # what raise_exception says, or whatever its code comes to
+            what = f"the chat template refuses them: {' '.join(str(error).split())[:200]}"
+            fix = "mend the row, or use another template"
+            raise UserError("conversations", what, fix) from error
+
+
+def split_images(value: str, strip: bool) -> list[str]:
+    """Return the texts and images of a turn in order: "<image>\\nWho?" is ["<image>", "\\nWho?"].
+
+    With `strip` the texts beside an image lose their line breaks: where contents are a list, an
+    image is no line of its own.
+    """
+    pieces = re.split(f"({IMAGE})", value)
+    if len(pieces) == 1:
+        return pieces
+    if strip:
+        pieces = [piece.strip() for piece in pieces]
+    return [piece for piece in pieces if piece]
+
+
+def list_content(parts: list[str], is_image: list[bool]) -> list[dict]:
+    """Return the contents of a turn as the list that newer templates want."""
+    content = []
+    for part, shows_image in zip(parts, is_image, strict=True):
+        if shows_image:
+            content.append({"type": "image"})
+        else:
+            content.append({"type": "text", "text": part})
+    return content
+
+
+def find_closing(text: str, end: int, marks: list[Mark]) -> Mark | None:
+    """Return the mark behind the answer that ends at `end`; None if other text comes first."""
+    for mark in marks:
+        if mark.end > end and not text[end : mark.start].strip():
+            return mark
+    return None
+
+
+def compile_jinja(source: str):
+    """Return a chat template, to `render` in a sandbox with the names that transformers gives it.
+
+    Raise UserError if it is not Jinja or the package is missing.
+    """
+    try:
+        import jinja2.sandbox
+    except ImportError:
+        what = "the package jinja2 is missing"
+        raise UserError("template: chat", what, "pip install jinja2") from None
+
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    # {% generation %} around an answer is transformers' own tag, which Jinja does not know. Here
+    # it becomes {% if true %}, which writes what is inside.
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    # Jinja's own tojson escapes HTML.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        what = f"the chat template is not Jinja: {error}"
+        raise UserError("template: chat", what, "copy it again") from error
