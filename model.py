@@ -1051,7 +1051,7 @@ class LLaVA(nn.Module):
         head = self.language_model.lm_head
         return linear_cross_entropy(hidden, head.weight, head.bias, targets)
 
-    # -- generation ---------------------------------------------------------------------------------
+    # -- generation -------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(
