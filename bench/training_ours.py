@@ -9,7 +9,7 @@ import torch
 import lora
 import train
 from bench.training_cases import LEARNING_RATES, Case, fill_by_name, make_rows, peak_memory
-from checkpoints import layouts
+from checkpoints import layouts, peft
 from checkpoints.names import rename, reverse
 from config import Model, Stage, Tune
 from inputs.sample import Sample
@@ -36,7 +36,7 @@ class Path:
         with torch.device(device):
             self.model = LLaVA(layouts.config_from_recipe(recipe, ""))
         fill_model(self.model)
-        lora.adapt(self.model, [self.stage], train.PARTS)
+        peft.adapt(self.model, [self.stage], train.PARTS)
         fill_adapters(self.model)
         train.set_trainable(self.model, self.stage.tune)
 

@@ -418,7 +418,9 @@ def key_kernel(
 
     for EDGE in tl.static_range(2):
         if EDGE:
-            count = diagonal + (last < queries)
+            count = diagonal + tl.where(
+                last < queries, 1, 0
+            )  # and the partial block, if there is one
         else:
             count = whole
 
