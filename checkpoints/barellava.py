@@ -71,7 +71,7 @@ def save(folder: Path, model):
 def write(folder: Path, model, tokenizer, transformers: int = 5):
     """Write a LLaVA to pass on: what `save` writes, with its tokenizer (or None) and README.md.
 
-    transformers: unused, as every layout's writer is called with it.
+    transformers: every layout's writer gets it; this one has no use for it.
     """
     tensors = named_tensors(model, hf_names=False)
     files = {

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoints import hf_llava, tinyllava
@@ -214,7 +213,7 @@ def save_adapter(folder: Path, module: nn.Module, layout: Table = (), base: str 
     }
 
     # The config comes last: who finds it finds the tensors, too.
-    tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 

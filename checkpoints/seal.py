@@ -177,8 +177,8 @@ def seal(temporary: Path, name: str, state: dict):
     flush(file)
     flush(temporary)
 
-    # A rename happens or it does not. If a checkpoint has the name already (a resumed run comes to
-    # the same step again), this one takes its place.
+    # A rename happens or it does not. If there is a checkpoint of that name, this one takes its
+    # place.
     shutil.rmtree(folder / name, ignore_errors=True)
     os.rename(temporary, folder / name)
     flush(folder)
