@@ -425,7 +425,8 @@ def check_tied(source: Mapping[str, Tensor], key: str, owner: str):
 
     Some files store the copy, too. Another value would be lost silently.
     """
-    if not torch.equal(source[key], source[owner]):
+    is_copy = torch.equal(source[key], source[owner])
+    if not is_copy:
         what = f"differs from {owner}, to which the config ties it"
         fix = "set tie_word_embeddings to false in config.json"
         raise UserError(locate(source, key), what, fix)
@@ -433,9 +434,11 @@ def check_tied(source: Mapping[str, Tensor], key: str, owner: str):
 
 def split_rows(tensor: Tensor, targets: list[Tensor]) -> list[Tensor]:
     """Return the part of a tensor, stacked along dimension 0, that belongs to each target."""
+    # A scalar has no dimension to split.
     if len(targets) == 1:
         return [tensor]
-    return list(tensor.split([len(target) for target in targets]))
+    rows = [len(target) for target in targets]
+    return list(tensor.split(rows))
 
 
 def check_fit(tensor: Tensor, targets: list[Tensor], where: str):

@@ -302,6 +302,7 @@ def dry_run(
 
 def print_model(model: LLaVA, recipe: Recipe, set_trainable: Callable):
     """Print the sizes of a model, then what each stage takes."""
+    # The model is built without the blocks behind the feature layer, so they are not counted.
     sizes = [f"{name} {_count(part):,}" for name, part in model.named_children()]
     tokens = f"{model.image_tokens} tokens per image"
     print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")

@@ -235,7 +235,9 @@ class RunLog:
         """Report the loss on the held-out rows after `step` steps."""
         self.write("validation", step=step, loss=loss)
         self._record(step, {"validation": loss})
-        print0(f"{self.name} {step}/{self.steps}  validation loss {loss:.4f}")
+
+        head = f"{self.name} {step}/{self.steps}"
+        print0(f"{head}  validation loss {loss:.4f}")
 
     def answers(self, step: int, model: LLaVA, rows: Rows, spec: SampleSpec, count: int):
         """Report the model's answers to the first questions of `count` rows.
