@@ -106,7 +106,8 @@ class Model:
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres: high resolution, see tiling.py",
+        "square resizes; pad makes a square first; tiles, anyres: high resolution, "
+        "see inputs/tiling.py",
         ("square", "pad", "tiles", "anyres"),
     )
     image_grids: str = opt(
@@ -255,7 +256,7 @@ class Stage:
     validation_every: int = opt(
         200, "steps between validation passes (one more at the end of the stage)"
     )
-    template: str = opt("pretrain", "chat template, see templates.py")
+    template: str = opt("pretrain", "chat template, see inputs/templates.py")
 
     # What trains.
     tune: Tune = opt(Tune, "what trains in this stage")

@@ -1,7 +1,10 @@
 """Our own layout: config.json is a LLaVAConfig as JSON, tensors have the names of our modules.
 
-model.save("out/mine")                               # what train.py leaves
-python export.py --model DIR --to barellava OUT      # the same, with tokenizer and README.md
+    model.save("out/mine")                              # what train.py leaves
+    python export.py --model DIR --to barellava OUT     # the same, with tokenizer and README.md
+
+This is the shortest of the layouts, and so the one to read first: `read` and `config_json`
+translate config.json, `save` and `write` write a folder.
 """
 
 from __future__ import annotations
@@ -22,22 +25,27 @@ OPENED_BY = "barellava: `python generate.py --model DIR --image FILE`, or `--vid
 
 def read(config: dict, folder: Path) -> LLaVAConfig:
     """Return what our config.json describes; a field that an older file lacks has its default."""
-    names = [field.name for field in fields(LLaVAConfig)]
-    rest = {name: config[name] for name in names if name in config}
+    rest = {}
+    for field in fields(LLaVAConfig):
+        if field.name in config:
+            rest[field.name] = config[field.name]
+
     return LLaVAConfig(
-        config["text_config"],
-        config["vision_config"],
-        read_preprocessor(folder),
+        text=config["text_config"],
+        vision=config["vision_config"],
+        preprocessor=read_preprocessor(folder),
         **rest,
     )
 
 
 def config_json(c: LLaVAConfig) -> dict:
-    """Return our config.json. The image processor is in preprocessor_config.json."""
+    """Return our config.json."""
     rest = asdict(c)
+    del rest["preprocessor"]  # a file of its own: preprocessor_config.json
+
+    # These two have the names that Hugging Face's multimodal models use.
     text = rest.pop("text")
     vision = rest.pop("vision")
-    del rest["preprocessor"]
     return {
         "model_type": "barellava",
         "text_config": text,
@@ -49,18 +57,26 @@ def config_json(c: LLaVAConfig) -> dict:
 
 def save(folder: Path, model):
     """Write a LLaVA: weights, preprocessor_config.json and, last, config.json."""
-    weights.save(folder, named_tensors(model, hf_names=False))
+    tensors = named_tensors(model, hf_names=False)
+    weights.save(folder, tensors)
 
     preprocessor = model.vision_tower.processor.to_hf()
     write_file(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2))
-    write_file(folder / "config.json", json.dumps(config_json(model.config), indent=2))
+
+    # A folder with a config.json is a whole model.
+    config = config_json(model.config)
+    write_file(folder / "config.json", json.dumps(config, indent=2))
 
 
 def write(folder: Path, model, tokenizer, transformers: int = 5):
-    """Write a LLaVA to pass on: what `save` writes, with its tokenizer (or None) and README.md."""
+    """Write a LLaVA to pass on: what `save` writes, with its tokenizer (or None) and README.md.
+
+    transformers: every layout's writer gets it; this one has no use for it.
+    """
+    tensors = named_tensors(model, hf_names=False)
     files = {
         "preprocessor_config.json": model.vision_tower.processor.to_hf(),
         "README.md": card(model, OPENED_BY),
         "config.json": config_json(model.config),
     }
-    write_folder(folder, named_tensors(model, hf_names=False), files, tokenizer)
+    write_folder(folder, tensors, files, tokenizer)

@@ -1,8 +1,10 @@
-"""Small files and folders: a name to a folder, JSON in, anything out without halves.
+"""Small files and folders: from a name to a folder, JSON in, any file out atomically.
 
-folder = resolve("org/name")                       # a local folder, or a Hugging Face id
-config = read_json(folder / "config.json")
-write_file(folder / "notes.txt", "text")           # the whole file, or the old one
+    folder = resolve("org/name")                     # a local folder, or a Hugging Face id
+    config = read_json(folder / "config.json")
+    write_file(folder / "notes.txt", "text")         # a crash leaves the old file or the new one
+
+`damaged` makes the error for a file that is not what its name says.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ def resolve(
 ) -> Path:
     """Return the folder that a name means: local, else in the Hugging Face cache, else downloaded.
 
-    where: what the message says of a name that means none. allow_pickle: also download
-    pytorch_model*.bin of a model without safetensors. small: configuration and tokenizer files are
-    enough. Raises UserError.
+    where: what gave the name, for messages. allow_pickle: of a model without safetensors, download
+    pytorch_model*.bin. small: configuration and tokenizer files are enough. Raises UserError if
+    there is no such folder.
     """
     path = Path(name).expanduser()
     if name and path.is_dir():
@@ -41,8 +43,9 @@ def resolve(
         fix = "give a folder or a Hugging Face id like org/name"
         raise UserError(f"{where}:{name!r}", "no such folder", fix)
 
+    # First what is in the cache, so that nothing needs the network twice.
     for offline in (True, False):
-        # Each has its own errors: not in the cache; no network, no such id, a gated model.
+        # Each way fails in many ways: not in the cache; no network, no such id, a gated model.
         with contextlib.suppress(Exception):
             folder = _snapshot(name, offline, allow_pickle, small)
 
@@ -54,21 +57,24 @@ def resolve(
 
 
 def _snapshot(name: str, offline: bool, allow_pickle: bool, small: bool) -> Path:
-    """Return the folder of a Hugging Face id in the cache; downloads it unless offline."""
+    """Return the cache's folder of a Hugging Face id. Downloads what it lacks, unless offline."""
     from huggingface_hub import snapshot_download
 
     patterns = list(SMALL_FILES)
     if not small:
         patterns.append(SAFETENSORS)
-    folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+    folder = snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
+    folder = Path(folder)
 
+    # Pickles are the last resort: a model that has both kinds is downloaded once.
     if not small and allow_pickle and not any(folder.rglob(SAFETENSORS)):
-        patterns = [*patterns, PICKLES]
+        patterns.append(PICKLES)
         snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
     return folder
 
 
 def _has_weights(folder: Path, allow_pickle: bool) -> bool:
+    """Say whether a folder has weights of a kind that may be opened."""
     if any(folder.rglob(SAFETENSORS)):
         return True
     return allow_pickle and any(folder.rglob("*.bin"))
@@ -95,8 +101,8 @@ def read_json(path: Path, optional: bool = False) -> dict:
 def damaged(path: Path, kind: str, error: Exception) -> UserError:
     """Return the error for a file that is not what its name says.
 
-    It names what often lies in the place of a downloaded file; where it is none of that, it quotes
-    `error`.
+    It names what often lies in the place of a downloaded file. Where it is none of that, it quotes
+    `error`. kind: what the file should be, in words.
     """
     try:
         with open(path, "rb") as f:
@@ -113,6 +119,7 @@ def damaged(path: Path, kind: str, error: Exception) -> UserError:
         fix = "download it again; a gated model needs a login"
         return UserError(path, f"an HTML page, not {kind}", fix)
 
+    # A message is one line.
     reason = " ".join(str(error).split())[:120]
     return UserError(path, f"not {kind} ({reason})", "download it again")
 
@@ -126,6 +133,8 @@ def write_file(path: Path, write: Callable[[str], object] | str | bytes):
     write: the content, or a function that writes it to the path of a temporary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    # In the same folder, because a rename is atomic only within one file system.
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(fd)
     try:

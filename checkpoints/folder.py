@@ -37,12 +37,12 @@ class Renamed(Mapping):
         self.source = source
         self.theirs: dict[str, str] = {}  # our name -> the name in the file
 
-        for key in source:
-            ours = rename(key, table)
+        for theirs in source:
+            ours = rename(theirs, table)
             if ours in self.theirs:
                 what = f"the same tensor as {self.theirs[ours]}"
-                raise UserError(source.locate(key), what, "remove one of the two")
-            self.theirs[ours] = key
+                raise UserError(source.locate(theirs), what, "remove one of the two")
+            self.theirs[ours] = theirs
 
     def __getitem__(self, key: str) -> Tensor:
         return self.source[self.theirs[key]]
@@ -67,12 +67,16 @@ def named_tensors(model, table: Table = (), hf_names: bool = True) -> dict[str, 
     table: the layout's table of names. hf_names: whether the layout keeps Hugging Face's names
     inside language model and encoder, as all do but ours.
     """
+    # Behind the prefix of its part, a name is ours or Hugging Face's.
     tensors = {}
     for name in model.PARTS:
         part = getattr(model, name)
-        part_table = getattr(part, "rename", ()) if hf_names else ()
+        part_table = ()
+        if hf_names:
+            part_table = getattr(part, "rename", ())
         tensors |= weights.tensors(part, part_table, f"{name}.")
 
+    # The layout has names of its own for the prefixes.
     back = reverse(table)
     return {rename(key, back): tensor for key, tensor in tensors.items()}
 
@@ -88,6 +92,7 @@ def write_folder(
         tokenizer.save(folder)
     weights.save(folder, tensors)
 
+    # config.json comes last, because it says that all the rest is there.
     names = [name for name in files if name != "config.json"]
     for name in [*names, "config.json"]:
         content = files[name]
@@ -104,9 +109,11 @@ def card(model, opened_by: str, videos: bool = True) -> str:
     c = model.config
     lines = ["# A small multimodal model", ""]
 
-    for part, key, hf in (("language model", "llm", c.text), ("encoder", "vision", c.vision)):
-        unknown = f"{hf.get('model_type')}, of random weights or an unknown source"
-        lines.append(f"- {part}: {c.sources.get(key) or unknown}")
+    for part, key, config in (("language model", "llm", c.text), ("encoder", "vision", c.vision)):
+        source = c.sources.get(key)
+        if not source:
+            source = f"{config.get('model_type')}, of random weights or an unknown source"
+        lines.append(f"- {part}: {source}")
 
     mode = c.image_mode
     if mode in TILED:
@@ -115,14 +122,14 @@ def card(model, opened_by: str, videos: bool = True) -> str:
     lines.append(f"- connector: {c.connector}; {size}, image mode {mode}")
 
     if videos:
-        frames = f"- frames of a video: {c.frames}"
+        frames = f"{c.frames}"
         if c.fps > 0:
             frames += f" at most, {c.fps:g} a second"
-        lines.append(frames)
+        lines.append(f"- frames of a video: {frames}")
 
-    parameters = sum(p.numel() for p in model.parameters())
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     lines.append(f"- chat template: {c.template}")
-    lines.append(f"- {parameters / 1e6:.1f}M parameters")
+    lines.append(f"- {millions:.1f}M parameters")
     lines.append("")
     lines.append(f"Opens in {opened_by}")
     return "\n".join(lines)

@@ -126,7 +126,8 @@ def read_next(config: dict, folder: Path) -> LLaVAConfig:
     side = vision_config(base.vision, base.preprocessor).processor.side
 
     grids = []
-    for height, width in config.get("image_grid_pinpoints") or PINPOINTS:
+    pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
+    for height, width in pinpoints:
         for edge in (height, width):
             if edge % side:
                 where = f"{folder / 'config.json'}:image_grid_pinpoints"
@@ -249,13 +250,15 @@ def _scale_image_features(tensors: dict[str, Tensor], model, transformers: int):
     if scale == 1:
         return
 
+    # In float64, so that it is rounded once.
     for key in (
         "multi_modal_projector.linear_2.weight",
         "multi_modal_projector.linear_2.bias",
         "image_newline",
     ):
         if key in tensors:
-            tensors[key] = (tensors[key].double() * scale).to(tensors[key].dtype)
+            tensor = tensors[key]
+            tensors[key] = (tensor.double() * scale).to(tensor.dtype)
 
 
 def _encoder(tensors: dict[str, Tensor], model) -> tuple[dict, int]:
@@ -285,8 +288,9 @@ def _encoder(tensors: dict[str, Tensor], model) -> tuple[dict, int]:
         vision["num_hidden_layers"] = depth + 1
         last = f"{TOWER}encoder.layers.{depth - 1}."
         added = f"{TOWER}encoder.layers.{depth}."
-        for key in [key for key in tensors if key.startswith(last)]:
-            tensors[key.replace(last, added)] = 0 * tensors[key]
+        for key, tensor in list(tensors.items()):
+            if key.startswith(last):
+                tensors[key.replace(last, added)] = 0 * tensor
     return vision, layer
 
 
@@ -298,9 +302,12 @@ def _room_for_token(tensors: dict[str, Tensor], token: int, vocab: int) -> int:
     """
     if token < vocab:
         return vocab
+
+    # A tied head is not among the tensors.
     for key in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         if key in tensors:
-            tensors[key] = torch.cat([tensors[key], tensors[key][:1]])
+            table = tensors[key]
+            tensors[key] = torch.cat([table, table[:1]])
     return token + 1
 
 

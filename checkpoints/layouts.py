@@ -4,11 +4,11 @@
     config, tensors, hf_names = read(folder)        # and the tensors, under names of parts
     config = config_from_recipe(recipe.model, "")   # the same for a model that is yet to be made
 
-A layout has its own config.json and its own names of tensors. Its file translates the first into a
-LLaVAConfig. Its table renames the second to `language_model.*`, `vision_tower.*` and `connector.*`;
-it is used forwards to read and backwards to write. Behind these prefixes the names are ours in our
-own layout and Hugging Face's in all others: the tables of the parts (model.py, encoders.py)
-translate those.
+A layout has its own config.json and its own names of tensors. Its file translates config.json into
+a LLaVAConfig. Its table renames the tensors to `language_model.*`, `vision_tower.*` and
+`connector.*`; it is used forwards to read and backwards to write. Behind these prefixes the names
+are ours in our own layout and Hugging Face's in all others: the tables of the parts (model.py,
+encoders.py) translate those.
 
 A new layout is one file like barellava.py, the shortest of them, and one entry of LAYOUTS.
 """
@@ -82,6 +82,8 @@ LAYOUTS: dict[str, Layout] = {
 
 
 class ReadCheckpoint(NamedTuple):
+    """A checkpoint as `read` returns it."""
+
     config: LLaVAConfig
     tensors: Mapping[str, Tensor]  # keys start with language_model., vision_tower. or connector.
     hf_names: bool  # whether the parts have Hugging Face's names behind that
@@ -93,9 +95,12 @@ def read(folder: Path, allow_pickle: bool = False) -> ReadCheckpoint:
     Raises UserError as read_config and weights.Checkpoint do.
     """
     config = read_config(folder)
-    layout = LAYOUTS[read_json(folder / "config.json")["model_type"]]
+    kind = read_json(folder / "config.json")["model_type"]
+    layout = LAYOUTS[kind]
+
     tensors = layout.open_tensors(folder, allow_pickle)
-    return ReadCheckpoint(config, Renamed(tensors, layout.table), layout.hf_names)
+    renamed = Renamed(tensors, layout.table)
+    return ReadCheckpoint(config, renamed, layout.hf_names)
 
 
 def read_config(folder: Path) -> LLaVAConfig:
@@ -109,6 +114,8 @@ def read_config(folder: Path) -> LLaVAConfig:
     if kind not in LAYOUTS:
         what = f"{kind!r} is no layout known here"
         raise UserError(f"{where}:model_type", what, f"one of {', '.join(LAYOUTS)}")
+
+    # A layout's reader asks for what it needs; what is missing is a KeyError.
     try:
         return LAYOUTS[kind].read(config, folder)
     except KeyError as e:
@@ -123,6 +130,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
     if c.checkpoint:
         return _config_of_checkpoint(c, template)
 
+    # Each part is a table in the recipe, or the name of a checkpoint.
     text = c.llm_config
     if not text:
         text = read_json(_part(c, "llm") / "config.json")
@@ -132,8 +140,9 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         vision = dict(c.vision_config)
         preprocessor = vision.pop("preprocessor", {})
     else:
-        vision = read_json(_part(c, "vision") / "config.json")
-        preprocessor = read_preprocessor(_part(c, "vision"))
+        folder = _part(c, "vision")
+        vision = read_json(folder / "config.json")
+        preprocessor = read_preprocessor(folder)
 
     if c.vision2:
         dinov2 = read_json(_part(c, "vision2") / "config.json")

@@ -1,16 +1,19 @@
 """PEFT's adapter files, read and written: adapter_model.safetensors and adapter_config.json.
 
-    save_adapter(folder, lm)        # what PEFT loads onto transformers' model
-    load_adapter(folder, lm)        # what PEFT wrote
     adapt(model, stages, PARTS)     # what a recipe says: new adapters, or those of a folder
     finish(model, output, base)     # a trained model without adapters; these go to output/adapter
+    save_adapter(folder, lm)        # what PEFT loads onto transformers' model
+    load_adapter(folder, lm)        # what PEFT wrote
+
+The first two are steps of a run, the others read and write the files. lora.py has the arithmetic.
+The tensors of a file:
 
     base_model.model.<path>.lora_A.weight                 (r, K)
     base_model.model.<path>.lora_B.weight                 (N, r)
     base_model.model.<path>.lora_magnitude_vector         (N,) of DoRA
     base_model.model.<path>.weight                        whatever else was trained: modules_to_save
 
-Paths are Hugging Face's names of the modules. N outputs, K inputs, r rank.
+A path is Hugging Face's name of a module. N outputs, K inputs, r rank.
 """
 
 from __future__ import annotations
@@ -20,15 +23,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoints import hf_llava, tinyllava
 from checkpoints.files import read_json, write_file
 from checkpoints.names import Table, as_tuple, rename, reverse
-from checkpoints.weights import read_file
+from checkpoints.weights import read_file, write_tensors
 from config import LoRA, UserError
 from lora import (
     LoRALinear,
@@ -55,8 +58,9 @@ ENDINGS = {
     "lora_magnitude_vector": ".lora_magnitude_vector",
 }
 
-# The values of adapter_config.json that we compute. Any other one is another function of x, or
-# changes the base weights, which the file does not have.
+# The fields of adapter_config.json that change what is computed, each with the values that we can
+# compute. Any other value is another function of x, or changes the base weights, which the file
+# does not have.
 KNOWN = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
@@ -81,8 +85,16 @@ def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
     does, for a part that another stage trains otherwise, and for options that differ.
     """
     for part, attribute in parts.items():
-        ways = {getattr(stage.tune, part) for stage in stages} - {"frozen"}
-        options = {stage.lora for stage in stages if "lora" in getattr(stage.tune, part)}
+        # The ways in which the stages train this part, and the options of those that adapt it.
+        ways = set()
+        options = set()
+        for stage in stages:
+            how = getattr(stage.tune, part)
+            if how != "frozen":
+                ways.add(how)
+            if "lora" in how:
+                options.add(stage.lora)
+
         if not options:
             continue
         if len(ways) > 1 or len(options) > 1:
@@ -90,17 +102,18 @@ def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
             fix = "tune it so in every stage that trains it, with equal options"
             raise UserError(f"tune.{part}", what, fix)
 
-        (one,) = options
-        if not one.adapter:
-            apply(model, one, [attribute])
+        (lora,) = options
+        if not lora.adapter:
+            apply(model, lora, [attribute])
             continue
 
         # A folder holds the adapters of all parts, so an earlier part may have brought them.
-        if not adapters(model.get_submodule(attribute)):
-            load_adapter(Path(one.adapter), model, ADAPTED)
-        if not adapters(model.get_submodule(attribute)):
+        module = model.get_submodule(attribute)
+        if not adapters(module):
+            load_adapter(Path(lora.adapter), model, ADAPTED)
+        if not adapters(module):
             what = f"adapts nothing of the {part}"
-            raise UserError(one.adapter, what, f"leave tune.{part} frozen")
+            raise UserError(lora.adapter, what, f"leave tune.{part} frozen")
 
 
 def finish(model: nn.Module, output: Path, base: str) -> nn.Module:
@@ -118,12 +131,12 @@ def finish(model: nn.Module, output: Path, base: str) -> nn.Module:
 
 
 def untied_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that have one name.
+    """Return the parameters that have only one name.
 
-    PEFT would save and train two copies of an embedding that is tied to the head.
+    An embedding that is tied to the head has two. PEFT would save and train two copies of it.
     """
-    uses = Counter(p for _, p in module.named_parameters(remove_duplicate=False))
-    return {name: p for name, p in module.named_parameters() if uses[p] == 1}
+    names = Counter(p for _, p in module.named_parameters(remove_duplicate=False))
+    return {name: p for name, p in module.named_parameters() if names[p] == 1}
 
 
 def save_adapter(folder: Path, module: nn.Module, layout: Table = (), base: str = ""):
@@ -135,14 +148,19 @@ def save_adapter(folder: Path, module: nn.Module, layout: Table = (), base: str 
     tied to the head.
     """
     found = adapters(module)
-    kinds = {(a.options.rslora, a.options.dora, a.options.dropout) for a in found.values()}
+
+    # PEFT's config states these once for all linears.
+    kinds = set()
+    for adapter in found.values():
+        options = adapter.options
+        kinds.add((options.rslora, options.dora, options.dropout))
     if len(kinds) != 1:
         what = f"adapters of {len(kinds)} kinds"
         raise UserError(folder, what, "PEFT's files hold one kind; apply one LoRA")
     ((rslora, dora, dropout),) = kinds
 
     table = rename_table(module)
-    state = {}
+    state: dict[str, Tensor] = {}  # what the file will hold, by key
 
     # The adapters, and the rank and alpha of each.
     ranks = {}
@@ -154,12 +172,17 @@ def save_adapter(folder: Path, module: nn.Module, layout: Table = (), base: str 
         for parameter, tensor in adapter.named_parameters(recurse=False):
             state[f"{ROOT}{path}{ENDINGS[parameter]}"] = tensor
 
-    # Whatever else was trained, whole.
+    # PEFT saves whole modules. So a module goes with all its parameters if any of them trains.
+    trained = set()
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            trained.add(name.rpartition(".")[0])
+
     untied = untied_parameters(module)
     modules_to_save = set()
-    trained = {name.rpartition(".")[0] for name, p in module.named_parameters() if p.requires_grad}
     for owner in sorted(trained - found.keys()):
-        for name, tensor in module.get_submodule(owner).named_parameters(owner, recurse=False):
+        submodule = module.get_submodule(owner)
+        for name, tensor in submodule.named_parameters(owner, recurse=False):
             if name not in untied:
                 what = "trained, and tied to the head: PEFT would train two copies"
                 raise UserError(name, what, "merge instead")
@@ -189,18 +212,20 @@ def save_adapter(folder: Path, module: nn.Module, layout: Table = (), base: str 
         "init_lora_weights": True,
     }
 
+    # The config comes last: who finds it finds the tensors, too.
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
-    write_file(
-        folder / "adapter_model.safetensors",
-        lambda temporary: save_file(tensors, temporary, {"format": "pt"}),
-    )
+    write_tensors(folder / "adapter_model.safetensors", tensors)
     write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def name_in_file(name: str, table: Table, layout: Table) -> str:
-    """Return Hugging Face's name of a parameter. Raises UserError if it is part of a tensor."""
+    """Return Hugging Face's name of a parameter.
+
+    Raises UserError if it is one of several that are one tensor there.
+    """
     theirs = rename(name, reverse(table))
-    if not isinstance(rename(theirs, table), str):
+    is_one_tensor = isinstance(rename(theirs, table), str)
+    if not is_one_tensor:
         what = f"one of several that are one tensor in {theirs}: PEFT has no twin"
         raise UserError(name, what, "merge instead")
     return rename(theirs, reverse(layout))
@@ -210,7 +235,10 @@ def name_in_file(name: str, table: Table, layout: Table) -> str:
 
 
 class AdapterFile:
-    """The folder of an adapter, opened for a module: its options, and where its tensors belong."""
+    """The folder of an adapter, opened for a module: its options, and where its tensors belong.
+
+    tensors: those of the file by key. `load_adapter` takes out what it has found a place for.
+    """
 
     def __init__(self, folder: Path, module: nn.Module, layout: Table):
         self.file = folder / "adapter_model.safetensors"
@@ -220,8 +248,9 @@ class AdapterFile:
         where = folder / "adapter_config.json"
         self.config = read_json(where)
         for key, values in KNOWN.items():
-            if self.config.get(key) not in values:
-                what = f"{self.config.get(key)!r} is not supported"
+            value = self.config.get(key)
+            if value not in values:
+                what = f"{value!r} is not supported"
                 raise UserError(f"{where}:{key}", what, "merge it with PEFT first")
         self.tensors = read_file(self.file)
 
@@ -240,7 +269,10 @@ class AdapterFile:
     def options(self, path: str, r: int) -> LoRA:
         """Return the options of the adapter of a linear, whose rank is r."""
         alpha = self.config.get("lora_alpha", 8)
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+
+        # The first pattern that the end of the path matches, as in PEFT.
+        patterns = self.config.get("alpha_pattern") or {}
+        for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({pattern})$", path):
                 alpha = value
                 break
@@ -253,6 +285,13 @@ class AdapterFile:
         )
 
 
+class Change(NamedTuple):
+    """A parameter, and the value that it gets from the file."""
+
+    parameter: nn.Parameter
+    value: Tensor
+
+
 @torch.no_grad()
 def load_adapter(folder: Path, module: nn.Module, layout: Table = ()) -> list[str]:
     """Put a PEFT adapter on a model; what is in the file trains, nothing else.
@@ -262,20 +301,42 @@ def load_adapter(folder: Path, module: nn.Module, layout: Table = ()) -> list[st
     another shape, or what is not plain LoRA or DoRA; the module is then as it was.
     """
     file = AdapterFile(folder, module, layout)
-    linears = {f"{name}.weight": module.get_submodule(name) for name in targets(module)}
-    whole = untied_parameters(module)
-    rest = dict(file.tensors)
 
-    # Everything is checked before the module changes: new adapters, and (parameter, its value).
-    new: dict[str, LoRALinear] = {}
-    changes: list[tuple[Tensor, Tensor]] = []
-    for key in [key for key in file.tensors if key.endswith(ENDINGS["lora_A"])]:
+    # Everything is checked before the module changes.
+    new_adapters, changes = _read_adapters(file, module)
+    changes += _read_whole_parameters(file, module)
+
+    for name, adapter in new_adapters.items():
+        put(module, name, adapter)
+    freeze(module)
+    for parameter, value in changes:
+        parameter.copy_(value).requires_grad_(True)
+    return list(adapters(module))
+
+
+def _read_adapters(
+    file: AdapterFile, module: nn.Module
+) -> tuple[dict[str, LoRALinear], list[Change]]:
+    """Return a new adapter for each linear that the file adapts, by name, and their values.
+
+    Takes the tensors of adapters out of `file.tensors`.
+    """
+    linears = {f"{name}.weight": module.get_submodule(name) for name in targets(module)}
+    new_adapters = {}
+    changes = []
+
+    for key in list(file.tensors):
+        if not key.endswith(ENDINGS["lora_A"]):
+            continue
         path = key.removeprefix(ROOT).removesuffix(ENDINGS["lora_A"])
         names = file.our_names(key, f"{path}.weight", linears)
+
+        # What the file lacks is empty, and of a wrong shape if it is needed.
         given = {}
         for parameter, ending in ENDINGS.items():
-            given[parameter] = rest.pop(f"{ROOT}{path}{ending}", torch.empty(0))
+            given[parameter] = file.tensors.pop(f"{ROOT}{path}{ending}", torch.empty(0))
 
+        # Linears that are one in the file have the same inputs; their outputs are stacked.
         options = file.options(path, r=len(given["lora_A"]))
         rows = [linears[name].out_features for name in names]
         columns = linears[names[0]].in_features
@@ -283,28 +344,34 @@ def load_adapter(folder: Path, module: nn.Module, layout: Table = ()) -> list[st
 
         # Each linear gets its rows of B and of the magnitudes, and the whole of A.
         for i, name in enumerate(names):
-            new[name] = make_adapter(linears[name], options)
-            for parameter, p in new[name].named_parameters(recurse=False):
-                if parameter == "lora_A":
-                    changes.append((p, given["lora_A"]))
-                else:
-                    changes.append((p, given[parameter].split(rows)[i]))
+            adapter = make_adapter(linears[name], options)
+            new_adapters[name.removesuffix(".weight")] = adapter
+            for kind, parameter in adapter.named_parameters(recurse=False):
+                value = given[kind]
+                if kind != "lora_A":
+                    value = value.split(rows)[i]
+                changes.append(Change(parameter, value))
+    return new_adapters, changes
 
-    # What is left in the file are parameters that were trained whole.
-    for key, tensor in rest.items():
-        old = [whole[name] for name in file.our_names(key, key.removeprefix(ROOT), whole)]
-        lengths = [len(p) for p in old]
-        shape = [sum(lengths), *old[0].shape[1:]]
+
+def _read_whole_parameters(file: AdapterFile, module: nn.Module) -> list[Change]:
+    """Return the new values of parameters that were trained whole: all that is left in the file."""
+    untied = untied_parameters(module)
+    changes = []
+
+    for key, tensor in file.tensors.items():
+        names = file.our_names(key, key.removeprefix(ROOT), untied)
+        parameters = [untied[name] for name in names]
+
+        # Parameters that are one tensor in the file are stacked along dimension 0.
+        lengths = [len(p) for p in parameters]
+        shape = [sum(lengths), *parameters[0].shape[1:]]
         if list(tensor.shape) != shape:
             file.refuse(key, f"shape {list(tensor.shape)}, the model has {shape}")
-        changes += zip(old, tensor.split(lengths), strict=True)
 
-    for name, adapter in new.items():
-        put(module, name.removesuffix(".weight"), adapter)
-    freeze(module)
-    for p, tensor in changes:
-        p.copy_(tensor).requires_grad_(True)
-    return list(adapters(module))
+        for parameter, value in zip(parameters, tensor.split(lengths), strict=True):
+            changes.append(Change(parameter, value))
+    return changes
 
 
 def check_shapes(

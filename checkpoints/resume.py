@@ -79,6 +79,8 @@ def lock(folder: Path):
         file.truncate(0)
         file.write(f"process {os.getpid()}")
         file.flush()
+
+    # The lock lasts as long as this file is open.
     return file
 
 
@@ -86,7 +88,9 @@ def need_room(folder: Path, size: int, what: str):
     """Raise UserError unless the disk has `size` bytes left for `what`."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        problem = f"{free / 1e9:.3f} GB free, {what} takes {size / 1e9:.3f} GB"
+        free_gb = free / 1e9
+        size_gb = size / 1e9
+        problem = f"{free_gb:.3f} GB free, {what} takes {size_gb:.3f} GB"
         raise UserError(folder, problem, "make room, lower train.keep, or set train.output")
 
 
@@ -128,6 +132,7 @@ def save(folder: Path, keep: int, tensors: dict[str, Tensor], state: dict, keep_
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
+        # The rest goes on beside the training: seal.py explains the arguments.
         arguments = [temporary, name, str(keep), keep_best, json.dumps(state)]
         command = [sys.executable, seal.__file__, *arguments]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -139,12 +144,16 @@ def wait():
     global _sealing
     if _sealing is None:
         return
-    last, _sealing = _sealing, None
-    said = last.process.communicate()[1].strip()
+
+    # Forgotten before anything is raised, so that the next checkpoint may be tried.
+    last = _sealing
+    _sealing = None
+
+    _, said = last.process.communicate()
     code = last.process.returncode
     if code:
         with writing(last.folder):
-            raise OSError(said or f"seal.py ended with {code}")
+            raise OSError(said.strip() or f"seal.py ended with {code}")
 
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -161,6 +170,7 @@ def pick(folder: Path, explicit: str = "") -> Path | None:
     if explicit:
         return _pick_explicit(folder, Path(explicit))
 
+    # From the newest back to the first that is whole.
     for path in reversed(listed(folder)):
         try:
             verify(path)
@@ -172,6 +182,7 @@ def pick(folder: Path, explicit: str = "") -> Path | None:
 
 
 def _pick_explicit(folder: Path, chosen: Path) -> Path:
+    """Return `chosen` if it is whole, and set aside the checkpoints of this run that are newer."""
     try:
         verify(chosen)
     except (OSError, ValueError) as e:
@@ -197,6 +208,8 @@ def _remove_leftovers(folder: Path):
 def _set_aside(path: Path, why: str):
     """Hide a checkpoint, so that it never counts as one again. Its files stay to be looked at."""
     print(f"passing over {path}: {why}", flush=True)
+
+    # An older one that was set aside under this name gives way.
     aside = path.with_name(f".{path.name}.aside")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
@@ -211,6 +224,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     if not (path / MANIFEST).exists():
         fix = "set train.output to a folder that all nodes share"
         raise UserError(path, "not to be seen on this node", fix)
+    state = manifest(path)["state"]
     with safe_open(path / TENSORS, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return tensors, manifest(path)["state"]
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    return tensors, state

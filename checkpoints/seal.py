@@ -5,8 +5,8 @@
             tensors.safetensors         trained weights and the optimizer's moments
             manifest.json               written last: the run's state, the size and SHA-256 of each
                                         file, and the manifest's own SHA-256
-        .00-00000400.1234.tmp/          one that process 1234 is still writing
-        .00-00000300.aside/             one that a later start has passed over
+        .00-00000400.1234.tmp/          a checkpoint that process 1234 is still writing
+        .00-00000300.aside/             a checkpoint that a later start has passed over
         .sealing                        locked while a checkpoint is sealed
 
 A checkpoint is sealed in this order, so that at every moment its folder is whole or has no name:
@@ -24,7 +24,7 @@ Steps 2 to 5 take seconds. They run in a process of their own, beside the traini
 It keeps the newest KEEP and, if STAGE is not empty, the best of that stage. STATE is the run's
 state as JSON. This is a process and not a thread because a data worker that is forked while a
 thread ends hangs for good (CPython 3.11 and older leave a lock of the interpreter taken in the
-child). It outlives a killed run by the seconds that it needs; the next start waits for it at
+child). If the run is killed, this process still ends its work; the next start waits for it at
 `.sealing`.
 
 This file imports the standard library alone. So it starts at once, without torch, and an edit of
@@ -56,7 +56,7 @@ def digest(path: Path) -> str:
 def text(content: dict) -> str:
     """Return a manifest's text: the content as JSON, with its own SHA-256 as the last key.
 
-    There is one such text for a content, so any other one is damaged.
+    A content has exactly one such text. So a manifest with any other text is damaged.
     """
     own = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps(content | {"sha256": own}, indent=1)
@@ -73,6 +73,7 @@ def manifest(path: Path) -> dict:
     if not isinstance(content, dict):
         raise damaged
 
+    # Every byte counts, also those between the values: the text is made again and compared.
     rest = {key: value for key, value in content.items() if key != "sha256"}
     if text(rest) != found:
         raise damaged
@@ -86,10 +87,13 @@ def verify(path: Path) -> dict:
     """
     content = manifest(path)
     for name, (size, sha256) in content["files"].items():
-        found = (path / name).stat().st_size
+        file = path / name
+
+        # The size first: a file that was cut off need not be read.
+        found = file.stat().st_size
         if found != size:
             raise ValueError(f"{name} has {found} bytes, not {size}")
-        if digest(path / name) != sha256:
+        if digest(file) != sha256:
             raise ValueError(f"{name} has changed since it was written")
     return content["state"]
 
@@ -99,6 +103,7 @@ def verify(path: Path) -> dict:
 
 def listed(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first. Hidden ones are unfinished or set aside."""
+    # The names begin with stage and step, so their order is that of time.
     return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
@@ -114,6 +119,7 @@ def best(folder: Path, stage: str) -> Path | None:
         loss = state.get("validation")
         if state.get("trained") != stage or loss is None:
             continue
+
         if chosen is None or loss < lowest:
             lowest = loss
             chosen = path
@@ -122,10 +128,12 @@ def best(folder: Path, stage: str) -> Path | None:
 
 def prune(folder: Path, keep: int, stage: str = ""):
     """Remove all checkpoints but the newest `keep` and, if a stage is named, its best."""
-    kept = set(listed(folder)[-keep:])
+    found = listed(folder)
+    kept = set(found[-keep:])
     if stage:
         kept.add(best(folder, stage))
-    for path in listed(folder):
+
+    for path in found:
         if path not in kept:
             shutil.rmtree(path)
 
@@ -143,7 +151,11 @@ def flush(path: Path):
 
 
 def alone(folder: Path):
-    """Wait for a seal that is under way. No other one begins until the returned file is closed."""
+    """Wait for a seal that is under way, and let no other one begin.
+
+    That holds until the returned file is closed: use it in a `with`. The kernel ends it when the
+    process ends.
+    """
     file = open(folder / ".sealing", "a")
     fcntl.lockf(file, fcntl.LOCK_EX)
     return file
@@ -152,16 +164,17 @@ def alone(folder: Path):
 def seal(temporary: Path, name: str, state: dict):
     """Make the folder `temporary`, which holds the tensors, the checkpoint `name` beside it."""
     folder = temporary.parent
-    files = sorted(temporary.iterdir())
 
     # What the manifest will vouch for must be on the disk before it.
-    for file in files:
+    files = {}
+    for file in sorted(temporary.iterdir()):
         flush(file)
-    sizes_and_hashes = {file.name: [file.stat().st_size, digest(file)] for file in files}
+        files[file.name] = [file.stat().st_size, digest(file)]
 
-    content = {"state": state, "files": sizes_and_hashes}
-    (temporary / MANIFEST).write_text(text(content))
-    flush(temporary / MANIFEST)
+    content = {"state": state, "files": files}
+    file = temporary / MANIFEST
+    file.write_text(text(content))
+    flush(file)
     flush(temporary)
 
     # A rename happens or it does not. If there is a checkpoint of that name, this one takes its
@@ -172,14 +185,19 @@ def seal(temporary: Path, name: str, state: dict):
 
 
 def main(temporary: str, name: str, keep: str, stage: str, state: str):
-    """Seal a checkpoint and prune the others, or remove it and exit with the reason on stderr."""
-    where = Path(temporary)
+    """Seal a checkpoint and prune the others, or remove it and exit with the reason on stderr.
+
+    The arguments are those of the command line, all of them text.
+    """
+    unsealed = Path(temporary)
+    folder = unsealed.parent
     try:
-        with alone(where.parent):
-            seal(where, name, json.loads(state))
-            prune(where.parent, int(keep), stage)
+        with alone(folder):
+            seal(unsealed, name, json.loads(state))
+            prune(folder, int(keep), stage)
     except BaseException as e:
-        shutil.rmtree(where, ignore_errors=True)
+        # The run prints what stands on stderr in a message of its own, so this is one line.
+        shutil.rmtree(unsealed, ignore_errors=True)
         sys.exit(getattr(e, "strerror", None) or repr(e))
 
 

@@ -130,13 +130,23 @@ def _read_options(config: dict, connector: str) -> dict[str, int]:
     Factory takes a Q-Former's BERT sizes from bert-base, as our defaults do. A `qformer_config`,
     which we write, may state others.
     """
-    stated = {name: config[name] for name in (*SIZES, "group") if name in config}
+    # hidden_size of the top level is the language model's, so only these are taken from there.
+    stated = {}
+    for name in (*SIZES, "group"):
+        if name in config:
+            stated[name] = config[name]
     stated |= config.get(f"{connector}_config", {})
-    return {name: stated[name] for name in OPTIONS.get(connector, ()) if name in stated}
+
+    options = {}
+    for name in OPTIONS.get(connector, ()):
+        if name in stated:
+            options[name] = stated[name]
+    return options
 
 
 def config_json(c: LLaVAConfig) -> dict:
     """Return Factory's config.json. Raises UserError for what it cannot express."""
+    # Of a mixture of features Factory has the first encoder where it always is, the second beside.
     text = c.text
     vision = c.vision
     second = None
@@ -190,8 +200,7 @@ def _option_fields(c: LLaVAConfig) -> dict:
     if c.connector == "groupresampler":
         fields["group"] = options["group"]
 
-    # Factory has no fields for other options. Where the model states one, we write a table of our
-    # own.
+    # Factory has no fields for other options. If the model states one, all go to a table of ours.
     if c.connector_options.keys() - {*ALWAYS, "group"}:
         fields[f"{c.connector}_config"] = c.connector_options
     return fields
@@ -275,7 +284,7 @@ class WithAdapters(Renamed):
         self.scale = config["lora_alpha"] / rank
         self.adapters = weights.read_file(file)
 
-        # The base folders may hold copies of the adapters, too. The adapter file counts.
+        # The base folders may hold copies of the adapters, too. Those of the adapter file are used.
         for ours in [ours for ours, key in self.theirs.items() if ".lora_" in key]:
             del self.theirs[ours]
 
@@ -288,10 +297,12 @@ class WithAdapters(Renamed):
     def __getitem__(self, key: str) -> Tensor:
         weight = self.source[self.theirs[key]]
         name = f"base_model.model.{key.removesuffix('.weight')}"
-        b = self.adapters.get(f"{name}.lora_B.weight")
-        a = self.adapters.get(f"{name}.lora_A.weight")
+        a = self.adapters.get(f"{name}.lora_A.weight")  # (r, K)
+        b = self.adapters.get(f"{name}.lora_B.weight")  # (N, r)
         if b is None:
             return weight
+
+        # W + s B A, (N, K).
         return weight.float().addmm(b.float(), a.float(), alpha=self.scale)
 
 

@@ -10,7 +10,12 @@ A checkpoint is read lazily from memory-mapped files, and a tensor is assigned a
 parameter that keeps the dtype of its file costs no memory until it is used. names.py explains the
 rename tables.
 
-Read `load` first. `Checkpoint` is one folder, `Joined` several folders as one.
+Read `load` first. The file, from top to bottom:
+
+    open_safetensors, open_pickle    the keys of one file, and a function that reads a tensor
+    Checkpoint, Joined               a folder as a mapping; several folders as one
+    empty, load                      a module without storage; from the files to its parameters
+    tensors, save                    from a module's parameters to the files
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from config import UserError
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADER_BYTES = 100_000_000  # safetensors' own limit; a file of another kind may claim any length
 SHARD_BYTES = 5_000_000_000  # the size of Hugging Face's own shards
+AGAIN = "download the checkpoint again"  # the fix for damage that the user cannot mend
 
 Reader = Callable[[str], Tensor]  # from a key to its tensor
 
@@ -44,6 +50,7 @@ Reader = Callable[[str], Tensor]  # from a key to its tensor
 def open_safetensors(path: Path) -> tuple[list[str], Reader]:
     """Return the keys of a safetensors file, and a function that reads a tensor."""
     check_header(path)
+
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
 
@@ -61,26 +68,29 @@ def check_header(path: Path):
     JSON allows it, and safetensors would silently take the last one.
     """
 
-    def refuse_twice(pairs):
+    def to_dict(pairs: list[tuple[str, object]]) -> dict:
         table = {}
         for key, value in pairs:
             if key in table:
-                fix = "download the checkpoint again"
-                raise UserError(f"{path}:{key}", "twice in the header", fix)
+                raise UserError(f"{path}:{key}", "twice in the header", AGAIN)
             table[key] = value
         return table
 
+    # A safetensors file begins with the length of its header, in 8 bytes. The header is JSON.
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, HEADER_BYTES))
-    json.loads(header, object_pairs_hook=refuse_twice)
+
+    # json calls the hook for each of the header's objects. Its own dict would hide a second key.
+    json.loads(header, object_pairs_hook=to_dict)
 
 
 def open_pickle(path: Path) -> tuple[list[str], Reader]:
-    """Return the same of a torch.save file. `weights_only` refuses everything that could run."""
-    is_zip = zipfile.is_zipfile(
-        path
-    )  # files of old versions of torch are not, and cannot be mapped
+    """Return the keys of a torch.save file, and a function that reads a tensor."""
+    # Files of old versions of torch are no zip files and cannot be mapped into memory.
+    is_zip = zipfile.is_zipfile(path)
+
+    # A pickle can run any code when it is opened. weights_only refuses everything but tensors.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(path, "not a table of names and tensors", "convert it to safetensors")
@@ -97,8 +107,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------ folders
 
+# A kind of weights has the name of its only file. If there are shards, it is in the index's name.
 OPENERS = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_pickle}
-AGAIN = "download the checkpoint again"
 
 
 class Checkpoint(Mapping):
@@ -115,26 +125,28 @@ class Checkpoint(Mapping):
         self.where: dict[str, str] = {}  # key -> the file that has it
         self._readers: dict[str, Reader] = {}  # file -> what reads from it
 
-        name = self._choose_file()
-        if name.endswith(".bin") and not allow_pickle:
+        kind = self._kind()
+        if kind.endswith(".bin") and not allow_pickle:
             fix = "pass allow_pickle=true, or convert to safetensors"
-            raise UserError(folder / name, "only pickled weights", fix)
+            raise UserError(folder / kind, "only pickled weights", fix)
 
-        index = folder / f"{name}.index.json"
+        # Without an index there is one file.
+        index = folder / f"{kind}.index.json"
         if not index.exists():
-            self._add(name, name)
+            self._add(kind, kind)
             return
+
         listed = read_index(index)
         for shard in sorted(set(listed.values())):
-            self._add(shard, name)
+            self._add(shard, kind)
         self._compare(index, listed)
 
-    def _choose_file(self) -> str:
+    def _kind(self) -> str:
         """Return the kind of weights that the folder has; safetensors if it has none."""
-        for name in OPENERS:
-            index = self.folder / f"{name}.index.json"
-            if (self.folder / name).exists() or index.exists():
-                return name
+        for kind in OPENERS:
+            index = self.folder / f"{kind}.index.json"
+            if (self.folder / kind).exists() or index.exists():
+                return kind
         return "model.safetensors"
 
     def _add(self, shard: str, kind: str):
@@ -158,7 +170,9 @@ class Checkpoint(Mapping):
         """Raise UserError if the index and the shards do not say the same."""
         if listed == self.where:
             return
-        odd = sorted(set(listed) ^ set(self.where))
+
+        # Keys that only one of them has; if there are none, keys in another shard.
+        odd = sorted(listed.keys() ^ self.where.keys())
         if not odd:
             odd = [key for key in listed if listed[key] != self.where[key]]
         raise UserError(f"{index}:{odd[0]}", "index and shards disagree", AGAIN)
@@ -184,9 +198,12 @@ class Checkpoint(Mapping):
 def read_index(index: Path) -> dict[str, str]:
     """Return {key: shard} of an index. Raises UserError for a shard outside of its folder."""
     listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(n, str) for n in listed.values()):
+    is_table = isinstance(listed, dict)
+    if not is_table or not all(isinstance(shard, str) for shard in listed.values()):
         what = "not a table of key and shard"
         raise UserError(f"{index}:weight_map", what, "download it again")
+
+    # A checkpoint from the net must not make us open any file of this machine.
     for key, shard in listed.items():
         if not is_inside(index.parent, shard):
             raise UserError(f"{index}:{key}", f"its shard {shard!r} lies outside the folder", AGAIN)
@@ -199,13 +216,17 @@ def is_inside(folder: Path, name: str) -> bool:
     In the cache of Hugging Face a model's folder is CACHE/models--org--name/snapshots/REVISION,
     and its files are links to CACHE/models--org--name/blobs/HASH.
     """
-    if Path(name).name != name:
+    has_folders = Path(name).name != name
+    if has_folders:
         return False
+
+    # Links are followed: what counts is where the file really lies.
     home = folder.resolve()
     target = (folder / name).resolve()
     if target.parent == home:
         return True
-    model = target.parent.parent
+
+    model = target.parent.parent  # CACHE/models--org--name
     return target.parent.name == "blobs" and model / "snapshots" in home.parents
 
 
@@ -214,14 +235,16 @@ class Joined(Mapping):
 
     def __init__(self, parts: Mapping[str, Checkpoint]):
         self.parts = dict(parts)
-        self.where: dict[str, tuple[Checkpoint, str]] = {}  # key -> the part, and its own key
+        self.where: dict[str, tuple[Checkpoint, str]] = {}  # key -> the part, and the key there
+
         for prefix, part in self.parts.items():
-            for key in part:
-                if prefix + key in self.where:
-                    other, _ = self.where[prefix + key]
+            for own_key in part:
+                key = prefix + own_key
+                if key in self.where:
+                    other, _ = self.where[key]
                     what = f"also in {other.folder}"
-                    raise UserError(part.locate(key), what, "remove one of the two")
-                self.where[prefix + key] = part, key
+                    raise UserError(part.locate(own_key), what, "remove one of the two")
+                self.where[key] = part, own_key
 
     def __getitem__(self, key: str) -> Tensor:
         part, own_key = self.where[key]
@@ -237,8 +260,11 @@ class Joined(Mapping):
         """Return the part that a key belongs to, also if it is missing, and the key there."""
         if key in self.where:
             return self.where[key]
-        prefixes = [prefix for prefix in self.parts if key.startswith(prefix)]
-        prefix = max(prefixes, key=len, default=next(iter(self.parts)))
+
+        # A missing key belongs to the longest prefix that fits; if none does, to the first part.
+        first = next(iter(self.parts))
+        fitting = [prefix for prefix in self.parts if key.startswith(prefix)]
+        prefix = max(fitting, key=len, default=first)
         return self.parts[prefix], key.removeprefix(prefix)
 
     def file(self, key: str) -> Path:
@@ -256,7 +282,7 @@ class Joined(Mapping):
 
 
 class SkipInit(TorchFunctionMode):
-    """Functions of torch.nn.init do nothing while this is active."""
+    """A mode in which the functions of torch.nn.init do nothing."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -270,14 +296,14 @@ class SkipInit(TorchFunctionMode):
 def empty():
     """Build modules that have shapes and no storage; `load` brings it.
 
-    This is the meta device without nn.init. A random number on the meta device would make torch
-    import sympy, which takes a second and 150 MB.
+    Modules are made on the meta device, and nothing of nn.init runs. A random number on the meta
+    device would make torch import sympy, which takes a second and 150 MB.
     """
     with torch.device("meta"), SkipInit():
         yield
 
 
-# Is offered (our name, tensor, place for messages); returns whether it keeps the tensor itself.
+# Called with (our name, tensor, place for messages). Returns whether it keeps the tensor itself.
 Taker = Callable[[str, Tensor, str], bool]
 
 
@@ -300,44 +326,55 @@ def load(
       kept in `module.spares` and written back on saving
     - a match of `ignore`
 
-    dtype None keeps the file's. take: is offered every parameter's tensor before it is stored.
-    Where it returns True it has the tensor, and the parameter stays as it is. lora.py quantizes so.
+    dtype: None keeps the file's. take: called with each tensor before it is stored. If it returns
+    True, it has kept the tensor itself, and the parameter stays as it is: lora.py quantizes in it.
 
     Returns the keys that were used. Raises UserError for a tensor that is missing, unexpected or
     there twice, and for a wrong shape or dtype; the module is then as it was.
     """
     tied: dict[str, str] = getattr(module, "tied", {})
     spare: tuple[str, ...] = getattr(module, "spare", ())
-    state = module.state_dict(keep_vars=True)
-    wanted = {name: tensor for name, tensor in state.items() if name not in tied}
 
+    # What the module needs, by name. keep_vars: the parameters themselves, as nothing is copied.
+    wanted = module.state_dict(keep_vars=True)
+    for alias in tied:
+        wanted.pop(alias, None)
+
+    # What the source has: its key -> our name, or our names if they are one tensor in the file.
     renamed = {}
+    key_of = {}
     for key in source:
         if key.startswith(prefix):
-            renamed[key] = rename(key.removeprefix(prefix), table)
+            names = rename(key.removeprefix(prefix), table)
+            renamed[key] = names
+            key_of.setdefault(names, key)  # if there is a second one, it is refused below
 
+    # Each key gets its place. The module is not touched before all of them are checked.
     found: dict[str, Tensor] = {}
     taken: set[str] = set()
     spares: dict[str, Tensor] = {}
     for key, names in renamed.items():
         where = locate(source, key)
+
+        # An alias may stand in the file beside its owner, or in its owner's place.
         if names in tied and tied[names] in wanted:
             owner = tied[names]
-            if owner not in renamed.values():
-                names = owner  # the file has the parameter under the name of its alias
+            if owner in key_of:
+                check_tied(source, key, key_of[owner])
             else:
-                check_tied(source, key, next(k for k, n in renamed.items() if n == owner))
+                names = owner
 
-        # One tensor of the file may be several parameters.
         parts = as_tuple(names)
         if wanted.keys() >= set(parts):
             again = (found.keys() | taken) & set(parts)
             if again:
                 what = f"a second tensor for {min(again)}"
                 raise UserError(where, what, "remove one of the two")
+
             tensor = source[key]
             targets = [wanted[name] for name in parts]
             check_fit(tensor, targets, where)
+
             for name, part in zip(parts, split_rows(tensor, targets), strict=True):
                 if take is not None and take(name, part, where):
                     taken.add(name)
@@ -345,10 +382,13 @@ def load(
                     found[name] = part.to(device)
                 else:
                     found[name] = part.to(device, dtype)
+
         elif names in tied or matches(parts[0], ignore):
             continue
+
         elif matches(parts[0], spare):
             spares[parts[0]] = source[key]
+
         else:
             what = "a tensor this model has no place for"
             raise UserError(where, what, "check config.json's model_type")
@@ -361,6 +401,7 @@ def load(
         theirs = prefix + rename(missing[0], reverse(table))
         raise UserError(locate(source, theirs), what, "give the folder of a complete checkpoint")
 
+    # Not strict, because what was taken is not in `found`. assign: no copy is made.
     module.load_state_dict(found, strict=False, assign=True)
     if spares:
         module.spares.update(spares)
@@ -384,7 +425,8 @@ def check_tied(source: Mapping[str, Tensor], key: str, owner: str):
 
     Some files store the copy, too. Another value would be lost silently.
     """
-    if not torch.equal(source[key], source[owner]):
+    is_copy = torch.equal(source[key], source[owner])
+    if not is_copy:
         what = f"differs from {owner}, to which the config ties it"
         fix = "set tie_word_embeddings to false in config.json"
         raise UserError(locate(source, key), what, fix)
@@ -392,9 +434,11 @@ def check_tied(source: Mapping[str, Tensor], key: str, owner: str):
 
 def split_rows(tensor: Tensor, targets: list[Tensor]) -> list[Tensor]:
     """Return the part of a tensor, stacked along dimension 0, that belongs to each target."""
+    # A scalar has no dimension to split.
     if len(targets) == 1:
         return [tensor]
-    return list(tensor.split([len(target) for target in targets]))
+    rows = [len(target) for target in targets]
+    return list(tensor.split(rows))
 
 
 def check_fit(tensor: Tensor, targets: list[Tensor], where: str):
@@ -402,13 +446,15 @@ def check_fit(tensor: Tensor, targets: list[Tensor], where: str):
 
     The shape is that of the targets stacked along dimension 0.
     """
+    found = list(tensor.shape)
     shape = list(targets[0].shape)
     if len(targets) > 1:
         shape[0] = sum(len(target) for target in targets)
-    if list(tensor.shape) != shape:
-        what = f"shape {list(tensor.shape)}, the config needs {shape}"
+    if found != shape:
+        what = f"shape {found}, the config needs {shape}"
         raise UserError(where, what, "use the config.json that belongs to these weights")
 
+    # Any float will do, because `load` converts. A buffer of integers has to be exactly that.
     dtypes = (targets[0].dtype,)
     if targets[0].is_floating_point():
         dtypes = FLOATS
@@ -433,25 +479,30 @@ def tensors(module: nn.Module, table: Table = (), prefix: str = "") -> dict[str,
     This is the opposite of `load`. Tied parameters are there once, under their owner's name.
     """
     tied = getattr(module, "tied", {})
-    state = {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
+    state = module.state_dict()
+    for alias in tied:
+        state.pop(alias, None)
     state |= getattr(module, "spares", {})
 
-    out = {}
+    named = {}
     back = reverse(table)
     for ours, tensor in state.items():
         theirs = rename(ours, back)
+
+        # Renaming back and forth gives all of our parameters that are one tensor in the file.
         parts = rename(theirs, table)
-        if isinstance(parts, str) or ours not in parts:
-            out[prefix + theirs] = tensor.detach()
+        is_one_tensor = isinstance(parts, str) or ours not in parts
+        if is_one_tensor:
+            named[prefix + theirs] = tensor.detach()
         elif ours == parts[0]:
-            # The file has several of our parameters as one tensor.
             stacked = torch.cat([state[part] for part in parts])
-            out[prefix + theirs] = stacked.detach()
-    return out
+            named[prefix + theirs] = stacked.detach()
+    return named
 
 
 def save(folder: Path, state: dict[str, Tensor], shard_bytes: int = SHARD_BYTES):
     """Write tensors as `model.safetensors`, or as shards and, after them, their index."""
+    # A shard is full when the next tensor would not fit. A larger tensor is a shard by itself.
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in state.items():
@@ -461,19 +512,22 @@ def save(folder: Path, state: dict[str, Tensor], shard_bytes: int = SHARD_BYTES)
         shards[-1][key] = tensor.contiguous().cpu()
         size += tensor.nbytes
 
+    # An index that is left from an earlier save would hide the one file.
     index = folder / "model.safetensors.index.json"
     if len(shards) == 1:
         write_tensors(folder / "model.safetensors", shards[0])
         index.unlink(missing_ok=True)
         return
 
-    where = {}
+    weight_map = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / name, shard)
-        where |= dict.fromkeys(shard, name)
+        for key in shard:
+            weight_map[key] = name
+
     total = sum(tensor.nbytes for tensor in state.values())
-    content = {"metadata": {"total_size": total}, "weight_map": where}
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_file(index, json.dumps(content, indent=1))
 
 

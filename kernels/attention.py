@@ -418,9 +418,8 @@ def key_kernel(
 
     for EDGE in tl.static_range(2):
         if EDGE:
-            count = diagonal + tl.where(
-                last < queries, 1, 0
-            )  # and the partial block, if there is one
+            # The blocks at the diagonal, and the last, partial one if there is one.
+            count = diagonal + tl.where(last < queries, 1, 0)
         else:
             count = whole
 

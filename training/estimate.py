@@ -11,8 +11,8 @@ Memory of one GPU. Each holds the whole model, so more of them save none:
 
     weights      4 P          P parameters in float32; frozen matrices 2 in bfloat16, 0.516 in NF4,
                               1 in int8
-    copies       2 P_m        in bfloat16, of the P_m in matrices that train: autocast makes them
-                              and keeps them
+    copies       2 P_m        bfloat16 copies of the P_m in matrices that train: autocast makes
+                              them and keeps them
     gradients    4 P_t        of the P_t that train; AdamW's two moments: 8 P_t
     activations  per token and block of width D: 2 for each input and output of each matrix, 16 D
                  for norms and the float32 residual stream. Kept by every block that backward
@@ -66,8 +66,10 @@ BYTES = {"qlora-nf4": 0.516, "qlora-int8": 1}
 
 @dataclass(frozen=True)
 class GPU:
+    """What a datasheet says of a GPU."""
+
     memory: int  # GB
-    peak: float  # operations per second in bfloat16, as the datasheet says
+    peak: float  # operations per second in bfloat16, without sparsity
 
 
 GPUS = {
@@ -102,15 +104,19 @@ class Memory:
 
     @property
     def by_kind(self) -> dict[str, float]:
+        """The bytes by the names of the fields."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def total(self) -> float:
+        """All bytes together."""
         return sum(self.by_kind.values())
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """What a stage costs."""
+
     memory: Memory  # of one GPU
     operations: float  # on one row, forward and backward
 
@@ -124,6 +130,7 @@ class Cost:
     inside: float  # bytes of one block while it is computed
 
     def times(self, n: float) -> Cost:
+        """Return the cost of `n` such sequences."""
         return Cost(self.operations * n, self.kept * n, self.inside * n)
 
 
@@ -140,18 +147,25 @@ def mean_row(rows: Rows | Mixture | None, template: str, views: Tiling) -> Row:
         picture = shapes["image"]
         return Row(picture.views, views.positions(picture), TEXT, TEXT * ANSWERS)
 
-    seen = positions = 0
-    asked = said = 0.0
-    picked = range(0, len(rows), math.ceil(len(rows) / 200))
+    # The sums over evenly spaced rows.
+    seen = 0  # views
+    positions = 0
+    asked = 0.0  # tokens of the questions
+    said = 0.0  # tokens of the answers
+    step = math.ceil(len(rows) / 200)
+    picked = range(0, len(rows), step)
     for i in picked:
         row = rows[i]
         kind, names = media_names(row, "")
-        seen += len(names) * shapes[kind].views
-        positions += len(names) * views.positions(shapes[kind])
+        shape = shapes[kind]
+        seen += len(names) * shape.views
+        positions += len(names) * views.positions(shape)
 
-        asked_here = said_here = 0.0
+        asked_here = 0.0
+        said_here = 0.0
         for turn in row["conversations"]:
-            tokens = len(turn["value"].replace("<image>", "").strip()) / CHARACTERS
+            text = turn["value"].replace("<image>", "").strip()
+            tokens = len(text) / CHARACTERS
             if turn["from"] == "gpt":
                 said_here += tokens
             elif template != "pretrain":  # that template leaves the questions out
@@ -160,7 +174,12 @@ def mean_row(rows: Rows | Mixture | None, template: str, views: Tiling) -> Row:
         said += said_here
 
     n = len(picked)
-    return Row(seen / n, positions / n, (asked + said) / n, said / n)
+    return Row(
+        views=seen / n,
+        positions=positions / n,
+        text=(asked + said) / n,
+        supervised=said / n,
+    )
 
 
 # ------------------------------------------------------------------------------- what a part costs
@@ -192,6 +211,7 @@ def cost(
     heads: the sum over the blocks of heads * head width. upstream: whether something before the
     part trains. recompute: gradient checkpointing.
     """
+    # What backward goes through: the parameters, and for each block whether it does.
     passed = parameters_in_backward(part, upstream)
     in_backward = [not passed.isdisjoint(block.parameters()) for block in blocks]
 
@@ -215,8 +235,10 @@ def cost(
     attention = 4 * tokens**2 * heads
     if causal:
         attention /= 2
-    share_in_backward = sum(in_backward) / max(1, len(in_backward))
-    backward = 3.5 if recompute else 2.5
+    share_in_backward = in_backward.count(True) / max(1, len(in_backward))
+    backward = 2.5
+    if recompute:
+        backward += 1
     attention *= 1 + backward * share_in_backward
 
     # Activations: 16 D for norms and the residual stream, 2 bytes for all that enters and leaves a
@@ -225,40 +247,70 @@ def cost(
     for block in blocks:
         sides = sum(sum(p.shape) for p in block.parameters() if p.dim() > 1)
         inside.append(tokens * (16 * width + 2 * sides))
+
+    # Recomputed blocks keep only their input, in float32.
     kept = 0
     for size, keeps in zip(inside, in_backward, strict=True):
-        if keeps:
-            kept += 4 * width * tokens if recompute else size
-    return Cost(tokens * per_token + attention, kept, max(inside, default=0))
+        if keeps and recompute:
+            kept += 4 * width * tokens
+        elif keeps:
+            kept += size
+
+    operations = tokens * per_token + attention
+    return Cost(operations, kept, max(inside, default=0))
 
 
 def _part_costs(model: LLaVA, row: Row, tokens: float, recompute: bool) -> list[Cost]:
     """Return the cost of each encoder, the connector and the language model for one row."""
-    lm, tower, connector = model.language_model, model.vision_tower, model.connector
+    lm = model.language_model
+    tower = model.vision_tower
+    connector = model.connector
     width = lm.lm_head.weight.size(1)
-    tower_trains = any(p.requires_grad for p in tower.parameters())
-    connector_trains = any(p.requires_grad for p in connector.parameters())
 
     # A mixture of features has two encoders, which make as many tokens of the same views.
     costs = []
-    n = 0
+    view_tokens = 0
     for encoder in tower.modules():
-        if isinstance(encoder, VisionEncoder):
-            n = encoder.config.tokens("cls_patch")
-            c = encoder.config.width
-            heads = c * len(encoder.blocks)
-            a_view = cost(encoder, encoder.blocks, c, heads, n, False, recompute)
-            costs.append(a_view.times(row.views))
+        if not isinstance(encoder, VisionEncoder):
+            continue
+        view_tokens = encoder.config.tokens("cls_patch")
+        a_view = cost(
+            encoder,
+            encoder.blocks,
+            width=encoder.config.width,
+            heads=encoder.config.width * len(encoder.blocks),
+            tokens=view_tokens,
+            upstream=False,
+            recompute=recompute,
+        )
+        costs.append(a_view.times(row.views))
 
     # The connector is one block without attention. It is never recomputed.
-    a_view = cost(connector, [connector], width, 0, n, tower_trains, False)
+    tower_trains = any(p.requires_grad for p in tower.parameters())
+    a_view = cost(
+        connector,
+        [connector],
+        width=width,
+        heads=0,
+        tokens=view_tokens,
+        upstream=tower_trains,
+        recompute=False,
+    )
     costs.append(a_view.times(row.views))
 
-    features_train = tower_trains or connector_trains
-    heads = sum(layer.heads for layer in lm.config.layers) * lm.config.head_dim
-    costs.append(
-        cost(lm.model, lm.blocks, width, heads, tokens, features_train, recompute, causal=True)
+    connector_trains = any(p.requires_grad for p in connector.parameters())
+    heads = sum(layer.heads for layer in lm.config.layers)
+    a_row = cost(
+        lm.model,
+        lm.blocks,
+        width=width,
+        heads=heads * lm.config.head_dim,
+        tokens=tokens,
+        upstream=tower_trains or connector_trains,
+        recompute=recompute,
+        causal=True,
     )
+    costs.append(a_row)
     return costs
 
 
@@ -270,14 +322,18 @@ def estimate(model: LLaVA, stage: Stage, row: Row, recompute: bool) -> Estimate:
 
     recompute: gradient checkpointing.
     """
-    vocabulary, width = model.language_model.lm_head.weight.shape
     tokens = min(row.positions + row.text, stage.max_tokens)
     costs = _part_costs(model, row, tokens, recompute)
 
-    # The head: forward, the gradient of its input, and its own. It sees supervised tokens only.
-    passes = 3 if model.language_model.lm_head.weight.requires_grad else 2
-    head = 2 * vocabulary * width * row.supervised * passes
-    operations = head + sum(c.operations for c in costs)
+    # The head sees supervised tokens only: forward, the gradient of its input and, if it trains,
+    # its own.
+    head = model.language_model.lm_head.weight
+    vocabulary, width = head.shape
+    passes = 2
+    if head.requires_grad:
+        passes += 1
+    head_operations = 2 * vocabulary * width * row.supervised * passes
+    operations = head_operations + sum(c.operations for c in costs)
 
     # Rows of a micro-batch: at least one, at most those of the step.
     rows = stage.micro_batch_tokens // max(1, int(tokens))
@@ -304,20 +360,24 @@ def _weight_bytes(model: LLaVA, stage: Stage) -> float:
 
     Training keeps frozen linears in bfloat16, or quantized. Heads are never quantized.
     """
-    when_frozen = {}
+    when_frozen = {}  # a linear's weight -> bytes of one of its values
     for part, how in (
         (model.language_model, stage.tune.llm),
         (model.vision_tower, stage.tune.vision),
     ):
         for name, module in part.named_modules():
             if isinstance(module, nn.Linear):
-                is_head = name == "lm_head"
-                when_frozen[module.weight] = 2 if is_head else BYTES.get(how, 2)
+                bytes_per_value = 2
+                if name != "lm_head":
+                    bytes_per_value = BYTES.get(how, 2)
+                when_frozen[module.weight] = bytes_per_value
 
     size = 0
     for p in model.parameters():
-        per_value = 4 if p.requires_grad else when_frozen.get(p, 4)
-        size += p.numel() * per_value
+        bytes_per_value = 4
+        if not p.requires_grad:
+            bytes_per_value = when_frozen.get(p, 4)
+        size += p.numel() * bytes_per_value
     return size
 
 
@@ -338,13 +398,19 @@ def peak_share(model: LLaVA, stage: Stage, rows: Rows | Mixture, device: torch.d
 
     Tokens per second times this is the model FLOPs utilization, for which recomputation is no work.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peaks = [gpu.peak for model_name, gpu in GPUS.items() if model_name.split("-")[0] in name]
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+
+    # A100-40G and A100-80G have the same peak, so the name before the dash is enough.
+    peaks = [gpu.peak for key, gpu in GPUS.items() if key.split("-")[0] in name]
     if not peaks:
         return 0.0
+
     row = mean_row(rows, stage.template, model.views)
+    needs = estimate(model, stage, row, recompute=False)
     tokens = min(row.positions + row.text, stage.max_tokens)
-    return estimate(model, stage, row, recompute=False).operations / tokens / peaks[0]
+    return needs.operations / tokens / peaks[0]
 
 
 def hours(stage_rows: int, operations: float, gpu: GPU, gpus: int) -> float:

@@ -2,7 +2,8 @@
 
     finish(output, recipe)
 
-Both are made of log.jsonl and the recipe. The numbers of the card are the last ones of each stage.
+Both are made from log.jsonl and the recipe. `draw_losses` makes the picture; `card` makes the
+README, with the last numbers of each stage. run_log.py writes log.jsonl.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900")  # one per sta
 
 def finish(output: Path, recipe: Recipe):
     """Write loss.png and README.md into the folder of a finished model."""
-    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    text = (output / "log.jsonl").read_text()
+    log = [json.loads(line) for line in text.splitlines()]
     draw_losses(log, output / "loss.png")
     write_file(output / "README.md", card(recipe, log))
 
@@ -37,35 +39,50 @@ def draw_losses(log: list[dict], file: Path):
         return
     highest = max(row["loss"] for row in points)
 
-    # A stage begins, on the x axis, where the one before ended.
-    begins = {}
-    total = 0
-    for name in dict.fromkeys(row["stage"] for row in points):
-        begins[name] = total
-        total += max(row["step"] for row in points if row["stage"] == name)
-
-    def place(row: dict) -> tuple[float, float]:
-        x = (begins[row["stage"]] + row["step"]) / total
-        y = row["loss"] / highest
-        return EDGE + x * (WIDTH - 2 * EDGE), HEIGHT - EDGE - y * (HEIGHT - 2 * EDGE)
+    # How many steps each stage has, in the order of the stages.
+    steps_of: dict[str, int] = {}
+    for row in points:
+        name = row["stage"]
+        steps_of[name] = max(row["step"], steps_of.get(name, 0))
+    total = sum(steps_of.values())
 
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(image)
-    bottom, right = HEIGHT - EDGE, WIDTH - EDGE
+
+    # The axes. In a picture y counts from the top.
+    right = WIDTH - EDGE
+    bottom = HEIGHT - EDGE
     draw.line([(EDGE, EDGE), (EDGE, bottom), (right, bottom)], "black")
     draw.text((4, EDGE - 6), f"{highest:.2f}", "black")
     draw.text((4, bottom - 6), "0.00", "black")
     draw.text((right - 30, bottom + 6), f"{total} steps", "black")
 
-    for i, name in enumerate(begins):
+    def place(step: int, loss: float) -> tuple[float, float]:
+        """Return the pixel of a loss after so many steps of the run."""
+        x = EDGE + step / total * (right - EDGE)
+        y = bottom - loss / highest * (bottom - EDGE)
+        return x, y
+
+    # A stage begins, on the x axis, where the one before ended.
+    begin = 0
+    for i, (name, steps) in enumerate(steps_of.items()):
+        line = []
+        dots = []
+        for row in points:
+            if row["stage"] != name:
+                continue
+            pixel = place(begin + row["step"], row["loss"])
+            if row["event"] == "step":
+                line.append(pixel)
+            else:
+                dots.append(pixel)
+
         colour = COLOURS[i % len(COLOURS)]
-        of_stage = [row for row in points if row["stage"] == name]
-        draw.line([place(row) for row in of_stage if row["event"] == "step"], colour, 2)
-        for row in of_stage:
-            if row["event"] == "validation":
-                x, y = place(row)
-                draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        draw.line(line, colour, 2)
+        for x, y in dots:
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((EDGE + 10 + 160 * i, 14), f"{name} (dots: validation)", colour)
+        begin += steps
     write_file(file, lambda path: image.save(path, "PNG"))
 
 
@@ -74,15 +91,18 @@ def draw_losses(log: list[dict], file: Path):
 
 def card(recipe: Recipe, log: list[dict]) -> str:
     """Return README.md: what the model is made of, what it saw, how it scored, how to open it."""
-    lines = [f"# {Path(recipe.train.output).name}", ""]
-    lines += _parts(recipe.model)
-    lines += [
+    title = Path(recipe.train.output).name
+    lines = [
+        f"# {title}",
+        "",
+        *_parts(recipe.model),
         "",
         "| stage | data | trains | steps | loss | validation loss |",
         "|---|---|---|---|---|---|",
     ]
     for name, stage in recipe.stage.items():
-        lines.append(_stage_row(name, stage, [row for row in log if row["stage"] == name]))
+        log_of_stage = [row for row in log if row["stage"] == name]
+        lines.append(_stage_row(name, stage, log_of_stage))
     lines += [
         "",
         "`recipe.toml` is the whole recipe, `log.jsonl` and `loss.png` tell how it went.",
@@ -95,13 +115,20 @@ def card(recipe: Recipe, log: list[dict]) -> str:
 
 
 def _parts(model: Model) -> list[str]:
+    """Return the lines that say where the weights were from when training began."""
     if model.checkpoint:
         return [f"- all of {model.checkpoint}, trained on"]
-    llm = model.llm or f"random weights, {model.llm_config.get('model_type')}"
-    towers = [name for name in (model.vision, model.vision2) if name]
+
+    llm = model.llm
+    if not llm:
+        llm = f"random weights, {model.llm_config.get('model_type')}"
+
+    # A mixture of features has two encoders.
+    encoders = [name for name in (model.vision, model.vision2) if name]
+    vision = " + ".join(encoders) or "random weights"
     return [
         f"- language model: {llm}",
-        f"- vision encoder: {' + '.join(towers) or 'random weights'}",
+        f"- vision encoder: {vision}",
         f"- connector: {model.connector}",
     ]
 
@@ -113,10 +140,14 @@ def _stage_row(name: str, stage: Stage, log: list[dict]) -> str:
         if how != "frozen":
             trains.append(f"{part} {how}")
 
+    # A stage has one file of data, or a mixture of several with their weights.
     sources = [f"{source.data} x {source.weight}" for source in stage.mixture.values()]
     data = stage.data or ", ".join(sources)
 
-    steps, loss, validation_loss = 0, "-", "-"
+    # The log is in the order of time, so what is left are the last numbers.
+    steps = 0
+    loss = "-"
+    validation_loss = "-"
     for row in log:
         if row["event"] == "step":
             steps = row["step"]

@@ -1,10 +1,15 @@
 """The output folder of a run: who may write there, and what is there at the end.
 
-recipe.toml       the resolved recipe. The same command goes on; another recipe is refused.
-log.jsonl         every event (run_log.py)
-checkpoints/      to resume from; removed at the end (checkpoints/resume.py)
-PREEMPTED         only while the run is stopped
-config.json ...   the finished model; config.json is written last
+    recipe.toml          the resolved recipe. The same command goes on; another recipe is refused
+    log.jsonl            every event (run_log.py)
+    checkpoints/         to resume from; removed at the end (checkpoints/resume.py)
+    PREEMPTED            only while the run is stopped
+    config.json ...      the finished model; config.json is written last
+    README.md loss.png   how the model came about (model_card.py)
+    adapter/             a copy of the adapters, if the model has some (checkpoints/peft.py)
+    best/                with train.keep_best: the model of the lowest validation loss
+
+`claim` and `check_room` run before training, `export` after it.
 """
 
 from __future__ import annotations
@@ -35,11 +40,14 @@ def claim(recipe: Recipe, ranks: Ranks) -> bool:
     # A start that failed on a mistake of the recipe has written no log. It may be mended in place.
     has_begun = (output / "log.jsonl").exists()
     if has_begun and saved.exists() and saved.read_text() != text:
-        what = f"another recipe was trained here (now: {first_difference(saved.read_text(), text)})"
+        difference = first_difference(saved.read_text(), text)
+        what = f"another recipe was trained here (now: {difference})"
         raise UserError(saved, what, "set train.output, or remove the folder")
 
     if (output / "config.json").exists():
         return False
+
+    # No rank goes on before the recipe is there.
     if ranks.is_first:
         write_file(saved, text)
     ranks.barrier()
@@ -61,14 +69,16 @@ def check_room(model: LLaVA, recipe: Recipe):
     # A trained parameter takes 12 bytes: its value and two moments, in float32.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = 12 * trained
-    final = 4 * lora.count(model)
+    final = 4 * lora.count(model)  # float32, of quantized weights too
 
     # One more than are kept, because an old one goes only after the new one is whole.
     most = recipe.train.keep + 1
     if recipe.train.keep_best:
         most += 1
-    missing = max(1, most - len(seal.listed(output / "checkpoints")))
-    resume.need_room(output, checkpoint * missing + final, f"{missing} checkpoints and the model")
+    there = len(seal.listed(output / "checkpoints"))
+    missing = max(1, most - there)
+    size = checkpoint * missing + final
+    resume.need_room(output, size, f"{missing} checkpoints and the model")
 
 
 def export(recipe: Recipe, tensors: dict, output: Path):
@@ -87,6 +97,7 @@ def export(recipe: Recipe, tensors: dict, output: Path):
                 best_tensors, _ = resume.read(best)
                 _save_model(recipe, best_tensors, output / "best")
 
+        # The checkpoints go last: until then the run can still be finished by the same command.
         tokenizer.save(output)
         model_card.finish(output, recipe)
         _save_model(recipe, tensors, output)
@@ -95,7 +106,8 @@ def export(recipe: Recipe, tensors: dict, output: Path):
 
 def _save_model(recipe: Recipe, tensors: dict, folder: Path):
     """Write the model that a checkpoint makes. Its adapters are merged, and also kept apart."""
-    last_stage = list(recipe.stage.values())[-1]
+    stages = list(recipe.stage.values())
+    model = state.build(recipe, tensors, stages[-1])
     base = recipe.model.llm or recipe.model.checkpoint
-    model = state.build(recipe, tensors, last_stage)
-    peft.finish(model, folder, base).save(folder)
+    model = peft.finish(model, folder, base)
+    model.save(folder)

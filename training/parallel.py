@@ -98,8 +98,8 @@ class _Loss(nn.Module):
 class ParallelModel:
     """A model that all ranks train together.
 
-    With fsdp it replaces the parameters of `model` by shards, so an optimizer must be made after
-    it.
+    With fsdp it replaces the parameters of `model` by shards. So the optimizer must be made
+    afterwards.
     """
 
     def __init__(self, model: nn.Module, mode: str, ranks: Ranks):
@@ -107,15 +107,22 @@ class ParallelModel:
         self.ranks = ranks
         self.whole = _Loss(model)  # without DDP around it
         self.module: nn.Module = self.whole
+
         if mode == "ddp":
+            device_ids = None
+            if ranks.device.type == "cuda":
+                device_ids = [ranks.device]
             self.module = DistributedDataParallel(
                 self.whole,
-                device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+                device_ids=device_ids,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # they are quantized weights, which never change
             )
+
         elif mode == "fsdp":
             _gather_in_order(model)
+
+            # The blocks first: what is not sharded yet then goes with the whole.
             for block in model.language_model.blocks:
                 fully_shard(block)
             fully_shard(self.whole)
@@ -143,17 +150,19 @@ class ParallelModel:
         batches = iter(batches)
         while True:
             batch = next(batches, None)
-            ranks_with_one = self.ranks.total(0 if batch is None else 1)
-            if not ranks_with_one:
+            has_one = batch is not None
+            ranks_with_one = self.ranks.total(int(has_one))
+            if ranks_with_one == 0:
                 return
-            yield EMPTY if batch is None else batch
+            if batch is None:
+                batch = EMPTY
+            yield batch
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         """Return the context of one micro-batch. last: it is the last one of this rank in the step.
 
         With ddp, gradients travel once a step, with the last micro-batch. With fsdp they travel
-        with
-        each: to wait, a rank would have to keep the unsharded gradients, which do not fit.
+        with each one: to wait, a rank would have to keep the unsharded gradients, which do not fit.
         """
         if self.mode == "ddp" and not last:
             return self.module.no_sync()
@@ -161,12 +170,11 @@ class ParallelModel:
 
     @contextlib.contextmanager
     def forward_only(self) -> Iterator[nn.Module]:
-        """Validate in this context: no gradients, no dropout. It gives a module that returns a
-        loss.
+        """Validate in this context, without gradients and dropout. Yields a module of the loss.
 
-        Ranks may call that module, or parts of the model, each as often as it likes. So ddp, which
-        would count calls, is left out, and fsdp gathers what its blocks do not hold once, here. It
-        is sharded again at the end.
+        Each rank may call that module, or parts of the model, as often as it likes. So it is
+        without ddp, which would count the calls. With fsdp, what is not in the blocks is gathered
+        here, once, and sharded again at the end.
         """
         if self.mode == "fsdp":
             self.whole.unshard()
@@ -191,6 +199,7 @@ def _gather_in_order(model: nn.Module):
         if any(p.requires_grad for p in part.parameters()):
             features_train = True
 
+    # Detached, the embeddings are a leaf: their gradient is computed, and then dropped.
     def hook(_module, args: tuple) -> tuple:
         embeddings, *rest = args
         if features_train and torch.is_grad_enabled() and not embeddings.requires_grad:
@@ -205,12 +214,16 @@ def _gather_in_order(model: nn.Module):
 
 def whole(t: Tensor) -> Tensor:
     """Return the full tensor, gathered from all ranks if `t` is a shard. All ranks must call it."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    if isinstance(t, DTensor):
+        return t.full_tensor()
+    return t
 
 
 def local_part(t: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: its shard, or all of it."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    if isinstance(t, DTensor):
+        return t.to_local()
+    return t
 
 
 def shard_like(t: Tensor, p: Tensor) -> Tensor:
@@ -218,6 +231,8 @@ def shard_like(t: Tensor, p: Tensor) -> Tensor:
     t = t.to(p.device)
     if not isinstance(p, DTensor):
         return t
+
+    # No source rank: each rank cuts its shard from its own copy, and nothing is sent.
     return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
 
 

@@ -1,4 +1,4 @@
-"""What a recipe needs before it runs: its files, its parameters, its memory and hours.
+"""What a recipe needs before it runs: its files, parameters, memory and hours.
 
     python train.py --list                                      # all recipes and their scores
     python train.py RECIPE [section.key=value ...] --dry-run    # what this one would take
@@ -26,7 +26,7 @@ from model import LLaVA
 from training.estimate import GPUS, SHARE, estimate, hours, mean_row
 from training.ranks import print0
 
-# The benchmarks that recipes of pictures and of videos have published scores of.
+# The benchmarks whose published scores recipes state: those of pictures, and those of videos.
 BENCHMARKS = ("VQAv2", "GQA", "SQA-I", "TextVQA", "MM-Vet", "POPE", "MME", "MMMU")
 VIDEO = ("VideoMME", "MVBench", "LongVideoBench", "MLVU", "MMVU")
 
@@ -39,16 +39,21 @@ def print_recipes(folder: Path):
     columns = ("recipe", "llm", "vision", "trains")
     pictures = [(*columns, *BENCHMARKS)]
     videos = [(*columns, *VIDEO)]
+
     for file in sorted(folder.glob("*.toml")):
         recipe, _ = load([str(file)], file)
-        names_a_model = recipe.model.llm or recipe.model.llm_config or recipe.model.checkpoint
-        if not names_a_model:  # a base for others
+
+        # One that names no model is a base for other recipes.
+        model = recipe.model
+        if not (model.llm or model.llm_config or model.checkpoint):
             continue
+
         if recipe.published.keys() & set(VIDEO):
             videos.append(_recipe_row(file.stem, recipe, VIDEO))
         else:
             pictures.append(_recipe_row(file.stem, recipe, BENCHMARKS))
 
+    # A table of its heading alone is left out.
     for table in (pictures, videos):
         if len(table) > 1:
             _print_table(table)
@@ -57,19 +62,25 @@ def print_recipes(folder: Path):
 
 
 def _recipe_row(name: str, recipe: Recipe, benchmarks: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the cells of a recipe in the table of --list."""
     c = recipe.model
     if c.checkpoint:
-        llm, vision, vision2 = c.checkpoint, "", ""
+        llm = _short(c.checkpoint)
+        vision = ""
     else:
-        llm, vision, vision2 = c.llm or "random", c.vision or "random", c.vision2
+        llm = _short(c.llm or "random")
+        vision = _short(c.vision or "random")
+        if c.vision2:
+            vision += f" + {_short(c.vision2)}"
 
-    # Without the organization: the last part of an id or of a path.
-    towers = vision.split("/")[-1]
-    if vision2:
-        towers += f" + {vision2.split('/')[-1]}"
-    stages = " > ".join(_what_trains(stage) for stage in recipe.stage.values())
+    stages = [_what_trains(stage) for stage in recipe.stage.values()]
     scores = [str(recipe.published.get(benchmark, "-")) for benchmark in benchmarks]
-    return (name, llm.split("/")[-1], towers, stages, *scores)
+    return (name, llm, vision, " > ".join(stages), *scores)
+
+
+def _short(name: str) -> str:
+    """Return the last part of a Hugging Face id or of a path: a model without its organization."""
+    return name.split("/")[-1]
 
 
 def _what_trains(stage: Stage) -> str:
@@ -86,9 +97,12 @@ def _what_trains(stage: Stage) -> str:
 
 def _print_table(table: list[tuple[str, ...]]):
     """Print rows with each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = []
+    for column in zip(*table, strict=True):
+        widths.append(max(len(cell) for cell in column))
+
     for row in table:
-        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print0("  ".join(cells).rstrip())
 
 
@@ -116,6 +130,7 @@ def find_files(
     for name, stage in recipe.stage.items():
         found += _find_data(name, stage)
 
+    # Before its first run the demo has no data, and nothing is wrong with that.
     if demo_data and not demo_data.exists():
         for i, one in enumerate(found):
             if Path(one.value).is_relative_to(demo_data):
@@ -125,6 +140,7 @@ def find_files(
 
 def _find_models(c: Model, scratch: Path) -> tuple[list[Found], dict[str, Path | None]]:
     """Find the parts of the model that are loaded from files, and the tokenizer."""
+    # A part that the recipe describes by a table starts from random weights.
     parts = []
     if c.checkpoint:
         parts.append("checkpoint")
@@ -136,14 +152,18 @@ def _find_models(c: Model, scratch: Path) -> tuple[list[Found], dict[str, Path |
         if c.vision2:
             parts.append("vision2")
 
-    found, folders = [], {}
-    weight_files = ("*.safetensors", "*.bin") if c.allow_pickle else ("*.safetensors",)
+    weight_files = ["*.safetensors"]
+    if c.allow_pickle:
+        weight_files.append("*.bin")
+
+    found = []
+    folders = {}
     for part in parts:
         name = getattr(c, part)
         where, folders[part] = locate(name, weight_files, "config.json", scratch)
         found.append(Found(f"model.{part}", name, where))
 
-    vocabularies = ("tokenizer.json", "tokenizer.model")
+    vocabularies = ["tokenizer.json", "tokenizer.model"]
     where, _ = locate(c.text, vocabularies, "tokenizer_config.json", scratch)
     found.append(Found("model.tokenizer", c.text, where))
     return found, folders
@@ -151,31 +171,34 @@ def _find_models(c: Model, scratch: Path) -> tuple[list[Found], dict[str, Path |
 
 def _find_data(name: str, stage: Stage) -> list[Found]:
     """Find the data of a stage, or of each source of its mixture, and the held-out rows."""
-    paths = {}
-    if stage.validation:
-        paths["validation"] = stage.validation
+    # Where the data stands in the recipe: in the stage itself, or in each source of a mixture.
     sources = {"": stage}
     if stage.mixture:
         sources = {f"mixture.{key}.": source for key, source in stage.mixture.items()}
-    for prefix, source in sources.items():
-        paths[f"{prefix}data"] = source.data
-        paths[f"{prefix}images"] = source.images or str(Path(source.data).parent)
 
+    paths = {}
+    if stage.validation:
+        paths["validation"] = stage.validation
+    for prefix, source in sources.items():
+        beside_data = str(Path(source.data).parent)
+        paths[f"{prefix}data"] = source.data
+        paths[f"{prefix}images"] = source.images or beside_data
+
+    # A path may be a glob, which `files` expands.
     found = []
     for key, path in paths.items():
-        is_there = path and (Path(path).exists() or files(path))
-        found.append(Found(f"stage.{name}.{key}", path, "found" if is_there else "MISSING"))
+        where = "MISSING"
+        if path and (Path(path).exists() or files(path)):
+            where = "found"
+        found.append(Found(f"stage.{name}.{key}", path, where))
     return found
 
 
-def locate(
-    name: str, needs: tuple[str, ...], asked_for: str, scratch: Path
-) -> tuple[str, Path | None]:
-    """Find what a name stands for, as checkpoints.files.resolve would: a folder or a Hugging Face
-    id.
+def locate(name: str, needs: list[str], asked_for: str, scratch: Path) -> tuple[str, Path | None]:
+    """Find a folder or a Hugging Face id, as checkpoints.files.resolve would, without its weights.
 
-    needs: globs, of which one file must be there. asked_for: the file whose presence on the Hub
-    stands for the rest.
+    needs: globs; a file of one of them must be there. asked_for: the file whose presence on the Hub
+    stands for the rest. scratch: for what is fetched from there.
 
     Returns where it is, in words, and a folder with its JSON files; no folder if it is missing or
     if the Hub cannot be reached.
@@ -189,9 +212,12 @@ def locate(
         return f"MISSING: it has no {' or '.join(needs)}", folder
 
     looks_like_an_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not name:
+        return "MISSING: not set", None
     if not looks_like_an_id:
-        return "MISSING: no such folder" if name else "MISSING: not set", None
+        return "MISSING: no such folder", None
 
+    # The cache may hold the small files of a model and not its weights.
     cached = try_to_load_from_cache(name, asked_for)
     if isinstance(cached, str) and _has_one_of(Path(cached).parent, needs):
         folder = Path(cached).parent
@@ -199,8 +225,12 @@ def locate(
     return _ask_the_hub(name, asked_for, scratch / name)
 
 
-def _has_one_of(folder: Path, globs: tuple[str, ...]) -> bool:
-    return any(any(folder.glob(glob)) for glob in globs)
+def _has_one_of(folder: Path, globs: list[str]) -> bool:
+    """Say whether a folder has a file that one of the globs matches."""
+    for glob in globs:
+        if any(folder.glob(glob)):
+            return True
+    return False
 
 
 def _ask_the_hub(name: str, asked_for: str, folder: Path) -> tuple[str, Path | None]:
@@ -249,6 +279,8 @@ def dry_run(
         found, folders = find_files(recipe, Path(scratch), demo_data)
         for one in found:
             print0(f"  {one.key:<28}{one.value:<50} {one.where}")
+
+        # The model needs the config files of all its parts.
         if all(folders.values()):
             local = {part: str(folder) for part, folder in folders.items()}
             model_recipe = replace(recipe.model, **local)
@@ -270,18 +302,22 @@ def dry_run(
 
 def print_model(model: LLaVA, recipe: Recipe, set_trainable: Callable):
     """Print the sizes of a model, then what each stage takes."""
+    # The model is built without the blocks behind the feature layer, so they are not counted.
     sizes = [f"{name} {_count(part):,}" for name, part in model.named_children()]
     tokens = f"{model.image_tokens} tokens per image"
     print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
+
     for name, stage in recipe.stage.items():
         set_trainable(model, stage.tune)
         print_stage(name, stage, recipe, model)
-    arithmetic = "the arithmetic is at the top of plan.py"
-    print0(f"\nassumed: {SHARE:.0%} of the GPUs' peak in bfloat16; {arithmetic}")
+
+    assumed = f"{SHARE:.0%} of the GPUs' peak in bfloat16"
+    print0(f"\nassumed: {assumed}; the arithmetic is at the top of training/estimate.py")
 
 
 def print_stage(name: str, stage: Stage, recipe: Recipe, model: LLaVA):
     """Print what trains in a stage, its steps, a row of its data, and its memory and hours."""
+    # With data the rows and steps are counted, else they are assumed.
     sources = list(stage.mixture.values()) or [stage]
     rows = None
     steps = stage.steps
@@ -291,39 +327,51 @@ def print_stage(name: str, stage: Stage, recipe: Recipe, model: LLaVA):
     row = mean_row(rows, stage.template, model.views)
     needs = estimate(model, stage, row, recipe.train.gradient_checkpointing)
 
-    size = f"{steps} steps of {stage.global_batch} rows" if steps else "steps unknown: no data"
-    trained, all_parameters = _count(model, trained_only=True), _count(model)
-    print0(f"\nstage {name}: {size}; trains {trained:,} of {all_parameters:,} parameters")
-
-    pictures = f"{row.views:.2f} views of {row.positions:.0f} tokens"
-    text = f"{row.text:.0f} text tokens, {row.supervised:.0f} supervised"
-    source = f"data: {len(rows)} rows" if rows else "assumed: no data"
-    print0(f"  a row has {pictures}, {text} ({source})")
-
-    gigabytes = needs.memory.total / 1e9
-    by_kind = [f"{kind} {n / 1e9:.1f}" for kind, n in needs.memory.by_kind.items()]
-    print0(f"  GB per GPU, estimate: {gigabytes:.1f} = {' + '.join(by_kind)}")
-
-    # Without data the number of rows is not known, so the hours are for as many as this.
-    stage_rows = steps * stage.global_batch
-    per = ""
-    if not steps:
+    # Without steps the number of rows is not known, so the hours are for 100,000.
+    if steps:
+        size = f"{steps} steps of {stage.global_batch} rows"
+        stage_rows = steps * stage.global_batch
+        per = ""
+    else:
+        size = "steps unknown: no data"
         stage_rows = 100_000
         per = " per 100,000 rows"
+    trained = _count(model, trained_only=True)
+    total = _count(model)
+    print0(f"\nstage {name}: {size}; trains {trained:,} of {total:,} parameters")
+
+    views = f"{row.views:.2f} views of {row.positions:.0f} tokens"
+    text = f"{row.text:.0f} text tokens, {row.supervised:.0f} supervised"
+    source = "assumed: no data"
+    if rows:
+        source = f"data: {len(rows)} rows"
+    print0(f"  a row has {views}, {text} ({source})")
+
+    gigabytes = needs.memory.total / 1e9
+    kinds = [f"{kind} {n / 1e9:.1f}" for kind, n in needs.memory.by_kind.items()]
+    print0(f"  GB per GPU, estimate: {gigabytes:.1f} = {' + '.join(kinds)}")
+
     _print_cells(f"  hours{per}, estimate:", list(GPUS))
     for gpus in (1, 8):
         cells = []
         for gpu in GPUS.values():
-            fits = gigabytes <= gpu.memory
-            time = hours(stage_rows, needs.operations, gpu, gpus)
-            cells.append(f"{time:.2f}" if fits else "too small")
+            cell = "too small"
+            if gigabytes <= gpu.memory:
+                time = hours(stage_rows, needs.operations, gpu, gpus)
+                cell = f"{time:.2f}"
+            cells.append(cell)
         _print_cells(f"    on {gpus} of them", cells)
 
 
 def _print_cells(head: str, cells: list[str]):
+    """Print a row of the table of hours: its head, then a cell for each GPU."""
     print0(head.ljust(35), *(f"{cell:>10}" for cell in cells))
 
 
 def _count(module: nn.Module, trained_only: bool = False) -> int:
     """Return the number of a module's parameters."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+    total = 0
+    for p in module.parameters():
+        if p.requires_grad or not trained_only:
+            total += p.numel()
+    return total

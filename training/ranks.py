@@ -31,8 +31,8 @@ _store: dist.Store | None = None
 class Ranks:
     """The processes of a run, seen from one of them. All ranks must call each method together."""
 
-    rank: int  # this process: 0 to size - 1
-    size: int
+    rank: int  # the number of this process: 0 to size - 1
+    size: int  # how many there are
     device: torch.device  # of this process
 
     @classmethod
@@ -49,7 +49,11 @@ class Ranks:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
 
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cpu"
+            if torch.cuda.is_available():
+                device = "cuda"
+
+        # One GPU for each process of a machine.
         if device == "cuda":
             if local_rank >= torch.cuda.device_count():
                 what = f"no GPU {local_rank} on this machine"
@@ -67,14 +71,19 @@ class Ranks:
         """Start torch.distributed, and keep its store for `last_word`."""
         global _store
         _store, _, _ = next(dist.rendezvous("env://"))
-        on_gpus = self.device.type == "cuda"
+
+        backend = "gloo"
+        device_id = None
+        if self.device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            device_id = self.device
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+            backend,
             store=_store,
             rank=self.rank,
             world_size=self.size,
             timeout=timedelta(minutes=30),
-            device_id=self.device if on_gpus else None,
+            device_id=device_id,
         )
 
     @property
@@ -102,6 +111,8 @@ class Ranks:
         """Return rank 0's value on every rank. What the others pass is ignored."""
         if self.size == 1:
             return value
+
+        # torch replaces what is in the list.
         box = [value]
         dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
@@ -129,8 +140,7 @@ def print0(*text, **kwargs):
 
 @contextlib.contextmanager
 def last_word():
-    """Leave the process group at the end. If ranks fail, let only the first to fail print its
-    error.
+    """Leave the process group at the end; of ranks that fail, let only the first print its error.
 
     When one rank fails, the others fail a moment later because it no longer answers, each with a
     long traceback about its network connection. Those would bury the one line that matters.
@@ -143,16 +153,19 @@ def last_word():
         yield
         _leave_group()
     except BaseException as e:
+        # sys.exit(0), after --help or at the end of a run.
         exits_normally = isinstance(e, SystemExit) and not e.code
         if exits_normally:
             _leave_group()
             return
+
         if _failed_first():
             _say(e)
         os._exit(1)
 
 
 def _leave_group():
+    """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -176,9 +189,12 @@ def _say(e: BaseException):
         text = str(e)
     else:
         text = traceback.format_exc().strip()
+
+    # os._exit flushes nothing, so both streams are flushed here.
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
 
+    # torchrun names a file for the message of its summary.
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         with open(error_file, "w") as f:

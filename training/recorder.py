@@ -1,7 +1,10 @@
 """Where else the log goes: TensorBoard or Weights & Biases, both optional packages.
 
-recorder = Recorder("tensorboard", output, recipe)
-recorder.record(step, {"finetune/loss": 0.5})
+    recorder = Recorder("tensorboard", output, recipe)
+    recorder.record(step, {"finetune/loss": 0.5})
+
+`Recorder` is what training uses. A backend is a class with the same `record`; a new one is an entry
+of BACKENDS.
 """
 
 from __future__ import annotations
@@ -16,18 +19,23 @@ from training.ranks import print0
 
 
 class TensorBoard:
+    """TensorBoard's event files, in the folder tensorboard/ of the output."""
+
     def __init__(self, output: Path, recipe: Recipe):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(output / "tensorboard"))
 
     def record(self, step: int, numbers: dict[str, float]):
+        """Write the numbers of a step, to be seen at once."""
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
 
 class WeightsAndBiases:
+    """A run of Weights & Biases with the name of the output folder."""
+
     def __init__(self, output: Path, recipe: Recipe):
         import wandb
 
@@ -39,6 +47,7 @@ class WeightsAndBiases:
         )
 
     def record(self, step: int, numbers: dict[str, float]):
+        """Send the numbers of a step."""
         self.run.log(numbers, step=step)
 
 
@@ -48,8 +57,8 @@ BACKENDS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 class Recorder:
     """Sends numbers to the backend of train.log; kind "none" sends them nowhere.
 
-    Raises UserError if the backend is not installed. Anything else that fails there (no network, no
-    login) is said once, and training goes on without it: log.jsonl has everything.
+    Raises UserError if the backend is not installed. If anything else fails there (no network, no
+    login), one warning says so and training goes on without it: log.jsonl has everything.
     """
 
     def __init__(self, kind: str, output: Path, recipe: Recipe):
@@ -60,6 +69,7 @@ class Recorder:
                 self.backend = BACKENDS[kind](output, recipe)
 
     def record(self, step: int, numbers: dict[str, float]):
+        """Send the numbers of a step to the backend, if there is one that works."""
         if self.backend is None:
             return
         with self._failing_once():
@@ -67,6 +77,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _failing_once(self) -> Iterator[None]:
+        """Give the backend up when it fails in this context, and warn."""
         try:
             yield
         except ImportError:

@@ -6,8 +6,10 @@
     log.validation(step + 1, loss)
 
 log.jsonl has one JSON object a line, {"event": ..., "stage": ...}. An event is start, step,
-validation, answer, skipped or end. A run that resumes reads the file back (`forget_after`), and
-model_card.py draws it. Only rank 0 prints and writes.
+validation, answer, skipped or end. Only rank 0 prints and writes.
+
+`RunLog` is the log of one stage. A run that resumes drops what it will write again
+(`forget_after`), and model_card.py draws the file at the end.
 """
 
 from __future__ import annotations
@@ -82,18 +84,25 @@ class RunLog:
     def write(self, event: str, **values):
         """Append an event to log.jsonl."""
         if self.ranks.is_first:
-            line = json.dumps({"event": event, "stage": self.name, **values})
+            row = {"event": event, "stage": self.name, **values}
+            line = json.dumps(row)
             with resume.writing(self.file), open(self.file, "a") as f:
                 f.write(line + "\n")
 
     def _record(self, step: int, numbers: dict[str, float]):
-        if self.recorder is not None:
-            self.recorder.record(step, {f"{self.name}/{k}": v for k, v in numbers.items()})
+        """Pass numbers on to the recorder, under the name of the stage."""
+        if self.recorder is None:
+            return
+        named = {f"{self.name}/{key}": value for key, value in numbers.items()}
+        self.recorder.record(step, named)
 
     # ------------------------------------------------------------------------------ steps
 
     def step(self, step: int, loss: float, tokens: float, images: float, wait: float):
-        """Count one step: its loss, tokens and images on all ranks, the seconds of waiting."""
+        """Count one step: its loss, tokens and images on all ranks, and the seconds of waiting.
+
+        Steps count from 0 here and in `line`. What is written counts them from 1.
+        """
         if self.first_step is None:
             self.first_step = step
         self.window.steps += 1
@@ -134,15 +143,19 @@ class RunLog:
         }
         if self.peak_share:
             row["mfu"] = row["tokens_per_s"] * self.peak_share
-
         self.write("step", **row)
-        self._record(step + 1, {k: v for k, v in row.items() if isinstance(v, float)})
+
+        # The recorder takes plain numbers, not the tables of norms and changes.
+        numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+        self._record(step + 1, numbers)
+
         print0(self._progress(row))
         self._warn_of_parts_at_rest(step, row)
         self.window = Window(now)
 
     def _progress(self, row: dict) -> str:
         """Return the line that a person sees."""
+        # The mean time of a step since the stage began, or since the run was resumed in it.
         done = row["step"] - self.first_step
         left = self.steps - row["step"]
         eta = int(row["seconds"] / done * left)
@@ -168,6 +181,8 @@ class RunLog:
         """Return the most bytes that this process has used, of the GPU's memory if it has one."""
         if self.ranks.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
+
+        # Linux counts it in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     # ------------------------------------------------------------------ does every part move?
@@ -183,22 +198,29 @@ class RunLog:
         """Return copies of the first values of every trainable tensor, per part."""
         probed = {}
         for part, parameters in self.trainable.items():
-            local = [parallel.local_part(p.detach()) for p in parameters]
-            probed[part] = [t.flatten()[:PROBED].clone() for t in local]
+            values = []
+            for p in parameters:
+                local = parallel.local_part(p.detach())
+                values.append(local.flatten()[:PROBED].clone())
+            probed[part] = values
         return probed
 
     def _weight_change(self) -> dict[str, float]:
         """Return the relative change of each part's probed values since the stage began."""
         change = {}
         for part, values in self._probe().items():
-            moved = size = 0.0
+            moved = 0.0
+            size = 0.0
             for now, before in zip(values, self.probed_at_begin[part], strict=True):
                 moved += (now - before).square().sum().item()
                 size += before.square().sum().item()
+
+            # A part may begin as zeros, as LoRA's B does.
             change[part] = math.sqrt(moved / max(1e-30, size))
         return change
 
     def _warn_of_parts_at_rest(self, step: int, row: dict):
+        """Print a warning for each part that trains and has not changed at all."""
         # With warm-up the first step has rate 0, so nothing moves.
         if step == 0 or row["learning_rate"] == 0:
             return
@@ -213,12 +235,19 @@ class RunLog:
         """Report the loss on the held-out rows after `step` steps."""
         self.write("validation", step=step, loss=loss)
         self._record(step, {"validation": loss})
-        print0(f"{self.name} {step}/{self.steps}  validation loss {loss:.4f}")
+
+        head = f"{self.name} {step}/{self.steps}"
+        print0(f"{head}  validation loss {loss:.4f}")
 
     def answers(self, step: int, model: LLaVA, rows: Rows, spec: SampleSpec, count: int):
-        """Report the model's answers to the first questions of `count` rows, on all ranks."""
+        """Report the model's answers to the first questions of `count` rows.
+
+        All ranks must call it: with fsdp they compute together.
+        """
         for i in range(min(count, len(rows))):
-            question, wanted = (turn["value"] for turn in rows[i]["conversations"][:2])
+            turns = rows[i]["conversations"]
+            question = turns[0]["value"]
+            wanted = turns[1]["value"]
             said = answer_first_question(model, rows, i, spec)
             self.write(
                 "answer",
@@ -246,7 +275,12 @@ def answer_first_question(model: LLaVA, rows: Rows, i: int, spec: SampleSpec) ->
     items = items[: question.count(IMAGE)]
 
     texts = answer(
-        model, spec.tokenizer, [question], [items], template=spec.template, max_new_tokens=64
+        model,
+        spec.tokenizer,
+        [question],
+        [items],
+        template=spec.template,
+        max_new_tokens=64,
     )
     return texts[0]
 
@@ -254,20 +288,28 @@ def answer_first_question(model: LLaVA, rows: Rows, i: int, spec: SampleSpec) ->
 def forget_after(file: Path, stages: list[str], stage: int, step: int):
     """Drop the rows of log.jsonl that a resumed run writes again.
 
-    The run goes on after `step` steps of the stage with this index: of stages before, all rows
-    stay. The last line is dropped too if a kill cut it short.
+    stages: the names of all stages. stage: the index of the one in which the run goes on, after
+    `step` steps of it. Earlier stages keep all their rows. The last line is dropped too if a kill
+    cut it short.
     """
     if not file.exists():
         return
     kept = []
     for line in file.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
+        is_cut_short = not line.endswith("\n")
+        if is_cut_short:
             continue
+
         row = json.loads(line)
-        known = row["stage"] in stages
-        index = stages.index(row["stage"]) if known else len(stages)
-        is_earlier = index < stage
-        is_same = index == stage and row.get("step", 0) <= step
-        if is_earlier or (is_same and row["event"] not in ("start", "end")):
+        index = len(stages)
+        if row["stage"] in stages:
+            index = stages.index(row["stage"])
+
+        if index < stage:
             kept.append(line)
+        elif index == stage:
+            # The run writes start and end of this stage again.
+            is_done = row.get("step", 0) <= step
+            if is_done and row["event"] not in ("start", "end"):
+                kept.append(line)
     write_file(file, "".join(kept))

@@ -1,7 +1,9 @@
 """How a run hears that it should stop: SIGTERM or SIGINT, while a step must not be interrupted.
 
-signals.hold()              # once, before the first step
-if signals.heard(): ...     # between two steps: the names of those that have come
+    signals.hold()              # once, before the first step
+    if signals.heard(): ...     # between two steps: the names of those that have come
+
+torchrun sends SIGTERM to all ranks, a terminal's Ctrl-C sends SIGINT. train.py then saves.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import signal
 
 STOP = {signal.SIGTERM, signal.SIGINT}
-_delivered: list[str] = []
+_delivered: list[str] = []  # names of the signals that the handler was called for
 
 
 def hold():
@@ -22,16 +24,19 @@ def hold():
     Blocking holds for this thread and for threads that it starts later. A thread from before (of
     OpenMP, say) can still receive the signal. Python then runs the handler, which notes it.
     """
+    # The handler comes first, because a thread from before may get a signal at any moment.
     for number in STOP:
         signal.signal(number, _note)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
 
 
 def _note(number: int, _frame):
+    """Note a signal that some thread has received, as Python calls a handler."""
     _delivered.append(signal.Signals(number).name)
 
 
 def heard() -> list[str]:
     """Return the names of the signals that have come since `hold`, delivered or pending."""
-    pending = [signal.Signals(number).name for number in signal.sigpending() & STOP]
-    return _delivered + pending
+    pending = signal.sigpending() & STOP
+    names = [signal.Signals(number).name for number in pending]
+    return _delivered + names

@@ -4,8 +4,11 @@
     restore_moments(optimizer, model, tensors, step)
     tensors = snapshot(model, tensors, optimizer, ranks)    # what the next checkpoint holds
 
-A checkpoint's tensors are named KIND.PARAMETER; the kinds are weight, exp_avg and exp_avg_sq. It
-holds only what has been trained. All else comes from where the recipe says, unrounded.
+A checkpoint's tensors are named KIND.PARAMETER. The kinds are weight, exp_avg and exp_avg_sq. A
+checkpoint holds only what has been trained; all else is made again as the recipe says.
+
+checkpoints/resume.py writes and reads these tensors, output.py makes the finished model with
+`build`.
 """
 
 from __future__ import annotations
@@ -28,9 +31,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
 def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
     """Return the recipe's model, quantized as `stage` says, with the weights of a checkpoint.
 
-    Raises UserError if a weight does not fit.
+    tensors: of the checkpoint; {} at the start of a run. Raises UserError if a weight does not fit.
     """
-    stages = list(recipe.stage.values())
     quantized = {}  # the attribute of a part -> nf4 or int8
     for part, attribute in PARTS.items():
         how = getattr(stage.tune, part)
@@ -39,13 +41,22 @@ def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
 
     # A part that comes from a file is quantized while it is read, one tensor at a time. A part with
     # random weights is quantized afterwards.
-    load = {name: partial(lora.load_quantized, kind=kind) for name, kind in quantized.items()}
-    model = LLaVA.from_parts(recipe.model, stages[-1].template, recipe.train.seed, load)
-    for name, kind in quantized.items():
-        lora.quantize(getattr(model, name), kind)
+    load = {}
+    for attribute, kind in quantized.items():
+        load[attribute] = partial(lora.load_quantized, kind=kind)
 
-    model.language_model.model.gradient_checkpointing = recipe.train.gradient_checkpointing
-    model.vision_tower.gradient_checkpointing = recipe.train.gradient_checkpointing
+    # The finished model has the chat template of the last stage.
+    stages = list(recipe.stage.values())
+    template = stages[-1].template
+    model = LLaVA.from_parts(recipe.model, template, recipe.train.seed, load)
+    for attribute, kind in quantized.items():
+        lora.quantize(getattr(model, attribute), kind)
+
+    recompute = recipe.train.gradient_checkpointing
+    model.language_model.model.gradient_checkpointing = recompute
+    model.vision_tower.gradient_checkpointing = recompute
+
+    # Adapters come before the weights of the checkpoint, because it has theirs, too.
     peft.adapt(model, stages, PARTS)
 
     parameters = dict(model.named_parameters())
@@ -53,10 +64,11 @@ def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
         kind, _, name = key.partition(".")
         if kind != "weight":
             continue
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            what = f"{[*tensor.shape]} has no place in this model"
+        p = parameters.get(name)
+        if p is None or p.shape != tensor.shape:
+            what = f"{list(tensor.shape)} has no place in this model"
             raise UserError(f"checkpoint:{name}", what, "give its own recipe")
-        parameters[name].data.copy_(tensor)
+        p.data.copy_(tensor)
     return model
 
 
@@ -71,20 +83,22 @@ def snapshot(
     tensors: of the checkpoint that this stage began with. Weights that only an earlier stage
     trained are taken from it. optimizer: None leaves out the moments, at the end of a stage.
     """
-    made = {key: t for key, t in tensors.items() if key.startswith("weight.")}
+    snapshot = {key: t for key, t in tensors.items() if key.startswith("weight.")}
     for name, p in model.named_parameters():
-        of_parameter = {}
+        kinds = {}
         if p.requires_grad:
-            of_parameter["weight"] = p
+            kinds["weight"] = p
         if optimizer is not None and p in optimizer.state:
             for moment in MOMENTS:
-                of_parameter[moment] = optimizer.state[p][moment]
+                kinds[moment] = optimizer.state[p][moment]
 
-        for kind, t in of_parameter.items():
-            t = parallel.whole(t.detach())
+        # Gathering shards takes all ranks. Only the first one keeps what comes out, and copies it:
+        # training goes on while the checkpoint is written.
+        for kind, t in kinds.items():
+            gathered = parallel.whole(t.detach())
             if ranks.is_first:
-                made[f"{kind}.{name}"] = t.to("cpu", copy=True)
-    return made
+                snapshot[f"{kind}.{name}"] = gathered.to("cpu", copy=True)
+    return snapshot
 
 
 def restore_moments(
@@ -92,9 +106,13 @@ def restore_moments(
 ):
     """Give the optimizer the moments of a checkpoint that was saved after `step` steps."""
     for name, p in model.named_parameters():
+        # A checkpoint from the end of a stage has none: the next stage begins with a new optimizer.
         if f"exp_avg.{name}" not in tensors:
             continue
+
+        # AdamW corrects the bias of its moments by this number.
         state = {"step": torch.tensor(float(step), device=p.device)}
         for moment in MOMENTS:
-            state[moment] = parallel.shard_like(tensors[f"{moment}.{name}"], p)
+            saved = tensors[f"{moment}.{name}"]
+            state[moment] = parallel.shard_like(saved, p)
         optimizer.state[p] = state

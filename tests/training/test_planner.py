@@ -164,7 +164,7 @@ def test_dry_run_counts_parameters_steps_and_tokens(recipe, tmp_path):
     assert "0.50 views of 8 tokens, 40 text tokens, 40 supervised (data: 10 rows)" in first
     assert "0.50 views of 8 tokens, 60 text tokens, 40 supervised (data: 10 rows)" in second
     assert (
-        said.count("estimate") == 4
+        said.count("estimate:") == 4
         and "stage.finetune.validation" in said
         and "MISSING" not in said
     )

@@ -142,7 +142,7 @@ MUTATIONS = [
     Mutation("(i // count)", "(i // count * 0)", "few queries, grouped heads, scale"),
     Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
     Mutation("dq1 * scale, dq2 * scale", "dq1 * scale, dq2", "packed, empty samples"),
-    Mutation("diagonal + (last < queries)", "diagonal", "not causal"),
+    Mutation("diagonal + tl.where(last < queries, 1, 0)", "diagonal", "not causal"),
     Mutation(" - delta[None, :]", "", "packed, empty samples"),
     Mutation("delta += tl.sum(o2", "delta -= tl.sum(o2", "packed, empty samples"),
 ]
