@@ -9,8 +9,19 @@ import config
 from tests.tools.environment import ROOT, run
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ["train.py", "generate.py", "evaluate.py", "export.py", "report.py", "world.py", "moving.py", "data.py",
-           "templates.py", "serve.py", "visualize.py"]  # fmt: skip
+SCRIPTS = [
+    "train.py",
+    "generate.py",
+    "evaluate.py",
+    "export.py",
+    "report.py",
+    "world.py",
+    "moving.py",
+    "data.py",
+    "templates.py",
+    "serve.py",
+    "visualize.py",
+]
 LIMITS = {"model.py": 600, "encoders.py": 300, "connectors.py": 300, "train.py": 400}
 
 

@@ -1,4 +1,4 @@
-"""The training loop: equal to the reference's trajectory, to itself however it is split, and to itself killed."""
+"""The training loop: equal to the reference's, to itself however split, and to itself killed."""
 
 import dataclasses
 import json
@@ -29,12 +29,12 @@ from training import state
 from training.parallel import ParallelModel
 from training.ranks import Ranks
 
-# ------------------------------------------------------------------------------------------ against the reference
+# ---------------------------------------------------------------------------- against the reference
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_trajectory_of_the_reference(device):
-    """20 steps through make_optimizer, schedule and update: loss, gradient norm and rate of each, to 1e-4."""
+    """20 steps through make_optimizer, schedule and update: losses, norms and rates, to 1e-4."""
     golden = json.loads(shared("golden/trajectories.json").read_text())
     assert {t["tune"] for t in golden} == {"c", "cl", "clv"}
     for run_ in golden:
@@ -48,8 +48,13 @@ def test_trajectory_of_the_reference(device):
             llm="full" if "l" in run_["tune"] else "frozen",
             vision="partial:2" if "v" in run_["tune"] else "frozen",
         )
-        stage = Stage(tune=tune, learning_rate=run_["learning_rate"], weight_decay=run_["weight_decay"],
-                      warmup_ratio=run_["warmup_ratio"], max_grad_norm=run_["max_grad_norm"])  # fmt: skip
+        stage = Stage(
+            tune=tune,
+            learning_rate=run_["learning_rate"],
+            weight_decay=run_["weight_decay"],
+            warmup_ratio=run_["warmup_ratio"],
+            max_grad_norm=run_["max_grad_norm"],
+        )
         train.set_trainable(model, stage.tune)
         optimizer = train.make_optimizer(model, stage)
         for step in range(run_["steps"]):
@@ -84,7 +89,7 @@ def test_a_gpu_trains_as_the_cpu_does(recipe):  # noqa: F811
     assert weights["again"] == weights["cuda"] != weights["cpu"]
 
 
-# ------------------------------------------------------------------------------------------------- against itself
+# ----------------------------------------------------------------------------------- against itself
 
 
 def test_ranks_packing_and_accumulation_change_nothing(recipe):  # noqa: F811
@@ -172,7 +177,7 @@ def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recip
     assert (out / "model.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------------ what it trains
+# ----------------------------------------------------------------------------------- what it trains
 
 
 def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):  # noqa: F811
@@ -193,8 +198,12 @@ def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):  # noqa: 
         not k.startswith("vision_tower.") and ".layers.0." not in k and "embed" not in k
         for k in moved
     )
-    must = ("language_model.model.layers.1.mlp.up_proj.weight", "language_model.model.norm.weight",
-            "language_model.lm_head.weight", "connector.weight")  # fmt: skip
+    must = (
+        "language_model.model.layers.1.mlp.up_proj.weight",
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+        "connector.weight",
+    )
     assert set(must) <= moved
 
 
@@ -246,7 +255,7 @@ def test_bf16_learns(recipe):  # noqa: F811
     assert got == pytest.approx(want, rel=2e-2) and got != want
 
 
-# ---------------------------------------------------------------------------------------------------- its errors
+# --------------------------------------------------------------------------------------- its errors
 
 
 @pytest.mark.parametrize(
@@ -304,7 +313,7 @@ def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):  # noqa: F81
 
 
 def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: F811
-    """model.checkpoint and a mixture: what trains starts where the first run ended, its adapters too."""
+    """With model.checkpoint and a mixture: what trains starts where the first run ended."""
     file, first = recipe("first")
     run(
         "train.py",
@@ -315,11 +324,13 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: 
     )
     file = tmp_path / "more.toml"
     file.write_text(
-        f'[model]\ncheckpoint = "{first}"\n[train]\noutput = "{tmp_path}/more"\nprecision = "fp32"\nlog_every = 1\n'
+        f'[model]\ncheckpoint = "{first}"\n'
+        f'[train]\noutput = "{tmp_path}/more"\nprecision = "fp32"\nlog_every = 1\n'
         f'[stage.mine]\ntemplate = "plain"\nsteps = 3\nglobal_batch = 6\n'
         '[stage.mine.tune]\nllm = "lora"\nconnector = "frozen"\n'
         + "".join(
-            f'[stage.mine.mixture.{name}]\ndata = "{tiny_world}/{name}.json"\nimages = "{tiny_world}/images"\n'
+            f"[stage.mine.mixture.{name}]\n"
+            f'data = "{tiny_world}/{name}.json"\nimages = "{tiny_world}/images"\n'
             for name in ("finetune", "val")
         )
     )
@@ -339,10 +350,18 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: 
     assert (
         "error: model.checkpoint: it brings its own parts and image settings; fix: " in wrong.stderr
     )
-    # The recipe of the first run, from the adapters that it ended with: its merged model before any step.
+    # The first run's recipe, started from the adapters that run ended with, is its merged model
+    # before any step.
     file, _ = recipe("first")
-    own = config.load([str(file), "stage.finetune.tune.llm=lora", "stage.finetune.tune.vision=frozen",
-                       f"stage.finetune.lora.adapter={first}/adapter"], file)[0]  # fmt: skip
+    own = config.load(
+        [
+            str(file),
+            "stage.finetune.tune.llm=lora",
+            "stage.finetune.tune.vision=frozen",
+            f"stage.finetune.lora.adapter={first}/adapter",
+        ],
+        file,
+    )[0]
     stage = own.stage["finetune"]
     start = state.build(dataclasses.replace(own, stage={"finetune": stage}), {}, stage)
     assert all(a.options.r == 4 for a in lora.adapters(start).values())
@@ -354,10 +373,16 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: 
 
 
 def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):  # noqa: F811
-    """Shown at each validation; the last ones are those of the finished model. Validation leaves out dropout."""
+    """Shown at each validation, without dropout; the last ones are those of the finished model."""
     file, out = recipe("answers")
-    last = ("train.answers=3", "stage.finetune.validation_every=7", "stage.finetune.tune.llm=lora",
-            "stage.pretrain.tune.llm=frozen", "stage.finetune.lora.r=4", "stage.finetune.lora.dropout=0.5")  # fmt: skip
+    last = (
+        "train.answers=3",
+        "stage.finetune.validation_every=7",
+        "stage.finetune.tune.llm=lora",
+        "stage.pretrain.tune.llm=frozen",
+        "stage.finetune.lora.r=4",
+        "stage.finetune.lora.dropout=0.5",
+    )
     done = run("train.py", file, *last)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     said = [r for r in rows if r["event"] == "answer"]

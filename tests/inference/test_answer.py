@@ -24,14 +24,17 @@ class FakeModel:
         return torch.tensor(self.rows)
 
 
-@pytest.mark.parametrize("question, items, placed", [
-    ("What?", 0, "What?"),
-    ("What?", 1, "<image>\nWhat?"),
-    ("What?", 2, "<image>\n<image>\nWhat?"),
-    ("Is <image> red?", 1, "Is <image> red?"),
-    ("Is <image> red?", 2, "<image>\n<image>\nIs  red?"),
-    ("Is <image> red?", 0, "Is  red?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "question, items, placed",
+    [
+        ("What?", 0, "What?"),
+        ("What?", 1, "<image>\nWhat?"),
+        ("What?", 2, "<image>\n<image>\nWhat?"),
+        ("Is <image> red?", 1, "Is <image> red?"),
+        ("Is <image> red?", 2, "<image>\n<image>\nIs  red?"),
+        ("Is <image> red?", 0, "Is  red?"),
+    ],
+)
 def test_a_question_has_a_placeholder_for_each_item(question, items, placed):
     assert place_images(question, items) == placed
 

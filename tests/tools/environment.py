@@ -1,4 +1,4 @@
-"""What tests share: where the project and its reference data lie, whether there is a GPU, and how to run a script."""
+"""What tests share: where the project and its reference data lie, the GPU, how to run a script."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def shared(path: str) -> Path:
     """Return a file or folder of the reference data.
 
     One golden case lies in the repository, in tests/golden. The rest lies in ../shared, beside the
-    repository where it is developed; a test that asks for it is skipped where that folder is absent.
+    repository where it is developed. Where that folder is absent, tests that need it are skipped.
     """
     own = ROOT / "tests" / path
     if own.exists() and path != "golden":
@@ -30,7 +30,7 @@ def shared(path: str) -> Path:
 
 
 def run(*command, ok: bool = True, **env) -> subprocess.CompletedProcess:
-    """Run `python ...` in the repository root, without the GPU unless told so; a failure shows its output."""
+    """Run `python ...` in the repository root, without the GPU; a failure shows its output."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **env}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=env

@@ -1,6 +1,6 @@
 """MNIST's test set as LLaVA rows, and the score of a model on the rows that were held out.
 
-python tests/tools/mnist.py write out/mnist-data            # 9,000 rows to train, 1,000 held out, and their pictures
+python tests/tools/mnist.py write out/mnist-data            # 9,000 rows to train, 1,000 held out
 torchrun train.py tests/tools/mnist.toml
 python tests/tools/mnist.py score out/mnist out/mnist-data  # exact digit on the held-out rows
 """

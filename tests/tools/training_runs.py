@@ -1,4 +1,4 @@
-"""Runs of train.py for tests: a tiny world, a recipe for it, and ways to start, watch and read a run.
+"""Runs of train.py for tests: a tiny world, a recipe, and ways to start, watch and read a run.
 
 `recipe` and `tiny_world` are fixtures: a test file that uses them imports them by name.
 """
@@ -89,8 +89,9 @@ def recipe(tiny_world, tmp_path):
 
 
 def torchrun(ranks: int, *arguments):
-    return run("-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", 29000 + os.getpid() % 2000,
-               "train.py", *arguments)  # fmt: skip
+    port = 29000 + os.getpid() % 2000
+    start = ("-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", port)
+    return run(*start, "train.py", *arguments)
 
 
 def distributed(ranks: int, *arguments, ok=True):
@@ -129,7 +130,8 @@ def wait_for_steps(process: subprocess.Popen, out: Path, steps: int):
 
 def scripted(patch: str, *arguments, ok=False):
     """train.py with a few lines of Python run before it: what a test breaks."""
-    code = f"import sys; sys.argv = ['train.py', *{[*map(str, arguments)]!r}]; sys.path.insert(0, '.')\n{patch}\n"
+    argv = ["train.py", *map(str, arguments)]
+    code = f"import sys; sys.argv = {argv!r}; sys.path.insert(0, '.')\n{patch}\n"
     code += "import runpy; runpy.run_path('train.py', run_name='__main__')"
     return run("-c", code, ok=ok)
 

@@ -1,4 +1,4 @@
-"""A run that cannot be lost: killed anywhere, told to stop, out of disk, damaged on disk, sharded, or full of NaN."""
+"""A run that cannot be lost: killed, told to stop, out of disk, damaged, sharded, full of NaN."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ FULL = pytest.mark.full
 SHORT = ("stage.pretrain.steps=2", "stage.finetune.steps=4", "train.save_every=2")
 
 
-# ------------------------------------------------------------------------------------------------- a whole run
+# -------------------------------------------------------------------------------------- a whole run
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=FULL)])
@@ -95,9 +95,10 @@ def test_nan_stops_every_rank_before_the_update_and_names_the_rows(recipe, tmp_p
     file, out = recipe("nan")
     script = tmp_path / "nan.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + NAN.format(rows={17, 80})
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        + NAN.format(rows={17, 80})
         + f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-    )  # fmt: skip
+    )
     start = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
         if ranks > 1
@@ -239,11 +240,11 @@ def test_an_explicit_checkpoint_of_a_run(recipe):  # noqa: F811
     assert "train.resume=" in line and "has 5 bytes" in line
 
 
-# ------------------------------------------------------------------------------------------------- sharded runs
+# ------------------------------------------------------------------------------------- sharded runs
 
 
 def test_ddp_and_sharded_ranks_change_nothing(recipe):  # noqa: F811
-    """Text-only micro-batches beside those with pictures, other numbers of them per rank, 20 losses each."""
+    """Micro-batches with and without pictures, their number differs by rank, 20 losses each."""
     file, out = recipe("alone")
     run("train.py", file)
     want, model = losses(out), load_file(out / "model.safetensors")
@@ -260,7 +261,7 @@ def test_ddp_and_sharded_ranks_change_nothing(recipe):  # noqa: F811
 
 
 def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp_path):  # noqa: F811
-    """A rank may have tiles where another has a clip, or text alone: none waits for another, and losses are equal."""
+    """A rank has tiles where another has a clip, or text alone: none waits, and losses are equal."""
     rows = json.loads((tiny_world / "finetune.json").read_text())[:60]
     for row in rows[::3]:
         if name := row.pop("image", None):
@@ -273,10 +274,17 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
         if "image" in row:
             row["image"] = str(tiny_world / "images" / row["image"])
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    change = [f"stage.finetune.data={tmp_path}/rows.json", f"stage.finetune.images={tmp_path}",
-              "stage.finetune.validation=", "stage.finetune.micro_batch_tokens=60", "stage.finetune.steps=4",
-              "stage.pretrain.steps=2", "model.connector=mlp2x_gelu", "model.image_mode=anyres",
-              "model.frames=3"]  # fmt: skip
+    change = [
+        f"stage.finetune.data={tmp_path}/rows.json",
+        f"stage.finetune.images={tmp_path}",
+        "stage.finetune.validation=",
+        "stage.finetune.micro_batch_tokens=60",
+        "stage.finetune.steps=4",
+        "stage.pretrain.steps=2",
+        "model.connector=mlp2x_gelu",
+        "model.image_mode=anyres",
+        "model.frames=3",
+    ]
     file, out = recipe("alone")
     run("train.py", file, *change)
     want = losses(out)
@@ -305,7 +313,7 @@ def test_none_is_refused_on_several_ranks():
     assert parallel.choose_mode("fsdp", model, alone) == "none"
 
 
-# ---------------------------------------------------------------------------------------------------- watching
+# ----------------------------------------------------------------------------------------- watching
 
 
 def test_a_finished_folder_tells_how_it_went(recipe):  # noqa: F811
@@ -350,7 +358,7 @@ def test_a_recorder_that_fails_is_said_once_and_a_missing_one_is_an_error(
     assert Recorder("none", tmp_path, config.Recipe()).record(1, {}) is None
 
 
-# ---------------------------------------------------------------------------- the long matrices: make test-full
+# ---------------------------------------------------------------- the long matrices: make test-full
 
 # Runs of train.main in forked children: a second each, not ten. `launch` starts one per rank and returns their exit
 # codes; `before` is called in each child, to break something or to watch.
