@@ -65,7 +65,7 @@ def imported(source: str) -> set[str]:
 
 
 def climbs(name: str, source: str) -> list[str]:
-    """Return a line for each import of the module `name` that leaves its wing and goes up."""
+    """Return a line for each import that neither stays in the wing of `name` nor goes down."""
     own = FLOOR_OF[place(name)]
     wing = name.split(".")[0]
     wrong = []

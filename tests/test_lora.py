@@ -362,7 +362,7 @@ def test_parts_of_a_llava():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["", "nf4", "int8"])
 def test_what_trains_is_enough_to_resume(kind, how):
-    """train.py keeps the parameters that require gradients; a start puts them on the base."""
+    """train.py keeps the parameters that require gradients; a new start puts them on the base."""
 
     def fresh():
         lm = small()
@@ -385,7 +385,7 @@ def test_what_trains_is_enough_to_resume(kind, how):
 
 
 def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
-    """tune.llm = "lora": plain linears of which only the adapted ones moved, beside PEFT's files."""
+    """tune.llm = "lora": plain linears, only the adapted ones moved, and PEFT's files."""
     world.write(tmp_path / "world", scenes=60)
     file, out = tmp_path / "r.toml", tmp_path / "out"
     file.write_text(RECIPE.format(world=tmp_path / "world", out=out))
