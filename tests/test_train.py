@@ -24,7 +24,7 @@ from inputs.templates import encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import DEVICES, GPU, ROOT, run, shared
-from tests.tools.training_runs import losses, losses_so_far, recipe, tiny_world, torchrun  # noqa: F401
+from tests.tools.training_runs import losses, losses_so_far, torchrun
 from training import state
 from training.parallel import ParallelModel
 from training.ranks import Ranks
@@ -70,7 +70,7 @@ def test_trajectory_of_the_reference(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no GPU")
-def test_a_gpu_trains_as_the_cpu_does(recipe):  # noqa: F811
+def test_a_gpu_trains_as_the_cpu_does(recipe):
     """In float32 to rounding, compiled too, and again with the same bits; nearly so in bfloat16."""
     ways = {
         "cpu": ["device=cpu"],
@@ -92,7 +92,7 @@ def test_a_gpu_trains_as_the_cpu_does(recipe):  # noqa: F811
 # ----------------------------------------------------------------------------------- against itself
 
 
-def test_ranks_packing_and_accumulation_change_nothing(recipe):  # noqa: F811
+def test_ranks_packing_and_accumulation_change_nothing(recipe):
     file, out = recipe("one")
     run("train.py", file)
     want = losses(out)
@@ -112,7 +112,7 @@ def test_ranks_packing_and_accumulation_change_nothing(recipe):  # noqa: F811
     assert losses(out) == pytest.approx(want, rel=1e-5)
 
 
-def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):  # noqa: F811
+def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
     file, out = recipe("whole")
     run("train.py", file)
     whole = (out / "model.safetensors").read_bytes()
@@ -136,7 +136,7 @@ def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
         assert not (out / "checkpoints").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over(recipe):  # noqa: F811
+def test_a_damaged_checkpoint_is_passed_over(recipe):
     file, out = recipe("damaged")
     run("train.py", file)
     whole = (out / "model.safetensors").read_bytes()
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe):  # noqa: F811
     assert (out / "model.safetensors").read_bytes() == whole
 
 
-def test_finished_run_says_so_and_another_recipe_is_refused(recipe):  # noqa: F811
+def test_finished_run_says_so_and_another_recipe_is_refused(recipe):
     file, out = recipe("done")
     run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1")
     before = (out / "model.safetensors").stat().st_mtime_ns
@@ -169,7 +169,7 @@ def test_finished_run_says_so_and_another_recipe_is_refused(recipe):  # noqa: F8
     assert "another recipe" in run("train.py", file, ok=False).stderr
 
 
-def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recipe):  # noqa: F811
+def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recipe):
     file, out = recipe("mended")
     short = ("stage.pretrain.steps=1", "stage.finetune.steps=1")
     run("train.py", file, *short, "stage.pretrain.template=lama", ok=False)
@@ -180,7 +180,7 @@ def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recip
 # ----------------------------------------------------------------------------------- what it trains
 
 
-def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):  # noqa: F811
+def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):
     file, out = recipe("frozen")
     run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=3")
     short, out1 = recipe("first")
@@ -207,7 +207,7 @@ def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):  # noqa: 
     assert set(must) <= moved
 
 
-def test_a_part_that_does_not_move_is_reported(recipe):  # noqa: F811
+def test_a_part_that_does_not_move_is_reported(recipe):
     file, _ = recipe("still")
     said = run(
         "train.py", file, "stage.pretrain.rate.vision=1e-30", "stage.finetune.steps=1"
@@ -216,7 +216,7 @@ def test_a_part_that_does_not_move_is_reported(recipe):  # noqa: F811
     assert "tune.llm is trainable" not in said
 
 
-def test_log_holds_what_a_reader_wants(recipe):  # noqa: F811
+def test_log_holds_what_a_reader_wants(recipe):
     file, out = recipe("log")
     run("train.py", file)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -237,7 +237,7 @@ def test_log_holds_what_a_reader_wants(recipe):  # noqa: F811
     assert any(r["event"] == "validation" and r["stage"] == "finetune" for r in rows)
 
 
-def test_what_comes_out_opens(recipe):  # noqa: F811
+def test_what_comes_out_opens(recipe):
     file, out = recipe("opens")
     run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
     assert LLaVA.from_pretrained(out).config.template == "plain"
@@ -245,7 +245,7 @@ def test_what_comes_out_opens(recipe):  # noqa: F811
     assert again.stage["finetune"].tune.llm == "partial:1"
 
 
-def test_bf16_learns(recipe):  # noqa: F811
+def test_bf16_learns(recipe):
     file, out = recipe("bf16")
     run("train.py", file, "train.precision=bf16", "train.gradient_checkpointing=true")
     got = losses(out)
@@ -275,7 +275,7 @@ def test_bf16_learns(recipe):  # noqa: F811
         (["train.device=cuda"], "no GPU"),
     ],
 )
-def test_a_mistake_is_one_line(recipe, overrides, message):  # noqa: F811
+def test_a_mistake_is_one_line(recipe, overrides, message):
     file, out = recipe("wrong")
     done = run("train.py", file, *overrides, ok=False)
     last = done.stderr.strip().splitlines()
@@ -285,14 +285,14 @@ def test_a_mistake_is_one_line(recipe, overrides, message):  # noqa: F811
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '[{"id": 1'])
-def test_an_empty_or_broken_data_file_is_one_line(recipe, tmp_path, text):  # noqa: F811
+def test_an_empty_or_broken_data_file_is_one_line(recipe, tmp_path, text):
     file, _ = recipe("empty")
     (tmp_path / "rows.json").write_text(text)
     done = run("train.py", file, f"stage.pretrain.data={tmp_path / 'rows.json'}", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):  # noqa: F811
+def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):
     file, out = recipe("base")
     run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
     folder = tmp_path / "llm"
@@ -312,7 +312,7 @@ def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):  # noqa: F81
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: F811
+def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
     """With model.checkpoint and a mixture: what trains starts where the first run ended."""
     file, first = recipe("first")
     run(
@@ -372,7 +372,7 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: 
             assert torch.allclose(value, theirs[name], atol=1e-6), name
 
 
-def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):  # noqa: F811
+def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):
     """Shown at each validation, without dropout; the last ones are those of the finished model."""
     file, out = recipe("answers")
     last = (
@@ -413,7 +413,7 @@ def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world): 
 
 
 @pytest.mark.full
-def test_compiled_blocks_change_nothing(recipe):  # noqa: F811
+def test_compiled_blocks_change_nothing(recipe):
     """train.compile, with inductor: minutes of compiling on two cores."""
     one, out = recipe("compiled")
     short = ("stage.pretrain.steps=2", "stage.finetune.steps=4")

@@ -1,6 +1,6 @@
 """Runs of train.py for tests: a tiny world, a recipe, and ways to start, watch and read a run.
 
-`recipe` and `tiny_world` are fixtures: a test file that uses them imports them by name.
+`recipe` and `tiny_world` are fixtures. tests/conftest.py makes them known to every test.
 """
 
 import json
@@ -15,6 +15,9 @@ import pytest
 
 from demo import world as demo_world
 from tests.tools.environment import ROOT, run, run_warm
+
+# A run of a few steps in each stage, with a checkpoint or two.
+SHORT = ("stage.pretrain.steps=2", "stage.finetune.steps=4", "train.save_every=2")
 
 TRAIN = "import runpy; runpy.run_path('train.py', run_name='__main__')"
 RECIPE = """
