@@ -14,7 +14,7 @@ from tests.tools.environment import GPU  # noqa: E402
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before any test file imports the kernels
 
-from tests.tools.training_runs import recipe, tiny_world  # noqa: E402, F401
+from tests.tools.training_runs import recipe, tiny_world, whole_run  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True)

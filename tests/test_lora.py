@@ -469,6 +469,8 @@ def test_training_on_a_quantized_model(kind, tmp_path):
         "stage.finetune.lora.r=4",
         "stage.finetune.tune.vision=frozen",
         "stage.pretrain.tune.llm=frozen",
+        "stage.pretrain.steps=2",
+        "stage.finetune.steps=8",
     ]
     run("train.py", file, *own)
     out = tmp_path / "resumed"

@@ -33,39 +33,38 @@ from training.ranks import Ranks
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_trajectory_of_the_reference(device):
+@pytest.mark.parametrize("trained", ["c", "cl", "clv"])
+def test_trajectory_of_the_reference(trained, device):
     """20 steps through make_optimizer, schedule and update: losses, norms and rates, to 1e-4."""
     golden = json.loads(shared("golden/trajectories.json").read_text())
-    assert {t["tune"] for t in golden} == {"c", "cl", "clv"}
-    for run_ in golden:
-        folder = shared("golden") / run_["case"]
-        model, io = (
-            LLaVA.from_pretrained(folder, device=device),
-            load_file(folder / "io.safetensors", device),
+    assert {trajectory["tune"] for trajectory in golden} == {"c", "cl", "clv"}
+    (run_,) = [trajectory for trajectory in golden if trajectory["tune"] == trained]
+    folder = shared(f"golden/{run_['case']}")
+    model = LLaVA.from_pretrained(folder, device=device)
+    io = load_file(folder / "io.safetensors", device)
+    tune = Tune(
+        connector="full" if "c" in run_["tune"] else "frozen",
+        llm="full" if "l" in run_["tune"] else "frozen",
+        vision="partial:2" if "v" in run_["tune"] else "frozen",
+    )
+    stage = Stage(
+        tune=tune,
+        learning_rate=run_["learning_rate"],
+        weight_decay=run_["weight_decay"],
+        warmup_ratio=run_["warmup_ratio"],
+        max_grad_norm=run_["max_grad_norm"],
+    )
+    train.set_trainable(model, stage.tune)
+    optimizer = train.make_optimizer(model, stage)
+    for step in range(run_["steps"]):
+        loss = model(io["input_ids"], io["images"], io["attention_mask"], io["labels"]).loss
+        loss.backward()
+        norm = train.update(optimizer, stage, step, run_["steps"])
+        assert loss.item() == pytest.approx(run_["loss"][step], rel=1e-4)
+        assert norm == pytest.approx(run_["grad_norm"][step], rel=1e-4)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(
+            run_["lr"][step], rel=1e-9, abs=1e-15
         )
-        tune = Tune(
-            connector="full" if "c" in run_["tune"] else "frozen",
-            llm="full" if "l" in run_["tune"] else "frozen",
-            vision="partial:2" if "v" in run_["tune"] else "frozen",
-        )
-        stage = Stage(
-            tune=tune,
-            learning_rate=run_["learning_rate"],
-            weight_decay=run_["weight_decay"],
-            warmup_ratio=run_["warmup_ratio"],
-            max_grad_norm=run_["max_grad_norm"],
-        )
-        train.set_trainable(model, stage.tune)
-        optimizer = train.make_optimizer(model, stage)
-        for step in range(run_["steps"]):
-            loss = model(io["input_ids"], io["images"], io["attention_mask"], io["labels"]).loss
-            loss.backward()
-            norm = train.update(optimizer, stage, step, run_["steps"])
-            assert loss.item() == pytest.approx(run_["loss"][step], rel=1e-4)
-            assert norm == pytest.approx(run_["grad_norm"][step], rel=1e-4)
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(
-                run_["lr"][step], rel=1e-9, abs=1e-15
-            )
 
 
 @pytest.mark.gpu
@@ -92,10 +91,8 @@ def test_a_gpu_trains_as_the_cpu_does(recipe):
 # ----------------------------------------------------------------------------------- against itself
 
 
-def test_ranks_packing_and_accumulation_change_nothing(recipe):
-    file, out = recipe("one")
-    run("train.py", file)
-    want = losses(out)
+def test_ranks_packing_and_accumulation_change_nothing(recipe, whole_run):
+    want = losses(whole_run)
     assert len(want) == 20 and all(map(math.isfinite, want))
     assert want[5] < want[0]
     budgets = {"accumulate": 250, "unpacked": 0}  # three to six micro-batches a step, and twelve
@@ -112,10 +109,8 @@ def test_ranks_packing_and_accumulation_change_nothing(recipe):
     assert losses(out) == pytest.approx(want, rel=1e-5)
 
 
-def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
-    file, out = recipe("whole")
-    run("train.py", file)
-    whole = (out / "model.safetensors").read_bytes()
+def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe, whole_run):
+    whole = (whole_run / "model.safetensors").read_bytes()
     for when in (2, 9, 17):  # in the first stage before any checkpoint, in the second, near the end
         file, out = recipe(f"killed{when}")
         process = subprocess.Popen(
@@ -136,10 +131,8 @@ def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
         assert not (out / "checkpoints").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over(recipe):
-    file, out = recipe("damaged")
-    run("train.py", file)
-    whole = (out / "model.safetensors").read_bytes()
+def test_a_damaged_checkpoint_is_passed_over(recipe, whole_run):
+    whole = (whole_run / "model.safetensors").read_bytes()
     file, out = recipe("cut")
     process = subprocess.Popen(
         [sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL
@@ -216,10 +209,8 @@ def test_a_part_that_does_not_move_is_reported(recipe):
     assert "tune.llm is trainable" not in said
 
 
-def test_log_holds_what_a_reader_wants(recipe):
-    file, out = recipe("log")
-    run("train.py", file)
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def test_log_holds_what_a_reader_wants(whole_run):
+    rows = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
     assert [r["event"] for r in rows if r["event"] in ("start", "end")] == ["start", "end"] * 2
     step = next(r for r in rows if r["event"] == "step" and r["stage"] == "finetune")
     assert {
@@ -237,21 +228,16 @@ def test_log_holds_what_a_reader_wants(recipe):
     assert any(r["event"] == "validation" and r["stage"] == "finetune" for r in rows)
 
 
-def test_what_comes_out_opens(recipe):
-    file, out = recipe("opens")
-    run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
-    assert LLaVA.from_pretrained(out).config.template == "plain"
-    again, _ = config.load([str(out / "recipe.toml")], file)
+def test_what_comes_out_opens(whole_run):
+    assert LLaVA.from_pretrained(whole_run).config.template == "plain"
+    again, _ = config.load([str(whole_run / "recipe.toml")], "")
     assert again.stage["finetune"].tune.llm == "partial:1"
 
 
-def test_bf16_learns(recipe):
+def test_bf16_learns(recipe, whole_run):
     file, out = recipe("bf16")
     run("train.py", file, "train.precision=bf16", "train.gradient_checkpointing=true")
-    got = losses(out)
-    file, out = recipe("fp32")
-    run("train.py", file)
-    want = losses(out)
+    got, want = losses(out), losses(whole_run)
     assert got == pytest.approx(want, rel=2e-2) and got != want
 
 
@@ -292,19 +278,17 @@ def test_an_empty_or_broken_data_file_is_one_line(recipe, tmp_path, text):
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):
-    file, out = recipe("base")
-    run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
+def test_a_weight_of_the_wrong_shape_is_one_line(recipe, whole_run, tmp_path):
     folder = tmp_path / "llm"
     folder.mkdir()
-    state = load_file(out / "model.safetensors")
+    state = load_file(whole_run / "model.safetensors")
     prefix = "language_model."
     from safetensors.torch import save_file
 
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 31)
     save_file(state, folder / "model.safetensors")
-    text = json.loads((out / "config.json").read_text())["text_config"]
+    text = json.loads((whole_run / "config.json").read_text())["text_config"]
     (folder / "config.json").write_text(json.dumps(text))
     file, _ = recipe("shape")
     done = run("train.py", file, f"model.llm={folder}", "model.llm_config={}", ok=False)

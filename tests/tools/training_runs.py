@@ -1,6 +1,7 @@
 """Runs of train.py for tests: a tiny world, a recipe, and ways to start, watch and read a run.
 
-`recipe` and `tiny_world` are fixtures. tests/conftest.py makes them known to every test.
+`recipe`, `whole_run` and `tiny_world` are fixtures, which tests/conftest.py makes known to
+every test.
 """
 
 import json
@@ -80,6 +81,16 @@ def tiny_world(tmp_path_factory):
         row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>\n", "")
     rows.write_text(json.dumps(table))
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_world, tmp_path_factory):
+    """Return the output folder of the recipe as it is: 20 steps on one rank, never disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    file, out = folder / "whole.toml", folder / "whole"
+    file.write_text(RECIPE.format(world=tiny_world, out=out))
+    run("train.py", file)
+    return out
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.tools.environment import ROOT, run
+from tests.tools.environment import ROOT
 from tests.tools.training_runs import losses
 
 FULL = pytest.mark.full
@@ -24,7 +24,7 @@ def test_matrix(recipe, tmp_path, matrix):
 
 
 @FULL
-def test_two_nodes_train_one_model(recipe):
+def test_two_nodes_train_one_model(recipe, whole_run):
     file, out = recipe("nodes")
     where = [
         "--nnodes=2",
@@ -38,6 +38,4 @@ def test_two_nodes_train_one_model(recipe):
         for i in range(2)
     ]
     assert [process.wait() for process in started] == [0, 0]
-    file, alone = recipe("alone")
-    run("train.py", file)
-    assert losses(out) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(out) == pytest.approx(losses(whole_run), rel=1e-5)

@@ -16,11 +16,9 @@ from training import parallel, state
 from training.ranks import Ranks
 
 
-def test_ddp_and_sharded_ranks_change_nothing(recipe):
+def test_ddp_and_sharded_ranks_change_nothing(recipe, whole_run):
     """Micro-batches with and without pictures, their number differs by rank, 20 losses each."""
-    file, out = recipe("alone")
-    run("train.py", file)
-    want, model = losses(out), load_file(out / "model.safetensors")
+    want, model = losses(whole_run), load_file(whole_run / "model.safetensors")
     for mode in ("ddp", "fsdp"):
         file, out = recipe(mode)
         said = on_ranks(
