@@ -1,12 +1,11 @@
-"""Before any test: one thread, no GPU unless a test asks for it, and the long tests only when they are asked for."""
+"""Before any test: one thread, no GPU unless a test asks for it, long tests only when asked for."""
 
 import os
 
 import pytest
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # for these sizes threads only wait for each other; scripts inherit it
+# For these sizes threads only wait for each other. Scripts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
@@ -15,10 +14,12 @@ from tests.tools.environment import GPU  # noqa: E402
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before any test file imports the kernels
 
+from tests.tools.training_runs import recipe, tiny_world, whole_run  # noqa: E402, F401
+
 
 @pytest.fixture(autouse=True)
 def only_when_asked(request):
-    """The long ones run with `make test-full`, that is pytest -m full."""
+    """Skip the long ones unless `make test-full`, that is pytest -m full, asks for them."""
     if request.node.get_closest_marker("full") and "full" not in request.config.getoption(
         "markexpr"
     ):
@@ -27,7 +28,7 @@ def only_when_asked(request):
 
 @pytest.fixture(autouse=True)
 def hidden_gpu(request, monkeypatch):
-    """Only tests that are marked see it: the others compare numbers of the CPU, or have more ranks than it has room."""
+    """Hide the GPU from tests without its mark, which compare numbers of the CPU or need ranks."""
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -74,7 +74,7 @@ def test_a_wrong_file(file, tmp_path):
         config.load([str(tmp_path / "none.toml")], file)
 
 
-# ----------------------------------------------------------------------------------------------------- bases
+# -------------------------------------------------------------------------------------------- bases
 
 
 def write(folder, **files):
@@ -85,7 +85,11 @@ def write(folder, **files):
 
 def test_a_recipe_is_laid_over_its_base(tmp_path):
     (tmp_path / "deep").mkdir()
-    ground = "[train]\nworkers = 7\nseed = 1\n[stage.one]\ntune = { llm = 'full' }\nsteps = 3\n[stage.two]\n"
+    ground = (
+        "[train]\nworkers = 7\nseed = 1\n"
+        "[stage.one]\ntune = { llm = 'full' }\nsteps = 3\n"
+        "[stage.two]\n"
+    )
     middle = "base = '../ground.toml'\n[stage.one]\ntune = { vision = 'partial:2' }\n"
     top = "base = 'middle.toml'\n[train]\nseed = 2\n[stage.three]\n[published]\nGQA = 5\n"
     write(tmp_path, ground=ground)
@@ -148,14 +152,20 @@ def test_what_is_saved_is_resolved_and_says_nothing_that_a_run_does_not_depend_o
     assert config.load([over], "x")[0].published == {"GQA": 5.5}
 
 
-# --------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 GROUND = {"base", "share", "video"}  # what the others are laid over
 TEMPLATE = {
-    "phi2": "phi", "stablelm": "phi", "tinyllama": "llama", "openelm": "llama", "gemma": "gemma", "qwen2": "qwen2_base",
-    "qwen2.5-0.5b": "qwen2_base", "qwen2.5-3b": "qwen2_base",
-}  # fmt: skip
+    "phi2": "phi",
+    "stablelm": "phi",
+    "tinyllama": "llama",
+    "openelm": "llama",
+    "gemma": "gemma",
+    "qwen2": "qwen2_base",
+    "qwen2.5-0.5b": "qwen2_base",
+    "qwen2.5-3b": "qwen2_base",
+}
 
 
 def flat(table: dict, path: str = "") -> dict:
@@ -216,15 +226,18 @@ def test_a_recipe_is_whole(file):
 @pytest.mark.parametrize(
     "row, recipe, stage",
     [
-        ("base pretrain", "phi2-siglip-base", "pretrain"), ("base finetune", "phi2-siglip-base", "finetune"),
+        ("base pretrain", "phi2-siglip-base", "pretrain"),
+        ("base finetune", "phi2-siglip-base", "finetune"),
         ("share 1", "phi2-siglip-share-factory", "pretrain"),
         ("share 2 (Factory)", "phi2-siglip-share-factory", "caption"),
         ("share 2 (paper / Bench)", "phi2-siglip-share-paper", "caption"),
-        ("share 3", "phi2-siglip-share-factory", "finetune"), ("share 3", "phi2-siglip-share-paper", "finetune"),
-        ("lora finetune", "phi2-siglip-lora", "finetune"), ("qlora finetune", "phi2-siglip-qlora", "finetune"),
+        ("share 3", "phi2-siglip-share-factory", "finetune"),
+        ("share 3", "phi2-siglip-share-paper", "finetune"),
+        ("lora finetune", "phi2-siglip-lora", "finetune"),
+        ("qlora finetune", "phi2-siglip-qlora", "finetune"),
         ("custom lora", "custom-lora", "mine"),
     ],
-)  # fmt: skip
+)
 def test_stages_are_as_the_original_has_them(row, recipe, stage):
     found = {r[0]: r[1:] for r in facts(1)}[row]
     what, rate, batch, tokens, template, data = found
@@ -249,9 +262,15 @@ def test_stages_are_as_the_original_has_them(row, recipe, stage):
 
 def test_published_scores_are_those_of_the_facts():
     llms = {
-        "OpenELM-450M": "openelm", "Qwen2-0.5B": "qwen2", "Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen2.5-3B": "qwen2.5-3b",
-        "TinyLlama": "tinyllama", "StableLM-2": "stablelm", "Gemma-2b-it": "gemma", "Phi-2": "phi2",
-    }  # fmt: skip
+        "OpenELM-450M": "openelm",
+        "Qwen2-0.5B": "qwen2",
+        "Qwen2.5-0.5B": "qwen2.5-0.5b",
+        "Qwen2.5-3B": "qwen2.5-3b",
+        "TinyLlama": "tinyllama",
+        "StableLM-2": "stablelm",
+        "Gemma-2b-it": "gemma",
+        "Phi-2": "phi2",
+    }
     kinds = {"base": "base", "share": "share-factory", "base, LoRA": "lora"}
     head, *table = facts(6)
     assert head[2:] == list(planner.BENCHMARKS) and len(table) == 14

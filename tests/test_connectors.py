@@ -308,8 +308,8 @@ def test_heads_divide_the_width():
 @pytest.mark.parametrize("spec", ["naiveresampler", "groupresampler"])
 def test_video_resamplers_are_tinyllava_videos(spec):
     """Outputs to 1e-5, the input's gradient to 1e-4, by its own weights under their own names."""
-    sizes = json.loads((shared("golden/video") / "config.json").read_text())[spec]
-    io = load_file(shared("golden/video") / "connectors.safetensors")
+    sizes = json.loads(shared("golden/video/config.json").read_text())[spec]
+    io = load_file(shared("golden/video/connectors.safetensors"))
     options = {name: sizes[name] for name in CONNECTORS[spec].options}
     connector = build_connector(spec, sizes["vision_hidden_size"], sizes["hidden_size"], **options)
     weights.load(

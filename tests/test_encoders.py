@@ -43,7 +43,7 @@ SQUARE = {"size": {"height": 12, "width": 12}, "do_center_crop": False}
 
 def golden(case: str):
     """A Factory checkpoint: its encoder's config, its file, and its inputs and outputs."""
-    folder = shared("golden") / case
+    folder = shared(f"golden/{case}")
     c = json.loads((folder / "config.json").read_text())
     hf = c["vision_config"]
     if "vision_config2" in c:

@@ -10,82 +10,11 @@ from checkpoints.files import read_json
 from checkpoints.names import rename, reverse
 from model import FAMILIES, LanguageModel, lm_config
 from tests.tools.environment import shared
+from tests.tools.small_language_models import CONFIGS, SIZES
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle is a development dependency: pip install .[dev]"
 )
-
-SIZES = {
-    "vocab_size": 131,
-    "hidden_size": 60,
-    "intermediate_size": 94,
-    "num_hidden_layers": 3,
-    "initializer_range": 0.1,
-}
-# model_type -> two configurations; each differs from SIZES in what it names.
-CONFIGS = {
-    "llama": (
-        {
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-        },
-        {"num_attention_heads": 3, "head_dim": 18, "rope_theta": 1234.5, "attention_bias": True},
-    ),
-    "qwen2": (
-        {
-            "num_attention_heads": 5,
-            "num_key_value_heads": 1,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": True,
-        },
-        {"num_attention_heads": 6, "num_key_value_heads": 3},
-    ),
-    "qwen3": (
-        {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 14, "rope_theta": 1e6},
-        {
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "gemma": (
-        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 26},
-        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "hidden_size": 50},
-    ),
-    "stablelm": (
-        {
-            "num_attention_heads": 5,
-            "num_key_value_heads": 5,
-            "partial_rotary_factor": 0.5,
-            "use_qkv_bias": True,
-        },
-        {
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "partial_rotary_factor": 0.4,
-            "qk_layernorm": True,
-            "use_parallel_residual": True,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "phi": (
-        {
-            "num_attention_heads": 5,
-            "num_key_value_heads": 5,
-            "partial_rotary_factor": 0.5,
-            "layer_norm_eps": 1e-4,
-        },
-        {
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "partial_rotary_factor": 0.4,
-            "qk_layernorm": True,
-        },
-    ),
-}
 
 
 @pytest.fixture(

@@ -1,4 +1,4 @@
-"""The house has floors: a file imports from its own wing and from lower floors, never from a higher one."""
+"""The house has floors: a file imports from its own wing and from lower ones, never upwards."""
 
 import ast
 
@@ -6,7 +6,8 @@ import pytest
 
 from tests.tools.environment import ROOT
 
-# Lowest first. A name is a file of the root or a wing; "wing.file" is one file of a wing whose files stand on two floors.
+# Lowest first. A name is a file of the root or a wing; "wing.file" is one file of a wing whose
+# files stand on two floors.
 FLOORS = [
     {"kernels"},
     {"config", "layers", "packing"},
@@ -44,7 +45,7 @@ def module_name(path) -> str:
 
 
 def place(module: str) -> str | None:
-    """Return the entry of FLOOR_OF that a module belongs to; None for a module that is not the project's."""
+    """Return the entry of FLOOR_OF that a module belongs to; None unless it is the project's."""
     two = ".".join(module.split(".")[:2])
     if two in FLOOR_OF:
         return two
@@ -64,7 +65,7 @@ def imported(source: str) -> set[str]:
 
 
 def climbs(name: str, source: str) -> list[str]:
-    """Return a line for each import of the module `name` that neither stays in its wing nor goes down."""
+    """Return a line for each import that neither stays in the wing of `name` nor goes down."""
     own = FLOOR_OF[place(name)]
     wing = name.split(".")[0]
     wrong = []

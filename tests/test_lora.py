@@ -1,6 +1,8 @@
-"""Adapters against PEFT, quantized linears against their dequantized products, and what is saved and loaded again."""
+"""Adapters and quantized linears: their arithmetic, their targets, and runs that train them.
 
-import copy
+tests/checkpoints/test_peft.py compares adapters with PEFT's, and its files with ours.
+"""
+
 import dataclasses
 import json
 import weakref
@@ -8,390 +10,37 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import config
-import export
 import lora
-from checkpoints import hf_llava, layouts, tinyllava, weights
+from checkpoints import weights
 from checkpoints.files import write_file
-from checkpoints.names import rename, reverse
-from checkpoints.peft import ROOT, load_adapter, save_adapter
-from config import LLaVAConfig, LoRA, UserError
-from connectors import build_connector
+from checkpoints.peft import ROOT
+from config import LoRA, UserError
 from demo import world
-from encoders import build_encoder, vision_config
 from kernels import int8, nf4
 from kernels.lora import keep_mask
-from model import FAMILIES, LanguageModel, LLaVA
-from tests.test_families import CONFIGS, SIZES
+from model import LanguageModel, LLaVA
 from tests.tools.environment import run, shared
+from tests.tools.small_language_models import (
+    IDS,
+    KINDS,
+    LLAMA,
+    OPENELM,
+    PLAIN,
+    SIZES,
+    adapted,
+    filled,
+    llava,
+    small,
+)
 from tests.tools.training_runs import RECIPE, scripted
 
-PLAIN = LoRA(r=4, alpha=6.0, dropout=0.0)
-KINDS = {
-    "lora": PLAIN,
-    "rslora": dataclasses.replace(PLAIN, rslora=True),
-    "dora": dataclasses.replace(PLAIN, dora=True),
-}
-IDS = torch.randint(1, 131, (2, 11), generator=torch.Generator().manual_seed(2))
-LLAMA = {"model_type": "llama", **SIZES, "num_attention_heads": 6, "num_key_value_heads": 2}
-OPENELM = {
-    "model_type": "openelm", "vocab_size": 131, "model_dim": 64, "head_dim": 16, "ffn_dim_divisor": 16,
-    "ffn_multipliers": [1.0, 1.5], "num_query_heads": [4, 6], "num_kv_heads": [2, 3], "rope_freq_constant": 10000,
-    "normalize_qk_projections": True, "share_input_output_layers": True,
-}  # fmt: skip
-
-
-@torch.no_grad()
-def filled(module, seed: int = 0):
-    """All that trains random, so that no adapter is zero, no norm one, no magnitude that of the weight."""
-    g = torch.Generator().manual_seed(seed)
-    for p in (p for p in module.parameters() if p.requires_grad):
-        p.copy_(
-            p + 0.2 * torch.randn(p.shape, generator=g)
-            if p.dim() == 1
-            else 0.1 * torch.randn(p.shape, generator=g)
-        )
-    return module
-
-
-def small(hf=LLAMA, seed=0):
-    torch.manual_seed(seed)
-    lm = LanguageModel.from_hf(hf)
-    return filled(lm).requires_grad_(False)
-
-
-def adapted(hf=LLAMA, options=PLAIN):
-    lm = small(hf)
-    lora.apply(lm, options)
-    return filled(lm, 1)
-
-
-# ------------------------------------------------------------------------------------------------------- PEFT
-
-
-def oracle(model, options, **more):
-    """A copy of `model` with PEFT's adapters, all random."""
-    peft = pytest.importorskip(
-        "peft", reason="the oracle is a development dependency: pip install .[dev]"
-    )
-    config = {
-        "r": options.r,
-        "lora_alpha": options.alpha,
-        "use_rslora": options.rslora,
-        "use_dora": options.dora,
-    }
-    config |= {"target_modules": "all-linear", **more}
-    return filled(peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)), 3)
-
-
-@pytest.fixture(scope="module", params=[k for k in FAMILIES if k != "openelm"])
-def family(request, tmp_path_factory):
-    """A random model of transformers and the folder that ours is loaded from."""
-    transformers = pytest.importorskip("transformers")
-    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        kind, **(SIZES | CONFIGS[kind][1] | {"num_hidden_layers": 2})
-    )
-    model = filled(transformers.AutoModelForCausalLM.from_config(config).eval())
-    model.save_pretrained(folder)
-    return model, folder
-
-
-def compare(ours, want, got, theirs, table=(), close=1e-5):
-    """Outputs, and the gradients of all adapters; `table` has PEFT's names and ours."""
-    assert (got - want).abs().max() <= close * want.abs().max()
-    want.square().mean().backward()
-    got.square().mean().backward()
-    grads = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    for name, p in ours.named_parameters():
-        if p.requires_grad:
-            module, _, kind = name.rpartition(".")
-            path = rename(f"{module}.weight", reverse(table)).removesuffix(".weight")
-            grad = grads.pop(f"base_model.model.{path}.{kind}.default.weight", None)
-            grad = (
-                grads.pop(f"base_model.model.{path}.{kind}.default", None) if grad is None else grad
-            )
-            assert (p.grad - grad).norm() <= close * grad.norm() and grad.norm() > 0, name
-    assert not grads
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_every_gradient_equal_peft(family, kind, tmp_path):
-    theirs, ours = oracle(family[0], KINDS[kind]), LanguageModel.from_pretrained(family[1])
-    theirs.save_pretrained(tmp_path)
-    linears = lora.targets(ours)
-    assert load_adapter(tmp_path, ours) == linears  # every one but the head
-    want, got = theirs(IDS).logits, ours(IDS)
-    compare(ours, want, got, theirs, ours.rename)
-    with theirs.disable_adapter(), torch.no_grad():
-        assert (want - theirs(IDS).logits).abs().max() > 0.1 * want.std()  # the adapters matter
-    lora.merge(ours)
-    assert not lora.adapters(ours) and (ours(IDS) - want).abs().max() <= 1e-5 * want.abs().max()
-
-
-def ours_of(name):
-    if name == "openelm":
-        return small(OPENELM), IDS
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    if name == "vision":
-        hf = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "patch_size": 16, "image_size": 32}  # fmt: skip
-        return filled(build_encoder(vision_config(hf))), pixels
-    options = {"num_queries": 4, "num_resampler_layers": 1} if name == "resampler" else {}
-    return filled(build_connector(name, 32, 24, **options)), pixels.view(2, -1, 32)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["openelm", "vision", "mlp2x_gelu", "resampler"])
-def test_every_part_equals_peft(name, kind, tmp_path):
-    """PEFT puts its adapters on our own modules, so that names are ours on both sides."""
-    ours, x = ours_of(name)
-    patterns = "model.**" if name == "openelm" else ""
-    theirs = oracle(ours, KINDS[kind], target_modules=lora.targets(ours, patterns))
-    theirs.save_pretrained(tmp_path)
-    load_adapter(tmp_path, ours)
-    compare(ours, theirs(x), ours(x), theirs)
-
-
-def kind_of(family):
-    """One of the three; every one has its turn."""
-    return list(KINDS.values())[list(CONFIGS).index(family[0].config.model_type) % 3]
-
-
-def test_patterns_and_modules_to_save_of_a_peft_file(family, tmp_path):
-    names = [f"model.layers.1.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj")]
-    final = "final_layernorm" if family[0].config.model_type == "phi" else "norm"
-    more = {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {names[0]: 2}, "alpha_pattern": {r"1.*k_proj": 3},
-            "modules_to_save": [f"model.{final}"]}  # fmt: skip
-    theirs, ours = (
-        oracle(family[0], kind_of(family), **more),
-        LanguageModel.from_pretrained(family[1]),
-    )
-    theirs.save_pretrained(tmp_path)
-    load_adapter(tmp_path, ours)
-    want = theirs(IDS).logits
-    assert (ours(IDS) - want).abs().max() <= 1e-5 * want.abs().max()
-    scales = {name: (a.options.r, a.options.alpha) for name, a in lora.adapters(ours).items()}
-    assert scales[names[0]] == (2, 6.0) and scales[names[1]] == (4, 3)
-    assert scales["model.layers.0.self_attn.q_proj"] == (4, 6.0)
-    trained = {name.rpartition(".")[0] for name, p in ours.named_parameters() if p.requires_grad}
-    assert trained == {*scales, "model.norm"}
-
-
-def test_our_files_load_in_peft(family, tmp_path):
-    """Adapters of two ranks and a trained norm: the same logits there, and here again."""
-    peft = pytest.importorskip("peft")
-    ours, kind = LanguageModel.from_pretrained(family[1]), kind_of(family)
-    lora.apply(ours, dataclasses.replace(kind, targets="q_proj"))
-    lora.apply(ours, dataclasses.replace(kind, targets="layers.1.**.v_proj", r=3, alpha=5.0))
-    ours.model.norm.requires_grad_(True)
-    save_adapter(tmp_path, filled(ours, 5))
-    base = copy.deepcopy(family[0])
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    want = ours(IDS)
-    with torch.no_grad():
-        assert (theirs(IDS).logits - want).abs().max() <= 1e-5 * want.abs().max()
-        with theirs.disable_adapter():  # what is in modules_to_save goes too
-            assert torch.equal(theirs(IDS).logits, family[0](IDS).logits)
-        assert (family[0](IDS).logits - want).abs().max() > 0.1 * want.std()
-    again = LanguageModel.from_pretrained(family[1])
-    load_adapter(tmp_path, again)
-    assert torch.equal(again(IDS), want)
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-        n for n, p in ours.named_parameters() if p.requires_grad
-    }
-
-
-def test_a_llava_and_hugging_faces_exchange_adapters(tmp_path):
-    """The language model adapted, the connector trained in full: the LLaVA recipe, in Hugging Face's names."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    ours = llava("mlp2x_gelu")
-    export.export(ours, None, "hf-llava", tmp_path / "model")
-    lora.apply(ours, PLAIN, ["language_model"])
-    ours.vision_tower.requires_grad_(False)
-    filled(ours, 2)
-    save_adapter(tmp_path, ours, layouts.LAYOUTS["llava"].table[len(hf_llava.PROJECTOR) :])
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
-    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[5, 9, -200, 17, 30]])
-    token = theirs.base_model.model.config.image_token_id
-    spread = torch.tensor([[5, 9, *[token] * ours.image_tokens, 17, 30]])
-    with torch.no_grad():
-        want = ours(ids, pixels).logits
-        got = theirs(
-            input_ids=spread, pixel_values=pixels, attention_mask=torch.ones_like(spread)
-        ).logits
-    assert (got[..., : want.size(-1)] - want).abs().max() <= 1e-4 * want.abs().max()
-    again = LLaVA.from_pretrained(tmp_path / "model")
-    load_adapter(tmp_path, again, layouts.LAYOUTS["llava"].table)
-    assert (
-        again(ids, pixels).logits[..., : want.size(-1)] - want
-    ).abs().max() <= 1e-5 * want.abs().max()
-
-
-def llava(connector: str):
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "patch_size": 16, "image_size": 32}  # fmt: skip
-    torch.manual_seed(0)
-    return filled(LLaVA(LLaVAConfig(LLAMA, vision, {}, connector)))
-
-
-# ------------------------------------------------------------------------------------------------- PEFT's files
-
-
-def write_adapter(folder, tensors, **config):
-    known = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "lora_dropout": 0.1, "use_rslora": False}
-    (folder / "adapter_config.json").write_text(json.dumps(known | config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-def pair(path, rows, width, r=4):
-    g = torch.Generator().manual_seed(0)
-    return {f"base_model.model.{path}.lora_A.weight": torch.randn(r, width, generator=g),
-            f"base_model.model.{path}.lora_B.weight": torch.randn(rows, r, generator=g)}  # fmt: skip
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_of_openelms_fused_linear_becomes_one_of_each(dora, tmp_path):
-    lm = small(OPENELM)
-    tensors = pair("transformer.layers.1.attn.qkv_proj", 12 * 16, 64)
-    if dora:
-        magnitude = torch.rand(12 * 16, generator=torch.Generator().manual_seed(1)) + 0.5
-        tensors["base_model.model.transformer.layers.1.attn.qkv_proj.lora_magnitude_vector"] = (
-            magnitude
-        )
-    A, B = list(tensors.values())[:2]
-    attention = lm.model.layers[1].self_attn
-    fused = torch.cat([getattr(attention, f"{x}_proj").weight for x in "qkv"]) + 6 / 4 * B @ A
-    if dora:
-        fused *= (magnitude / fused.norm(dim=1))[:, None]
-    names = load_adapter(write_adapter(tmp_path, tensors, use_dora=dora), lm)
-    assert names == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
-    lora.merge(lm)
-    merged = torch.cat([getattr(lm.model.layers[1].self_attn, f"{x}_proj").weight for x in "qkv"])
-    assert (merged - fused).abs().max() <= 1e-5
-
-
-def test_an_adapter_of_tinyllava_factory(tmp_path):
-    model, name = llava("mlp2x_gelu"), "language_model.model.layers.1.mlp.up_proj"
-    folder = write_adapter(tmp_path, pair(name, 94, 60))
-    assert load_adapter(folder, model, layouts.LAYOUTS["tinyllava"].table) == [name]
-
-
-def test_a_lora_folder_of_tinyllava_factory_loads_merged(tmp_path):
-    """As it saves them: adapters above, base weights in three folders, adapted ones as `.base_layer`, its adapters'
-    own names among them."""
-    model, folder = llava("mlp2x_gelu"), tmp_path / "factory"
-    export.export(model, None, "tinyllava", folder)
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    name = "language_model.model.layers.1.mlp.up_proj"
-    state[f"{name}.base_layer.weight"] = state.pop(f"{name}.weight")
-    state |= {
-        f"{name}.lora_A.default.weight": torch.zeros(4, 60),
-        f"{name}.lora_B.default.weight": torch.zeros(94, 4),
-    }
-    for part, prefix in tinyllava.FOLDERS.items():
-        mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        weights.save(folder / part, mine)
-    low = pair(name, 94, 60)
-    write_adapter(folder, low)
-    loaded, wanted = LLaVA.from_pretrained(folder), model.state_dict()
-    wanted[f"{name}.weight"] = (
-        wanted[f"{name}.weight"] + 6 / 4 * [*low.values()][1] @ [*low.values()][0]
-    )
-    for k, v in loaded.state_dict().items():
-        assert (v - wanted[k]).abs().max() <= 1e-6 * wanted[k].abs().max(), k
-    write_adapter(folder, pair(name.replace("layers.1", "layers.9"), 94, 60))
-    with pytest.raises(
-        UserError, match="layers.9.mlp.up_proj.lora_A.weight: the model has no place for it"
-    ):
-        LLaVA.from_pretrained(folder)
-    write_adapter(folder, low, use_dora=True)
-    with pytest.raises(UserError, match="adapter_config.json:use_dora: not supported"):
-        LLaVA.from_pretrained(folder)
-
-
-def test_what_peft_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(UserError, match="0 kinds"):
-        save_adapter(tmp_path, small())
-    with pytest.raises(UserError, match="qkv_proj.weight: PEFT has no twin"):
-        save_adapter(tmp_path, adapted(OPENELM))
-    lm = adapted(LLAMA | {"tie_word_embeddings": True})
-    lm.lm_head.requires_grad_(True)
-    with pytest.raises(UserError, match="tied to the head"):
-        save_adapter(tmp_path, lm)
-    lm = small()
-    lora.apply(lm, dataclasses.replace(PLAIN, targets="q_proj"))
-    lora.apply(lm, dataclasses.replace(PLAIN, targets="v_proj", dora=True))
-    with pytest.raises(UserError, match="2 kinds"):
-        save_adapter(tmp_path, lm)
-    assert not list(tmp_path.iterdir())
-
-
 Q = "model.layers.0.self_attn.q_proj"
-GOOD = pair(Q, 60, 60)
 
 
-@pytest.mark.parametrize(
-    "tensors, config, message",
-    [
-        (GOOD, {"peft_type": "LOHA"}, "peft_type: 'LOHA'"),
-        (GOOD, {"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
-        (GOOD, {"bias": "lora_only"}, "bias: 'lora_only'"),
-        (GOOD, {"use_qalora": True}, "use_qalora: True"),
-        (GOOD, {"use_dora": True}, r"shapes .*\[0\]\], the model needs .*\[60\]\]"),
-        (pair(Q, 61, 60), {}, r"needs \[\[4, 60\], \[60, 4\]"),
-        (pair(Q, 60, 60) | {f"base_model.model.{Q}.lora_B.weight": torch.ones(60, 3)}, {}, "needs"),
-        ({f"base_model.model.{Q}.lora_A.weight": torch.ones(4, 60)}, {}, "needs"),
-        (
-            GOOD | {f"base_model.model.{Q}.lora_B.bias": torch.ones(60)},
-            {},
-            "lora_B.bias: the model has no place",
-        ),
-        (pair("model.layers.9.self_attn.q_proj", 60, 60), {}, "layers.9.*: the model has no place"),
-        (pair("lm_head", 131, 60), {}, "lm_head.*: the model has no place"),
-        (
-            GOOD | {"base_model.model.model.norm.weight": torch.ones(61)},
-            {},
-            r"shape \[61\], the model has \[60\]",
-        ),
-    ],
-)
-def test_an_adapter_that_is_not_this_models_is_refused(tensors, config, message, tmp_path):
-    lm = small()
-    with pytest.raises(UserError, match=message):
-        load_adapter(write_adapter(tmp_path, tensors, **config), lm)
-    assert not lora.adapters(lm)
-
-
-def test_a_tied_head_that_was_saved_apart_is_refused(tmp_path):
-    lm = small(LLAMA | {"tie_word_embeddings": True})
-    folder = write_adapter(
-        tmp_path, GOOD | {"base_model.model.lm_head.weight": torch.ones(131, 60)}
-    )
-    with pytest.raises(UserError, match="lm_head.weight: the model has no place"):
-        load_adapter(folder, lm)
-
-
-def test_a_damaged_adapter_file(tmp_path):
-    folder = write_adapter(tmp_path, GOOD)
-    (folder / "adapter_model.safetensors").write_bytes(
-        b"version https://git-lfs.github.com/spec/v1"
-    )
-    with pytest.raises(UserError, match="Git LFS"):
-        load_adapter(folder, small())
-    (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="cannot be read"):
-        load_adapter(folder, small())
-
-
-# -------------------------------------------------------------------------------------------- the module itself
+# -------------------------------------------------------------------------------- the module itself
 
 
 def test_an_adapter_changes_nothing_at_first_and_starts_as_pefts():
@@ -482,7 +131,7 @@ def test_doras_norm_is_not_rounded_by_autocast():
         assert torch.equal(m(x), m.product(x, None) * factor.bfloat16())
 
 
-# --------------------------------------------------------------------------------------------------- quantized
+# ---------------------------------------------------------------------------------------- quantized
 
 
 @pytest.mark.parametrize("kind, module", [("nf4", nf4), ("int8", int8)])
@@ -501,7 +150,8 @@ def test_quantized_forward_and_gradients_are_the_dequantized_products(kind, modu
     (got,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
     plain = torch.nn.Linear(96, 40)
     with torch.no_grad():
-        plain.weight.copy_(W), plain.bias.copy_(b)
+        plain.weight.copy_(W)
+        plain.bias.copy_(b)
     trained = [p for p in m.parameters() if p.requires_grad]
     if options:
         other = (lora.DoRALinear if options.dora else lora.LoRALinear)(plain, options)
@@ -510,17 +160,21 @@ def test_quantized_forward_and_gradients_are_the_dequantized_products(kind, modu
         )
         plain = other
     want = plain(x)
-    assert (y - want).abs().max() <= 1e-5 and len(trained) == (
-        0 if not options else 3 if options.dora else 2
-    )
-    assert (
-        got - torch.autograd.grad(want.square().sum(), x, retain_graph=True)[0]
-    ).abs().max() <= 1e-4
-    same = [p for n, p in plain.named_parameters() if "lora" in n]
-    if options:
-        for a, c in zip(torch.autograd.grad(y.square().sum(), trained), torch.autograd.grad(want.square().sum(), same),
-                        strict=True):  # fmt: skip
+    assert (y - want).abs().max() <= 1e-5
+    (wanted,) = torch.autograd.grad(want.square().sum(), x, retain_graph=True)
+    assert (got - wanted).abs().max() <= 1e-4
+
+    # A, B, and DoRA's magnitude.
+    if options is None:
+        assert not trained
+    else:
+        assert len(trained) == (3 if options.dora else 2)
+        same = [p for n, p in plain.named_parameters() if "lora" in n]
+        ours = torch.autograd.grad(y.square().sum(), trained)
+        theirs = torch.autograd.grad(want.square().sum(), same)
+        for a, c in zip(ours, theirs, strict=True):
             assert (a - c).norm() <= 1e-5 * c.norm() and c.norm() > 0
+
     lora.merge(holder, torch.float32)
     assert type(holder[0]) is torch.nn.Linear and (holder(x) - want).abs().max() <= 1e-5
 
@@ -634,7 +288,7 @@ def test_weights_that_cannot_be_quantized_are_named():
         lora.load_quantized(got, source)
 
 
-# ------------------------------------------------------------------------------------------- which, and resuming
+# ------------------------------------------------------------------------------ which, and resuming
 
 
 def test_targets_are_named_as_we_or_hugging_face_do():
@@ -708,7 +362,7 @@ def test_parts_of_a_llava():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["", "nf4", "int8"])
 def test_what_trains_is_enough_to_resume(kind, how):
-    """train.py keeps the parameters that require gradients; on a fresh start they go onto the same base."""
+    """train.py keeps the parameters that require gradients; a new start puts them on the base."""
 
     def fresh():
         lm = small()
@@ -731,7 +385,7 @@ def test_what_trains_is_enough_to_resume(kind, how):
 
 
 def test_training_moves_the_adapters_alone_and_merges_them(tmp_path):
-    """tune.llm = "lora": a model of plain linears of which only the adapted ones moved, and PEFT's files beside it."""
+    """tune.llm = "lora": plain linears, only the adapted ones moved, and PEFT's files."""
     world.write(tmp_path / "world", scenes=60)
     file, out = tmp_path / "r.toml", tmp_path / "out"
     file.write_text(RECIPE.format(world=tmp_path / "world", out=out))
@@ -799,7 +453,7 @@ run_log.RunLog.step = step
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_training_on_a_quantized_model(kind, tmp_path):
-    """tune.llm = "qlora-KIND": quantized as its file is read, resumed as if never stopped, merged at the end."""
+    """tune.llm = "qlora-KIND": quantized as it is read, resumed as if never stopped, merged."""
     world.write(tmp_path / "world", scenes=60)
     file, lm = tmp_path / "r.toml", tmp_path / "lm"
     file.write_text(RECIPE.format(world=tmp_path / "world", out=tmp_path / "whole"))
@@ -808,8 +462,16 @@ def test_training_on_a_quantized_model(kind, tmp_path):
     state = {k: t.bfloat16() for k, t in weights.tensors(whole.language_model).items()}
     weights.save(lm, state)
     write_file(lm / "config.json", json.dumps(recipe.model.llm_config))
-    own = [f"model.llm={lm}", "model.llm_config={}", f"stage.finetune.tune.llm=qlora-{kind}", "stage.finetune.lora.r=4",
-           "stage.finetune.tune.vision=frozen", "stage.pretrain.tune.llm=frozen"]  # fmt: skip
+    own = [
+        f"model.llm={lm}",
+        "model.llm_config={}",
+        f"stage.finetune.tune.llm=qlora-{kind}",
+        "stage.finetune.lora.r=4",
+        "stage.finetune.tune.vision=frozen",
+        "stage.pretrain.tune.llm=frozen",
+        "stage.pretrain.steps=2",
+        "stage.finetune.steps=8",
+    ]
     run("train.py", file, *own)
     out = tmp_path / "resumed"
     scripted(STOP, file, *own, f"train.output={out}", ok=True)
@@ -855,25 +517,36 @@ with weights.empty():
 lora.load_quantized(lm, weights.Checkpoint(folder), lm.rename, kind=kind, dtype=torch.float32)
 loading = peak() - before
 held = sum(t.nbytes for t in [*lm.buffers(), *lm.parameters()])
-layer = sum(2 * m.in_features * m.out_features for m in lm.blocks[0].modules() if isinstance(m, lora.Quantized))
+quantized = [m for m in lm.blocks[0].modules() if isinstance(m, lora.Quantized)]
+layer = sum(2 * m.in_features * m.out_features for m in quantized)
 lora.apply(lm, LoRA(r=8, dropout=0.0))
 lm.model.gradient_checkpointing = True
 optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], 1e-3)
-ids, losses = torch.arange(1, 25), []
+ids = torch.arange(1, 25)
+labels = torch.cat([ids[1:], ids.new_full((1,), -100)])
+losses = []
 for _ in range(2):
+<<<<<<< HEAD
     hidden = lm.model(lm.model.embed(ids), torch.arange(24), packed_attention(torch.tensor([0, 24], dtype=torch.int32), 24))
     losses.append(linear_cross_entropy(hidden, lm.lm_head.weight, None, torch.cat([ids[1:], ids.new_full((1,), -100)])))
     losses[-1].backward()
+=======
+    attend = packed(torch.tensor([0, 24], dtype=torch.int32), 24)
+    hidden = lm.model(lm.model.embed(ids), torch.arange(24), attend)
+    loss = linear_cross_entropy(hidden, lm.lm_head.weight, None, labels)
+    loss.backward()
+>>>>>>> rtests
     optimizer.step()
     optimizer.zero_grad()
-print(json.dumps({"held": held, "layer": layer, "loading": loading, "losses": [x.item() for x in losses]}))
+    losses.append(loss.item())
+print(json.dumps({"held": held, "layer": layer, "loading": loading, "losses": losses}))
 """
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_real_size_loads_quantized_without_ever_being_whole(kind, tmp_path):
-    """Qwen2.5-0.5B, random: the peak is the quantized weights, one layer in bfloat16 and 300 MB, and a fifth."""
+    """Qwen2.5-0.5B: at most 1.2 times quantized weights, one layer in bfloat16 and 300 MB."""
     (tmp_path / "config.json").write_text(
         shared("assets/configs/Qwen--Qwen2.5-0.5B/config.json").read_text()
     )

@@ -61,7 +61,7 @@ def small_model(seed: int = 0, text: dict | None = None, **config) -> LLaVA:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    folder = shared("golden") / request.param
+    folder = shared(f"golden/{request.param}")
     return LLaVA.from_pretrained(folder), load_file(folder / "io.safetensors"), folder
 
 
@@ -119,7 +119,7 @@ def test_golden_through_the_kernels(name, compiled, monkeypatch):
     device = "cuda" if GPU else "cpu"
     for module in () if GPU else pkgutil.iter_modules(kernels.__path__):
         monkeypatch.setattr(f"kernels.{module.name}.fused", lambda x: True, raising=False)
-    folder = shared("golden") / name
+    folder = shared(f"golden/{name}")
     io = {k: v.to(device) for k, v in load_file(folder / "io.safetensors").items()}
     model = LLaVA.from_pretrained(folder, device=device)
     if compiled:

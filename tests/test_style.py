@@ -1,4 +1,4 @@
-"""What makes a line hard to read, and no formatter forbids: `make lint` and `make test` both run this file.
+"""What makes a line hard to read, and no formatter forbids: `make lint` and `make test` run this.
 
 - arithmetic on truth values: `size * (mode == "pad")`
 - `a and b or c` in the place of a conditional expression

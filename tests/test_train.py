@@ -1,4 +1,4 @@
-"""The training loop: equal to the reference's trajectory, to itself however it is split, and to itself killed."""
+"""The training loop: equal to the reference's, to itself however split, and to itself killed."""
 
 import dataclasses
 import json
@@ -24,48 +24,52 @@ from inputs.templates import encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import DEVICES, GPU, ROOT, run, shared
-from tests.tools.training_runs import losses, losses_so_far, recipe, tiny_world, torchrun  # noqa: F401
+from tests.tools.training_runs import losses, losses_so_far, torchrun
 from training import state
 from training.parallel import ParallelModel
 from training.ranks import Ranks
 
-# ------------------------------------------------------------------------------------------ against the reference
+# ---------------------------------------------------------------------------- against the reference
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_trajectory_of_the_reference(device):
-    """20 steps through make_optimizer, schedule and update: loss, gradient norm and rate of each, to 1e-4."""
+@pytest.mark.parametrize("trained", ["c", "cl", "clv"])
+def test_trajectory_of_the_reference(trained, device):
+    """20 steps through make_optimizer, schedule and update: losses, norms and rates, to 1e-4."""
     golden = json.loads(shared("golden/trajectories.json").read_text())
-    assert {t["tune"] for t in golden} == {"c", "cl", "clv"}
-    for run_ in golden:
-        folder = shared("golden") / run_["case"]
-        model, io = (
-            LLaVA.from_pretrained(folder, device=device),
-            load_file(folder / "io.safetensors", device),
+    assert {trajectory["tune"] for trajectory in golden} == {"c", "cl", "clv"}
+    (run_,) = [trajectory for trajectory in golden if trajectory["tune"] == trained]
+    folder = shared(f"golden/{run_['case']}")
+    model = LLaVA.from_pretrained(folder, device=device)
+    io = load_file(folder / "io.safetensors", device)
+    tune = Tune(
+        connector="full" if "c" in run_["tune"] else "frozen",
+        llm="full" if "l" in run_["tune"] else "frozen",
+        vision="partial:2" if "v" in run_["tune"] else "frozen",
+    )
+    stage = Stage(
+        tune=tune,
+        learning_rate=run_["learning_rate"],
+        weight_decay=run_["weight_decay"],
+        warmup_ratio=run_["warmup_ratio"],
+        max_grad_norm=run_["max_grad_norm"],
+    )
+    train.set_trainable(model, stage.tune)
+    optimizer = train.make_optimizer(model, stage)
+    for step in range(run_["steps"]):
+        loss = model(io["input_ids"], io["images"], io["attention_mask"], io["labels"]).loss
+        loss.backward()
+        norm = train.update(optimizer, stage, step, run_["steps"])
+        assert loss.item() == pytest.approx(run_["loss"][step], rel=1e-4)
+        assert norm == pytest.approx(run_["grad_norm"][step], rel=1e-4)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(
+            run_["lr"][step], rel=1e-9, abs=1e-15
         )
-        tune = Tune(
-            connector="full" if "c" in run_["tune"] else "frozen",
-            llm="full" if "l" in run_["tune"] else "frozen",
-            vision="partial:2" if "v" in run_["tune"] else "frozen",
-        )
-        stage = Stage(tune=tune, learning_rate=run_["learning_rate"], weight_decay=run_["weight_decay"],
-                      warmup_ratio=run_["warmup_ratio"], max_grad_norm=run_["max_grad_norm"])  # fmt: skip
-        train.set_trainable(model, stage.tune)
-        optimizer = train.make_optimizer(model, stage)
-        for step in range(run_["steps"]):
-            loss = model(io["input_ids"], io["images"], io["attention_mask"], io["labels"]).loss
-            loss.backward()
-            norm = train.update(optimizer, stage, step, run_["steps"])
-            assert loss.item() == pytest.approx(run_["loss"][step], rel=1e-4)
-            assert norm == pytest.approx(run_["grad_norm"][step], rel=1e-4)
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(
-                run_["lr"][step], rel=1e-9, abs=1e-15
-            )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no GPU")
-def test_a_gpu_trains_as_the_cpu_does(recipe):  # noqa: F811
+def test_a_gpu_trains_as_the_cpu_does(recipe):
     """In float32 to rounding, compiled too, and again with the same bits; nearly so in bfloat16."""
     ways = {
         "cpu": ["device=cpu"],
@@ -84,13 +88,11 @@ def test_a_gpu_trains_as_the_cpu_does(recipe):  # noqa: F811
     assert weights["again"] == weights["cuda"] != weights["cpu"]
 
 
-# ------------------------------------------------------------------------------------------------- against itself
+# ----------------------------------------------------------------------------------- against itself
 
 
-def test_ranks_packing_and_accumulation_change_nothing(recipe):  # noqa: F811
-    file, out = recipe("one")
-    run("train.py", file)
-    want = losses(out)
+def test_ranks_packing_and_accumulation_change_nothing(recipe, whole_run):
+    want = losses(whole_run)
     assert len(want) == 20 and all(map(math.isfinite, want))
     assert want[5] < want[0]
     budgets = {"accumulate": 250, "unpacked": 0}  # three to six micro-batches a step, and twelve
@@ -107,10 +109,8 @@ def test_ranks_packing_and_accumulation_change_nothing(recipe):  # noqa: F811
     assert losses(out) == pytest.approx(want, rel=1e-5)
 
 
-def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):  # noqa: F811
-    file, out = recipe("whole")
-    run("train.py", file)
-    whole = (out / "model.safetensors").read_bytes()
+def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe, whole_run):
+    whole = (whole_run / "model.safetensors").read_bytes()
     for when in (2, 9, 17):  # in the first stage before any checkpoint, in the second, near the end
         file, out = recipe(f"killed{when}")
         process = subprocess.Popen(
@@ -131,10 +131,8 @@ def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe):
         assert not (out / "checkpoints").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over(recipe):  # noqa: F811
-    file, out = recipe("damaged")
-    run("train.py", file)
-    whole = (out / "model.safetensors").read_bytes()
+def test_a_damaged_checkpoint_is_passed_over(recipe, whole_run):
+    whole = (whole_run / "model.safetensors").read_bytes()
     file, out = recipe("cut")
     process = subprocess.Popen(
         [sys.executable, "train.py", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL
@@ -152,7 +150,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe):  # noqa: F811
     assert (out / "model.safetensors").read_bytes() == whole
 
 
-def test_finished_run_says_so_and_another_recipe_is_refused(recipe):  # noqa: F811
+def test_finished_run_says_so_and_another_recipe_is_refused(recipe):
     file, out = recipe("done")
     run("train.py", file, "stage.finetune.steps=1", "stage.pretrain.steps=1")
     before = (out / "model.safetensors").stat().st_mtime_ns
@@ -164,7 +162,7 @@ def test_finished_run_says_so_and_another_recipe_is_refused(recipe):  # noqa: F8
     assert "another recipe" in run("train.py", file, ok=False).stderr
 
 
-def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recipe):  # noqa: F811
+def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recipe):
     file, out = recipe("mended")
     short = ("stage.pretrain.steps=1", "stage.finetune.steps=1")
     run("train.py", file, *short, "stage.pretrain.template=lama", ok=False)
@@ -172,10 +170,10 @@ def test_a_start_that_failed_on_a_mistake_can_be_mended_in_the_same_folder(recip
     assert (out / "model.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------------ what it trains
+# ----------------------------------------------------------------------------------- what it trains
 
 
-def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):  # noqa: F811
+def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):
     file, out = recipe("frozen")
     run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=3")
     short, out1 = recipe("first")
@@ -193,12 +191,16 @@ def test_frozen_and_partial_parts_keep_their_bits(recipe, tiny_world):  # noqa: 
         not k.startswith("vision_tower.") and ".layers.0." not in k and "embed" not in k
         for k in moved
     )
-    must = ("language_model.model.layers.1.mlp.up_proj.weight", "language_model.model.norm.weight",
-            "language_model.lm_head.weight", "connector.weight")  # fmt: skip
+    must = (
+        "language_model.model.layers.1.mlp.up_proj.weight",
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+        "connector.weight",
+    )
     assert set(must) <= moved
 
 
-def test_a_part_that_does_not_move_is_reported(recipe):  # noqa: F811
+def test_a_part_that_does_not_move_is_reported(recipe):
     file, _ = recipe("still")
     said = run(
         "train.py", file, "stage.pretrain.rate.vision=1e-30", "stage.finetune.steps=1"
@@ -207,10 +209,8 @@ def test_a_part_that_does_not_move_is_reported(recipe):  # noqa: F811
     assert "tune.llm is trainable" not in said
 
 
-def test_log_holds_what_a_reader_wants(recipe):  # noqa: F811
-    file, out = recipe("log")
-    run("train.py", file)
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def test_log_holds_what_a_reader_wants(whole_run):
+    rows = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
     assert [r["event"] for r in rows if r["event"] in ("start", "end")] == ["start", "end"] * 2
     step = next(r for r in rows if r["event"] == "step" and r["stage"] == "finetune")
     assert {
@@ -228,25 +228,20 @@ def test_log_holds_what_a_reader_wants(recipe):  # noqa: F811
     assert any(r["event"] == "validation" and r["stage"] == "finetune" for r in rows)
 
 
-def test_what_comes_out_opens(recipe):  # noqa: F811
-    file, out = recipe("opens")
-    run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
-    assert LLaVA.from_pretrained(out).config.template == "plain"
-    again, _ = config.load([str(out / "recipe.toml")], file)
+def test_what_comes_out_opens(whole_run):
+    assert LLaVA.from_pretrained(whole_run).config.template == "plain"
+    again, _ = config.load([str(whole_run / "recipe.toml")], "")
     assert again.stage["finetune"].tune.llm == "partial:1"
 
 
-def test_bf16_learns(recipe):  # noqa: F811
+def test_bf16_learns(recipe, whole_run):
     file, out = recipe("bf16")
     run("train.py", file, "train.precision=bf16", "train.gradient_checkpointing=true")
-    got = losses(out)
-    file, out = recipe("fp32")
-    run("train.py", file)
-    want = losses(out)
+    got, want = losses(out), losses(whole_run)
     assert got == pytest.approx(want, rel=2e-2) and got != want
 
 
-# ---------------------------------------------------------------------------------------------------- its errors
+# --------------------------------------------------------------------------------------- its errors
 
 
 @pytest.mark.parametrize(
@@ -266,7 +261,7 @@ def test_bf16_learns(recipe):  # noqa: F811
         (["train.device=cuda"], "no GPU"),
     ],
 )
-def test_a_mistake_is_one_line(recipe, overrides, message):  # noqa: F811
+def test_a_mistake_is_one_line(recipe, overrides, message):
     file, out = recipe("wrong")
     done = run("train.py", file, *overrides, ok=False)
     last = done.stderr.strip().splitlines()
@@ -276,26 +271,24 @@ def test_a_mistake_is_one_line(recipe, overrides, message):  # noqa: F811
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '[{"id": 1'])
-def test_an_empty_or_broken_data_file_is_one_line(recipe, tmp_path, text):  # noqa: F811
+def test_an_empty_or_broken_data_file_is_one_line(recipe, tmp_path, text):
     file, _ = recipe("empty")
     (tmp_path / "rows.json").write_text(text)
     done = run("train.py", file, f"stage.pretrain.data={tmp_path / 'rows.json'}", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):  # noqa: F811
-    file, out = recipe("base")
-    run("train.py", file, "stage.pretrain.steps=1", "stage.finetune.steps=1")
+def test_a_weight_of_the_wrong_shape_is_one_line(recipe, whole_run, tmp_path):
     folder = tmp_path / "llm"
     folder.mkdir()
-    state = load_file(out / "model.safetensors")
+    state = load_file(whole_run / "model.safetensors")
     prefix = "language_model."
     from safetensors.torch import save_file
 
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 31)
     save_file(state, folder / "model.safetensors")
-    text = json.loads((out / "config.json").read_text())["text_config"]
+    text = json.loads((whole_run / "config.json").read_text())["text_config"]
     (folder / "config.json").write_text(json.dumps(text))
     file, _ = recipe("shape")
     done = run("train.py", file, f"model.llm={folder}", "model.llm_config={}", ok=False)
@@ -303,8 +296,8 @@ def test_a_weight_of_the_wrong_shape_is_one_line(recipe, tmp_path):  # noqa: F81
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: F811
-    """model.checkpoint and a mixture: what trains starts where the first run ended, its adapters too."""
+def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):
+    """With model.checkpoint and a mixture: what trains starts where the first run ended."""
     file, first = recipe("first")
     run(
         "train.py",
@@ -315,11 +308,13 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: 
     )
     file = tmp_path / "more.toml"
     file.write_text(
-        f'[model]\ncheckpoint = "{first}"\n[train]\noutput = "{tmp_path}/more"\nprecision = "fp32"\nlog_every = 1\n'
+        f'[model]\ncheckpoint = "{first}"\n'
+        f'[train]\noutput = "{tmp_path}/more"\nprecision = "fp32"\nlog_every = 1\n'
         f'[stage.mine]\ntemplate = "plain"\nsteps = 3\nglobal_batch = 6\n'
         '[stage.mine.tune]\nllm = "lora"\nconnector = "frozen"\n'
         + "".join(
-            f'[stage.mine.mixture.{name}]\ndata = "{tiny_world}/{name}.json"\nimages = "{tiny_world}/images"\n'
+            f"[stage.mine.mixture.{name}]\n"
+            f'data = "{tiny_world}/{name}.json"\nimages = "{tiny_world}/images"\n'
             for name in ("finetune", "val")
         )
     )
@@ -339,10 +334,18 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: 
     assert (
         "error: model.checkpoint: it brings its own parts and image settings; fix: " in wrong.stderr
     )
-    # The recipe of the first run, from the adapters that it ended with: its merged model before any step.
+    # The first run's recipe, started from the adapters that run ended with, is its merged model
+    # before any step.
     file, _ = recipe("first")
-    own = config.load([str(file), "stage.finetune.tune.llm=lora", "stage.finetune.tune.vision=frozen",
-                       f"stage.finetune.lora.adapter={first}/adapter"], file)[0]  # fmt: skip
+    own = config.load(
+        [
+            str(file),
+            "stage.finetune.tune.llm=lora",
+            "stage.finetune.tune.vision=frozen",
+            f"stage.finetune.lora.adapter={first}/adapter",
+        ],
+        file,
+    )[0]
     stage = own.stage["finetune"]
     start = state.build(dataclasses.replace(own, stage={"finetune": stage}), {}, stage)
     assert all(a.options.r == 4 for a in lora.adapters(start).values())
@@ -353,11 +356,17 @@ def test_a_finished_model_is_trained_on(recipe, tiny_world, tmp_path):  # noqa: 
             assert torch.allclose(value, theirs[name], atol=1e-6), name
 
 
-def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):  # noqa: F811
-    """Shown at each validation; the last ones are those of the finished model. Validation leaves out dropout."""
+def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world):
+    """Shown at each validation, without dropout; the last ones are those of the finished model."""
     file, out = recipe("answers")
-    last = ("train.answers=3", "stage.finetune.validation_every=7", "stage.finetune.tune.llm=lora",
-            "stage.pretrain.tune.llm=frozen", "stage.finetune.lora.r=4", "stage.finetune.lora.dropout=0.5")  # fmt: skip
+    last = (
+        "train.answers=3",
+        "stage.finetune.validation_every=7",
+        "stage.finetune.tune.llm=lora",
+        "stage.pretrain.tune.llm=frozen",
+        "stage.finetune.lora.r=4",
+        "stage.finetune.lora.dropout=0.5",
+    )
     done = run("train.py", file, *last)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     said = [r for r in rows if r["event"] == "answer"]
@@ -388,7 +397,7 @@ def test_held_out_questions_are_answered_as_generate_would(recipe, tiny_world): 
 
 
 @pytest.mark.full
-def test_compiled_blocks_change_nothing(recipe):  # noqa: F811
+def test_compiled_blocks_change_nothing(recipe):
     """train.compile, with inductor: minutes of compiling on two cores."""
     one, out = recipe("compiled")
     short = ("stage.pretrain.steps=2", "stage.finetune.steps=4")

@@ -10,10 +10,9 @@ import torch
 from checkpoints import resume
 from config import UserError
 from tests.tools.environment import ROOT
-from tests.tools.run_checkpoints import two  # noqa: F401 (a fixture)
 
 
-def test_what_is_read_is_what_was_written(two):  # noqa: F811
+def test_what_is_read_is_what_was_written(two):
     old, new = two
     assert resume.pick(new.parent) == new
     tensors, state = resume.read(new)
@@ -23,7 +22,7 @@ def test_what_is_read_is_what_was_written(two):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", [resume.TENSORS, resume.MANIFEST])
-def test_a_file_cut_anywhere_is_found_and_the_one_before_is_used(two, name, capsys):  # noqa: F811
+def test_a_file_cut_anywhere_is_found_and_the_one_before_is_used(two, name, capsys):
     old, new = two
     whole = (new / name).read_bytes()
     for i in range(20):
@@ -36,13 +35,13 @@ def test_a_file_cut_anywhere_is_found_and_the_one_before_is_used(two, name, caps
 
 
 @pytest.mark.parametrize("gone", [resume.TENSORS, resume.MANIFEST])
-def test_a_missing_file_is_found(two, gone):  # noqa: F811
+def test_a_missing_file_is_found(two, gone):
     old, new = two
     (new / gone).unlink()
     assert resume.pick(new.parent) == old
 
 
-def test_an_explicit_checkpoint_is_used_or_nothing_is(two, capsys):  # noqa: F811
+def test_an_explicit_checkpoint_is_used_or_nothing_is(two, capsys):
     old, new = two
     whole = (new / resume.TENSORS).read_bytes()
     (new / resume.TENSORS).write_bytes(b"")
@@ -59,7 +58,7 @@ def test_an_explicit_checkpoint_is_used_or_nothing_is(two, capsys):  # noqa: F81
     assert resume.pick(new.parent) == old  # the newer one is not gone on from by the next start
 
 
-def test_a_write_or_a_seal_that_fails_leaves_the_old_ones_and_surfaces(two, monkeypatch):  # noqa: F811
+def test_a_write_or_a_seal_that_fails_leaves_the_old_ones_and_surfaces(two, monkeypatch):
     old, new = two
     given = new.parent, 2, {"weight.a": torch.zeros(3)}, {"stage": 0, "step": 12}
     with monkeypatch.context() as m:
@@ -91,7 +90,7 @@ temporary.rename(name)
 """
 
 
-def test_the_next_start_waits_for_the_seal_of_a_killed_run(two):  # noqa: F811
+def test_the_next_start_waits_for_the_seal_of_a_killed_run(two):
     old, new = two
     aside = new.rename(new.parent / ".late")
     command = [sys.executable, "-c", SLOW_SEAL, new.parent, aside, new]
@@ -101,7 +100,7 @@ def test_the_next_start_waits_for_the_seal_of_a_killed_run(two):  # noqa: F811
     process.communicate()
 
 
-def test_a_full_disk_is_found_before_anything_is_written(two, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_found_before_anything_is_written(two, monkeypatch):
     old, new = two
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(

@@ -9,10 +9,10 @@ import pytest
 
 from checkpoints import resume, seal
 from tests.tools.environment import ROOT
-from tests.tools.run_checkpoints import two, write_checkpoint  # noqa: F401 (a fixture)
+from tests.tools.run_checkpoints import write_checkpoint
 
 
-def test_every_flipped_bit_is_found(two):  # noqa: F811
+def test_every_flipped_bit_is_found(two):
     old, new = two
     resume.verify(new)
     dice = random.Random(0)

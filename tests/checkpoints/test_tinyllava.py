@@ -57,7 +57,7 @@ def test_the_table_of_connectors_states_options_that_exist():
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_factory_round_trip_is_key_for_key_and_bit_for_bit(case, tmp_path):
-    source = shared("golden") / case
+    source = shared(f"golden/{case}")
     model = LLaVA.from_pretrained(source, dtype=None)
     export(model, None, "tinyllava", tmp_path / "factory")
     export(model, None, "barellava", tmp_path / "ours")

@@ -29,8 +29,13 @@ class Net(nn.Module):
 
 def state():
     torch.manual_seed(0)
-    return {"attn.0.kernel": torch.randn(3, 3), "attn.1.kernel": torch.randn(3, 3), "old.weight": torch.randn(2, 3),
-            "old.bias": torch.randn(2), "unused.a.b": torch.randn(1)}  # fmt: skip
+    return {
+        "attn.0.kernel": torch.randn(3, 3),
+        "attn.1.kernel": torch.randn(3, 3),
+        "old.weight": torch.randn(2, 3),
+        "old.bias": torch.randn(2),
+        "unused.a.b": torch.randn(1),
+    }
 
 
 def meta(tied=False):
@@ -39,7 +44,7 @@ def meta(tied=False):
 
 
 def test_building_empty_modules_is_cheap():
-    done = run("-c", """
+    script = """
 import sys, torch
 from checkpoints import weights
 from torch import nn
@@ -48,7 +53,8 @@ with weights.empty():
     own = nn.Parameter(nn.init.normal_(torch.empty(3)))
 print(all(p.is_meta for p in [own, *net.parameters()]), "sympy" in sys.modules)
 print(nn.Linear(3, 3).weight.abs().sum() > 0)  # outside, initialisation is what it was
-""")  # fmt: skip
+"""
+    done = run("-c", script)
     assert done.stdout.split() == ["True", "False", "tensor(True)"]
 
 
@@ -154,17 +160,20 @@ def untouched(folder, message, table=TABLE, **options):
         ),
         (
             "folder",
-            "model.safetensors: cannot be read (Is a directory); fix: give a folder of readable files",
+            "model.safetensors: cannot be read (Is a directory); "
+            "fix: give a folder of readable files",
         ),
         (b"", "model.safetensors: an empty file; fix: download it again"),
         (
             HTML,
-            "model.safetensors: an HTML page, not a whole safetensors file; fix: download it again; a gated",
+            "model.safetensors: an HTML page, not a whole safetensors file; "
+            "fix: download it again; a gated",
         ),
         (LFS, "model.safetensors: a Git LFS pointer, not the file itself; fix: run git lfs pull"),
         (
             "truncated",
-            "model.safetensors: not a whole safetensors file (Error while deserializing header: incomplete",
+            "model.safetensors: not a whole safetensors file "
+            "(Error while deserializing header: incomplete",
         ),
         ("headless", "model.safetensors: not a whole safetensors file ("),
     ],
@@ -188,8 +197,15 @@ def test_what_is_no_config(tmp_path, content):
         file.mkdir()
     elif content is not None:
         file.write_bytes(content)
-    message = {None: "missing", "folder": "Is a directory", b"": "an empty file", HTML: "an HTML page, not JSON",
-               LFS: "a Git LFS pointer", b"[]": "not a JSON object"}.get(content, "not JSON")  # fmt: skip
+    messages = {
+        None: "missing",
+        "folder": "Is a directory",
+        b"": "an empty file",
+        HTML: "an HTML page, not JSON",
+        LFS: "a Git LFS pointer",
+        b"[]": "not a JSON object",
+    }
+    message = messages.get(content, "not JSON")
     with pytest.raises(UserError, match=f"config.json: .*{message}.*; fix: "):
         read_json(file)
     if content is None:
@@ -297,8 +313,11 @@ def test_the_hugging_face_cache_keeps_its_links(tmp_path, below):
 def test_a_parameter_takes_plain_floats_only(tmp_path, dtype):
     weights.save(tmp_path, state() | {"old.bias": torch.ones(2).to(dtype)})
     name = str(dtype).removeprefix("torch.")
-    untouched(tmp_path, f"model.safetensors:old.bias: type {name}, the model needs float64 or float32 or float16 or "
-              "bfloat16; fix: give the original weights")  # fmt: skip
+    untouched(
+        tmp_path,
+        f"model.safetensors:old.bias: type {name}, the model needs float64 or float32 or float16 "
+        "or bfloat16; fix: give the original weights",
+    )
 
 
 def test_an_integer_buffer_takes_its_own_type_only(tmp_path):
@@ -336,8 +355,12 @@ def fused_net(rows=(4, 2, 2)):
 
 def fused_state():
     torch.manual_seed(1)
-    return {"p.l.0.qkv.kernel": torch.randn(8, 3), "p.l.1.qkv.kernel": torch.randn(8, 3),
-            "p.last.weight": torch.randn(3), "p.last.bias": torch.randn(3)}  # fmt: skip
+    return {
+        "p.l.0.qkv.kernel": torch.randn(8, 3),
+        "p.l.1.qkv.kernel": torch.randn(8, 3),
+        "p.last.weight": torch.randn(3),
+        "p.last.bias": torch.randn(3),
+    }
 
 
 def test_a_fused_tensor_is_split_and_comes_back(tmp_path):
@@ -410,7 +433,8 @@ def test_pickled_weights_only_when_asked_for(tmp_path, sharded):
     pickled(tmp_path, sharded)
     untouched(
         tmp_path,
-        "pytorch_model.bin: only pickled weights; fix: pass allow_pickle=true, or convert to safeten",
+        "pytorch_model.bin: only pickled weights; "
+        "fix: pass allow_pickle=true, or convert to safeten",
     )
     net = meta()
     weights.load(net, weights.Checkpoint(tmp_path, allow_pickle=True), TABLE)

@@ -32,7 +32,7 @@ from tests.tools.vocabularies import (
     write,
 )
 
-# ---------------------------------------------------------------- golden data
+# -------------------------------------------------------------------------------------- golden data
 
 
 GOLDEN = [
@@ -104,7 +104,7 @@ def test_real_specials_and_decode():
     assert llama.decode([1, -200, *llama.encode("A naïve 🙂 dog.")[0], 2]) == "A naïve 🙂 dog."
 
 
-# ---------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------------- templates
 
 SYSTEM = TEMPLATES["phi"].system
 
@@ -331,7 +331,7 @@ def test_bad_templates(tiny, piece_model, tmp_path):
         (tiny / "away").rename(tiny / "tokenizer_config.json")
 
 
-# -------------------------------------------------------- chat: the tokenizer's own template
+# --------------------------------------------------------------- chat: the tokenizer's own template
 
 # Written here in the manner of ...; {% generation %} says what transformers takes for the answers.
 CHAT = {
@@ -503,7 +503,8 @@ def test_chat_supervises_answers_and_their_end(chatty, name):
     )
     answers = [turn["value"] for turn in conversation[1::2]]
     answers = [answer.strip() for answer in answers] if "trim" in CHAT[name] else answers
-    answers = [" " * (name == "mistral") + answer + ENDS[name] for answer in answers]
+    space = " " if name == "mistral" else ""  # its template puts one before each answer
+    answers = [space + answer + ENDS[name] for answer in answers]
     ids, labels = encode(conversation, tok, "chat")
     if name == "phi3":  # whose tokens take in the space behind them
         answers = [answer.lstrip() + "\n" for answer in answers]
@@ -532,7 +533,8 @@ def test_chat_with_sentencepiece(piece_model, tmp_path, name, legacy):
         write(tmp_path / "a", piece_model, legacy=legacy, chat_template=bare(CHAT[name]))
     )
     conversation = turns("what <s>is</s>?", "a dog</s>", "the mat", "red")
-    answers = [" " * (name == "mistral") + answer + "</s>" for answer in ("a dog</s>", "red")]
+    space = " " if name == "mistral" else ""  # its template puts one before each answer
+    answers = [f"{space}a dog</s></s>", f"{space}red</s>"]
     assert supervised(conversation, tok, "chat") == answers
     ids, labels = encode(conversation, tok, "chat")
     assert ids.count(1) == 1 and ids[0] == 1
@@ -848,7 +850,7 @@ def test_chat_of_llava_hf_is_llava():
     assert [tok.token(i) for i in labels if i != IGNORE] == ["▁A", "▁cat", ".", "▁Red", ".", "</s>"]
 
 
-# ---------------------------------------------------------------- the viewer: data.py inspect
+# ---------------------------------------------------------------------- the viewer: data.py inspect
 
 
 def inspect(file, *options, **given):

@@ -73,10 +73,8 @@ def test_golden_ids(name, vocabulary, special, tmp_path):
     else:
         tok = load(VOCABULARIES / vocabulary)
     golden = json.loads((VOCABULARIES / "golden_ids.json").read_text())
-    lead, tail = (
-        [tok.bos_id] * (name in ("llava15_fast_with_bos", "clip")),
-        [49407] * (name == "clip"),
-    )
+    lead = [tok.bos_id] if name in ("llava15_fast_with_bos", "clip") else []
+    tail = [49407] if name == "clip" else []
     assert len(golden["texts"]) == 72
     for text, expected in zip(golden["texts"], golden["ids"][name], strict=True):
         ids, offsets = tok.encode(text, special=special)
@@ -84,7 +82,7 @@ def test_golden_ids(name, vocabulary, special, tmp_path):
         assert name == "clip" or reassemble(text, offsets) == text  # CLIP's drops spaces
 
 
-# ----------------------------------------------------- against the references, on many lines
+# ------------------------------------------------------------ against the references, on many lines
 
 # First and last code points: scripts, marks, right to left, symbols, private use, controls.
 RANGES = (
@@ -213,7 +211,7 @@ def test_llama_cpp_pairs(name, vocabulary):
     assert [tok.encode(text)[0] for text in texts[: len(expected)]] == expected
 
 
-# ---------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 
 def test_attributes(tiny, piece_model, tmp_path):

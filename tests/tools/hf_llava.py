@@ -71,9 +71,11 @@ def write(folder: Path, tower: str, family: str):
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(folder)
-    n = (SIDE // PATCH) ** 2 - (
-        tower == "siglip"
-    )  # `default` drops CLIP's class token, and a patch of SigLIP's
+    # The feature selection `default` drops the first token: CLIP's class token, or a patch of
+    # SigLIP's.
+    n = (SIDE // PATCH) ** 2
+    if tower == "siglip":
+        n -= 1
     rows = [[1, 5, *[IMAGE] * n, 7, 9], [3, *[IMAGE] * n, 8, 2, 60]]
     save_file(
         {"input_ids": torch.tensor(rows), "images": torch.randn(2, 3, SIDE, SIDE)},

@@ -1,4 +1,4 @@
-"""The plan of a recipe: what is found and what is missing, exact counts, and an estimate that is about right."""
+"""The plan of a recipe: what is found, what is missing, exact counts, an estimate about right."""
 
 import json
 import re
@@ -26,19 +26,33 @@ from training import estimate, planner
 from training.estimate import Row
 
 LLM = {
-    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": False,
+}
 VISION = {
-    "model_type": "siglip_vision_model", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
-    "num_attention_heads": 2, "patch_size": 8, "image_size": 32,
-}  # fmt: skip
+    "model_type": "siglip_vision_model",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+    "image_size": 32,
+}
 # What the authors' own files add up to; each part's own tensors once, tied ones once.
 PUBLISHED = {
-    "TinyLlama--TinyLlama-1.1B-Chat-v1.0": 1_100_048_384, "Qwen--Qwen2-0.5B": 494_032_768,
-    "Qwen--Qwen2.5-3B": 3_085_938_688, "google--gemma-2b": 2_506_172_416, "microsoft--phi-2": 2_779_683_840,
-    "stabilityai--stablelm-2-zephyr-1_6b": 1_644_515_328, "apple--OpenELM-450M-Instruct": 457_179_136,
-}  # fmt: skip
+    "TinyLlama--TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "Qwen--Qwen2-0.5B": 494_032_768,
+    "Qwen--Qwen2.5-3B": 3_085_938_688,
+    "google--gemma-2b": 2_506_172_416,
+    "microsoft--phi-2": 2_779_683_840,
+    "stabilityai--stablelm-2-zephyr-1_6b": 1_644_515_328,
+    "apple--OpenELM-450M-Instruct": 457_179_136,
+}
 RECIPE = """
 [model]
 llm = "{llm}"
@@ -72,17 +86,28 @@ def folder(path, hf: dict, *files: str):
 def recipe(tmp_path):
     """A recipe on made-up local folders: (its file, what to .format() into it)."""
     rows = [
-        {"image": "a.jpg", "conversations": [{"from": "human", "value": f"<image>\n{'x' * 40}"},
-                                             {"from": "gpt", "value": "y" * 80}]},
-        {"conversations": [{"from": "human", "value": "x" * 120}, {"from": "gpt", "value": "y" * 240}]},
-    ]  # fmt: skip
+        {
+            "image": "a.jpg",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{'x' * 40}"},
+                {"from": "gpt", "value": "y" * 80},
+            ],
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "x" * 120},
+                {"from": "gpt", "value": "y" * 240},
+            ]
+        },
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows * 5))
     names = {
         "llm": folder(tmp_path / "llm", LLM, "model.safetensors"),
         "vision": folder(tmp_path / "vision", VISION, "model.safetensors"),
         "tokenizer": folder(tmp_path / "tokenizer", {}, "tokenizer.json"),
-        "data": tmp_path / "rows.json", "out": tmp_path / "out",
-    }  # fmt: skip
+        "data": tmp_path / "rows.json",
+        "out": tmp_path / "out",
+    }
 
     def write(**other):
         (tmp_path / "r.toml").write_text(RECIPE.format(**(names | other)))
@@ -104,7 +129,7 @@ def count(module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-# ------------------------------------------------------------------------------------------------------ --list
+# ------------------------------------------------------------------------------------------- --list
 
 
 def test_list_shows_every_recipe_and_its_scores():
@@ -128,7 +153,7 @@ def test_list_shows_every_recipe_and_its_scores():
     assert legend.startswith("trains: c connector")
 
 
-# ---------------------------------------------------------------------------------------------------- --dry-run
+# ---------------------------------------------------------------------------------------- --dry-run
 
 
 def test_dry_run_of_the_demo():
@@ -160,7 +185,8 @@ def test_dry_run_counts_parameters_steps_and_tokens(recipe, tmp_path):
     )
     both = count(model.connector) + count(model.language_model)
     assert second.startswith(f"finetune: 4 steps of 5 rows; trains {both:,}{whole}")
-    # half the rows have 10 + 20 tokens and a picture, half 30 + 60; the template `pretrain` leaves the question out
+    # Half the rows have 10 + 20 tokens and a picture, half 30 + 60. The template `pretrain` leaves
+    # the question out.
     assert "0.50 views of 8 tokens, 40 text tokens, 40 supervised (data: 10 rows)" in first
     assert "0.50 views of 8 tokens, 60 text tokens, 40 supervised (data: 10 rows)" in second
     assert (
@@ -273,8 +299,10 @@ def test_a_model_that_would_be_downloaded_is_not(recipe, tmp_path, hub):
     assert re.search(r"model.tokenizer +org/llm +would be downloaded\n", said)
     assert f"language_model {count(build().language_model):,}" in said
     assert {path.split("/")[-1] for path in Hub.asked} == {
-        "config.json", "preprocessor_config.json", "tokenizer_config.json",
-    }  # fmt: skip
+        "config.json",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+    }
     assert list((tmp_path / "cache").rglob("*.json")) == [cached / "config.json"]
 
 
@@ -304,7 +332,7 @@ def test_without_a_network_one_line_says_so(recipe, hub):
     assert "estimate" not in done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------- estimate
+# ----------------------------------------------------------------------------------------- estimate
 
 
 def test_memory_is_the_sum_that_the_docstring_gives():
@@ -318,8 +346,10 @@ def test_memory_is_the_sum_that_the_docstring_gives():
 
     memory = memory_of(stage, recompute=True)
     lm, connector = count(model.language_model), count(model.connector)
-    linears = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
-               for name, part in model.named_children()}  # fmt: skip
+    linears = {
+        name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
+        for name, part in model.named_children()
+    }
     assert (
         memory["weights"] == 4 * count(model) - 2 * linears["vision_tower"]
     )  # frozen, so in bfloat16
@@ -350,19 +380,34 @@ def test_memory_is_the_sum_that_the_docstring_gives():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
-    "tune", [Tune(), Tune(llm="full"), Tune(llm="full", vision="full"), Tune("partial:2", "frozen", "frozen"),
-             Tune(vision="partial:1")],
-)  # fmt: skip
+    "tune",
+    [
+        Tune(),
+        Tune(llm="full"),
+        Tune(llm="full", vision="full"),
+        Tune("partial:2", "frozen", "frozen"),
+        Tune(vision="partial:1"),
+    ],
+)
 def test_operations_are_those_that_torch_counts(tune, recompute):
-    """Matrices wide, sequences short: what the counter does not see (attention on the CPU) is below a percent."""
-    model = build(LLM | {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8},
-                  VISION | {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 6})  # fmt: skip
+    """Matrices wide, sequences short: attention, which the counter does not see, is below 1 %."""
+    model = build(
+        LLM
+        | {
+            "vocab_size": 16384,
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_attention_heads": 8,
+        },
+        VISION | {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 6},
+    )
     for part in (model.language_model.model, model.vision_tower):
         part.gradient_checkpointing = recompute
     set_trainable(model, tune)
     ids = torch.cat([torch.full((30,), IMAGE_TOKEN), torch.arange(9)])
     labels = torch.cat([torch.full((31,), -100), torch.arange(1, 9)])
-    # Torch ends a recomputation at the last input that backward needs; the formula has the whole block.
+    # Torch ends a recomputation at the last input that backward needs. The formula has the whole
+    # block.
     with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
         cu_seqlens = torch.tensor([0, 39], dtype=torch.int32)
         pixels = torch.rand(2, 3, 32, 32)
@@ -408,8 +453,11 @@ def test_both_encoders_of_a_mixture_are_counted():
 
 
 def test_the_largest_run_that_was_reported():
-    """Phi-2 with SigLIP through both stages of `base`: about 12 hours on 8 A100-40G, by a loop that pads its batches
-    (a third to a half of the tokens) and shards the model, without which it does not fit. Ours packs."""
+    """Phi-2 with SigLIP through both stages of `base` took about 12 hours on 8 A100-40G.
+
+    That loop pads its batches (a third to a half of the tokens), where ours packs. It shards the
+    model, which does not fit otherwise.
+    """
     names = ("microsoft--phi-2", "google--siglip-so400m-patch14-384")
     llm, vision = (
         json.loads(shared(f"assets/configs/{name}/config.json").read_text()) for name in names

@@ -1,0 +1,82 @@
+"""How ranks end: one error for all of them, said by the one that failed first."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import config
+from checkpoints import resume
+from tests.tools.environment import ROOT, run
+from tests.tools.training_runs import distributed, losses, one_line
+
+FULL = pytest.mark.full
+
+NAN = """
+import data, torch
+def pack(samples, real=data.pack_samples):
+    batch = real(samples)
+    for s, row in enumerate(batch.rows):
+        if row in {rows}:
+            cu = batch.cu_seqlens
+            batch.positions = batch.positions.double()
+            batch.positions[cu[s]:cu[s + 1]] = float("nan")
+    return batch
+data.pack_samples = pack
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=FULL)])
+def test_nan_stops_every_rank_before_the_update_and_names_the_rows(recipe, tmp_path, ranks):
+    file, out = recipe("nan")
+    script = tmp_path / "nan.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        + NAN.format(rows={17, 80})
+        + f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    start = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        if ranks > 1
+        else []
+    )
+    one = (
+        "stage.pretrain.micro_batch_tokens=0",
+        "train.save_every=1",
+        "train.workers=0",
+        "stage.pretrain.steps=30",
+    )
+    done = run(*start, script, file, *one, ok=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    named = [r for r in (17, 80) if f"row {r} (id pretrain-000{r})" in errors[0]]
+    assert named and errors[0].count("row ") == len(named)
+    assert "loss nan" in errors[0] and "nothing was updated; fix: " in errors[0]
+    if ranks == 1:
+        one_line(done)
+    newest = resume.listed(out / "checkpoints")[-1]
+    step = resume.verify(newest)["step"]
+    assert step == len(losses(out))
+    assert all(t.isfinite().all() for t in resume.read(newest)[0].values())
+
+
+def test_the_first_rank_to_fail_has_the_last_word(recipe, tmp_path):
+    file, out = recipe("rank")
+    rows = json.loads(Path(config.load([str(file)], file)[0].stage["pretrain"].data).read_text())
+    rows[40]["image"] = "nowhere.png"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = distributed(
+        2,
+        file,
+        f"stage.pretrain.data={tmp_path / 'rows.json'}",
+        "stage.pretrain.steps=12",
+        ok=False,
+    )
+    ours = [
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith("error: ") or "Traceback" in line
+    ]
+    assert ours[0].startswith("error: ") and "nowhere.png" in ours[0]
+    assert all("Traceback" in line for line in ours[1:]) and len(ours) <= 2  # torchrun's own
+    assert "traceback : error: " in done.stderr  # its summary quotes the line
