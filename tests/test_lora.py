@@ -526,16 +526,10 @@ ids = torch.arange(1, 25)
 labels = torch.cat([ids[1:], ids.new_full((1,), -100)])
 losses = []
 for _ in range(2):
-<<<<<<< HEAD
-    hidden = lm.model(lm.model.embed(ids), torch.arange(24), packed_attention(torch.tensor([0, 24], dtype=torch.int32), 24))
-    losses.append(linear_cross_entropy(hidden, lm.lm_head.weight, None, torch.cat([ids[1:], ids.new_full((1,), -100)])))
-    losses[-1].backward()
-=======
-    attend = packed(torch.tensor([0, 24], dtype=torch.int32), 24)
+    attend = packed_attention(torch.tensor([0, 24], dtype=torch.int32), 24)
     hidden = lm.model(lm.model.embed(ids), torch.arange(24), attend)
     loss = linear_cross_entropy(hidden, lm.lm_head.weight, None, labels)
     loss.backward()
->>>>>>> rtests
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())

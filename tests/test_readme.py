@@ -14,7 +14,6 @@ SCRIPTS = [
     "generate.py",
     "evaluate.py",
     "export.py",
-<<<<<<< HEAD
     "data.py",
     "serve.py",
     "visualize.py",
@@ -22,17 +21,6 @@ SCRIPTS = [
     "-m demo.world",
     "-m demo.moving",
 ]
-=======
-    "report.py",
-    "world.py",
-    "moving.py",
-    "data.py",
-    "templates.py",
-    "serve.py",
-    "visualize.py",
-]
-LIMITS = {"model.py": 600, "encoders.py": 300, "connectors.py": 300, "train.py": 400}
->>>>>>> rtests
 
 
 def reading_path() -> list[str]:
