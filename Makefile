@@ -3,7 +3,7 @@
 # make test   run every test
 # make test-full   the long matrices of kills, ranks and tuning modes (half an hour on two cores)
 # make test-page   serve.py's page and API, with gradio and openai, in a Chromium if there is one
-# make lint   check style
+# make lint   check style: ruff, what no formatter forbids, and the floors of the imports
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -19,8 +19,9 @@ moving: .venv/installed
 	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world
 	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world --one-frame
 
+# One process per core. Tests of one file stay in one process, because they share what is slow to make.
 test: .venv/installed .venv/hf4/installed
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 test-full: .venv/installed
 	$(PY) -m pytest -m full -s
@@ -31,6 +32,7 @@ test-page: .venv/installed .venv/page/installed
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pytest tests/test_style.py tests/test_floors.py
 
 clean:
 	rm -rf .venv out .pytest_cache .ruff_cache
