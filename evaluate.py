@@ -566,7 +566,9 @@ def main(argv: list[str]):
     device = "cpu"
     dtype = torch.float32
     if torch.cuda.is_available():
+        # Triton launches its kernels on the current device, whatever the device of their tensors.
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
         dtype = torch.bfloat16
     model = LLaVA.from_pretrained(folder, dtype=dtype, device=device).eval()
     tokenizer = load_tokenizer(folder)

@@ -851,6 +851,10 @@ class LLaVA(nn.Module):
 
         load: as in from_pretrained. Raises UserError.
         """
+        # Everything random in a new run is drawn after this: the weights below, and the adapters
+        # that come later. So equal seeds give equal models, however they start.
+        torch.manual_seed(seed)
+
         # A finished model, to train further.
         if c.checkpoint:
             model = cls.from_pretrained(c.checkpoint, allow_pickle=c.allow_pickle, load=load)
@@ -867,8 +871,6 @@ class LLaVA(nn.Module):
             else:
                 pretrained["vision_tower"] = {"": c.vision}
 
-        # Only the random weights below draw from this seed, so equal seeds give equal models.
-        torch.manual_seed(seed)
         model = cls(layouts.config_from_recipe(c, template), empty=list(pretrained))
         init_weights(model.connector, 0.02)
         for name in ("language_model", "vision_tower"):

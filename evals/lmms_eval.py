@@ -61,7 +61,9 @@ class Barellava(lmms):
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
 
         if torch.cuda.is_available() and device != "cpu":
+            # Triton launches its kernels on the current device, whatever that of their tensors.
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+            torch.cuda.set_device(self.device)
             dtype = dtype or "bfloat16"
         else:
             self.device = torch.device("cpu")

@@ -169,6 +169,15 @@ def engine_for(model, rows: int) -> Engine:
     return engine
 
 
+def forget_engine(model):
+    """Drop the engine of the model's last call, because its cache is of weights that have changed.
+
+    `weights_state` does not see every change: a fused optimizer writes to a weight without counting
+    it. Whoever takes optimizer steps between two calls says so here.
+    """
+    LAST_ENGINES.pop(model, None)
+
+
 def weights_state(model: nn.Module) -> list[WeightState]:
     """Return the states of all weights of a model, which differ after any of them has changed."""
     states = []

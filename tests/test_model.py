@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import kernels
 from checkpoints import weights
 from checkpoints.names import rename, reverse
-from config import LLaVAConfig
+from config import LLaVAConfig, Model
 from inference.sampling import sample_tokens
 from inputs.tokenizer import load_tokenizer
 from model import LanguageModel, LLaVA, init_weights
@@ -282,3 +282,13 @@ def test_blocks_compile_whole_and_once_for_all_lengths(case):
     model.zero_grad()
     close(model.vision_tower(io["images"]), plain.vision_tower(io["images"]), 1e-5)
     assert len(graphs) > made[-1]
+
+
+def test_the_seed_also_decides_what_a_run_from_a_checkpoint_draws(tmp_path):
+    small_model().save(tmp_path)
+    drawn = []
+    for before in (1, 2):
+        torch.manual_seed(before)  # what happened to be drawn earlier
+        LLaVA.from_parts(Model(checkpoint=str(tmp_path)), "plain", seed=7)
+        drawn.append(torch.rand(3))  # as an adapter would
+    assert torch.equal(*drawn)

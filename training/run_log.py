@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from checkpoints import resume
 from checkpoints.files import write_file
+from inference import generation
 from inference.answer import answer
 from inputs.rows import Rows
 from inputs.sample import SampleSpec, load_items
@@ -244,6 +245,7 @@ class RunLog:
 
         All ranks must call it: with fsdp they compute together.
         """
+        generation.forget_engine(model)  # its cache is of the weights of the last validation
         for i in range(min(count, len(rows))):
             turns = rows[i]["conversations"]
             question = turns[0]["value"]

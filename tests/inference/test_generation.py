@@ -1,5 +1,7 @@
 """LLaVA.generate: what it keeps from one call to the next, and when it forgets it."""
 
+import copy
+
 import torch
 
 from inference import generation
@@ -35,3 +37,19 @@ def test_changed_weights_and_training_forget_what_was_held():
     )
     model.train().generate(ids, max_new_tokens=2)
     assert model not in generation.LAST_ENGINES
+
+
+def test_an_engine_is_forgotten_when_an_optimizer_changed_the_weights():
+    model = build()
+    prompt = torch.arange(1, 30)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def answer_of(model) -> list[int]:
+        return model.generate([prompt], max_new_tokens=8)[0].tolist()
+
+    answer_of(model)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    generation.forget_engine(model)
+    assert answer_of(model) == answer_of(copy.deepcopy(model))
