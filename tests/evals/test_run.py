@@ -141,7 +141,9 @@ def test_a_run_from_files_to_scores_killed_and_resumed(
         assert next(row["answer"] for row in made if row["question_id"] == 777) == ""
     if task == "gqa":
         assert json.loads(text_of("a-testdev_balanced_predictions.json"))[0] == {
-            "questionId": "201", "prediction": said["201"].rstrip(".").lower()}  # fmt: skip
+            "questionId": "201",
+            "prediction": said["201"].rstrip(".").lower(),
+        }
     if task == "mme":
         first = text_of("a-results/count.txt").splitlines()[0].split("\t")
         assert first == [

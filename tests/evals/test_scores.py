@@ -137,7 +137,10 @@ def test_scores_of_short_answers():
     )
     scores = vqav2.score([one, two, {"label": None}], ["Yes.", "Two", "x"])
     assert {name: (s["score"], s["chance"], s["n"]) for name, s in scores.items()} == {
-        "all": (100, 50, 2), "yes/no": (100, 100, 1), "number": (100, 100, 1)}  # fmt: skip
+        "all": (100, 50, 2),
+        "yes/no": (100, 100, 1),
+        "number": (100, 100, 1),
+    }
     assert (
         vqav2.score([one], ["no"])["all"]["score"] == 0
         and vqav2.score([{"label": None}], ["x"]) == {}

@@ -326,8 +326,10 @@ def test_longvideobench_examples(tmp_path):
     for file in (tmp_path / "subtitles").iterdir():
         file.unlink()
     plain = longvideobench.examples(tmp_path, subtitles=False)
-    assert [e["prompt"] for e in plain] == [f"Which subtitles appear?{options}" + LETTER,
-                                            "What is he doing?\nA. a\nB. b" + LETTER]  # fmt: skip
+    assert [e["prompt"] for e in plain] == [
+        f"Which subtitles appear?{options}" + LETTER,
+        "What is he doing?\nA. a\nB. b" + LETTER,
+    ]
     assert [e["label"] for e in plain] == ["E", "A"]
 
 

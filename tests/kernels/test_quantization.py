@@ -145,8 +145,11 @@ def test_int8_by_hand():
     assert q.SCB.tolist() == [127.0, 0.0, 2.0]
     assert same(int8.dequantize(q, torch.float16)[0], torch.tensor([127.0, -126, 2, 2]).half())
     state = int8.Int8.from_state(q.state()).state()
-    assert {k: t.dtype for k, t in state.items()} == {"weight": torch.int8, "SCB": torch.float32,
-                                                      "weight_format": torch.uint8}  # fmt: skip
+    assert {k: t.dtype for k, t in state.items()} == {
+        "weight": torch.int8,
+        "SCB": torch.float32,
+        "weight_format": torch.uint8,
+    }
     with pytest.raises(ValueError, match="weight_format 2"):
         int8.Int8.from_state(state | {"weight_format": torch.tensor(2, dtype=torch.uint8)})
     with pytest.raises(ValueError, match="not finite"):

@@ -90,8 +90,10 @@ def gqa(d, llava):
     pictures(d / ("data/images" if llava else "images"), "n1.jpg", "n2.jpg")
     put(d / ("data" if llava else "questions1.2") / "testdev_balanced_questions.json", table)
     if llava:
-        rows = [{"question_id": n, "image": f"{row['imageId']}.jpg", "text": row["question"] + WORD}
-                for n, row in table.items()]  # fmt: skip
+        rows = [
+            {"question_id": n, "image": f"{row['imageId']}.jpg", "text": row["question"] + WORD}
+            for n, row in table.items()
+        ]
         put(d / "llava_gqa_testdev_balanced.jsonl", rows)
     return [("201", "Is it overcast?" + WORD, "no"), ("202", "Who is it?" + WORD, "man")]
 
@@ -131,13 +133,17 @@ def scienceqa(d, llava):
                 {"id": "9", "conversations": [second]},
             ],
         )
-    return [("7", "Which?\nA. cat\nB. dog" + LETTER, "B"),
-            ("9", "Context: A map.\nWhere?\nA. a\nB. b\nC. c" + LETTER, "A")]  # fmt: skip
+    return [
+        ("7", "Which?\nA. cat\nB. dog" + LETTER, "B"),
+        ("9", "Context: A map.\nWhere?\nA. a\nB. b\nC. c" + LETTER, "A"),
+    ]
 
 
 def textvqa(d, llava, ocr="\nReference OCR token: STOP, 5"):
-    rows = [{"question_id": 30 + i, "image_id": "ab", "question": q, "answers": ["stop"] * 10}
-            for i, q in enumerate(("what is the Brand?", "what does it say?"))]  # fmt: skip
+    rows = [
+        {"question_id": 30 + i, "image_id": "ab", "question": q, "answers": ["stop"] * 10}
+        for i, q in enumerate(("what is the Brand?", "what does it say?"))
+    ]
     put(d / "TextVQA_0.5.1_val.json", {"data": rows})
     pictures(d / "train_images", "ab.jpg")
     expected = [
@@ -149,8 +155,10 @@ def textvqa(d, llava, ocr="\nReference OCR token: STOP, 5"):
             e[1] if ocr else e[1].replace("?\n", "?\nReference OCR token: STOP, 5\n")
             for e in expected
         ]
-        put(d / "llava_textvqa_val_v051_ocr.jsonl",
-            [{"question_id": "ab", "image": "ab.jpg", "text": text} for text in full])  # fmt: skip
+        put(
+            d / "llava_textvqa_val_v051_ocr.jsonl",
+            [{"question_id": "ab", "image": "ab.jpg", "text": text} for text in full],
+        )
     elif ocr:
         put(
             d / "TextVQA_Rosetta_OCR_v0.2_val.json",
@@ -204,8 +212,11 @@ def mme(d, llava):
             for what in ("cat", "dog")
         ]
         put(d / "llava_mme.jsonl", rows)
-    return [(f"{name}/{i}", f"Is it a {what}?{WORD}", label) for name in names
-            for i, (what, label) in enumerate((("cat", "Yes"), ("dog", "No")))]  # fmt: skip
+    return [
+        (f"{name}/{i}", f"Is it a {what}?{WORD}", label)
+        for name in names
+        for i, (what, label) in enumerate((("cat", "Yes"), ("dog", "No")))
+    ]
 
 
 def mmmu(d, llava):
@@ -215,8 +226,10 @@ def mmmu(d, llava):
     labels = ["B", ["3", "three"], "A"]
     if llava:
         kinds = ("multiple-choice", "short-answer", "multiple-choice")
-        rows = [{"id": n, "prompt": p, "question_type": kind, "index2ans": {"A": "Ann", "B": "Bob"}}
-                for n, p, kind in zip(ids, prompts, kinds, strict=True)]  # fmt: skip
+        rows = [
+            {"id": n, "prompt": p, "question_type": kind, "index2ans": {"A": "Ann", "B": "Bob"}}
+            for n, p, kind in zip(ids, prompts, kinds, strict=True)
+        ]
         rows[0]["image"], rows[1]["image"] = "art_1.png", "math_1.png"
         put(d / "anns_for_eval.json", rows)
         truth = {
@@ -271,19 +284,13 @@ def parquet(file, rows):
         file.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     else:
-        coded = {"bytes": lambda value: base64.b64encode(value).decode()}
-        put(
-            file,
-            json.dumps(
-                [
-                    {
-                        k: v and isinstance(v, dict) and {"bytes": coded["bytes"](v["bytes"])} or v
-                        for k, v in row.items()
-                    }
-                    for row in rows
-                ]
-            ),
-        )
+
+        def coded(value):
+            if isinstance(value, dict) and value:
+                return {"bytes": base64.b64encode(value["bytes"]).decode()}
+            return value
+
+        put(file, json.dumps([{k: coded(v) for k, v in row.items()} for row in rows]))
 
 
 def fake_pyarrow(monkeypatch):
@@ -316,8 +323,11 @@ def mmvet_files(d, llava):
     put(d / ("mm-vet" if llava else ".") / "mm-vet.json", table)
     pictures(d / "images", "v1_0.png", "v1_1.png")
     if llava:
-        put(d / "llava-mm-vet.jsonl", [{"question_id": i, "image": f"{row[0]}.png", "text": row[1]}
-                                       for i, row in enumerate(rows)])  # fmt: skip
+        asked = [
+            {"question_id": i, "image": f"{row[0]}.png", "text": row[1]}
+            for i, row in enumerate(rows)
+        ]
+        put(d / "llava-mm-vet.jsonl", asked)
     return [(n, q, a) for n, q, a, _ in rows]
 
 
@@ -355,9 +365,11 @@ def mmbench(d, llava):
     file = d / ("mmbench_dev_20230712.tsv" if llava else "MMBench_DEV_EN.tsv")
     with open(file, "w", newline="") as lines:
         csv.writer(lines, delimiter="\t").writerows([columns, *rows])
-    return [("0", "A hint\nWhich?\nA. red\nB. blue" + LETTER, "A"),
-            ("1", 'Say "it"\nA. a\nB. b\nC. c\nD. d' + LETTER, "C"),
-            ("1000000", "A hint\nWhich?\nA. blue\nB. red" + LETTER, "B")]  # fmt: skip
+    return [
+        ("0", "A hint\nWhich?\nA. red\nB. blue" + LETTER, "A"),
+        ("1", 'Say "it"\nA. a\nB. b\nC. c\nD. d' + LETTER, "C"),
+        ("1000000", "A hint\nWhich?\nA. blue\nB. red" + LETTER, "B"),
+    ]
 
 
 def seedbench(d, llava):
@@ -419,8 +431,12 @@ FILES = {
     "mmbench": (mmbench, "mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv"),
     "seedbench": (seedbench, "llava-seed-bench.jsonl", "SEED-Bench.json"),
 }
-CASES = [pytest.param(task, i == 1, id=f"{task}-{'llava' if i == 1 else 'original'}")
-         for task, row in FILES.items() for i in (1, 2) if row[i]]  # fmt: skip
+CASES = [
+    pytest.param(task, i == 1, id=f"{task}-{'llava' if i == 1 else 'original'}")
+    for task, row in FILES.items()
+    for i in (1, 2)
+    if row[i]
+]
 
 
 def files(task, llava):
