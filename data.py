@@ -55,7 +55,7 @@ from inputs import templates
 from inputs.image_processor import ImageProcessor
 from inputs.index import cached_array
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
-from inputs.rows import Mixture, Part, Rows, open_rows
+from inputs.rows import Part, RowMixture, Rows, open_rows
 from inputs.sample import Sample, SampleSpec, make_sample, user_error
 from inputs.shards import shard
 from inputs.summary import Summary
@@ -85,7 +85,7 @@ def make_spec(tokenizer: str, template: str, max_tokens: int, views: Tiling) -> 
 
     try:
         tok = load_tokenizer(folder) if folder else byte_tokenizer()
-        templates.resolve(template, tok)
+        templates.choose_template(template, tok)
     except ValueError as e:
         raise user_error(tokenizer or "command line", e) from None
     return SampleSpec(tok, template, max_tokens, views)
@@ -523,7 +523,7 @@ def count_chunks(chunks: Counts, file: str | Path, workers: int) -> np.ndarray:
 
 
 @dataclass
-class Job:
+class Listing:
     """A set of rows for `check` or `inspect`."""
 
     name: str
@@ -583,7 +583,7 @@ def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = Tru
 
     With pixels=False, pictures are neither read nor in the HTML. Raises UserError for a bad row.
     """
-    template = templates.resolve(spec.template, spec.tokenizer)
+    template = templates.choose_template(spec.template, spec.tokenizer)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     html = []
     total = 0
@@ -645,7 +645,7 @@ LEGEND = """<p>Pictures as the encoder gets them, before normalisation. What is 
 is supervised.</p>"""
 
 
-def jobs_of_options(args) -> list[Job]:
+def jobs_of_options(args) -> list[Listing]:
     """Return the one job of --data and the options beside it."""
     if args.max_tokens:
         limit = args.max_tokens
@@ -663,10 +663,10 @@ def jobs_of_options(args) -> list[Job]:
     name = args.data
     if not args.tokenizer:
         name += ", in bytes (no --tokenizer)"
-    return [Job(name, open_rows(args.data, args.images), spec)]
+    return [Listing(name, open_rows(args.data, args.images), spec)]
 
 
-def jobs_of_recipe(arguments: list[str]) -> list[Job]:
+def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
     """Return a job for the rows of each stage of a recipe, and one for its held-out rows.
 
     All are opened before any is read to the end, so that a wrong path shows at once.
@@ -676,15 +676,15 @@ def jobs_of_recipe(arguments: list[str]) -> list[Job]:
     jobs = []
     for name, stage in recipe.stage.items():
         spec = stage_spec(recipe.model, stage)
-        rows = Mixture.of(stage, f"{path}:stage.{name}")
-        jobs.append(Job(f"stage {name}", rows, spec, Order(len(rows), seed, rows.parts)))
+        rows = RowMixture.of(stage, f"{path}:stage.{name}")
+        jobs.append(Listing(f"stage {name}", rows, spec, Order(len(rows), seed, rows.parts)))
         if stage.validation:
             rows = open_rows(stage.validation, stage.images)
-            jobs.append(Job(f"stage {name}, validation", rows, spec, Order(len(rows), seed)))
+            jobs.append(Listing(f"stage {name}, validation", rows, spec, Order(len(rows), seed)))
     return jobs
 
 
-def check_jobs(jobs: list[Job], where: str):
+def check_jobs(jobs: list[Listing], where: str):
     """Check the rows of all jobs. Raises UserError if some are bad."""
     bad = 0
     total = 0
@@ -697,7 +697,7 @@ def check_jobs(jobs: list[Job], where: str):
         raise UserError(where, f"{bad} of {total} rows are bad", fix)
 
 
-def inspect_jobs(jobs: list[Job], args):
+def inspect_jobs(jobs: list[Listing], args):
     """Show some rows of each job, and write the page if one is asked for."""
     # Without a recipe, the text is what matters. Pictures may be missing, unless a page shows them.
     pixels = bool(args.recipe or args.page)
@@ -712,7 +712,7 @@ def inspect_jobs(jobs: list[Job], args):
         print(f"{args.page} written")
 
 
-def rows_to_show(job: Job, args) -> list[int]:
+def rows_to_show(job: Listing, args) -> list[int]:
     """Return the row of --row, or the first --rows of training or of the file.
 
     Raises UserError for a --row that is not there.

@@ -114,7 +114,7 @@ QUIET_SECONDS = 30
 # ------------------------------------------------------------------------- what a question shows
 
 
-def media_names(example: Example) -> tuple[str, list[str]]:
+def shown_files(example: Example) -> tuple[str, list[str]]:
     """Return "image" or "video", and the names of all that an example shows."""
     kind = "video" if example.get("video") else "image"
     named = example[kind] or []
@@ -123,14 +123,14 @@ def media_names(example: Example) -> tuple[str, list[str]]:
     return kind, named
 
 
-def load_media(example: Example, data_dir, load: Callable) -> list:
+def load_shown(example: Example, data_dir, load: Callable) -> list:
     """Return load(source, kind, **part) of each of an example's pictures or videos.
 
     `source` is a path or the bytes of a picture; `part` has the span and rate of a video.
     Raise UserError that names the example's row and the file, where `load` raises ValueError.
     """
     part = {key: example[key] for key in ("span", "rate") if key in example}
-    kind, named = media_names(example)
+    kind, named = shown_files(example)
 
     loaded = []
     for i, name in enumerate(named):
@@ -148,9 +148,9 @@ def load_media(example: Example, data_dir, load: Callable) -> list:
     return loaded
 
 
-def load_items(example: Example, data_dir, model: LLaVA) -> list[Item]:
+def items_of_example(example: Example, data_dir, model: LLaVA) -> list[Item]:
     """Return what an example shows as the model sees it."""
-    return load_media(example, data_dir, partial(load_item, views=model.views))
+    return load_shown(example, data_dir, partial(load_item, tiling=model.views))
 
 
 def check_examples(examples: list[Example], data_dir):
@@ -167,9 +167,9 @@ def check_examples(examples: list[Example], data_dir):
 
         # Opening is slow, so files that are there are taken on trust. This raises for one that is
         # missing, and looks into pictures that are no files but bytes in the example.
-        _, named = media_names(example)
+        _, named = shown_files(example)
         if not all((Path(data_dir) / name).exists() for name in named):
-            load_media(example, data_dir, open_media)
+            load_shown(example, data_dir, open_media)
 
 
 def open_media(source, kind: str, **part):
@@ -196,7 +196,7 @@ def answerer(
         questions = []
         items_of_each = []
         for example in examples:
-            items = load_items(example, data_dir, model)
+            items = items_of_example(example, data_dir, model)
             if change:
                 items = [change(item) for item in items]
             questions.append(example["prompt"])
@@ -217,11 +217,11 @@ def blank_with_mean(examples: list[Example], data_dir, model: LLaVA) -> Callable
     The mean is the same for all, so it tells nothing. One plain colour would not do: that is a
     picture of an empty scene, and a model that sees it rightly answers "zero".
     """
-    shown = [example for example in examples if media_names(example)[1]]
+    shown = [example for example in examples if shown_files(example)[1]]
     step = max(1, len(shown) // MEAN_OF)
     means = []
     for example in shown[::step][:MEAN_OF]:
-        for item in load_items(example, data_dir, model):
+        for item in items_of_example(example, data_dir, model):
             pixels = model.vision_tower.processor.normalise(item.pixels)  # (P, 3, H, W)
             means.append(pixels.mean(0, keepdim=True))
     mean = torch.cat(means).mean(0)  # (3, H, W)

@@ -57,7 +57,7 @@ from checkpoints.files import write_file
 from config import PARTS, Recipe, Stage, Train, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
-from inputs.rows import Mixture, Rows, files, open_rows
+from inputs.rows import RowMixture, Rows, files, open_rows
 from inputs.sample import SampleSpec
 from layers import RMSNorm
 from model import LLaVA
@@ -250,7 +250,7 @@ def train_stage(run: StageRun, start: int) -> bool:
 
         # Gather: every loss is divided by the supervised tokens of the whole step, on all ranks.
         batches = share.batches
-        supervised, tokens, images = ranks.totals(count(batches))
+        supervised, tokens, images = ranks.totals(count_batches(batches))
 
         # Forward and backward, one micro-batch at a time.
         losses = []
@@ -296,7 +296,7 @@ def train_stage(run: StageRun, start: int) -> bool:
         # Save.
         may_be_best = options.keep_best and validation is not None
         if is_last or stops or may_be_best or done % options.save_every == 0:
-            save(run, step, validation)
+            save_checkpoint(run, step, validation)
         if stops and not is_last:
             why = ", ".join(signals.heard()) or "another rank was told to"
             print0(f"{run.name} {done}/{len(run.steps)}  stops: {why}")
@@ -306,7 +306,7 @@ def train_stage(run: StageRun, start: int) -> bool:
     return True
 
 
-def count(batches: list[Batch]) -> list[int]:
+def count_batches(batches: list[Batch]) -> list[int]:
     """Return the numbers of supervised tokens, of all tokens, and of images (tiles, frames)."""
     supervised = tokens = images = 0
     for batch in batches:
@@ -369,7 +369,7 @@ def validate_and_log(run: StageRun, step: int) -> float:
     return loss
 
 
-def save(run: StageRun, step: int, validation: float | None):
+def save_checkpoint(run: StageRun, step: int, validation: float | None):
     """Write a checkpoint, from which a run goes on after this step. All ranks must call it."""
     optimizer: torch.optim.AdamW | None = run.optimizer
     if step + 1 < len(run.steps):
@@ -407,7 +407,7 @@ def prepare(
 
     # The data. To share the tokens of a step evenly, ranks must know the length of each row.
     spec = stage_spec(recipe.model, stage)
-    rows = Mixture.of(stage, f"stage.{name}")
+    rows = RowMixture.of(stage, f"stage.{name}")
     counts = None
     if ranks.size > 1:
         counts = token_counts(rows, spec, options.workers)
@@ -577,7 +577,7 @@ def run_stages(recipe: Recipe, ranks: Ranks):
         tensors, index, start = newest_checkpoint(recipe, "", ranks)
 
     if ranks.is_first:
-        output.export(recipe, tensors, folder)
+        output.export_model(recipe, tensors, folder)
     ranks.barrier()
     print0(f'done: {folder}   try: python generate.py --model {folder} --image FILE --prompt "..."')
 

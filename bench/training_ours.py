@@ -16,7 +16,7 @@ from inputs.sample import Sample
 from model import LLaVA
 from packing import bin_pack, pack_samples
 from training import estimate
-from training.estimate import Row
+from training.estimate import RowSize
 
 
 class Path:
@@ -114,7 +114,7 @@ def estimate_rows(model: LLaVA, stage: Stage, rows: list[Sample]) -> tuple[float
     for row in rows:
         positions = len(row.items) * model.image_tokens
         supervised = int((row.labels >= 0).sum())
-        needs.append(Row(len(row.items), positions, len(row.ids) - positions, supervised))
+        needs.append(RowSize(len(row.items), positions, len(row.ids) - positions, supervised))
 
     operations = 0.0
     for need in needs:
@@ -122,6 +122,6 @@ def estimate_rows(model: LLaVA, stage: Stage, rows: list[Sample]) -> tuple[float
 
     # The memory is that of a row with the mean of everything.
     columns = zip(*(dataclasses.astuple(need) for need in needs), strict=True)
-    mean = Row(*(sum(column) / len(needs) for column in columns))
+    mean = RowSize(*(sum(column) / len(needs) for column in columns))
     memory = estimate.estimate(model, stage, mean, recompute=False).memory
     return operations, memory.total

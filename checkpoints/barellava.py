@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checkpoints import weights
 from checkpoints.files import write_file
-from checkpoints.folder import card, named_tensors, write_folder
+from checkpoints.folder import folder_readme, named_tensors, write_folder
 from config import LLaVAConfig
 from inputs.image_processor import read_preprocessor
 from packing import IMAGE_TOKEN
@@ -76,7 +76,7 @@ def write(folder: Path, model, tokenizer, transformers: int = 5):
     tensors = named_tensors(model, hf_names=False)
     files = {
         "preprocessor_config.json": model.vision_tower.processor.to_hf(),
-        "README.md": card(model, OPENED_BY),
+        "README.md": folder_readme(model, OPENED_BY),
         "config.json": config_json(model.config),
     }
     write_folder(folder, tensors, files, tokenizer)

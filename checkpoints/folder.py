@@ -101,7 +101,7 @@ def write_folder(
         write_file(folder / name, content + "\n")
 
 
-def card(model, opened_by: str, videos: bool = True) -> str:
+def folder_readme(model, opened_by: str, videos: bool = True) -> str:
     """Return README.md of an exported folder: its parts, its settings and what opens it.
 
     videos: whether the layout can say how many frames of a video are seen.

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.folder import card, named_tensors, write_folder
+from checkpoints.folder import folder_readme, named_tensors, write_folder
 from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
 from config import LLaVAConfig, UserError
 from encoders import vision_config
@@ -146,7 +146,7 @@ def write(folder: Path, model, tokenizer, transformers: int = 5):
     Raises UserError, before anything is written, for what transformers cannot express.
     """
     tensors, files = contents(model, tokenizer, transformers)
-    files["README.md"] = card(model, OPENED_BY, videos=False)  # its class takes no video
+    files["README.md"] = folder_readme(model, OPENED_BY, videos=False)  # its class takes no video
     write_folder(folder, tensors, files)
 
 
@@ -196,7 +196,7 @@ def contents(
         "image_token": "<image>",
     }
     if tokenizer:
-        template = templates.resolve(c.template, tokenizer)
+        template = templates.choose_template(c.template, tokenizer)
         files |= tokenizer_files(tokenizer, token)
         files["chat_template.jinja"] = chat_template(template, tokenizer)
         files["generation_config.json"] = {

@@ -4,7 +4,7 @@
     tokenizer_files(tokenizer, token)        # tokenizer.json and tokenizer_config.json
     chat_template(template, tokenizer)       # chat_template.jinja
 
-tokenizer: one of inputs/tokenizer.py. template: what inputs/templates.resolve returns.
+tokenizer: one of inputs/tokenizer.py. template: what inputs/templates.choose_template returns.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def chat_template(template, tokenizer) -> str:
         # blank, which gives the other.
         flatten = flatten.replace("ns.text}", "ns.text | replace('<image>', '<image> ')}")
 
-    if isinstance(template, templates.Chat):
+    if isinstance(template, templates.ChatTemplate):
         if template.lists:  # it takes lists of parts itself
             return tokenizer.chat_template
         return flatten + tokenizer.chat_template

@@ -116,7 +116,7 @@ def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
             raise UserError(lora.adapter, what, f"leave tune.{part} frozen")
 
 
-def finish(model: nn.Module, output: Path, base: str) -> nn.Module:
+def merge_and_save_adapters(model: nn.Module, output: Path, base: str) -> nn.Module:
     """Return a trained model with plain linears; its adapters, if any, go to `output`/adapter.
 
     base: the name of the model that the adapters are for.

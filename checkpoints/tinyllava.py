@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoints import weights
 from checkpoints.files import read_json
-from checkpoints.folder import Renamed, card, named_tensors, write_folder
+from checkpoints.folder import Renamed, folder_readme, named_tensors, write_folder
 from config import LLaVAConfig, UserError
 from connectors import CONNECTORS
 from inputs.image_processor import read_preprocessor
@@ -314,7 +314,7 @@ def write(folder: Path, model, tokenizer, transformers: int = 5):
     config = config_json(model.config)
     files = {
         "preprocessor_config.json": model.vision_tower.processor.to_hf(),
-        "README.md": card(model, OPENED_BY),
+        "README.md": folder_readme(model, OPENED_BY),
         "config.json": config,
     }
     write_folder(folder, named_tensors(model, TABLE), files, tokenizer)

@@ -21,7 +21,7 @@ from checkpoints.files import write_file
 from config import UserError
 from demo.results import (
     Run,
-    Stage,
+    StageResult,
     choose_samples,
     group_of,
     margin,
@@ -106,7 +106,7 @@ def polyline(kind: str, points: list[tuple[float, float]]) -> str:
     return f'<polyline class="{kind}" points="{coordinates}"/>'
 
 
-def loss_chart(stage: Stage) -> str:
+def loss_chart(stage: StageResult) -> str:
     """Return the training loss (faint), its running mean, and validation points, over steps."""
     axes = LossAxes(stage.steps + stage.validations)
     size = f"{axes.WIDTH} {axes.HEIGHT}"
@@ -259,7 +259,7 @@ the training rows give most often to the same words.</p>
 # ---------------------------------------------------------------------- training
 
 
-def stage_figure(name: str, stage: Stage) -> str:
+def stage_figure(name: str, stage: StageResult) -> str:
     """Return the loss chart of a stage, with its speed and memory below."""
 
     def mean(field: str) -> float:
@@ -292,7 +292,7 @@ def training_section(run: Run) -> str:
 # ---------------------------------------------------------------------- samples
 
 
-def card(example: dict, run: Run) -> str:
+def question_card(example: dict, run: Run) -> str:
     """Return one picture with its question, the answer, the truth if that differs, and the control.
 
     Raises UserError if the picture is not there.
@@ -319,9 +319,11 @@ def card(example: dict, run: Run) -> str:
     )
 
 
-def cards(examples: list[dict], run: Run) -> str:
+def question_cards(examples: list[dict], run: Run) -> str:
     """Return the cards of examples."""
-    return f'<div class="cards">{"".join(card(example, run) for example in examples)}</div>'
+    return (
+        f'<div class="cards">{"".join(question_card(example, run) for example in examples)}</div>'
+    )
 
 
 def samples_section(run: Run) -> str:
@@ -335,10 +337,10 @@ def samples_section(run: Run) -> str:
 <p class="dim">{len(samples)} of the {total:,} questions, drawn with a fixed seed so that every kind
 appears and wrong answers are as frequent as they are: {errors} of all ({100 * errors / total:.1f}
 %), {errors_shown} here. Pictures are enlarged {ZOOM} times.</p>
-{cards(samples, run)}"""
+{question_cards(samples, run)}"""
     if mistakes:
         summary = f"<summary>{len(mistakes)} more of the wrong answers</summary>"
-        section += f"\n<details>{summary}{cards(mistakes, run)}</details>"
+        section += f"\n<details>{summary}{question_cards(mistakes, run)}</details>"
     return section
 
 

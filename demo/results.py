@@ -31,7 +31,7 @@ MISTAKES = 16  # further wrong answers
 
 
 @dataclass
-class Stage:
+class StageResult:
     """One stage of training, from the log."""
 
     start: dict
@@ -54,7 +54,7 @@ class Run:
     """Everything that the page shows."""
 
     recipe: str
-    stages: dict[str, Stage]
+    stages: dict[str, StageResult]
     seeing: Evaluation
     blanked: Evaluation  # the same questions with every picture blanked
     data: Path  # the data set's folder
@@ -107,7 +107,7 @@ def read_evaluation(folder: Path, name: str, fix: str) -> tuple[Evaluation, Path
     return Evaluation(result["scores"], answers, result["seconds"]), Path(result["data"])
 
 
-def read_log(rows: list[dict], file: Path) -> dict[str, Stage]:
+def read_log(rows: list[dict], file: Path) -> dict[str, StageResult]:
     """Return the stages of a log by name. Raise UserError if one did not finish."""
     by_stage = defaultdict(list)
     for row in rows:
@@ -124,7 +124,7 @@ def read_log(rows: list[dict], file: Path) -> dict[str, Stage]:
         if not steps or not start or not end:
             what = "this stage did not finish"
             raise UserError(f"{file}:{name}", what, "train on: torchrun train.py")
-        stages[name] = Stage(start, end, in_order(steps), in_order(validations))
+        stages[name] = StageResult(start, end, in_order(steps), in_order(validations))
     return stages
 
 

@@ -14,7 +14,7 @@ and computes only the rest. So a picture is encoded once, however many questions
 
 Captured step: on a GPU one step of decoding is a CUDA graph, captured once and then replayed.
 
-Read `Request` and `Row` first, then `Engine.serve`. It calls `_admit` for the prompts of new
+Read `Request` and `CacheRow` first, then `Engine.serve`. It calls `_admit` for the prompts of new
 requests, `_sample` for the next tokens, `_retire` for the answers that end, and `_step` for the
 next logits. The prefix cache is in `_place`, which decides what a prompt can reuse, and in
 `_prefill`, which computes the rest.
@@ -87,7 +87,7 @@ def sampling_of(request: Request) -> Sampling:
 
 
 @dataclass
-class Row:
+class CacheRow:
     """What the engine knows of one row of the cache.
 
     After its answer has ended a row is free: it has no request, but keeps cached_ids and filled,
@@ -151,7 +151,7 @@ class Engine:
         some_token = torch.zeros(1, dtype=torch.long, device=self.device)
         self.embedding = self.lm.model.embed(some_token)
 
-        self.rows = [Row() for _ in range(rows)]
+        self.rows = [CacheRow() for _ in range(rows)]
         self.active = 0  # rows being decoded
         self.logits: Tensor | None = None  # (active, V), for the next token of each
         self.image_slots: dict[int, int] = {}  # by fingerprint, of the images in cached_ids
@@ -229,7 +229,7 @@ class Engine:
 
     def forget(self):
         """Drop all requests, and everything that rows hold."""
-        self.rows = [Row() for _ in self.rows]
+        self.rows = [CacheRow() for _ in self.rows]
         self.active = 0
 
     def _retire(self, i: int):
@@ -245,7 +245,7 @@ class Engine:
 
         # With a copy of the list: the row that has moved goes on to append to the old one.
         kept_ids = list(last.cached_ids)
-        self.rows[self.active] = Row(cached_ids=kept_ids, filled=last.filled)
+        self.rows[self.active] = CacheRow(cached_ids=kept_ids, filled=last.filled)
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -466,7 +466,7 @@ class Engine:
                 whole.append(placement)
 
             # Later prompts of this call already see what the row will hold.
-            self.rows[row] = Row(
+            self.rows[row] = CacheRow(
                 request=prompt.request,
                 generator=torch.Generator().manual_seed(prompt.request.seed),
                 cached_ids=prompt.ids,

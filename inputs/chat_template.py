@@ -4,7 +4,7 @@
     text, answers, marks = template.write(turns, prompt=False)
 
 Such a template is a program: it gives the text of a conversation and does not say where in it the
-turns' texts lie. `Chat` finds that out; its docstring has the method.
+turns' texts lie. `ChatTemplate` finds that out; its docstring has the method.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class KeyedTurn:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerPlace:
     """Where an answer lies in a rendered text."""
 
     start: int  # where the prompt for it ends
@@ -57,7 +57,7 @@ class Located(NamedTuple):
     """A rendering with all that `Chat.write` needs to know of it."""
 
     text: str
-    answers: list[Answer]
+    answers: list[AnswerPlace]
     marks: list[Mark]  # images and control tokens, in order
 
 
@@ -66,7 +66,7 @@ class UnboundChat:
 
     eos = ""  # a Template's eos: here the Jinja template writes it
 
-    def bind(self, tok: Tokenizer) -> Chat:
+    def bind(self, tok: Tokenizer) -> ChatTemplate:
         """Return the tokenizer's own template. Raise UserError if it cannot be used."""
         return bind_chat(tok)
 
@@ -78,12 +78,12 @@ class UnboundChat:
 
 
 @functools.lru_cache(4)
-def bind_chat(tok: Tokenizer) -> Chat:
+def bind_chat(tok: Tokenizer) -> ChatTemplate:
     """Return a tokenizer's chat template. It is kept, because every row asks for it."""
-    return Chat(tok)
+    return ChatTemplate(tok)
 
 
-class Chat:
+class ChatTemplate:
     """The chat template of one tokenizer.
 
     It is rendered as Hugging Face's `apply_chat_template` does. To find the turns' texts in what it
@@ -161,7 +161,7 @@ class Chat:
         marks.append(Mark(end, len(text), self.stop))
         return Rendered(text, [*spans[:-1], Span(start, len(text))], marks)
 
-    def _probe(self) -> tuple[str, Answer]:
+    def _probe(self) -> tuple[str, AnswerPlace]:
         """Return the smallest conversation, rendered, and its answer. Set `lists` on the way."""
         turns = [Turn("human", "a"), Turn("gpt", "b")]
         errors = []
@@ -200,7 +200,7 @@ class Chat:
             start, end = measured.spans[key]
             opening = measured.keyed.index(key) - len(asked)
             closing = find_closing(measured.text, end, marks)
-            answers.append(Answer(start - opening, end, closing))
+            answers.append(AnswerPlace(start - opening, end, closing))
         return Located(measured.text, answers, marks)
 
     def _find_marks(self, measured: Measured) -> list[Mark]:

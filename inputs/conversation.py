@@ -86,7 +86,7 @@ def arrange_turns(conversation: list, prompt: bool) -> list[Turn]:
             what = f"from {speaker!r}, {due!r} was due"
             raise UserError(f"conversations[{i}]", what, "alternate the two")
         if speaker == "human":
-            arranged.append(Turn(speaker, place_images(value)))
+            arranged.append(Turn(speaker, image_to_front(value)))
             due = "gpt"
         else:
             if value is not None:
@@ -107,7 +107,7 @@ def arrange_turns(conversation: list, prompt: bool) -> list[Turn]:
     return arranged
 
 
-def place_images(value: str) -> str:
+def image_to_front(value: str) -> str:
     """Return what a human says with a single image moved to its front, as TinyLLaVA does.
 
     Several images stay where they are.

@@ -36,7 +36,7 @@ def files(data: str | Path) -> list[Path]:
     return sorted(Path(name) for name in glob.glob(str(data)))
 
 
-def parse(raw: bytes, where: str, byte: int = 0) -> Any:
+def parse_row(raw: bytes, where: str, byte: int = 0) -> Any:
     """Return the value of a JSON text, which starts at this byte of its file. Raise UserError."""
     try:
         return json.loads(raw.decode("utf-8-sig"))
@@ -125,7 +125,7 @@ class IndexedRows:
         location = self._find(i)
         text = self._read(location, 0)
         start = int(location.entries[0, 0])
-        row = parse(text, location.place, byte=start)
+        row = parse_row(text, location.place, byte=start)
         if not isinstance(row, dict):
             what = f"a JSON {type(row).__name__}, not a row"
             raise UserError(location.place, what, "write {...}, or remove it")

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from config import UserError
-from inputs.indexed_rows import json_fix, parse
+from inputs.indexed_rows import json_fix, parse_row
 
 CHUNK = 1 << 24  # bytes of the file that are read at a time
 TOKEN = 16  # characters; no number or word of JSON that may be cut off is as long
@@ -50,7 +50,7 @@ def open_list(text: TextWindow, file: Path):
     if not first:
         raise UserError(file, "empty file", "write the rows again")
     if first != "[":
-        kind = type(parse(file.read_bytes(), str(file))).__name__
+        kind = type(parse_row(file.read_bytes(), str(file))).__name__
         raise UserError(file, f"a JSON {kind}, not a list of rows", FIX)
 
     text.go_to(text.position + 1)

@@ -93,7 +93,7 @@ class Part(NamedTuple):
     per_epoch: int
 
 
-class Mixture:
+class RowMixture:
     """Several sources as one, of which an epoch takes weight x len(source) rows of each.
 
     A weight below 1 takes other rows in each epoch until all were taken. A weight above 1 takes all

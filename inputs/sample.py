@@ -74,7 +74,7 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
     items = []
     for one in media:
         if pixels:
-            items.append(load_media(one, where, spec.views))
+            items.append(load_medium(one, where, spec.views))
         else:
             items.append(measure_media(one, where, spec.views))
     counts = [spec.views.positions(item.shape) for item in items]
@@ -105,7 +105,7 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: dict | None = None) ->
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
-    return [load_media(media, where, spec.views) for media in rows.media(i, row)]
+    return [load_medium(media, where, spec.views) for media in rows.media(i, row)]
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -166,7 +166,7 @@ def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemSha
     return ItemShape(tiling.frames)
 
 
-def load_media(media: Media, where: str, tiling: Tiling) -> Item:
+def load_medium(media: Media, where: str, tiling: Tiling) -> Item:
     """Return the item of a row's picture or video. Raise UserError at `where`."""
     try:
         return load_item(media.source, media.kind, tiling)

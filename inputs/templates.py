@@ -37,7 +37,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from config import UserError
-from inputs.chat_template import Chat, UnboundChat
+from inputs.chat_template import ChatTemplate, UnboundChat
 from inputs.conversation import IMAGE, Rendered, Span, Turn, arrange_turns, check_turns
 from inputs.tokenizer import JsonTokenizer, Mark, Offsets, Tokenizer
 from packing import IGNORE, IMAGE_TOKEN
@@ -60,7 +60,7 @@ def encode(conversation: list, tok: Tokenizer, template: str = "phi") -> tuple[l
     An image is one IMAGE_TOKEN in the ids. Labels are IGNORE where nothing is learned. `template`
     is a name in TEMPLATES. Raise UserError for a conversation that cannot be written with it.
     """
-    rendered = render(conversation, resolve(template, tok))
+    rendered = render(conversation, choose_template(template, tok))
     tokenized = tokenize(*rendered, tok)
     return tokenized.ids, tokenized.labels
 
@@ -71,20 +71,20 @@ def encode_prompt(conversation: list, tok: Tokenizer, template: str = "phi") -> 
     They are those that training has before the first supervised token of that answer. The
     conversation ends with a human turn. Raise UserError for one that cannot be written so.
     """
-    rendered = render(conversation, resolve(template, tok), prompt=True)
+    rendered = render(conversation, choose_template(template, tok), prompt=True)
     return tokenize(*rendered, tok).ids
 
 
 def stop_id(tok: Tokenizer, template: str = "phi") -> int | None:
     """Return the id that ends an answer: the template's, else the tokenizer's eos, else None."""
-    form = resolve(template, tok)
+    form = choose_template(template, tok)
     if form.stop is None:
         return tok.eos_id
     return form.stop
 
 
-def render(conversation: list, template: Template | Chat, prompt: bool = False) -> Rendered:
-    """Write a conversation out with a template that `resolve` has bound to a tokenizer.
+def render(conversation: list, template: Template | ChatTemplate, prompt: bool = False) -> Rendered:
+    """Write a conversation out with a template that `choose_template` has bound to a tokenizer.
 
     With prompt=True it ends with a human turn, or with a gpt turn of value None, and the text ends
     where the answer would start. Raise UserError for a conversation that is neither.
@@ -220,7 +220,7 @@ TEMPLATES = {
 }
 
 
-def resolve(name: str, tok: Tokenizer) -> Template | Chat:
+def choose_template(name: str, tok: Tokenizer) -> Template | ChatTemplate:
     """Return the template of that name, bound to a tokenizer: its eos and stop are known then.
 
     Raise UserError for an unknown name, and for a template that does not fit the tokenizer.

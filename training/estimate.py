@@ -47,7 +47,7 @@ from torch import nn
 from config import Stage
 from encoders import VisionEncoder
 from inputs.media import media_names
-from inputs.rows import Mixture, Rows
+from inputs.rows import RowMixture, Rows
 from inputs.tiling import Tiling
 from model import LLaVA
 from packing import ItemShape
@@ -81,7 +81,7 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class RowSize:
     """What one row of the data has, on average."""
 
     views: float  # that the encoder sees
@@ -137,7 +137,7 @@ class Cost:
 # ----------------------------------------------------------------------------------- what a row has
 
 
-def mean_row(rows: Rows | Mixture | None, template: str, views: Tiling) -> Row:
+def mean_row(rows: Rows | RowMixture | None, template: str, views: Tiling) -> RowSize:
     """Return what up to 200 rows have on average; without rows, what is assumed.
 
     All pictures are taken to be of PICTURE's size, because their files are not opened.
@@ -145,7 +145,7 @@ def mean_row(rows: Rows | Mixture | None, template: str, views: Tiling) -> Row:
     shapes = {"image": views.shape(PICTURE), "video": ItemShape(views.frames)}
     if not rows:
         picture = shapes["image"]
-        return Row(picture.views, views.positions(picture), TEXT, TEXT * ANSWERS)
+        return RowSize(picture.views, views.positions(picture), TEXT, TEXT * ANSWERS)
 
     # The sums over evenly spaced rows.
     seen = 0  # views
@@ -174,7 +174,7 @@ def mean_row(rows: Rows | Mixture | None, template: str, views: Tiling) -> Row:
         said += said_here
 
     n = len(picked)
-    return Row(
+    return RowSize(
         views=seen / n,
         positions=positions / n,
         text=(asked + said) / n,
@@ -260,7 +260,7 @@ def cost(
     return Cost(operations, kept, max(inside, default=0))
 
 
-def _part_costs(model: LLaVA, row: Row, tokens: float, recompute: bool) -> list[Cost]:
+def _part_costs(model: LLaVA, row: RowSize, tokens: float, recompute: bool) -> list[Cost]:
     """Return the cost of each encoder, the connector and the language model for one row."""
     lm = model.language_model
     tower = model.vision_tower
@@ -317,7 +317,7 @@ def _part_costs(model: LLaVA, row: Row, tokens: float, recompute: bool) -> list[
 # ------------------------------------------------------------------------------ what a stage costs
 
 
-def estimate(model: LLaVA, stage: Stage, row: Row, recompute: bool) -> Estimate:
+def estimate(model: LLaVA, stage: Stage, row: RowSize, recompute: bool) -> Estimate:
     """Return what a stage costs, in which requires_grad says what trains.
 
     recompute: gradient checkpointing.
@@ -393,7 +393,7 @@ def _copied_bytes(model: LLaVA) -> int:
     return 2 * copied
 
 
-def peak_share(model: LLaVA, stage: Stage, rows: Rows | Mixture, device: torch.device) -> float:
+def peak_share(model: LLaVA, stage: Stage, rows: Rows | RowMixture, device: torch.device) -> float:
     """Return what one token per second takes of this GPU's peak; 0 if the peak is not known.
 
     Tokens per second times this is the model FLOPs utilization, for which recomputation is no work.

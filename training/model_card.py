@@ -1,9 +1,9 @@
 """What lies beside a finished model to tell how it came about: README.md and loss.png.
 
-    finish(output, recipe)
+    write_model_card(output, recipe)
 
-Both are made from log.jsonl and the recipe. `draw_losses` makes the picture; `card` makes the
-README, with the last numbers of each stage. run_log.py writes log.jsonl.
+Both are made from log.jsonl and the recipe. `draw_losses` makes the picture, `model_readme` the
+README with the last numbers of each stage. run_log.py writes log.jsonl.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ EDGE = 50  # pixels around the plot
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900")  # one per stage
 
 
-def finish(output: Path, recipe: Recipe):
+def write_model_card(output: Path, recipe: Recipe):
     """Write loss.png and README.md into the folder of a finished model."""
     text = (output / "log.jsonl").read_text()
     log = [json.loads(line) for line in text.splitlines()]
     draw_losses(log, output / "loss.png")
-    write_file(output / "README.md", card(recipe, log))
+    write_file(output / "README.md", model_readme(recipe, log))
 
 
 # -------------------------------------------------------------------------------------- the picture
@@ -89,7 +89,7 @@ def draw_losses(log: list[dict], file: Path):
 # ----------------------------------------------------------------------------------------- the card
 
 
-def card(recipe: Recipe, log: list[dict]) -> str:
+def model_readme(recipe: Recipe, log: list[dict]) -> str:
     """Return README.md: what the model is made of, what it saw, how it scored, how to open it."""
     title = Path(recipe.train.output).name
     lines = [

@@ -9,7 +9,7 @@
     adapter/             a copy of the adapters, if the model has some (checkpoints/peft.py)
     best/                with train.keep_best: the model of the lowest validation loss
 
-`claim` and `check_room` run before training, `export` after it.
+`claim` and `check_room` run before training, `export_model` after it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def check_room(model: LLaVA, recipe: Recipe):
     resume.need_room(output, size, f"{missing} checkpoints and the model")
 
 
-def export(recipe: Recipe, tensors: dict, output: Path):
+def export_model(recipe: Recipe, tensors: dict, output: Path):
     """Write the finished model with all that belongs to it, and remove the checkpoints.
 
     tensors: of the last checkpoint. config.json comes last and says that the run is finished.
@@ -99,7 +99,7 @@ def export(recipe: Recipe, tensors: dict, output: Path):
 
         # The checkpoints go last: until then the run can still be finished by the same command.
         tokenizer.save(output)
-        model_card.finish(output, recipe)
+        model_card.write_model_card(output, recipe)
         _save_model(recipe, tensors, output)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
@@ -109,5 +109,5 @@ def _save_model(recipe: Recipe, tensors: dict, folder: Path):
     stages = list(recipe.stage.values())
     model = state.build(recipe, tensors, stages[-1])
     base = recipe.model.llm or recipe.model.checkpoint
-    model = peft.finish(model, folder, base)
+    model = peft.merge_and_save_adapters(model, folder, base)
     model.save(folder)

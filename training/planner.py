@@ -21,7 +21,7 @@ from torch import nn
 from checkpoints import layouts, weights
 from config import Model, Recipe, Stage, UserError, load
 from data import Steps
-from inputs.rows import Mixture, files
+from inputs.rows import RowMixture, files
 from model import LLaVA
 from training.estimate import GPUS, SHARE, estimate, hours, mean_row
 from training.ranks import print0
@@ -160,11 +160,11 @@ def _find_models(c: Model, scratch: Path) -> tuple[list[Found], dict[str, Path |
     folders = {}
     for part in parts:
         name = getattr(c, part)
-        where, folders[part] = locate(name, weight_files, "config.json", scratch)
+        where, folders[part] = locate_part(name, weight_files, "config.json", scratch)
         found.append(Found(f"model.{part}", name, where))
 
     vocabularies = ["tokenizer.json", "tokenizer.model"]
-    where, _ = locate(c.text, vocabularies, "tokenizer_config.json", scratch)
+    where, _ = locate_part(c.tokenizer_source, vocabularies, "tokenizer_config.json", scratch)
     found.append(Found("model.tokenizer", c.text, where))
     return found, folders
 
@@ -194,7 +194,9 @@ def _find_data(name: str, stage: Stage) -> list[Found]:
     return found
 
 
-def locate(name: str, needs: list[str], asked_for: str, scratch: Path) -> tuple[str, Path | None]:
+def locate_part(
+    name: str, needs: list[str], asked_for: str, scratch: Path
+) -> tuple[str, Path | None]:
     """Find a folder or a Hugging Face id, as checkpoints.files.resolve would, without its weights.
 
     needs: globs; a file of one of them must be there. asked_for: the file whose presence on the Hub
@@ -322,7 +324,7 @@ def print_stage(name: str, stage: Stage, recipe: Recipe, model: LLaVA):
     rows = None
     steps = stage.steps
     if all(source.data and files(source.data) for source in sources):
-        rows = Mixture.of(stage, f"stage.{name}")
+        rows = RowMixture.of(stage, f"stage.{name}")
         steps = len(Steps(rows, None, stage, recipe.train))
     row = mean_row(rows, stage.template, model.views)
     needs = estimate(model, stage, row, recipe.train.gradient_checkpointing)

@@ -54,7 +54,7 @@ def test_examples_are_what_the_official_evaluation_asks(task, llava, tmp_path):
     evaluate.check_examples(examples, tmp_path)
     for e in examples:
         assert Path(e["where"].rsplit(":", 1)[0]).is_file()
-        for picture in evaluate.load_media(e, tmp_path, lambda source, _: load_image(source)):
+        for picture in evaluate.load_shown(e, tmp_path, lambda source, _: load_image(source)):
             assert picture.size == (8, 6)
 
 

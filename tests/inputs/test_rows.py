@@ -23,7 +23,7 @@ from data import Order, Steps, token_counts
 from inputs import index, json_list
 from inputs.image_processor import ImageProcessor
 from inputs.json_rows import JsonList
-from inputs.rows import FORMATS, Mixture, Rows, open_rows
+from inputs.rows import FORMATS, RowMixture, Rows, open_rows
 from inputs.sample import make_sample
 from inputs.shards import shard
 from inputs.tiling import Tiling
@@ -369,7 +369,7 @@ def test_every_format_offers_what_rows_promises_and_the_same_rows(tmp_path):
     shard(many, tmp_path / "shards", 20_000)
     opened = [many, open_rows(tmp_path / "lines.jsonl"), open_rows(tmp_path / "shards")]
     assert [type(rows) for rows in opened] == list(FORMATS.values())
-    for rows in [*opened, Mixture([many], [1.0])]:
+    for rows in [*opened, RowMixture([many], [1.0])]:
         assert isinstance(rows, Rows) and [rows[i] for i in range(38)] == expected
         media = rows.media(37, rows[37])
         assert [(m.kind, m.name) for m in media] == [("image", "c.JPEG"), ("image", "a.png")]
@@ -402,7 +402,7 @@ def test_a_mixture_takes_of_each_source_what_its_weight_says(tmp_path):
         write(tmp_path, [row(f"{k}{i}") for i in range(n)], f"{k}.json")
         for k, n in (("a", 10), ("b", 7), ("c", 4))
     )
-    mixture = Mixture([a, b, c], [0.5, 1.0, 2.5])
+    mixture = RowMixture([a, b, c], [0.5, 1.0, 2.5])
     assert len(mixture) == 21 and mixture.parts == ((10, 5), (7, 7), (4, 10))
     assert (
         mixture[9]["id"] == "a9" and mixture[10]["id"] == "b0" and mixture.where(20) == c.where(3)
@@ -437,11 +437,11 @@ def test_a_mixture_takes_of_each_source_what_its_weight_says(tmp_path):
     first = [r for r in epochs[0] if 10 <= r < 17]
     assert first != sorted(first)
     with pytest.raises(UserError, match="b.json: weight 0.01 takes none of 7 rows; fix: "):
-        Mixture([a, b], [1, 0.01])
+        RowMixture([a, b], [1, 0.01])
 
 
 def test_steps_of_a_mixture(tmp_path, spec, many):
-    mixture = Mixture([many, many], [1.0, 0.5])
+    mixture = RowMixture([many, many], [1.0, 0.5])
     steps = Steps(mixture, spec, Stage(global_batch=8, epochs=2.0), Train())
     assert len(steps) == 15 and steps.order.n == 57  # 38 + 19
     seen = collections.Counter(r for i in range(15) for r in rows_of([steps[i]]))
@@ -478,7 +478,7 @@ def test_token_counts_are_those_of_the_samples_and_kept(many, tmp_path, spec, mo
         other = token_counts(rows, dataclasses.replace(spec, **change))
         assert not np.array_equal(other, counts) and len(tried) == 38
         tried.clear()
-    doubled = token_counts(Mixture([rows, rows], [1, 1]), spec)
+    doubled = token_counts(RowMixture([rows, rows], [1, 1]), spec)
     assert np.array_equal(doubled, np.concatenate([counts, counts]))
 
 
@@ -532,7 +532,7 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
         f'[stage.a.mixture.rare]\ndata = "{tmp_path}/rare.json"\n'
     )
     recipe, _ = config.load([str(file), "stage.a.mixture.rare.weight=0.25"], file)
-    rows = Mixture.of(recipe.stage["a"], "stage.a")
+    rows = RowMixture.of(recipe.stage["a"], "stage.a")
     assert rows.parts == ((10, 20), (40, 10))
     file.write_text(config.dumps(recipe))
     assert config.load([str(file)], file)[0] == recipe
@@ -542,4 +542,4 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
         ("stage.a.mixture.rare.wait=1", 'unknown key; fix: did you mean "weight"?'),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            Mixture.of(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")
+            RowMixture.of(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")

@@ -111,7 +111,7 @@ SYSTEM = TEMPLATES["phi"].system
 
 def supervised(conversation, tok, template):
     """Return the characters of each run of supervised tokens, by the tokens' own offsets."""
-    form = templates.resolve(template, tok)
+    form = templates.choose_template(template, tok)
     text, spans, marks = render(conversation, form)
     ids, labels, offsets = templates.tokenize(text, spans, marks, tok)
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels, strict=True))
@@ -154,7 +154,7 @@ def test_render_is_the_published_format():
 def test_images_in_a_turn(tiny, question, shown):
     tok = load_tokenizer(tiny)
     conversation = turns("Hi", "Yes", question, "That one.")
-    text, _, _ = render(conversation, templates.resolve("plain", tok))
+    text, _, _ = render(conversation, templates.choose_template("plain", tok))
     assert (
         text
         == f"USER: Hi ASSISTANT: Yes<|endoftext|>USER: {shown} ASSISTANT: That one.<|endoftext|>"
@@ -227,7 +227,7 @@ def test_system_turn_replaces_the_system_line(tiny):
     tok = load_tokenizer(tiny)
     conversation = [{"from": "system", "value": "Be terse.\n"}, *turns("Hi", "Yo")]
     for template in ("phi", "plain"):
-        text, _, _ = render(conversation, templates.resolve(template, tok))
+        text, _, _ = render(conversation, templates.choose_template(template, tok))
         assert text == "Be terse. USER: Hi ASSISTANT: Yo<|endoftext|>"
     conversation[0]["value"] = ""
     assert render(conversation, TEMPLATES["phi"])[0].startswith("USER: Hi")
@@ -550,7 +550,7 @@ def test_chat_with_sentencepiece(piece_model, tmp_path, name, legacy):
 def test_chat_images(chatty):
     tok = chatty(CHAT["chatml"])
     conversation = turns("What? <image>", "<image>", "a <image> b <image>", "c", "<image>", "d")
-    text, spans, marks = render(conversation, templates.resolve("chat", tok))
+    text, spans, marks = render(conversation, templates.choose_template("chat", tok))
     assert [text[start:end] for start, end in spans] == [
         "<image><|im_end|>",
         "c<|im_end|>",
@@ -583,7 +583,7 @@ def test_chat_contents_as_lists(chatty):
         system,
         *turns("Which? <image>", "<image> 1", "a <image> b <image>.", "c", " no ", "d"),
     ]
-    text, spans, _ = render(conversation, templates.resolve("chat", tok))
+    text, spans, _ = render(conversation, templates.choose_template("chat", tok))
     end = "<|im_end|>\n"
     assert text == (
         f"System: Look.{end}User: <image> Which?{end}Assistant: <image> 1{end}"
@@ -608,7 +608,7 @@ def test_chat_without_an_end(chatty):
     )
     tok = chatty(template)
     conversation = turns("Hi</s>", "Yo</s>", "a dog?", "No. ")
-    text, spans, _ = render(conversation, templates.resolve("chat", tok))
+    text, spans, _ = render(conversation, templates.choose_template("chat", tok))
     assert text == "USER: Hi</s> ASSISTANT: Yo</s> USER: a dog? ASSISTANT: No. </s>"
     assert [text[start:end] for start, end in spans] == [" Yo</s>", " No. </s>"]
     ids, labels = encode(conversation, tok, "chat")
@@ -751,7 +751,9 @@ def test_chat_names(chatty):
         "{{ pad_token }}{{ tools is none }}{{ documents is none }}{% for m in messages %}   \n"
         "    {% if m.role == 'x' %}{% continue %}\n    {% endif %}\n{{ m.content }}</s>{% endfor %}"
     )
-    text = render(turns("Hi", "Yo"), templates.resolve("chat", chatty(names, pad_token=None)))[0]
+    text = render(
+        turns("Hi", "Yo"), templates.choose_template("chat", chatty(names, pad_token=None))
+    )[0]
     assert text == '4{"b": "<é>", "a": 1}[\n 1\n]TrueTrue   \nHi</s>   \nYo</s>'
 
 
@@ -797,7 +799,7 @@ def test_golden_chat(name, tmp_path):
         model.add_special_tokens(controls)
         model.save(str(folder / "tokenizer.json"))
     tok = load_tokenizer(folder)
-    form = templates.resolve("chat", tok)
+    form = templates.choose_template("chat", tok)
     cases = json.loads((VOCABULARIES / "golden_chat.json").read_text())["cases"][name]
     rows = 0
     for case in cases:

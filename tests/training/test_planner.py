@@ -23,7 +23,7 @@ from packing import IMAGE_TOKEN, ONE_VIEW, Batch
 from tests.tools.environment import ROOT, run, shared
 from train import set_trainable
 from training import estimate, planner
-from training.estimate import Row
+from training.estimate import RowSize
 
 LLM = {
     "model_type": "llama",
@@ -339,7 +339,7 @@ def test_memory_is_the_sum_that_the_docstring_gives():
     model = build(device="meta")
     stage = Stage(tune=Tune(llm="full"), global_batch=8, micro_batch_tokens=200)
     set_trainable(model, stage.tune)
-    row = Row(1, 15, 20, 10)
+    row = RowSize(1, 15, 20, 10)
 
     def memory_of(stage: Stage, recompute: bool) -> dict[str, float]:
         return estimate.estimate(model, stage, row, recompute).memory.by_kind
@@ -415,7 +415,7 @@ def test_operations_are_those_that_torch_counts(tune, recompute):
             Batch(ids, labels, torch.arange(39), cu_seqlens, 39, pixels, [ONE_VIEW] * 2, [])
         )
         loss.backward()
-    needs = estimate.estimate(model, Stage(tune=tune), Row(2, 30, 9, 8), recompute)
+    needs = estimate.estimate(model, Stage(tune=tune), RowSize(2, 30, 9, 8), recompute)
     assert needs.operations == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -443,7 +443,7 @@ def test_both_encoders_of_a_mixture_are_counted():
     two.vision_tower.clip, two.vision_tower.dinov2 = (
         build(device="meta").vision_tower for _ in range(2)
     )
-    stage, row = Stage(), Row(1, 15, 20, 10)
+    stage, row = Stage(), RowSize(1, 15, 20, 10)
     for model in (one, two):
         set_trainable(model, stage.tune)
     first, second = (estimate.estimate(m, stage, row, True).operations for m in (one, two))
