@@ -165,7 +165,7 @@ def _find_models(c: Model, scratch: Path) -> tuple[list[Found], dict[str, Path |
 
     vocabularies = ["tokenizer.json", "tokenizer.model"]
     where, _ = locate_part(c.tokenizer_source, vocabularies, "tokenizer_config.json", scratch)
-    found.append(Found("model.tokenizer", c.text, where))
+    found.append(Found("model.tokenizer", c.tokenizer_source, where))
     return found, folders
 
 
