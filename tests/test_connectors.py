@@ -1,5 +1,6 @@
 """Connectors against TinyLLaVA's features, by its weights, and against arithmetic spelled out."""
 
+import copy
 import json
 import math
 
@@ -67,7 +68,18 @@ def test_features_are_tinyllavas(case, spec):
     with weights.empty():
         connector = build_connector(spec, x.size(-1), want.size(-1), **options)
     weights.load(connector, source, prefix=prefix)
-    assert (connector(x) - want).abs().max() < 2e-5
+    ours = connector(x)
+
+    # The reference rounds, too. The Q-Former makes a thousand times as much of a rounding, so there
+    # the reference itself is further than 2e-5 from the exact numbers. Ours may differ from it by
+    # that distance, never by more than the 1e-4 that all golden features are held to, and must be
+    # as close to the exact numbers as the reference is.
+    exact = copy.deepcopy(connector).double()(x.double())
+    error_of_reference = (want - exact).abs().max()
+    limit = error_of_reference.clamp(min=2e-5, max=1e-4)
+    assert (ours - want).abs().max() <= limit
+    assert (ours - exact).abs().max() <= limit
+
     assert connector_tokens(spec, x.size(-2), **options) == want.size(1)
     back = weights.tensors(connector, prefix=prefix)
     assert back.keys() == {k for k in source if k.startswith(prefix)}
