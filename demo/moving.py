@@ -129,6 +129,7 @@ def of_two_colours(pairs: Sequence[Pair]) -> bool:
 
 def draw_clip(rng: random.Random, split: str) -> Clip:
     """Return a random clip whose objects are of `split`."""
+    # A scene of two objects, of which only the composition is used: they are placed anew below.
     while True:
         pairs = composition(draw_scene(rng, split, 2))
         if of_two_colours(pairs):
@@ -175,26 +176,45 @@ def placed(thing: Thing) -> str:
 
 
 def questions(clip: Clip) -> list[Question]:
-    """Return every question that has one right answer."""
+    """Return every question that has one right answer: order, then way and direction by object."""
     names = tuple(map(named, clip[0]))
     either = f"the {names[0]} or the {names[1]}"
     every_way = (*WAYS[0], *WAYS[1])
     first, second = moves(clip)
 
-    text = f"Which moved first, {either}?"
-    found = [Question("order", text, names[first.thing], names, "first")]
+    order = Question(
+        kind="order",
+        text=f"Which moved first, {either}?",
+        answer=names[first.thing],
+        choices=names,
+        note="first",
+    )
+    found = [order]
 
     # By object, not by time: else the order of the questions would tell who moved first.
     for move in sorted((first, second), key=lambda move: move.thing):
         name = names[move.thing]
-        about = (move.thing,)
-        text = f"Which way did the {name} move?"
-        found.append(Question("way", text, move.way, every_way, name, about))
+        way = Question(
+            kind="way",
+            text=f"Which way did the {name} move?",
+            answer=move.way,
+            choices=every_way,
+            note=name,
+            about=(move.thing,),
+        )
+        found.append(way)
 
         # If both move the same way, the question which one did has no answer.
         if first.way != second.way:
-            text = f"Which moved {move.way}, {either}?"
-            found.append(Question("direction", text, name, names, move.way, about))
+            direction = Question(
+                kind="direction",
+                text=f"Which moved {move.way}, {either}?",
+                answer=name,
+                choices=names,
+                note=move.way,
+                about=(move.thing,),
+            )
+            found.append(direction)
     return found
 
 

@@ -80,11 +80,15 @@ def existence_questions(scene: Scene) -> list[Question]:
     present = composition(scene)
     found = []
     for pair in PAIRS:
-        text = existence_text(pair)
-        answer = "yes" if pair in present else "no"
         colour, shape = pair
-        note = f"{colour} {shape}"
-        found.append(Question("existence", text, answer, ("yes", "no"), note))
+        question = Question(
+            kind="existence",
+            text=existence_text(pair),
+            answer="yes" if pair in present else "no",
+            choices=("yes", "no"),
+            note=f"{colour} {shape}",
+        )
+        found.append(question)
     return found
 
 
@@ -109,13 +113,25 @@ def attribute_questions(scene: Scene) -> list[Question]:
         colour = thing["colour"]
         shape = thing["shape"]
         if shapes[shape] == 1:
-            text = f"What colour is the {shape}?"
-            note = f"{shape} colour"
-            found.append(Question("colour", text, colour, tuple(COLOURS), note, (i,)))
+            question = Question(
+                kind="colour",
+                text=f"What colour is the {shape}?",
+                answer=colour,
+                choices=tuple(COLOURS),
+                note=f"{shape} colour",
+                about=(i,),
+            )
+            found.append(question)
         if colours[colour] == 1:
-            text = f"What shape is the {colour} object?"
-            note = f"{colour} shape"
-            found.append(Question("shape", text, shape, SHAPES, note, (i,)))
+            question = Question(
+                kind="shape",
+                text=f"What shape is the {colour} object?",
+                answer=shape,
+                choices=SHAPES,
+                note=f"{colour} shape",
+                about=(i,),
+            )
+            found.append(question)
     return found
 
 
@@ -133,8 +149,15 @@ def count_questions(scene: Scene) -> list[Question]:
         choices = NUMBERS
         if what == "objects":
             choices = NUMBERS[1:]  # no scene is empty
-        text = f"How many {what} are there?"
-        found.append(Question("count", text, NUMBERS[n], choices, what))
+
+        question = Question(
+            kind="count",
+            text=f"How many {what} are there?",
+            answer=NUMBERS[n],
+            choices=choices,
+            note=what,
+        )
+        found.append(question)
     return found
 
 
@@ -165,12 +188,15 @@ def relation_question(scene: Scene, i: int, j: int, axis: int) -> Question:
     one = f"{named(scene[i])} {before} or {after}"
     other = named(scene[j])
     of_the = "of the" if before == "left" else "the"
-    text = f"Is the {one} {of_the} {other}?"
-    note = f"{one} {other}"
-
-    # The same for (i, j) and (j, i): either question answers the other.
-    about = (axis, min(i, j), max(i, j))
-    return Question("relation", text, answer, (before, after), note, about)
+    return Question(
+        kind="relation",
+        text=f"Is the {one} {of_the} {other}?",
+        answer=answer,
+        choices=(before, after),
+        note=f"{one} {other}",
+        # The same for (i, j) and (j, i): either question answers the other.
+        about=(axis, min(i, j), max(i, j)),
+    )
 
 
 # ---------------------------------------------------------------------- negatives

@@ -132,6 +132,7 @@ def stages_of_log(rows: list[dict], file: Path) -> dict[str, StageResult]:
 
     A row of the log is an event: a stage starts, a step, a validation, a stage ends.
     """
+    # The log also has events of other kinds, which the page does not show.
     by_stage = {}  # stage -> event -> rows
     for row in rows:
         event = row["event"]
@@ -160,7 +161,9 @@ def one_per_step(rows: list[dict]) -> list[dict]:
 
     A run that was resumed logs some steps twice; the later row counts.
     """
-    by_step = {row["step"]: row for row in rows}
+    by_step = {}
+    for row in rows:
+        by_step[row["step"]] = row
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -182,8 +185,9 @@ def margin(score: dict) -> float:
     p = score["score"] / 100
     n = score["n"]
     z = 1.96  # standard deviations to either side that hold 95 % of a normal distribution
-    deviation = math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * z / (1 + z * z / n) * deviation
+    variance = p * (1 - p) / n + z * z / (4 * n * n)
+    shrinkage = 1 + z * z / n
+    return 100 * z / shrinkage * math.sqrt(variance)
 
 
 def running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -76,6 +76,7 @@ class HeldOut:
         self.where = defaultdict(list)  # (text, answer) -> [(number of the scene, Question)]
         self.texts = defaultdict(set)  # kind -> the question texts
         self.choices = {}  # text -> its possible answers
+
         for number, scene in enumerate(scenes):
             for question in questions(scene):
                 text = question.text
@@ -93,6 +94,8 @@ class HeldOut:
         for number, question in self.where[text, answer]:
             if number in self.used:
                 continue
+
+            # What is absent may be so in several ways, and the caller asks for one of them.
             if answer == "no":
                 absent = negatives(self.scenes[number])[kind_of_negatives]
                 if text not in map(existence_text, absent):
@@ -252,7 +255,7 @@ def write_summary(file: Path, seed: int, scenes: int, counts: dict[str, int]):
 
 
 def write_rows(file: Path, rows: list[dict]):
-    """Write a JSON list with one row a line."""
+    """Write a JSON list with one row a line, so that people can page through it and diff it."""
     lines = [json.dumps(row) for row in rows]
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -277,6 +280,8 @@ def train_tokenizer(rows: list[dict], folder: Path):
             text += roles[turn["from"]] + turn["value"]
         texts.append(text)
 
+    # No prefix space: a text must come back as it was. The whole byte alphabet is there from the
+    # start, because the rows have only a few of the bytes.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -288,6 +293,7 @@ def train_tokenizer(rows: list[dict], folder: Path):
     )
     tokenizer.train_from_iterator(texts, trainer)
 
+    # The two files that transformers would write.
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     options = {
@@ -446,6 +452,8 @@ def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fil
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out}: exists already; fix: remove it or name another folder")
+
+    # Fill a folder beside it and rename that: whoever sees `out` sees all of it.
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
         fill(temporary, seed, scenes)
