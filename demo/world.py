@@ -255,7 +255,7 @@ def write_summary(file: Path, seed: int, scenes: int, counts: dict[str, int]):
 
 
 def write_rows(file: Path, rows: list[dict]):
-    """Write a JSON list with one row a line, so that people can page through it and diff it."""
+    """Write a JSON list with one row a line."""
     lines = [json.dumps(row) for row in rows]
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
