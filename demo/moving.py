@@ -4,7 +4,7 @@
     python -m demo.moving out/moving/world --seed 1 --scenes 2000
 
 A clip is a list of three scenes (scenes.py), one a frame: before, between and after two moves. Its
-two objects have different colours, and the one object is the first in all three scenes. Each moves
+two objects have different colours and keep their numbers, 0 and 1, in all three scenes. Each moves
 once, by one cell. Between the moves they stand on a diagonal, so there is always room. Pairs of
 objects are held out as the compositions of scenes are. Written to OUT:
 
@@ -26,19 +26,25 @@ The benchmark has every clip that a pair of objects can make, so no single frame
   what stands at the left edge does not move further left.
 
 Rows hold the scenes of the three frames under "scene". The same seed writes the same bytes.
+
+The file in order: making clips, words about them, the benchmark, the whole folder. What it shares
+with the world of still pictures is in world.py: the writing of files and the command.
 """
 
 import itertools
 import random
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from demo import world
-from demo.questions import Question, named
+from demo.questions import Question, named, write_notes
 from demo.scenes import (
     GRID,
     IMAGE_SIZE,
     PAIRS,
+    Pair,
     Scene,
     Thing,
     composition,
@@ -64,7 +70,7 @@ class Move:
     """What happens between two frames."""
 
     thing: int  # the number of the object
-    way: str
+    way: str  # one of WAYS
 
 
 # ---------------------------------------------------------------------- clips
@@ -72,11 +78,13 @@ class Move:
 
 def shifted(thing: Thing, axis: int) -> Thing:
     """Return the same object in the other cell along an axis (0: of rows, 1: of columns)."""
+    old = thing["cell"][axis]
+    new = 1 - old
     cell = list(thing["cell"])
-    cell[axis] = 1 - cell[axis]
-    distance = (cell[axis] - thing["cell"][axis]) * IMAGE_SIZE / GRID
+    cell[axis] = new
 
-    # A box is x, y, x, y, but a cell is row, column.
+    # A box is x, y, x, y, but a cell is row, column: axis 0 moves the edges 1 and 3.
+    distance = (new - old) * IMAGE_SIZE / GRID
     box = list(thing["box"])
     box[1 - axis] += distance
     box[3 - axis] += distance
@@ -84,22 +92,28 @@ def shifted(thing: Thing, axis: int) -> Thing:
 
 
 def diagonal(things: list[Thing], cell: tuple[int, int]) -> Scene:
-    """Return two objects of the top left cell with one moved to `cell`, one to the opposite."""
-    first, second = things
+    """Return two objects of the top left cell, object 0 moved to `cell`, object 1 to the opposite.
+
+    Along each axis exactly one of them moves.
+    """
+    one, other = things
     for axis in range(2):
         if cell[axis] == 1:
-            first = shifted(first, axis)
+            one = shifted(one, axis)
         else:
-            second = shifted(second, axis)
-    return [first, second]
+            other = shifted(other, axis)
+    return [one, other]
 
 
 def film(between: Scene, first: int, axes: tuple[int, int]) -> Clip:
-    """Return the clip in which object `first` moves, then the other; axes are by object.
+    """Return the clip in which object `first` moves, then the other.
 
-    `first` arrives at its place in the scene `between`, and the other leaves its place there.
+    `axes` has the axis along which object 0 moves, then that of object 1.
     """
     second = 1 - first
+
+    # The first arrives at its place in the scene between, so it comes from the cell beside it. The
+    # second leaves its place there.
     before = list(between)
     before[first] = shifted(between[first], axes[first])
     after = list(between)
@@ -107,13 +121,24 @@ def film(between: Scene, first: int, axes: tuple[int, int]) -> Clip:
     return [before, between, after]
 
 
+def of_two_colours(pairs: Sequence[Pair]) -> bool:
+    """Say whether two (colour, shape) pairs differ in colour."""
+    (colour, _), (other_colour, _) = pairs
+    return colour != other_colour
+
+
 def draw_clip(rng: random.Random, split: str) -> Clip:
     """Return a random clip whose objects are of `split`."""
+    # A scene of two objects, of which only the composition is used: they are placed anew below.
     while True:
         pairs = composition(draw_scene(rng, split, 2))
-        if pairs[0][0] != pairs[1][0]:  # two colours
+        if of_two_colours(pairs):
             break
-    things = [place(rng, pair, (0, 0)) for pair in rng.sample(pairs, 2)]
+
+    # A composition is sorted. Which of its objects gets number 0 must be random.
+    things = []
+    for pair in rng.sample(pairs, 2):
+        things.append(place(rng, pair, (0, 0)))
 
     axis = rng.randrange(2)
     if rng.random() < ALIKE:
@@ -130,10 +155,11 @@ def moves(clip: Clip) -> list[Move]:
     for before, after in itertools.pairwise(clip):
         for i in range(2):
             for axis, (back, forth) in enumerate(WAYS):
-                change = after[i]["cell"][axis] - before[i]["cell"][axis]
-                if change < 0:
+                old = before[i]["cell"][axis]
+                new = after[i]["cell"][axis]
+                if new < old:
                     found.append(Move(i, back))
-                elif change > 0:
+                elif new > old:
                     found.append(Move(i, forth))
     return found
 
@@ -150,23 +176,46 @@ def placed(thing: Thing) -> str:
 
 
 def questions(clip: Clip) -> list[Question]:
-    """Return every question that has one right answer."""
-    names = (named(clip[0][0]), named(clip[0][1]))
+    """Return every question that has one right answer: order, then way and direction by object."""
+    names = tuple(map(named, clip[0]))
     either = f"the {names[0]} or the {names[1]}"
     every_way = (*WAYS[0], *WAYS[1])
-    happened = moves(clip)
+    first, second = moves(clip)
 
-    text = f"Which moved first, {either}?"
-    asked = [Question("order", text, names[happened[0].thing], names, "first")]
-    for move in sorted(happened, key=lambda move: move.thing):
+    order = Question(
+        kind="order",
+        text=f"Which moved first, {either}?",
+        answer=names[first.thing],
+        choices=names,
+        note="first",
+    )
+    found = [order]
+
+    # By object, not by time: else the order of the questions would tell who moved first.
+    for move in sorted((first, second), key=lambda move: move.thing):
         name = names[move.thing]
-        about = (move.thing,)
-        text = f"Which way did the {name} move?"
-        asked.append(Question("way", text, move.way, every_way, name, about))
-        if happened[0].way != happened[1].way:
-            text = f"Which moved {move.way}, {either}?"
-            asked.append(Question("direction", text, name, names, move.way, about))
-    return asked
+        way = Question(
+            kind="way",
+            text=f"Which way did the {name} move?",
+            answer=move.way,
+            choices=every_way,
+            note=name,
+            about=(move.thing,),
+        )
+        found.append(way)
+
+        # If both move the same way, the question which one did has no answer.
+        if first.way != second.way:
+            direction = Question(
+                kind="direction",
+                text=f"Which moved {move.way}, {either}?",
+                answer=name,
+                choices=names,
+                note=move.way,
+                about=(move.thing,),
+            )
+            found.append(direction)
+    return found
 
 
 def interview(clip: Clip, rng: random.Random) -> list[Question]:
@@ -176,27 +225,32 @@ def interview(clip: Clip, rng: random.Random) -> list[Question]:
     where that has an answer.
     """
     order, *rest = questions(clip)
+    about = defaultdict(list)  # number of the object -> its way, then its direction if there is one
+    for question in rest:
+        (number,) = question.about
+        about[number].append(question)
+
     one, other = rng.sample(range(2), 2)
-    about_one = [q for q in rest if q.about == (one,)]
-    about_other = [q for q in rest if q.about == (other,)]
-    return rng.sample([order, about_one[0], about_other[-1]], 3)
+    way = about[one][0]
+    direction_or_way = about[other][-1]
+    return rng.sample([order, way, direction_or_way], 3)
 
 
 def caption(clip: Clip, rng: random.Random) -> str:
     """Return what pretraining says of a clip: where each object is in each frame, or notes.
 
-    The tracks teach which object is whose from frame to frame. Notes are the answers to questions,
-    in fewer words. A caption is never both: the notes could be read off the tracks.
+    The tracks teach to recognize an object from frame to frame. Notes are questions with their
+    answers, in few words. A caption is never both: the notes could be read off the tracks.
     """
-    if rng.random() < TRACKED:
-        tracks = []
-        for i in range(2):
-            places = [placed(scene[i]) for scene in clip]
-            tracks.append(f"{named(clip[0][i])}: {', '.join(places)}")
-        return ". ".join(rng.sample(tracks, 2)) + "."
+    if rng.random() >= TRACKED:
+        return write_notes(interview(clip, rng))
 
-    notes = [f"{q.note}: {q.answer}" for q in interview(clip, rng)]
-    return ". ".join(notes) + "."
+    tracks = []
+    for i in range(2):
+        places = [placed(scene[i]) for scene in clip]
+        tracks.append(f"{named(clip[0][i])}: {', '.join(places)}")
+    shuffled = rng.sample(tracks, 2)
+    return ". ".join(shuffled) + "."
 
 
 # ---------------------------------------------------------------------- the benchmark
@@ -204,21 +258,26 @@ def caption(clip: Clip, rng: random.Random) -> str:
 
 def every_clip(things: list[Thing]) -> list[Clip]:
     """Return all clips of two objects: by place between, by who is first, by the axes."""
+    every_axes = list(itertools.product(range(2), repeat=2))
     clips = []
-    for cell, first, axes in itertools.product(
-        CELLS, range(2), itertools.product(range(2), repeat=2)
-    ):
-        clips.append(film(diagonal(things, cell), first, axes))
+    for cell in CELLS:
+        between = diagonal(things, cell)
+        for first in range(2):
+            for axes in every_axes:
+                clips.append(film(between, first, axes))
     return clips
 
 
 def make_benchmark(rng: random.Random) -> list[list[Clip]]:
-    """Return all clips of each held-out pair of objects, named in either order."""
+    """Return all clips of each held-out pair of objects, one list a pair.
+
+    A pair comes twice, because the questions name either object first.
+    """
     groups = []
     for pairs in itertools.permutations(PAIRS, 2):
+        # Place all pairs, held out or not: the random draws do not depend on the split then.
         things = [place(rng, pair, (0, 0)) for pair in pairs]
-        two_colours = pairs[0][0] != pairs[1][0]
-        if two_colours and split_of(things) == "benchmark":
+        if of_two_colours(pairs) and split_of(pairs) == "benchmark":
             groups.append(every_clip(things))
     return groups
 
@@ -243,23 +302,57 @@ def question_row(name: str, video: str, clip: Clip, rng: random.Random) -> dict:
     return make_row(name, video, clip, turns)
 
 
-def save_clip(out: Path, split: str, number: int, clip: Clip, background: tuple) -> str:
-    """Write a clip as a GIF, which is lossless for so few colours; return its name for a row."""
+def save_clip(
+    out: Path, split: str, number: int, clip: Clip, background: tuple[int, int, int]
+) -> str:
+    """Write a clip as a GIF and return its name for a row. So few colours make it lossless."""
     name = f"{split}/{number:05d}.gif"
     first, *rest = [render(scene, background) for scene in clip]
     first.save(out / "videos" / name, save_all=True, append_images=rest, duration=500, loop=0)
     return name
 
 
+def caption_rows(out: Path, rng: random.Random, count: int) -> list[dict]:
+    """Return the rows of pretraining and write their clips."""
+    rows = []
+    for i in range(count):
+        clip = draw_clip(rng, "train")
+        video = save_clip(out, "pretrain", i, clip, draw_background(rng))
+        rows.append(caption_row(f"pretrain-{i:05d}", video, clip, rng))
+    return rows
+
+
+def question_rows(out: Path, rng: random.Random, count: int) -> list[dict]:
+    """Return the rows of finetuning and write their clips."""
+    rows = []
+    for i in range(count):
+        clip = draw_clip(rng, "train")
+        video = save_clip(out, "finetune", i, clip, draw_background(rng))
+        rows.append(question_row(f"finetune-{i:05d}", video, clip, rng))
+    return rows
+
+
+def held_out_rows(out: Path, rng: random.Random) -> dict[str, list[dict]]:
+    """Return the rows of both validation files, two about each clip, and write the clips."""
+    files = {"val": [], "val_pretrain": []}
+    for i in range(VAL_SCENES):
+        clip = draw_clip(rng, "val")
+        video = save_clip(out, "val", i, clip, draw_background(rng))
+        files["val_pretrain"].append(caption_row(f"val_pretrain-{i:05d}", video, clip, rng))
+        files["val"].append(question_row(f"val-{i:05d}", video, clip, rng))
+    return files
+
+
 def benchmark_rows(out: Path, rng: random.Random) -> list[dict]:
     """Return the rows of the benchmark and write its clips."""
     rows = []
-    number = 0
+    clip_number = 0
     for group, clips in enumerate(make_benchmark(rng)):
+        # One background for the group, so that equal scenes are equal frames.
         background = draw_background(rng)
         for clip in clips:
-            video = save_clip(out, "benchmark", number, clip, background)
-            number += 1
+            video = save_clip(out, "benchmark", clip_number, clip, background)
+            clip_number += 1
             for question in questions(clip):
                 row = {
                     "question_id": len(rows) + 1,
@@ -277,43 +370,30 @@ def benchmark_rows(out: Path, rng: random.Random) -> list[dict]:
 
 def fill_folder(out: Path, seed: int, scenes: int):
     """Write the whole data set into the folder `out`, which it makes."""
-    streams = world.random_streams(seed)
     for split in world.SPLITS:
         (out / "videos" / split).mkdir(parents=True)
     (out / "benchmark").mkdir()
-    files = {"pretrain": [], "finetune": [], "val": [], "val_pretrain": []}
 
-    rng = streams["pretrain"]
-    for i in range(scenes // 2):
-        clip = draw_clip(rng, "train")
-        video = save_clip(out, "pretrain", i, clip, draw_background(rng))
-        files["pretrain"].append(caption_row(f"pretrain-{i:05d}", video, clip, rng))
-
-    rng = streams["finetune"]
-    for i in range(scenes - scenes // 2):
-        clip = draw_clip(rng, "train")
-        video = save_clip(out, "finetune", i, clip, draw_background(rng))
-        files["finetune"].append(question_row(f"finetune-{i:05d}", video, clip, rng))
-
-    # Held-out rows of both sorts, two about each clip.
-    rng = streams["val"]
-    for i in range(VAL_SCENES):
-        clip = draw_clip(rng, "val")
-        video = save_clip(out, "val", i, clip, draw_background(rng))
-        files["val_pretrain"].append(caption_row(f"val_pretrain-{i:05d}", video, clip, rng))
-        files["val"].append(question_row(f"val-{i:05d}", video, clip, rng))
-
+    # The clips, and the rows about them.
+    streams = world.random_streams(seed)
+    n_captions = scenes // 2
+    files = {
+        "pretrain": caption_rows(out, streams["pretrain"], n_captions),
+        "finetune": question_rows(out, streams["finetune"], scenes - n_captions),
+        **held_out_rows(out, streams["val"]),
+    }
     benchmark = benchmark_rows(out, streams["benchmark"])
-    world.write_lines(out / "benchmark" / "moving.jsonl", benchmark)
 
+    # The files that hold the rows.
     for name, rows in files.items():
         world.write_rows(out / f"{name}.json", rows)
+    world.write_lines(out / "benchmark" / "moving.jsonl", benchmark)
     world.train_tokenizer(files["pretrain"] + files["finetune"], out / "tokenizer")
 
+    # The summary comes last: a folder that has it is complete.
     counts = {name: len(rows) for name, rows in files.items()}
     counts["moving"] = len(benchmark)
-    summary = {"seed": seed, "scenes": scenes, "image_size": IMAGE_SIZE, "rows": counts}
-    world.write_json(out / "moving.json", summary)
+    world.write_summary(out / "moving.json", seed, scenes, counts)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ relation ("Is the red circle above or below the blue square?").
 Two rules keep a model from answering without looking at the picture. Over the training rows,
 `Balance` uses the answers to each question text evenly, so the words alone give little away. Within
 a row, no question can be answered from the turns before it (`interview`).
+
+The file in order: the questions of each kind, negatives, which questions are asked, captions.
 """
 
 import itertools
@@ -17,7 +19,7 @@ import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from demo.scenes import COLOURS, PAIRS, POPULAR, SHAPES, Pair, Scene, Thing, composition
+from demo.scenes import COLOURS, PAIRS, POPULAR, SHAPES, Pair, Scene, Thing, composition, pair_of
 
 NUMBERS = ("zero", "one", "two", "three")
 DIRECTIONS = (("above", "below"), ("left", "right"))  # by axis: of rows, of columns
@@ -26,8 +28,9 @@ POSITIONS = (
     ("at the bottom left", "at the bottom right"),
 )
 
-TURNS = (6, 8)  # questions about a picture, at least and at most
-NOTES = (8, 12)  # notes of a caption, at least and at most
+# At least and at most how many.
+ASKED = (6, 8)  # questions about a picture
+NOTED = (8, 12)  # notes of a caption
 LISTED = 1 / 3  # share of the captions that list the objects; the others are notes
 
 
@@ -35,8 +38,9 @@ LISTED = 1 / 3  # share of the captions that list the objects; the others are no
 class Question:
     """A question and its answer.
 
-    `about` identifies the fact that the answer tells: the object's number for its colour or shape,
-    (axis, object, object) for a relation. It is empty where the text itself says all.
+    `about` identifies the fact that the answer tells, which questions in other words may tell too:
+    (object,) for its colour or shape, (axis, object, object) for a relation, where an object is its
+    number in the scene. It is empty where no other text asks for the same fact.
     """
 
     kind: str
@@ -57,7 +61,8 @@ def named(thing: Thing) -> str:
 
 def existence_text(pair: Pair) -> str:
     """Return the question whether there is an object of that (colour, shape)."""
-    return f"Is there a {pair[0]} {pair[1]}?"
+    colour, shape = pair
+    return f"Is there a {colour} {shape}?"
 
 
 def questions(scene: Scene) -> list[Question]:
@@ -71,75 +76,130 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def existence_questions(scene: Scene) -> list[Question]:
-    """Return whether each (colour, shape) is there."""
-    there = composition(scene)
-    asked = []
+    """Return the question for each (colour, shape) whether it is there."""
+    present = composition(scene)
+    found = []
     for pair in PAIRS:
-        answer = "yes" if pair in there else "no"
-        note = f"{pair[0]} {pair[1]}"
-        asked.append(Question("existence", existence_text(pair), answer, ("yes", "no"), note))
-    return asked
+        colour, shape = pair
+        question = Question(
+            kind="existence",
+            text=existence_text(pair),
+            answer="yes" if pair in present else "no",
+            choices=("yes", "no"),
+            note=f"{colour} {shape}",
+        )
+        found.append(question)
+    return found
+
+
+def count_attributes(scene: Scene) -> tuple[Counter, Counter]:
+    """Return how often each colour occurs in a scene, and how often each shape."""
+    colours = Counter()
+    shapes = Counter()
+    for thing in scene:
+        colours[thing["colour"]] += 1
+        shapes[thing["shape"]] += 1
+    return colours, shapes
 
 
 def attribute_questions(scene: Scene) -> list[Question]:
-    """Return the colour of each shape that occurs once, and the shape of each such colour."""
-    colours = Counter(thing["colour"] for thing in scene)
-    shapes = Counter(thing["shape"] for thing in scene)
-    asked = []
+    """Return the questions for colours and shapes.
+
+    An object is asked for by its shape or by its colour, so no other object may have that too.
+    """
+    colours, shapes = count_attributes(scene)
+    found = []
     for i, thing in enumerate(scene):
         colour = thing["colour"]
         shape = thing["shape"]
         if shapes[shape] == 1:
-            text = f"What colour is the {shape}?"
-            note = f"{shape} colour"
-            asked.append(Question("colour", text, colour, tuple(COLOURS), note, (i,)))
+            question = Question(
+                kind="colour",
+                text=f"What colour is the {shape}?",
+                answer=colour,
+                choices=tuple(COLOURS),
+                note=f"{shape} colour",
+                about=(i,),
+            )
+            found.append(question)
         if colours[colour] == 1:
-            text = f"What shape is the {colour} object?"
-            note = f"{colour} shape"
-            asked.append(Question("shape", text, shape, SHAPES, note, (i,)))
-    return asked
+            question = Question(
+                kind="shape",
+                text=f"What shape is the {colour} object?",
+                answer=shape,
+                choices=SHAPES,
+                note=f"{colour} shape",
+                about=(i,),
+            )
+            found.append(question)
+    return found
 
 
 def count_questions(scene: Scene) -> list[Question]:
-    """Return how many objects there are, of each colour and of each shape."""
-    colours = Counter(thing["colour"] for thing in scene)
-    shapes = Counter(thing["shape"] for thing in scene)
+    """Return the questions how many objects there are: in all, of each colour, of each shape."""
+    colours, shapes = count_attributes(scene)
     counts = {"objects": len(scene)}
     for colour in COLOURS:
         counts[f"{colour} objects"] = colours[colour]
     for shape in SHAPES:
         counts[f"{shape}s"] = shapes[shape]
 
-    asked = []
+    found = []
     for what, n in counts.items():
         choices = NUMBERS
         if what == "objects":
             choices = NUMBERS[1:]  # no scene is empty
-        text = f"How many {what} are there?"
-        asked.append(Question("count", text, NUMBERS[n], choices, what))
-    return asked
+
+        question = Question(
+            kind="count",
+            text=f"How many {what} are there?",
+            answer=NUMBERS[n],
+            choices=choices,
+            note=what,
+        )
+        found.append(question)
+    return found
 
 
 def relation_questions(scene: Scene) -> list[Question]:
-    """Return how two objects stand to each other, for objects that their words identify."""
-    pairs = Counter(composition(scene))
-    unique = [i for i, thing in enumerate(scene) if pairs[thing["colour"], thing["shape"]] == 1]
-    asked = []
-    for i, j in itertools.permutations(unique, 2):
-        for axis, (before, behind) in enumerate(DIRECTIONS):
-            place_of_i = scene[i]["cell"][axis]
-            place_of_j = scene[j]["cell"][axis]
-            if place_of_i == place_of_j:
-                continue
+    """Return the questions how two objects stand to each other.
 
-            answer = before if place_of_i < place_of_j else behind
-            either = f"{named(scene[i])} {before} or {behind}"
-            of_the = "of the" if before == "left" else "the"
-            text = f"Is the {either} {of_the} {named(scene[j])}?"
-            note = f"{either} {named(scene[j])}"
-            about = (axis, min(i, j), max(i, j))
-            asked.append(Question("relation", text, answer, (before, behind), note, about))
-    return asked
+    They call an object by its colour and shape, so no other object may have both.
+    """
+    pairs = Counter(composition(scene))
+    unique = [i for i, thing in enumerate(scene) if pairs[pair_of(thing)] == 1]
+
+    found = []
+    for i, j in itertools.permutations(unique, 2):
+        for axis in range(2):
+            # Two objects of one row are neither above nor below each other.
+            if scene[i]["cell"][axis] != scene[j]["cell"][axis]:
+                found.append(relation_question(scene, i, j, axis))
+    return found
+
+
+def relation_question(scene: Scene, i: int, j: int, axis: int) -> Question:
+    """Return the question where object i stands from object j along an axis."""
+    before, after = DIRECTIONS[axis]
+    answer = after
+    if scene[i]["cell"][axis] < scene[j]["cell"][axis]:
+        answer = before
+
+    one = f"{named(scene[i])} {before} or {after}"
+    other = named(scene[j])
+    of_the = "of the" if before == "left" else "the"
+    return Question(
+        kind="relation",
+        text=f"Is the {one} {of_the} {other}?",
+        answer=answer,
+        choices=(before, after),
+        note=f"{one} {other}",
+        # The same for (i, j) and (j, i): either question answers the other.
+        about=(axis, min(i, j), max(i, j)),
+    )
+
+
+# ---------------------------------------------------------------------- negatives
 
 
 def negatives(scene: Scene) -> dict[str, list[Pair]]:
@@ -148,13 +208,16 @@ def negatives(scene: Scene) -> dict[str, list[Pair]]:
     POPE's adversarial negatives are the objects that most often occur beside those in the picture.
     Here they share the colour or the shape of an object that is there.
     """
-    there = composition(scene)
-    seen = {value for pair in there for value in pair}
-    absent = [pair for pair in PAIRS if pair not in there]
+    present = composition(scene)
+    attributes = set()  # colours and shapes that are there
+    for pair in present:
+        attributes.update(pair)
+
+    absent = [pair for pair in PAIRS if pair not in present]
     return {
         "random": absent,
         "popular": [pair for pair in absent if pair in POPULAR],
-        "adversarial": [pair for pair in absent if seen.intersection(pair)],
+        "adversarial": [pair for pair in absent if attributes.intersection(pair)],
     }
 
 
@@ -175,27 +238,36 @@ class Balance:
 
     def pick(self, rng: random.Random, candidates: list[Question]) -> Question:
         """Return the candidate whose answer lags furthest behind, and count it."""
-        rng.shuffle(candidates)  # decides between equals
+        # Of several that lag equally far, min takes the first: which that is must be random.
+        rng.shuffle(candidates)
         best = min(candidates, key=self.surplus)
+
         self.answers[best.text][best.answer] += 1
         self.kinds[best.kind][best.answer] += 1
         return best
 
     def majority(self, question: Question) -> str:
         """Return what a reader of these rows would answer who never sees a picture."""
-        used = self.answers.get(question.text) or self.kinds[question.kind]
+        # A text that was never asked is answered as questions of its kind are.
+        used = self.answers[question.text]
+        if not used:
+            used = self.kinds[question.kind]
+
+        # Those may have answers that do not fit this text: "left" where it asks "above or below".
         counts = {answer: n for answer, n in used.items() if answer in question.choices}
+
+        # Sorted, so that a tie does not depend on which answer was counted first.
         return max(sorted(counts), key=counts.get)
 
 
 def interview(
-    scene: Scene, rng: random.Random, balance: Balance, turns: tuple[int, int] = TURNS
+    scene: Scene, rng: random.Random, balance: Balance, limits: tuple[int, int] = ASKED
 ) -> list[Question]:
     """Return the questions asked about one training scene, in random order.
 
-    There are `turns` of them, at least and at most, as far as the scene has so many.
+    `limits` are the least and the largest number of them. A scene of few objects may have fewer.
     """
-    least, most = turns
+    least, most = limits
     by_kind = defaultdict(list)
     for question in questions(scene):
         by_kind[question.kind].append(question)
@@ -212,17 +284,30 @@ def interview(
 
     chosen = []
     for i, kind in enumerate(plan):
-        # A fact is asked for once: in other words, the answer would be found in the text.
-        told = {q.about for q in chosen if q.about}
-        candidates = [q for q in by_kind[kind] if q not in chosen and q.about not in told]
+        limit = most if i < planned else least
+        if len(chosen) >= limit:
+            break
+
+        candidates = untold(by_kind[kind], chosen)
         if kind == "existence":
             candidates = tempting_existence(scene, rng, candidates)
-
-        limit = most if i < planned else least
-        if candidates and len(chosen) < limit:
+        if candidates:
             chosen.append(balance.pick(rng, candidates))
     rng.shuffle(chosen)
     return chosen
+
+
+def untold(candidates: list[Question], chosen: list[Question]) -> list[Question]:
+    """Return the candidates whose answer is not yet told by those already chosen.
+
+    A fact is asked for once: asked again in other words, its answer would stand in the text.
+    """
+    told = set()
+    for question in chosen:
+        if question.about:
+            told.add(question.about)
+
+    return [q for q in candidates if q not in chosen and q.about not in told]
 
 
 def tempting_existence(
@@ -230,16 +315,20 @@ def tempting_existence(
 ) -> list[Question]:
     """Return the candidates with "yes" or those with "no", by a fair coin.
 
-    Those with "no" ask for one kind of negatives, as the benchmark does, where one is left.
+    Those with "no" ask for one of POPE's kinds of negatives, as the benchmark does. If none of that
+    kind is left, they are all that have "no".
     """
     answer = rng.choice(("yes", "no"))
-    candidates = [q for q in candidates if q.answer == answer]
+    with_answer = [q for q in candidates if q.answer == answer]
     if answer == "yes":
-        return candidates
+        return with_answer
 
-    kind_of_negatives = rng.choice(list(negatives(scene).values()))
-    texts = [existence_text(pair) for pair in kind_of_negatives]
-    return [q for q in candidates if q.text in texts] or candidates
+    pairs = rng.choice(list(negatives(scene).values()))
+    texts = list(map(existence_text, pairs))
+    tempting = [q for q in with_answer if q.text in texts]
+    if not tempting:
+        return with_answer
+    return tempting
 
 
 # ---------------------------------------------------------------------- captions
@@ -248,18 +337,23 @@ def tempting_existence(
 def caption(scene: Scene, rng: random.Random, balance: Balance) -> str:
     """Return what pretraining says of a scene: a sentence that lists the objects, or notes.
 
-    Notes are the answers to questions, in fewer words than a question takes. A caption is never
-    both: notes behind a list could be copied from the text, and teach nothing about the picture.
+    A caption is never both: notes behind a list could be copied from the text, and would teach
+    nothing about the picture.
     """
     if rng.random() < LISTED:
-        return list_objects(rng.sample(scene, len(scene)))
+        shuffled = rng.sample(scene, len(scene))
+        return list_objects(shuffled)
+    return write_notes(interview(scene, rng, balance, NOTED))
 
-    notes = [f"{q.note}: {q.answer}" for q in interview(scene, rng, balance, NOTES)]
+
+def write_notes(answered: list[Question]) -> str:
+    """Return questions with their answers in few words: "red circle: yes. circle colour: red."."""
+    notes = [f"{question.note}: {question.answer}" for question in answered]
     return ". ".join(notes) + "."
 
 
 def list_objects(things: list[Thing]) -> str:
-    """Return a sentence that lists objects.
+    """Return a sentence that lists objects in the order given.
 
     The caller shuffles them: then each word must be looked up in the picture by what was said
     before it, and cannot be found by reading the cells in order.
@@ -267,9 +361,11 @@ def list_objects(things: list[Thing]) -> str:
     phrases = []
     for thing in things:
         row, column = thing["cell"]
-        phrases.append(f"a {thing['size']} {named(thing)} {POSITIONS[row][column]}")
+        position = POSITIONS[row][column]
+        phrases.append(f"a {thing['size']} {named(thing)} {position}")
 
     number = NUMBERS[len(things)]
-    if len(phrases) == 1:
-        return f"There is {number}: {phrases[0]}."
-    return f"There are {number}: {', '.join(phrases[:-1])} and {phrases[-1]}."
+    *all_but_last, last = phrases
+    if not all_but_last:
+        return f"There is {number}: {last}."
+    return f"There are {number}: {', '.join(all_but_last)} and {last}."

@@ -9,7 +9,8 @@ as a picture:
     chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1800 \\
         --screenshot=report.png out/demo/report.html
 
-The file in order: charts, then a function for each part of the page, from top to bottom.
+The file in order: charts, then a function for each part of the page from top to bottom, which
+returns HTML, then the whole page and the command.
 """
 
 import math
@@ -56,7 +57,10 @@ POINT_MARK = '<svg width="10" height="10"><circle class="point" cx="5" cy="5" r=
 
 
 class LossAxes:
-    """The axes of a loss chart: where a step and a loss lie. The loss axis is logarithmic."""
+    """The axes of a loss chart: where a step and a loss lie. The loss axis is logarithmic.
+
+    Lengths are in the units of the SVG, whose y grows downwards.
+    """
 
     WIDTH = 440
     HEIGHT = 250
@@ -67,16 +71,23 @@ class LossAxes:
     LEAST = 1e-4  # a loss of zero has no logarithm
 
     def __init__(self, rows: list[dict]):
-        losses = [max(row["loss"], self.LEAST) for row in rows]
-        self.low = math.log10(min(losses)) - 0.04
-        self.high = math.log10(max(losses)) + 0.04
+        # The range of the losses, in decades, with a little room below and above.
+        decades = [self.decade(row["loss"]) for row in rows]
+        self.low = min(decades) - 0.04
+        self.high = max(decades) + 0.04
         self.last_step = max(row["step"] for row in rows)
 
+    def decade(self, loss: float) -> float:
+        """Return the logarithm of a loss."""
+        return math.log10(max(loss, self.LEAST))
+
     def x(self, step: int) -> float:
+        """Return where a step lies; a tenth of a pixel is exact enough."""
         return round(self.LEFT + (self.RIGHT - self.LEFT) * step / self.last_step, 1)
 
     def y(self, loss: float) -> float:
-        share = (math.log10(max(loss, self.LEAST)) - self.low) / (self.high - self.low)
+        """Return where a loss lies."""
+        share = (self.decade(loss) - self.low) / (self.high - self.low)
         return round(self.BOTTOM - (self.BOTTOM - self.TOP) * share, 1)
 
     def loss_ticks(self) -> list[float]:
@@ -92,6 +103,8 @@ class LossAxes:
     def step_ticks(self) -> list[int]:
         """Return 0 and up to five round numbers, the last no larger than the last step."""
         size = 10 ** math.floor(math.log10(max(self.last_step, 1)))
+
+        # Take the smallest round distance that leaves room between the numbers.
         for factor in (0.1, 0.2, 0.5, 1, 2, 5):
             distance = size * factor
             if distance >= 1 and self.last_step / distance <= 5:
@@ -100,9 +113,9 @@ class LossAxes:
         return [round(distance * i) for i in range(count + 1)]
 
 
-def polyline(kind: str, points: list[tuple[float, float]]) -> str:
-    """Return a line through points."""
-    coordinates = " ".join(f"{x},{y}" for x, y in points)
+def loss_curve(kind: str, points: list[tuple[int, float]], axes: LossAxes) -> str:
+    """Return a line through points, which are (step, loss); report.css draws each kind its way."""
+    coordinates = " ".join(f"{axes.x(step)},{axes.y(loss)}" for step, loss in points)
     return f'<polyline class="{kind}" points="{coordinates}"/>'
 
 
@@ -112,7 +125,7 @@ def loss_chart(stage: StageResult) -> str:
     size = f"{axes.WIDTH} {axes.HEIGHT}"
     parts = [f'<svg viewBox="0 0 {size}" role="img" aria-label="loss over steps">']
 
-    # The axes.
+    # The axes. Numbers of losses stand half a line lower, to be level with their rules.
     for tick in axes.loss_ticks():
         y = axes.y(tick)
         parts.append(f'<line class="axis" x1="{axes.LEFT}" x2="{axes.RIGHT}" y1="{y}" y2="{y}"/>')
@@ -126,10 +139,10 @@ def loss_chart(stage: StageResult) -> str:
 
     # The curves.
     losses = [(row["step"], row["loss"]) for row in stage.steps]
-    for kind, points in (("raw", losses), ("curve", running_mean(losses))):
-        parts.append(polyline(kind, [(axes.x(step), axes.y(loss)) for step, loss in points]))
+    parts.append(loss_curve("raw", losses, axes))
+    parts.append(loss_curve("curve", running_mean(losses), axes))
 
-    # The validation points.
+    # The validation points, over the curves.
     for row in stage.validations:
         x = axes.x(row["step"])
         y = axes.y(row["loss"])
@@ -145,7 +158,9 @@ def score_bar(score: dict, blank: float) -> str:
     """
 
     def x(percent: float) -> float:
-        return round(BAR_WIDTH * min(max(percent, 0), 100) / 100, 1)
+        # An interval may reach beyond 0 or 100; its whisker ends there.
+        percent = min(max(percent, 0), 100)
+        return round(BAR_WIDTH * percent / 100, 1)
 
     percent = score["score"]
     low = x(percent - margin(score))
@@ -172,15 +187,9 @@ def duration(seconds: float) -> str:
     return f"{seconds} s"
 
 
-def parameters_of(run: Run) -> dict[str, int]:
-    """Return the parameters of each part of the model."""
-    first_stage = next(iter(run.stages.values()))
-    return first_stage.start["parameters"]
-
-
 def introduction(run: Run) -> str:
     """Return what was trained on what."""
-    millions = sum(parameters_of(run).values()) / 1e6
+    millions = sum(run.parameters.values()) / 1e6
     rows = run.facts["rows"]
     return f"""
 <h1>A small multimodal model, trained from nothing and asked about pictures it has not seen</h1>
@@ -193,19 +202,24 @@ reach exactly the chance level. What is above it was seen.</p>"""
 
 def figures(run: Run) -> str:
     """Return the four numbers that sum up the run."""
-    scores = run.seeing.scores
-    existence = min(s["score"] for name, s in scores.items() if name.startswith("existence"))
-    attributes = scores["attributes"]
-    millions = sum(parameters_of(run).values()) / 1e6
+    existence = []
+    for name, score in run.seeing.scores.items():
+        if name.startswith("existence"):
+            existence.append(score["score"])
+    attributes = run.seeing.scores["attributes"]
+    millions = sum(run.parameters.values()) / 1e6
     training = sum(stage.end["seconds"] for stage in run.stages.values())
+
     shown = {
-        "existence, the worst of three splits (chance 50)": f"{existence:.1f} %",
+        "existence, the worst of three splits (chance 50)": f"{min(existence):.1f} %",
         f"attributes (chance {attributes['chance']:.0f})": f"{attributes['score']:.1f} %",
         "parameters, language model to pixels": f"{millions:.2f} M",
         "training, both stages": duration(training),
     }
-    cells = [f"<div><b>{value}</b><span>{what}</span></div>" for what, value in shown.items()]
-    return f'<div class="figures">{"".join(cells)}</div>'
+    cells = ""
+    for what, value in shown.items():
+        cells += f"<div><b>{value}</b><span>{what}</span></div>"
+    return f'<div class="figures">{cells}</div>'
 
 
 # ---------------------------------------------------------------------- scores
@@ -221,16 +235,19 @@ def score_row(name: str, run: Run) -> str:
     score = run.seeing.scores[name]
     blank = run.blanked.scores[name]["score"]
 
-    example = ""
-    prompts = [e["prompt"] for e in run.examples if group_of(e) == name]
-    if prompts:
-        example = f"<small>{escape(prompts[0])}</small>"
+    # The first question of the group is its example. All attributes together have no own question.
+    question = ""
+    for example in run.examples:
+        if group_of(example) == name:
+            question = f"<small>{escape(example['prompt'])}</small>"
+            break
 
+    # The parts of the attributes are indented below their sum.
     row_class = ""
     if name in PARTS_OF_ATTRIBUTES:
         row_class = ' class="part"'
     return (
-        f"<tr{row_class}><th>{LABELS[name]}{example}</th>"
+        f"<tr{row_class}><th>{LABELS[name]}{question}</th>"
         f"<td><b>{score['score']:.1f}</b></td>"
         f'<td class="dim">± {margin(score):.1f}</td>'
         f"<td>{blank:.1f}</td>"
@@ -243,7 +260,7 @@ def score_row(name: str, run: Run) -> str:
 
 def scores_section(run: Run) -> str:
     """Return the scores, beside their controls."""
-    rows = [score_row(name, run) for name in LABELS]
+    rows = "".join(score_row(name, run) for name in LABELS)
     return f"""
 <h2>Scores</h2>
 <p class="dim">Percent right on held-out pictures, with the 95 % interval. <em>Blanked</em>: the
@@ -253,7 +270,7 @@ the training rows give most often to the same words.</p>
 {key(BLANK_MARK, "pictures blanked")}
 {key(TEXT_MARK, "text only")}</div>
 <table><thead><tr><th></th><th>model</th><th></th><th>blanked</th><th>text only</th>
-<th>chance</th><th>n</th><th></th></tr></thead><tbody>{"".join(rows)}</tbody></table>"""
+<th>chance</th><th>n</th><th></th></tr></thead><tbody>{rows}</tbody></table>"""
 
 
 # ---------------------------------------------------------------------- training
@@ -265,14 +282,18 @@ def stage_figure(name: str, stage: StageResult) -> str:
     def mean(field: str) -> float:
         return sum(row[field] for row in stage.steps) / len(stage.steps)
 
-    said = f"{stage.steps[-1]['steps']:,} steps in {duration(stage.end['seconds'])}; "
+    # "steps" is the length of the stage, which every row has beside its own step.
+    steps = stage.steps[-1]["steps"]
+    images = mean("images_per_s")
+    tokens = mean("tokens_per_s")
+    waiting = 100 * mean("data_wait")
+    memory = max(row["memory_gb"] for row in stage.steps)
+
+    said = f"{steps:,} steps in {duration(stage.end['seconds'])}; "
     if stage.validations:
         said += f"validation loss {stage.validations[-1]['loss']:.3f} at the end; "
-    said += (
-        f"{mean('images_per_s'):,.0f} pictures and {mean('tokens_per_s'):,.0f} tokens a second, "
-    )
-    said += f"{100 * mean('data_wait'):.1f} % of the time waiting for data; "
-    said += f"peak memory {max(row['memory_gb'] for row in stage.steps):.2f} GB."
+    said += f"{images:,.0f} pictures and {tokens:,.0f} tokens a second, "
+    said += f"{waiting:.1f} % of the time waiting for data; peak memory {memory:.2f} GB."
 
     chart = loss_chart(stage)
     return f"<figure><h3>{escape(name)}</h3>{chart}<figcaption>{said}</figcaption></figure>"
@@ -280,16 +301,25 @@ def stage_figure(name: str, stage: StageResult) -> str:
 
 def training_section(run: Run) -> str:
     """Return the loss of each stage."""
-    charts = [stage_figure(name, stage) for name, stage in run.stages.items()]
+    charts = ""
+    for name, stage in run.stages.items():
+        charts += stage_figure(name, stage)
     return f"""
 <h2>Training</h2>
 <div>{key(CURVE_MARK, "training loss")}
 {key(POINT_MARK, "validation loss, held out")}
 </div>
-<div class="charts">{"".join(charts)}</div>"""
+<div class="charts">{charts}</div>"""
 
 
 # ---------------------------------------------------------------------- samples
+
+
+def show_answer(answer: str) -> str:
+    """Return an answer for the page, where an empty one must be seen too."""
+    if not answer:
+        return "(nothing)"
+    return escape(answer)
 
 
 def question_card(example: dict, run: Run) -> str:
@@ -303,13 +333,16 @@ def question_card(example: dict, run: Run) -> str:
     picture = image_tag(file.read_bytes(), run.facts["image_size"] * ZOOM)
 
     kind = LABELS[group_of(example)].replace(" negatives", "").lower()
-    answer = escape(run.seeing.answers[example["id"]])
-    blank = escape(run.blanked.answers.get(example["id"], "")) or "(nothing)"
-    if run.right[example["id"]]:
-        said = f'<span class="right">{answer} ✓</span>'
+    name = example["id"]
+    answer = run.seeing.answers[name]
+    if run.right[name]:
+        said = f'<span class="right">{escape(answer)} ✓</span>'
     else:
         truth = escape(example["label"])
-        said = f'<span class="wrong">{answer or "(nothing)"} ✗</span> · truth: {truth}'
+        said = f'<span class="wrong">{show_answer(answer)} ✗</span> · truth: {truth}'
+
+    # The blanked evaluation may have been of fewer examples.
+    blank = show_answer(run.blanked.answers.get(name, ""))
     return (
         f'<div class="card">{picture}'
         f'<div class="kind">{kind}</div>'
@@ -321,17 +354,22 @@ def question_card(example: dict, run: Run) -> str:
 
 def question_cards(examples: list[dict], run: Run) -> str:
     """Return the cards of examples."""
-    return (
-        f'<div class="cards">{"".join(question_card(example, run) for example in examples)}</div>'
-    )
+    cards = "".join(question_card(example, run) for example in examples)
+    return f'<div class="cards">{cards}</div>'
 
 
 def samples_section(run: Run) -> str:
     """Return sample pictures, and further mistakes folded away."""
     samples, mistakes = choose_samples(run.examples, run.right)
+
+    # How frequent wrong answers are, in all and among the samples.
     total = len(run.right)
-    errors = sum(not is_right for is_right in run.right.values())
-    errors_shown = sum(not run.right[example["id"]] for example in samples)
+    errors = total - sum(run.right.values())
+    errors_shown = 0
+    for example in samples:
+        if not run.right[example["id"]]:
+            errors_shown += 1
+
     section = f"""
 <h2>What it sees</h2>
 <p class="dim">{len(samples)} of the {total:,} questions, drawn with a fixed seed so that every kind
@@ -349,9 +387,12 @@ appears and wrong answers are as frequent as they are: {errors} of all ({100 * e
 
 def parts_section(run: Run) -> str:
     """Return the parameters of each part, and how many of them each stage trained."""
-    head = "".join(f"<th>trained in {escape(name)}</th>" for name in run.stages)
-    rows = []
-    for part, count in parameters_of(run).items():
+    head = "<th>part</th><th>parameters</th>"
+    for name in run.stages:
+        head += f"<th>trained in {escape(name)}</th>"
+
+    rows = ""
+    for part, count in run.parameters.items():
         row = f"<th>{escape(part)}</th><td>{count:,}</td>"
         for stage in run.stages.values():
             trained = stage.start["trainable"].get(part, 0)
@@ -359,22 +400,27 @@ def parts_section(run: Run) -> str:
                 row += f"<td>{trained:,}</td>"
             else:
                 row += '<td class="dim">frozen</td>'
-        rows.append(f"<tr>{row}</tr>")
+        rows += f"<tr>{row}</tr>"
     return f"""
 <h2>What it is made of</h2>
-<table><thead><tr><th>part</th><th>parameters</th>{head}</tr></thead>
-<tbody>{"".join(rows)}</tbody></table>"""
+<table><thead><tr>{head}</tr></thead>
+<tbody>{rows}</tbody></table>"""
 
 
 def times_section(run: Run) -> str:
     """Return how long each stage and each evaluation took."""
-    times = {f"training, {name}": stage.end["seconds"] for name, stage in run.stages.items()}
+    times = {}
+    for name, stage in run.stages.items():
+        times[f"training, {name}"] = stage.end["seconds"]
     times["evaluation"] = run.seeing.seconds
     times["evaluation, blanked"] = run.blanked.seconds
-    rows = [f"<tr><th>{what}</th><td>{duration(s)}</td></tr>" for what, s in times.items()]
+
+    rows = ""
+    for what, seconds in times.items():
+        rows += f"<tr><th>{what}</th><td>{duration(seconds)}</td></tr>"
     return f"""
 <h2>Time taken</h2>
-<table class="narrow"><tbody>{"".join(rows)}</tbody></table>"""
+<table class="narrow"><tbody>{rows}</tbody></table>"""
 
 
 def page(run: Run) -> str:
@@ -401,13 +447,13 @@ def print_scores(run: Run):
     print(f"{'':24}{'score':>8}{'blanked':>9}{'text only':>11}{'chance':>8}{'n':>7}")
     for name, score in run.seeing.scores.items():
         blank = run.blanked.scores[name]["score"]
-        print(
-            f"{name:24}{score['score']:8.1f}{blank:9.1f}{score['text_only']:11.1f}"
-            f"{score['chance']:8.1f}{score['n']:7}"
-        )
+        line = f"{name:24}{score['score']:8.1f}{blank:9.1f}"
+        line += f"{score['text_only']:11.1f}{score['chance']:8.1f}{score['n']:7}"
+        print(line)
 
 
 def main(argv: list[str]):
+    """Run the command."""
     parser = config.parser(__doc__)
     parser.add_argument(
         "folder",

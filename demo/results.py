@@ -3,7 +3,10 @@
     run = read_run(Path("out/demo"))    # the recipe, the log, the answers with and without pictures
     samples, mistakes = choose_samples(run.examples, run.right)
 
-report.py draws it. Scores are evals/world.py's; nothing is scored again here but single answers.
+report.py draws it. The scores are those that evaluate.py wrote (evals/world.py); only single
+answers are judged again here, to mark them right or wrong.
+
+The file in order: what a run consists of, reading it from the disk, what is computed for the page.
 """
 
 import json
@@ -62,12 +65,21 @@ class Run:
     examples: list[dict]  # of the benchmark, those that were answered
     right: dict[str, bool]  # id of the example -> whether the answer with pictures is right
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many parameters each part of the model has: the same in every stage."""
+        first_stage = next(iter(self.stages.values()))
+        return first_stage.start["parameters"]
+
 
 # ---------------------------------------------------------------------- reading
 
 
 def read(file: Path, parse: Callable, fix: str):
-    """Return parse(text of the file). Raise UserError, with what makes the file, if it cannot."""
+    """Return parse(text of the file). Raise UserError if that fails; `fix` is what makes the file.
+
+    A file that does not parse raises ValueError in `parse`.
+    """
     try:
         return parse(file.read_text())
     except FileNotFoundError:
@@ -86,14 +98,21 @@ def read_run(folder: Path) -> Run:
     train_first = "train first: torchrun train.py"
     recipe = read(folder / "recipe.toml", str, train_first)
     log = folder / "log.jsonl"
-    stages = read_log(read(log, json_lines, train_first), log)
+    stages = stages_of_log(read(log, json_lines, train_first), log)
 
     evaluate = f"torchrun evaluate.py --model {folder} --task world --data DIR"
     seeing, data = read_evaluation(folder, "world", evaluate)
     blanked, _ = read_evaluation(folder, "world-blank", f"{evaluate} --blank")
 
-    examples = [e for e in world.examples(data) if e["id"] in seeing.answers]
-    right = {e["id"]: world.is_right(e, seeing.answers[e["id"]]) for e in examples}
+    # An evaluation with --limit answered only some of the benchmark.
+    examples = []
+    right = {}
+    for example in world.examples(data):
+        name = example["id"]
+        if name in seeing.answers:
+            examples.append(example)
+            right[name] = world.is_right(example, seeing.answers[name])
+
     write_again = "write the data set again: python -m demo.world OUT"
     facts = read(data / "world.json", json.loads, write_again)
     return Run(recipe, stages, seeing, blanked, data, facts, examples, right)
@@ -104,40 +123,47 @@ def read_evaluation(folder: Path, name: str, fix: str) -> tuple[Evaluation, Path
     result = read(folder / "eval" / f"{name}.json", json.loads, fix)
     rows = read(folder / "eval" / f"{name}.jsonl", json_lines, fix)
     answers = {row["id"]: row["answer"] for row in rows}
-    return Evaluation(result["scores"], answers, result["seconds"]), Path(result["data"])
+    evaluation = Evaluation(result["scores"], answers, result["seconds"])
+    return evaluation, Path(result["data"])
 
 
-def read_log(rows: list[dict], file: Path) -> dict[str, StageResult]:
-    """Return the stages of a log by name. Raise UserError if one did not finish."""
-    by_stage = defaultdict(list)
+def stages_of_log(rows: list[dict], file: Path) -> dict[str, StageResult]:
+    """Return the stages of a log by name. Raise UserError if one did not finish; it names `file`.
+
+    A row of the log is an event: a stage starts, a step, a validation, a stage ends.
+    """
+    # The log also has events of other kinds, which the page does not show.
+    by_stage = {}  # stage -> event -> rows
     for row in rows:
-        if row["event"] in ("start", "step", "validation", "end"):
-            by_stage[row["stage"]].append(row)
+        event = row["event"]
+        if event in ("start", "step", "validation", "end"):
+            events = by_stage.setdefault(row["stage"], defaultdict(list))
+            events[event].append(row)
 
     stages = {}
-    for name, of_stage in by_stage.items():
-        # A run that was resumed logs some steps twice; the later row counts.
-        steps = {row["step"]: row for row in of_stage if row["event"] == "step"}
-        validations = {row["step"]: row for row in of_stage if row["event"] == "validation"}
-        start = last_event(of_stage, "start")
-        end = last_event(of_stage, "end")
-        if not steps or not start or not end:
+    for name, events in by_stage.items():
+        if not (events["start"] and events["step"] and events["end"]):
             what = "this stage did not finish"
             raise UserError(f"{file}:{name}", what, "train on: torchrun train.py")
-        stages[name] = StageResult(start, end, in_order(steps), in_order(validations))
+
+        # A run that was resumed starts again, and its last start and end count.
+        stages[name] = StageResult(
+            start=events["start"][-1],
+            end=events["end"][-1],
+            steps=one_per_step(events["step"]),
+            validations=one_per_step(events["validation"]),
+        )
     return stages
 
 
-def last_event(rows: list[dict], event: str) -> dict | None:
-    """Return the last row of an event."""
-    for row in reversed(rows):
-        if row["event"] == event:
-            return row
-    return None
+def one_per_step(rows: list[dict]) -> list[dict]:
+    """Return one row for each step, in order.
 
-
-def in_order(by_step: dict[int, dict]) -> list[dict]:
-    """Return rows in the order of their steps."""
+    A run that was resumed logs some steps twice; the later row counts.
+    """
+    by_step = {}
+    for row in rows:
+        by_step[row["step"]] = row
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -158,9 +184,10 @@ def margin(score: dict) -> float:
     """
     p = score["score"] / 100
     n = score["n"]
-    z = 1.96
-    deviation = math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * z / (1 + z * z / n) * deviation
+    z = 1.96  # standard deviations to either side that hold 95 % of a normal distribution
+    variance = p * (1 - p) / n + z * z / (4 * n * n)
+    shrinkage = 1 + z * z / n
+    return 100 * z / shrinkage * math.sqrt(variance)
 
 
 def running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -168,11 +195,14 @@ def running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
     At the ends it reaches less far, by the same on both sides.
     """
+    losses = [loss for _, loss in points]
     reach = max(1, len(points) // 20)
     means = []
     for i, (step, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)
-        window = [loss for _, loss in points[i - near : i + near + 1]]
+        left_of_it = i
+        right_of_it = len(points) - 1 - i
+        near = min(reach, left_of_it, right_of_it)
+        window = losses[i - near : i + near + 1]
         means.append((step, sum(window) / len(window)))
     return means
 
@@ -180,10 +210,13 @@ def running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 def round_together(expected: dict[str, float]) -> dict[str, int]:
     """Return whole numbers near these whose sum is the rounded sum.
 
-    Each has its whole part. What is left goes to those with the largest remainders, one each.
+    This is the method of largest remainders, by which parliaments share out seats: each has its
+    whole part, and what is left goes to those with the largest remainders, one each.
     """
     whole = {name: int(value) for name, value in expected.items()}
     left = round(sum(expected.values())) - sum(whole.values())
+
+    # The negative remainder, so that the largest comes first and equal ones keep their order.
     by_remainder = sorted(expected, key=lambda name: whole[name] - expected[name])
     for name in by_remainder[:left]:
         whole[name] += 1
@@ -197,28 +230,35 @@ def choose_samples(examples: list[dict], right: dict[str, bool]) -> tuple[list[d
     gives them. The same run always shows the same ones.
     """
     rng = random.Random(0)
+
+    # Examples by kind of question, those that were answered rightly and the others.
     good = defaultdict(list)
     bad = defaultdict(list)
     for example in examples:
-        pool = good if right[example["id"]] else bad
-        pool[group_of(example)].append(example)
+        group = group_of(example)
+        if right[example["id"]]:
+            good[group].append(example)
+        else:
+            bad[group].append(example)
+    for group in SAMPLES:
+        rng.shuffle(good[group])
+        rng.shuffle(bad[group])
 
     # How many samples of each kind are wrong answers follows from its error rate.
     expected = {}
     for group, size in SAMPLES.items():
-        rng.shuffle(good[group])
-        rng.shuffle(bad[group])
         total = len(good[group]) + len(bad[group])
         expected[group] = size * len(bad[group]) / max(1, total)
     wrong = round_together(expected)
 
+    # What is not shown of the wrong answers is left for the further mistakes.
     samples = []
+    left = []
     for group, size in SAMPLES.items():
         samples += good[group][: size - wrong[group]]
         for _ in range(wrong[group]):
             samples.append(bad[group].pop())
+        left += bad[group]
     rng.shuffle(samples)
-
-    left = [example for group in SAMPLES for example in bad[group]]
     mistakes = rng.sample(left, min(MISTAKES, len(left)))
     return samples, mistakes

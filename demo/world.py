@@ -29,7 +29,7 @@ import random
 import shutil
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -65,27 +65,37 @@ Asked = tuple[Question, Scene]
 
 
 class HeldOut:
-    """Held-out scenes, by the questions about them. Each scene is asked about once."""
+    """Held-out scenes, by the questions about them. Each scene is asked about once.
+
+    A scene is known by its number in the list.
+    """
 
     def __init__(self, scenes: list[Scene]):
         self.scenes = scenes
-        self.used = set()  # numbers of scenes
+        self.used = set()  # numbers of the scenes that a question was asked about
         self.where = defaultdict(list)  # (text, answer) -> [(number of the scene, Question)]
         self.texts = defaultdict(set)  # kind -> the question texts
         self.choices = {}  # text -> its possible answers
+
         for number, scene in enumerate(scenes):
             for question in questions(scene):
-                self.where[question.text, question.answer].append((number, question))
-                self.texts[question.kind].add(question.text)
-                self.choices[question.text] = question.choices
+                text = question.text
+                self.where[text, question.answer].append((number, question))
+                self.texts[question.kind].add(text)
+                self.choices[text] = question.choices
 
     def find(
         self, text: str, answer: str, kind_of_negatives: str | None
     ) -> tuple[int, Question] | None:
-        """Return the first unused scene in which `answer` is right, and the question."""
+        """Return the first unused scene in which `answer` is right, and the question.
+
+        Where that is "no", the object asked for is also one of that kind of negatives.
+        """
         for number, question in self.where[text, answer]:
             if number in self.used:
                 continue
+
+            # What is absent may be so in several ways, and the caller asks for one of them.
             if answer == "no":
                 absent = negatives(self.scenes[number])[kind_of_negatives]
                 if text not in map(existence_text, absent):
@@ -98,15 +108,20 @@ class HeldOut:
 
         The list is empty if an answer is left without a scene.
         """
-        found = []
+        numbers = []
+        asked = []
         for answer in self.choices[text]:
-            one = self.find(text, answer, kind_of_negatives)
-            if one is None:
+            found = self.find(text, answer, kind_of_negatives)
+            if found is None:
                 return []
-            found.append(one)
+            number, question = found
+            numbers.append(number)
+            asked.append((question, self.scenes[number]))
 
-        self.used.update(number for number, _ in found)
-        return [(question, self.scenes[number]) for number, question in found]
+        # Only a block that is complete uses its scenes up. One scene is never found twice for it:
+        # a text has one answer in a scene.
+        self.used.update(numbers)
+        return asked
 
     def ask(
         self,
@@ -120,18 +135,21 @@ class HeldOut:
         It goes round the texts and adds a block of each. Answers stay balanced because a block is
         never cut.
         """
+        # A set of texts has another order in each process. Sorted first, they shuffle alike.
         texts = sorted(texts)
         rng.shuffle(texts)
-        rows = []
-        while len(rows) < total:
-            before = len(rows)
+
+        asked = []
+        while len(asked) < total:
+            before = len(asked)
             for text in texts:
-                if len(rows) < total:
-                    rows += self.block(text, kind_of_negatives)
-            if len(rows) == before:
+                if len(asked) < total:
+                    asked += self.block(text, kind_of_negatives)
+            if len(asked) == before:
                 raise RuntimeError(f"too few held-out scenes for questions like {texts[0]!r}")
-        rng.shuffle(rows)
-        return rows
+
+        rng.shuffle(asked)
+        return asked
 
 
 def make_benchmark(rng: random.Random) -> dict[str, list[Asked]]:
@@ -141,12 +159,16 @@ def make_benchmark(rng: random.Random) -> dict[str, list[Asked]]:
     answers from the words alone reaches exactly the chance level.
     """
     total = 3 * EXISTENCE_QUESTIONS + len(ATTRIBUTES) * ATTRIBUTE_QUESTIONS
-    held_out = HeldOut([draw_scene(rng, "benchmark") for _ in range(2 * total)])
+
+    # Twice as many scenes as questions: each is used once, and not every scene has a rare answer.
+    scenes = [draw_scene(rng, "benchmark") for _ in range(2 * total)]
+    held_out = HeldOut(scenes)
 
     files = {}
     for name in ("random", "popular", "adversarial"):
-        # Other pairs have no "no" that is popular, and a search for one takes long.
-        pairs = POPULAR if name == "popular" else PAIRS
+        pairs = PAIRS
+        if name == "popular":
+            pairs = POPULAR  # others have no "no" that is popular, and a search for one takes long
         texts = map(existence_text, pairs)
         files[f"existence_{name}"] = held_out.ask(rng, texts, EXISTENCE_QUESTIONS, name)
 
@@ -161,17 +183,24 @@ def text_only(files: dict[str, list[Asked]], balance: Balance) -> dict[str, floa
 
     `balance` has counted the answers of the training rows.
     """
-    right = defaultdict(list)
-    for name, rows in files.items():
-        for question, _ in rows:
-            is_right = question.answer == balance.majority(question)
-            right[name].append(is_right)
+    answered = Counter()
+    right = Counter()
+    for name, asked in files.items():
+        for question, _ in asked:
+            # Existence has a percentage for each file, not one of its own.
+            groups = [name]
             if question.kind != "existence":
-                right[question.kind].append(is_right)
+                groups.append(question.kind)
+
+            is_right = question.answer == balance.majority(question)
+            for group in groups:
+                answered[group] += 1
+                if is_right:
+                    right[group] += 1
 
     percent = {}
-    for name, values in sorted(right.items()):
-        percent[name] = round(100 * sum(values) / len(values), 2)
+    for group in sorted(answered):
+        percent[group] = round(100 * right[group] / answered[group], 2)
     return percent
 
 
@@ -219,6 +248,12 @@ def write_json(file: Path, value: dict):
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def write_summary(file: Path, seed: int, scenes: int, counts: dict[str, int]):
+    """Write what a data set was made from, and how many rows each of its files has."""
+    summary = {"seed": seed, "scenes": scenes, "image_size": IMAGE_SIZE, "rows": counts}
+    write_json(file, summary)
+
+
 def write_rows(file: Path, rows: list[dict]):
     """Write a JSON list with one row a line."""
     lines = [json.dumps(row) for row in rows]
@@ -240,9 +275,13 @@ def train_tokenizer(rows: list[dict], folder: Path):
     roles = {"human": "USER: ", "gpt": " ASSISTANT: "}
     texts = []
     for row in rows:
-        parts = [roles[turn["from"]] + turn["value"] for turn in row["conversations"]]
-        texts.append("".join(parts))
+        text = ""
+        for turn in row["conversations"]:
+            text += roles[turn["from"]] + turn["value"]
+        texts.append(text)
 
+    # No prefix space: a text must come back as it was. The whole byte alphabet is there from the
+    # start, because the rows have only a few of the bytes.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -254,6 +293,7 @@ def train_tokenizer(rows: list[dict], folder: Path):
     )
     tokenizer.train_from_iterator(texts, trainer)
 
+    # The two files that transformers would write.
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     options = {
@@ -265,8 +305,8 @@ def train_tokenizer(rows: list[dict], folder: Path):
 
 
 def random_streams(seed: int) -> dict[str, random.Random]:
-    """Return a stream of random numbers per split: a split's size then changes no other split."""
-    return {name: random.Random(f"{seed}/{name}") for name in SPLITS}
+    """Return a stream of random numbers for each split, whose size then changes no other split."""
+    return {split: random.Random(f"{seed}/{split}") for split in SPLITS}
 
 
 class PictureWriter:
@@ -293,12 +333,53 @@ class PictureWriter:
         return name
 
     def seconds(self) -> float:
+        """Return the time since the first picture could be written."""
         return time.monotonic() - self.started
 
     def show(self, text: str, end: str = "\n"):
         """Print over the last line, if this is a terminal."""
         if sys.stdout.isatty():
             print(f"\r{self.out.name}: {text}", end=end, flush=True)
+
+
+def caption_rows(pictures: PictureWriter, rng: random.Random, count: int) -> list[dict]:
+    """Return the rows of pretraining, the easiest first, and write their pictures."""
+    balance = Balance()
+    rows = []
+    for i in range(count):
+        objects = None
+        if i < EASY_SHARE * count:
+            objects = 1
+        scene = draw_scene(rng, "train", objects)
+        image = pictures.save("pretrain", i, scene, rng)
+        rows.append(caption_row(f"pretrain-{i:05d}", image, scene, rng, balance))
+    return rows
+
+
+def question_rows(
+    pictures: PictureWriter, rng: random.Random, count: int, balance: Balance
+) -> list[dict]:
+    """Return the rows of finetuning and write their pictures. `balance` counts the answers."""
+    rows = []
+    for i in range(count):
+        scene = draw_scene(rng, "train")
+        image = pictures.save("finetune", i, scene, rng)
+        rows.append(question_row(f"finetune-{i:05d}", image, scene, rng, balance))
+    return rows
+
+
+def held_out_rows(pictures: PictureWriter, rng: random.Random) -> dict[str, list[dict]]:
+    """Return the rows of both validation files, two about each picture, and write the pictures."""
+    balance = Balance()
+    caption_balance = Balance()
+    files = {"val": [], "val_pretrain": []}
+    for i in range(VAL_SCENES):
+        scene = draw_scene(rng, "val")
+        image = pictures.save("val", i, scene, rng)
+        files["val"].append(question_row(f"val-{i:05d}", image, scene, rng, balance))
+        row = caption_row(f"val-pretrain-{i:05d}", image, scene, rng, caption_balance)
+        files["val_pretrain"].append(row)
+    return files
 
 
 def benchmark_rows(
@@ -324,57 +405,37 @@ def benchmark_rows(
 def fill_folder(out: Path, seed: int, scenes: int):
     """Write the whole data set into the folder `out`, which it makes."""
     pictures = PictureWriter(out)
-    (out / "benchmark").mkdir()
     streams = random_streams(seed)
-    files = {"pretrain": [], "finetune": [], "val": [], "val_pretrain": []}
 
-    # Captions for pretraining, the easiest scenes first.
-    rng = streams["pretrain"]
-    balance = Balance()
+    # The rows to train and to validate on.
     n_captions = scenes // 2
-    for i in range(n_captions):
-        count = 1 if i < EASY_SHARE * n_captions else None
-        scene = draw_scene(rng, "train", count)
-        image = pictures.save("pretrain", i, scene, rng)
-        files["pretrain"].append(caption_row(f"pretrain-{i:05d}", image, scene, rng, balance))
-
-    # Questions for finetuning.
-    rng = streams["finetune"]
     trained_answers = Balance()
-    for i in range(scenes - n_captions):
-        scene = draw_scene(rng, "train")
-        image = pictures.save("finetune", i, scene, rng)
-        row = question_row(f"finetune-{i:05d}", image, scene, rng, trained_answers)
-        files["finetune"].append(row)
-
-    # Held-out rows of both sorts, two about each picture.
-    rng = streams["val"]
-    balance = Balance()
-    caption_balance = Balance()
-    for i in range(VAL_SCENES):
-        scene = draw_scene(rng, "val")
-        image = pictures.save("val", i, scene, rng)
-        files["val"].append(question_row(f"val-{i:05d}", image, scene, rng, balance))
-        row = caption_row(f"val-pretrain-{i:05d}", image, scene, rng, caption_balance)
-        files["val_pretrain"].append(row)
-
-    # The benchmark. Its pictures have one numbering over all files.
-    rng = streams["benchmark"]
-    benchmark = make_benchmark(rng)
-    number = 0
-    for name, asked in benchmark.items():
-        rows = benchmark_rows(asked, number, pictures, rng)
-        write_lines(out / "benchmark" / f"{name}.jsonl", rows)
-        number += len(rows)
-    write_json(out / "benchmark" / "text_only.json", text_only(benchmark, trained_answers))
-
+    files = {
+        "pretrain": caption_rows(pictures, streams["pretrain"], n_captions),
+        "finetune": question_rows(
+            pictures, streams["finetune"], scenes - n_captions, trained_answers
+        ),
+        **held_out_rows(pictures, streams["val"]),
+    }
     for name, rows in files.items():
         write_rows(out / f"{name}.json", rows)
     train_tokenizer(files["pretrain"] + files["finetune"], out / "tokenizer")
+    counts = {name: len(rows) for name, rows in files.items()}
 
-    counts = {name: len(rows) for name, rows in {**files, **benchmark}.items()}
-    summary = {"seed": seed, "scenes": scenes, "image_size": IMAGE_SIZE, "rows": counts}
-    write_json(out / "world.json", summary)
+    # The benchmark. Its pictures have one numbering over all files.
+    (out / "benchmark").mkdir()
+    rng = streams["benchmark"]
+    benchmark = make_benchmark(rng)
+    first = 0
+    for name, asked in benchmark.items():
+        rows = benchmark_rows(asked, first, pictures, rng)
+        write_lines(out / "benchmark" / f"{name}.jsonl", rows)
+        counts[name] = len(rows)
+        first += len(rows)
+    write_json(out / "benchmark" / "text_only.json", text_only(benchmark, trained_answers))
+
+    # The summary comes last: a folder that has it is complete.
+    write_summary(out / "world.json", seed, scenes, counts)
     pictures.show(f"{pictures.done:,} pictures in {pictures.seconds():.0f} s")
 
 
@@ -391,6 +452,8 @@ def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fil
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out}: exists already; fix: remove it or name another folder")
+
+    # Fill a folder beside it and rename that: whoever sees `out` sees all of it.
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
         fill(temporary, seed, scenes)

@@ -1,5 +1,6 @@
 """The demo world: the same bytes for a seed, nothing held out in training, true answers."""
 
+import itertools
 import json
 import random
 from collections import Counter, defaultdict
@@ -40,27 +41,29 @@ def truth(question, scene):
     if question.startswith("Is there"):
         return "yes" if (words[3], words[4]) in set(zip(colours, shapes, strict=True)) else "no"
     if question.startswith("What colour"):
-        (index,) = [
-            i for i, shape in enumerate(shapes) if shape == words[4]
-        ]  # fails if it is ambiguous
+        # This fails if the question is ambiguous.
+        (index,) = [i for i, shape in enumerate(shapes) if shape == words[4]]
         return colours[index]
     if question.startswith("What shape"):
         (index,) = [i for i, colour in enumerate(colours) if colour == words[4]]
         return shapes[index]
     if question.startswith("How many"):
-        noun = words[2] if words[2] != "objects" and words[3] != "objects" else None
-        if noun:
-            return numbers[sum(shape + "s" == noun for shape in shapes)]
-        return numbers[sum(words[2] in ("objects", colour) for colour in colours)]
-    (a,), (b,) = (
-        [t for t in scene if [t["colour"], t["shape"]] == pair] for pair in (words[2:4], words[-2:])
-    )
+        # "objects", "red objects" or "circles".
+        if words[2] == "objects":
+            return numbers[len(scene)]
+        if words[3] == "objects":
+            return numbers[colours.count(words[2])]
+        return numbers[shapes.count(words[2].removesuffix("s"))]
+
+    # "Is the red circle left or right of the blue square?", by the middles of the boxes.
+    (a,) = [t for t in scene if [t["colour"], t["shape"]] == words[2:4]]
+    (b,) = [t for t in scene if [t["colour"], t["shape"]] == words[-2:]]
     axis = 0 if words[4] == "left" else 1
-    return (
-        words[4]
-        if a["box"][axis] + a["box"][axis + 2] < b["box"][axis] + b["box"][axis + 2]
-        else words[6]
-    )
+    middle_of_a = a["box"][axis] + a["box"][axis + 2]
+    middle_of_b = b["box"][axis] + b["box"][axis + 2]
+    if middle_of_a < middle_of_b:
+        return words[4]
+    return words[6]
 
 
 def spelled_out(note):
@@ -69,9 +72,13 @@ def spelled_out(note):
     if " or " in note:
         of = "of the" if words[2] == "left" else "the"
         return f"Is the {' '.join(words[:5])} {of} {' '.join(words[5:])}?"
-    if words[-1] in ("colour", "shape"):
-        return f"What {words[1]} is the {words[0]}{' object' if words[1] == 'shape' else ''}?"
-    return f"How many {note} are there?" if note.endswith("s") else f"Is there a {note}?"
+    if words[-1] == "colour":
+        return f"What colour is the {words[0]}?"
+    if words[-1] == "shape":
+        return f"What shape is the {words[0]} object?"
+    if note.endswith("s"):
+        return f"How many {note} are there?"
+    return f"Is there a {note}?"
 
 
 def test_same_seed_same_bytes_from_the_command_line(folder, tmp_path):
@@ -89,33 +96,34 @@ def test_another_seed_other_scenes(folder):
     assert sum(same) < 3
 
 
+def compositions(of_rows):
+    return {scenes.composition(row["scene"]) for row in of_rows}
+
+
 def test_held_out_compositions_are_in_no_training_picture(folder):
-    train = {
-        scenes.composition(row["scene"])
-        for name in ("pretrain", "finetune")
-        for row in rows(folder, name)
-    }
-    val = {
-        scenes.composition(row["scene"])
-        for name in ("val", "val_pretrain")
-        for row in rows(folder, name)
-    }
-    held = {scenes.composition(row["scene"]) for file in benchmark(folder).values() for row in file}
-    assert not train & held and not train & val and not val & held
-    assert len(held) > 40 and len(val) > 10
-    assert {pair for scene in train for pair in scene} == set(
-        scenes.PAIRS
-    )  # each object itself has been seen
+    train = compositions(rows(folder, "pretrain") + rows(folder, "finetune"))
+    val = compositions(rows(folder, "val") + rows(folder, "val_pretrain"))
+    held = compositions(itertools.chain.from_iterable(benchmark(folder).values()))
+    assert not train & held
+    assert not train & val
+    assert not val & held
+    assert len(held) > 40
+    assert len(val) > 10
+
+    # Each object itself has been seen.
+    seen_alone = set(itertools.chain.from_iterable(train))
+    assert seen_alone == set(scenes.PAIRS)
 
 
 def test_every_answer_is_true(folder):
     count = 0
     for name in ("finetune", "val"):
         for row in rows(folder, name):
-            assert 6 <= len(asked(row)) <= 8 and len(
-                {question for question, _ in asked(row)}
-            ) == len(asked(row))
-            for question, answer in asked(row):
+            turns = asked(row)
+            texts = {question for question, _ in turns}
+            assert 6 <= len(turns) <= 8
+            assert len(texts) == len(turns)
+            for question, answer in turns:
                 assert answer == truth(question, row["scene"]), (row["id"], question)
                 count += 1
     for file in benchmark(folder).values():
@@ -127,7 +135,8 @@ def test_every_answer_is_true(folder):
 
 def test_captions_list_every_object_or_note_true_answers(folder):
     listed = notes = 0
-    for row in rows(folder, "pretrain") + rows(folder, "val_pretrain"):
+    captions = rows(folder, "pretrain") + rows(folder, "val_pretrain")
+    for row in captions:
         ((_, text),) = asked(row)
         assert len(row["scene"]) == row["objects"]
         if text.startswith("There "):
@@ -140,18 +149,16 @@ def test_captions_list_every_object_or_note_true_answers(folder):
                 notes += 1
                 question, answer = spelled_out(note.partition(": ")[0]), note.partition(": ")[2]
                 assert answer == truth(question, row["scene"]), (row["id"], note)
-    assert (
-        0.25 < listed / (len(rows(folder, "pretrain")) + len(rows(folder, "val_pretrain"))) < 0.42
-    )
+    assert 0.25 < listed / len(captions) < 0.42
     assert notes > 2000
     assert all(row["objects"] == 1 for row in rows(folder, "pretrain")[:75])
 
 
 def place(thing):
     """Where the middle of an object lies, from its box."""
-    x, y = (
-        int((thing["box"][i] + thing["box"][i + 2]) / 2 // (scenes.IMAGE_SIZE / 2)) for i in (0, 1)
-    )
+    left, top, right, bottom = thing["box"]
+    x = int((left + right) / 2 // (scenes.IMAGE_SIZE / 2))
+    y = int((top + bottom) / 2 // (scenes.IMAGE_SIZE / 2))
     return f"at the {('top', 'bottom')[y]} {('left', 'right')[x]}"
 
 
@@ -159,33 +166,34 @@ def test_pictures_show_the_objects(folder):
     for row in rows(folder, "finetune")[:200] + benchmark(folder)["attributes"][:100]:
         image = Image.open(folder / "images" / row["image"])
         assert image.size == (48, 48) and image.mode == "RGB"
-        background = (
-            image.getpixel((0, 0))
-            if row["scene"][0]["cell"] != [0, 0]
-            else image.getpixel((47, 47))
-        )
+
+        # The first corner is free unless the first object is there.
+        background = image.getpixel((47, 47))
+        if row["scene"][0]["cell"] != [0, 0]:
+            background = image.getpixel((0, 0))
         for thing in row["scene"]:
             left, top, right, bottom = thing["box"]
             assert 0 < left < right < 48 and 0 < top < bottom < 48
-            assert (
-                image.getpixel((int((left + right) / 2), int((top + bottom) / 2)))
-                == scenes.COLOURS[thing["colour"]]
-            )
+            colour = scenes.COLOURS[thing["colour"]]
+            middle = (int((left + right) / 2), int((top + bottom) / 2))
+            assert image.getpixel(middle) == colour
+
             # The top left corner of its box belongs to a square only, the bottom left one to all
-            # but a circle.
-            corners = (image.getpixel((int(left + 1), int(y))) for y in (top + 1, bottom - 1))
-            filled = tuple(corner == scenes.COLOURS[thing["colour"]] for corner in corners)
-            assert filled == {"circle": (False, False), "square": (True, True)}.get(
-                thing["shape"], (False, filled[1])
-            )
-            assert (
-                thing["shape"] != "triangle"
-                or image.getpixel((int(left + 2), int(bottom - 1))) != background
-            )
+            # but a circle. A triangle is so thin there that a pixel may be mixed.
+            top_corner = image.getpixel((int(left + 1), int(top + 1)))
+            bottom_corner = image.getpixel((int(left + 1), int(bottom - 1)))
+            assert (top_corner == colour) == (thing["shape"] == "square")
+            if thing["shape"] == "circle":
+                assert bottom_corner != colour
+            elif thing["shape"] == "square":
+                assert bottom_corner == colour
+            else:
+                assert image.getpixel((int(left + 2), int(bottom - 1))) != background
 
 
 def test_training_answers_are_balanced(folder):
-    answers, kinds = defaultdict(Counter), Counter()
+    answers = defaultdict(Counter)
+    kinds = Counter()
     for row in rows(folder, "finetune"):
         for question, answer in asked(row):
             answers[question][answer] += 1
@@ -193,17 +201,20 @@ def test_training_answers_are_balanced(folder):
     for question, counts in answers.items():
         if question.startswith("Is there"):
             assert 0.45 < counts["yes"] / counts.total() < 0.55, question
-    directions = sum(
-        (counts for q, counts in answers.items() if q.startswith("Is the ")), Counter()
-    )
-    for pair in (
-        ("left", "right"),
-        ("above", "below"),
-    ):  # each text is too rare here to be judged alone
-        assert 0.4 < directions[pair[0]] / (directions[pair[0]] + directions[pair[1]]) < 0.6
-    for words, limit in (("What", 0.45), ("How", 0.45)):
-        counts = [counts for question, counts in answers.items() if question.startswith(words)]
-        assert sum(max(c.values()) for c in counts) / sum(c.total() for c in counts) < limit, words
+
+    # Each text about a relation is too rare here to be judged alone.
+    directions = Counter()
+    for question, counts in answers.items():
+        if question.startswith("Is the "):
+            directions.update(counts)
+    for one, other in (("left", "right"), ("above", "below")):
+        assert 0.4 < directions[one] / (directions[one] + directions[other]) < 0.6
+
+    for word in ("What", "How"):
+        of_word = [counts for question, counts in answers.items() if question.startswith(word)]
+        most_frequent = sum(max(counts.values()) for counts in of_word)
+        total = sum(counts.total() for counts in of_word)
+        assert most_frequent / total < 0.45, word
     assert min(kinds.values()) > 250  # no kind is rare
 
 
@@ -217,20 +228,16 @@ def test_text_alone_gets_chance_in_the_benchmark(folder):
         for text, counts in answers.items():
             assert len(set(counts.values())) == 1, text
         if name == "attributes":
-            assert Counter(row["kind"] for row in file).keys() == {
-                "colour",
-                "shape",
-                "count",
-                "relation",
-            }
-            assert min(Counter(row["kind"] for row in file).values()) >= 150 and stated[name] < 35
+            kinds = Counter(row["kind"] for row in file)
+            assert kinds.keys() == {"colour", "shape", "count", "relation"}
+            assert min(kinds.values()) >= 150
+            assert stated[name] < 35
         else:
-            assert len(file) == 300 and stated[name] == 50
-    assert (
-        stated["colour"] == 25
-        and stated["relation"] == 50
-        and stated["shape"] == pytest.approx(33.33)
-    )
+            assert len(file) == 300
+            assert stated[name] == 50
+    assert stated["colour"] == 25
+    assert stated["relation"] == 50
+    assert stated["shape"] == pytest.approx(33.33)
 
 
 def test_negatives_are_of_their_kind(folder):
@@ -238,9 +245,9 @@ def test_negatives_are_of_their_kind(folder):
     for name in ("random", "popular", "adversarial"):
         for row in files[f"existence_{name}"]:
             pair = tuple(row["text"].rstrip("?").split()[3:5])
-            beside = {
-                value for thing in row["scene"] for value in (thing["colour"], thing["shape"])
-            }
+            beside = set()
+            for thing in row["scene"]:
+                beside.update((thing["colour"], thing["shape"]))
             if name == "popular":
                 assert pair in scenes.POPULAR
             if name == "adversarial" and row["label"] == "no":
@@ -257,13 +264,13 @@ def test_tokenizer(folder):
         "".join(map(chr, range(1, 256))),
     ):
         assert tok.decode(tok.encode(text, special=False)[0]) == text
-    words = {
-        w
-        for row in rows(folder, "finetune")
-        for turn in asked(row)
-        for w in " ".join(turn).rstrip("?").split()
-    }
-    for word in {w.rstrip("?") for w in words}:
+
+    words = set()
+    for row in rows(folder, "finetune"):
+        for question, answer in asked(row):
+            words.update(question.rstrip("?").split())
+            words.update(answer.split())
+    for word in words:
         assert len(tok.encode(" " + word)[0]) == 1, word
     assert len(tok.encode("USER: yes ASSISTANT: no<eos>")[0]) == 7
 
