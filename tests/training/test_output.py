@@ -17,9 +17,9 @@ from tests.tools.training_runs import SHORT, background, one_line, scripted, wai
 
 def test_two_runs_in_one_folder(recipe):
     file, out = recipe("twice")
-    process = background(file, "stage.finetune.steps=300")
+    process = background(file, "stage.finetune.steps=9000")
     wait_for_steps(process, out, 1)
-    line = one_line(run("train.py", file, "stage.finetune.steps=300", ok=False))
+    line = one_line(run("train.py", file, "stage.finetune.steps=9000", ok=False))
     assert f"another run is training here (process {process.pid})" in line
     process.kill()
     process.communicate()
