@@ -37,12 +37,16 @@ def run(*command, ok: bool = True, **env) -> subprocess.CompletedProcess:
     """Run `python ...` in the repository root, without the GPU; a failure shows its output.
 
     A script of the project runs in a fork of warm_python.py, which starts faster. A run with
-    variables of its own, or of a module or code, is a new Python.
+    variables of its own, or of another module or code, is a new Python.
     """
     command = [str(word) for word in command]
     if command[0].endswith(".py") and not env:
         code = f"import runpy; runpy.run_path({command[0]!r}, run_name='__main__')"
         return run_warm(code, command, ok=ok)
+    if command[0] == "-m" and command[1].startswith("demo.") and not env:
+        module = command[1]
+        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        return run_warm(code, command[1:], ok=ok)
 
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **env}
     done = subprocess.run(
