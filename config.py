@@ -13,7 +13,7 @@ TOML, the command line, --help and the saved recipe follow from that line.
 
 The file, from top to bottom:
 
-    UserError, opt                    a mistake of the user; a field with its reason
+    printable, UserError, opt         a mistake of the user; a field with its reason
     Model, Train, Stage ... Recipe    what a recipe says, one frozen dataclass per table
     LLaVAConfig                       what a model is, whatever file it came from
     load                              TOML file -> its bases -> overrides -> checked dataclasses
@@ -34,6 +34,25 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 
+def printable(text, most: int = 400) -> str:
+    """Return data from outside as it may stand in a message: one line, safe for a terminal, short.
+
+    Line breaks, control and formatting characters and halves of surrogate pairs become escapes as
+    in Python's source, so that data can neither forge a second message nor steer a terminal. Of a
+    text longer than `most` characters the middle is left out.
+    """
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-(most // 2) :]}"
+    safe = []
+    for character in text:
+        if character.isprintable():
+            safe.append(character)
+        else:
+            safe.append(character.encode("unicode_escape").decode("ascii"))
+    return "".join(safe)
+
+
 class UserError(ValueError):
     """A mistake that the user can mend, printed as one line:
 
@@ -41,7 +60,9 @@ class UserError(ValueError):
     """
 
     def __init__(self, where, what: str, fix: str):
-        super().__init__(f"{where}: {what}; fix: {fix}")
+        # All three may quote what a file holds.
+        where = printable(where, 1000)
+        super().__init__(f"{where}: {printable(what)}; fix: {printable(fix, 2000)}")
 
 
 def opt(default, why: str, choices: tuple[str, ...] = (), compare: bool = True):

@@ -86,16 +86,35 @@ def _has_weights(folder: Path, allow_pickle: bool) -> bool:
 def read_json(path: Path, optional: bool = False) -> dict:
     """Return the JSON object in a file; {} if it is optional and absent. Raises UserError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         if optional:
             return {}
         raise UserError(path, "missing", "give the folder of a complete checkpoint") from None
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise damaged(path, "JSON", e) from None
+    try:
+        value = parse_json(content)
+    except ValueError as e:
         raise damaged(path, "JSON", e) from None
     if not isinstance(value, dict):
         raise UserError(path, "not a JSON object", "download it again")
     return value
+
+
+def parse_json(text: str | bytes):
+    """Return the value of a JSON text. Raises ValueError, and nothing else, if it is none.
+
+    All JSON that comes from outside is read here. Python's reader raises RecursionError for deep
+    nesting. It takes NaN and Infinity, as pandas writes them: whoever uses a number checks that it
+    is finite (fields.py does).
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")  # UnicodeDecodeError is a ValueError
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def damaged(path: Path, kind: str, error: Exception) -> UserError:
@@ -125,6 +144,21 @@ def damaged(path: Path, kind: str, error: Exception) -> UserError:
 
 
 # ----------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def writing(path: Path, fix: str = "make room or allow writing there, or name another folder"):
+    """Turn a failure to write (full disk, read-only folder) into a UserError, which is one line.
+
+    Everything that writes for the user stands inside of one: with writing(folder): ...
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # OSError, or what safetensors makes of one
+        what = f"cannot be written: {getattr(e, 'strerror', None) or e}"
+        raise UserError(path, what, fix) from None
 
 
 def write_file(path: Path, write: Callable[[str], object] | str | bytes):

@@ -24,7 +24,6 @@ a few billion of them.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -39,23 +38,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints import seal
+from checkpoints.files import writing
 from checkpoints.seal import MANIFEST, TENSORS, alone, listed, manifest, verify
 from config import UserError
 
 # ------------------------------------------------------------------------------- the output folder
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """Turn a failure to write (full disk, read-only folder) into a UserError, which is one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as e:  # OSError, or what safetensors makes of one
-        what = f"cannot be written: {getattr(e, 'strerror', None) or e}"
-        fix = "make room or allow writing there, or set train.output"
-        raise UserError(path, what, fix) from None
 
 
 def lock(folder: Path):

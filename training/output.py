@@ -20,7 +20,7 @@ from pathlib import Path
 import config
 import lora
 from checkpoints import peft, resume, seal
-from checkpoints.files import resolve, write_file
+from checkpoints.files import resolve, write_file, writing
 from config import Recipe, UserError
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
@@ -89,7 +89,7 @@ def export_model(recipe: Recipe, tensors: dict, output: Path):
     checkpoints = output / "checkpoints"
     last_stage = list(recipe.stage)[-1]
     tokenizer = load_tokenizer(resolve(recipe.model.tokenizer_source, small=True))
-    with resume.writing(output):
+    with writing(output):
         if recipe.train.keep_best:
             best = seal.best(checkpoints, last_stage)
             if best is not None:

@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints import resume
-from checkpoints.files import write_file
+from checkpoints.files import write_file, writing
 from inference import generation
 from inference.answer import answer
 from inputs.rows import Rows
@@ -87,7 +86,7 @@ class RunLog:
         if self.ranks.is_first:
             row = {"event": event, "stage": self.name, **values}
             line = json.dumps(row)
-            with resume.writing(self.file), open(self.file, "a") as f:
+            with writing(self.file), open(self.file, "a") as f:
                 f.write(line + "\n")
 
     def _record(self, step: int, numbers: dict[str, float]):

@@ -1,0 +1,129 @@
+"""Checked access to the fields of a file that comes from outside: config.json and its like.
+
+    fields = Fields(read_json(path), path)
+    hidden_size = fields.integer("hidden_size", 1, 2**20)
+    eps = fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6)
+    vision = fields.table("vision_config")               # Fields again; its name goes into messages
+    shape = vision.integer("image_size", 1, 2**14)
+
+Whoever wrote the file may have made a mistake in any field: a string, null, a list, 0, a negative
+number, 2**40. Each getter says the kind and the range that the program can work with. A value
+outside is a UserError that names the file and the key, before anything is computed from it. Checks
+between two fields (a head count that divides a width) belong to the reader: `fields.refuse(...)`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from config import UserError, printable
+
+REQUIRED = object()  # the default of a field that has none
+
+
+class Fields:
+    """The fields of one JSON object, with where it comes from."""
+
+    def __init__(
+        self, values, where: Path | str, path: str = "", fix: str = "correct it, or download again"
+    ):
+        """Take a JSON object. Raises UserError if it is none.
+
+        where: the file, for messages. path: the dotted name of this object in the file. fix: the
+        end of each message.
+        """
+        self.where = where
+        self.path = path
+        self.fix = fix
+        if not isinstance(values, dict):
+            what = f"{printable(repr(values), 60)} is not an object"
+            raise UserError(self._name(""), what, fix)
+        self.values = values
+
+    def __contains__(self, key: str) -> bool:
+        """Say whether the field is there and not null."""
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, low: int, high: int, default=REQUIRED):
+        """Return a whole number from `low` to `high`, both included."""
+        value = self._get(key, default)
+        if key not in self:
+            return value
+
+        # Some writers give 4096.0. True is an int in Python, and a mistake here.
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.refuse(key, f"not a whole number from {low} to {high}")
+        return value
+
+    def number(self, key: str, low: float, high: float, default=REQUIRED):
+        """Return a finite number from `low` to `high`, both included, as a float."""
+        value = self._get(key, default)
+        if key not in self:
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.refuse(key, "not a number")
+        if not math.isfinite(value) or not low <= value <= high:
+            raise self.refuse(key, f"not a number from {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, key: str, default=REQUIRED):
+        """Return true or false."""
+        value = self._get(key, default)
+        if key in self and not isinstance(value, bool):
+            raise self.refuse(key, "not true or false")
+        return value
+
+    def text(self, key: str, choices=(), default=REQUIRED, most: int = 100_000):
+        """Return a text of at most `most` characters; one of `choices`, unless that is empty."""
+        value = self._get(key, default)
+        if key not in self:
+            return value
+        if not isinstance(value, str) or len(value) > most:
+            raise self.refuse(key, f"not a text of at most {most} characters")
+        if choices and value not in choices:
+            raise self.refuse(key, f"not one of {', '.join(sorted(choices))}")
+        return value
+
+    def list(self, key: str, kind: type, default=REQUIRED, most: int = 100_000):
+        """Return a list of at most `most` values, each of the type `kind`."""
+        value = self._get(key, default)
+        if key not in self:
+            return value
+        name = kind.__name__
+        if not isinstance(value, list) or len(value) > most:
+            raise self.refuse(key, f"not a list of at most {most} values")
+        for element in value:
+            is_wrong_bool = isinstance(element, bool) and kind is not bool
+            if not isinstance(element, kind) or is_wrong_bool:
+                raise self.refuse(key, f"not a list of {name}")
+        return value
+
+    def table(self, key: str, optional: bool = False) -> Fields:
+        """Return the fields of an object in this one; of an empty one, if optional and absent."""
+        value = self.values.get(key)
+        if value is None and optional:
+            value = {}
+        path = f"{self.path}.{key}" if self.path else key
+        return Fields(value, self.where, path, self.fix)
+
+    def refuse(self, key: str, why: str) -> UserError:
+        """Return the error for a field: its value, and why that cannot be."""
+        value = printable(repr(self.values.get(key)), 60)
+        return UserError(self._name(key), f"{value} is {why}", self.fix)
+
+    def _get(self, key: str, default):
+        """Return the raw value of a field; its default if it is absent or null."""
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is REQUIRED:
+            raise UserError(self._name(key), "missing", self.fix)
+        return default
+
+    def _name(self, key: str) -> str:
+        """Return FILE:a.b.c, as messages name a field."""
+        dotted = ".".join(filter(None, (self.path, key)))
+        return f"{self.where}:{dotted}" if dotted else str(self.where)
