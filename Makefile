@@ -4,8 +4,13 @@
 # make test-full   the long matrices of kills, ranks and tuning modes (half an hour on two cores)
 # make test-page   serve.py's page and API, with gradio and openai, in a Chromium if there is one
 # make lint   check style: ruff, what no formatter forbids, and the floors of the imports
+#
+# PYTHON=python3.12   the Python to use, 3.11 or newer
+# PIP_ARGS="..."      more for pip: the index of PyTorch's CPU builds, say (README.md, Install)
 PYTHON ?= python3
+PIP_ARGS ?=
 PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
 demo: .venv/installed
 	$(PY) -m torch.distributed.run train.py
@@ -39,21 +44,25 @@ clean:
 
 # Installed again only when what to install has changed.
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: $(PYTHON): not Python 3.11 or newer; fix: install one, then make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
+		{ echo "error: $(PYTHON): it comes without venv or pip; fix: apt install python3-venv, or make PYTHON=another"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[dev]"
+	$(PIP) -c constraints.txt ".[dev]"
 	touch $@
 
 # The other transformers that exported models are tested with, beside the environment's own: for PYTHONPATH.
 .venv/hf4/installed: .venv/installed Makefile
 	rm -rf .venv/hf4
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/hf4 \
+	$(PIP) --no-deps --target .venv/hf4 \
 		transformers==4.57.1 tokenizers==0.22.2 huggingface-hub==0.36.2 requests urllib3 charset-normalizer idna certifi
 	touch $@
 
 # Apart from the others: gradio wants an older Pillow.
 .venv/page/installed: .venv/installed Makefile
 	rm -rf .venv/page
-	$(PY) -m pip install --quiet --disable-pip-version-check --target .venv/page "gradio>=6.7" openai playwright
+	$(PIP) --target .venv/page "gradio>=6.7" openai playwright
 	touch $@
 
 .PHONY: demo moving test test-full test-page lint clean

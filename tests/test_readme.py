@@ -1,6 +1,7 @@
 """What the README and the scripts' own help promise."""
 
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -49,6 +50,22 @@ def test_help_explains_and_a_wrong_option_is_one_line(script):
     assert f"python {script}" in text or f"torchrun {script}" in text
     wrong = run(*script.split(), "--no-such-option", ok=False).stderr.strip().splitlines()
     assert wrong[-1].startswith("error: ") and "; fix: " in wrong[-1] and len(wrong) == 1
+
+
+def test_a_python_that_cannot_install_is_one_line(tmp_path):
+    for file in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\n')
+    python.chmod(0o755)
+
+    for name, what in ((str(python), "without venv or pip"), ("/no/python", "not Python 3.11")):
+        command = ["make", "--no-print-directory", f"PYTHON={name}", "demo"]
+        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert made.returncode != 0
+        error, *rest = made.stdout.splitlines()
+        assert error.startswith(f"error: {name}: ") and what in error and "; fix: " in error
+        assert rest == []
 
 
 def test_files_and_recipes_that_the_readme_names_exist():
