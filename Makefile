@@ -6,7 +6,7 @@
 # make lint   check style: ruff, what no formatter forbids, and the floors of the imports
 #
 # PYTHON=python3.12   the Python to use, 3.11 or newer
-# PIP_ARGS="..."      more for pip: the index of PyTorch's CPU builds, say (README.md, Install)
+# PIP_ARGS="..."      more for pip: the index of PyTorch's CPU builds, say (README.md)
 PYTHON ?= python3
 PIP_ARGS ?=
 PY := .venv/bin/python
