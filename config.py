@@ -322,7 +322,7 @@ class Source:
         1.0,
         "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another",
         low=0,
-        high=10_000,
+        high=1000,
     )
 
 
@@ -446,7 +446,7 @@ class LLaVAConfig:
 
 # --------------------------------------------------------------------- from a TOML file to a Recipe
 
-# Nobody writes more than this, in bytes of a file and in tables of tables.
+# Nobody writes more than this, in bytes of a file, and in tables of tables or bases of bases.
 LARGEST = 100_000
 MOST_NESTED = 30
 
@@ -533,6 +533,10 @@ def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
     folder: where to look for what a misspelt name may have meant.
     above: the files that led here, each the base of the one before it.
     """
+    if len(above) > MOST_NESTED:
+        what = f"more than {MOST_NESTED} recipes, each the base of the one before"
+        raise UserError(f"{above[-1]}:base", what, "write them as one")
+
     # A circle may also go through ever new names of one file, as a/../a/../a.
     if os.path.realpath(path) in [os.path.realpath(p) for p in above]:
         what = f"{path} is itself based on this recipe"

@@ -1,6 +1,7 @@
 """Recipes: defaults, overrides, and what a mistake says."""
 
 import dataclasses
+import math
 import os
 import pty
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import config
 from config import UserError
 from tests.tools.environment import ROOT, shared
+from tests.tools.fuzz import fuzz, recipes, table
 from training import planner
 
 TEXT = """
@@ -395,6 +397,166 @@ def test_published_scores_are_those_of_the_facts():
             ) == list(planner.VIDEO)
             scored.remove(name)
     assert not scored
+
+
+# ------------------------------------------------------------------------------------ wrong values
+
+
+NUMBERS = [(name, f) for name, f in every_field() if type(f.default) in (int, float)]
+
+
+def test_every_number_has_a_range_that_its_default_is_in():
+    for name, f in NUMBERS:
+        assert f.metadata["low"] <= f.default <= f.metadata["high"], name
+    helped = config.help_table()
+    assert "peak of the warm-up + cosine schedule (0 to 100)\n" in helped
+    assert (
+        " *log_every               int    10            steps between progress lines (1 to"
+        in helped
+    )
+
+
+@pytest.mark.parametrize("name, field", NUMBERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_number_out_of_its_range_is_refused(tmp_path, name, field):
+    (file,) = write(tmp_path, file=TWO)
+    low, high = field.metadata["low"], field.metadata["high"]
+    wrong = [-1e11, 1e11, "nan", "inf", "-inf", 2**64, -(2**64), 10**400, "9" * 5000]
+    wrong += [low - 1, high + 1]
+    if name == "train.seed":
+        wrong.remove(1e11)
+    for value in wrong:
+        with pytest.raises(UserError, match="; fix: write ") as raised:
+            config.load([file, f"{name}={value}"], "x")
+        assert name in str(raised.value) and len(str(raised.value)) < 2000
+
+    # The limits themselves are allowed.
+    for value in (low, high):
+        config.load([file, f"{name}={value}", "stage.one.steps=1", f"{name}={value}"], "x")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stage.one.epochs=0", "stage.one: neither epochs nor steps: it would train nothing; fix"),
+        ("train.output=", "train.output: empty; fix: name a folder"),
+        ("train.device=mps", "'mps' is not a choice; fix: one of: auto, cpu, cuda"),
+        ("published.GQA=nan", "published.GQA: nan is out of range"),
+        ("published.GQA=-1", "published.GQA: -1.0 is out of range"),
+        ("published.GQA='a'", "published.GQA: 'a' is not a float"),
+        ("model.vision_config=", "'' is not a dict; fix: write {} or {key = value}"),
+        ("model.vision_config=1", "1 is not a dict; fix: write {} or {key = value}"),
+        ("stage.one=", "'' is not a Stage; fix: write {key = value}"),
+        ("stage=", "'' is not a dict; fix: write {} or {key = value}"),
+        ("model.llm_config={a = 2000-01-01}", "model.llm_config.a: 2000-01-01 is a date; fix: "),
+        ("model.llm_config={a = [07:32:00]}", "model.llm_config.a: 07:32:00 is a time; fix: "),
+        ("model.llm_config={a = 18446744073709551616}", "an integer of more than 64 bits; fix"),
+        ("model.llm_config.hidden_size.x=1", "model.llm_config.hidden_size is not a table there"),
+        ("model.llm_config" + ".a" * 5000 + "=1", "nested too deeply; fix: "),
+        ("model.llm_config=" + "[" * 50 + "]" * 50, "is not a dict; fix: "),
+        ("train.seed=1\nx = 2", "has a control character"),
+        ("train.output=a\udcff", r"'train.output=a\\udcff' is not UTF-8; fix: "),
+        ("train.output=a\0", "has a control character; fix: "),
+        ("train.seed" + "9" * 100_000, "not an override; fix: "),
+    ],
+)
+def test_a_wrong_value_is_one_line(file, override, message):
+    with pytest.raises(UserError) as raised:
+        config.load([file, override], "x")
+    said = str(raised.value)
+    assert message.replace(r"\\", "\\") in said and said.isprintable() and len(said) < 4000
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"# \xe4\n", "not UTF-8 text; fix: save it as UTF-8"),
+        (TEXT.encode("utf-16"), "not UTF-8 text; fix: save it as UTF-8"),
+        (b"a = " + b"[" * 50_000, "not TOML: nested too deeply; fix: "),
+        (b"[a" + b".a" * 3000 + b"]\n", "not TOML: nested too deeply; fix: "),
+        (b"a = " + b"9" * 5000, "not TOML: "),
+        (b"a = 1\0", "not TOML: "),
+        (b"[stage.'']\n", "stage: a table without a name; fix: "),
+        (b"[stage.one.mixture.' ']\n", "stage.one.mixture: a table without a name; fix: "),
+        (b'[stage."a\\nb"]\n', r"stage: 'a\nb' has a control character; fix: "),
+        (b'[stage.one]\ndata = "a\\u0000"\n', r"stage.one.data: 'a\x00' has a control character"),
+        (b"base = 2000-01-01\n", "base: datetime.date(2000, 1, 1) is not a str; fix: "),
+        (b"stage = 3\n", "stage: expected named tables; fix: "),
+        (b"#" * 200_000, "more than 100,000 bytes; fix: "),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, content, message):
+    file = tmp_path / "r.toml"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        config.load([str(file)], file)
+    said = str(raised.value)
+    assert said.startswith(str(file)) and message in said and said.isprintable()
+
+
+@pytest.mark.parametrize("override", ["stage.one.steps=1", "stage.one=1", "model.llm=a"])
+@pytest.mark.parametrize("text", ["stage = 3\nmodel = 3\n", "stage = [1]\nmodel = 'a'\n"])
+def test_an_override_of_what_is_no_table(tmp_path, text, override):
+    (file,) = write(tmp_path, file=text)
+    with pytest.raises(UserError, match="; fix: "):
+        config.load([file, override], "x")
+
+
+def test_what_is_no_file_is_no_recipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("pipe", "loop", "", "x" * 300, "r.toml/below", "\x1b[2J"):
+        with pytest.raises(UserError, match="; fix: "):
+            config.load([str(tmp_path / name)], tmp_path / "r.toml")
+    with pytest.raises(UserError, match="pipe: not a file; fix: "):
+        config.load([str(tmp_path / "pipe")], tmp_path / "r.toml")
+    with pytest.raises(UserError, match="loop: cannot be read: Too many levels of symbolic links"):
+        config.load([str(tmp_path / "loop")], tmp_path / "r.toml")
+
+    for i in range(100):
+        (tmp_path / f"{i}.toml").write_text(f"base = '{i + 1}.toml'\n[stage.one]\n")
+    with pytest.raises(UserError, match="more than 30 recipes, each the base of the one before; f"):
+        config.load([str(tmp_path / "0.toml")], tmp_path / "r.toml")
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(file, tmp_path):
+    other = tmp_path / "windows.toml"
+    other.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
+    assert config.load([str(other)], "x")[0] == config.load([file], "x")[0]
+
+
+NAMES = ["a.b", "a b", 'a"b', "a'b", "a\\b", "ä", "😀", "]", "#", "=", "\u202e", "-", "stage", "0"]
+
+
+def test_what_is_written_is_read_back_whatever_its_names_and_values(tmp_path):
+    values = {"float": 0.1, "more": 1e22, "less": 1e-7, "inf": [math.inf, -math.inf], "": {"": []}}
+    values |= {"text": "".join(map(chr, range(0xA0, 0x180))) + "\"\\/'😀\u2028\ufeff", "no": False}
+    values |= {name: {name: [1, 2.0]} for name in NAMES}
+    sources = {name: config.Source(data=name) for name in NAMES}
+    stages = {name: config.Stage(data=name, mixture=sources) for name in NAMES}
+    model = config.Model(llm=values["text"], llm_config=values)
+    published = {name: 1.5 for name in NAMES}
+    recipe = config.Recipe(model=model, stage=stages, published=published)
+    (tmp_path / "r.toml").write_bytes(config.dumps(recipe).encode())
+    assert config.load([str(tmp_path / "r.toml")], "x")[0] == recipe
+    assert config.differences(config.dumps(recipe), recipe) == ([], [])
+
+    # What `load` refuses is written as TOML all the same.
+    control = {"a": "".join(map(chr, range(0xA0))), "nan": math.nan}
+    text = config.dumps(config.Recipe(model=config.Model(llm_config=control)))
+    again = tomllib.loads(text)["model"]["llm_config"]
+    assert again["a"] == control["a"] and math.isnan(again["nan"])
+
+
+def test_wrong_recipes():
+    found = fuzz(recipes.case, 8, seed=10_000)
+    assert not found.violations, found.violations[0]
+
+
+@pytest.mark.full
+def test_many_wrong_recipes():
+    found = fuzz(recipes.case, 1000)
+    print(table(found))
+    assert not found.violations, found.violations
 
 
 # ------------------------------------------------------------------------------- the command line
