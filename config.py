@@ -191,7 +191,12 @@ class Train:
     precision: str = opt(
         "auto", "auto = bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16")
     )
-    device: str = opt("auto", "auto = cuda if there is one", ("auto", "cpu", "cuda"), decides=False)
+    device: str = opt(
+        "auto",
+        "auto = cuda if there is one; mps, of Macs, is refused: nobody has tried it",
+        ("auto", "cpu", "cuda"),
+        decides=False,
+    )
     workers: int = opt(
         2,
         "processes per rank that read, decode and tokenize ahead; 0 = in the main process",
@@ -982,6 +987,23 @@ class Parser(argparse.ArgumentParser):
 def parser(doc: str) -> Parser:
     """Return a parser for a script; `--help` prints its docstring as it stands."""
     return Parser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+
+
+def within(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """Return the argparse type of a number from `low` to `high`; kind: int or float."""
+    name = "a whole number" if kind is int else "a number"
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")  # in no range
+        if not low <= value <= high:
+            what = f"{printable(text, 40)} is not {name} from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(what)
+        return value
+
+    return read
 
 
 def cli(

@@ -729,6 +729,17 @@ def test_argparse_repeats_nothing_as_it_is():
     assert len(is_one_line(script(body, "--" + "a" * 100_000))) < 1000
 
 
+@pytest.mark.parametrize(
+    "word", ["0", "11", "1.5", "nan", "inf", "x", "", "-1", "9" * 5000, "\x1b"]
+)
+def test_an_option_out_of_its_range_is_one_line(word):
+    parser = config.parser("what it does")
+    parser.add_argument("--rows", type=config.within(int, 1, 10))
+    with pytest.raises(SystemExit, match="--rows: .* is not a whole number from 1 to 10; fix: "):
+        parser.parse_args([f"--rows={word}"])
+    assert parser.parse_args(["--rows=10"]).rows == 10
+
+
 def launch(tmp_path, body: str, ranks: int) -> subprocess.CompletedProcess:
     """Run a script under torchrun; return what it says, both streams in one."""
     file = tmp_path / "script.py"

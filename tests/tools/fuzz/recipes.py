@@ -98,7 +98,7 @@ def case(rng: random.Random, folder: Path) -> Case:
         file.write_bytes(text.encode(errors="surrogatepass"))
     if kind == "file":
         argv, what = an_odd_file(folder, text, rng)
-    return Case(kind, f"{source.stem}: {what}", lambda: load_and_check(argv))
+    return Case(kind, f"{source.stem}: {what}", lambda: as_a_script(argv))
 
 
 def on_rows(recipe: config.Recipe, rows: Path, rng: random.Random) -> config.Recipe:
@@ -185,6 +185,15 @@ def an_odd_file(folder: Path, text: str, rng: random.Random) -> tuple[list[str],
         words = {"device": "/dev/zero", "NUL": "a\0b", "long": "x" * 5000, "below a file": below}
         argv = [words.get(what, rng.choice(("", "-", "--", "\ud83d", "\x1b[2J", ".", "~")))]
     return argv, what
+
+
+def as_a_script(argv: list[str]):
+    """Load and check a recipe, and end well where config.cli has one line for what is raised."""
+    try:
+        load_and_check(argv)
+    except OSError as e:
+        if not config.one_line(e, ""):
+            raise
 
 
 def load_and_check(argv: list[str]):
