@@ -24,14 +24,23 @@ The file, from top to bottom:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
+import io
 import json
+import os
+import re
+import select
+import subprocess
 import sys
 import tomllib
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 def printable(text, most: int = 400) -> str:
@@ -65,25 +74,34 @@ class UserError(ValueError):
         super().__init__(f"{where}: {printable(what)}; fix: {printable(fix, 2000)}")
 
 
-def opt(default, why: str, choices: tuple[str, ...] = (), compare: bool = True):
+def opt(
+    default,
+    why: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    decides: bool = True,
+):
     """Return a field of a recipe.
 
     default: a value, {} for a table of anything, or a dataclass of this file for a table of its
     fields.
     why: the reason the field exists, as --help prints it.
     choices: the only values it takes; empty = any value of its type.
-    compare: whether it decides what a run computes. If not, it is left out of the saved recipe and
-    of comparisons, so a stopped run may go on with another value.
+    low, high: the least and the greatest value of a number. Every number of a recipe has both.
+    decides: whether it decides what is trained. A field that changes only speed, memory, safety or
+    what is reported does not (sums may round differently), so a stopped run may go on with another
+    value of it.
     """
-    metadata = {"why": why, "choices": choices}
+    metadata = {"why": why, "choices": choices, "low": low, "high": high, "decides": decides}
 
     # Tables are made anew for each recipe: dataclasses forbid to share a default that can change.
     if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata, compare=compare)
+        return field(default_factory=default, metadata=metadata)
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata, compare=compare)
+        return field(default_factory=dict, metadata=metadata)
 
-    return field(default=default, metadata=metadata, compare=compare)
+    return field(default=default, metadata=metadata)
 
 
 # ------------------------------------------------------------------------------- what a recipe says
@@ -113,12 +131,17 @@ class Model:
     )
     vision_config: dict = opt({}, "the same for the vision encoder")
     allow_pickle: bool = opt(
-        False, "also read pytorch_model.bin (tensors only) where a folder has no safetensors"
+        False,
+        "also read pytorch_model.bin (tensors only) where a folder has no safetensors",
+        decides=False,
     )
 
     # What the connector gets from the encoder.
     feature_layer: int = opt(
-        -2, "which hidden state of the encoder is used; 0 = embeddings, -1 = last block"
+        -2,
+        "which hidden state of the encoder is used; 0 = embeddings, -1 = last block",
+        low=-1000,
+        high=1000,
     )
     feature_select: str = opt(
         "patch", "patch drops token 0, as LLaVA does; cls_patch keeps all", ("patch", "cls_patch")
@@ -134,8 +157,15 @@ class Model:
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
     )
-    frames: int = opt(16, "how many frames of a video are seen, evenly from its first to its last")
-    fps: float = opt(0.0, "so many a second instead, at most `frames`; 0 = always `frames`")
+    frames: int = opt(
+        16,
+        "how many frames of a video are seen, evenly from its first to its last",
+        low=1,
+        high=10_000,
+    )
+    fps: float = opt(
+        0.0, "so many a second instead, at most `frames`; 0 = always `frames`", low=0, high=1000
+    )
 
     @property
     def tokenizer_source(self) -> str:
@@ -147,50 +177,83 @@ class Model:
 class Train:
     """The table [train]: how a run behaves, whatever it trains."""
 
-    output: str = opt("out/run", "folder of the final model, its log and its checkpoints")
-    seed: int = opt(0, "decides initial weights and the order of samples, nothing else is random")
+    output: str = opt(
+        "out/run", "folder of the final model, its log and its checkpoints", decides=False
+    )
+    seed: int = opt(
+        0,
+        "decides initial weights and the order of samples, nothing else is random",
+        low=0,
+        high=2**63 - 1,  # the greatest integer of TOML
+    )
 
     # The machine.
     precision: str = opt(
         "auto", "auto = bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16")
     )
-    device: str = opt("auto", "auto = cuda if there is one", ("auto", "cpu", "cuda"))
-    workers: int = opt(
-        2, "processes per rank that read, decode and tokenize ahead; 0 = in the main process"
+    device: str = opt(
+        "auto",
+        "auto = cuda if there is one; mps, of Macs, is refused: nobody has tried it",
+        ("auto", "cpu", "cuda"),
+        decides=False,
     )
+    workers: int = opt(
+        2,
+        "processes per rank that read, decode and tokenize ahead; 0 = in the main process",
+        low=0,
+        high=256,
+        decides=False,
+    )
+
+    # A run that ends without a bad row is the same under both. One that stopped at a bad row has
+    # computed what skipping would have.
     on_bad_row: str = opt(
-        "stop", "stop at the first unusable row, or skip: log it, take the next", ("stop", "skip")
+        "stop",
+        "stop at the first unusable row, or skip: log it, take the next",
+        ("stop", "skip"),
+        decides=False,
     )
     gradient_checkpointing: bool = opt(
-        False, "recompute each block in backward: less memory, a third more time"
+        False, "recompute each block in backward: less memory, a third more time", decides=False
     )
-    compile: bool = opt(False, "torch.compile every block: minutes at first, then less time a step")
+    compile: bool = opt(
+        False, "torch.compile every block: minutes at first, then less time a step", decides=False
+    )
 
     # What is reported and kept.
-    log_every: int = opt(10, "steps between progress lines")
-    save_every: int = opt(200, "steps between checkpoints to resume from")
-    keep: int = opt(2, "how many such checkpoints to keep")
+    log_every: int = opt(10, "steps between progress lines", low=1, high=10**9, decides=False)
+    save_every: int = opt(
+        200, "steps between checkpoints to resume from", low=1, high=10**9, decides=False
+    )
+    keep: int = opt(2, "how many such checkpoints to keep", low=1, high=10_000, decides=False)
     keep_best: bool = opt(
-        False, "also keep the lowest validation loss of a stage; the last stage's is OUTPUT/best"
+        False,
+        "also keep the lowest validation loss of a stage; the last stage's is OUTPUT/best",
+        decides=False,
     )
     answers: int = opt(
-        0, "at each validation, also show what the model answers to this many of the held-out rows"
+        0,
+        "at each validation, also show what the model answers to this many of the held-out rows",
+        low=0,
+        high=10_000,
+        decides=False,
     )
     log: str = opt(
         "none",
         "also send the log there; either is an optional package",
         ("none", "tensorboard", "wandb"),
+        decides=False,
     )
 
-    # A stopped run may go on with other values of these, so they are not compared.
+    # How a start of the run works.
     parallel: str = opt(
         "auto",
         "ddp copies the model to every rank, fsdp shards it; auto = ddp while it fits half a GPU",
         ("auto", "none", "ddp", "fsdp"),
-        compare=False,
+        decides=False,
     )
     resume: str = opt(
-        "", "go on from this checkpoint and no other; empty = the newest whole one", compare=False
+        "", "go on from this checkpoint and no other; empty = the newest whole one", decides=False
     )
 
 
@@ -217,10 +280,13 @@ class LoRA:
     """The table [stage.NAME.lora]: the adapters of the parts that [stage.NAME.tune] adapts."""
 
     r: int = opt(
-        128, "rank of the adapters (Hu et al., 2021): their size, and what they can express"
+        128,
+        "rank of the adapters (Hu et al., 2021): their size, and what they can express",
+        low=1,
+        high=65536,
     )
-    alpha: float = opt(256.0, "an adapter's output is multiplied by alpha / r")
-    dropout: float = opt(0.05, "share of an adapter's inputs that training drops")
+    alpha: float = opt(256.0, "an adapter's output is multiplied by alpha / r", low=1e-6, high=1e6)
+    dropout: float = opt(0.05, "share of an adapter's inputs that training drops", low=0, high=0.99)
     rslora: bool = opt(
         False, "alpha / sqrt(r) in its place, so that large ranks learn too (Kalajdzievski, 2023)"
     )
@@ -242,9 +308,13 @@ class LoRA:
 class Rates:
     """The table [stage.NAME.rate]: a learning rate for each of PARTS."""
 
-    llm: float = opt(0.0, "learning rate of this part; 0 = the stage's learning_rate")
-    vision: float = opt(0.0, "as above; a pretrained encoder usually wants a tenth")
-    connector: float = opt(0.0, "as above")
+    llm: float = opt(
+        0.0, "learning rate of this part; 0 = the stage's learning_rate", low=0, high=100
+    )
+    vision: float = opt(
+        0.0, "as above; a pretrained encoder usually wants a tenth", low=0, high=100
+    )
+    connector: float = opt(0.0, "as above", low=0, high=100)
 
 
 @dataclass(frozen=True)
@@ -256,6 +326,8 @@ class Source:
     weight: float = opt(
         1.0,
         "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another",
+        low=0,
+        high=1000,
     )
 
 
@@ -273,9 +345,13 @@ class Stage:
     mixture: dict[str, Source] = opt(
         {}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data"
     )
-    validation: str = opt("", "held-out rows for the validation loss; empty = none")
+    validation: str = opt("", "held-out rows for the validation loss; empty = none", decides=False)
     validation_every: int = opt(
-        200, "steps between validation passes (one more at the end of the stage)"
+        200,
+        "steps between validation passes (one more at the end of the stage)",
+        low=1,
+        high=10**9,
+        decides=False,
     )
     template: str = opt("pretrain", "chat template, see inputs/templates.py")
 
@@ -285,21 +361,37 @@ class Stage:
 
     # The optimizer.
     rate: Rates = opt(Rates, "learning rate per part")
-    learning_rate: float = opt(1e-3, "peak of the warm-up + cosine schedule")
-    weight_decay: float = opt(0.0, "AdamW, never on biases and norms")
-    beta2: float = opt(0.999, "AdamW's second-moment decay; short runs want less")
-    warmup_ratio: float = opt(0.03, "share of the steps that warm up")
-    max_grad_norm: float = opt(1.0, "the gradient of a step is clipped to this norm")
+    learning_rate: float = opt(1e-3, "peak of the warm-up + cosine schedule", low=0, high=100)
+    weight_decay: float = opt(0.0, "AdamW, never on biases and norms", low=0, high=100)
+    beta2: float = opt(
+        0.999, "AdamW's second-moment decay; short runs want less", low=0, high=0.999999
+    )
+    warmup_ratio: float = opt(0.03, "share of the steps that warm up", low=0, high=1)
+    max_grad_norm: float = opt(
+        1.0, "the gradient of a step is clipped to this norm; 1e9 = never", low=1e-9, high=1e9
+    )
 
     # How long, and in what portions.
-    epochs: float = opt(1.0, "passes over the data")
-    steps: int = opt(0, "stop after this many steps instead; 0 = epochs decide")
-    global_batch: int = opt(128, "samples per optimizer step, whatever the ranks and micro-batches")
+    epochs: float = opt(1.0, "passes over the data", low=0, high=100_000)
+    steps: int = opt(0, "stop after this many steps instead; 0 = epochs decide", low=0, high=10**9)
+    global_batch: int = opt(
+        128,
+        "samples per optimizer step, whatever the ranks and micro-batches",
+        low=1,
+        high=1_000_000,
+    )
     micro_batch_tokens: int = opt(
-        16384, "a micro-batch packs samples up to this many tokens; 0 = one sample each"
+        16384,
+        "a micro-batch packs samples up to this many tokens; 0 = one sample each",
+        low=0,
+        high=10_000_000,
+        decides=False,
     )
     max_tokens: int = opt(
-        2048, "longest sample; a longer one loses text from its tail, never an image"
+        2048,
+        "longest sample; a longer one loses text from its tail, never an image",
+        low=1,
+        high=10_000_000,
     )
 
 
@@ -311,7 +403,7 @@ class Recipe:
     train: Train = opt(Train, "the run")
     stage: dict[str, Stage] = opt({}, "[stage.NAME] tables; each stage starts from the one before")
     published: dict = opt(
-        {}, "scores that the original authors report, by benchmark", compare=False
+        {}, "scores that the original authors report, by benchmark", decides=False
     )
 
 
@@ -359,6 +451,10 @@ class LLaVAConfig:
 
 # --------------------------------------------------------------------- from a TOML file to a Recipe
 
+# Nobody writes more than this, in bytes of a file, and in tables of tables or bases of bases.
+LARGEST = 100_000
+MOST_NESTED = 30
+
 
 def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
     """Return the recipe that a command line names, and its file.
@@ -366,9 +462,12 @@ def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
     argv: [recipe.toml] [section.key=value ...]
     default: the recipe's file where the command line names none.
 
-    Raises UserError for a missing file, a circle of bases, bad TOML, an unknown key, a wrong type
-    or a wrong choice.
+    Raises UserError for a file that cannot be read, a circle of bases, bad TOML, an unknown key, a
+    wrong type or choice, a number out of its range, and for fields that contradict each other.
     """
+    for word in argv:
+        check_text(word, "command line")
+
     names_a_file = bool(argv) and "=" not in argv[0]
     if names_a_file:
         path = Path(argv[0])
@@ -384,9 +483,53 @@ def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
 
     # Then dataclasses, which check every key and value.
     recipe = _build(Recipe, table, str(path))
+    _cross_check(recipe, path)
+    return recipe, path
+
+
+def _cross_check(recipe: Recipe, path: Path):
+    """Raise UserError for what no field shows by itself."""
     if not recipe.stage:
         raise UserError(path, "no stage", "write a [stage.NAME] table")
-    return recipe, path
+    if not recipe.train.output.strip():
+        raise UserError(f"{path}:train.output", "empty", "name a folder")
+
+    for name, stage in recipe.stage.items():
+        if not stage.steps and not stage.epochs:
+            what = "neither epochs nor steps: it would train nothing"
+            raise UserError(f"{path}:stage.{name}", what, "write epochs or steps above 0")
+
+    for name, score in recipe.published.items():
+        where = f"{path}:published.{name}"
+        _check_range(_convert(score, float, where), where, 0, 1_000_000)
+
+
+def parse_toml(text: str) -> dict:
+    """Return the tables of a TOML text. Raises ValueError, and nothing else, if it is none.
+
+    Python's reader raises RecursionError for deep nesting, and a ValueError of its own for an
+    integer of more than 4,300 digits.
+    """
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+    # Headers and dotted keys nest without recursion, but whoever walks through the tables recurses.
+    layer = [table]
+    for _ in range(MOST_NESTED):
+        layer = [inner for outer in layer for inner in _tables_in(outer)]
+    if layer:
+        raise ValueError("nested too deeply")
+    return table
+
+
+def _tables_in(value: dict | list) -> list[dict | list]:
+    """Return the tables and arrays that are values of this one."""
+    values = value
+    if isinstance(value, dict):
+        values = value.values()
+    return [inner for inner in values if isinstance(inner, (dict, list))]
 
 
 def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
@@ -395,25 +538,48 @@ def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
     folder: where to look for what a misspelt name may have meant.
     above: the files that led here, each the base of the one before it.
     """
-    if path.resolve() in [p.resolve() for p in above]:
+    if len(above) > MOST_NESTED:
+        what = f"more than {MOST_NESTED} recipes, each the base of the one before"
+        raise UserError(f"{above[-1]}:base", what, "write them as one")
+
+    # A circle may also go through ever new names of one file, as a/../a/../a.
+    if os.path.realpath(path) in [os.path.realpath(p) for p in above]:
         what = f"{path} is itself based on this recipe"
         raise UserError(f"{above[-1]}:base", what, "remove one base of the circle")
 
     try:
-        table = tomllib.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
+        table = parse_toml(_text_of(path))
+    except (FileNotFoundError, NotADirectoryError):
         near = _nearest(path.name, sorted(p.name for p in folder.glob("*.toml")))
         if above:
             raise UserError(f"{above[-1]}:base", f"no such recipe {path.name}", near) from None
         raise UserError(path, "no such recipe", near) from None
-    except tomllib.TOMLDecodeError as e:
+    except OSError as e:
+        raise UserError(path, f"cannot be read: {e.strerror}", "name a recipe's file") from None
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        raise UserError(path, "not UTF-8 text", "save it as UTF-8") from None
+    except ValueError as e:
         raise UserError(path, f"not TOML: {e}", "mend that line") from None
 
-    name = _convert(table.pop("base", ""), str, f"{path}:base", ())
+    name = _convert(table.pop("base", ""), str, f"{path}:base")
     if Path(name) == Path():  # there is none
         return table
     base = path.parent / name
     return _merge(_read(base, base.parent, (*above, path)), table)
+
+
+def _text_of(path: Path) -> str:
+    """Return the text of a recipe's file. Raises OSError, UnicodeDecodeError or UserError."""
+    # Reading from a pipe or a device might never end.
+    if path.exists() and not path.is_file():
+        raise UserError(path, "not a file", "name a recipe's file, as recipes/demo.toml")
+    with open(path, "rb") as f:
+        content = f.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise UserError(path, f"more than {LARGEST:,} bytes", "name a recipe's file")
+    return content.decode("utf-8-sig")
 
 
 def _merge(under: dict, over: dict) -> dict:
@@ -443,16 +609,19 @@ def _override(table: dict, text: str):
         value: object = raw
     else:
         try:
-            value = tomllib.loads(f"v = {raw}")["v"]
-        except tomllib.TOMLDecodeError:
-            expected = getattr(kind, "__name__", "value")
-            what = f"{raw!r} is not a {expected}"
-            raise UserError(f"command line:{dotted}", what, f"write a {expected}") from None
+            value = parse_toml(f"v = {raw}")["v"]
+        except ValueError:
+            what = f"{raw!r} is not a {getattr(kind, '__name__', 'value')}"
+            fix = HOW_TO_WRITE.get(typing.get_origin(kind) or kind, "write {key = value}")
+            raise UserError(f"command line:{dotted}", what, fix) from None
 
     # The tables on the way to the key need not be in the file.
     *outer, last = dotted.split(".")
-    for key in outer:
+    for depth, key in enumerate(outer, 1):
         table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            what = f"{'.'.join(outer[:depth])} is not a table there"
+            raise UserError(f"command line:{dotted}", what, "correct the recipe's file")
     table[last] = value
 
 
@@ -470,6 +639,9 @@ def _type_of(dotted: str, table: dict):
             known = table
             for outer in keys[:depth]:
                 known = known.get(outer, {})
+                if not isinstance(known, dict):
+                    fix = "correct the recipe's file"
+                    raise UserError(where, f"{outer} is not a table there", fix)
             if key not in known:
                 what = "unknown stage" if depth == 1 else "unknown source"
                 fix = _nearest(key, known) if known else "add its table"
@@ -516,8 +688,14 @@ def _build(cls, table: dict, where: str, path: str = ""):
             _, named = typing.get_args(kind)  # of dict[str, Stage]
             values[key] = _build_named(named, value, where, full)
         else:
-            choices = known[key].metadata["choices"]
-            values[key] = _convert(value, kind, f"{where}:{full}", choices)
+            about = known[key].metadata
+            value = _convert(value, kind, f"{where}:{full}")
+            if about["choices"] and value not in about["choices"]:
+                what = f"{value!r} is not a choice"
+                raise UserError(f"{where}:{full}", what, _nearest(value, about["choices"]))
+            if kind in (int, float):
+                _check_range(value, f"{where}:{full}", about["low"], about["high"])
+            values[key] = value
     return cls(**values)
 
 
@@ -525,23 +703,88 @@ def _build_named(cls, tables: dict, where: str, path: str) -> dict:
     """Return a `cls` for each named table below `path`: the stages, or the sources of a mixture."""
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise UserError(f"{where}:{path}", "expected named tables", f"write [{path}.NAME]")
+    for name in tables:
+        check_text(name, f"{where}:{path}")
+        if not name.strip():
+            raise UserError(f"{where}:{path}", "a table without a name", f"write [{path}.NAME]")
     return {name: _build(cls, table, where, f"{path}.{name}") for name, table in tables.items()}
 
 
-def _convert(value, kind, where: str, choices: tuple[str, ...]):
-    """Return one TOML value as `kind`. Raises UserError for another type or choice."""
+# What to write on the command line or in a file for a value of a type.
+HOW_TO_WRITE = {
+    int: "write a whole number, as 3",
+    float: "write a number, as 0.5",
+    bool: "write true or false",
+    str: 'write text in quotes, as "abc"',
+    dict: "write {} or {key = value}",
+}
+
+
+def _convert(value, kind, where: str):
+    """Return one TOML value as `kind`. Raises UserError for another type."""
     # In Python True is an int, but `seed = true` is a mistake.
     is_bool = isinstance(value, bool)
 
-    # `fps = 1` is as good as 1.0.
+    # `fps = 1` is as good as 1.0. Of more than 64 bits an integer is none in TOML.
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(where, "an integer of more than 64 bits", "write a smaller one")
     if kind is float and isinstance(value, int) and not is_bool:
         value = float(value)
 
     if not isinstance(value, kind) or (is_bool and kind is not bool):
-        raise UserError(where, f"{value!r} is not a {kind.__name__}", f"write a {kind.__name__}")
-    if choices and value not in choices:
-        raise UserError(where, f"{value!r} is not a choice", _nearest(str(value), choices))
+        raise UserError(where, f"{value!r} is not a {kind.__name__}", HOW_TO_WRITE[kind])
+    if kind is str:
+        check_text(value, where)
+    elif kind is dict:
+        _check_free(value, where)
     return value
+
+
+def _check_range(value: float, where: str, low: float, high: float):
+    """Raise UserError for a number out of its range, or none, as NaN."""
+    if not low <= value <= high:
+        fix = f"write {_number(low)} to {_number(high)}"
+        raise UserError(where, f"{value} is out of range", fix)
+
+
+def _number(value: float) -> str:
+    """Return a limit of a range for people: 1,000,000 or 1e-09."""
+    if value == int(value):
+        return f"{int(value):,}"
+    return str(value)
+
+
+def check_text(text: str, where: str):
+    """Raise UserError for text that is not Unicode, or has control characters.
+
+    Python reads bytes of the command line that are not UTF-8 as halves of surrogate pairs. No file
+    can hold those; no path, name or number holds a control character on purpose.
+    """
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind == "Cs":
+            raise UserError(where, f"{text!r} is not UTF-8", "write it in UTF-8")
+        if kind == "Cc":
+            what = f"{text!r} has a control character"
+            raise UserError(where, what, "write it without")
+
+
+def _check_free(value, where: str, depth: int = 0):
+    """Raise UserError for what a config.json could not say: dates, huge integers, deep nesting."""
+    if depth > MOST_NESTED:
+        raise UserError(where, "nested too deeply", "write it as a config.json has it")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_text(key, where)
+            _check_free(inner, f"{where}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_free(inner, where, depth + 1)
+    elif isinstance(value, (str, bool, int, float)):
+        _convert(value, type(value), where)
+    else:
+        what = f"{value} is a {type(value).__name__}"
+        raise UserError(where, what, "write a number, text in quotes, true or false")
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
@@ -556,11 +799,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 def dumps(recipe: Recipe) -> str:
-    """Return the recipe as TOML, with every field that decides what runs. `load` reads it back.
-
-    A run that goes on compares this text with its recipe.toml, so it must not change from version
-    to version where the recipe does not.
-    """
+    """Return the recipe as TOML, with every field. `load` reads it back."""
     lines: list[str] = []
     _write_table(recipe, "", lines)
     return "\n".join(lines)
@@ -574,15 +813,13 @@ def _write_table(part, path: str, lines: list[str]):
     # In TOML a table's own fields come before the tables in it.
     nested = []
     for f in fields(part):
-        if not f.compare:
-            continue
         value = getattr(part, f.name)
         full = f"{path}.{f.name}" if path else f.name
         if is_dataclass(value):
             nested.append((full, value))
         elif isinstance(value, dict) and value and all(map(is_dataclass, value.values())):
             for name, table in value.items():
-                nested.append((f"{full}.{name}", table))
+                nested.append((f"{full}.{_key(name)}", table))
         else:
             lines.append(f"{f.name} = {_toml(value)}")
 
@@ -592,30 +829,121 @@ def _write_table(part, path: str, lines: list[str]):
         _write_table(table, full, lines)
 
 
+def _key(name: str) -> str:
+    """Return a key as TOML writes it: bare, or in quotes if it has other characters."""
+    if re.fullmatch("[A-Za-z0-9_-]+", name):
+        return name
+    return _toml(name)
+
+
 def _toml(value) -> str:
-    """Return a value as inline TOML. TOML has no null: keys whose value is None are left out."""
+    """Return a value as inline TOML."""
     if isinstance(value, dict):
-        pairs = [f"{k} = {_toml(v)}" for k, v in value.items() if v is not None]
+        pairs = [f"{_key(k)} = {_toml(v)}" for k, v in value.items()]
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are written as Python does
+    text = json.dumps(value, ensure_ascii=False)
+
+    # The one control character that JSON writes as it is, and TOML forbids.
+    return text.replace("\x7f", "\\u007f")
+
+
+class Difference(NamedTuple):
+    """A field that two recipes have different values of."""
+
+    name: str  # section.key
+    old: object  # None where there is no such field, stage or key
+    new: object
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old!r} -> {self.new!r}"
+
+
+def differences(saved: str, recipe: Recipe) -> tuple[list[Difference], list[Difference]]:
+    """Return what differs between a saved recipe.toml and a recipe: what decides, and the rest.
+
+    saved: the text of the file. What it does not say has the default, so an older version's file
+    is equal where the run is. Raises ValueError, and nothing else, if it is not TOML.
+    """
+    deciding: list[Difference] = []
+    others: list[Difference] = []
+    _compare(Recipe, parse_toml(saved), asdict(recipe), "", deciding, others)
+    return deciding, others
+
+
+def _compare(cls, old, new: dict, path: str, deciding: list, others: list):
+    """Append each difference of the table [path] in two recipes. cls: its dataclass."""
+    if not isinstance(old, dict):
+        deciding.append(Difference(path, old, "a table"))
+        return
+
+    types = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    for name, f in known.items():
+        full = f"{path}.{name}" if path else name
+        kind = types[name]
+        found = others
+        if f.metadata["decides"]:
+            found = deciding
+
+        if is_dataclass(kind):
+            _compare(kind, old.get(name, {}), new[name], full, deciding, others)
+        elif typing.get_origin(kind) is dict:
+            _, named = typing.get_args(kind)  # of dict[str, Stage]
+            _compare_named(named, old.get(name, {}), new[name], full, deciding, others)
+        elif kind is dict:
+            _compare_free(old.get(name, {}), new[name], full, found)
+        elif old.get(name, f.default) != new[name]:
+            found.append(Difference(full, old.get(name, f.default), new[name]))
+
+    # A field that only another version has: nobody knows here what it decided.
+    for name in old:
+        if name not in known:
+            deciding.append(Difference(f"{path}.{name}" if path else name, old[name], None))
+
+
+def _compare_named(cls, old, new: dict, path: str, deciding: list, others: list):
+    """Append each difference of the named tables below `path`: the stages, or a mixture's sources.
+
+    Their order decides, too: a stage begins with what the one before it has trained.
+    """
+    if not isinstance(old, dict):
+        deciding.append(Difference(path, old, "a table"))
+        return
+    if list(old) != list(new):
+        deciding.append(Difference(path, list(old), list(new)))
+        return
+    for name, table in new.items():
+        _compare(cls, old[name], table, f"{path}.{name}", deciding, others)
+
+
+def _compare_free(old, new, path: str, found: list):
+    """Append each difference of a table that takes any keys, in any order."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        if old != new:
+            found.append(Difference(path, old, new))
+        return
+    for key in {**old, **new}:
+        _compare_free(old.get(key), new.get(key), f"{path}.{key}", found)
 
 
 def help_table() -> str:
-    """Return every field with its type, default and reason, in the order of a recipe."""
+    """Return every field with its type, default, reason and range, in the order of a recipe."""
     sections = {
         "model": Model,
         "train": Train,
         "stage.NAME": Stage,
         "stage.NAME.mixture.SOURCE": Source,
     }
-    lines: list[str] = []
+    lines = ["", "* = a stopped run may go on with another value; no other field may change"]
     for path, cls in sections.items():
         _describe(cls, path, lines)
 
     lines.append("\n[published]")
-    lines.append("  BENCHMARK = NUMBER, as the original authors report it for this recipe")
+    lines.append(" *BENCHMARK = NUMBER, as the original authors report it for this recipe")
     lines.append('\nbase = "FILE.toml" before all tables: the recipe that this one is laid over')
     return "\n".join(lines)
 
@@ -634,8 +962,11 @@ def _describe(cls, path: str, lines: list[str]):
         default = f.default
         if f.default_factory is dict:
             default = {}
-        what = f"{f.name:<24}{kind.__name__:<7}{json.dumps(default):<13}"
-        lines.append(f"  {what} {f.metadata['why']}")
+        mark = " " if f.metadata["decides"] else "*"
+        line = f" {mark}{f.name:<24}{kind.__name__:<7}{json.dumps(default):<13} {f.metadata['why']}"
+        if f.metadata["low"] is not None:
+            line += f" ({_number(f.metadata['low'])} to {_number(f.metadata['high'])})"
+        lines.append(line)
 
     for kind, full in nested:
         _describe(kind, full, lines)
@@ -649,7 +980,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """End with one line, where argparse would also print the usage."""
-        sys.exit(f"error: command line: {message}; fix: see python {self.prog} --help")
+        line = f"error: command line: {printable(message)}; fix: see python {self.prog} --help"
+        sys.exit(line)
 
 
 def parser(doc: str) -> Parser:
@@ -657,26 +989,246 @@ def parser(doc: str) -> Parser:
     return Parser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
 
 
-def cli(main: Callable[[list[str]], object], doc: str, fields_help: bool = False):
+def within(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """Return the argparse type of a number from `low` to `high`; kind: int or float."""
+    name = "a whole number" if kind is int else "a number"
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")  # in no range
+        if not low <= value <= high:
+            what = f"{printable(text, 40)} is not {name} from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(what)
+        return value
+
+    return read
+
+
+def cli(
+    main: Callable[[list[str]], object],
+    doc: str,
+    fields_help: bool = False,
+    to_save_memory: str = "take a smaller model, picture or batch",
+):
     """Run a script: call main with the command line; end with one line if the user made a mistake.
 
-    A mistake of the user is a ValueError that says its fix: a UserError, or what
-    inputs/templates.py raises. Its line goes to stderr, and the exit code is 1. Any other exception
-    is a mistake of ours and keeps its traceback.
+    The line goes to stderr, and the exit code is 1. The user's mistakes are
+
+    - a ValueError or OSError that says its fix: a UserError, or what inputs/templates.py raises
+    - an OSError of the user's world, as a full disk (OF_THE_WORLD)
+    - too little memory, of which to_save_memory says what to do about it
+
+    Any other exception is a mistake of ours and keeps its traceback. Ctrl-C ends with a line and
+    130. A reader that goes away, as `| head`, ends it without a word.
 
     fields_help: answer --help here, with the docstring and every field of a recipe. Otherwise
     main's own parser answers it.
     """
+    prepare_streams()
     argv = sys.argv[1:]
     asks_for_help = "-h" in argv or "--help" in argv
-    if asks_for_help and fields_help:
-        print(doc.strip() + "\n" + help_table())
+    line = ""
+    try:
+        if asks_for_help and fields_help:
+            print(doc.strip() + "\n" + help_table())
+        else:
+            _check_utf8(argv)
+            main(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        if _has_no_reader(e):
+            sys.exit(141)  # as a shell says of a program that SIGPIPE has ended
+        line = one_line(e, to_save_memory)
+        if not line:
+            raise
+    finally:
+        _flush()  # what was printed before stays above the error
+
+    if line:
+        _repeat_after_torchrun(line)
+        sys.exit(line)
+
+
+def _check_utf8(argv: list[str]):
+    """Raise UserError for a word with bytes that are no text: no tokenizer and no file takes it."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError("command line", f"{word!r} is not UTF-8", "write it in UTF-8") from None
+
+
+# What to do about an OSError that the program cannot help.
+OF_THE_WORLD = {
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.EACCES: "allow it, or name another file or folder",
+    errno.EPERM: "allow it, or name another file or folder",
+    errno.ENOENT: "correct the name",
+    errno.ENOTDIR: "name a folder where one is meant",
+    errno.EISDIR: "name a file where one is meant",
+    errno.EEXIST: "name another file or folder",
+    errno.ENAMETOOLONG: "name it shorter",
+    errno.ELOOP: "remove the circle of links",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount the file system again",
+    errno.EFBIG: "name a place that takes large files",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs, or raise the system's limit on open files",
+}
+
+
+def one_line(e: Exception, to_save_memory: str) -> str:
+    """Return the line for an exception that the user can do something about; "" for any other."""
+    if isinstance(e, UserError):
+        return f"error: {e}"  # which is safe and short already
+    if isinstance(e, (ValueError, OSError)) and "; fix: " in str(e):
+        return f"error: {printable(e, 2000)}"
+
+    if isinstance(e, OSError) and e.errno in OF_THE_WORLD:
+        # An error while writing to an open file does not know the file's name.
+        where = e.filename or "writing or reading a file"
+        if e.filename is None and _flush_error(sys.stdout):
+            where = "standard output"
+        if e.filename is None and e.errno == errno.ENOENT:
+            return ""
+        return f"error: {UserError(where, e.strerror, OF_THE_WORLD[e.errno])}"
+
+    # torch has an error of its own for a GPU. Of the CPU's memory it raises a RuntimeError.
+    is_memory = isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
+    if is_memory or "DefaultCPUAllocator: can't allocate memory" in str(e):
+        what = str(e) or "too little for this"
+        return f"error: {UserError('memory', printable(what, 200), to_save_memory)}"
+    return ""
+
+
+# ----------------------------------------------------------------------------- what a terminal gets
+
+
+class Terminal:
+    """A text stream to a terminal that shows what would steer the terminal, in place of obeying it.
+
+    What a model says, and what rows hold, must not move the cursor or set a title. A line break
+    and a tab stay, and the \\r in front of a progress line, which only the start of a text can be.
+    Whoever colours a safe text writes it to `stream`.
+    """
+
+    def __init__(self, stream: typing.TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        shown = []
+        for place, character in enumerate(text):
+            is_meant = character in "\n\t" or (character == "\r" and place == 0)
+            if is_meant or unicodedata.category(character) != "Cc":
+                shown.append(character)
+            else:
+                shown.append(printable(character))
+        self.stream.write("".join(shown))
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def prepare_streams():
+    """Make the standard streams take any text, and a terminal obey none of it.
+
+    A file or a pipe gets the true text. A character that the stream's encoding does not have
+    (ASCII, in some locales; half a surrogate pair in any) becomes an escape.
+    """
+    # A program that was started without the stream, as by `>&-`.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+
+    # Tests put streams of their own here, which have no such method.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # it has been read from
+            sys.stdin.reconfigure(errors="replace")
+    if sys.stdout.isatty() and not isinstance(sys.stdout, Terminal):
+        sys.stdout = Terminal(sys.stdout)
+
+
+def colours() -> typing.TextIO:
+    """Return standard output as it is, for a text that is safe and has our own colours."""
+    return getattr(sys.stdout, "stream", sys.stdout)
+
+
+def _flush_error(stream: typing.TextIO) -> OSError | None:
+    """Return why a stream cannot take what was printed to it; None if it can."""
+    try:
+        stream.flush()
+    except OSError as e:
+        return e
+    return None
+
+
+def _has_no_reader(e: Exception) -> bool:
+    """Say whether an exception comes from a standard stream that nobody reads any more."""
+    if not isinstance(e, BrokenPipeError):
+        return False
+
+    # Other pipes and sockets break, too.
+    for stream in (sys.stdout, sys.stderr):
+        asked = select.poll()
+        asked.register(stream.fileno(), 0)
+        if asked.poll(0):  # it answers unasked only if the other end is closed
+            return True
+    return False
+
+
+def _flush():
+    """Flush what was printed; if that fails, let Python's own flush at its end say nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if _flush_error(stream):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+
+
+# Waits for the end of the process that file descriptor argv[1] means, at most a minute.
+AFTERWARDS = """
+import select, sys
+ended, _, _ = select.select([int(sys.argv[1])], [], [], 60)
+if ended:
+    print(sys.argv[2], file=sys.stderr)
+"""
+
+
+def _repeat_after_torchrun(line: str):
+    """Under torchrun, print the line once more when torchrun has ended.
+
+    For a rank that fails, torchrun prints thirty lines of its own, as its last act: its traceback,
+    and a table that quotes the message in the file TORCHELASTIC_ERROR_FILE. Nothing that a rank
+    prints can come after that, so a small process stays behind. Of several ranks that fail only
+    the first does this.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file or not hasattr(os, "pidfd_open"):
         return
 
+    # torchrun makes a folder for each rank, side by side, and removes them.
+    of_all_ranks = Path(error_file).parent.parent
     try:
-        main(argv)
-    except ValueError as e:
-        if "; fix: " not in str(e):
-            raise
-        sys.stdout.flush()  # what was printed before stays above the error
-        sys.exit(f"error: {e}")
+        os.mkdir(of_all_ranks / "has_said_why")
+        launcher = os.pidfd_open(os.getppid())
+    except OSError:
+        return  # another rank was first, or there is no torchrun any more
+    with open(error_file, "w") as f:
+        json.dump({"message": line}, f)
+    subprocess.Popen(
+        [sys.executable, "-S", "-c", AFTERWARDS, str(launcher), line],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[launcher],
+        start_new_session=True,  # torchrun stops what is in the session of its ranks
+    )

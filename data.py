@@ -50,7 +50,7 @@ from tqdm import tqdm  # comes with tokenizers
 import config
 from checkpoints.files import resolve, write_file
 from checkpoints.layouts import config_from_recipe
-from config import UserError
+from config import UserError, within
 from inputs import templates
 from inputs.image_processor import ImageProcessor
 from inputs.index import cached_array
@@ -605,7 +605,8 @@ def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = Tru
         # The text, from the functions that made the sample's ids.
         text, spans, marks = templates.render(row["conversations"], template)
         _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
-        print(f"--- {head}\n{show_supervised(text, labels, offsets, colour)}")
+        print(f"--- {head}")
+        print(show_supervised(text, labels, offsets, colour), file=config.colours())
 
         # The same for the page, with the pictures.
         html.append(f"<h2>{escape(head)}</h2>")
@@ -743,12 +744,12 @@ def main(argv: list[str]):
     add("--images", default="", help="folder of the pictures; default: the rows' own")
     add("--tokenizer", default="", help="its folder; else tokens are bytes and nothing is cut")
     add("--template", default="phi", help=", ".join(templates.TEMPLATES))
-    add("--image-tokens", type=int, default=576)
-    add("--max-tokens", type=int)
-    add("--rows", type=int, default=3, help="inspect: so many of each stage")
+    add("--image-tokens", type=within(int, 1, 10**6), default=576)
+    add("--max-tokens", type=within(int, 1, 10**7))
+    add("--rows", type=within(int, 1, 10**6), default=3, help="inspect: so many of each stage")
     add("--row", type=int, help="inspect: only this row, counted from 0")
     add("--page", help="inspect: also write a page with the pictures")
-    add("--size", type=int, default=1000, help="shard: megabytes of a tar file")
+    add("--size", type=within(int, 1, 10**6), default=1000, help="shard: megabytes of a tar file")
     args = parser.parse_args(argv)
 
     # Rows into tar files.

@@ -40,6 +40,7 @@ The files around it:
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -59,6 +60,7 @@ from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
 from inputs.rows import RowMixture, Rows, files, open_rows
 from inputs.sample import SampleSpec
+from inputs.tiling import read_grids
 from layers import RMSNorm
 from model import LLaVA
 from packing import Batch
@@ -70,6 +72,7 @@ from training.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "recipes" / "demo.toml"
+TO_SAVE_MEMORY = "lower stage.NAME.micro_batch_tokens, or set train.gradient_checkpointing=true"
 
 
 # ----------------------------------------------------------------------------- what trains, and how
@@ -84,8 +87,7 @@ def set_trainable(model: LLaVA, tune: Tune):
     for part, attribute in PARTS.items():
         module = getattr(model, attribute)
         how = getattr(tune, part)
-        kind, _, start = how.partition(":")  # of partial:N
-        is_partial = kind == "partial" and start.isdigit() and part != "connector"
+        is_partial = re.fullmatch("partial:[0-9]{1,6}", how) and part != "connector"
 
         if how == "frozen":
             continue
@@ -94,7 +96,7 @@ def set_trainable(model: LLaVA, tune: Tune):
         elif how == "lora" or how in lora.QUANTIZED:
             lora.freeze(module)
         elif is_partial:
-            first = int(start)
+            first = int(how.removeprefix("partial:"))
             if first >= len(module.blocks):
                 what = f"{how}, but there are {len(module.blocks)} blocks"
                 raise UserError(f"tune.{part}", what, "name an earlier one")
@@ -500,6 +502,7 @@ def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str):
 
 def check_recipe(recipe: Recipe, path: Path):
     """Raise UserError for what would stop the run later, before anything is loaded."""
+    read_grids(recipe.model.image_grids)
     for name, stage in recipe.stage.items():
         sources = [source.data for source in stage.mixture.values()]
         for file in [stage.data, stage.validation, *sources]:
@@ -625,4 +628,4 @@ def main(argv: list[str]):
 
 if __name__ == "__main__":
     with last_word():
-        config.cli(main, __doc__, fields_help=True)
+        config.cli(main, __doc__, fields_help=True, to_save_memory=TO_SAVE_MEMORY)

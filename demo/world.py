@@ -468,16 +468,23 @@ def main(doc: str = __doc__, scenes: int = SCENES, fill: Fill = fill_folder):
     parser = config.parser(doc)
     parser.add_argument("out", metavar="OUT", help="new folder to write")
     parser.add_argument(
-        "--seed", type=int, default=0, help="another seed, another data set (default 0)"
+        "--seed",
+        type=config.within(int, 0, 2**63 - 1),
+        default=0,
+        help="another seed, another data set (default 0)",
     )
     parser.add_argument(
-        "--scenes", type=int, default=scenes, help=f"how many to train on (default {scenes})"
+        "--scenes",
+        type=config.within(int, 1, 10**7),
+        default=scenes,
+        help=f"how many to train on (default {scenes})",
     )
-    args = parser.parse_args()
-    try:
+
+    def command(argv: list[str]):
+        args = parser.parse_args(argv)
         write(args.out, args.seed, args.scenes, fill)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+
+    config.cli(command, doc)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import config
@@ -35,14 +36,21 @@ def claim(recipe: Recipe, ranks: Ranks) -> bool:
     """
     output = Path(recipe.train.output)
     saved = output / "recipe.toml"
-    text = config.dumps(recipe)
+
+    # Which checkpoint this start begins from says nothing about a later one.
+    train = replace(recipe.train, resume="")
+    text = config.dumps(replace(recipe, train=train))
 
     # A start that failed on a mistake of the recipe has written no log. It may be mended in place.
     has_begun = (output / "log.jsonl").exists()
-    if has_begun and saved.exists() and saved.read_text() != text:
-        difference = first_difference(saved.read_text(), text)
-        what = f"another recipe was trained here (now: {difference})"
-        raise UserError(saved, what, "set train.output, or remove the folder")
+    if has_begun and saved.exists():
+        try:
+            deciding, _ = config.differences(saved.read_text(), recipe)
+        except ValueError as e:
+            raise UserError(saved, f"not TOML: {e}", "mend it, or set train.output") from None
+        if deciding:
+            what = f"another recipe was trained here ({deciding[0]})"
+            raise UserError(saved, what, "set train.output, or remove the folder")
 
     if (output / "config.json").exists():
         return False
@@ -52,14 +60,6 @@ def claim(recipe: Recipe, ranks: Ranks) -> bool:
         write_file(saved, text)
     ranks.barrier()
     return True
-
-
-def first_difference(old: str, new: str) -> str:
-    """Return the first line of `new` that is not as in `old`."""
-    for old_line, new_line in zip(old.splitlines(), new.splitlines(), strict=False):
-        if old_line != new_line:
-            return new_line
-    return "its length"
 
 
 def check_room(model: LLaVA, recipe: Recipe):

@@ -147,7 +147,8 @@ def last_word():
 
     A rank that failed leaves at once, by os._exit: a normal exit would wait for the process group
     and for the loader's workers, which wait for ranks that are gone. torchrun then ends the other
-    ranks, and its own summary quotes the line that was written to TORCHELASTIC_ERROR_FILE.
+    ranks, and its own summary quotes the line that was written to TORCHELASTIC_ERROR_FILE. A user's
+    mistake is then said once more, below that summary (config.cli).
     """
     try:
         yield
@@ -159,6 +160,9 @@ def last_word():
             _leave_group()
             return
 
+        # config.cli has chosen another code than 1: it was stopped, or nobody reads what it says.
+        if isinstance(e, SystemExit) and isinstance(e.code, int):
+            os._exit(e.code)
         if _failed_first():
             _say(e)
         os._exit(1)
