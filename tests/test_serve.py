@@ -1,5 +1,6 @@
 """serve.py as its users meet it: over HTTP, with OpenAI's client, and as a page in a browser."""
 
+import asyncio
 import base64
 import io
 import json
@@ -45,7 +46,7 @@ VISION = {
     "patch_size": 16,
     "image_size": 48,
 }
-LIMITS = Limits(body=100_000, pixels=10_000, images=2, tokens=40, context=200, queue=2)
+LIMITS = Limits(body=100_000, pixels=10_000, images=2, tokens=40, context=200, queue=2, wait=1)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,8 @@ def jobs(folder):
     return JobQueue(LLaVA.from_pretrained(folder), load_tokenizer(folder), "tiny", LIMITS)
 
 
-def listen(jobs, allow_urls=False):
-    server = serve.api(jobs, "127.0.0.1", 0, allow_urls)
+def listen(jobs, allow_urls=False, page=None):
+    server = serve.api(jobs, "127.0.0.1", 0, allow_urls, page=page)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, f"http://127.0.0.1:{server.server_port}"
 
@@ -72,7 +73,7 @@ def listen(jobs, allow_urls=False):
 def url(jobs):
     server, url = listen(jobs)
     yield url
-    server.shutdown()
+    server.stop()
 
 
 def png(colour=(200, 30, 30), size=(60, 40), form="PNG"):
@@ -117,9 +118,18 @@ def post(url, body, path="/v1/chat/completions", **headers):
 
 
 def job(jobs, text):
-    return jobs.job(
-        [{"from": "human", "value": text}], [], stop=[], temperature=0.0, top_p=1.0, seed=None
-    )
+    turns = [{"from": "human", "value": text}]
+    return jobs.job(turns, [], stop=[], temperature=0.0, top_p=1.0, top_k=0, seed=None)
+
+
+def said(jobs, job) -> str:
+    """The whole answer to a job."""
+
+    async def listen():
+        async with jobs.seat() as seat:
+            return "".join([piece async for piece in jobs.answer(job, seat)])
+
+    return asyncio.run(listen())
 
 
 def until(true, seconds=20):
@@ -298,8 +308,8 @@ BAD = [
     (question(temperature=float("nan")), 400, "temperature: nan is not"),
     (question(top_p="1"), 400, "top_p: '1' is not"),
     (question(seed=1.5), 400, "seed: 1.5 is not"),
-    (question(max_tokens=0), 400, "max_tokens: 0 is not a number from 1 to 40"),
-    (question(max_tokens=41), 400, "max_tokens: 41 is not a number from 1 to 40"),
+    (question(max_tokens=0), 400, "max_tokens: 0 is not a whole number from 1 to 40"),
+    (question(max_tokens=41), 400, "max_tokens: 41 is not a whole number from 1 to 40"),
     (question(stop=["a"] * 5), 400, "stop: a string, or up to four"),
     (question(stop=""), 200, ""),
     (question(n=1, user="me", tools=[], frequency_penalty=0.0), 200, ""),
@@ -368,7 +378,7 @@ def test_urls_are_fetched_only_where_allowed(jobs):
         "pictures are taken as"
         in post(url, question("How many?", at("file:///etc/passwd")))[1]["message"]
     )
-    server.shutdown()
+    server.stop()
     host.shutdown()
 
 
@@ -402,7 +412,7 @@ def test_a_full_queue_refuses_and_the_others_are_answered_in_order(jobs, url, mo
         thread.start()
         if i == 0:
             assert slow.started.acquire(timeout=30)
-        until(lambda i=i: jobs.jobs.qsize() == i)
+        until(lambda i=i: len(jobs.waiting) == i)
     status, reply = post(url, question())
     assert (
         status == 429
@@ -424,12 +434,17 @@ def test_a_reader_that_leaves_stops_the_model(jobs, monkeypatch):
         real(ids, stream=lambda step: (stream(step), read.wait(30)), **options)
 
     monkeypatch.setattr(jobs.model, "generate", generate)
-    pieces = jobs.answer(left)
-    next(pieces)
-    pieces.close()
+
+    async def read_one():
+        async with jobs.seat() as seat:
+            pieces = jobs.answer(left, seat)
+            await anext(pieces)
+            await pieces.aclose()
+
+    asyncio.run(read_one())
     read.set()
     after = job(jobs, "Hello")
-    assert "".join(jobs.answer(after)) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
+    assert said(jobs, after) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
 
 
 def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(jobs, url, monkeypatch, capfd):
@@ -498,14 +513,9 @@ def test_the_command(folder):
 @pytest.fixture(scope="module")
 def page(jobs):
     pytest.importorskip("gradio", reason="pip install '.[demo]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app, *_ = serve.web_page(jobs, "127.0.0.1", port, prevent_thread_lock=True)
-    yield f"http://127.0.0.1:{port}"
-    import gradio
-
-    gradio.close_all()
+    server, url = listen(jobs, page=serve.web_page(jobs))
+    yield url
+    server.stop()
 
 
 def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
@@ -516,6 +526,7 @@ def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
     def send(path):
         data = [
             {"text": "What?", "files": [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]},
+            "",
             [],
             None,
         ]
@@ -598,7 +609,7 @@ def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
         wait(lambda: answers.count() == 1 and answers.inner_text().strip())
         first = answers.inner_text().strip()  # the model stands still at its sixth token
         go.set()
-        whole = "".join(jobs.answer(job(jobs, "hello")))  # behind the first in the queue
+        whole = said(jobs, job(jobs, "hello"))  # behind the first in the queue
         assert whole
         wait(lambda: len(answers.inner_text().strip()) > len(first))
         ask("And now?")
@@ -635,4 +646,4 @@ def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
 def test_without_gradio_the_page_says_what_to_install(jobs, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"gradio is not installed; fix: pip install '.\[demo\]'"):
-        serve.web_page(jobs, "127.0.0.1", 0)
+        serve.web_page(jobs)
