@@ -521,16 +521,16 @@ def web_page(jobs: JobQueue):
     except ImportError:
         raise UserError("--web", "gradio is not installed", "pip install '.[demo]'") from None
 
-    async def ask(message: dict, system: str, shown: list, said: tuple):
+    async def ask(message: dict, system: str | None, shown: list, said: tuple):
         """Take what is in the boxes, the chat and the state; yield what they hold as it grows.
 
-        message: a text, and the names of files. system: the text of a system message, or "".
+        message: a text, and the names of files. system: the text of a system message, or none.
         shown: the messages in the chat. said: the turns and the pictures of the conversation.
         """
         try:
             async with (
                 jobs.seat() as seat,
-                aclosing(answer(message, system, shown, said, seat)) as states,
+                aclosing(answer(message, system or "", shown, said, seat)) as states,
             ):
                 async for state in states:
                     yield state
@@ -614,7 +614,7 @@ def web_page(jobs: JobQueue):
     # Fonts of the reader's own system: gradio's would come from elsewhere.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.queue(max_size=seats)
-    return gradio.mount_gradio_app(
+    page = gradio.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
         path="/",
@@ -622,8 +622,15 @@ def web_page(jobs: JobQueue):
         footer_links=[],
         max_file_size=jobs.limits.body,
         show_error=False,
+        run_history=False,
         ssr_mode=False,
     )
+
+    # gradio checks that a file which a request names was uploaded, and is no other one of this
+    # machine, only after `launch`. A page that is mounted has not been launched.
+    blocks.has_launched = True
+    blocks.is_running = True
+    return page
 
 
 # -- the command -----------------------------------------------------------------------------------
