@@ -346,6 +346,8 @@ class API:
         except Refused as e:
             await self.refuse(exchange, e)
         except asyncio.CancelledError:
+            # There is no time to wait for the rest of a body.
+            exchange.body_ended = True
             await self.refuse(exchange, Refused(503, "the server is being stopped"))
         except BaseException:
             # A panic of a Rust library is no Exception.

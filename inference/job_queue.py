@@ -423,9 +423,14 @@ def _fetch_http(url: str, most: int) -> bytes:
     for handler in HANDLERS:
         opener.add_handler(handler())
 
+    started = time.monotonic()
     try:
         with opener.open(url, timeout=FETCH_SECONDS) as reply:
             data = reply.read(most + 1)  # one more, to see whether there are more
+
+        # A connection that `_limit_time` has ended looks like a reply that is short.
+        if time.monotonic() - started >= FETCH_SECONDS:
+            raise TimeoutError(f"it took over {FETCH_SECONDS} seconds")
     except (OSError, ValueError, http.client.HTTPException) as e:
         what = f"{url[:60]!r} cannot be fetched: {printable(e)}"
         raise Refused(400, what, "invalid_image_url", "messages") from None

@@ -821,7 +821,7 @@ RAW = {
     "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", [400]),
     "two hosts": (head(0, "Host: evil.example"), [400]),
     "no request line": (b"\x16\x03\x01\x02\x00\r\n\r\n", [400]),
-    "a bad version": (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", [400]),
+    "a bad version": (b"GET / HTTP/x.1\r\nHost: localhost\r\n\r\n", [400]),
     "a header without a colon": (b"GET / HTTP/1.1\r\nHost: localhost\r\nxyz\r\n\r\n", [400]),
     "a megabyte of headers": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 2**20, [400]),
     "HEAD": (head(0, CLOSE, path="/v1/models", method="HEAD"), [200]),
@@ -846,12 +846,8 @@ RAW = {
 @pytest.mark.parametrize("what", RAW)
 def test_odd_http_gets_a_reply(url, capfd, what):
     data, expected = RAW[what]
-    if what == "a length that is huge":  # the client gives up in the middle
-        data += b"x" * 1000
-        received = raw(url, data, half_close=True)
-        assert statuses(received) == []
-    else:
-        assert statuses(raw(url, data)) == expected
+    gives_up = what == "a length that is huge"  # else it would have to send all that
+    assert statuses(raw(url, data, half_close=gives_up)) == expected
     assert capfd.readouterr().err == ""
     assert post(url, question(max_tokens=1))[0] == 200
 
