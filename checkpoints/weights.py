@@ -32,7 +32,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.fields import Fields
 from checkpoints.files import check_regular, damaged, read_json, write_file
 from checkpoints.names import Table, as_tuple, matches, rename, reverse
 from config import UserError
@@ -215,8 +214,11 @@ class Checkpoint(Mapping):
 
 def read_index(index: Path) -> dict[str, str]:
     """Return {key: shard} of an index. Raises UserError for a shard outside of its folder."""
-    fields = Fields(read_json(index), index, fix=AGAIN).table("weight_map")
-    listed = {key: fields.text(key, most=1000) for key in fields.values}
+    listed = read_json(index).get("weight_map")
+    is_table = isinstance(listed, dict)
+    if not is_table or not all(isinstance(shard, str) for shard in listed.values()):
+        what = "not a table of key and shard"
+        raise UserError(f"{index}:weight_map", what, "download it again")
 
     # A checkpoint from the net must not make us open any file of this machine.
     for key, shard in listed.items():
