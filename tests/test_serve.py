@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,9 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
+import config
 import serve
-from config import Model
-from demo import world as demo_world
 from inference import connections, job_queue
 from inference.answer import answer as answer_of
 from inference.asgi import Held, Names
@@ -32,36 +30,15 @@ from inference.job_queue import JobQueue, Limits
 from inputs.templates import encode_prompt
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
+from tests.tools import fuzz, served
 from tests.tools.environment import ROOT, run
-
-TEXT = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.3,
-}
-VISION = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": 16,
-    "image_size": 48,
-}
-LIMITS = Limits(body=100_000, pixels=10_000, images=2, tokens=40, context=200, queue=2, wait=1)
+from tests.tools.fuzz import server as server_fuzz
+from tests.tools.served import LIMITS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("serve") / "tiny"
-    demo_world.write(out / "world", scenes=60)
-    LLaVA.from_parts(Model(llm_config=TEXT, vision_config=VISION), "plain").save(out)
-    load_tokenizer(out / "world" / "tokenizer").save(out)
-    return out
+    return served.write(tmp_path_factory.mktemp("serve") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -953,18 +930,13 @@ def test_a_redirect_leads_to_no_other_kind_of_url(tmp_path):
 
 @pytest.fixture(scope="module")
 def command(folder):
-    """A server process, and its URL."""
-    command = [sys.executable, "serve.py", "--model", folder, "--port", "0"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as server:
-        url = server.stdout.readline().split()[-1]
-        yield server, url.removesuffix("/v1")
-        server.kill()
+    """`python serve.py` as a process."""
+    with served.serving(folder, folder / "log") as target:
+        yield target
 
 
 def test_the_command(folder, command):
-    server, url = command
+    url = command.url
     assert url.startswith("http://127.0.0.1:") and post(url, question())[0] == 200
     port = url.split(":")[2]
     taken = run("serve.py", "--model", folder, "--port", port, ok=False).stderr.strip()
@@ -972,36 +944,56 @@ def test_the_command(folder, command):
 
 
 def test_memory_is_steady(command):
-    server, url = command
+    url = command.url
 
     def memory():
-        status = Path(f"/proc/{server.pid}/status").read_text()
+        status = Path(f"/proc/{command.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) // 1024  # MiB
 
     def ask(n):
-        picture = shown(png((n % 256, 30, 200), size=(600, 400)))
+        picture = shown(png((n % 256, 30, 200), size=(100, 100)))
         assert post(url, question("How many?", picture, max_tokens=3))[0] == 200
         raw(url, head(1000, CLOSE) + GOOD[:50], half_close=True)
 
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc here")
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(ask, range(40)))
+        list(threads.map(ask, range(20)))
         before = memory()
-        list(threads.map(ask, range(160)))
+        list(threads.map(ask, range(60)))
     assert memory() - before < 40
 
 
+@pytest.fixture
+def fuzzed(command, monkeypatch):
+    """Let the fuzzer talk to the server of this file."""
+    monkeypatch.setattr(server_fuzz, "TARGET", command)
+    server_fuzz.target.cache_clear()
+    yield
+    server_fuzz.target.cache_clear()
+
+
+def test_wrong_requests_of_all_kinds_are_answered(fuzzed):
+    assert fuzz.fuzz(server_fuzz.case, 20).violations == []
+
+
+@pytest.mark.full
+def test_six_hundred_wrong_requests_are_answered(fuzzed):
+    result = fuzz.fuzz(server_fuzz.case, 600)
+    print(fuzz.table(result))
+    assert result.violations == []
+
+
 def test_a_signal_ends_the_command_in_the_middle_of_an_answer(command):
-    server, url = command
+    url = command.url
     with socket.create_connection(address_of(url), timeout=30) as client:
-        client.sendall(asked(question(max_tokens=1000, stream=True)))
+        client.sendall(asked(question(max_tokens=40, stream=True)))
         assert b"200 OK" in client.recv(65536)
         with socket.create_connection(address_of(url)) as idle:
             idle.sendall(head(100) + b"{")
-            server.terminate()
-            assert server.wait(30) == 0
-    err = server.stderr.read()
+            command.process.terminate()
+            assert command.process.wait(30) == 0
+    err = command.log.read_text()
     assert "Traceback" not in err and "error" not in err.lower()
     assert '"POST /v1/chat/completions HTTP/1.1" 200' in err
 
@@ -1017,8 +1009,11 @@ def test_a_signal_ends_the_command_in_the_middle_of_an_answer(command):
         (("--host", "no.such.host.invalid"), "give another --port or --host"),
     ],
 )
-def test_a_wrong_option_is_one_line(folder, option, told):
-    err = run("serve.py", "--model", folder, *option, ok=False).stderr.strip()
+def test_a_wrong_option_is_one_line(folder, monkeypatch, option, told):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(folder), *option])
+    with pytest.raises(SystemExit) as ended:
+        config.cli(serve.main, serve.__doc__)
+    err = str(ended.value)
     assert told in err and err.startswith("error: ") and "\n" not in err
 
 
