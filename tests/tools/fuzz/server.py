@@ -64,7 +64,7 @@ ODD_HEADERS = (
 PATHS = ("/", "/v1/models", "/v1/models/tiny", "/health", "/v1/chat/completions", "//", "/%00%ff")
 PATHS += ("*", "http://evil.example/", "/v1/models/" + "x" * 5000, "/../../etc/passwd", "/\u00e9")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "CONNECT", "TRACE", "get", "G\u00c9T")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA")
 
 TARGET: served.Target | None = None  # the server that is asked; None: `target` starts one
 
