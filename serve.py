@@ -108,7 +108,7 @@ PATHS = "there are /v1/models, /v1/chat/completions and /health"
 MOST_VALUES = 200_000
 
 
-def read_json(body: bytes):
+def read_json(body: bytearray):
     """Return the JSON of a request's body. Raises Refused."""
     values = 0
     for mark in (b",", b":", b"[", b"{"):
@@ -116,7 +116,7 @@ def read_json(body: bytes):
     if values > MOST_VALUES:
         raise Refused(400, f"the body has over {MOST_VALUES} values", "request_too_large")
     try:
-        return parse_json(body)
+        return parse_json(bytes(body))
     except ValueError as e:
         raise Refused(400, f"the body is not JSON: {printable(e)}") from None
 
@@ -350,8 +350,9 @@ class API:
             exchange.body_ended = True
             await self.refuse(exchange, Refused(503, "the server is being stopped"))
         except BaseException:
-            # A panic of a Rust library is no Exception.
-            traceback.print_exc()
+            # A panic of a Rust library is no Exception. gradio raises when a client has left.
+            if not exchange.left:
+                traceback.print_exc()
             await self.refuse(exchange, Refused(500, "a mistake of the server; its log says which"))
         finally:
             exchange.release()
@@ -432,18 +433,17 @@ class API:
         allowed.
         """
         # The whole body comes first: a client that sends slowly has no seat.
-        body = await exchange.read_body(self.jobs.limits.body)
+        await exchange.read_body(self.jobs.limits.body)
         kind = exchange.header("content-type").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, "Content-Type must be application/json")
-        await exchange.while_there(self.in_turn(exchange, body))
+        await exchange.while_there(self.in_turn(exchange))
 
-    async def in_turn(self, exchange: Exchange, body: bytes):
+    async def in_turn(self, exchange: Exchange):
         """Wait for a seat, read the request, and send what the model answers. Raises Refused."""
         async with self.jobs.seat() as seat:
             # Pictures and long texts take time, and others want to be heard meanwhile.
-            request, job = await asyncio.to_thread(self.read, body)
-            del body
+            request, job = await asyncio.to_thread(self.read, exchange.body)
             exchange.release()
 
             # Closing the answer early, because the client is gone, stops the model.
@@ -453,7 +453,7 @@ class API:
                 else:
                     await self.complete(exchange, job, pieces)
 
-    def read(self, body: bytes) -> tuple[dict, Job]:
+    def read(self, body: bytearray) -> tuple[dict, Job]:
         """Return a request and its job. Raises Refused."""
         request = read_json(body)
         return request, read_request(request, self.jobs, self.allow_urls)

@@ -2,7 +2,7 @@
 
     exchange = Exchange(scope, receive, send, held)
     check_origin(exchange, names)                      # Refused for pages of other sites
-    body = await exchange.read_body(most=20_000_000)   # Refused if it is too much or too slow
+    await exchange.read_body(most=20_000_000)          # Refused if it is too much or too slow
     answer = await exchange.while_there(make_answer()) # cancelled when the client leaves
     await exchange.reply(200, {"answer": answer})
 
@@ -51,9 +51,9 @@ class Names:
 
     def __init__(self, bound: str, others: Iterable[str] = ()):
         """Take the address that is listened at, and other names that the server is known by."""
-        self.given = {in_brackets(name.lower()) for name in (bound, *others)}
+        self.others = {in_brackets(name.lower()) for name in others}
         self.everywhere = bound in ALL_INTERFACES
-        self.known = {*LOCAL, *self.given}
+        self.known = {*LOCAL, *self.others, in_brackets(bound.lower())}
         if self.everywhere:
             self.known.add(socket.gethostname().lower())
 
@@ -81,7 +81,7 @@ class Names:
 
         # Behind a proxy the Host may be another name than the one that the browser knows.
         match = HOST.fullmatch(site)
-        return match is not None and match["name"] in self.given - set(LOCAL)
+        return match is not None and match["name"] in self.others
 
 
 def in_brackets(name: str) -> str:
@@ -131,6 +131,8 @@ class Held:
     def add(self, length: int):
         """Count bytes that have come."""
         self.bytes += length
+
+        # Bodies that are whole stay: their clients have done all that they can.
         if self.bytes > self.most and self.arriving:
             oldest = next(iter(self.arriving))
             give_way = self.arriving.pop(oldest)
@@ -154,12 +156,13 @@ class Exchange:
     def __init__(self, scope: dict, receive: Callable, send: Callable, held: Held):
         """Take what an ASGI application is called with, and who counts the bytes of bodies."""
         self.scope = scope
-        self.receive = receive
+        self.receive_message = receive
         self.send = send
         self.held = held
-        self.bytes_held = 0
+        self.body = bytearray()  # what `read_body` has read
         self.body_ended = False
         self.started = False  # whether the reply has begun
+        self.left = False  # whether the client is known to be gone
 
     def header(self, name: str) -> str:
         """Return a header's value, or "" if there is none."""
@@ -168,37 +171,43 @@ class Exchange:
                 return value.decode("latin-1").strip()
         return ""
 
+    async def receive(self) -> dict:
+        """Return the next message of the ASGI server: a piece of the body, or that it has ended."""
+        message = await self.receive_message()
+        if message["type"] == "http.disconnect":
+            self.left = True
+        return message
+
     async def _read_piece(self) -> bytes:
         """Return the next bytes of the body. Raises Gone."""
         message = await self.receive()
-        if message["type"] == "http.disconnect":
+        if self.left:
             raise Gone
         self.body_ended = not message.get("more_body", False)
         return message.get("body", b"")
 
-    async def read_body(self, most: int) -> bytes:
-        """Return the body. Its memory counts as held until `release`.
+    async def read_body(self, most: int):
+        """Read the whole body into `self.body`. Its memory counts as held until `release`.
 
         Raises Refused for one that has more than `most` bytes (413), that had to give way to others
         (429), that did not come in time (408), or that the client broke off (400); and Gone.
         """
+        # What is too much by its own word is not kept. h11 has checked that it is a number.
         length = self.header("content-length")
         if length and int(length) > most:
             too_large = f"the request has {length} bytes, at most {most} are taken"
             raise Refused(413, too_large, "request_too_large")
 
-        body = bytearray()
         try:
             async with asyncio.timeout(None) as deadline:
                 self.held.arriving[self] = deadline
                 while not self.body_ended:
                     piece = await self._read_piece()
-                    body += piece
-                    if len(body) > most:
+                    self.body += piece
+                    self.held.add(len(piece))
+                    if len(self.body) > most:
                         too_large = f"the request has over {most} bytes, at most {most} are taken"
                         raise Refused(413, too_large, "request_too_large")
-                    self.bytes_held += len(piece)
-                    self.held.add(len(piece))
         except TimeoutError:
             busy = "too many requests arrive at once; try again later"
             raise Refused(429, busy, "server_busy", retry_after=2) from None
@@ -209,12 +218,11 @@ class Exchange:
         cut = self.scope.get("state", {}).get("cut")
         if cut is not None:
             raise cut
-        return bytes(body)
 
     def release(self):
-        """Count the body as not held any more."""
-        self.held.remove(self.bytes_held)
-        self.bytes_held = 0
+        """Drop the body, which is not needed any more."""
+        self.held.remove(len(self.body))
+        self.body = bytearray()
 
     async def while_there(self, work: Awaitable):
         """Return what `work` returns. Cancels it and raises Gone if the client leaves before.
@@ -228,6 +236,8 @@ class Exchange:
             if not working.done():
                 raise Gone
             return working.result()
+
+        # A task that is cancelled has to come to its end, where it gives back what it holds.
         finally:
             working.cancel()
             leaving.cancel()
@@ -249,6 +259,7 @@ class Exchange:
             headers["retry-after"] = str(refused.retry_after)
 
         # First read what is left, up to a limit. Behind an unread rest no other request can come.
+        self.release()
         discarded = 0
         while not self.body_ended and discarded <= MOST_DISCARDED:
             discarded += len(await self._read_piece())

@@ -48,6 +48,8 @@ class Connection(H11Protocol):
         if self.refused:
             return
         super().data_received(data)
+
+        # A request that is whole has no deadline: from now on its client waits for us.
         if self.cycle is not None and not self.cycle.more_body:
             self.deadline.cancel()
 
@@ -65,6 +67,7 @@ class Connection(H11Protocol):
         uvicorn would close at once. A client that has left for good looks the same until something
         is written to it.
         """
+        # Between two requests it is a client's usual way to leave.
         if self.refused or (self._is_idle() and not self._has_part_of_head()):
             return False
         if self._is_idle():

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import socket
+import struct
 import sys
 import threading
 import time
@@ -697,9 +698,10 @@ def test_the_body_that_has_come_for_longest_gives_way_to_others(jobs):
         until(lambda: server.config.app.held.bytes == 49_000)
         status, reply = post(url, json.dumps(question()).encode() + b" " * 20_000)
         assert status == 200
+        # Its memory is free at once, and its reply comes when it has been sent.
+        until(lambda: server.config.app.held.bytes == 0)
         slow.sendall(b" " * 1000)
         assert statuses(slow.recv(65536)) == [429]
-    until(lambda: server.config.app.held.bytes == 0)
     server.stop()
 
 
@@ -763,6 +765,7 @@ def test_own_hosts_and_pages_are_answered(url):
     names = Names("127.0.0.1", ["demo.example.org"])
     assert names.is_own_origin("https://demo.example.org", "127.0.0.1:8000")
     assert not names.is_own_origin("http://localhost:3000", "127.0.0.1:8000")
+    assert not Names("10.0.0.5").is_own_origin("http://10.0.0.5:3000", "10.0.0.5:8000")
 
 
 def test_ipv6(jobs):
@@ -881,6 +884,29 @@ def test_requests_share_an_engine_and_what_it_has_read(jobs, url, monkeypatch):
     # One that ends early, at a stop string, is no reason for a new one either.
     answer(url, question(long, stop=whole[2:4]))
     assert answer(url, question(long)) == whole and not made
+
+
+@pytest.mark.parametrize(
+    "gpu, options, device, dtype",
+    [
+        (False, (), "cpu", torch.float32),
+        (True, (), "cuda", torch.bfloat16),
+        (True, ("--dtype", "float32"), "cuda", torch.float32),
+        (False, ("--dtype", "bfloat16"), "cpu", torch.bfloat16),
+    ],
+)
+def test_a_gpu_computes_in_bfloat16(folder, monkeypatch, gpu, options, device, dtype):
+    asked = []
+
+    def load(*arguments):
+        asked.append(arguments[1:])
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(LLaVA, "from_pretrained", load)
+    with pytest.raises(InterruptedError):
+        serve.main(["--model", str(folder), *options])
+    assert asked == [(dtype, device)]
 
 
 def test_a_slow_server_of_pictures_is_waited_for_in_all_and_not_for_each_byte(jobs, monkeypatch):
@@ -1080,6 +1106,21 @@ def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
         page, boundary, "/gradio_api/upload", **{"Content-Type": "multipart/form-data; boundary=x"}
     )[1]
     assert send(given[0]) is True and seen == [png()]  # the same request with what was uploaded
+
+
+def test_a_client_that_leaves_the_page_leaves_no_traceback(page, capfd):
+    kind = "Content-Type: multipart/form-data; boundary=x"
+    with socket.create_connection(address_of(page)) as client:
+        first = head(5000, path="/gradio_api/upload").replace(
+            b"Content-Type: application/json", kind.encode()
+        )
+        client.sendall(
+            first + b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+        )
+        time.sleep(0.2)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert post(page, question())[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_page_and_api_are_one_server(page):
