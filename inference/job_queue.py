@@ -1,13 +1,13 @@
 """A queue of jobs in front of one model: it refuses what is too much, and answers one by one.
 
     jobs = JobQueue(model, tokenizer, "demo", Limits())
-    with jobs.seat():  # Refused with status 429 if too many wait
-        job = jobs.job(turns, items, stop=[], temperature=0.0, top_p=1.0, seed=None)
-        for piece in jobs.answer(job):
+    async with jobs.seat() as seat:  # Refused with status 429 if too many wait for too long
+        job = jobs.job(turns, items, stop=[], temperature=0.0, top_p=1.0, top_k=0, seed=None)
+        async for piece in jobs.answer(job, seat):
             print(piece, end="")
 
-serve.py is what people run, and both its HTTP handler and its page use this file. Requests come
-from many threads. Only the queue's own thread runs the model.
+serve.py is what people run, and both its API and its page use this file. Requests come from
+coroutines, of any event loop. Only the queue's own thread runs the model.
 
 In this order: `Limits`, `Refused` and `Job`; then `JobQueue`; then `fetch`, which gets the bytes
 of a picture that a request names by URL.
@@ -15,21 +15,25 @@ of a picture that a request names by URL.
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
+import contextlib
+import http.client
 import io
-import queue
+import socket
+import ssl
 import threading
+import time
 import traceback
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 
-from config import UserError
+from config import UserError, printable
 from inference.streaming import TextStream
 from inputs.pictures import load_image
 from inputs.templates import encode_prompt, stop_id
@@ -38,7 +42,13 @@ from packing import Item
 # Pillow knows many more, some of which start other programs. A stranger must not choose those.
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
-FETCH_SECONDS = 20  # how long a server of pictures may be silent
+FETCH_SECONDS = 20  # how long a picture may take to come from its server, in all
+
+SEAT_SECONDS = 0.05  # how often a request that waits looks whether a seat is free
+
+# Even the longest tokens of a vocabulary, runs of spaces, have hardly more characters than this. A
+# text that is longer than so many times the context need not be tokenized to be refused.
+CHARACTERS_PER_TOKEN = 64
 
 
 def limit(default: int, why: str):
@@ -55,33 +65,37 @@ class Limits:
     images: int = limit(8, "pictures in a conversation")
     tokens: int = limit(1024, "tokens of an answer")
     context: int = limit(4096, "tokens of a conversation, pictures and answer included")
-    queue: int = limit(8, "requests that wait while one is answered")
+    queue: int = limit(8, "requests that wait, prepared, while one is answered")
+    wait: int = limit(120, "seconds that more requests than those wait for a place")
 
 
 class Refused(Exception):
     """A request that is not answered: the HTTP status, and the body of OpenAI's error reply.
 
     code: OpenAI's word for the error. param: the field of the request that it is about.
+    retry_after: seconds after which to try again, for a status that has such a header.
     """
 
     KINDS = {429: "rate_limit_error", 500: "server_error"}
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, param: str | None = None
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
     ):
         super().__init__(message)
         kind = self.KINDS.get(status, "invalid_request_error")
         self.status = status
+        self.retry_after = retry_after
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Ended(Exception):
-    """Raised inside LLaVA.generate to end it: at a stop string, or when nobody listens any more."""
-
-
-@dataclass
+@dataclass(eq=False)  # two jobs are never the same, whatever they ask
 class Job:
-    """One answer to make. The queue's thread fills the fields below `seed`."""
+    """One answer to make. The queue's thread fills `made` and `finish`."""
 
     ids: list[int]
     images: list[Item]
@@ -89,14 +103,16 @@ class Job:
     max_tokens: int
     temperature: float
     top_p: float
+    top_k: int
     stop: list[str]
     seed: int | None
 
     made: list[int] = field(default_factory=list)  # tokens of the answer
     finish: str = "length"  # OpenAI's finish_reason: "stop" if the answer came to an end
 
-    # The text as it is made, and at the end None, or the exception that ended it.
-    pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    # Takes the pieces of the text as they are made, and at the end None or the Refused that ended
+    # it. `JobQueue.answer` sets it.
+    hand_out: Callable[[str | None | Refused], object] | None = None
     cancelled: bool = False
 
     def usage(self) -> dict[str, int]:
@@ -109,6 +125,20 @@ class Job:
         }
 
 
+class Seat:
+    """A place in the queue, with room for a request's pictures, until `leave` is called."""
+
+    def __init__(self, free: threading.Semaphore):
+        self.free = free
+        self.taken = True
+
+    def leave(self):
+        """Give the place to the next. The second call does nothing."""
+        if self.taken:
+            self.taken = False
+            self.free.release()
+
+
 class JobQueue:
     """A model that answers jobs one by one, in a thread of its own.
 
@@ -116,7 +146,9 @@ class JobQueue:
     """
 
     def __init__(self, model, tokenizer, name: str, limits: Limits):
-        self.model = model
+        # In evaluation mode the model keeps its engine from request to request, and with it the
+        # cache of the conversation so far and the captured step of a GPU.
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
         self.limits = limits
@@ -126,28 +158,49 @@ class JobQueue:
         trained = model.config.text.get("max_position_embeddings") or limits.context
         self.context = min(limits.context, trained)
 
-        self.seats = threading.Semaphore(1 + limits.queue)  # one is answered, the others wait
-        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.free = threading.Semaphore(1 + limits.queue)  # one is answered, the others wait
+        self.line: deque[object] = deque()  # a ticket for each request that waits for a seat
+
+        self.waiting: deque[Job] = deque()  # jobs that have a seat and wait for the model
+        self.changed = threading.Condition()  # guards `waiting`
+
+        # A decoded picture takes hundreds of megabytes, so one at a time is decoded.
+        self.decoding = threading.Lock()
 
         # A daemon, so that the process can end while the thread waits for jobs.
         threading.Thread(target=self._work, daemon=True).start()
 
     # -- before a job: is there room, and is the request within the limits? ------------------------
 
-    @contextmanager
-    def seat(self) -> Iterator[None]:
-        """Hold a seat from before a request is read until it is answered.
+    @contextlib.asynccontextmanager
+    async def seat(self) -> AsyncIterator[Seat]:
+        """Hold a seat while a request is prepared and answered.
 
-        Raises Refused (429) if none is free.
+        Seats are given in the order of arrival. Raises Refused (429) if none gets free in time.
         """
-        # Refused at once and not made to wait: whoever waits here holds a connection and a thread.
-        if not self.seats.acquire(blocking=False):
-            waiting = f"{self.limits.queue} requests are waiting already; try again later"
-            raise Refused(429, waiting, "queue_full")
+        await self._wait_in_line()
+        seat = Seat(self.free)
         try:
-            yield
+            yield seat
         finally:
-            self.seats.release()
+            seat.leave()
+
+    async def _wait_in_line(self):
+        """Return when a seat is taken. Raises Refused when the wait is over."""
+        ticket = object()
+        self.line.append(ticket)
+        end = time.monotonic() + self.limits.wait
+
+        # Looking again and again is simpler than to be woken, and loses no time: while requests
+        # wait here, the model has others before it. A request that is cancelled leaves the line.
+        try:
+            while self.line[0] is not ticket or not self.free.acquire(blocking=False):
+                if time.monotonic() >= end:
+                    waiting = f"{self.limits.queue} requests are waiting already; try again later"
+                    raise Refused(429, waiting, "queue_full", retry_after=2)
+                await asyncio.sleep(SEAT_SECONDS)
+        finally:
+            self.line.remove(ticket)
 
     def picture(self, data: bytes) -> Item:
         """Return the item of a picture file's bytes. Raises Refused."""
@@ -155,19 +208,21 @@ class JobQueue:
             # Opening reads the size and no pixels, so a huge picture costs nothing.
             with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as head:
                 width, height = head.size
-            if width * height > self.limits.pixels:
-                most = f"at most {self.limits.pixels:,} are taken"
-                what = f"the picture has {width} x {height} pixels, {most}"
-                raise Refused(400, what, "image_too_large", "messages")
-
-            return self.model.views.picture(load_image(data))
-        except (OSError, ValueError, Image.DecompressionBombError) as e:
-            # Ours are ValueErrors and say what is wrong. Pillow's only name an object in memory.
+        except Exception:
+            # Pillow raises nearly anything, and its texts only name an object in memory.
             why = f"none of {', '.join(PICTURE_FORMATS)}"
-            if isinstance(e, ValueError):
-                why = str(e)
-            what = f"the picture cannot be read: {why}"
-            raise Refused(400, what, "invalid_image", "messages") from None
+            raise unreadable(why) from None
+
+        if width * height > self.limits.pixels:
+            most = f"at most {self.limits.pixels:,} are taken"
+            what = f"the picture has {width} x {height} pixels, {most}"
+            raise Refused(400, what, "image_too_large", "messages")
+
+        try:
+            with self.decoding:
+                return self.model.views.picture(load_image(data))
+        except ValueError as e:
+            raise unreadable(str(e)) from None
 
     def job(
         self, turns: list[dict], images: list[Item], max_tokens: int | None = None, **sampling
@@ -175,7 +230,7 @@ class JobQueue:
         """Return the job of answering a conversation.
 
         turns: in LLaVA's form, the last one is the question. images: its pictures in order.
-        sampling: temperature, top_p, stop and seed of the Job. Raises Refused.
+        sampling: temperature, top_p, top_k, stop and seed of the Job. Raises Refused.
         """
         # The page comes here directly, so limits are checked here and not where HTTP is read.
         limits = self.limits
@@ -185,6 +240,11 @@ class JobQueue:
         if max_tokens is not None and max_tokens > limits.tokens:
             what = f"max_tokens is too large: at most {limits.tokens}"
             raise Refused(400, what, None, "max_tokens")
+
+        characters = sum(len(turn["value"]) for turn in turns)
+        if characters > CHARACTERS_PER_TOKEN * self.context:
+            what = f"the conversation has {characters} characters; the context is {self.context}"
+            raise Refused(400, f"{what} tokens", "context_length_exceeded", "messages")
 
         try:
             ids = encode_prompt(turns, self.tokenizer, self.model.config.template)
@@ -207,36 +267,61 @@ class JobQueue:
 
     # -- the answer --------------------------------------------------------------------------------
 
-    def answer(self, job: Job) -> Iterator[str]:
+    async def answer(self, job: Job, seat: Seat) -> AsyncIterator[str]:
         """Yield the answer in pieces, as they are made. Raises Refused (500) if the model fails.
 
-        Whoever closes this generator early stops the model at its next token.
+        The seat is left when the model is done, even if the reader is slow. Whoever closes this
+        generator early takes the job out of the queue, or stops the model at its next token.
         """
-        self.jobs.put(job)
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[str | None | Refused] = asyncio.Queue()
+
+        def arrive(piece: str | None | Refused):
+            if not isinstance(piece, str):
+                seat.leave()
+            pieces.put_nowait(piece)
+
+        # The model's thread calls this. A loop that is closed has no reader any more.
+        def hand_out(piece: str | None | Refused):
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(arrive, piece)
+
+        job.hand_out = hand_out
+        with self.changed:
+            self.waiting.append(job)
+            self.changed.notify()
+
         try:
             while True:
-                piece = job.pieces.get()
+                piece = await pieces.get()
                 if piece is None:
                     return
-                if isinstance(piece, Exception):
-                    raise Refused(500, "the model failed; the server's log says how") from piece
+                if isinstance(piece, Refused):
+                    raise piece
                 yield piece
         finally:
             job.cancelled = True
+            with self.changed:
+                if job in self.waiting:
+                    self.waiting.remove(job)
 
     def _work(self):
         """Answer jobs for ever. This is what the queue's thread runs."""
         while True:
-            job = self.jobs.get()
+            with self.changed:
+                while not self.waiting:
+                    self.changed.wait()
+                job = self.waiting.popleft()
+
             end = None
             try:
-                if not job.cancelled:
-                    self._generate(job)
-            except Exception as e:
+                self._generate(job)
+            except BaseException:
                 # Any error ends this job only: without the thread no later one would be answered.
+                # A panic of a Rust library is no Exception.
                 traceback.print_exc()
-                end = e
-            job.pieces.put(end)
+                end = Refused(500, "the model failed; the server's log says how")
+            job.hand_out(end)
 
     def _generate(self, job: Job):
         """Run the model on a job and hand out its text as it comes."""
@@ -244,12 +329,12 @@ class JobQueue:
 
         def hand_out(piece: str):
             if piece:
-                job.pieces.put(piece)
+                job.hand_out(piece)
 
         def stream(step: list[int]):
             (token,) = step  # one prompt, so one token a step
-            if job.cancelled:
-                raise Ended
+            if job.cancelled or text.stopped:
+                return
             if token == self.eos:
                 job.finish = "stop"
                 return
@@ -258,7 +343,11 @@ class JobQueue:
             hand_out(text.update(job.made))
             if text.stopped:
                 job.finish = "stop"
-                raise Ended
+
+        # Called after `stream` with each token. The answer ends at a stop string, or when nobody
+        # listens any more, and the engine keeps what it has read for the next question.
+        def until(tokens: list[int]) -> bool:
+            return job.cancelled or text.stopped
 
         # Nobody else draws random numbers in this process, so the global generator will do. A job
         # without a seed gets a new one, or it would depend on the seed of the job before.
@@ -267,18 +356,17 @@ class JobQueue:
         else:
             torch.manual_seed(job.seed)
 
-        try:
-            self.model.generate(
-                [torch.tensor(job.ids)],
-                images=job.images,
-                max_new_tokens=job.max_tokens,
-                temperature=job.temperature,
-                top_p=job.top_p,
-                eos_token_id=self.eos,
-                stream=stream,
-            )
-        except Ended:
-            pass
+        self.model.generate(
+            [torch.tensor(job.ids)],
+            images=job.images,
+            max_new_tokens=job.max_tokens,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            top_k=job.top_k,
+            eos_token_id=self.eos,
+            stream=stream,
+            until=until,
+        )
 
         # What was held back, because more tokens could have changed it.
         hand_out(text.finish())
@@ -286,6 +374,12 @@ class JobQueue:
     def _decode(self, tokens: list[int]) -> str:
         """Return the text of an answer, without the space that templates put before it."""
         return self.tokenizer.decode(tokens).lstrip()
+
+
+def unreadable(why: str) -> Refused:
+    """Return the refusal of a picture that cannot be read."""
+    what = f"the picture cannot be read: {printable(why)}"
+    return Refused(400, what, "invalid_image", "messages")
 
 
 # -- pictures that a request names -----------------------------------------------------------------
@@ -316,7 +410,7 @@ def _decode_data_url(url: str) -> bytes:
     try:
         if comma and head.lower().endswith(";base64"):
             return base64.b64decode(body, validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii's is one, and so is that of characters that are not ASCII
         pass
     what = "the data URL is not data:image/...;base64,..."
     raise Refused(400, what, "invalid_image_url", "messages")
@@ -324,13 +418,80 @@ def _decode_data_url(url: str) -> bytes:
 
 def _fetch_http(url: str, most: int) -> bytes:
     """Return the bytes that an http server sends. Raises Refused."""
+    # urllib's own opener also knows ftp and file.
+    opener = urllib.request.OpenerDirector()
+    for handler in HANDLERS:
+        opener.add_handler(handler())
+
+    started = time.monotonic()
     try:
-        with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as reply:
+        with opener.open(url, timeout=FETCH_SECONDS) as reply:
             data = reply.read(most + 1)  # one more, to see whether there are more
-    except (OSError, ValueError) as e:
-        what = f"{url[:60]!r} cannot be fetched: {e}"
+
+        # A connection that `_limit_time` has ended looks like a reply that is short.
+        if time.monotonic() - started >= FETCH_SECONDS:
+            raise TimeoutError(f"it took over {FETCH_SECONDS} seconds")
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        what = f"{url[:60]!r} cannot be fetched: {printable(e)}"
         raise Refused(400, what, "invalid_image_url", "messages") from None
     if len(data) > most:
         what = f"{url[:60]!r} has over {most} bytes"
         raise Refused(400, what, "image_too_large", "messages")
     return data
+
+
+def _limit_time(connection: http.client.HTTPConnection):
+    """End a connection after FETCH_SECONDS.
+
+    A socket's own timeout is not enough: it begins anew with each byte that a slow server sends.
+    """
+    opened = connection.sock
+
+    def end():
+        with contextlib.suppress(OSError):  # it has ended before
+            opened.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(FETCH_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+
+
+class _TimedConnection(http.client.HTTPConnection):
+    """A connection to a server of pictures that ends in time."""
+
+    def connect(self):
+        super().connect()
+        _limit_time(self)
+
+
+class _TimedSecureConnection(http.client.HTTPSConnection):
+    """The same with TLS."""
+
+    def connect(self):
+        super().connect()
+        _limit_time(self)
+
+
+class _TimedHTTP(urllib.request.HTTPHandler):
+    """What urllib opens http URLs with."""
+
+    def http_open(self, request):
+        return self.do_open(_TimedConnection, request)
+
+
+class _TimedHTTPS(urllib.request.HTTPSHandler):
+    """What urllib opens https URLs with."""
+
+    def https_open(self, request):
+        return self.do_open(_TimedSecureConnection, request, context=ssl.create_default_context())
+
+
+HANDLERS = (
+    _TimedHTTP,
+    _TimedHTTPS,
+    urllib.request.ProxyHandler,
+    urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.HTTPErrorProcessor,
+    urllib.request.UnknownHandler,
+)

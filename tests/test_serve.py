@@ -1,60 +1,45 @@
 """serve.py as its users meet it: over HTTP, with OpenAI's client, and as a page in a browser."""
 
+import asyncio
 import base64
+import http.client
 import io
 import json
 import shutil
 import socket
-import subprocess
+import struct
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import config
 import serve
-from config import Model
-from demo import world as demo_world
+from inference import connections, job_queue
 from inference.answer import answer as answer_of
+from inference.asgi import Held, Names
+from inference.engine import Engine
 from inference.job_queue import JobQueue, Limits
 from inputs.templates import encode_prompt
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
+from tests.tools import fuzz, served
 from tests.tools.environment import ROOT, run
-
-TEXT = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.3,
-}
-VISION = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": 16,
-    "image_size": 48,
-}
-LIMITS = Limits(body=100_000, pixels=10_000, images=2, tokens=40, context=200, queue=2)
+from tests.tools.fuzz import server as server_fuzz
+from tests.tools.served import LIMITS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("serve") / "tiny"
-    demo_world.write(out / "world", scenes=60)
-    LLaVA.from_parts(Model(llm_config=TEXT, vision_config=VISION), "plain").save(out)
-    load_tokenizer(out / "world" / "tokenizer").save(out)
-    return out
+    return served.write(tmp_path_factory.mktemp("serve") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +47,8 @@ def jobs(folder):
     return JobQueue(LLaVA.from_pretrained(folder), load_tokenizer(folder), "tiny", LIMITS)
 
 
-def listen(jobs, allow_urls=False):
-    server = serve.api(jobs, "127.0.0.1", 0, allow_urls)
+def listen(jobs, allow_urls=False, page=None):
+    server = serve.api(jobs, "127.0.0.1", 0, allow_urls, page=page)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, f"http://127.0.0.1:{server.server_port}"
 
@@ -72,7 +57,7 @@ def listen(jobs, allow_urls=False):
 def url(jobs):
     server, url = listen(jobs)
     yield url
-    server.shutdown()
+    server.stop()
 
 
 def png(colour=(200, 30, 30), size=(60, 40), form="PNG"):
@@ -117,9 +102,20 @@ def post(url, body, path="/v1/chat/completions", **headers):
 
 
 def job(jobs, text):
-    return jobs.job(
-        [{"from": "human", "value": text}], [], stop=[], temperature=0.0, top_p=1.0, seed=None
-    )
+    turns = [{"from": "human", "value": text}]
+    return jobs.job(turns, [], stop=[], temperature=0.0, top_p=1.0, top_k=0, seed=None)
+
+
+def said(jobs, job) -> str:
+    """The whole answer to a job."""
+
+    async def listen():
+        async with jobs.seat() as seat:
+            return "".join([piece async for piece in jobs.answer(job, seat)])
+
+    # In a thread of its own: playwright has a loop in this one.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, listen()).result()
 
 
 def until(true, seconds=20):
@@ -298,8 +294,8 @@ BAD = [
     (question(temperature=float("nan")), 400, "temperature: nan is not"),
     (question(top_p="1"), 400, "top_p: '1' is not"),
     (question(seed=1.5), 400, "seed: 1.5 is not"),
-    (question(max_tokens=0), 400, "max_tokens: 0 is not a number from 1 to 40"),
-    (question(max_tokens=41), 400, "max_tokens: 41 is not a number from 1 to 40"),
+    (question(max_tokens=0), 400, "max_tokens: 0 is not a whole number from 1 to 40"),
+    (question(max_tokens=41), 400, "max_tokens: 41 is not a whole number from 1 to 40"),
     (question(stop=["a"] * 5), 400, "stop: a string, or up to four"),
     (question(stop=""), 200, ""),
     (question(n=1, user="me", tools=[], frequency_penalty=0.0), 200, ""),
@@ -313,6 +309,43 @@ BAD = [
     (question("What?", at("file:///etc/passwd")), 400, "pictures are taken as"),
     (question("What?", at("/etc/passwd")), 400, "pictures are taken as"),
     (question("What?", at("http://127.0.0.1/x.png")), 400, "without --allow-urls"),
+    (said_by(["user"], "x"), 400, "its role must be one of"),
+    (said_by({"role": "user"}, "x"), 400, "its role must be one of"),
+    (said_by(None, "x"), 400, "its role must be one of"),
+    (said_by("user", 5), 400, "its content must be text"),
+    (said_by("user", {"type": "text", "text": "x"}), 400, "its content must be text"),
+    (said_by("user", [[]]), 400, "its content must be text"),
+    (said_by("user", [{"type": ["text"], "text": "x"}]), 400, "its content must be text"),
+    (said_by("user", [{"type": "text", "text": ["x"]}]), 400, "its content must be text"),
+    (said_by("user", [{"type": "image_url", "image_url": "x"}]), 400, "its content must be text"),
+    (question("half a pair: \ud83d"), 400, "its content must be text"),
+    (question(stop="\ud83d"), 400, "stop: a string, or up to four"),
+    (question(stop=[5]), 400, "stop: a string, or up to four"),
+    (question("What?", at("data:image/png;base64,é")), 400, "the data URL is"),
+    (question("What?", at("data:image/png;base64,\ud83d")), 400, "the data URL is"),
+    (question("What?", at("data:" + "\ud83d" * 9)), 400, "the data URL is"),
+    (question("What?", at("\ud83d")), 400, "pictures are taken as"),
+    (question(model=["tiny"]), 404, "'tiny' is served"),
+    (question(model="\ud83d" * 5000), 404, "'tiny' is served"),
+    (question(stream="yes"), 400, "stream: 'yes' is not true or false"),
+    (question(stream_options=5), 400, "stream_options: 5 is not an object"),
+    (question(stream_options={"include_usage": 1}), 400, "include_usage: 1 is not true or false"),
+    (question(temperature=True), 400, "temperature: True is not a number"),
+    (question(temperature=10**400), 400, "is not a number from 0 to 2"),
+    (question(max_tokens=None, max_completion_tokens=0), 400, "max_completion_tokens: 0 is not"),
+    (question(seed=2**63), 400, "seed: 9223372036854775808 is not"),
+    (question(top_k=-2), 400, "top_k: -2 is not"),
+    (question(top_k="5"), 400, "top_k: '5' is not"),
+    (question(best_of=3), 400, "best_of: 3 is not supported"),
+    (question(logprobs=True), 400, "logprobs: True is not supported"),
+    (question(min_p=0.5), 400, "min_p: 0.5 is not supported"),
+    (question(parallel_tool_calls=False, service_tier="auto"), 200, ""),
+    (question() | {"messages": question()["messages"] * 300}, 400, "the context is 200"),
+    (b'{"a": ' + b"9" * 5000 + b"}", 400, "the body is not JSON"),
+    (b'{"a": "\xff"}', 400, "the body is not JSON"),
+    (b"\x00", 400, "the body is not JSON"),
+    (b"", 400, "the body is not JSON"),
+    (b"5", 400, "not a JSON object"),
     (b"{not json", 400, "the body is not JSON"),
     (b"[" * 50_000, 400, "the body is not JSON"),
     (b"[]", 400, "not a JSON object"),
@@ -368,7 +401,7 @@ def test_urls_are_fetched_only_where_allowed(jobs):
         "pictures are taken as"
         in post(url, question("How many?", at("file:///etc/passwd")))[1]["message"]
     )
-    server.shutdown()
+    server.stop()
     host.shutdown()
 
 
@@ -402,7 +435,7 @@ def test_a_full_queue_refuses_and_the_others_are_answered_in_order(jobs, url, mo
         thread.start()
         if i == 0:
             assert slow.started.acquire(timeout=30)
-        until(lambda i=i: jobs.jobs.qsize() == i)
+        until(lambda i=i: len(jobs.waiting) == i)
     status, reply = post(url, question())
     assert (
         status == 429
@@ -424,12 +457,17 @@ def test_a_reader_that_leaves_stops_the_model(jobs, monkeypatch):
         real(ids, stream=lambda step: (stream(step), read.wait(30)), **options)
 
     monkeypatch.setattr(jobs.model, "generate", generate)
-    pieces = jobs.answer(left)
-    next(pieces)
-    pieces.close()
+
+    async def read_one():
+        async with jobs.seat() as seat:
+            pieces = jobs.answer(left, seat)
+            await anext(pieces)
+            await pieces.aclose()
+
+    asyncio.run(read_one())
     read.set()
     after = job(jobs, "Hello")
-    assert "".join(jobs.answer(after)) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
+    assert said(jobs, after) and len(after.made) == LIMITS.tokens and len(left.made) <= 3
 
 
 def test_a_failure_of_the_model_is_a_500_and_the_next_is_answered(jobs, url, monkeypatch, capfd):
@@ -475,37 +513,565 @@ def test_openais_client(jobs, url):
     assert e.value.status_code == 413
 
 
-def test_the_command(folder):
-    command = [sys.executable, "serve.py", "--model", folder, "--port", "0"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as server:
-        url = server.stdout.readline().split()[-1]
-        assert (
-            url.startswith("http://127.0.0.1:")
-            and post(url.removesuffix("/v1"), question())[0] == 200
-        )
-        taken = run(
-            "serve.py", "--model", folder, "--port", url.split(":")[2].split("/")[0], ok=False
-        ).stderr.strip()
-        server.terminate()
-    assert (
-        taken.startswith(f"error: {url.removesuffix('/v1')}: ")
-        and "; fix: give another --port" in taken
+# -- clients that are slow, many, gone or foreign --------------------------------------------------
+
+
+def raw(url, data, wait=20, half_close=False) -> bytes:
+    """What a server sends to a client that writes these bytes, until it closes."""
+    with socket.create_connection(address_of(url), timeout=wait) as client:
+        client.sendall(data)
+        if half_close:
+            client.shutdown(socket.SHUT_WR)
+        received = b""
+        while piece := client.recv(65536):
+            received += piece
+        return received
+
+
+def address_of(url):
+    host, port = url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def head(
+    length, *more, path="/v1/chat/completions", method="POST", version="1.1", host="localhost"
+):
+    lines = [f"{method} {path} HTTP/{version}", f"Host: {host}", f"Content-Length: {length}"]
+    lines += ["Content-Type: application/json", *more]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def asked(body, *more, **request) -> bytes:
+    """A whole request as bytes."""
+    data = json.dumps(body).encode()
+    return head(len(data), *more, **request) + data
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(part.split(b" ")[0]) for part in received.split(b"HTTP/1.1 ")[1:]]
+
+
+CLOSE = "Connection: close"
+
+
+def test_fifty_slow_bodies_keep_no_good_client_out(url):
+    slow = [socket.create_connection(address_of(url)) for _ in range(50)]
+    try:
+        for client in slow:
+            client.sendall(head(1000) + b"{")
+        assert [post(url, question())[0] for _ in range(3)] == [200] * 3
+        for client in slow:
+            client.sendall(b" ")
+        assert post(url, question(stream=True))[0] == 200
+    finally:
+        for client in slow:
+            client.close()
+
+
+def test_many_clients_that_keep_their_connections_are_all_answered(folder):
+    """200 requests from 40 threads wait for their turn, and none of them is refused."""
+    limits = Limits(**{**vars(LIMITS), "wait": 60})
+    jobs = JobQueue(LLaVA.from_pretrained(folder), load_tokenizer(folder), "tiny", limits)
+    server, url = listen(jobs)
+    body = json.dumps(question("How many?", shown(png()), max_tokens=4))
+
+    def ask_five(_):
+        connection = http.client.HTTPConnection(*address_of(url), timeout=60)
+        got = []
+        for _ in range(5):
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", body, headers)
+            reply = connection.getresponse()
+            got.append((reply.status, reply.read()))
+        connection.close()
+        return got
+
+    with ThreadPoolExecutor(40) as threads:
+        replies = sum(threads.map(ask_five, range(40)), [])
+    server.stop()
+    assert [status for status, _ in replies] == [200] * 200
+    texts = {json.loads(data)["choices"][0]["message"]["content"] for _, data in replies}
+    assert len(texts) == 1
+
+
+def test_a_connection_lives_on_after_a_429(jobs, url, monkeypatch):
+    slow = Slow(jobs.model, monkeypatch)
+    texts = ["x" * n for n in (3, 90, 30)]
+    threads = [threading.Thread(target=post, args=(url, question(t))) for t in texts]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(jobs.waiting) == 2)
+
+    body = json.dumps(question())
+    connection = http.client.HTTPConnection(*address_of(url), timeout=30)
+    seen = []
+    for _ in range(3):
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        reply = connection.getresponse()
+        seen.append(reply.status)
+        assert reply.status == 200 or int(reply.headers["Retry-After"]) > 0
+        reply.read()
+        slow.go.set()
+        for thread in threads:
+            thread.join(30)
+    connection.close()
+    assert seen == [429, 200, 200]
+
+
+def test_clients_that_leave_free_their_places(jobs, url, monkeypatch):
+    slow = Slow(jobs.model, monkeypatch)
+    clients = []
+    for _ in range(3 + 4):  # one is answered, two have seats, the others wait to be read
+        client = socket.create_connection(address_of(url))
+        client.sendall(asked(question()))
+        clients.append(client)
+    until(lambda: len(jobs.waiting) == 2 and len(jobs.line) == 4)
+    for client in clients:
+        client.close()
+    until(lambda: not jobs.waiting and not jobs.line)
+    slow.go.set()
+    assert post(url, question())[0] == 200
+    assert len(slow.order) == 2  # the model has seen none of those that waited
+
+
+def test_a_slow_reader_has_no_seat_when_the_model_is_done(jobs):
+    slow = job(jobs, "Hello")
+
+    async def read_slowly():
+        async with jobs.seat() as seat:
+            pieces = jobs.answer(slow, seat)
+            first = await anext(pieces)
+            while seat.taken:
+                await asyncio.sleep(0.01)
+            assert jobs.free._value == 1 + LIMITS.queue
+            return first + "".join([piece async for piece in pieces])
+
+    assert asyncio.run(read_slowly()) == said(jobs, job(jobs, "Hello"))
+    assert jobs.free._value == 1 + LIMITS.queue
+
+
+@pytest.fixture
+def short(jobs, monkeypatch):
+    """A server that gives a request half a second to arrive."""
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.5)
+    server, url = listen(jobs)
+    yield url
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    "begin, status",
+    [(b"", []), (b"GET /health HTTP/1.1\r\nHost: local", []), (head(1000), [408])],
+    ids=("nothing", "head", "body"),
+)
+def test_a_byte_now_and_then_does_not_make_more_time(short, begin, status):
+    with socket.create_connection(address_of(short), timeout=20) as client:
+        client.sendall(begin)
+        received = b""
+        stop = threading.Event()
+
+        def drip():
+            while begin and not stop.wait(0.1):
+                try:
+                    client.sendall(b"x")
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            while piece := client.recv(65536):
+                received += piece
+        except ConnectionResetError:  # what was dripped meets a closed connection
+            pass
+        stop.set()
+        thread.join()
+    assert statuses(received) == status
+
+
+def test_the_body_that_has_come_for_longest_gives_way_to_others(jobs):
+    server, url = listen(jobs)
+    server.config.app.held = Held(60_000)
+    with socket.create_connection(address_of(url), timeout=20) as slow:
+        slow.sendall(head(50_000) + b" " * 49_000)
+        until(lambda: server.config.app.held.bytes == 49_000)
+        status, reply = post(url, json.dumps(question()).encode() + b" " * 20_000)
+        assert status == 200
+        # Its memory is free at once, and its reply comes when it has been sent.
+        until(lambda: server.config.app.held.bytes == 0)
+        slow.sendall(b" " * 1000)
+        assert statuses(slow.recv(65536)) == [429]
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    "host, bound, others, answered",
+    [
+        ("localhost", "127.0.0.1", (), True),
+        ("LOCALHOST:8000", "127.0.0.1", (), True),
+        ("127.0.0.1:8000", "127.0.0.1", (), True),
+        ("[::1]:8000", "::1", (), True),
+        ("[::1]", "127.0.0.1", (), True),
+        ("box.lan:8000", "box.lan", (), True),
+        ("demo.example.org", "0.0.0.0", ("demo.example.org",), True),
+        ("192.168.1.7:8000", "0.0.0.0", (), True),
+        ("10.0.0.5", "10.0.0.5", (), True),
+        ("", "127.0.0.1", (), False),
+        ("evil.example", "127.0.0.1", (), False),
+        ("evil.example", "0.0.0.0", (), False),
+        ("localhost.evil.example", "127.0.0.1", (), False),
+        ("evil.example:80@localhost", "127.0.0.1", (), False),
+        ("localhost/evil.example", "127.0.0.1", (), False),
+        ("127.0.0.1.evil.example", "0.0.0.0", (), False),
+        ("192.168.1.7", "127.0.0.1", (), False),
+        ("localhost:port", "127.0.0.1", (), False),
+        ("[::1", "127.0.0.1", (), False),
+    ],
+)
+def test_which_hosts_are_answered(host, bound, others, answered):
+    assert Names(bound, others).answers_to(host, "127.0.0.1") is answered
+
+
+FOREIGN = [
+    {"Host": "evil.example"},
+    {"Host": "evil.example:8000"},
+    {"Host": "localhost.evil.example"},
+    {"Origin": "http://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://localhost:1"},
+    {"Origin": "https://127.0.0.1"},
+    {"Host": "evil.example", "Origin": "http://evil.example"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_foreign_hosts_and_pages_are_refused(url, headers):
+    status, reply = post(url, question(), **headers)
+    assert status == 403 and reply["code"] in ("unknown_host", "foreign_origin")
+    assert post(url, {}, path="/v1/other", **headers)[0] == 403
+    for path in ("/v1/models", "/health", "/"):
+        request = urllib.request.Request(url + path, headers=headers)
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request)
+
+
+def test_own_hosts_and_pages_are_answered(url):
+    port = url.split(":")[2]
+    for host in ("localhost", "127.0.0.1", "[::1]", f"localhost:{port}"):
+        for origin in ({}, {"Origin": f"http://{host}"}, {"Origin": f"https://{host}"}):
+            assert post(url, question(max_tokens=1), Host=host, **origin)[0] == 200
+    # Behind a proxy that sends its own name, the browser's name must have been given.
+    names = Names("127.0.0.1", ["demo.example.org"])
+    assert names.is_own_origin("https://demo.example.org", "127.0.0.1:8000")
+    assert not names.is_own_origin("http://localhost:3000", "127.0.0.1:8000")
+    assert not Names("10.0.0.5").is_own_origin("http://10.0.0.5:3000", "10.0.0.5:8000")
+
+
+def test_ipv6(jobs):
+    try:
+        server = serve.api(jobs, "::1", 0)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    reply = urllib.request.urlopen(f"http://[::1]:{server.server_port}/health")
+    assert json.load(reply) == {"status": "ok", "model": "tiny"}
+    server.stop()
+
+
+CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+CHUNKED += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunks(data, size=50):
+    pieces = [data[i : i + size] for i in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+
+
+GOOD = json.dumps(question(max_tokens=2)).encode()
+ONE = asked(question(max_tokens=2), CLOSE)
+GET = head(0, CLOSE, path="/v1/models", method="GET")
+RAW = {
+    "a length of 5,000 digits": (head("9" * 5000), [400]),
+    "a length of 30 digits": (head("9" * 30), [400]),
+    "a length that is huge": (head("9" * 15, CLOSE), [413]),
+    "a length that is no number": (head("x"), [400]),
+    "a negative length": (head("-5"), [400]),
+    "two lengths": (head(5, "Content-Length: 6"), [400]),
+    "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", [400]),
+    "two hosts": (head(0, "Host: evil.example"), [400]),
+    "no request line": (b"\x16\x03\x01\x02\x00\r\n\r\n", [400]),
+    "a bad version": (b"GET / HTTP/x.1\r\nHost: localhost\r\n\r\n", [400]),
+    "a header without a colon": (b"GET / HTTP/1.1\r\nHost: localhost\r\nxyz\r\n\r\n", [400]),
+    "a megabyte of headers": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 2**20, [400]),
+    "HEAD": (head(0, CLOSE, path="/v1/models", method="HEAD"), [200]),
+    "OPTIONS": (head(0, CLOSE, path="/v1/models", method="OPTIONS"), [200]),
+    "PUT": (asked(question(), CLOSE, method="PUT"), [405]),
+    "DELETE": (head(0, CLOSE, path="/v1/models", method="DELETE"), [405]),
+    "an odd method": (head(0, CLOSE, method="FOO"), [405]),
+    "two in one": (asked(question(max_tokens=2)) + GET, [200, 200]),
+    "three in one": (asked({}) + asked(question(max_tokens=2)) + ONE, [404, 200, 200]),
+    "an unread body, and another": (asked(question(), path="/v1/other") + GET, [404, 200]),
+    "a body with GET": (head(3, path="/health", method="GET") + b"abc" + GET, [200, 200]),
+    "HTTP/1.0": (asked(question(max_tokens=2), version="1.0"), [200]),
+    "chunks": (CHUNKED + chunks(GOOD) + b"0\r\n\r\n", [200]),
+    "too many chunks": (CHUNKED + chunks(b" " * 200_000, 9999) + b"0\r\n\r\n", [413]),
+    "a bad chunk": (CHUNKED + chunks(GOOD) + b"zz\r\n", [400]),
+    "an upgrade": (head(0, CLOSE, "Upgrade: websocket", method="GET", path="/health"), [200]),
+    "a path with bytes": (head(0, CLOSE, method="GET", path="/v1/%ff%00%0d%0a"), [404]),
+    "a whole URL": (head(0, CLOSE, method="GET", path="http://evil.example/health"), [404]),
+}
+
+
+@pytest.mark.parametrize("what", RAW)
+def test_odd_http_gets_a_reply(url, capfd, what):
+    data, expected = RAW[what]
+    gives_up = what == "a length that is huge"  # else it would have to send all that
+    assert statuses(raw(url, data, half_close=gives_up)) == expected
+    assert capfd.readouterr().err == ""
+    assert post(url, question(max_tokens=1))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (head(0, path="/v1/models", method="GET"), [200]),
+        (asked(question() | {"messages": []}), [400]),
+        (head(1000) + GOOD[:50], [400]),
+        (CHUNKED + chunks(GOOD[:50]), [400]),
+        (b"GET /health HT", [400]),
+        (b"", []),
+    ],
+    ids=range(6),
+)
+def test_a_client_that_closes_its_own_side_still_gets_a_reply(url, capfd, data, expected):
+    assert statuses(raw(url, data, half_close=True)) == expected
+    assert capfd.readouterr().err == ""
+
+
+def test_head_has_no_body_and_options_says_what_there_is(url):
+    received = raw(url, RAW["HEAD"][0])
+    assert received.endswith(b"\r\n\r\n") and b"content-length: " in received
+    assert b"allow: GET, HEAD, OPTIONS" in raw(url, RAW["OPTIONS"][0])
+    assert b"allow: POST, OPTIONS" in raw(url, RAW["PUT"][0])
+
+
+def test_health(url):
+    reply = urllib.request.urlopen(f"{url}/health")
+    assert json.load(reply) == {"status": "ok", "model": "tiny"}
+
+
+def test_top_k_is_the_one_of_sampling(url):
+    def ask(**more):
+        return answer(url, question(max_tokens=20, seed=1, **({"temperature": 2} | more)))
+
+    assert ask(top_k=1) == ask(temperature=0) != ask(top_k=50)
+    assert ask(top_k=0) == ask(top_k=-1) == ask(top_k=None) == ask()
+
+
+def test_requests_share_an_engine_and_what_it_has_read(jobs, url, monkeypatch):
+    made, real = [], Engine.__init__
+    monkeypatch.setattr(
+        Engine, "__init__", lambda *args, **more: (made.append(1), real(*args, **more))[1]
     )
+    assert not jobs.model.training
+    answer(url, question())
+    del made[:]
+    long = "How many circles are there? " * 4
+    whole = answer(url, question(long))
+    assert answer(url, question(long)) == answer(url, question(long)) == whole
+
+    # One that ends early, at a stop string, is no reason for a new one either.
+    answer(url, question(long, stop=whole[2:4]))
+    assert answer(url, question(long)) == whole and not made
+
+
+@pytest.mark.parametrize(
+    "gpu, options, device, dtype",
+    [
+        (False, (), "cpu", torch.float32),
+        (True, (), "cuda", torch.bfloat16),
+        (True, ("--dtype", "float32"), "cuda", torch.float32),
+        (False, ("--dtype", "bfloat16"), "cpu", torch.bfloat16),
+    ],
+)
+def test_a_gpu_computes_in_bfloat16(folder, monkeypatch, gpu, options, device, dtype):
+    asked = []
+
+    def load(*arguments):
+        asked.append(arguments[1:])
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(LLaVA, "from_pretrained", load)
+    with pytest.raises(InterruptedError):
+        serve.main(["--model", str(folder), *options])
+    assert asked == [(dtype, device)]
+
+
+def test_a_slow_server_of_pictures_is_waited_for_in_all_and_not_for_each_byte(jobs, monkeypatch):
+    monkeypatch.setattr(job_queue, "FETCH_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+
+        def drip():
+            client, _ = there.accept()
+            client.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            try:
+                for _ in range(300):
+                    client.sendall(b"x")
+                    time.sleep(0.1)
+            except OSError:
+                pass
+            client.close()
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        with pytest.raises(job_queue.Refused, match="cannot be fetched"):
+            job_queue.fetch(f"http://127.0.0.1:{there.getsockname()[1]}/x.png", True, 1000)
+        thread.join(10)  # the connection has been closed
+        assert not thread.is_alive()
+
+
+def test_a_redirect_leads_to_no_other_kind_of_url(tmp_path):
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", self.path[1:])
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "secret.png").write_bytes(png())
+    host = HTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=host.serve_forever, daemon=True).start()
+    for there in (f"file://{tmp_path}/secret.png", "ftp://127.0.0.1:1/x.png", "data:,x"):
+        with pytest.raises(job_queue.Refused, match="cannot be fetched"):
+            job_queue.fetch(f"http://127.0.0.1:{host.server_port}/{there}", True, 10_000)
+    host.shutdown()
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command(folder):
+    """`python serve.py` as a process."""
+    with served.serving(folder, folder / "log") as target:
+        yield target
+
+
+def test_the_command(folder, command):
+    url = command.url
+    assert url.startswith("http://127.0.0.1:") and post(url, question())[0] == 200
+    port = url.split(":")[2]
+    taken = run("serve.py", "--model", folder, "--port", port, ok=False).stderr.strip()
+    assert taken.startswith(f"error: {url}: ") and "; fix: give another --port" in taken
+
+
+def test_memory_is_steady(command):
+    url = command.url
+
+    def memory():
+        status = Path(f"/proc/{command.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) // 1024  # MiB
+
+    def ask(n):
+        picture = shown(png((n % 256, 30, 200), size=(100, 100)))
+        assert post(url, question("How many?", picture, max_tokens=3))[0] == 200
+        raw(url, head(1000, CLOSE) + GOOD[:50], half_close=True)
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc here")
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(ask, range(20)))
+        before = memory()
+        list(threads.map(ask, range(60)))
+    assert memory() - before < 40
+
+
+@pytest.fixture
+def fuzzed(command, monkeypatch):
+    """Let the fuzzer talk to the server of this file."""
+    monkeypatch.setattr(server_fuzz, "TARGET", command)
+    server_fuzz.target.cache_clear()
+    yield
+    server_fuzz.target.cache_clear()
+
+
+def test_wrong_requests_of_all_kinds_are_answered(fuzzed):
+    assert fuzz.fuzz(server_fuzz.case, 20).violations == []
+
+
+@pytest.mark.full
+def test_six_hundred_wrong_requests_are_answered(fuzzed):
+    result = fuzz.fuzz(server_fuzz.case, 600)
+    print(fuzz.table(result))
+    assert result.violations == []
+
+
+def test_a_signal_ends_the_command_in_the_middle_of_an_answer(command):
+    url = command.url
+    with socket.create_connection(address_of(url), timeout=30) as client:
+        client.sendall(asked(question(max_tokens=40, stream=True)))
+        assert b"200 OK" in client.recv(65536)
+        with socket.create_connection(address_of(url)) as idle:
+            idle.sendall(head(100) + b"{")
+            command.process.terminate()
+            assert command.process.wait(30) == 0
+    err = command.log.read_text()
+    assert "Traceback" not in err and "error" not in err.lower()
+    assert '"POST /v1/chat/completions HTTP/1.1" 200' in err
+
+
+@pytest.mark.parametrize(
+    "option, told",
+    [
+        (("--port", "99999"), "--port: '99999' is not a whole number from 0 to 65535"),
+        (("--port", "x"), "--port: 'x' is not a whole number"),
+        (("--max-queue", "-1"), "--max-queue: '-1' is not a whole number from 0"),
+        (("--max-tokens", "0"), "--max-tokens: '0' is not a whole number from 1"),
+        (("--host", ""), "--host: no address"),
+        (("--host", "no.such.host.invalid"), "give another --port or --host"),
+    ],
+)
+def test_a_wrong_option_is_one_line(folder, monkeypatch, option, told):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(folder), *option])
+    with pytest.raises(SystemExit) as ended:
+        config.cli(serve.main, serve.__doc__)
+    err = str(ended.value)
+    assert told in err and err.startswith("error: ") and "\n" not in err
+
+
+def test_without_uvicorn_the_api_says_what_to_install(jobs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "inference.connections")
+    with pytest.raises(
+        ValueError, match=r"uvicorn is not installed; fix: pip install '.\[serve\]'"
+    ):
+        serve.api(jobs, "127.0.0.1", 0)
+
+
+def test_openais_client_from_forty_threads(folder):
+    """200 requests with the client's own retries: no failure."""
+    openai = pytest.importorskip("openai")
+    limits = Limits(**{**vars(LIMITS), "wait": 60})
+    jobs = JobQueue(LLaVA.from_pretrained(folder), load_tokenizer(folder), "tiny", limits)
+    server, url = listen(jobs)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    ask = question("How many?", shown(png()), max_tokens=4)
+    with ThreadPoolExecutor(40) as threads:
+        replies = list(threads.map(lambda _: client.chat.completions.create(**ask), range(200)))
+    server.stop()
+    assert len({reply.choices[0].message.content for reply in replies}) == 1
 
 
 @pytest.fixture(scope="module")
 def page(jobs):
     pytest.importorskip("gradio", reason="pip install '.[demo]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app, *_ = serve.web_page(jobs, "127.0.0.1", port, prevent_thread_lock=True)
-    yield f"http://127.0.0.1:{port}"
-    import gradio
-
-    gradio.close_all()
+    server, url = listen(jobs, page=serve.web_page(jobs))
+    yield url
+    server.stop()
 
 
 def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
@@ -516,6 +1082,7 @@ def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
     def send(path):
         data = [
             {"text": "What?", "files": [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]},
+            "",
             [],
             None,
         ]
@@ -539,6 +1106,47 @@ def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
         page, boundary, "/gradio_api/upload", **{"Content-Type": "multipart/form-data; boundary=x"}
     )[1]
     assert send(given[0]) is True and seen == [png()]  # the same request with what was uploaded
+
+
+def test_a_client_that_leaves_the_page_leaves_no_traceback(page, capfd):
+    kind = "Content-Type: multipart/form-data; boundary=x"
+    with socket.create_connection(address_of(page)) as client:
+        first = head(5000, path="/gradio_api/upload").replace(
+            b"Content-Type: application/json", kind.encode()
+        )
+        client.sendall(
+            first + b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+        )
+        time.sleep(0.2)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert post(page, question())[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_page_and_api_are_one_server(page):
+    assert b"gradio" in urllib.request.urlopen(page).read()
+    assert post(page, question())[0] == 200
+    assert json.load(urllib.request.urlopen(f"{page}/health"))["status"] == "ok"
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_the_page_refuses_foreign_hosts_and_pages(page, headers):
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+    boundary += png() + b"\r\n--x--\r\n"
+    status, reply = post(page, boundary, "/gradio_api/upload", **form, **headers)
+    assert status == 403 and reply["code"] in ("unknown_host", "foreign_origin")
+    request = urllib.request.Request(page, headers=headers)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+    own = {"Origin": page}
+    assert len(post(page, boundary, "/gradio_api/upload", **form, **own)[1]) == 1
+
+
+def test_the_page_takes_no_endless_body(page):
+    assert statuses(raw(page, asked("x" * 200_000, CLOSE, path="/gradio_api/queue/join"))) == [413]
+    chunked = CHUNKED.replace(b"/v1/chat/completions", b"/gradio_api/queue/join")
+    assert statuses(raw(page, chunked + chunks(b"x" * 1000) + b"0\r\n\r\n")) == [411]
 
 
 def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
@@ -598,7 +1206,7 @@ def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
         wait(lambda: answers.count() == 1 and answers.inner_text().strip())
         first = answers.inner_text().strip()  # the model stands still at its sixth token
         go.set()
-        whole = "".join(jobs.answer(job(jobs, "hello")))  # behind the first in the queue
+        whole = said(jobs, job(jobs, "hello"))  # behind the first in the queue
         assert whole
         wait(lambda: len(answers.inner_text().strip()) > len(first))
         ask("And now?")
@@ -635,4 +1243,4 @@ def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
 def test_without_gradio_the_page_says_what_to_install(jobs, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"gradio is not installed; fix: pip install '.\[demo\]'"):
-        serve.web_page(jobs, "127.0.0.1", 0)
+        serve.web_page(jobs)
