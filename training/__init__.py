@@ -12,6 +12,6 @@
     memory.py       what a stage takes of a GPU's memory, by a simulation
     planner.py      --list and --dry-run
 
-Read train.py first, which uses them all. For --dry-run read estimate.py, memory.py and then planner.py.
+Read train.py first, which uses them all. For --dry-run read estimate.py, memory.py and planner.py.
 What makes a run safe to kill is in checkpoints/seal.py and resume.py.
 """
