@@ -6,6 +6,7 @@
     python train.py RECIPE [section.key=value ...]              # without torchrun: one process
     python train.py --list                                      # all recipes, published scores
     python train.py RECIPE [section.key=value ...] --dry-run    # files, steps, memory, hours
+    python train.py RECIPE ... --dry-run --memory 24            # what to lower for GPUs of 24 GB
     python train.py --help                                      # every field of a recipe
 
 The result is the folder train.output. generate.py, evaluate.py and LLaVA.from_pretrained open it.
@@ -34,7 +35,7 @@ The files around it:
     training/run_log.py        what is reported
     training/state.py          a model from a checkpoint and into one
     training/output.py         the output folder
-    training/planner.py        --list and --dry-run; estimate.py has the arithmetic
+    training/planner.py        --list and --dry-run, by estimate.py and memory.py
 """
 
 from __future__ import annotations
@@ -591,8 +592,7 @@ def main(argv: list[str]):
         planner.print_recipes(DEMO.parent)
         return
 
-    is_dry_run = "--dry-run" in argv
-    recipe_and_overrides = [arg for arg in argv if arg != "--dry-run"]
+    is_dry_run, memory, recipe_and_overrides = planner.options(argv)
     recipe, path = config.load(recipe_and_overrides, DEMO)
 
     # The demo makes its own data, if it is not there.
@@ -602,9 +602,8 @@ def main(argv: list[str]):
         demo_data = Path(first_stage.data).parent
 
     if is_dry_run:
-        # planner.py stands below this file and cannot import set_trainable, so it is handed over.
-        adapt = partial(peft.adapt, parts=PARTS)
-        planner.dry_run(recipe, path, adapt, set_trainable, demo_data)
+        script = planner.Script(partial(peft.adapt, parts=PARTS), set_trainable, round_frozen)
+        planner.dry_run(recipe, path, script, demo_data, memory)
         return
 
     ranks = Ranks.join(recipe.train.device)

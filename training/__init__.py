@@ -8,9 +8,10 @@
     signals.py      SIGTERM and SIGINT, heard between two steps
     output.py       the output folder, from the recipe to the finished model
     model_card.py   README.md and loss.png beside the finished model
-    estimate.py     what a stage costs: memory and operations
+    estimate.py     what a row of a stage costs: operations and hours
+    memory.py       what a stage takes of a GPU's memory, by a simulation
     planner.py      --list and --dry-run
 
-Read train.py first, which uses them all. For --dry-run read estimate.py and then planner.py.
+Read train.py first, which uses them all. For --dry-run read estimate.py, memory.py and planner.py.
 What makes a run safe to kill is in checkpoints/seal.py and resume.py.
 """

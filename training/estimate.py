@@ -1,25 +1,11 @@
-"""What a stage costs: the memory of one GPU in bytes, and the operations on one row.
+"""What a stage costs: the operations on one row of its data, and the hours they take.
 
-    row = mean_row(rows, stage.template, model.views)      # what a row has, or what is assumed
-    needs = estimate(model, stage, row, recompute=False)   # requires_grad says what trains
-    needs.memory.total, needs.operations
+    row = mean_row(rows, spec, model.views)            # what a row has, or what is assumed
+    count = operations(model, stage, row, recompute=False)     # requires_grad says what trains
+    hours(rows, count, GPUS["H100"], gpus=8)
 
-Below: the assumptions; a row of the data (`mean_row`); one part of a model (`cost`); a stage
-(`estimate`). Everything but the number of parameters is an estimate.
-
-Memory of one GPU. Each holds the whole model, so more of them save none:
-
-    weights      4 P          P parameters in float32; frozen matrices 2 in bfloat16, 0.516 in NF4,
-                              1 in int8
-    copies       2 P_m        bfloat16 copies of the P_m in matrices that train: autocast makes
-                              them and keeps them
-    gradients    4 P_t        of the P_t that train; AdamW's two moments: 8 P_t
-    activations  per token and block of width D: 2 for each input and output of each matrix, 16 D
-                 for norms and the float32 residual stream. Kept by every block that backward
-                 passes through; with gradient checkpointing these keep their input alone, 4 D,
-                 and one block at a time has the rest
-    logits       16 V         per supervised token, V entries: in bfloat16 and float32, log-softmax,
-                              both gradients
+Below: the assumptions; a row of the data (`mean_row`); one part of a model (`part_operations`); a
+stage (`operations`). Memory is measured, in memory.py.
 
 Operations on one token of a part with N parameters in matrices (no embeddings; the head sees
 supervised tokens only):
@@ -37,31 +23,30 @@ Hours are operations / (datasheet peak in bfloat16 * SHARE).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import dropwhile
 
 import torch
 from torch import nn
 
-from config import Stage
+from config import Stage, UserError
 from encoders import VisionEncoder
 from inputs.media import media_names
 from inputs.rows import RowMixture, Rows
+from inputs.sample import SampleSpec, make_sample
 from inputs.tiling import Tiling
 from model import LLaVA
-from packing import ItemShape
+from packing import IGNORE, ONE_VIEW, ItemShape
 
 # Assumptions.
 SHARE = 0.3  # of the peak, over a whole run; plain PyTorch reaches about 0.2 to 0.4
-SPARE = 2e9  # bytes for CUDA's and NCCL's own use and for fragments
 PICTURE = (640, 480)  # pixels, where the number of tiles depends on them
 TEXT = 200  # text tokens of a row, where there is no data
 ANSWERS = 0.5  # the supervised share of them
-CHARACTERS = 4  # per token of text
-
-# Bytes of a weight in a quantized linear, its scales included.
-BYTES = {"qlora-nf4": 0.516, "qlora-int8": 1}
+CHARACTERS = 4  # per token of text, where there is no tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,6 +58,8 @@ class GPU:
 
 
 GPUS = {
+    "4080-16G": GPU(16, 97e12),
+    "4090-24G": GPU(24, 165e12),
     "A100-40G": GPU(40, 312e12),
     "A100-80G": GPU(80, 312e12),
     "H100": GPU(80, 989e12),
@@ -88,97 +75,96 @@ class RowSize:
     positions: float  # of its pictures and videos in the sequence
     text: float  # tokens
     supervised: float  # tokens
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one GPU, by what they are for."""
-
-    weights: float
-    copies: float
-    gradients: float
-    AdamW: float
-    activations: float
-    logits: float
-    spare: float = SPARE
+    shape: ItemShape = ONE_VIEW  # of the item that is typical
+    items: float = 1.0  # pictures and videos of that shape
+    is_exact: bool = False  # the rows were tokenized, not guessed from their characters
 
     @property
-    def by_kind(self) -> dict[str, float]:
-        """The bytes by the names of the fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def total(self) -> float:
-        """All bytes together."""
-        return sum(self.by_kind.values())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a stage costs."""
-
-    memory: Memory  # of one GPU
-    operations: float  # on one row, forward and backward
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one sequence through a part costs."""
-
-    operations: float
-    kept: float  # bytes that stay until backward
-    inside: float  # bytes of one block while it is computed
-
-    def times(self, n: float) -> Cost:
-        """Return the cost of `n` such sequences."""
-        return Cost(self.operations * n, self.kept * n, self.inside * n)
+    def tokens(self) -> float:
+        """The length of its sequence."""
+        return self.positions + self.text
 
 
 # ----------------------------------------------------------------------------------- what a row has
 
 
-def mean_row(rows: Rows | RowMixture | None, template: str, views: Tiling) -> RowSize:
+def mean_row(
+    rows: Rows | RowMixture | None, template: str, views: Tiling, spec: SampleSpec | None = None
+) -> RowSize:
     """Return what up to 200 rows have on average; without rows, what is assumed.
 
-    All pictures are taken to be of PICTURE's size, because their files are not opened.
+    With spec the rows are made into samples, as training does, from the headers of their pictures.
+    Without one (the tokenizer is not there), or where a picture is missing, tokens are guessed from
+    the characters, and all pictures are taken to be of PICTURE's size.
     """
-    shapes = {"image": views.shape(PICTURE), "video": ItemShape(views.frames)}
+    picture = views.shape(PICTURE)
     if not rows:
-        picture = shapes["image"]
-        return RowSize(picture.views, views.positions(picture), TEXT, TEXT * ANSWERS)
+        return RowSize(picture.views, views.positions(picture), TEXT, TEXT * ANSWERS, picture)
 
-    # The sums over evenly spaced rows.
-    seen = 0  # views
-    positions = 0
+    # Evenly spaced rows.
+    step = math.ceil(len(rows) / 200)
+    sizes = []
+    for i in range(0, len(rows), step):
+        size = None
+        if spec is not None:
+            with suppress(UserError, OSError):
+                size = measure_row(rows, i, spec)
+        if size is None:
+            size = guess_row(rows[i], template, views)
+        sizes.append(size)
+
+    # The items of all rows count as equal ones of the most frequent shape.
+    shape = Counter(size.shape for size in sizes).most_common(1)[0][0]
+    n = len(sizes)
+    positions = sum(size.positions for size in sizes) / n
+    return RowSize(
+        views=sum(size.views for size in sizes) / n,
+        positions=positions,
+        text=sum(size.text for size in sizes) / n,
+        supervised=sum(size.supervised for size in sizes) / n,
+        shape=shape,
+        items=positions / views.positions(shape),
+        is_exact=all(size.is_exact for size in sizes),
+    )
+
+
+def measure_row(rows: Rows | RowMixture, i: int, spec: SampleSpec) -> RowSize:
+    """Return what row i has, by its tokens. Raises UserError if it is no sample."""
+    sample = make_sample(rows, i, spec, pixels=False)
+    shapes = [item.shape for item in sample.items]
+    positions = sum(spec.views.positions(shape) for shape in shapes)
+    return RowSize(
+        views=sum(shape.views for shape in shapes),
+        positions=positions,
+        text=len(sample.ids) - positions,
+        supervised=int((sample.labels != IGNORE).sum()),
+        shape=shapes[0] if shapes else ONE_VIEW,
+        is_exact=True,
+    )
+
+
+def guess_row(row: dict, template: str, views: Tiling) -> RowSize:
+    """Return what a row has, by its characters."""
+    kind, names = media_names(row, "")
+    shape = views.shape(PICTURE)
+    if kind == "video":
+        shape = ItemShape(views.frames)
+
     asked = 0.0  # tokens of the questions
     said = 0.0  # tokens of the answers
-    step = math.ceil(len(rows) / 200)
-    picked = range(0, len(rows), step)
-    for i in picked:
-        row = rows[i]
-        kind, names = media_names(row, "")
-        shape = shapes[kind]
-        seen += len(names) * shape.views
-        positions += len(names) * views.positions(shape)
-
-        asked_here = 0.0
-        said_here = 0.0
-        for turn in row["conversations"]:
-            text = turn["value"].replace("<image>", "").strip()
-            tokens = len(text) / CHARACTERS
-            if turn["from"] == "gpt":
-                said_here += tokens
-            elif template != "pretrain":  # that template leaves the questions out
-                asked_here += tokens
-        asked += asked_here
-        said += said_here
-
-    n = len(picked)
+    for turn in row["conversations"]:
+        text = turn["value"].replace("<image>", "").strip()
+        tokens = len(text) / CHARACTERS
+        if turn["from"] == "gpt":
+            said += tokens
+        elif template != "pretrain":  # that template leaves the questions out
+            asked += tokens
     return RowSize(
-        views=seen / n,
-        positions=positions / n,
-        text=(asked + said) / n,
-        supervised=said / n,
+        views=len(names) * shape.views,
+        positions=len(names) * views.positions(shape),
+        text=asked + said,
+        supervised=said,
+        shape=shape,
     )
 
 
@@ -196,17 +182,16 @@ def parameters_in_backward(module: nn.Module, upstream: bool) -> set[nn.Paramete
     return set(dropwhile(lambda p: not p.requires_grad, module.parameters()))
 
 
-def cost(
+def part_operations(
     part: nn.Module,
     blocks: Sequence[nn.Module],
-    width: int,
     heads: int,
     tokens: float,
     upstream: bool,
     recompute: bool,
     causal: bool = False,
-) -> Cost:
-    """Return what a sequence of `tokens` costs in a part made of `blocks` of this width.
+) -> float:
+    """Return what a sequence of `tokens` costs in a part made of `blocks`.
 
     heads: the sum over the blocks of heads * head width. upstream: whether something before the
     part trains. recompute: gradient checkpointing.
@@ -240,157 +225,74 @@ def cost(
     if recompute:
         backward += 1
     attention *= 1 + backward * share_in_backward
-
-    # Activations: 16 D for norms and the residual stream, 2 bytes for all that enters and leaves a
-    # matrix of shape (outputs, inputs).
-    inside = []
-    for block in blocks:
-        sides = sum(sum(p.shape) for p in block.parameters() if p.dim() > 1)
-        inside.append(tokens * (16 * width + 2 * sides))
-
-    # Recomputed blocks keep only their input, in float32.
-    kept = 0
-    for size, keeps in zip(inside, in_backward, strict=True):
-        if keeps and recompute:
-            kept += 4 * width * tokens
-        elif keeps:
-            kept += size
-
-    operations = tokens * per_token + attention
-    return Cost(operations, kept, max(inside, default=0))
-
-
-def _part_costs(model: LLaVA, row: RowSize, tokens: float, recompute: bool) -> list[Cost]:
-    """Return the cost of each encoder, the connector and the language model for one row."""
-    lm = model.language_model
-    tower = model.vision_tower
-    connector = model.connector
-    width = lm.lm_head.weight.size(1)
-
-    # A mixture of features has two encoders, which make as many tokens of the same views.
-    costs = []
-    view_tokens = 0
-    for encoder in tower.modules():
-        if not isinstance(encoder, VisionEncoder):
-            continue
-        view_tokens = encoder.config.tokens("cls_patch")
-        a_view = cost(
-            encoder,
-            encoder.blocks,
-            width=encoder.config.width,
-            heads=encoder.config.width * len(encoder.blocks),
-            tokens=view_tokens,
-            upstream=False,
-            recompute=recompute,
-        )
-        costs.append(a_view.times(row.views))
-
-    # The connector is one block without attention. It is never recomputed.
-    tower_trains = any(p.requires_grad for p in tower.parameters())
-    a_view = cost(
-        connector,
-        [connector],
-        width=width,
-        heads=0,
-        tokens=view_tokens,
-        upstream=tower_trains,
-        recompute=False,
-    )
-    costs.append(a_view.times(row.views))
-
-    connector_trains = any(p.requires_grad for p in connector.parameters())
-    heads = sum(layer.heads for layer in lm.config.layers)
-    a_row = cost(
-        lm.model,
-        lm.blocks,
-        width=width,
-        heads=heads * lm.config.head_dim,
-        tokens=tokens,
-        upstream=tower_trains or connector_trains,
-        recompute=recompute,
-        causal=True,
-    )
-    costs.append(a_row)
-    return costs
+    return tokens * per_token + attention
 
 
 # ------------------------------------------------------------------------------ what a stage costs
 
 
-def estimate(model: LLaVA, stage: Stage, row: RowSize, recompute: bool) -> Estimate:
-    """Return what a stage costs, in which requires_grad says what trains.
+def rows_of_micro_batch(stage: Stage, row: RowSize) -> int:
+    """Return how many average rows a micro-batch has: at least one, at most those of the step."""
+    tokens = min(row.tokens, stage.max_tokens)
+    rows = stage.micro_batch_tokens // max(1, int(tokens))
+    return min(stage.global_batch, max(1, rows))
+
+
+def operations(model: LLaVA, stage: Stage, row: RowSize, recompute: bool) -> float:
+    """Return the operations on one row, forward and backward; requires_grad says what trains.
 
     recompute: gradient checkpointing.
     """
-    tokens = min(row.positions + row.text, stage.max_tokens)
-    costs = _part_costs(model, row, tokens, recompute)
+    lm = model.language_model
+    tower = model.vision_tower
+    connector = model.connector
+
+    # A mixture of features has two encoders, which make as many tokens of the same views.
+    total = 0.0
+    view_tokens = 0
+    for encoder in tower.modules():
+        if not isinstance(encoder, VisionEncoder):
+            continue
+        view_tokens = encoder.config.tokens("cls_patch")
+        total += row.views * part_operations(
+            encoder,
+            encoder.blocks,
+            heads=encoder.config.width * len(encoder.blocks),
+            tokens=view_tokens,
+            upstream=False,
+            recompute=recompute,
+        )
+
+    # The connector is one block without attention. It is never recomputed.
+    tower_trains = any(p.requires_grad for p in tower.parameters())
+    total += row.views * part_operations(
+        connector,
+        [connector],
+        heads=0,
+        tokens=view_tokens,
+        upstream=tower_trains,
+        recompute=False,
+    )
+
+    connector_trains = any(p.requires_grad for p in connector.parameters())
+    heads = sum(layer.heads for layer in lm.config.layers)
+    total += part_operations(
+        lm.model,
+        lm.blocks,
+        heads=heads * lm.config.head_dim,
+        tokens=min(row.tokens, stage.max_tokens),
+        upstream=tower_trains or connector_trains,
+        recompute=recompute,
+        causal=True,
+    )
 
     # The head sees supervised tokens only: forward, the gradient of its input and, if it trains,
     # its own.
-    head = model.language_model.lm_head.weight
-    vocabulary, width = head.shape
+    head = lm.lm_head.weight
     passes = 2
     if head.requires_grad:
         passes += 1
-    head_operations = 2 * vocabulary * width * row.supervised * passes
-    operations = head_operations + sum(c.operations for c in costs)
-
-    # Rows of a micro-batch: at least one, at most those of the step.
-    rows = stage.micro_batch_tokens // max(1, int(tokens))
-    rows = min(stage.global_batch, max(1, rows))
-
-    # All that is kept until backward, and the largest block while backward goes through it.
-    kept = sum(c.kept for c in costs)
-    inside = max(c.inside for c in costs)
-
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    memory = Memory(
-        weights=_weight_bytes(model, stage),
-        copies=_copied_bytes(model),
-        gradients=4 * trained,
-        AdamW=8 * trained,
-        activations=rows * (kept + inside),
-        logits=16 * vocabulary * rows * row.supervised,
-    )
-    return Estimate(memory, operations)
-
-
-def _weight_bytes(model: LLaVA, stage: Stage) -> float:
-    """Return the bytes of all parameters: 4 each, less for those of frozen linears.
-
-    Training keeps frozen linears in bfloat16, or quantized. Heads are never quantized.
-    """
-    when_frozen = {}  # a linear's weight -> bytes of one of its values
-    for part, how in (
-        (model.language_model, stage.tune.llm),
-        (model.vision_tower, stage.tune.vision),
-    ):
-        for name, module in part.named_modules():
-            if isinstance(module, nn.Linear):
-                bytes_per_value = 2
-                if name != "lm_head":
-                    bytes_per_value = BYTES.get(how, 2)
-                when_frozen[module.weight] = bytes_per_value
-
-    size = 0
-    for p in model.parameters():
-        bytes_per_value = 4
-        if not p.requires_grad:
-            bytes_per_value = when_frozen.get(p, 4)
-        size += p.numel() * bytes_per_value
-    return size
-
-
-def _copied_bytes(model: LLaVA) -> int:
-    """Return the bytes of autocast's bfloat16 copies of the matrices that train."""
-    copied = 0
-    for part in (model.language_model, model.vision_tower):
-        linears = {m.weight for m in part.modules() if isinstance(m, nn.Linear)}
-        copied += sum(w.numel() for w in linears if w.requires_grad)
-    for p in model.connector.parameters():
-        if p.requires_grad and p.dim() > 1:
-            copied += p.numel()
-    return 2 * copied
+    return total + 2 * head.numel() * row.supervised * passes
 
 
 def peak_share(model: LLaVA, stage: Stage, rows: Rows | RowMixture, device: torch.device) -> float:
@@ -408,12 +310,11 @@ def peak_share(model: LLaVA, stage: Stage, rows: Rows | RowMixture, device: torc
         return 0.0
 
     row = mean_row(rows, stage.template, model.views)
-    needs = estimate(model, stage, row, recompute=False)
-    tokens = min(row.positions + row.text, stage.max_tokens)
-    return needs.operations / tokens / peaks[0]
+    tokens = min(row.tokens, stage.max_tokens)
+    return operations(model, stage, row, recompute=False) / tokens / peaks[0]
 
 
-def hours(stage_rows: int, operations: float, gpu: GPU, gpus: int) -> float:
+def hours(stage_rows: int, row_operations: float, gpu: GPU, gpus: int) -> float:
     """Return the hours that so many GPUs take for so many rows."""
-    seconds = stage_rows * operations / (gpu.peak * SHARE) / gpus
+    seconds = stage_rows * row_operations / (gpu.peak * SHARE) / gpus
     return seconds / 3600

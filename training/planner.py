@@ -2,29 +2,40 @@
 
     python train.py --list                                      # all recipes and their scores
     python train.py RECIPE [section.key=value ...] --dry-run    # what this one would take
+    python train.py RECIPE ... --dry-run --memory 24            # and whether GPUs of 24 GB take it
 
-A dry run loads no weights. It finds every file that the recipe names (`find_files`), builds the
-model from its config files on the meta device, so that parameters are exact, and prints what
-training/estimate.py makes of each stage.
+A dry run loads no weights. It finds every file that the recipe names (`find_files`) and builds the
+model from its config files on the meta device, so that parameters are exact. Of each stage it
+prints the operations (estimate.py), the memory (memory.py) and, where a GPU is too small, what to
+lower. The models that the published recipes name are planned without the Hub, too:
+known_configs.json has their sizes.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from checkpoints import layouts, weights
+from checkpoints.files import read_json, write_file
 from config import Model, Recipe, Stage, UserError, load
 from data import Steps
 from inputs.rows import RowMixture, files
+from inputs.sample import SampleSpec
+from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import LLaVA
-from training.estimate import GPUS, SHARE, estimate, hours, mean_row
+from training.estimate import GPUS, SHARE, RowSize, hours, mean_row, operations
+from training.memory import Memory, measure, sharded
 from training.ranks import print0
+
+KNOWN = Path(__file__).parent / "known_configs.json"
 
 # The benchmarks whose published scores recipes state: those of pictures, and those of videos.
 BENCHMARKS = ("VQAv2", "GQA", "SQA-I", "TextVQA", "MM-Vet", "POPE", "MME", "MMMU")
@@ -164,8 +175,9 @@ def _find_models(c: Model, scratch: Path) -> tuple[list[Found], dict[str, Path |
         found.append(Found(f"model.{part}", name, where))
 
     vocabularies = ["tokenizer.json", "tokenizer.model"]
-    where, _ = locate_part(c.tokenizer_source, vocabularies, "tokenizer_config.json", scratch)
+    where, folder = locate_part(c.tokenizer_source, vocabularies, "tokenizer_config.json", scratch)
     found.append(Found("model.tokenizer", c.tokenizer_source, where))
+    folders["tokenizer"] = folder
     return found, folders
 
 
@@ -255,24 +267,63 @@ def _ask_the_hub(name: str, asked_for: str, folder: Path) -> tuple[str, Path | N
         return f"MISSING: the Hub answers {status}; {fix}", None
     except Exception as e:  # whatever its HTTP client raises without a network
         kind = type(e).__name__
-        return f"would be downloaded, but the Hub cannot be reached now ({kind})", None
+        where = f"would be downloaded, but the Hub cannot be reached now ({kind})"
+        known = read_json(KNOWN).get(name)
+        if known is None:
+            return where, None
+        write_file(folder / "config.json", json.dumps(known))
+        return where, folder
     return "would be downloaded", folder
 
 
 # ---------------------------------------------------------------------------------------- --dry-run
 
 
+def options(argv: list[str]) -> tuple[bool, float | None, list[str]]:
+    """Return whether the command line has --dry-run, the gigabytes of --memory, and the rest.
+
+    Raises UserError for a --memory that is no number, or that stands alone.
+    """
+    rest = list(argv)
+    is_dry_run = "--dry-run" in rest
+    if is_dry_run:
+        rest.remove("--dry-run")
+    if "--memory" not in rest:
+        return is_dry_run, None, rest
+
+    at = rest.index("--memory")
+    value = rest[at + 1] if at + 1 < len(rest) else ""
+    try:
+        memory = float(value)
+    except ValueError:
+        memory = 0.0
+    if not is_dry_run or not 0 < memory < 10_000:
+        fix = "write --dry-run --memory 24, in GB"
+        raise UserError("command line:--memory", f"{value!r}", fix)
+    del rest[at : at + 2]
+    return is_dry_run, memory, rest
+
+
+@dataclass(frozen=True)
+class Script:
+    """What train.py does to a model, handed over: planner.py stands below it on the floors."""
+
+    adapt: Callable  # (model, stages): puts the adapters in
+    set_trainable: Callable  # (model, tune)
+    round_frozen: Callable  # (model)
+
+
 def dry_run(
     recipe: Recipe,
     path: Path,
-    adapt: Callable,
-    set_trainable: Callable,
+    script: Script,
     demo_data: Path | None = None,
+    memory: float | None = None,
 ):
     """Print the plan of a recipe.
 
-    adapt, set_trainable: what train.py does to a model before a stage. demo_data: the folder that
-    train.py makes by itself.
+    demo_data: the folder that train.py makes by itself. memory: gigabytes of the GPUs at hand; None
+    takes those of this machine's GPU.
 
     Raises UserError, after all is printed, for what is missing or cannot be reached.
     """
@@ -282,14 +333,16 @@ def dry_run(
         for one in found:
             print0(f"  {one.key:<28}{one.value:<50} {one.where}")
 
-        # The model needs the config files of all its parts.
+        # The model needs the config files of all its parts. The tokenizer makes the plan exact.
+        tokenizer = None
+        tokenizer_folder = folders.pop("tokenizer")
+        if tokenizer_folder is not None:
+            with suppress(UserError):
+                tokenizer = load_tokenizer(tokenizer_folder)
         if all(folders.values()):
             local = {part: str(folder) for part, folder in folders.items()}
-            model_recipe = replace(recipe.model, **local)
-            with weights.empty():
-                model = LLaVA(layouts.config_from_recipe(model_recipe, ""))
-                adapt(model, list(recipe.stage.values()))
-            print_model(model, recipe, set_trainable)
+            local_recipe = replace(recipe, model=replace(recipe.model, **local))
+            Plan(local_recipe, script, tokenizer, memory).print()
 
     # The first that is missing; if none is, the first that cannot be reached.
     for one in found:
@@ -302,67 +355,177 @@ def dry_run(
             raise UserError(f"{path}:{one.key}", f"{one.value!r}: {one.where}", fix)
 
 
-def print_model(model: LLaVA, recipe: Recipe, set_trainable: Callable):
-    """Print the sizes of a model, then what each stage takes."""
-    # The model is built without the blocks behind the feature layer, so they are not counted.
-    sizes = [f"{name} {_count(part):,}" for name, part in model.named_children()]
-    tokens = f"{model.image_tokens} tokens per image"
-    print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
+class Plan:
+    """The numbers of a recipe whose files are found."""
 
-    for name, stage in recipe.stage.items():
-        set_trainable(model, stage.tune)
-        print_stage(name, stage, recipe, model)
+    def __init__(
+        self, recipe: Recipe, script: Script, tokenizer: Tokenizer | None, memory: float | None
+    ):
+        self.recipe = recipe
+        self.script = script
+        self.tokenizer = tokenizer
+        self.bf16 = recipe.train.precision != "fp32"  # auto is bf16 on every GPU that is planned
 
-    assumed = f"{SHARE:.0%} of the GPUs' peak in bfloat16"
-    print0(f"\nassumed: {assumed}; the arithmetic is at the top of training/estimate.py")
+        # The GPU at hand, in GB.
+        self.room = memory
+        if memory is None and torch.cuda.is_available():
+            self.room = torch.cuda.get_device_properties(0).total_memory / 1e9
+
+    def print(self):
+        """Print the sizes of the model, then what each stage takes."""
+        # The model is built without the blocks behind the feature layer, so they are not counted.
+        model = self.build(self.recipe)
+        sizes = [f"{name} {_count(part):,}" for name, part in model.named_children()]
+        tokens = f"{model.image_tokens} tokens per image"
+        print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
+
+        if self.room is None:
+            print0("no GPU is here: what follows is what GPUs would take")
+        for name in self.recipe.stage:
+            self.print_stage(name)
+
+        precision = "bfloat16" if self.bf16 else "float32"
+        print0(f"\nmemory: a micro-batch of average rows in {precision}, see training/memory.py")
+        print0(f"hours: at {SHARE:.0%} of the GPUs' peak in bfloat16, see training/estimate.py")
+        print0("*: sharded over the GPUs (train.parallel fsdp, which auto takes where it must)")
+
+    def build(self, recipe: Recipe) -> LLaVA:
+        """Return the recipe's model on the meta device, with its adapters."""
+        with weights.empty():
+            model = LLaVA(layouts.config_from_recipe(recipe.model, ""))
+            self.script.adapt(model, list(recipe.stage.values()))
+        return model
+
+    def measure(self, recipe: Recipe, name: str, row: RowSize) -> tuple[LLaVA, Memory]:
+        """Return the model of a stage, with what trains, and its memory."""
+        stage = recipe.stage[name]
+        model = self.build(recipe)
+        model.language_model.model.gradient_checkpointing = recipe.train.gradient_checkpointing
+        model.vision_tower.gradient_checkpointing = recipe.train.gradient_checkpointing
+        self.script.set_trainable(model, stage.tune)
+        if self.bf16:
+            self.script.round_frozen(model)
+        return model, measure(model, stage, row, self.bf16)
+
+    def print_stage(self, name: str):
+        """Print what trains in a stage, its steps, a row of its data, and its memory and hours."""
+        stage = self.recipe.stage[name]
+        views = self.build(self.recipe).views
+
+        # With data the rows and steps are counted, else they are assumed.
+        sources = list(stage.mixture.values()) or [stage]
+        rows = None
+        steps = stage.steps
+        if all(source.data and files(source.data) for source in sources):
+            rows = RowMixture.of(stage, f"stage.{name}")
+            steps = len(Steps(rows, None, stage, self.recipe.train))
+        spec = None
+        if self.tokenizer is not None:
+            spec = SampleSpec(self.tokenizer, stage.template, stage.max_tokens, views)
+        row = mean_row(rows, stage.template, views, spec)
+        model, memory = self.measure(self.recipe, name, row)
+
+        # Without steps the number of rows is not known, so the hours are for 100,000.
+        if steps:
+            size = f"{steps} steps of {stage.global_batch} rows"
+            stage_rows = steps * stage.global_batch
+            per = ""
+        else:
+            size = "steps unknown: no data"
+            stage_rows = 100_000
+            per = " per 100,000 rows"
+        trained = _count(model, trained_only=True)
+        total = _count(model)
+        print0(f"\nstage {name}: {size}; trains {trained:,} of {total:,} parameters")
+
+        seen = f"{row.views:.2f} views of {row.positions:.0f} tokens"
+        text = f"{row.text:.0f} text tokens, {row.supervised:.0f} supervised"
+        source = "assumed: no data"
+        if rows and row.is_exact:
+            source = f"data: {len(rows)} rows, tokenized"
+        elif rows:
+            source = f"data: {len(rows)} rows, tokens guessed from characters"
+        print0(f"  a row has {seen}, {text} ({source})")
+
+        kinds = [f"{kind} {n / 1e9:.1f}" for kind, n in memory.by_kind.items()]
+        print0(f"  GB per GPU, estimate: {memory.total / 1e9:.1f} = {' + '.join(kinds)}")
+
+        _print_cells(f"  hours{per}, estimate:", list(GPUS))
+        work = operations(model, stage, row, self.recipe.train.gradient_checkpointing)
+        for gpus in (1, 8):
+            cells = []
+            for gpu in GPUS.values():
+                cell = "too small"
+                mark = fits(memory, model, gpus, 1e9 * gpu.memory)
+                if mark is not None:
+                    time = hours(stage_rows, work, gpu, gpus)
+                    cell = f"{max(time, 0.01):.2f}{mark}"
+                cells.append(cell)
+            _print_cells(f"    on {gpus} of them", cells)
+        self.print_what_to_lower(name, row, model, memory)
+
+    def print_what_to_lower(self, name: str, row: RowSize, model: LLaVA, memory: Memory):
+        """Say whether a stage fits the GPU at hand; of one that does not, what would make it fit.
+
+        Without a GPU at hand, it is the smallest of the table.
+        """
+        room = self.room
+        if room is None:
+            room = min(gpu.memory for gpu in GPUS.values())
+        for gpus in (1, 8):
+            mark = fits(memory, model, gpus, 1e9 * room)
+            if mark is not None:
+                if self.room is not None:
+                    what = "one GPU" if gpus == 1 else f"{gpus} GPUs, sharded,"
+                    print0(f"  it fits {what} of {room:.0f} GB")
+                if gpus == 1:
+                    return
+
+        # Each change is made on top of those before it.
+        print0(f"  for one GPU of {room:.0f} GB, lower:")
+        for change, recipe in self.smaller_recipes(name, row):
+            _, smaller = self.measure(recipe, name, row)
+            fit = ", which fits" if smaller.total <= 1e9 * room else ""
+            print0(f"    {change:<50} {smaller.total / 1e9:.1f} GB{fit}")
+            if fit:
+                return
+        print0("    no setting is left: it takes a smaller model, or more GPUs")
+
+    def smaller_recipes(self, name: str, row: RowSize) -> Iterator[tuple[str, Recipe]]:
+        """Yield (the change, the recipe with it and with all changes before), by what is lost."""
+        recipe = self.recipe
+        if not recipe.train.gradient_checkpointing:
+            recipe = replace(recipe, train=replace(recipe.train, gradient_checkpointing=True))
+            yield "train.gradient_checkpointing=true", recipe
+
+        stage = recipe.stage[name]
+        if stage.micro_batch_tokens > 2 * row.tokens:
+            recipe = _with_stage(recipe, name, micro_batch_tokens=int(row.tokens) + 1)
+            change = f"stage.{name}.micro_batch_tokens={int(row.tokens) + 1}"
+            yield f"{change} (one row)", recipe
+
+        for how in ("lora", "qlora-nf4"):
+            if stage.tune.llm in ("full", "lora") and stage.tune.llm != how:
+                recipe = _with_stage(recipe, name, tune=replace(stage.tune, llm=how))
+                yield f"stage.{name}.tune.llm={how}", recipe
 
 
-def print_stage(name: str, stage: Stage, recipe: Recipe, model: LLaVA):
-    """Print what trains in a stage, its steps, a row of its data, and its memory and hours."""
-    # With data the rows and steps are counted, else they are assumed.
-    sources = list(stage.mixture.values()) or [stage]
-    rows = None
-    steps = stage.steps
-    if all(source.data and files(source.data) for source in sources):
-        rows = RowMixture.of(stage, f"stage.{name}")
-        steps = len(Steps(rows, None, stage, recipe.train))
-    row = mean_row(rows, stage.template, model.views)
-    needs = estimate(model, stage, row, recipe.train.gradient_checkpointing)
+def _with_stage(recipe: Recipe, name: str, **changes) -> Recipe:
+    """Return a recipe in which fields of one stage have other values."""
+    stage = replace(recipe.stage[name], **changes)
+    return replace(recipe, stage=recipe.stage | {name: stage})
 
-    # Without steps the number of rows is not known, so the hours are for 100,000.
-    if steps:
-        size = f"{steps} steps of {stage.global_batch} rows"
-        stage_rows = steps * stage.global_batch
-        per = ""
-    else:
-        size = "steps unknown: no data"
-        stage_rows = 100_000
-        per = " per 100,000 rows"
-    trained = _count(model, trained_only=True)
-    total = _count(model)
-    print0(f"\nstage {name}: {size}; trains {trained:,} of {total:,} parameters")
 
-    views = f"{row.views:.2f} views of {row.positions:.0f} tokens"
-    text = f"{row.text:.0f} text tokens, {row.supervised:.0f} supervised"
-    source = "assumed: no data"
-    if rows:
-        source = f"data: {len(rows)} rows"
-    print0(f"  a row has {views}, {text} ({source})")
+def fits(memory: Memory, model: LLaVA, gpus: int, room: float) -> str | None:
+    """Say whether a stage fits GPUs with `room` bytes: "" if each holds the model, "*" if sharded.
 
-    gigabytes = needs.memory.total / 1e9
-    kinds = [f"{kind} {n / 1e9:.1f}" for kind, n in needs.memory.by_kind.items()]
-    print0(f"  GB per GPU, estimate: {gigabytes:.1f} = {' + '.join(kinds)}")
-
-    _print_cells(f"  hours{per}, estimate:", list(GPUS))
-    for gpus in (1, 8):
-        cells = []
-        for gpu in GPUS.values():
-            cell = "too small"
-            if gigabytes <= gpu.memory:
-                time = hours(stage_rows, needs.operations, gpu, gpus)
-                cell = f"{time:.2f}"
-            cells.append(cell)
-        _print_cells(f"    on {gpus} of them", cells)
+    Returns None if it does not fit.
+    """
+    if memory.total <= room:
+        return ""
+    if gpus > 1 and sharded(memory, model, gpus).total <= room:
+        return "*"
+    return None
 
 
 def _print_cells(head: str, cells: list[str]):

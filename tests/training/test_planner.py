@@ -10,19 +10,24 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
+import kernels
 import train
-from checkpoints import layouts
-from config import Stage, Tune, UserError
+from checkpoints import layouts, peft
+from config import PARTS, Stage, Tune, UserError
+from inputs.rows import open_rows
+from inputs.sample import SampleSpec, make_sample
+from inputs.templates import byte_tokenizer
 from model import LLaVA
 from packing import IMAGE_TOKEN, ONE_VIEW, Batch
-from tests.tools.environment import ROOT, run, shared
-from train import set_trainable
-from training import estimate, planner
+from tests.tools.environment import GPU, ROOT, run, shared
+from train import round_frozen, set_trainable
+from training import estimate, memory, planner
 from training.estimate import RowSize
 
 LLM = {
@@ -187,8 +192,14 @@ def test_dry_run_counts_parameters_steps_and_tokens(recipe, tmp_path):
     assert second.startswith(f"finetune: 4 steps of 5 rows; trains {both:,}{whole}")
     # Half the rows have 10 + 20 tokens and a picture, half 30 + 60. The template `pretrain` leaves
     # the question out.
-    assert "0.50 views of 8 tokens, 40 text tokens, 40 supervised (data: 10 rows)" in first
-    assert "0.50 views of 8 tokens, 60 text tokens, 40 supervised (data: 10 rows)" in second
+    assert (
+        "0.50 views of 8 tokens, 40 text tokens, 40 supervised (data: 10 rows, tokens guessed"
+        in first
+    )
+    assert (
+        "0.50 views of 8 tokens, 60 text tokens, 40 supervised (data: 10 rows, tokens guessed"
+        in second
+    )
     assert (
         said.count("estimate:") == 4
         and "stage.finetune.validation" in said
@@ -332,50 +343,186 @@ def test_without_a_network_one_line_says_so(recipe, hub):
     assert "estimate" not in done.stdout
 
 
+def test_dry_run_tokenizes_rows_where_it_can(recipe, tmp_path):
+    """With the tokenizer there, a row has the tokens that training gives it, template included."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save(tmp_path / "bytes")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.jpg")
+    said = run("train.py", recipe(tokenizer=tmp_path / "bytes"), "--dry-run").stdout
+    first, second = said.split("\nstage ")[1:]
+    spec = SampleSpec(tokenizer, "plain", 2048, build(device="meta").views)
+    samples = [make_sample(open_rows(str(tmp_path / "rows.json"), ""), i, spec) for i in (0, 1)]
+    text = sum(int((sample.ids != IMAGE_TOKEN).sum()) for sample in samples) / 2
+    assert f"0.50 views of 8 tokens, {text:.0f} text tokens" in second
+    assert "(data: 10 rows, tokenized)" in first and "(data: 10 rows, tokenized)" in second
+
+
+def test_dry_run_says_what_to_lower(recipe):
+    """For a GPU that is too small, changes are tried one after the other until it fits."""
+    said = run("train.py", recipe(), "--dry-run", "--memory", "1.5035").stdout
+    first, second = said.split("\nstage ")[1:]
+    assert "it fits one GPU of 2 GB" in first
+    assert "for one GPU of 2 GB, lower:" in second
+    assert re.search(r"finetune.micro_batch_tokens=\d+ \(one row\) .* GB, which fits", second)
+
+    for wrong in (["--memory"], ["--memory", "x"], ["--memory", "-1"], ["--memory", "nan"]):
+        done = run("train.py", recipe(), "--dry-run", *wrong, ok=False)
+        assert done.stderr.startswith("error: command line:--memory: ") and "; fix: " in done.stderr
+
+
+def test_known_models_are_planned_without_the_hub():
+    """Each model of a published recipe has its sizes in the repository, those of its own file."""
+    known = json.loads(planner.KNOWN.read_text())
+    named = set()
+    for file in (ROOT / "recipes").glob("*.toml"):
+        model = config.load([str(file)], file)[0].model
+        named |= {name for name in (model.llm, model.vision, model.vision2) if name}
+    assert named == set(known)
+    for name, fields in known.items():
+        folder = name.replace("/", "--").removesuffix("-it")
+        published = json.loads(shared(f"assets/configs/{folder}/config.json").read_text())
+        for key, value in fields.items():
+            if isinstance(value, dict):
+                assert value.items() <= published[key].items(), (name, key)
+            else:
+                assert value == published[key], (name, key)
+
+
 # ----------------------------------------------------------------------------------------- estimate
 
 
-def test_memory_is_the_sum_that_the_docstring_gives():
-    model = build(device="meta")
-    stage = Stage(tune=Tune(llm="full"), global_batch=8, micro_batch_tokens=200)
-    set_trainable(model, stage.tune)
+def rounded(model, tune, bf16=True):
+    """Return a model as training has it in a stage."""
+    set_trainable(model, tune)
+    if bf16:
+        round_frozen(model)
+    return model
+
+
+def test_what_is_counted_of_the_parameters():
+    """Weights, gradients and moments are exact; each GPU of several has its share of them."""
+    tune = Tune(llm="full")
+    model = rounded(build(device="meta"), tune)
+    stage = Stage(tune=tune, global_batch=8, micro_batch_tokens=200)
     row = RowSize(1, 15, 20, 10)
-
-    def memory_of(stage: Stage, recompute: bool) -> dict[str, float]:
-        return estimate.estimate(model, stage, row, recompute).memory.by_kind
-
-    memory = memory_of(stage, recompute=True)
+    needs = memory.measure(model, stage, row, bf16=True)
     lm, connector = count(model.language_model), count(model.connector)
     linears = {
         name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
         for name, part in model.named_children()
     }
-    assert (
-        memory["weights"] == 4 * count(model) - 2 * linears["vision_tower"]
-    )  # frozen, so in bfloat16
-    assert memory["copies"] == 2 * (linears["language_model"] + linears["connector"])
-    assert memory["gradients"] == 4 * (lm + connector) and memory["AdamW"] == 8 * (lm + connector)
-    rows, tokens = 5, 15 + 20  # 200 // 35
-    block = 16 * 64 + 2 * (4 * (64 + 64) + 3 * (64 + 160))
-    mlp = 16 * (
-        16 * 64 + 2 * ((48 + 64) + (64 + 64))
-    )  # the connector, at all 16 encoder tokens, kept whole
-    assert memory["activations"] == rows * (3 * 4 * 64 * tokens + mlp + block * tokens)
-    assert memory["logits"] == 16 * 96 * rows * 10
-    kept = memory_of(stage, recompute=False)
-    assert kept["activations"] == rows * (3 * block * tokens + mlp + block * tokens)
-    quantized = memory_of(replace(stage, tune=Tune(llm="qlora-nf4")), recompute=True)
-    assert quantized["weights"] == memory["weights"]  # what trains is in float32 all the same
-    set_trainable(model, Tune())
-    quantized = memory_of(replace(stage, tune=Tune(llm="qlora-nf4")), recompute=True)
-    head, rest = model.language_model.lm_head.weight.numel(), lm - linears["language_model"]
-    packed = 0.516 * (linears["language_model"] - head) + 2 * head + 4 * rest
-    assert quantized["weights"] == pytest.approx(
-        packed + 4 * (count(model) - lm) - 2 * linears["vision_tower"]
-    )
-    set_trainable(model, stage.tune)
-    one = memory_of(replace(stage, micro_batch_tokens=0), recompute=False)
-    assert one["activations"] * rows == kept["activations"]
+    # What is frozen is in bfloat16.
+    assert needs.weights == 4 * count(model) - 2 * linears["vision_tower"]
+    # Autocast copies biases, too.
+    copied = 2 * (linears["language_model"] + linears["connector"])
+    assert needs.copies == pytest.approx(copied, rel=0.05)
+    assert needs.gradients == 4 * (lm + connector)
+    assert needs.AdamW == 8 * (lm + connector)
+    assert needs.total == sum(needs.by_kind.values())
+
+    shard = memory.sharded(needs, model, 8)
+    assert shard.weights == needs.weights / 8 and shard.AdamW == needs.AdamW / 8
+    block = count(model.language_model.blocks[0])
+    rest = count(model) - 3 * block
+    assert shard.copies == 4 * (rest + 2 * block)
+
+    quantized = replace(stage, tune=Tune(llm="qlora-nf4"))
+    assert memory.weight_bytes(model, quantized) == needs.weights  # these train
+    model = rounded(build(device="meta"), Tune())
+    head = model.language_model.lm_head.weight.numel()
+    in_blocks = linears["language_model"] - head
+    packed = 0.516 * in_blocks + 2 * head + 4 * (lm - linears["language_model"])
+    others = 4 * (count(model) - lm) - 2 * linears["vision_tower"]
+    assert memory.weight_bytes(model, quantized) == pytest.approx(packed + others)
+
+
+@pytest.mark.parametrize(
+    "tune, bf16",
+    [
+        (Tune(llm="full", vision="full"), True),
+        pytest.param(Tune(), False, marks=pytest.mark.full),
+        pytest.param(Tune(llm="lora"), True, marks=pytest.mark.full),
+    ],
+)
+def test_activations_are_what_triton_keeps(tune, bf16):
+    """What autograd holds after forward, with Triton in the interpreter, is what is estimated."""
+    kept, estimated = kept_and_estimated(tune, bf16)
+    assert kept <= estimated <= 1.1 * kept
+
+
+@pytest.mark.parametrize("tune", [Tune(), Tune(llm="full", vision="full")])
+def test_recomputation_keeps_the_inputs_of_blocks(tune):
+    """With gradient checkpointing a block more takes 4 D bytes a token more, its input."""
+    peaks = []
+    stage = Stage(tune=tune, global_batch=400, micro_batch_tokens=6000)
+    row = RowSize(1, 15, 45, 8)
+    for blocks in (4, 12):
+        model = rounded(build(LLM | {"num_hidden_layers": blocks}, device="meta"), tune)
+        model.language_model.model.gradient_checkpointing = True
+        model.vision_tower.gradient_checkpointing = True
+        needs = memory.measure(model, stage, row, bf16=True)
+        peaks.append(needs.activations)
+    assert peaks[1] - peaks[0] == pytest.approx(8 * 4 * 64 * 6000, rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("tune", [Tune(), Tune(llm="full"), Tune(llm="full", vision="full")])
+def test_the_estimate_is_what_a_gpu_allocates(tune):
+    """The most that CUDA's allocator gives during a step, to 10 %."""
+    text = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 32000}
+    text |= {"num_attention_heads": 8, "num_hidden_layers": 8}
+    vision = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+    stage = Stage(tune=tune, global_batch=64, micro_batch_tokens=8000)
+    row = RowSize(1, 15, 485, 400)
+    model = rounded(build(LLM | text, VISION | vision, device="meta"), tune)
+    needs = memory.measure(model, stage, row, bf16=True)
+
+    model = rounded(build(LLM | text, VISION | vision), tune).cuda()
+    batch = memory.typical_batch(model, row, estimate.rows_of_micro_batch(stage, row)).to("cuda")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16):
+        model.loss(batch).backward()
+    expected = needs.weights + needs.gradients + needs.copies + needs.activations
+    assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.1)
+
+
+def kept_and_estimated(tune: Tune, bf16: bool) -> tuple[int, int]:
+    """Return the bytes that autograd keeps of a micro-batch, and what is there when there is most.
+
+    The second has in it what backward of the last operations takes. The model is deep and its
+    vocabulary small, so that this is little.
+    """
+    text = LLM | {"num_hidden_layers": 6, "vocab_size": 64}
+    stage = Stage(tune=tune, global_batch=4, micro_batch_tokens=32)
+    row = RowSize(1, 15, 17, 8)
+
+    def made(device):
+        model = build(text, VISION, device=device)
+        peft.adapt(model, [stage], PARTS)
+        return rounded(model, tune, bf16)
+
+    needs = memory.measure(made("meta"), stage, row, bf16)
+
+    model = made("cpu")
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = memory.typical_batch(model, row, estimate.rows_of_micro_batch(stage, row))
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with kernels.pretending(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
+        loss = model.loss(batch)
+    assert loss.requires_grad
+    return sum(kept.values()), int(needs.copies + needs.activations)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -415,8 +562,8 @@ def test_operations_are_those_that_torch_counts(tune, recompute):
             Batch(ids, labels, torch.arange(39), cu_seqlens, 39, pixels, [ONE_VIEW] * 2, [])
         )
         loss.backward()
-    needs = estimate.estimate(model, Stage(tune=tune), RowSize(2, 30, 9, 8), recompute)
-    assert needs.operations == pytest.approx(counter.get_total_flops(), rel=0.03)
+    work = estimate.operations(model, Stage(tune=tune), RowSize(2, 30, 9, 8), recompute)
+    assert work == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_attention_grows_with_the_square_and_backward_is_two_and_a_half():
@@ -426,8 +573,8 @@ def test_attention_grows_with_the_square_and_backward_is_two_and_a_half():
 
     def work(tokens, causal, recompute=False):
         def operations(heads):
-            part = lm.model, lm.blocks, 64, heads, tokens
-            return estimate.cost(*part, True, recompute, causal).operations
+            part = lm.model, lm.blocks, heads, tokens
+            return estimate.part_operations(*part, True, recompute, causal)
 
         return operations(heads) - operations(0)
 
@@ -446,9 +593,9 @@ def test_both_encoders_of_a_mixture_are_counted():
     stage, row = Stage(), RowSize(1, 15, 20, 10)
     for model in (one, two):
         set_trainable(model, stage.tune)
-    first, second = (estimate.estimate(m, stage, row, True).operations for m in (one, two))
+    first, second = (estimate.operations(m, stage, row, True) for m in (one, two))
     tower = one.vision_tower
-    encoder = estimate.cost(tower, tower.blocks, 48, 48 * 3, 16, False, True).operations
+    encoder = estimate.part_operations(tower, tower.blocks, 48 * 3, 16, False, True)
     assert second - first == pytest.approx(encoder)
 
 
@@ -468,7 +615,13 @@ def test_the_largest_run_that_was_reported():
     for stage, rows in zip(r.stage.values(), (558_128, 665_298), strict=True):
         set_trainable(model, stage.tune)
         row = estimate.mean_row(None, stage.template, model.views)
-        needs = estimate.estimate(model, stage, row, True)
-        hours.append(estimate.hours(rows, needs.operations, estimate.GPUS["A100-40G"], 8))
+        work = estimate.operations(model, stage, row, True)
+        hours.append(estimate.hours(rows, work, estimate.GPUS["A100-40G"], 8))
     assert 6 < sum(hours) < 12
-    assert 40 < needs.memory.total / 1e9 < 80
+
+    # It does not fit 40 GB; sharded over eight of them it does.
+    model.language_model.model.gradient_checkpointing = True
+    needs = memory.measure(rounded(model, stage.tune), stage, row, bf16=True)
+    assert 40 < needs.total / 1e9 < 80
+    assert planner.fits(needs, model, 1, 40e9) is None
+    assert planner.fits(needs, model, 8, 40e9) == "*"
