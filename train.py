@@ -425,12 +425,11 @@ def prepare(
     bf16 = parallel.use_bf16(options.precision, ranks.device)
     if bf16:
         round_frozen(model)
-    model.to(ranks.device)
     peak_share = estimate.peak_share(model, stage, rows, ranks.device) / ranks.size
     if options.compile:
         model.compile_blocks()
     mode = parallel.choose_mode(options.parallel, model, ranks)
-    parallel_model = ParallelModel(model, mode, ranks)
+    parallel_model = ParallelModel(model, mode, ranks, bf16)
 
     # The optimizer comes after that, because fsdp replaces the parameters.
     trainable = trainable_parameters(model)
