@@ -39,6 +39,7 @@ The files around it:
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterable
@@ -563,7 +564,9 @@ def run_stages(recipe: Recipe, ranks: Ranks):
         is_done = train_stage(run, start)
 
         # All of this stage's memory must be free before the next stage's model is built.
+        # FSDP's hooks and modules hold each other, so that only the collector frees them.
         del model, run, tensors
+        gc.collect()
         if not is_done:
             if ranks.is_first:
                 resume.wait()

@@ -56,13 +56,13 @@ class triton:  # noqa: N801
         if _triton is None:
             return f
         kernel = _triton.jit(f, **options)
-        launch = kernel.run
+        launch = type(kernel).run
 
         def run(x: Tensor, *args, **kwargs):
             if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-                return launch(x, *args, **kwargs)
+                return launch(kernel, x, *args, **kwargs)
             with torch.cuda.device(x.device):
-                return launch(x, *args, **kwargs)
+                return launch(kernel, x, *args, **kwargs)
 
         kernel.run = run
         return kernel
@@ -74,15 +74,33 @@ def has_bf16(device: torch.device) -> bool:
     torch.cuda.is_bf16_supported also counts GPUs that emulate it.
     """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).major >= 8
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+# torch.compile takes the answer for a constant. torch.compiler.assume_constant_result would set this
+# as well, but to call it takes an import of seconds.
+has_bf16._dynamo_marked_constant = True
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return what a model answers in where nobody asks for another dtype.
+
+    That is bfloat16 on a GPU that has it, else float32.
+    """
+    if device.type == "cuda" and has_bf16(device):
+        return torch.bfloat16
+    return torch.float32
 
 
 def fused(x: Tensor) -> bool:
     """Return whether Triton runs on this tensor: on a GPU from Ampere on.
 
-    Older ones have less shared memory than the kernels take, and no instructions for bfloat16.
+    Older ones run the reference. Triton compiles for Turing (sm_75), but there the kernels of
+    decode, LoRA, NF4 and int8 spill registers to memory, and bfloat16 is emulated.
     """
     return x.is_cuda and tl is not None and has_bf16(x.device)
 

@@ -303,3 +303,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of all their gradients, over all shards. All ranks must call it."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return whole(nn.utils.get_total_norm(gradients))
+
+
+def numbers(scalars: list[Tensor]) -> list[float]:
+    """Return the values of tensors of one number each, with one transfer from the GPU."""
+    if not scalars:
+        return []
+    return torch.stack(scalars).tolist()
