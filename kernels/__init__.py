@@ -56,9 +56,9 @@ class triton:  # noqa: N801
         if _triton is None:
             return f
         kernel = _triton.jit(f, **options)
-        launch = type(kernel).run
 
         def run(x: Tensor, *args, **kwargs):
+            launch = type(kernel).run
             if not x.is_cuda or x.get_device() == torch.cuda.current_device():
                 return launch(kernel, x, *args, **kwargs)
             with torch.cuda.device(x.device):
@@ -81,8 +81,8 @@ def has_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-# torch.compile takes the answer for a constant. torch.compiler.assume_constant_result would set this
-# as well, but to call it takes an import of seconds.
+# torch.compile takes the answer for a constant. torch.compiler.assume_constant_result sets this,
+# too, but a call of it imports what takes seconds.
 has_bf16._dynamo_marked_constant = True
 
 
