@@ -607,6 +607,7 @@ def main(argv: list[str]):
         return
 
     ranks = Ranks.join(recipe.train.device)
+    parallel.use_bf16(recipe.train.precision, ranks.device)  # refuses before anything is loaded
     if demo_data and ranks.is_first and not demo_data.exists():
         world.write(demo_data)
     ranks.barrier()

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from inference.cache import Cache
 from inference.fast_linears import fast_linears, replaced_forwards
 from inference.sampling import sample_tokens
+from kernels import fused
 from packing import IMAGE_TOKEN, Item, as_items, count_images, pack_prompts
 
 # A common beginning of fewer slots is computed again: copying it would not be worth the trouble.
@@ -157,9 +158,9 @@ class Engine:
         self.image_slots: dict[int, int] = {}  # by fingerprint, of the images in cached_ids
         self.linears = fast_linears(self.lm)
 
-        # A graph holds on to the addresses of the weights, and training moves them.
-        on_gpu = self.device.type == "cuda"
-        self.use_graph = on_gpu and is_plain(self.lm) and not model.training
+        # A graph holds on to the addresses of the weights, and training moves them. It is made for
+        # the kernels: the references are not kept from waiting for the GPU.
+        self.use_graph = fused(self.embedding) and is_plain(self.lm) and not model.training
 
         self.cache = Cache(self.lm.config, rows, slots, like=self.embedding)
 

@@ -212,15 +212,15 @@ class RunLog:
             for now, before in zip(values, self.probed_at_begin[part], strict=True):
                 sums.append((now - before).square().sum())
                 sums.append(before.square().sum())
-        sums = iter(parallel.numbers(sums))
+        numbers = iter(parallel.numbers(sums))
 
         change = {}
         for part, values in self.probed_at_begin.items():
             moved = 0.0
             size = 0.0
             for _ in values:
-                moved += next(sums)
-                size += next(sums)
+                moved += next(numbers)
+                size += next(numbers)
 
             # A part may begin as zeros, as LoRA's B does.
             change[part] = math.sqrt(moved / max(1e-30, size))
