@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kernels import int8, lora, nf4, tl, triton
+from kernels import int8, lora, nf4, power_of_two, tl, triton
 from tests.tools.environment import GPU, shared
 
 pytestmark = pytest.mark.gpu
@@ -173,9 +173,7 @@ def mask_kernel(SEED, MASK, first, K, threshold, BLOCK: tl.constexpr):
 
 def triton_mask(seed, first, rows, columns, p):
     mask = torch.zeros(rows, columns, dtype=torch.int8, device=DEVICE)
-    mask_kernel[(rows,)](
-        seed, mask, first, columns, round(p * 2**16), triton.next_power_of_2(columns)
-    )
+    mask_kernel[(rows,)](seed, mask, first, columns, round(p * 2**16), power_of_two(columns))
     return mask.bool()
 
 
