@@ -53,6 +53,7 @@ from inference.asgi import MOST_HELD, Exchange, Gone, Held, Names, check_origin,
 from inference.job_queue import Job, JobQueue, Limits, Refused, Seat, fetch
 from inputs.templates import IMAGE
 from inputs.tokenizer import load_tokenizer
+from kernels import default_dtype
 from model import LLaVA
 from packing import Item
 
@@ -696,14 +697,13 @@ def main(argv: list[str]):
         name = Path(args.model).resolve().name
 
     # The same choice as in generate.py and evaluate.py.
-    device = "cpu"
-    dtype = "float32"
-    if torch.cuda.is_available():
-        device = "cuda"
-        dtype = "bfloat16"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = default_dtype(device)
+    if args.dtype:
+        dtype = getattr(torch, args.dtype)
 
     folder = resolve(args.model)
-    model = LLaVA.from_pretrained(folder, getattr(torch, args.dtype or dtype), device)
+    model = LLaVA.from_pretrained(folder, dtype, device)
     jobs = JobQueue(model, load_tokenizer(folder), name, limits)
 
     page = None

@@ -903,10 +903,11 @@ def test_a_gpu_computes_in_bfloat16(folder, monkeypatch, gpu, options, device, d
         raise InterruptedError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(LLaVA, "from_pretrained", load)
     with pytest.raises(InterruptedError):
         serve.main(["--model", str(folder), *options])
-    assert asked == [(dtype, device)]
+    assert asked == [(dtype, torch.device(device))]
 
 
 def test_a_slow_server_of_pictures_is_waited_for_in_all_and_not_for_each_byte(jobs, monkeypatch):
