@@ -657,6 +657,23 @@ def parser(doc: str) -> Parser:
     return Parser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
 
 
+def within(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """Return the argparse type of a number from `low` to `high`; kind: int or float."""
+    name = "a whole number" if kind is int else "a number"
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")  # in no range
+        if not low <= value <= high:
+            what = f"{printable(text, 40)} is not {name} from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(what)
+        return value
+
+    return read
+
+
 def cli(main: Callable[[list[str]], object], doc: str, fields_help: bool = False):
     """Run a script: call main with the command line; end with one line if the user made a mistake.
 
