@@ -20,7 +20,7 @@ differs is named. Before the first checkpoint nothing can be lost, so any recipe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import config
@@ -136,7 +136,10 @@ def begin(recipe: Recipe, checkpoint: Path | None) -> Origin:
     (train.resume): all differences from its run are said, and none is refused.
     """
     output = Path(recipe.train.output)
-    text = config.dumps(recipe)
+
+    # What is said of this one start says nothing of a later one.
+    train = replace(recipe.train, resume="", accept_changes="")
+    text = config.dumps(replace(recipe, train=train))
     if checkpoint is None:
         contents = made_from.look(recipe, recipe.stage)
         return Origin({"recipe": text, "contents": contents}, [])
@@ -160,6 +163,8 @@ def begin(recipe: Recipe, checkpoint: Path | None) -> Origin:
         deciding, others = config.differences(recorded.get("recipe", text), recipe)
         others = deciding + others
     for name, old, new in others:
+        if name in ("train.resume", "train.accept_changes"):
+            continue
         changes.append({"what": name, "old": old, "new": new})
 
     # What it names.
