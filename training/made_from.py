@@ -72,7 +72,7 @@ MODEL_FILES = (
 PARTS_OF_FACTORY = (".", "language_model", "vision_tower", "connector")
 
 
-# --------------------------------------------------------------------------------- what there is now
+# -------------------------------------------------------------------------------- what there is now
 
 
 def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
@@ -114,7 +114,7 @@ def sources_of(stage: Stage) -> dict[str, Source]:
 
 
 def contents_of_rows(rows: Rows) -> dict[str, str]:
-    """Return what is in the files of rows. Their order counts, so each name begins with a number."""
+    """Return what is in the files of rows. Names begin with a number, because the order counts."""
     found = {}
     for k, file in enumerate(rows.files):
         if isinstance(rows, Shards):
@@ -223,7 +223,7 @@ def as_text(found: dict) -> str:
     return f"{found['size']} bytes {found['blake2b']}"
 
 
-# ---------------------------------------------------------------------------------- what has changed
+# --------------------------------------------------------------------------------- what has changed
 
 
 class Changes(NamedTuple):

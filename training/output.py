@@ -20,18 +20,19 @@ differs is named. Before the first checkpoint nothing can be lost, so any recipe
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import config
 import lora
 from checkpoints import peft, resume, seal
-from checkpoints.files import resolve, writing
+from checkpoints.files import resolve, write_file, writing
 from checkpoints.owned import MARK, own
 from config import Recipe, UserError, printable
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import LLaVA
-from training import made_from, model_card, state
+from training import made_from, model_card, run_log, state
 from training.ranks import Ranks, print0
 from training.run_log import reporting
 
@@ -177,6 +178,35 @@ def begin(recipe: Recipe, checkpoint: Path | None) -> Origin:
     for what in compared.deciding + compared.others:
         changes.append({"what": what})
     return Origin({"recipe": text, "contents": {**before, **found}}, changes)
+
+
+def write_origin(recipe: Recipe, origin: Origin, index: int, start: int):
+    """Write what this start is made from into the folder, and begin its log.
+
+    index, start: the stage in which it goes on, and how many of its steps are done. What was logged
+    after that is done again. Raises UserError if the folder cannot be written.
+    """
+    output = Path(recipe.train.output)
+    with writing(output):
+        write_file(output / "recipe.toml", origin.record["recipe"])
+        write_file(output / "made_from.json", json.dumps(origin.record["contents"], indent=1))
+
+    stages = list(recipe.stage)
+    log = output / "log.jsonl"
+    with reporting("cleaning log.jsonl"):
+        run_log.forget_after(log, stages, index, start)
+    with reporting("removing PREEMPTED"):
+        (output / "PREEMPTED").unlink(missing_ok=True)
+
+    # What differs from the beginning of the run.
+    stage = stages[min(index, len(stages) - 1)]
+    for change in origin.changes:
+        said = change["what"]
+        if "old" in change:
+            said += f": {change['old']!r} -> {change['new']!r}"
+        print0(f"changed: {printable(said)}")
+        with reporting("logging a change"):
+            run_log.append(log, run_log.event_line("changed", stage, step=start, **change))
 
 
 def check_room(model: LLaVA, recipe: Recipe):
