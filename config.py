@@ -30,8 +30,9 @@ import sys
 import tomllib
 import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 def printable(text, most: int = 400) -> str:
@@ -65,25 +66,34 @@ class UserError(ValueError):
         super().__init__(f"{where}: {printable(what)}; fix: {printable(fix, 2000)}")
 
 
-def opt(default, why: str, choices: tuple[str, ...] = (), compare: bool = True):
+def opt(
+    default,
+    why: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    decides: bool = True,
+):
     """Return a field of a recipe.
 
     default: a value, {} for a table of anything, or a dataclass of this file for a table of its
     fields.
     why: the reason the field exists, as --help prints it.
     choices: the only values it takes; empty = any value of its type.
-    compare: whether it decides what a run computes. If not, it is left out of the saved recipe and
-    of comparisons, so a stopped run may go on with another value.
+    low, high: the least and the greatest value of a number. Every number of a recipe has both.
+    decides: whether it decides what is trained. A field that changes only speed, memory, safety or
+    what is reported does not (sums may round differently), so a stopped run may go on with another
+    value of it.
     """
-    metadata = {"why": why, "choices": choices}
+    metadata = {"why": why, "choices": choices, "low": low, "high": high, "decides": decides}
 
     # Tables are made anew for each recipe: dataclasses forbid to share a default that can change.
     if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata, compare=compare)
+        return field(default_factory=default, metadata=metadata)
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata, compare=compare)
+        return field(default_factory=dict, metadata=metadata)
 
-    return field(default=default, metadata=metadata, compare=compare)
+    return field(default=default, metadata=metadata)
 
 
 # ------------------------------------------------------------------------------- what a recipe says
@@ -113,12 +123,17 @@ class Model:
     )
     vision_config: dict = opt({}, "the same for the vision encoder")
     allow_pickle: bool = opt(
-        False, "also read pytorch_model.bin (tensors only) where a folder has no safetensors"
+        False,
+        "also read pytorch_model.bin (tensors only) where a folder has no safetensors",
+        decides=False,
     )
 
     # What the connector gets from the encoder.
     feature_layer: int = opt(
-        -2, "which hidden state of the encoder is used; 0 = embeddings, -1 = last block"
+        -2,
+        "which hidden state of the encoder is used; 0 = embeddings, -1 = last block",
+        low=-1000,
+        high=1000,
     )
     feature_select: str = opt(
         "patch", "patch drops token 0, as LLaVA does; cls_patch keeps all", ("patch", "cls_patch")
@@ -134,8 +149,15 @@ class Model:
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
     )
-    frames: int = opt(16, "how many frames of a video are seen, evenly from its first to its last")
-    fps: float = opt(0.0, "so many a second instead, at most `frames`; 0 = always `frames`")
+    frames: int = opt(
+        16,
+        "how many frames of a video are seen, evenly from its first to its last",
+        low=1,
+        high=10_000,
+    )
+    fps: float = opt(
+        0.0, "so many a second instead, at most `frames`; 0 = always `frames`", low=0, high=1000
+    )
 
     @property
     def tokenizer_source(self) -> str:
@@ -147,50 +169,84 @@ class Model:
 class Train:
     """The table [train]: how a run behaves, whatever it trains."""
 
-    output: str = opt("out/run", "folder of the final model, its log and its checkpoints")
-    seed: int = opt(0, "decides initial weights and the order of samples, nothing else is random")
+    output: str = opt(
+        "out/run", "folder of the final model, its log and its checkpoints", decides=False
+    )
+    seed: int = opt(
+        0,
+        "decides initial weights and the order of samples, nothing else is random",
+        low=0,
+        high=2**63 - 1,  # the greatest integer of TOML
+    )
 
     # The machine.
     precision: str = opt(
         "auto", "auto = bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16")
     )
-    device: str = opt("auto", "auto = cuda if there is one", ("auto", "cpu", "cuda"))
+    device: str = opt("auto", "auto = cuda if there is one", ("auto", "cpu", "cuda"), decides=False)
     workers: int = opt(
-        2, "processes per rank that read, decode and tokenize ahead; 0 = in the main process"
+        2,
+        "processes per rank that read, decode and tokenize ahead; 0 = in the main process",
+        low=0,
+        high=256,
+        decides=False,
     )
+
+    # A run that ends without a bad row is the same under both. One that stopped at a bad row has
+    # computed what skipping would have.
     on_bad_row: str = opt(
-        "stop", "stop at the first unusable row, or skip: log it, take the next", ("stop", "skip")
+        "stop",
+        "stop at the first unusable row, or skip: log it, take the next",
+        ("stop", "skip"),
+        decides=False,
     )
     gradient_checkpointing: bool = opt(
-        False, "recompute each block in backward: less memory, a third more time"
+        False, "recompute each block in backward: less memory, a third more time", decides=False
     )
-    compile: bool = opt(False, "torch.compile every block: minutes at first, then less time a step")
+    compile: bool = opt(
+        False, "torch.compile every block: minutes at first, then less time a step", decides=False
+    )
 
     # What is reported and kept.
-    log_every: int = opt(10, "steps between progress lines")
-    save_every: int = opt(200, "steps between checkpoints to resume from")
-    keep: int = opt(2, "how many such checkpoints to keep")
+    log_every: int = opt(10, "steps between progress lines", low=1, high=10**9, decides=False)
+    save_every: int = opt(
+        200, "steps between checkpoints to resume from", low=1, high=10**9, decides=False
+    )
+    keep: int = opt(2, "how many such checkpoints to keep", low=1, high=10_000, decides=False)
     keep_best: bool = opt(
-        False, "also keep the lowest validation loss of a stage; the last stage's is OUTPUT/best"
+        False,
+        "also keep the lowest validation loss of a stage; the last stage's is OUTPUT/best",
+        decides=False,
     )
     answers: int = opt(
-        0, "at each validation, also show what the model answers to this many of the held-out rows"
+        0,
+        "at each validation, also show what the model answers to this many of the held-out rows",
+        low=0,
+        high=10_000,
+        decides=False,
     )
     log: str = opt(
         "none",
         "also send the log there; either is an optional package",
         ("none", "tensorboard", "wandb"),
+        decides=False,
     )
 
-    # A stopped run may go on with other values of these, so they are not compared.
+    # How a start of the run works.
     parallel: str = opt(
         "auto",
         "ddp copies the model to every rank, fsdp shards it; auto = ddp while it fits half a GPU",
         ("auto", "none", "ddp", "fsdp"),
-        compare=False,
+        decides=False,
     )
     resume: str = opt(
-        "", "go on from this checkpoint and no other; empty = the newest whole one", compare=False
+        "", "go on from this checkpoint and no other; empty = the newest whole one", decides=False
+    )
+    accept_changes: str = opt(
+        "",
+        "go on although rows, pictures, tokenizer or weights have changed: the word for just these "
+        "changes, which the refusal says",
+        decides=False,
     )
 
 
@@ -217,10 +273,13 @@ class LoRA:
     """The table [stage.NAME.lora]: the adapters of the parts that [stage.NAME.tune] adapts."""
 
     r: int = opt(
-        128, "rank of the adapters (Hu et al., 2021): their size, and what they can express"
+        128,
+        "rank of the adapters (Hu et al., 2021): their size, and what they can express",
+        low=1,
+        high=65536,
     )
-    alpha: float = opt(256.0, "an adapter's output is multiplied by alpha / r")
-    dropout: float = opt(0.05, "share of an adapter's inputs that training drops")
+    alpha: float = opt(256.0, "an adapter's output is multiplied by alpha / r", low=1e-6, high=1e6)
+    dropout: float = opt(0.05, "share of an adapter's inputs that training drops", low=0, high=0.99)
     rslora: bool = opt(
         False, "alpha / sqrt(r) in its place, so that large ranks learn too (Kalajdzievski, 2023)"
     )
@@ -242,9 +301,13 @@ class LoRA:
 class Rates:
     """The table [stage.NAME.rate]: a learning rate for each of PARTS."""
 
-    llm: float = opt(0.0, "learning rate of this part; 0 = the stage's learning_rate")
-    vision: float = opt(0.0, "as above; a pretrained encoder usually wants a tenth")
-    connector: float = opt(0.0, "as above")
+    llm: float = opt(
+        0.0, "learning rate of this part; 0 = the stage's learning_rate", low=0, high=100
+    )
+    vision: float = opt(
+        0.0, "as above; a pretrained encoder usually wants a tenth", low=0, high=100
+    )
+    connector: float = opt(0.0, "as above", low=0, high=100)
 
 
 @dataclass(frozen=True)
@@ -256,6 +319,8 @@ class Source:
     weight: float = opt(
         1.0,
         "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another",
+        low=0,
+        high=10_000,
     )
 
 
@@ -273,9 +338,13 @@ class Stage:
     mixture: dict[str, Source] = opt(
         {}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data"
     )
-    validation: str = opt("", "held-out rows for the validation loss; empty = none")
+    validation: str = opt("", "held-out rows for the validation loss; empty = none", decides=False)
     validation_every: int = opt(
-        200, "steps between validation passes (one more at the end of the stage)"
+        200,
+        "steps between validation passes (one more at the end of the stage)",
+        low=1,
+        high=10**9,
+        decides=False,
     )
     template: str = opt("pretrain", "chat template, see inputs/templates.py")
 
@@ -285,21 +354,37 @@ class Stage:
 
     # The optimizer.
     rate: Rates = opt(Rates, "learning rate per part")
-    learning_rate: float = opt(1e-3, "peak of the warm-up + cosine schedule")
-    weight_decay: float = opt(0.0, "AdamW, never on biases and norms")
-    beta2: float = opt(0.999, "AdamW's second-moment decay; short runs want less")
-    warmup_ratio: float = opt(0.03, "share of the steps that warm up")
-    max_grad_norm: float = opt(1.0, "the gradient of a step is clipped to this norm")
+    learning_rate: float = opt(1e-3, "peak of the warm-up + cosine schedule", low=0, high=100)
+    weight_decay: float = opt(0.0, "AdamW, never on biases and norms", low=0, high=100)
+    beta2: float = opt(
+        0.999, "AdamW's second-moment decay; short runs want less", low=0, high=0.999999
+    )
+    warmup_ratio: float = opt(0.03, "share of the steps that warm up", low=0, high=1)
+    max_grad_norm: float = opt(
+        1.0, "the gradient of a step is clipped to this norm; 1e9 = never", low=1e-9, high=1e9
+    )
 
     # How long, and in what portions.
-    epochs: float = opt(1.0, "passes over the data")
-    steps: int = opt(0, "stop after this many steps instead; 0 = epochs decide")
-    global_batch: int = opt(128, "samples per optimizer step, whatever the ranks and micro-batches")
+    epochs: float = opt(1.0, "passes over the data", low=0, high=100_000)
+    steps: int = opt(0, "stop after this many steps instead; 0 = epochs decide", low=0, high=10**9)
+    global_batch: int = opt(
+        128,
+        "samples per optimizer step, whatever the ranks and micro-batches",
+        low=1,
+        high=1_000_000,
+    )
     micro_batch_tokens: int = opt(
-        16384, "a micro-batch packs samples up to this many tokens; 0 = one sample each"
+        16384,
+        "a micro-batch packs samples up to this many tokens; 0 = one sample each",
+        low=0,
+        high=10_000_000,
+        decides=False,
     )
     max_tokens: int = opt(
-        2048, "longest sample; a longer one loses text from its tail, never an image"
+        2048,
+        "longest sample; a longer one loses text from its tail, never an image",
+        low=1,
+        high=10_000_000,
     )
 
 
@@ -311,7 +396,7 @@ class Recipe:
     train: Train = opt(Train, "the run")
     stage: dict[str, Stage] = opt({}, "[stage.NAME] tables; each stage starts from the one before")
     published: dict = opt(
-        {}, "scores that the original authors report, by benchmark", compare=False
+        {}, "scores that the original authors report, by benchmark", decides=False
     )
 
 
@@ -346,6 +431,12 @@ class LLaVAConfig:
     image_grids: str = Model.image_grids
     frames: int = Model.frames
     fps: float = Model.fps
+
+    # SHA-256 of the adapters that are merged into the weights: none may be merged twice.
+    merged_adapters: tuple[str, ...] = ()
+
+    # The files that text, vision and images (the processor) were read from, for messages.
+    places: dict = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         tower = self.vision.get("model_type")
@@ -387,6 +478,18 @@ def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
     if not recipe.stage:
         raise UserError(path, "no stage", "write a [stage.NAME] table")
     return recipe, path
+
+
+def parse_toml(text: str) -> dict:
+    """Return the tables of a TOML text. Raises ValueError, and nothing else, if it is none.
+
+    Python's reader raises RecursionError for deep nesting, and a ValueError of its own for an
+    integer of more than 4,300 digits.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
@@ -556,11 +659,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 def dumps(recipe: Recipe) -> str:
-    """Return the recipe as TOML, with every field that decides what runs. `load` reads it back.
-
-    A run that goes on compares this text with its recipe.toml, so it must not change from version
-    to version where the recipe does not.
-    """
+    """Return the recipe as TOML, with every field. `load` reads it back."""
     lines: list[str] = []
     _write_table(recipe, "", lines)
     return "\n".join(lines)
@@ -574,8 +673,6 @@ def _write_table(part, path: str, lines: list[str]):
     # In TOML a table's own fields come before the tables in it.
     nested = []
     for f in fields(part):
-        if not f.compare:
-            continue
         value = getattr(part, f.name)
         full = f"{path}.{f.name}" if path else f.name
         if is_dataclass(value):
@@ -602,20 +699,99 @@ def _toml(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+class Difference(NamedTuple):
+    """A field that two recipes have different values of."""
+
+    name: str  # section.key
+    old: object  # None where there is no such field, stage or key
+    new: object
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old!r} -> {self.new!r}"
+
+
+def differences(saved: str, recipe: Recipe) -> tuple[list[Difference], list[Difference]]:
+    """Return what differs between a saved recipe.toml and a recipe: what decides, and the rest.
+
+    saved: the text of the file. What it does not say has the default, so an older version's file
+    is equal where the run is. Raises ValueError, and nothing else, if it is not TOML.
+    """
+    deciding: list[Difference] = []
+    others: list[Difference] = []
+    _compare(Recipe, parse_toml(saved), asdict(recipe), "", deciding, others)
+    return deciding, others
+
+
+def _compare(cls, old, new: dict, path: str, deciding: list, others: list):
+    """Append each difference of the table [path] in two recipes. cls: its dataclass."""
+    if not isinstance(old, dict):
+        deciding.append(Difference(path, old, "a table"))
+        return
+
+    types = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    for name, f in known.items():
+        full = f"{path}.{name}" if path else name
+        kind = types[name]
+        found = others
+        if f.metadata["decides"]:
+            found = deciding
+
+        if is_dataclass(kind):
+            _compare(kind, old.get(name, {}), new[name], full, deciding, others)
+        elif typing.get_origin(kind) is dict:
+            _, named = typing.get_args(kind)  # of dict[str, Stage]
+            _compare_named(named, old.get(name, {}), new[name], full, deciding, others)
+        elif kind is dict:
+            _compare_free(old.get(name, {}), new[name], full, found)
+        elif old.get(name, f.default) != new[name]:
+            found.append(Difference(full, old.get(name, f.default), new[name]))
+
+    # A field that only another version has: nobody knows here what it decided.
+    for name in old:
+        if name not in known:
+            deciding.append(Difference(f"{path}.{name}" if path else name, old[name], None))
+
+
+def _compare_named(cls, old, new: dict, path: str, deciding: list, others: list):
+    """Append each difference of the named tables below `path`: the stages, or a mixture's sources.
+
+    Their order decides, too: a stage begins with what the one before it has trained.
+    """
+    if not isinstance(old, dict):
+        deciding.append(Difference(path, old, "a table"))
+        return
+    if list(old) != list(new):
+        deciding.append(Difference(path, list(old), list(new)))
+        return
+    for name, table in new.items():
+        _compare(cls, old[name], table, f"{path}.{name}", deciding, others)
+
+
+def _compare_free(old, new, path: str, found: list):
+    """Append each difference of a table that takes any keys, in any order."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        if old != new:
+            found.append(Difference(path, old, new))
+        return
+    for key in {**old, **new}:
+        _compare_free(old.get(key), new.get(key), f"{path}.{key}", found)
+
+
 def help_table() -> str:
-    """Return every field with its type, default and reason, in the order of a recipe."""
+    """Return every field with its type, default, reason and range, in the order of a recipe."""
     sections = {
         "model": Model,
         "train": Train,
         "stage.NAME": Stage,
         "stage.NAME.mixture.SOURCE": Source,
     }
-    lines: list[str] = []
+    lines = ["", "* = a stopped run may go on with another value; no other field may change"]
     for path, cls in sections.items():
         _describe(cls, path, lines)
 
     lines.append("\n[published]")
-    lines.append("  BENCHMARK = NUMBER, as the original authors report it for this recipe")
+    lines.append(" *BENCHMARK = NUMBER, as the original authors report it for this recipe")
     lines.append('\nbase = "FILE.toml" before all tables: the recipe that this one is laid over')
     return "\n".join(lines)
 
@@ -634,8 +810,11 @@ def _describe(cls, path: str, lines: list[str]):
         default = f.default
         if f.default_factory is dict:
             default = {}
-        what = f"{f.name:<24}{kind.__name__:<7}{json.dumps(default):<13}"
-        lines.append(f"  {what} {f.metadata['why']}")
+        mark = " " if f.metadata["decides"] else "*"
+        line = f" {mark}{f.name:<24}{kind.__name__:<7}{json.dumps(default):<13} {f.metadata['why']}"
+        if f.metadata["low"] is not None:
+            line += f" ({f.metadata['low']:,} to {f.metadata['high']:,})"
+        lines.append(line)
 
     for kind, full in nested:
         _describe(kind, full, lines)

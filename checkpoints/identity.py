@@ -21,13 +21,14 @@ SPACING = 2**20  # whose beginnings are at most 1 MiB apart,
 MOST_BLOCKS = 2**14  # unless that made more blocks than this: at most 64 MiB are read
 
 
-def identity(path: Path | str) -> dict:
+def identity(path: Path | str, whole: bool = False) -> dict:
     """Return {"size": bytes, "blake2b": 32 hexadecimal digits} of a regular file.
 
     A file of up to 64 MiB is hashed whole. Of a larger one the hash is of evenly spaced blocks of
     4 KiB, the first and the last among them, whose beginnings lie at most 1 MiB apart (more than
     that above 16 GiB). So every tensor of more than 1 MiB is in the sample, and a model of which
     only the connector was trained has another identity. At most 64 MiB are read.
+    whole: hash every byte of a large file, too, which takes a second per gigabyte.
 
     Raises UserError for what is missing, cannot be read, or is no regular file. A FIFO or a device
     is not read.
@@ -40,7 +41,7 @@ def identity(path: Path | str) -> dict:
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(path, "not a regular file", "put the file itself there")
             digest = hashlib.blake2b(digest_size=16)
-            for start, length in _blocks(status.st_size):
+            for start, length in _blocks(status.st_size, whole):
                 digest.update(os.pread(fd, length, start))
         finally:
             os.close(fd)
@@ -52,9 +53,9 @@ def identity(path: Path | str) -> dict:
     return {"size": status.st_size, "blake2b": digest.hexdigest()}
 
 
-def _blocks(size: int) -> list[tuple[int, int]]:
+def _blocks(size: int, whole: bool = False) -> list[tuple[int, int]]:
     """Return (start, length) of what is hashed of a file of `size` bytes."""
-    if size <= WHOLE:
+    if whole or size <= WHOLE:
         return [(start, SPACING) for start in range(0, size, SPACING)]
 
     # Both ends are blocks: n blocks have n - 1 spaces between their beginnings.

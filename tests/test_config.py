@@ -1,6 +1,8 @@
 """Recipes: defaults, overrides, and what a mistake says."""
 
+import dataclasses
 import tomllib
+import typing
 from dataclasses import asdict
 
 import pytest
@@ -136,20 +138,118 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path):
         config.load([mistaken], "x")
 
 
-def test_what_is_saved_is_resolved_and_says_nothing_that_a_run_does_not_depend_on(file, tmp_path):
+def test_what_is_saved_is_resolved_and_whole(file, tmp_path):
     over, plain = write(
         tmp_path, over="base = 'r.toml'\n[published]\nGQA = 5.5\n", plain="base = 'r.toml'\n"
     )
-    text = config.dumps(config.load([over], "x")[0])
-    assert text == config.dumps(
-        config.load([plain], "x")[0]
-    )  # so a score that is corrected later stops no resuming
-    assert "base" not in text and "published" not in text and "hidden_size = 8" in text
+    scored = config.load([over], "x")[0]
+    unscored = config.load([plain], "x")[0]
+    text = config.dumps(scored)
+    assert "base" not in text and "hidden_size = 8" in text
     (again,) = write(tmp_path, again=text)
-    assert (
-        config.load([again], "x")[0] == config.load([over], "x")[0] == config.load([file], "x")[0]
-    )
-    assert config.load([over], "x")[0].published == {"GQA": 5.5}
+    assert config.load([again], "x")[0] == scored
+    assert unscored == config.load([file], "x")[0]
+    assert scored.published == {"GQA": 5.5}
+
+    # So a score that is corrected later stops no resuming.
+    deciding, others = config.differences(text, unscored)
+    assert deciding == [] and others == [("published.GQA", 5.5, None)]
+
+
+# ------------------------------------------------------------------------------------ two recipes
+
+
+def every_field(cls=config.Recipe, path=""):
+    """Return (dotted name, field) for each field of a recipe that has stages one and two."""
+    found = []
+    types = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        full = f"{path}{f.name}"
+        if dataclasses.is_dataclass(types[f.name]):
+            found += every_field(types[f.name], f"{full}.")
+        elif typing.get_origin(types[f.name]) is dict:
+            _, named = typing.get_args(types[f.name])
+            name = {"stage": "one", "mixture": "a"}[f.name]
+            found += every_field(named, f"{full}.{name}.")
+        else:
+            found.append((full, f))
+    return found
+
+
+TWO = "[stage.one.mixture.a]\n[stage.one.mixture.b]\n[stage.two]\n"
+
+# What a stopped run may go on with another value of.
+MAY_CHANGE = {
+    *("published", "model.allow_pickle"),
+    *("train.output", "train.device", "train.workers", "train.on_bad_row", "train.compile"),
+    *("train.gradient_checkpointing", "train.log_every", "train.save_every", "train.keep"),
+    *("train.keep_best", "train.answers", "train.log", "train.parallel", "train.resume"),
+    *("stage.one.validation", "stage.one.validation_every", "stage.one.micro_batch_tokens"),
+}
+
+
+def test_what_may_change_at_a_resume_is_a_list_that_nobody_makes_longer_by_accident():
+    assert {name for name, f in every_field() if not f.metadata["decides"]} == MAY_CHANGE
+
+
+@pytest.mark.parametrize(
+    "name, field", every_field(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_two_recipes_differ_where_a_field_differs(tmp_path, name, field):
+    (file,) = write(tmp_path, file=TWO)
+    saved = config.load([file], "x")[0]
+    old = field.default
+    choices = [c for c in field.metadata["choices"] if c != old]
+    if field.default is dataclasses.MISSING:
+        name, old, new, text = f"{name}.a_key", None, 7, "7"
+    elif choices:
+        new = text = choices[0]
+    elif isinstance(old, bool):
+        new, text = not old, str(not old).lower()
+    elif isinstance(old, str):
+        new = text = "another"
+    else:
+        new = field.metadata["high"]
+        text = str(new)
+    recipe = config.load([file, f"{name}={text}"], "x")[0]
+
+    deciding, others = config.differences(config.dumps(saved), recipe)
+    expected = ([], [(name, old, new)])
+    if field.metadata["decides"]:
+        expected = ([(name, old, new)], [])
+    assert (deciding, others) == expected
+    assert config.differences(config.dumps(recipe), recipe) == ([], [])
+
+
+def test_a_recipe_that_another_version_saved(tmp_path):
+    (file,) = write(tmp_path, file=TWO)
+    recipe = config.load([file], "x")[0]
+
+    # What it does not say has the default.
+    assert config.differences(TWO, recipe) == ([], [])
+    assert config.differences("[train]\nseed = 1\n" + TWO, recipe)[0] == [("train.seed", 1, 0)]
+
+    # What it alone has may have decided something.
+    assert config.differences("[train]\ngone = 1\n" + TWO, recipe)[0] == [("train.gone", 1, None)]
+
+    # Stages and sources decide by their order, too.
+    turned = "[stage.two]\n[stage.one.mixture.a]\n[stage.one.mixture.b]\n"
+    assert config.differences(turned, recipe)[0] == [("stage", ["two", "one"], ["one", "two"])]
+    turned = "[stage.one.mixture.b]\n[stage.one.mixture.a]\n[stage.two]\n"
+    (found,) = config.differences(turned, recipe)[0]
+    assert str(found) == "stage.one.mixture: ['b', 'a'] -> ['a', 'b']"
+
+
+@pytest.mark.parametrize("text", ["[model", "a = " + "[" * 100_000, "a = " + "9" * 5000, "\0"])
+def test_a_saved_recipe_that_is_no_toml_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        config.differences(text, config.Recipe())
+
+
+@pytest.mark.parametrize("text", ["stage = 3", "model = 3", "stage = { one = 3 }", "[[train]]"])
+def test_a_saved_recipe_of_another_shape_differs(text):
+    recipe = config.Recipe(stage={"one": config.Stage()})
+    assert config.differences(text, recipe)[0]
 
 
 # ------------------------------------------------------------------------------------------ recipes

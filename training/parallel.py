@@ -179,11 +179,13 @@ class ParallelModel:
         if self.mode == "fsdp":
             self.whole.unshard()
         self.module.eval()
-        with torch.no_grad():
-            yield self.whole
-        self.module.train()
-        if self.mode == "fsdp":
-            self.whole.reshard()
+        try:
+            with torch.no_grad():
+                yield self.whole
+        finally:  # a validation may fail, and training goes on
+            self.module.train()
+            if self.mode == "fsdp":
+                self.whole.reshard()
 
 
 def _gather_in_order(model: nn.Module):
