@@ -22,6 +22,8 @@ from evals.files import errors_at, find_first, read_rows
 from evals.options import LETTER, list_options, with_letters
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("all", "LongVideoBench")
 
 # The published "duration_group", and the name of its score.

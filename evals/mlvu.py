@@ -19,6 +19,8 @@ from evals.options import LETTER, with_letters
 from evals.scores import mean_score
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("M-Avg", "MLVU")
 
 # The files; a task's name is that of its file without the number.

@@ -43,6 +43,7 @@ FILES = (
     "MMBench_TEST_EN.tsv",
 )
 ROTATION = 10**6
+UNREAD = "give no letter, and are wrong"
 
 # Columns that LLaVA's converter (convert_mmbench_for_submission.py) leaves out.
 DROPPED = {"hint", "category", "source", "image", "comment", "l2-category"}
@@ -139,6 +140,12 @@ def parse(answer, choices):
     if len(told) == 1:
         return told[0]
     return None
+
+
+def unread(examples, answers):
+    """Return how many answers give no letter."""
+    pairs = zip(examples, answers, strict=True)
+    return sum(parse(answer, example["choices"]) is None for example, answer in pairs)
 
 
 def score(examples, answers):

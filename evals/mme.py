@@ -35,6 +35,8 @@ GROUPS = {
 }  # fmt: skip
 TASKS = [*GROUPS["Perception"], *GROUPS["Cognition"]]
 
+UNREAD = "begin with neither yes nor no, and are wrong"
+
 ENDING = "Please answer yes or no."
 
 
@@ -134,6 +136,11 @@ def parse(answer):
     if "no" in start:
         return "no"
     return "other"
+
+
+def unread(examples, answers):
+    """Return how many answers are neither yes nor no."""
+    return sum(parse(answer) == "other" for answer in answers)
 
 
 def score(examples, answers):

@@ -48,6 +48,7 @@ DOMAINS = {
 }  # fmt: skip
 DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
 MOST_PICTURES = 7
+UNREAD = "give no letter, or are about pictures that are missing: a guess counts in their place"
 
 
 # --------------------------------------------------------------------------------------- examples
@@ -291,6 +292,15 @@ def open_right(answer, label):
 
 
 # ------------------------------------------------------------------------------------------- score
+
+
+def unread(examples, answers):
+    """Return how many answers to multiple choice give no letter."""
+    count = 0
+    for example, answer in zip(examples, answers, strict=True):
+        if example["choices"]:
+            count += not example["image"] or parse_choice(answer, example["choices"]) is None
+    return count
 
 
 def score(examples, answers):

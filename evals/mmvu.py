@@ -21,6 +21,8 @@ from evals.options import LETTER, list_options
 from evals.scores import Result
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("all", "MMVU")
 DIRECT = "\nAnswer the question directly without explanation."
 

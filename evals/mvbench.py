@@ -20,6 +20,8 @@ from evals.options import LETTER, with_letters
 from evals.scores import mean_score
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("mean", "MVBench")
 
 # Task, and the folder of its clips.

@@ -16,6 +16,7 @@ So "NO", "nothing" and an empty answer are a yes.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from evals.scores import mean_score
 MAX_NEW_TOKENS = 128
 PUBLISHED = ("F1", "POPE")
 SPLITS = ("random", "popular", "adversarial")
+UNREAD = "say neither yes nor no, and count as yes"
 LABELS = ("yes", "no")  # any other label of a row is an error
 SAME_VERSION = "take both of the same version"
 
@@ -121,6 +123,15 @@ def yes_or_no(answer):
     if "No" in words or "no" in words or "not" in words:
         return "no"
     return "yes"
+
+
+def unread(examples, answers):
+    """Return how many answers say neither yes nor no: `yes_or_no` takes them for a yes."""
+    count = 0
+    for answer in answers:
+        words = re.findall(r"[a-z]+", answer.split(".")[0].lower())
+        count += not any(word in ("yes", "no", "not") for word in words)
+    return count
 
 
 def counts(said, labels):

@@ -23,6 +23,7 @@ from evals.scores import Result, group_scores
 
 MAX_NEW_TOKENS = 1024
 PUBLISHED = ("IMG", "SQA-I")
+UNREAD = "give no letter, and are wrong"
 LETTERS = ("A", "B", "C", "D", "E")
 
 
@@ -125,6 +126,11 @@ def parse(answer):
     if len(found) == 1:
         return found[0]
     return None
+
+
+def unread(examples, answers):
+    """Return how many answers give no letter."""
+    return sum(parse(answer) is None for answer in answers)
 
 
 def score(examples, answers):

@@ -16,6 +16,8 @@ from evals.files import errors_at, find_first, read_parquet
 from evals.options import LETTER
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("all", "VideoMME")
 LENGTHS = {
     "short": "short, to 2 min",

@@ -1,11 +1,13 @@
-"""The command: it writes a new folder, or says in one line why it does not; a kill harms nothing."""
+"""The command: it writes a new folder or says in one line why not, and a kill harms nothing."""
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from checkpoints import files
 from checkpoints.files import write_file
 from checkpoints.owned import MARK, own
 from config import UserError
@@ -32,7 +34,7 @@ def test_the_command(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-# ---------------------------------------------------------------------------------- one whole folder
+# --------------------------------------------------------------------------------- one whole folder
 
 FILES = {"model.safetensors": "weights", "config.json": "{}", "a b.txt": "x"}
 
@@ -64,8 +66,6 @@ def killed_at(number: int, out: Path) -> bool:
                 if left < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        import sys
-
         sys.addaudithook(kill)
         write(out)
         os._exit(0)
@@ -73,12 +73,12 @@ def killed_at(number: int, out: Path) -> bool:
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
-def test_a_kill_at_any_instant_leaves_nothing_that_stops_the_same_command(tmp_path, there):
+def test_a_kill_at_any_instant_leaves_nothing_that_stops_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "flush", lambda path: None)  # no power is cut here
     number = 0
     while True:
         out = tmp_path / str(number)
-        if there:
+        if number % 2:
             out.mkdir()
         if not killed_at(number, out):
             break
@@ -96,10 +96,10 @@ def test_a_kill_at_any_instant_leaves_nothing_that_stops_the_same_command(tmp_pa
 
 
 def test_the_command_killed_on_its_way(tmp_path):
-    """The real export, killed while it writes; the same command then ends as if nothing had been."""
+    """The real export is killed while it writes; then the same command ends as it always does."""
     command = ["export.py", "--model", str(shared(MODEL)), "--to", "tinyllava"]
     run(*command, tmp_path / "whole")
-    for number in (2, 9, 17):
+    for number in (4, 15):
         out = tmp_path / str(number)
         code = (
             "import os, runpy, signal, sys\n"
