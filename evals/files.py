@@ -156,8 +156,10 @@ class Row(Fields):
 
     def table(self, key: str, optional: bool = False) -> Row:
         """Return the row in this row; an empty one, if optional and absent."""
-        inner = super().table(key, optional)
-        return Row(inner.values, self.where, inner.path)
+        value = self._get(key, {} if optional else REQUIRED)
+        if not isinstance(value, dict):
+            raise self.refuse(key, "not an object")
+        return Row(value, self.where, self._dotted(key))
 
     def refuse(self, key: str, why: str) -> UserError:
         """Return the error for a field: its value, and why that cannot be."""

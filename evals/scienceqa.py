@@ -81,6 +81,8 @@ def make_example(where, number, text, image, problem):
     choices = problem.options("choices")
     right = problem.integer("answer", 0, min(len(choices), len(LETTERS)) - 1)
     known = {key: problem.text(key, default="") for key in ("hint", "image")}
+    if not re.fullmatch(r"grade\d{1,2}", problem.text("grade")):
+        raise problem.refuse("grade", "not grade1 to grade12")
     known |= {key: problem.text(key) for key in ("subject", "grade", "topic")}
     return {
         "id": number,
