@@ -72,6 +72,7 @@ from inference.answer import prompt_ids
 from inference.engine import CACHE_STEP
 from inputs.pictures import load_image
 from inputs.sample import load_item
+from inputs.tiling import TILED
 from inputs.tokenizer import load_tokenizer
 from inputs.video import probe
 from model import LLaVA
@@ -333,11 +334,12 @@ def most_tokens(model: LLaVA, kind: str) -> int:
     if kind == "video":
         return views.positions(ItemShape(views.frames))
     most = views.positions()
-    for rows, columns in views.grids:
-        shape = ItemShape(1 + rows * columns)
-        if views.mode == "anyres":
-            shape = ItemShape(1 + rows * columns, rows, columns)
-        most = max(most, views.positions(shape))
+    if views.mode in TILED:
+        for rows, columns in views.grids:
+            shape = ItemShape(1 + rows * columns)
+            if views.mode == "anyres":
+                shape = ItemShape(1 + rows * columns, rows, columns)
+            most = max(most, views.positions(shape))
     return most
 
 

@@ -294,7 +294,7 @@ def answer_page(
     answer = "".join(pieces[seen.first :])
     note = ""
     if is_cut:
-        cut = f"... cut after {len(probabilities)} tokens; --max-new-tokens shows more"
+        cut = f"... cut after token {len(probabilities)}; --max-new-tokens shows more"
         note = f' <span class="small">{cut}</span>'
     parts = [
         f"<p><b>{html.escape(question)}</b> {html.escape(answer)}{note}</p>",

@@ -14,7 +14,7 @@ from evals.files import Row, parse_list, read_rows, read_text, read_tsv
 from tests.tools.benchmark_files import FILES, fake_pyarrow, files, parquet, png, put
 
 NAN = float("nan")
-WRONG = [None, True, 0.5, NAN, -1, 2**40, 10**30, "", [], [1], {}, {"a": 1}, "\ud83d", "x" * 10**6]
+WRONG = [None, True, NAN, -1, 10**30, "", [], [1], {"a": 1}, "\ud83d", "x" * 100_001]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ GOOD = {
     "answers": ([1],),
     "ocr_tokens": ([], [1]),
     "capability": ([], [1]),
-    "ground_truth": (0.5, -1, 2**40, 10**30, "", [], [1], "x" * 10**6),
+    "ground_truth": (-1, 10**30, "", [], [1], "x" * 100_001),
     "index2ans": ({"a": 1},),
     "caption": ([], [1], ""),
     "text": ("",),
