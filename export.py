@@ -28,7 +28,6 @@ import torch
 from safetensors import SafetensorError
 
 import config
-import lora
 from checkpoints import layouts, peft, weights
 from checkpoints.files import flush, parse_json, resolve, write_file, writing
 from checkpoints.owned import HARMLESS, MARK, marked, own
@@ -234,8 +233,7 @@ def main(argv: list[str]):
         dtype = getattr(torch, args.dtype)
     model = open_model(folder, dtype, args.allow_pickle)
     if args.adapter:
-        peft.load_adapter(Path(args.adapter), model, peft.ADAPTED)
-        lora.merge(model)
+        peft.merge_adapter(model, Path(args.adapter))
     tokenizer = open_tokenizer(folder)
     with whole_folder(out) as unfinished:
         export(model, tokenizer, args.to, unfinished, args.transformers)

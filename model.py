@@ -35,6 +35,7 @@ heads, K key-value heads, d head width, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -796,6 +797,27 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
     )
 
 
+def check_memory(c: LLaVAConfig, pretrained: Collection[str]):
+    """Raise UserError if random weights would not fit in the memory of this machine.
+
+    pretrained: the parts that come from files, which are as large as those are.
+    """
+    with weights.empty():
+        model = LLaVA(c)
+    needed = 0
+    for name in LLaVA.PARTS:
+        if name not in pretrained:
+            needed += sum(4 * p.numel() for p in getattr(model, name).parameters())
+
+    # Windows has no sysconf.
+    memory = needed
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        what = f"{needed / 1e9:.0f} GB of random weights; this machine has {memory / 1e9:.0f} GB"
+        raise UserError("model.llm_config", what, "choose smaller sizes")
+
+
 class Output(NamedTuple):
     """What a call of LLaVA returns."""
 
@@ -866,7 +888,7 @@ class LLaVA(nn.Module):
 
         # Hugging Face's files leave out of `text_config` what its config class has as a default.
         config = found.config
-        kind = config.text["model_type"]
+        kind = Fields(config.text, config.places["text"]).text("model_type")
         if found.hf_names and kind in FAMILIES:
             config = replace(config, text=FAMILIES[kind].defaults | config.text)
 
@@ -927,7 +949,9 @@ class LLaVA(nn.Module):
             else:
                 pretrained["vision_tower"] = {"": c.vision}
 
-        model = cls(layouts.config_from_recipe(c, template), empty=list(pretrained))
+        config = layouts.config_from_recipe(c, template)
+        check_memory(config, pretrained)
+        model = cls(config, empty=list(pretrained))
         init_weights(model.connector, 0.02)
         for name in ("language_model", "vision_tower"):
             part = getattr(model, name)
@@ -1111,6 +1135,17 @@ class LLaVA(nn.Module):
 
     # -- generation -------------------------------------------------------------------------------
 
+    def _check_ids(self, prompts: Sequence[Tensor]):
+        """Raise UserError for an id that the embedding has no row for: another model's tokenizer.
+
+        Ids that are on a GPU already are not looked at, because the CPU would wait for them.
+        """
+        vocab = self.language_model.config.vocab
+        for ids in prompts:
+            if ids.is_cpu and len(ids) and ids.max() >= vocab:
+                what = f"makes id {ids.max()}, and the model has {vocab}"
+                raise UserError("tokenizer", what, "give the tokenizer of this model")
+
     @torch.inference_mode()
     def generate(
         self,
@@ -1145,6 +1180,7 @@ class LLaVA(nn.Module):
         """
         if isinstance(input_ids, Tensor):
             input_ids = without_padding(input_ids, attention_mask)
+        self._check_ids(input_ids)
         device = self.language_model.lm_head.weight.device
         prompts = [ids.to(device) for ids in input_ids]
         items = match_images(prompts, images)

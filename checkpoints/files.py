@@ -109,7 +109,8 @@ def check_regular(path: Path):
     To open a pipe waits for a writer, and a device may never end. A folder and a missing file have
     messages of their own, from whoever opens them.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    # os.path takes every name; Path refuses one that is too long.
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(path, "no regular file", "put the file itself there")
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.fields import Fields
 from checkpoints.files import check_regular, damaged, read_json, write_file
 from checkpoints.names import Table, as_tuple, matches, rename, reverse
 from config import UserError
@@ -215,8 +215,11 @@ class Checkpoint(Mapping):
 
 def read_index(index: Path) -> dict[str, str]:
     """Return {key: shard} of an index. Raises UserError for a shard outside of its folder."""
-    fields = Fields(read_json(index), index, fix=AGAIN).table("weight_map")
-    listed = {key: fields.text(key, most=1000) for key in fields.values}
+    listed = read_json(index).get("weight_map")
+    is_table = isinstance(listed, dict)
+    if not is_table or not all(isinstance(shard, str) for shard in listed.values()):
+        what = "not a table of key and shard"
+        raise UserError(f"{index}:weight_map", what, "download it again")
 
     # A checkpoint from the net must not make us open any file of this machine.
     for key, shard in listed.items():
@@ -235,9 +238,10 @@ def is_inside(folder: Path, name: str) -> bool:
     if has_folders or not name.isprintable():
         return False
 
-    # Links are followed: what counts is where the file really lies.
+    # Links are followed: what counts is where the file really lies. Unlike Path.resolve, realpath
+    # takes a link to itself, which whoever opens the file reports.
     home = folder.resolve()
-    target = (folder / name).resolve()
+    target = Path(os.path.realpath(folder / name))
     if target.parent == home:
         return True
 
