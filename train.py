@@ -574,13 +574,14 @@ def count_adapters(module: nn.Module) -> int:
 def warn_of_small_stage(steps: Steps, stage: Stage, name: str):
     """Print a warning if a stage has so few steps, or such rates, that it learns next to nothing.
 
-    A step has global_batch samples, and few rows make few steps: thirty rows make one of 128.
+    A step has global_batch samples, and few rows make few steps: thirty rows make one of 128. Who
+    has written the number of steps knows it.
     """
     rates = [getattr(stage.rate, part) or stage.learning_rate for part in PARTS]
-    if len(steps) < FEW_STEPS:
-        what = f"{len(steps)} optimizer steps of {steps.size} samples from {len(steps.rows)} rows"
-        fix = f"lower stage.{name}.global_batch, or raise its epochs or steps"
-        print0(f"warning: {name}: only {what}, which hardly train anything; {fix}")
+    if len(steps) < FEW_STEPS and not stage.steps:
+        what = f"{len(steps.rows)} rows make only {len(steps)} optimizer steps of {steps.size}"
+        fix = f"lower stage.{name}.global_batch, or raise stage.{name}.epochs"
+        print0(f"warning: {name}: {what}, which hardly train anything; {fix}")
     if not any(rates):
         print0(f"warning: {name}: every learning rate is 0, so nothing will change")
 
