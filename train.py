@@ -10,6 +10,7 @@
 
 The result is the folder train.output. generate.py, evaluate.py and LLaVA.from_pretrained open it.
 A killed run goes on where it stopped when the same command is given again, on any number of ranks.
+If what decides its result has changed (a field, rows, weights), it says what and refuses to.
 SIGTERM or SIGINT lets it finish the step, save, and leave a file PREEMPTED; torchrun allows 30
 seconds for that.
 
@@ -33,7 +34,8 @@ The files around it:
     training/parallel.py       one model on all of them: DDP, FSDP
     training/run_log.py        what is reported
     training/state.py          a model from a checkpoint and into one
-    training/output.py         the output folder
+    training/output.py         the output folder, and whether a start may go on there
+    training/made_from.py      what rows, pictures and weights the run is made from
     training/planner.py        --list and --dry-run; estimate.py has the arithmetic
 """
 
@@ -351,7 +353,7 @@ def refuse(run: StageRun, batches: list[Batch], losses: list[Tensor], found: str
 
 
 def validate(model: ParallelModel, batches: Iterable[Batch]) -> float:
-    """Return the mean loss over the supervised tokens of all held-out rows."""
+    """Return the mean loss over the supervised tokens of all held-out rows; NaN without any."""
     loss = supervised = 0.0
     with model.forward_only() as forward:
         for batch in model.in_step(batches):
@@ -359,7 +361,9 @@ def validate(model: ParallelModel, batches: Iterable[Batch]) -> float:
             supervised += batch.supervised
 
     loss, supervised = model.ranks.totals([loss, supervised])
-    return loss / max(1, supervised)
+    if not supervised:
+        return math.nan
+    return loss / supervised
 
 
 def validate_and_log(run: StageRun, step: int) -> float | None:
@@ -386,7 +390,7 @@ def validate_and_log(run: StageRun, step: int) -> float | None:
     # All ranks must agree on whether there is a loss.
     failures = ranks.collect(failures)
     if not failures and not math.isfinite(loss):
-        failures = [f"the loss is {loss}"]
+        failures = [f"no row is usable, or a loss is not finite ({loss})"]
 
     validation = None
     if failures:

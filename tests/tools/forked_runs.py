@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import config
 import train
 from training.ranks import last_word
 
@@ -48,8 +49,9 @@ def launch(
         sys.stderr = open(2, "w", buffering=1, closefd=False)
         if before is not None:
             before(rank)
+        sys.argv = ["train.py", recipe, f"train.output={out}", "train.workers=0", *arguments]
         with last_word():
-            train.main([recipe, f"train.output={out}", "train.workers=0", *arguments])
+            config.cli(train.main, train.__doc__, fields_help=True)
         os._exit(0)
 
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

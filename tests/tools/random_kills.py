@@ -2,9 +2,9 @@
 
     python -m tests.tools.random_kills RECIPE FOLDER [--count 30 --seed 0]
 
-RECIPE is the tiny one of training_runs.py, on data that may be changed. Each run is a process of
-its own, killed with SIGKILL after a random time: while it imports, starts, trains, saves or exports.
-It is started and killed again until it ends by itself. Then it has either
+RECIPE is the tiny one of training_runs.py; its data are copied. Each run is a process of its own,
+killed with SIGKILL after a random time: while it imports, starts, trains, saves or exports. It is
+started and killed again until it ends by itself. Then it has either
 
     the bits of a run that was never killed, on the data as they are at the end; or
     ended with one line that names what changed, its checkpoints are whole, and with the old data
@@ -50,7 +50,7 @@ def start(recipe: str, out: Path, seconds: float = 0.0) -> tuple[int, str]:
 
 
 def edit(world: Path, rng: random.Random) -> tuple[Path, bytes]:
-    """Swap two rows of a random file, which keeps its size and date. Return it and its old content."""
+    """Swap two rows of a random file, which keeps its size and date; return it, and its content."""
     file = world / rng.choice(CHANGED)
     before = file.read_bytes()
     dates = file.stat()

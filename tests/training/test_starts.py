@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from tests.tools.forked_runs import launch, losses, said
 from tests.tools.stopped_runs import STEPS
@@ -23,20 +22,20 @@ ODD = [
 ]
 
 
-def odd_rows(folder: Path) -> Path:
-    """Write held-out rows of which some cannot be asked about."""
-    folder.mkdir()
-    Image.new("RGB", (48, 48), "red").save(folder / "a.png")
+def odd_rows(world: Path) -> Path:
+    """Write held-out rows of which some cannot be asked about, beside those of a world."""
+    picture = json.loads((world / "val.json").read_text())[0]["image"]
     rows = []
     for i, turns in enumerate(ODD):
         conversation = [{"from": speaker, "value": value} for speaker, value in turns]
         row = {"id": i, "conversations": conversation}
         if any("<image>" in value for _, value in turns):
-            row["image"] = "a.png"
+            row["image"] = picture
         rows.append(row)
     rows.append({**rows[3], "id": "no picture", "image": "missing.png"})
-    (folder / "rows.json").write_text(json.dumps(rows))
-    return folder / "rows.json"
+    file = world / "odd.json"
+    file.write_text(json.dumps(rows))
+    return file
 
 
 def events(out: Path, kind: str) -> list[dict]:
@@ -247,8 +246,8 @@ def test_an_output_that_is_no_folder_of_ours_is_one_line(tiny_world, tmp_path, o
 
 
 @pytest.mark.parametrize("on_bad_row", ["skip", "stop"])
-def test_held_out_rows_of_every_kind_do_not_stop_training(stopped, tmp_path, on_bad_row):
-    held_out = odd_rows(tmp_path / "odd")
+def test_held_out_rows_of_every_kind_do_not_stop_training(stopped, on_bad_row):
+    held_out = odd_rows(stopped.world)
     code, text = stopped.start(
         f"stage.finetune.validation={held_out}",
         "stage.finetune.validation_every=2",
@@ -257,7 +256,7 @@ def test_held_out_rows_of_every_kind_do_not_stop_training(stopped, tmp_path, on_
     )
     assert (code, stopped.weights()) == (0, stopped.want), text
     answers = events(stopped.out, "answer")
-    assert [row["wanted"] for row in answers] == ["red", "red", "red", "hi"]
+    assert [row["wanted"] for row in answers] == ["red", "red", "red", "hi"], text
     assert [row["question"] for row in answers] == ["<image>\nColour?"] * 3 + ["Hello"]
     failed = [row["what"] for row in events(stopped.out, "failed")]
     rows = [f"the answer to held-out row {i}" for i in (4, 5, 6)]
@@ -266,6 +265,16 @@ def test_held_out_rows_of_every_kind_do_not_stop_training(stopped, tmp_path, on_
     else:
         assert failed == ["validation", *rows]
     assert text.count("training goes on") == len(failed)
+
+
+def test_no_held_out_row_is_no_loss_and_not_a_loss_of_zero(stopped):
+    odd = json.loads(odd_rows(stopped.world).read_text())
+    (stopped.world / "odd.json").write_text(json.dumps(odd[-3:]))
+    overrides = (f"stage.finetune.validation={stopped.world}/odd.json", "train.on_bad_row=skip")
+    code, text = stopped.start(*overrides)
+    assert (code, stopped.weights()) == (0, stopped.want), text
+    assert not events(stopped.out, "validation")
+    assert [row["what"] for row in events(stopped.out, "failed")] == ["validation"]
 
 
 def test_a_log_and_a_card_that_cannot_be_written_do_not_stop_training(stopped):
