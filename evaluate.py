@@ -68,6 +68,7 @@ from inputs.pictures import load_image
 from inputs.sample import load_item
 from inputs.tokenizer import load_tokenizer
 from inputs.video import probe
+from kernels import default_dtype
 from model import LLaVA
 from packing import Item
 
@@ -569,7 +570,7 @@ def main(argv: list[str]):
         # Triton launches its kernels on the current device, whatever the device of their tensors.
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-        dtype = torch.bfloat16
+        dtype = default_dtype(torch.device(device))
     model = LLaVA.from_pretrained(folder, dtype=dtype, device=device).eval()
     tokenizer = load_tokenizer(folder)
     change = control_of(args.control, examples, args.data, model)

@@ -42,6 +42,7 @@ The files around it:
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -479,12 +480,11 @@ def prepare(
     bf16 = parallel.use_bf16(options.precision, ranks.device)
     if bf16:
         round_frozen(model)
-    model.to(ranks.device)
     peak_share = estimate.peak_share(model, stage, rows, ranks.device) / ranks.size
     if options.compile:
         model.compile_blocks()
     mode = parallel.choose_mode(options.parallel, model, ranks)
-    parallel_model = ParallelModel(model, mode, ranks)
+    parallel_model = ParallelModel(model, mode, ranks, bf16)
 
     # The optimizer comes after that, because fsdp replaces the parameters.
     trainable = trainable_parameters(model)
@@ -667,7 +667,9 @@ def run_stages(recipe: Recipe, ranks: Ranks):
         is_done = train_stage(run, start)
 
         # All of this stage's memory must be free before the next stage's model is built.
+        # FSDP's hooks and modules hold each other, so that only the collector frees them.
         del model, run, tensors
+        gc.collect()
         if not is_done:
             if ranks.is_first:
                 resume.wait()
