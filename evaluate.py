@@ -619,4 +619,4 @@ def write_scores(scores: dict[str, dict], file: Path, seconds: float, args: argp
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    config.cli(main, __doc__, to_save_memory="lower --batch")

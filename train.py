@@ -44,6 +44,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -64,6 +65,7 @@ from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
 from inputs.rows import RowMixture, Rows, files, open_rows
 from inputs.sample import SampleSpec
+from inputs.tiling import read_grids
 from layers import RMSNorm
 from model import LLaVA
 from packing import Batch
@@ -75,6 +77,7 @@ from training.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "recipes" / "demo.toml"
+TO_SAVE_MEMORY = "lower stage.NAME.micro_batch_tokens, or set train.gradient_checkpointing=true"
 
 FEW_STEPS = 10  # a stage of fewer optimizer steps is most likely a mistake
 
@@ -91,8 +94,7 @@ def set_trainable(model: LLaVA, tune: Tune):
     for part, attribute in PARTS.items():
         module = getattr(model, attribute)
         how = getattr(tune, part)
-        kind, _, start = how.partition(":")  # of partial:N
-        is_partial = kind == "partial" and start.isdigit() and part != "connector"
+        is_partial = re.fullmatch("partial:[0-9]{1,6}", how) and part != "connector"
 
         if how == "frozen":
             continue
@@ -101,7 +103,7 @@ def set_trainable(model: LLaVA, tune: Tune):
         elif how == "lora" or how in lora.QUANTIZED:
             lora.freeze(module)
         elif is_partial:
-            first = int(start)
+            first = int(how.removeprefix("partial:"))
             if first >= len(module.blocks):
                 what = f"{how}, but there are {len(module.blocks)} blocks"
                 raise UserError(f"tune.{part}", what, "name an earlier one")
@@ -592,6 +594,7 @@ def warn_of_small_stage(steps: Steps, stage: Stage, name: str):
 
 def check_recipe(recipe: Recipe, path: Path):
     """Raise UserError for what would stop the run later, before anything is loaded."""
+    read_grids(recipe.model.image_grids)
     for name, stage in recipe.stage.items():
         sources = [source.data for source in stage.mixture.values()]
         for file in [stage.data, stage.validation, *sources]:
@@ -751,4 +754,4 @@ def main(argv: list[str]):
 
 if __name__ == "__main__":
     with last_word():
-        config.cli(main, __doc__, fields_help=True)
+        config.cli(main, __doc__, fields_help=True, to_save_memory=TO_SAVE_MEMORY)
