@@ -361,3 +361,13 @@ def test_thirty_rows_train_and_it_is_said_that_they_are_few(stopped):
     step = events(stopped.out, "step")[0]
     assert step["learning_rate"] == 1e-3
     assert all(change > 0 for change in step["weight_change"].values())
+
+
+def test_adapters_of_a_later_stage_are_not_counted_before_it(stopped):
+    shutil.rmtree(stopped.out)
+    lora = ("stage.finetune.tune.llm=lora", "stage.finetune.lora.r=4")
+    frozen = ("stage.pretrain.tune.llm=frozen", "stage.pretrain.steps=1", "stage.finetune.steps=1")
+    code, text = stopped.start(*lora, *frozen)
+    assert code == 0, text
+    first, second = events(stopped.out, "start")
+    assert second["parameters"]["llm"] - first["parameters"]["llm"] == second["trainable"]["llm"]
