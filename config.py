@@ -24,11 +24,19 @@ The file, from top to bottom:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
+import io
 import json
+import os
+import re
+import select
+import subprocess
 import sys
 import tomllib
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -320,7 +328,7 @@ class Source:
         1.0,
         "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another",
         low=0,
-        high=10_000,
+        high=1000,
     )
 
 
@@ -450,6 +458,10 @@ class LLaVAConfig:
 
 # --------------------------------------------------------------------- from a TOML file to a Recipe
 
+# Nobody writes more than this, in bytes of a file, and in tables of tables or bases of bases.
+LARGEST = 100_000
+MOST_NESTED = 30
+
 
 def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
     """Return the recipe that a command line names, and its file.
@@ -457,9 +469,12 @@ def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
     argv: [recipe.toml] [section.key=value ...]
     default: the recipe's file where the command line names none.
 
-    Raises UserError for a missing file, a circle of bases, bad TOML, an unknown key, a wrong type
-    or a wrong choice.
+    Raises UserError for a file that cannot be read, a circle of bases, bad TOML, an unknown key, a
+    wrong type or choice, a number out of its range, and for fields that contradict each other.
     """
+    for word in argv:
+        check_text(word, "command line")
+
     names_a_file = bool(argv) and "=" not in argv[0]
     if names_a_file:
         path = Path(argv[0])
@@ -475,9 +490,25 @@ def load(argv: list[str], default: str | Path) -> tuple[Recipe, Path]:
 
     # Then dataclasses, which check every key and value.
     recipe = _build(Recipe, table, str(path))
+    _cross_check(recipe, path)
+    return recipe, path
+
+
+def _cross_check(recipe: Recipe, path: Path):
+    """Raise UserError for what no field shows by itself."""
     if not recipe.stage:
         raise UserError(path, "no stage", "write a [stage.NAME] table")
-    return recipe, path
+    if not recipe.train.output.strip():
+        raise UserError(f"{path}:train.output", "empty", "name a folder")
+
+    for name, stage in recipe.stage.items():
+        if not stage.steps and not stage.epochs:
+            what = "neither epochs nor steps: it would train nothing"
+            raise UserError(f"{path}:stage.{name}", what, "write epochs or steps above 0")
+
+    for name, score in recipe.published.items():
+        where = f"{path}:published.{name}"
+        _check_range(_convert(score, float, where), where, 0, 1_000_000)
 
 
 def parse_toml(text: str) -> dict:
@@ -487,9 +518,25 @@ def parse_toml(text: str) -> dict:
     integer of more than 4,300 digits.
     """
     try:
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+    # Headers and dotted keys nest without recursion, but whoever walks through the tables recurses.
+    layer = [table]
+    for _ in range(MOST_NESTED):
+        layer = [inner for outer in layer for inner in _tables_in(outer)]
+    if layer:
+        raise ValueError("nested too deeply")
+    return table
+
+
+def _tables_in(value: dict | list) -> list[dict | list]:
+    """Return the tables and arrays that are values of this one."""
+    values = value
+    if isinstance(value, dict):
+        values = value.values()
+    return [inner for inner in values if isinstance(inner, (dict, list))]
 
 
 def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
@@ -498,25 +545,48 @@ def _read(path: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict:
     folder: where to look for what a misspelt name may have meant.
     above: the files that led here, each the base of the one before it.
     """
-    if path.resolve() in [p.resolve() for p in above]:
+    if len(above) > MOST_NESTED:
+        what = f"more than {MOST_NESTED} recipes, each the base of the one before"
+        raise UserError(f"{above[-1]}:base", what, "write them as one")
+
+    # A circle may also go through ever new names of one file, as a/../a/../a.
+    if os.path.realpath(path) in [os.path.realpath(p) for p in above]:
         what = f"{path} is itself based on this recipe"
         raise UserError(f"{above[-1]}:base", what, "remove one base of the circle")
 
     try:
-        table = tomllib.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
+        table = parse_toml(_text_of(path))
+    except (FileNotFoundError, NotADirectoryError):
         near = _nearest(path.name, sorted(p.name for p in folder.glob("*.toml")))
         if above:
             raise UserError(f"{above[-1]}:base", f"no such recipe {path.name}", near) from None
         raise UserError(path, "no such recipe", near) from None
-    except tomllib.TOMLDecodeError as e:
+    except OSError as e:
+        raise UserError(path, f"cannot be read: {e.strerror}", "name a recipe's file") from None
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        raise UserError(path, "not UTF-8 text", "save it as UTF-8") from None
+    except ValueError as e:
         raise UserError(path, f"not TOML: {e}", "mend that line") from None
 
-    name = _convert(table.pop("base", ""), str, f"{path}:base", ())
+    name = _convert(table.pop("base", ""), str, f"{path}:base")
     if Path(name) == Path():  # there is none
         return table
     base = path.parent / name
     return _merge(_read(base, base.parent, (*above, path)), table)
+
+
+def _text_of(path: Path) -> str:
+    """Return the text of a recipe's file. Raises OSError, UnicodeDecodeError or UserError."""
+    # Reading from a pipe or a device might never end.
+    if path.exists() and not path.is_file():
+        raise UserError(path, "not a file", "name a recipe's file, as recipes/demo.toml")
+    with open(path, "rb") as f:
+        content = f.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise UserError(path, f"more than {LARGEST:,} bytes", "name a recipe's file")
+    return content.decode("utf-8-sig")
 
 
 def _merge(under: dict, over: dict) -> dict:
@@ -546,16 +616,19 @@ def _override(table: dict, text: str):
         value: object = raw
     else:
         try:
-            value = tomllib.loads(f"v = {raw}")["v"]
-        except tomllib.TOMLDecodeError:
-            expected = getattr(kind, "__name__", "value")
-            what = f"{raw!r} is not a {expected}"
-            raise UserError(f"command line:{dotted}", what, f"write a {expected}") from None
+            value = parse_toml(f"v = {raw}")["v"]
+        except ValueError:
+            what = f"{raw!r} is not a {getattr(kind, '__name__', 'value')}"
+            fix = HOW_TO_WRITE.get(typing.get_origin(kind) or kind, "write {key = value}")
+            raise UserError(f"command line:{dotted}", what, fix) from None
 
     # The tables on the way to the key need not be in the file.
     *outer, last = dotted.split(".")
-    for key in outer:
+    for depth, key in enumerate(outer, 1):
         table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            what = f"{'.'.join(outer[:depth])} is not a table there"
+            raise UserError(f"command line:{dotted}", what, "correct the recipe's file")
     table[last] = value
 
 
@@ -573,6 +646,9 @@ def _type_of(dotted: str, table: dict):
             known = table
             for outer in keys[:depth]:
                 known = known.get(outer, {})
+                if not isinstance(known, dict):
+                    fix = "correct the recipe's file"
+                    raise UserError(where, f"{outer} is not a table there", fix)
             if key not in known:
                 what = "unknown stage" if depth == 1 else "unknown source"
                 fix = _nearest(key, known) if known else "add its table"
@@ -619,8 +695,14 @@ def _build(cls, table: dict, where: str, path: str = ""):
             _, named = typing.get_args(kind)  # of dict[str, Stage]
             values[key] = _build_named(named, value, where, full)
         else:
-            choices = known[key].metadata["choices"]
-            values[key] = _convert(value, kind, f"{where}:{full}", choices)
+            about = known[key].metadata
+            value = _convert(value, kind, f"{where}:{full}")
+            if about["choices"] and value not in about["choices"]:
+                what = f"{value!r} is not a choice"
+                raise UserError(f"{where}:{full}", what, _nearest(value, about["choices"]))
+            if kind in (int, float):
+                _check_range(value, f"{where}:{full}", about["low"], about["high"])
+            values[key] = value
     return cls(**values)
 
 
@@ -628,23 +710,88 @@ def _build_named(cls, tables: dict, where: str, path: str) -> dict:
     """Return a `cls` for each named table below `path`: the stages, or the sources of a mixture."""
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise UserError(f"{where}:{path}", "expected named tables", f"write [{path}.NAME]")
+    for name in tables:
+        check_text(name, f"{where}:{path}")
+        if not name.strip():
+            raise UserError(f"{where}:{path}", "a table without a name", f"write [{path}.NAME]")
     return {name: _build(cls, table, where, f"{path}.{name}") for name, table in tables.items()}
 
 
-def _convert(value, kind, where: str, choices: tuple[str, ...]):
-    """Return one TOML value as `kind`. Raises UserError for another type or choice."""
+# What to write on the command line or in a file for a value of a type.
+HOW_TO_WRITE = {
+    int: "write a whole number, as 3",
+    float: "write a number, as 0.5",
+    bool: "write true or false",
+    str: 'write text in quotes, as "abc"',
+    dict: "write {} or {key = value}",
+}
+
+
+def _convert(value, kind, where: str):
+    """Return one TOML value as `kind`. Raises UserError for another type."""
     # In Python True is an int, but `seed = true` is a mistake.
     is_bool = isinstance(value, bool)
 
-    # `fps = 1` is as good as 1.0.
+    # `fps = 1` is as good as 1.0. Of more than 64 bits an integer is none in TOML.
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(where, "an integer of more than 64 bits", "write a smaller one")
     if kind is float and isinstance(value, int) and not is_bool:
         value = float(value)
 
     if not isinstance(value, kind) or (is_bool and kind is not bool):
-        raise UserError(where, f"{value!r} is not a {kind.__name__}", f"write a {kind.__name__}")
-    if choices and value not in choices:
-        raise UserError(where, f"{value!r} is not a choice", _nearest(str(value), choices))
+        raise UserError(where, f"{value!r} is not a {kind.__name__}", HOW_TO_WRITE[kind])
+    if kind is str:
+        check_text(value, where)
+    elif kind is dict:
+        _check_free(value, where)
     return value
+
+
+def _check_range(value: float, where: str, low: float, high: float):
+    """Raise UserError for a number out of its range, or none, as NaN."""
+    if not low <= value <= high:
+        fix = f"write {_number(low)} to {_number(high)}"
+        raise UserError(where, f"{value} is out of range", fix)
+
+
+def _number(value: float) -> str:
+    """Return a limit of a range for people: 1,000,000 or 1e-09."""
+    if value == int(value):
+        return f"{int(value):,}"
+    return str(value)
+
+
+def check_text(text: str, where: str):
+    """Raise UserError for text that is not Unicode, or has control characters.
+
+    Python reads bytes of the command line that are not UTF-8 as halves of surrogate pairs. No file
+    can hold those; no path, name or number holds a control character on purpose.
+    """
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind == "Cs":
+            raise UserError(where, f"{text!r} is not UTF-8", "write it in UTF-8")
+        if kind == "Cc":
+            what = f"{text!r} has a control character"
+            raise UserError(where, what, "write it without")
+
+
+def _check_free(value, where: str, depth: int = 0):
+    """Raise UserError for what a config.json could not say: dates, huge integers, deep nesting."""
+    if depth > MOST_NESTED:
+        raise UserError(where, "nested too deeply", "write it as a config.json has it")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_text(key, where)
+            _check_free(inner, f"{where}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_free(inner, where, depth + 1)
+    elif isinstance(value, (str, bool, int, float)):
+        _convert(value, type(value), where)
+    else:
+        what = f"{value} is a {type(value).__name__}"
+        raise UserError(where, what, "write a number, text in quotes, true or false")
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
@@ -679,7 +826,7 @@ def _write_table(part, path: str, lines: list[str]):
             nested.append((full, value))
         elif isinstance(value, dict) and value and all(map(is_dataclass, value.values())):
             for name, table in value.items():
-                nested.append((f"{full}.{name}", table))
+                nested.append((f"{full}.{_key(name)}", table))
         else:
             lines.append(f"{f.name} = {_toml(value)}")
 
@@ -689,14 +836,26 @@ def _write_table(part, path: str, lines: list[str]):
         _write_table(table, full, lines)
 
 
+def _key(name: str) -> str:
+    """Return a key as TOML writes it: bare, or in quotes if it has other characters."""
+    if re.fullmatch("[A-Za-z0-9_-]+", name):
+        return name
+    return _toml(name)
+
+
 def _toml(value) -> str:
-    """Return a value as inline TOML. TOML has no null: keys whose value is None are left out."""
+    """Return a value as inline TOML."""
     if isinstance(value, dict):
-        pairs = [f"{k} = {_toml(v)}" for k, v in value.items() if v is not None]
+        pairs = [f"{_key(k)} = {_toml(v)}" for k, v in value.items()]
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are written as Python does
+    text = json.dumps(value, ensure_ascii=False)
+
+    # The one control character that JSON writes as it is, and TOML forbids.
+    return text.replace("\x7f", "\\u007f")
 
 
 class Difference(NamedTuple):
@@ -813,7 +972,7 @@ def _describe(cls, path: str, lines: list[str]):
         mark = " " if f.metadata["decides"] else "*"
         line = f" {mark}{f.name:<24}{kind.__name__:<7}{json.dumps(default):<13} {f.metadata['why']}"
         if f.metadata["low"] is not None:
-            line += f" ({f.metadata['low']:,} to {f.metadata['high']:,})"
+            line += f" ({_number(f.metadata['low'])} to {_number(f.metadata['high'])})"
         lines.append(line)
 
     for kind, full in nested:
@@ -828,7 +987,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """End with one line, where argparse would also print the usage."""
-        sys.exit(f"error: command line: {message}; fix: see python {self.prog} --help")
+        line = f"error: command line: {printable(message)}; fix: see python {self.prog} --help"
+        sys.exit(line)
 
 
 def parser(doc: str) -> Parser:
@@ -853,26 +1013,229 @@ def within(kind: type, low: float, high: float) -> Callable[[str], float]:
     return read
 
 
-def cli(main: Callable[[list[str]], object], doc: str, fields_help: bool = False):
+def cli(
+    main: Callable[[list[str]], object],
+    doc: str,
+    fields_help: bool = False,
+    to_save_memory: str = "take a smaller model, picture or batch",
+):
     """Run a script: call main with the command line; end with one line if the user made a mistake.
 
-    A mistake of the user is a ValueError that says its fix: a UserError, or what
-    inputs/templates.py raises. Its line goes to stderr, and the exit code is 1. Any other exception
-    is a mistake of ours and keeps its traceback.
+    The line goes to stderr, and the exit code is 1. The user's mistakes are
+
+    - a ValueError or OSError that says its fix: a UserError, or what inputs/templates.py raises
+    - an OSError of the user's world, as a full disk (OF_THE_WORLD)
+    - too little memory, of which to_save_memory says what to do about it
+
+    Any other exception is a mistake of ours and keeps its traceback. Ctrl-C ends with a line and
+    130. A reader that goes away, as `| head`, ends it without a word.
 
     fields_help: answer --help here, with the docstring and every field of a recipe. Otherwise
     main's own parser answers it.
     """
+    prepare_streams()
     argv = sys.argv[1:]
     asks_for_help = "-h" in argv or "--help" in argv
-    if asks_for_help and fields_help:
-        print(doc.strip() + "\n" + help_table())
+    line = ""
+    try:
+        if asks_for_help and fields_help:
+            print(doc.strip() + "\n" + help_table())
+        else:
+            _check_utf8(argv)
+            main(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        if _has_no_reader(e):
+            sys.exit(141)  # as a shell says of a program that SIGPIPE has ended
+        line = one_line(e, to_save_memory)
+        if not line:
+            raise
+    finally:
+        _flush()  # what was printed before stays above the error
+
+    if line:
+        _repeat_after_torchrun(line)
+        sys.exit(line)
+
+
+def _check_utf8(argv: list[str]):
+    """Raise UserError for a word with bytes that are no text: no tokenizer and no file takes it."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError("command line", f"{word!r} is not UTF-8", "write it in UTF-8") from None
+
+
+# What to do about an OSError that the program cannot help.
+OF_THE_WORLD = {
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.EACCES: "allow it, or name another file or folder",
+    errno.EPERM: "allow it, or name another file or folder",
+    errno.ENOENT: "correct the name",
+    errno.ENOTDIR: "name a folder where one is meant",
+    errno.EISDIR: "name a file where one is meant",
+    errno.EEXIST: "name another file or folder",
+    errno.ENAMETOOLONG: "name it shorter",
+    errno.ELOOP: "remove the circle of links",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount the file system again",
+    errno.EFBIG: "name a place that takes large files",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs, or raise the system's limit on open files",
+}
+
+
+def one_line(e: Exception, to_save_memory: str) -> str:
+    """Return the line for an exception that the user can do something about; "" for any other."""
+    if isinstance(e, UserError):
+        return f"error: {e}"  # which is safe and short already
+    if isinstance(e, (ValueError, OSError)) and "; fix: " in str(e):
+        return f"error: {printable(e, 2000)}"
+
+    if isinstance(e, OSError) and e.errno in OF_THE_WORLD:
+        # An error while writing to an open file does not know the file's name.
+        where = e.filename or "writing or reading a file"
+        if e.filename is None and _flush_error(sys.stdout):
+            where = "standard output"
+        if e.filename is None and e.errno == errno.ENOENT:
+            return ""
+        return f"error: {UserError(where, e.strerror, OF_THE_WORLD[e.errno])}"
+
+    # torch has an error of its own for a GPU. Of the CPU's memory it raises a RuntimeError.
+    is_memory = isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
+    if is_memory or "DefaultCPUAllocator: can't allocate memory" in str(e):
+        what = str(e) or "too little for this"
+        return f"error: {UserError('memory', printable(what, 200), to_save_memory)}"
+    return ""
+
+
+# ----------------------------------------------------------------------------- what a terminal gets
+
+
+class Terminal:
+    """A text stream to a terminal that shows what would steer the terminal, in place of obeying it.
+
+    What a model says, and what rows hold, must not move the cursor or set a title. A line break
+    and a tab stay, and the \\r in front of a progress line, which only the start of a text can be.
+    Whoever colours a safe text writes it to `stream`.
+    """
+
+    def __init__(self, stream: typing.TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        shown = []
+        for place, character in enumerate(text):
+            is_meant = character in "\n\t" or (character == "\r" and place == 0)
+            if is_meant or unicodedata.category(character) != "Cc":
+                shown.append(character)
+            else:
+                shown.append(printable(character))
+        self.stream.write("".join(shown))
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def prepare_streams():
+    """Make the standard streams take any text, and a terminal obey none of it.
+
+    A file or a pipe gets the true text. A character that the stream's encoding does not have
+    (ASCII, in some locales; half a surrogate pair in any) becomes an escape.
+    """
+    # A program that was started without the stream, as by `>&-`.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+
+    # Tests put streams of their own here, which have no such method.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # it has been read from
+            sys.stdin.reconfigure(errors="replace")
+    if sys.stdout.isatty() and not isinstance(sys.stdout, Terminal):
+        sys.stdout = Terminal(sys.stdout)
+
+
+def colours() -> typing.TextIO:
+    """Return standard output as it is, for a text that is safe and has our own colours."""
+    return getattr(sys.stdout, "stream", sys.stdout)
+
+
+def _flush_error(stream: typing.TextIO) -> OSError | None:
+    """Return why a stream cannot take what was printed to it; None if it can."""
+    try:
+        stream.flush()
+    except OSError as e:
+        return e
+    return None
+
+
+def _has_no_reader(e: Exception) -> bool:
+    """Say whether an exception comes from a standard stream that nobody reads any more."""
+    if not isinstance(e, BrokenPipeError):
+        return False
+
+    # Other pipes and sockets break, too.
+    for stream in (sys.stdout, sys.stderr):
+        asked = select.poll()
+        asked.register(stream.fileno(), 0)
+        if asked.poll(0):  # it answers unasked only if the other end is closed
+            return True
+    return False
+
+
+def _flush():
+    """Flush what was printed; if that fails, let Python's own flush at its end say nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if _flush_error(stream):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+
+
+# Waits for the end of the process that file descriptor argv[1] means, at most a minute.
+AFTERWARDS = """
+import select, sys
+ended, _, _ = select.select([int(sys.argv[1])], [], [], 60)
+if ended:
+    print(sys.argv[2], file=sys.stderr)
+"""
+
+
+def _repeat_after_torchrun(line: str):
+    """Under torchrun, print the line once more when torchrun has ended.
+
+    For a rank that fails, torchrun prints thirty lines of its own, as its last act: its traceback,
+    and a table that quotes the message in the file TORCHELASTIC_ERROR_FILE. Nothing that a rank
+    prints can come after that, so a small process stays behind. Of several ranks that fail only
+    the first does this.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file or not hasattr(os, "pidfd_open"):
         return
 
+    # torchrun makes a folder for each rank, side by side, and removes them.
+    of_all_ranks = Path(error_file).parent.parent
     try:
-        main(argv)
-    except ValueError as e:
-        if "; fix: " not in str(e):
-            raise
-        sys.stdout.flush()  # what was printed before stays above the error
-        sys.exit(f"error: {e}")
+        os.mkdir(of_all_ranks / "has_said_why")
+        launcher = os.pidfd_open(os.getppid())
+    except OSError:
+        return  # another rank was first, or there is no torchrun any more
+    with open(error_file, "w") as f:
+        json.dump({"message": line}, f)
+    subprocess.Popen(
+        [sys.executable, "-S", "-c", AFTERWARDS, str(launcher), line],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[launcher],
+        start_new_session=True,  # torchrun stops what is in the session of its ranks
+    )

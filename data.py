@@ -605,7 +605,8 @@ def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = Tru
         # The text, from the functions that made the sample's ids.
         text, spans, marks = templates.render(row["conversations"], template)
         _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
-        print(f"--- {head}\n{show_supervised(text, labels, offsets, colour)}")
+        print(f"--- {head}")
+        print(show_supervised(text, labels, offsets, colour), file=config.colours())
 
         # The same for the page, with the pictures.
         html.append(f"<h2>{escape(head)}</h2>")

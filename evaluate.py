@@ -75,6 +75,7 @@ from inputs.sample import load_item
 from inputs.tiling import TILED
 from inputs.tokenizer import load_tokenizer
 from inputs.video import probe
+from kernels import default_dtype
 from model import LLaVA
 from packing import Item, ItemShape
 
@@ -493,7 +494,7 @@ def main(argv: list[str]):
         # Triton launches its kernels on the current device, whatever the device of their tensors.
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-        dtype = torch.bfloat16
+        dtype = default_dtype(torch.device(device))
 
     # Where the answers go, and whether those that are there are of the same model and pictures.
     file = file_of_answers(args, folder)
@@ -585,4 +586,4 @@ def write_scores(scores: dict[str, dict], file: Path, seconds: float, args: argp
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    config.cli(main, __doc__, to_save_memory="lower --batch")

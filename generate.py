@@ -31,6 +31,7 @@ from inference.streaming import TextStream
 from inputs.sample import load_item
 from inputs.templates import encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
+from kernels import default_dtype
 from model import LLaVA
 from packing import Item
 
@@ -198,7 +199,7 @@ def arguments(argv: list[str]):
     option(
         "--weights",
         choices=("fp32", "bf16", *lora.KINDS),
-        help="of the language model (fp32; a GPU: bf16)",
+        help="of the language model (fp32; a GPU that has it: bf16)",
     )
     option("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
     args = parser.parse_args(argv)
@@ -209,19 +210,20 @@ def arguments(argv: list[str]):
 
 def load_chat(args) -> Chat:
     """Return a chat with the model that the options name, quantized if they say so."""
-    # Without --weights: float32 on a CPU, bfloat16 on a GPU.
-    device = "cpu"
-    weights = "fp32"
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = "cuda"
-        weights = "bf16"
-    if args.weights:
-        weights = args.weights
+        device = torch.device("cuda")
 
-    # Quantized weights compute in bfloat16 too.
-    dtype = torch.bfloat16
+    # Quantized weights compute in bfloat16, but not on a GPU that has none.
+    weights = args.weights
     if weights == "fp32":
         dtype = torch.float32
+    elif weights == "bf16":
+        dtype = torch.bfloat16
+    elif weights in lora.KINDS and device.type == "cpu":
+        dtype = torch.bfloat16
+    else:
+        dtype = default_dtype(device)
 
     if weights == "nf4" and device == "cpu":
         what = "--weights nf4 saves memory, but on a CPU it is many times slower than fp32"

@@ -10,6 +10,7 @@
 
 The result is the folder train.output. generate.py, evaluate.py and LLaVA.from_pretrained open it.
 A killed run goes on where it stopped when the same command is given again, on any number of ranks.
+If what decides its result has changed (a field, rows, weights), it says what and refuses to.
 SIGTERM or SIGINT lets it finish the step, save, and leave a file PREEMPTED; torchrun allows 30
 seconds for that.
 
@@ -33,14 +34,17 @@ The files around it:
     training/parallel.py       one model on all of them: DDP, FSDP
     training/run_log.py        what is reported
     training/state.py          a model from a checkpoint and into one
-    training/output.py         the output folder
+    training/output.py         the output folder, and whether a start may go on there
+    training/made_from.py      what rows, pictures and weights the run is made from
     training/planner.py        --list and --dry-run; estimate.py has the arithmetic
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -61,6 +65,7 @@ from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
 from inputs.rows import RowMixture, Rows, files, open_rows
 from inputs.sample import SampleSpec
+from inputs.tiling import read_grids
 from layers import RMSNorm
 from model import LLaVA
 from packing import Batch
@@ -72,6 +77,7 @@ from training.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "recipes" / "demo.toml"
+TO_SAVE_MEMORY = "lower stage.NAME.micro_batch_tokens, or set train.gradient_checkpointing=true"
 
 FEW_STEPS = 10  # a stage of fewer optimizer steps is most likely a mistake
 
@@ -88,8 +94,7 @@ def set_trainable(model: LLaVA, tune: Tune):
     for part, attribute in PARTS.items():
         module = getattr(model, attribute)
         how = getattr(tune, part)
-        kind, _, start = how.partition(":")  # of partial:N
-        is_partial = kind == "partial" and start.isdigit() and part != "connector"
+        is_partial = re.fullmatch("partial:[0-9]{1,6}", how) and part != "connector"
 
         if how == "frozen":
             continue
@@ -98,7 +103,7 @@ def set_trainable(model: LLaVA, tune: Tune):
         elif how == "lora" or how in lora.QUANTIZED:
             lora.freeze(module)
         elif is_partial:
-            first = int(start)
+            first = int(how.removeprefix("partial:"))
             if first >= len(module.blocks):
                 what = f"{how}, but there are {len(module.blocks)} blocks"
                 raise UserError(f"tune.{part}", what, "name an earlier one")
@@ -351,7 +356,7 @@ def refuse(run: StageRun, batches: list[Batch], losses: list[Tensor], found: str
 
 
 def validate(model: ParallelModel, batches: Iterable[Batch]) -> float:
-    """Return the mean loss over the supervised tokens of all held-out rows."""
+    """Return the mean loss over the supervised tokens of all held-out rows; NaN without any."""
     loss = supervised = 0.0
     with model.forward_only() as forward:
         for batch in model.in_step(batches):
@@ -359,7 +364,9 @@ def validate(model: ParallelModel, batches: Iterable[Batch]) -> float:
             supervised += batch.supervised
 
     loss, supervised = model.ranks.totals([loss, supervised])
-    return loss / max(1, supervised)
+    if not supervised:
+        return math.nan
+    return loss / supervised
 
 
 def validate_and_log(run: StageRun, step: int) -> float | None:
@@ -386,7 +393,7 @@ def validate_and_log(run: StageRun, step: int) -> float | None:
     # All ranks must agree on whether there is a loss.
     failures = ranks.collect(failures)
     if not failures and not math.isfinite(loss):
-        failures = [f"the loss is {loss}"]
+        failures = [f"no row is usable, or a loss is not finite ({loss})"]
 
     validation = None
     if failures:
@@ -475,12 +482,11 @@ def prepare(
     bf16 = parallel.use_bf16(options.precision, ranks.device)
     if bf16:
         round_frozen(model)
-    model.to(ranks.device)
     peak_share = estimate.peak_share(model, stage, rows, ranks.device) / ranks.size
     if options.compile:
         model.compile_blocks()
     mode = parallel.choose_mode(options.parallel, model, ranks)
-    parallel_model = ParallelModel(model, mode, ranks)
+    parallel_model = ParallelModel(model, mode, ranks, bf16)
 
     # The optimizer comes after that, because fsdp replaces the parameters.
     trainable = trainable_parameters(model)
@@ -574,19 +580,21 @@ def count_adapters(module: nn.Module) -> int:
 def warn_of_small_stage(steps: Steps, stage: Stage, name: str):
     """Print a warning if a stage has so few steps, or such rates, that it learns next to nothing.
 
-    A step has global_batch samples, and few rows make few steps: thirty rows make one of 128.
+    A step has global_batch samples, and few rows make few steps: thirty rows make one of 128. Who
+    has written the number of steps knows it.
     """
     rates = [getattr(stage.rate, part) or stage.learning_rate for part in PARTS]
-    if len(steps) < FEW_STEPS:
-        what = f"{len(steps)} optimizer steps of {steps.size} samples from {len(steps.rows)} rows"
-        fix = f"lower stage.{name}.global_batch, or raise its epochs or steps"
-        print0(f"warning: {name}: only {what}, which hardly train anything; {fix}")
+    if len(steps) < FEW_STEPS and not stage.steps:
+        what = f"{len(steps.rows)} rows make only {len(steps)} optimizer steps of {steps.size}"
+        fix = f"lower stage.{name}.global_batch, or raise stage.{name}.epochs"
+        print0(f"warning: {name}: {what}, which hardly train anything; {fix}")
     if not any(rates):
         print0(f"warning: {name}: every learning rate is 0, so nothing will change")
 
 
 def check_recipe(recipe: Recipe, path: Path):
     """Raise UserError for what would stop the run later, before anything is loaded."""
+    read_grids(recipe.model.image_grids)
     for name, stage in recipe.stage.items():
         sources = [source.data for source in stage.mixture.values()]
         for file in [stage.data, stage.validation, *sources]:
@@ -662,7 +670,9 @@ def run_stages(recipe: Recipe, ranks: Ranks):
         is_done = train_stage(run, start)
 
         # All of this stage's memory must be free before the next stage's model is built.
+        # FSDP's hooks and modules hold each other, so that only the collector frees them.
         del model, run, tensors
+        gc.collect()
         if not is_done:
             if ranks.is_first:
                 resume.wait()
@@ -744,4 +754,4 @@ def main(argv: list[str]):
 
 if __name__ == "__main__":
     with last_word():
-        config.cli(main, __doc__, fields_help=True)
+        config.cli(main, __doc__, fields_help=True, to_save_memory=TO_SAVE_MEMORY)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import tempfile
@@ -200,6 +201,16 @@ def write_file(path: Path, write: Callable[[str], object] | str | bytes):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_temporaries(path: Path):
+    """Remove what is left of writes of this file that were killed.
+
+    Call it only where nobody else may write the file at this moment. Raises OSError.
+    """
+    # The names that mkstemp makes in `write_file`.
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path):

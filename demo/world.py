@@ -473,11 +473,12 @@ def main(doc: str = __doc__, scenes: int = SCENES, fill: Fill = fill_folder):
     parser.add_argument(
         "--scenes", type=int, default=scenes, help=f"how many to train on (default {scenes})"
     )
-    args = parser.parse_args()
-    try:
+
+    def command(argv: list[str]):
+        args = parser.parse_args(argv)
         write(args.out, args.seed, args.scenes, fill)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+
+    config.cli(command, doc)
 
 
 if __name__ == "__main__":

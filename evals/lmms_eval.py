@@ -37,6 +37,7 @@ from inference.answer import answer, place_images
 from inputs.sample import load_item
 from inputs.templates import encode
 from inputs.tokenizer import load_tokenizer
+from kernels import default_dtype
 from model import LLaVA
 from packing import IGNORE, Item
 
@@ -59,7 +60,7 @@ class Barellava(lmms):
     def __init__(self, pretrained, batch_size=1, device=None, dtype=None, max_batch_size=None):
         """pretrained: a folder or Hugging Face id.
 
-        dtype: a name of torch's, by default bfloat16 on a GPU and float32 on the CPU.
+        dtype: a name of torch's, by default bfloat16 on a GPU that has it, and else float32.
         """
         super().__init__()
         self._rank = int(os.environ.get("RANK", 0))
@@ -75,14 +76,16 @@ class Barellava(lmms):
             # Triton launches its kernels on the current device, whatever that of their tensors.
             self.device = cuda_device(device)
             torch.cuda.set_device(self.device)
-            dtype = dtype or "bfloat16"
         else:
             self.device = torch.device("cpu")
-            dtype = dtype or "float32"
 
         # From here on it is the model that evaluate.py measures.
+        if dtype is None:
+            dtype = default_dtype(self.device)
+        else:
+            dtype = getattr(torch, dtype)
         folder = resolve(pretrained)
-        llava = LLaVA.from_pretrained(folder, dtype=getattr(torch, dtype), device=self.device)
+        llava = LLaVA.from_pretrained(folder, dtype=dtype, device=self.device)
         self.llava = llava.eval()
         self.tokenizer = load_tokenizer(folder)
 

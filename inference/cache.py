@@ -183,10 +183,15 @@ class Cache:
         for tensor in self.tensors():
             tensor[target, :, :slots] = tensor[source, :, :slots]
 
-    def copy_from(self, other: Cache):
-        """Copy all of a cache of as many rows and no more slots."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine[:, :, : other.slots] = theirs
+    def grow(self, slots: int):
+        """Make room for more slots in each row. What the rows hold stays."""
+        # One tensor after the other, so that only one is in memory twice.
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):
+                rows, kv_heads, _, head_dim = old.shape
+                tensors[layer] = old.new_zeros(rows, kv_heads, slots, head_dim)
+                tensors[layer][:, :, : old.size(2)] = old
+        self.slots = slots
 
     def reorder(self, rows: Tensor):
         """Let row i hold what row rows[i] held. The number of rows becomes that of `rows`."""

@@ -157,24 +157,14 @@ class Engine:
         self.image_slots: dict[int, int] = {}  # by fingerprint, of the images in cached_ids
         self.linears = fast_linears(self.lm)
 
-        # A graph holds on to the addresses of the weights. Training moves them, and a sharded
-        # weight is put together anew for each step.
+        # A graph holds on to the addresses of the weights, and training moves them.
         on_gpu = self.device.type == "cuda"
-        plain_weights = type(self.lm.lm_head.weight) is nn.Parameter
-        self.use_graph = on_gpu and plain_weights and not model.training
+        self.use_graph = on_gpu and is_plain(self.lm) and not model.training
 
-        self._allocate(slots, old=None)
-
-    def _allocate(self, slots: int, old: Cache | None):
-        """Make a cache of so many slots that begins with what the old one holds."""
-        rows = len(self.rows)
         self.cache = Cache(self.lm.config, rows, slots, like=self.embedding)
-        if old is not None:
-            self.cache.copy_from(old)
 
         # A captured step reads its inputs from here: each row's last token, and how many of its
-        # slots are filled. The graph holds on to the addresses of the cache, so a new cache needs
-        # a new graph.
+        # slots are filled.
         self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_logits: Tensor | None = None
@@ -304,27 +294,36 @@ class Engine:
     def _replay(self) -> Tensor:
         """Return what `_forward` returns for self.inputs, by a graph that is captured once.
 
+        All of it is done on the GPU of the cache, which need not be the current one.
+
         The graph also writes a key and a value for every free row, into the slot behind what the
         row holds. That slot always exists: room is made for a whole answer, and its last token,
         with which it ends, never enters the cache.
         """
-        if self.graph is None:
-            # Before the capture the step runs twice without a graph, on a side stream as PyTorch
-            # demands: this compiles the kernels and fills the libraries' workspaces. Doing a step
-            # again changes nothing, since it writes the same keys and values to the same slots.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._forward(self.inputs)
-                self._forward(self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.graph_logits = self._forward(self.inputs)
-
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
         return self.graph_logits
+
+    def _capture(self):
+        """Capture a step, on the current GPU."""
+        # Before the capture the step runs twice without a graph, on a side stream as PyTorch
+        # demands: this compiles the kernels and fills the libraries' workspaces. Doing a step again
+        # changes nothing, since it writes the same keys and values to the same slots.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._forward(self.inputs)
+            self._forward(self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+
+        # With the stream of this GPU: by default all captures share that of the first one. Other
+        # threads may allocate meanwhile, as the one does that pins batches for training.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self.graph_logits = self._forward(self.inputs)
+        self.graph = graph
 
     # -- new prompts ---------------------------------------------------------------------------
 
@@ -394,7 +393,11 @@ class Engine:
 
         if needed > self.cache.slots:
             steps = -(-needed // CACHE_STEP)  # rounded up
-            self._allocate(steps * CACHE_STEP, old=self.cache)
+
+            # A graph holds on to the addresses of the cache, so a larger one needs a new graph.
+            self.graph = None
+            self.graph_logits = None
+            self.cache.grow(steps * CACHE_STEP)
 
     def _read(self, request: Request) -> Prompt:
         """Return a request's prompt. Raises ValueError if it is empty or its images do not fit."""
@@ -534,6 +537,15 @@ class Engine:
         hidden_states = self.lm.model(x, positions, attend)
         last = packed.cu_seqlens[1:].long() - 1
         return self.lm.lm_head(hidden_states[last])
+
+
+def is_plain(lm: nn.Module) -> bool:
+    """Return whether all weights are ordinary parameters, none of them a shard.
+
+    A shard is put together anew for each step, by a collective, which a graph must not hold. Some
+    may be whole at a time when others are shards: all of them count.
+    """
+    return all(type(p) is nn.Parameter for p in lm.parameters())
 
 
 def fingerprint(item: Item) -> int:

@@ -158,12 +158,15 @@ def engine_for(model, rows: int) -> Engine:
     # Taken out in any case: an engine that does not fit any more is freed.
     last = LAST_ENGINES.pop(model, None)
     if model.training:
+        last = None
         return Engine(proxy, rows)
 
     weights = weights_state(model)
     if last is not None and len(last.engine.rows) == rows and last.weights == weights:
         engine = last.engine
     else:
+        # Its cache is let go before the new one is made: both may not fit.
+        last = None
         engine = Engine(proxy, rows)
     LAST_ENGINES[model] = LastEngine(engine, weights)
     return engine

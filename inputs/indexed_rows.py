@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import UserError
+from config import UserError, printable
 from inputs import index
 from inputs.media import Media
 from inputs.sniff import HEAD, looks_like
@@ -137,7 +137,7 @@ class IndexedRows:
         place = self._find(i).place
         if row.get("id") is None:
             return place
-        return f"{place} (id {row['id']})"
+        return f"{place} (id {printable(row['id'], 100)})"
 
     def file_spans(self) -> list[FileSpan]:
         spans = []

@@ -12,6 +12,7 @@ body. Its pictures, made by `image_tag`, are inside it, so it is one file and ne
 import base64
 import html
 import io
+import re
 
 from PIL import Image
 
@@ -22,13 +23,23 @@ GREEN = "\033[32m"
 PLAIN = "\033[0m"
 
 
+# Control characters but line break and tab, the second half of Latin-1's included, and halves of
+# surrogate pairs.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def escape_control(found: re.Match) -> str:
+    r"""Return what is shown in the place of a control character: four or more, as \033."""
+    return f"\\{ord(found[0]):03o}"
+
+
 def split_supervised(
     text: str, labels: list[int], offsets: list[tuple[int, int]]
 ) -> list[tuple[str, bool]]:
     """Return the text as runs of characters of one kind: [(characters, whether supervised)].
 
-    Labels and offsets are those of its tokens, from `templates.tokenize`. A terminal would obey an
-    escape character in the data, so a run has the four characters \\033 in its place.
+    Labels and offsets are those of its tokens, from `templates.tokenize`. A terminal would obey a
+    control character in the data, so a run has an escape like \\033 in its place.
     """
     supervised = [False] * len(text)
     for label, (start, end) in zip(labels, offsets, strict=True):
@@ -40,7 +51,7 @@ def split_supervised(
     begin = 0
     for at in range(1, len(text) + 1):
         if at == len(text) or supervised[at] != supervised[begin]:
-            characters = text[begin:at].replace("\033", "\\033")
+            characters = CONTROL.sub(escape_control, text[begin:at])
             runs.append((characters, supervised[begin]))
             begin = at
     return runs

@@ -50,7 +50,7 @@ def read_grids(text: str) -> tuple[tuple[int, int], ...]:
     error = UserError("model.image_grids", f"{text!r} are no grids", fix)
     grids = []
     for grid in text.split():
-        found = re.fullmatch(r"(\d+)x(\d+)", grid)
+        found = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", grid)
         if found is None:
             raise error
         rows = int(found[1])

@@ -24,6 +24,7 @@ see are in tests/kernels/cases/.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,24 +33,76 @@ from torch import Tensor
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 try:
-    import triton
+    import triton as _triton
     import triton.language as tl
 except ImportError:
     # There is no Triton for macOS and Windows. Every operation has its reference, and the kernels
     # stay functions that nothing calls.
-    class triton:  # noqa: N801
-        @staticmethod
-        def jit(f=None, **_):
-            if f is None:
-                return lambda function: function
-            return f
+    _triton = tl = None
 
-    tl = None
+
+class triton:  # noqa: N801
+    """What the kernels use of Triton."""
+
+    @staticmethod
+    def jit(f=None, **options):
+        """Return a kernel that runs on the GPU of its first tensor.
+
+        Triton itself takes the current device of the thread, and would read the memory of another
+        GPU there.
+        """
+        if f is None:
+            return partial(triton.jit, **options)
+        if _triton is None:
+            return f
+        kernel = _triton.jit(f, **options)
+
+        def run(x: Tensor, *args, **kwargs):
+            launch = type(kernel).run
+            if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+                return launch(kernel, x, *args, **kwargs)
+            with torch.cuda.device(x.device):
+                return launch(kernel, x, *args, **kwargs)
+
+        kernel.run = run
+        return kernel
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a CPU or GPU has instructions for bfloat16: from Ampere (sm_80) on, for GPUs.
+
+    torch.cuda.is_bf16_supported also counts GPUs that emulate it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+# torch.compile takes the answer for a constant. torch.compiler.assume_constant_result sets this,
+# too, but a call of it imports what takes seconds.
+has_bf16._dynamo_marked_constant = True
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return what a model answers in where nobody asks for another dtype.
+
+    That is bfloat16 on a GPU that has it, else float32.
+    """
+    if device.type == "cuda" and has_bf16(device):
+        return torch.bfloat16
+    return torch.float32
 
 
 def fused(x: Tensor) -> bool:
-    """Return whether Triton runs on this tensor."""
-    return x.is_cuda and tl is not None
+    """Return whether Triton runs on this tensor: on a GPU from Ampere on.
+
+    Older ones run the reference. Triton compiles for Turing (sm_75), but there the kernels of
+    decode, LoRA, NF4 and int8 spill registers to memory, and bfloat16 is emulated.
+    """
+    return x.is_cuda and tl is not None and has_bf16(x.device)
 
 
 def multiprocessors(x: Tensor) -> int:

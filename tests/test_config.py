@@ -1,6 +1,12 @@
 """Recipes: defaults, overrides, and what a mistake says."""
 
 import dataclasses
+import math
+import os
+import pty
+import subprocess
+import sys
+import textwrap
 import tomllib
 import typing
 from dataclasses import asdict
@@ -10,6 +16,7 @@ import pytest
 import config
 from config import UserError
 from tests.tools.environment import ROOT, shared
+from tests.tools.fuzz import fuzz, recipes, table
 from training import planner
 
 TEXT = """
@@ -390,3 +397,374 @@ def test_published_scores_are_those_of_the_facts():
             ) == list(planner.VIDEO)
             scored.remove(name)
     assert not scored
+
+
+# ------------------------------------------------------------------------------------ wrong values
+
+
+NUMBERS = [(name, f) for name, f in every_field() if type(f.default) in (int, float)]
+
+
+def test_every_number_has_a_range_that_its_default_is_in():
+    for name, f in NUMBERS:
+        assert f.metadata["low"] <= f.default <= f.metadata["high"], name
+    helped = config.help_table()
+    assert "peak of the warm-up + cosine schedule (0 to 100)\n" in helped
+    assert (
+        " *log_every               int    10            steps between progress lines (1 to"
+        in helped
+    )
+
+
+@pytest.mark.parametrize("name, field", NUMBERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_number_out_of_its_range_is_refused(tmp_path, name, field):
+    (file,) = write(tmp_path, file=TWO)
+    low, high = field.metadata["low"], field.metadata["high"]
+    wrong = [-1e11, 1e11, "nan", "inf", "-inf", 2**64, -(2**64), 10**400, "9" * 5000]
+    wrong += [low - 1, high + 1]
+    if name == "train.seed":
+        wrong.remove(1e11)
+    for value in wrong:
+        with pytest.raises(UserError, match="; fix: write ") as raised:
+            config.load([file, f"{name}={value}"], "x")
+        assert name in str(raised.value) and len(str(raised.value)) < 2000
+
+    # The limits themselves are allowed.
+    for value in (low, high):
+        config.load([file, f"{name}={value}", "stage.one.steps=1", f"{name}={value}"], "x")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stage.one.epochs=0", "stage.one: neither epochs nor steps: it would train nothing; fix"),
+        ("train.output=", "train.output: empty; fix: name a folder"),
+        ("train.device=mps", "'mps' is not a choice; fix: one of: auto, cpu, cuda"),
+        ("published.GQA=nan", "published.GQA: nan is out of range"),
+        ("published.GQA=-1", "published.GQA: -1.0 is out of range"),
+        ("published.GQA='a'", "published.GQA: 'a' is not a float"),
+        ("model.vision_config=", "'' is not a dict; fix: write {} or {key = value}"),
+        ("model.vision_config=1", "1 is not a dict; fix: write {} or {key = value}"),
+        ("stage.one=", "'' is not a Stage; fix: write {key = value}"),
+        ("stage=", "'' is not a dict; fix: write {} or {key = value}"),
+        ("model.llm_config={a = 2000-01-01}", "model.llm_config.a: 2000-01-01 is a date; fix: "),
+        ("model.llm_config={a = [07:32:00]}", "model.llm_config.a: 07:32:00 is a time; fix: "),
+        ("model.llm_config={a = 18446744073709551616}", "an integer of more than 64 bits; fix"),
+        ("model.llm_config.hidden_size.x=1", "model.llm_config.hidden_size is not a table there"),
+        ("model.llm_config" + ".a" * 5000 + "=1", "nested too deeply; fix: "),
+        ("model.llm_config=" + "[" * 50 + "]" * 50, "is not a dict; fix: "),
+        ("train.seed=1\nx = 2", "has a control character"),
+        ("train.output=a\udcff", r"'train.output=a\\udcff' is not UTF-8; fix: "),
+        ("train.output=a\0", "has a control character; fix: "),
+        ("train.seed" + "9" * 100_000, "not an override; fix: "),
+    ],
+)
+def test_a_wrong_value_is_one_line(file, override, message):
+    with pytest.raises(UserError) as raised:
+        config.load([file, override], "x")
+    said = str(raised.value)
+    assert message.replace(r"\\", "\\") in said and said.isprintable() and len(said) < 4000
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"# \xe4\n", "not UTF-8 text; fix: save it as UTF-8"),
+        (TEXT.encode("utf-16"), "not UTF-8 text; fix: save it as UTF-8"),
+        (b"a = " + b"[" * 50_000, "not TOML: nested too deeply; fix: "),
+        (b"[a" + b".a" * 3000 + b"]\n", "not TOML: nested too deeply; fix: "),
+        (b"a = " + b"9" * 5000, "not TOML: "),
+        (b"a = 1\0", "not TOML: "),
+        (b"[stage.'']\n", "stage: a table without a name; fix: "),
+        (b"[stage.one.mixture.' ']\n", "stage.one.mixture: a table without a name; fix: "),
+        (b'[stage."a\\nb"]\n', r"stage: 'a\nb' has a control character; fix: "),
+        (b'[stage.one]\ndata = "a\\u0000"\n', r"stage.one.data: 'a\x00' has a control character"),
+        (b"base = 2000-01-01\n", "base: datetime.date(2000, 1, 1) is not a str; fix: "),
+        (b"stage = 3\n", "stage: expected named tables; fix: "),
+        (b"#" * 200_000, "more than 100,000 bytes; fix: "),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, content, message):
+    file = tmp_path / "r.toml"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        config.load([str(file)], file)
+    said = str(raised.value)
+    assert said.startswith(str(file)) and message in said and said.isprintable()
+
+
+@pytest.mark.parametrize("override", ["stage.one.steps=1", "stage.one=1", "model.llm=a"])
+@pytest.mark.parametrize("text", ["stage = 3\nmodel = 3\n", "stage = [1]\nmodel = 'a'\n"])
+def test_an_override_of_what_is_no_table(tmp_path, text, override):
+    (file,) = write(tmp_path, file=text)
+    with pytest.raises(UserError, match="; fix: "):
+        config.load([file, override], "x")
+
+
+def test_what_is_no_file_is_no_recipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("pipe", "loop", "", "x" * 300, "r.toml/below", "\x1b[2J"):
+        with pytest.raises(UserError, match="; fix: "):
+            config.load([str(tmp_path / name)], tmp_path / "r.toml")
+    with pytest.raises(UserError, match="pipe: not a file; fix: "):
+        config.load([str(tmp_path / "pipe")], tmp_path / "r.toml")
+    with pytest.raises(UserError, match="loop: cannot be read: Too many levels of symbolic links"):
+        config.load([str(tmp_path / "loop")], tmp_path / "r.toml")
+
+    for i in range(100):
+        (tmp_path / f"{i}.toml").write_text(f"base = '{i + 1}.toml'\n[stage.one]\n")
+    with pytest.raises(UserError, match="more than 30 recipes, each the base of the one before; f"):
+        config.load([str(tmp_path / "0.toml")], tmp_path / "r.toml")
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(file, tmp_path):
+    other = tmp_path / "windows.toml"
+    other.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
+    assert config.load([str(other)], "x")[0] == config.load([file], "x")[0]
+
+
+NAMES = ["a.b", "a b", 'a"b', "a'b", "a\\b", "ä", "😀", "]", "#", "=", "\u202e", "-", "stage", "0"]
+
+
+def test_what_is_written_is_read_back_whatever_its_names_and_values(tmp_path):
+    values = {"float": 0.1, "more": 1e22, "less": 1e-7, "inf": [math.inf, -math.inf], "": {"": []}}
+    values |= {"text": "".join(map(chr, range(0xA0, 0x180))) + "\"\\/'😀\u2028\ufeff", "no": False}
+    values |= {name: {name: [1, 2.0]} for name in NAMES}
+    sources = {name: config.Source(data=name) for name in NAMES}
+    stages = {name: config.Stage(data=name, mixture=sources) for name in NAMES}
+    model = config.Model(llm=values["text"], llm_config=values)
+    published = {name: 1.5 for name in NAMES}
+    recipe = config.Recipe(model=model, stage=stages, published=published)
+    (tmp_path / "r.toml").write_bytes(config.dumps(recipe).encode())
+    assert config.load([str(tmp_path / "r.toml")], "x")[0] == recipe
+    assert config.differences(config.dumps(recipe), recipe) == ([], [])
+
+    # What `load` refuses is written as TOML all the same.
+    control = {"a": "".join(map(chr, range(0xA0))), "nan": math.nan}
+    text = config.dumps(config.Recipe(model=config.Model(llm_config=control)))
+    again = tomllib.loads(text)["model"]["llm_config"]
+    assert again["a"] == control["a"] and math.isnan(again["nan"])
+
+
+def test_wrong_recipes():
+    found = fuzz(recipes.case, 8, seed=10_000)
+    assert not found.violations, found.violations[0]
+
+
+@pytest.mark.full
+def test_many_wrong_recipes():
+    found = fuzz(recipes.case, 1000)
+    print(table(found))
+    assert not found.violations, found.violations
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def script(body: str, *argv, text=True, **how) -> subprocess.CompletedProcess:
+    """Run a script whose main(argv) is `body`."""
+    lines = textwrap.indent(textwrap.dedent(body).strip(), "    ")
+    code = f"import os, sys, config\ndef main(argv):\n{lines}\nconfig.cli(main, 'what it does')\n"
+    how = {"capture_output": True, "cwd": ROOT, "text": text, "timeout": 60} | how
+    return subprocess.run([sys.executable, "-c", code, *argv], **how)
+
+
+def is_one_line(done: subprocess.CompletedProcess, code: int = 1) -> str:
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    "raises, line",
+    [
+        ("open('/nowhere/at\\nall')", r"error: /nowhere/at\nall: No such file or directory; fix: "),
+        ("open('/')", "error: /: Is a directory; fix: "),
+        ("open('/etc/passwd/x')", "error: /etc/passwd/x: Not a directory; fix: "),
+        ("os.mkdir('/etc/passwd')", "error: /etc/passwd: File exists; fix: "),
+        ("open('x' * 300)", "File name too long; fix: "),
+        ("raise PermissionError(13, os.strerror(13), 'a')", "error: a: Permission denied; fix: "),
+        ("raise PermissionError(1, os.strerror(1), 'kept')", "error: kept: Operation not permitte"),
+        ("raise OSError(30, os.strerror(30), 'disc')", "error: disc: Read-only file system; fix: "),
+        ("raise OSError(28, os.strerror(28))", "No space left on device; fix: make room"),
+        ("raise OSError(122, os.strerror(122), 'home')", "error: home: Disk quota exceeded; fix: "),
+        ("raise OSError(5, os.strerror(5), 'disk')", "error: disk: Input/output error; fix: "),
+        ("raise OSError(24, os.strerror(24))", "Too many open files; fix: raise the limit"),
+        ("os.symlink('a', 'b')\nos.symlink('b', 'a')\nopen('a')", "error: a: Too many "),
+        ("bytearray(10 ** 15)", "error: memory: "),
+        ("raise MemoryError", "error: memory: too little for this; fix: take a smaller "),
+        (
+            "raise RuntimeError('[enforce] DefaultCPUAllocator: can\\'t allocate memory: 7 bytes')",
+            "error: memory: [enforce] DefaultCPUAllocator: can't allocate memory: 7 bytes; fix: ",
+        ),
+        ("raise ValueError('\\x1b[2J\\na; fix: b')", r"error: \x1b[2J\na; fix: b"),
+        ("raise ValueError('a' * 10**6 + '; fix: b')", "error: aaa"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(tmp_path, monkeypatch, raises, line):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception) as raised:
+        exec(raises)
+    said = config.one_line(raised.value, "take a smaller model")
+    assert line in said and "; fix: " in said and len(said) < 3000 and said.isprintable()
+
+
+def test_a_full_disk_is_one_line_of_a_script():
+    done = script("raise OSError(28, os.strerror(28), 'out')")
+    assert is_one_line(done).startswith("error: out: No space left on device; fix: make room")
+
+
+@pytest.mark.parametrize(
+    "raises", ["1 / 0", "raise ValueError('ours')", "raise OSError('ours')", "{}['key']"]
+)
+def test_a_mistake_of_ours_keeps_its_traceback(raises):
+    done = script(f"print('before')\n{raises}")
+    assert done.returncode == 1 and done.stdout == "before\n"
+    assert done.stderr.startswith("Traceback (most recent call last):")
+
+
+def test_what_was_printed_stays_above_the_error():
+    body = "print('before')\nraise config.UserError('here', 'wrong', 'mend it')"
+    done = script(body, capture_output=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.stdout == "before\nerror: here: wrong; fix: mend it\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("body", ["print('a' * 10**6)", "print('a', flush=True)", "print('a')"])
+def test_a_reader_that_goes_away_ends_a_script_quietly(body, unbuffered):
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    read, write_end = os.pipe()
+    os.close(read)
+    done = script(body, capture_output=False, stdout=write_end, stderr=subprocess.PIPE, env=env)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_no_reader_gone_away():
+    done = script("read, write = os.pipe()\nos.close(read)\nos.write(write, b'a')")
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
+
+
+def test_help_for_a_reader_that_goes_away():
+    read, write_end = os.pipe()
+    os.close(read)
+    done = script(
+        "config.parser('what it does').parse_args(argv)",
+        "--help",
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        capture_output=False,
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_output_to_a_full_disk_is_one_line():
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        streams = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
+        done = script("print('a')", env=env, **streams)
+    line = is_one_line(done)
+    assert line.startswith("error: standard output: No space left on device; fix: ")
+
+
+def test_ctrl_c_is_one_line_and_130():
+    done = script("import signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    assert is_one_line(done, 130) == "stopped by Ctrl-C"
+
+
+def test_words_that_are_no_text_are_refused():
+    done = script("print(argv)", os.fsdecode(b"--prompt=\xff"))
+    assert is_one_line(done).startswith(r"error: command line: '--prompt=\udcff' is not UTF-8; fix")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_can_be_printed(encoding):
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = script("print('é█😀\\ud83d')", env=env, text=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    expected = "é█😀\ud83d".encode(encoding, "backslashreplace")
+    assert done.stdout == expected + b"\n"
+
+
+def test_input_that_is_no_text_is_read():
+    done = script("print(ascii(input()))", input=b"a\xff\n", text=False)
+    assert done.stdout == b"'a\\ufffd'\n"
+
+
+def test_a_script_without_standard_streams():
+    body = "print('a', sys.stdout.isatty())\nopen(argv[0], 'w').write('done')"
+    code = f"import os, sys, config\ndef main(argv):\n  {body.splitlines()[1]}\n  print(1)\n"
+    code += "  sys.stdout.isatty()\nconfig.cli(main, '')"
+    command = f'exec {sys.executable} -c "$0" /dev/null >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command, code], cwd=ROOT).returncode == 0
+
+
+STEERS = "a\x1b[31mb\x1b]0;title\x07\rc\x9b2J\n\td"
+
+
+def test_a_terminal_obeys_no_text_and_a_file_gets_the_true_one(tmp_path):
+    body = f"print({STEERS!r}, flush=True)\nprint('\\rprogress', end='')\n"
+    body += "print('\\x1b[32mours\\x1b[0m', file=config.colours())"
+    done = script(body, text=False)
+    assert done.stdout.decode() == STEERS + "\n\rprogress\x1b[32mours\x1b[0m\n"
+
+    # Python's own pseudo-terminal.
+    ours, its = pty.openpty()
+    done = script(body, capture_output=False, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    shown = os.read(ours, 10_000).decode().replace("\r\n", "\n")
+    os.close(ours)
+    assert done.returncode == 0
+    assert shown == (
+        r"a\x1b[31mb\x1b]0;title\x07\rc\x9b2J" + "\n\td\n\rprogress\x1b[32mours\x1b[0m\n"
+    )
+
+
+def test_argparse_repeats_nothing_as_it_is():
+    body = "config.parser('what it does').parse_args(argv)"
+    line = is_one_line(script(body, "--a\x1b[2J\nerror: all is well"))
+    assert r"--a\x1b[2J\nerror: all is well; fix: see python" in line
+    assert len(is_one_line(script(body, "--" + "a" * 100_000))) < 1000
+
+
+def launch(tmp_path, body: str, ranks: int) -> subprocess.CompletedProcess:
+    """Run a script under torchrun; return what it says, both streams in one."""
+    file = tmp_path / "script.py"
+    lines = textwrap.indent(textwrap.dedent(body).strip(), "    ")
+    file.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport config\n"
+        f"def main(argv):\n{lines}\nconfig.cli(main, 'what it does')\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *torchrun, file],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_under_torchrun_the_last_line_is_ours(tmp_path):
+    body = """
+        if os.environ["RANK"] == "1":
+            raise config.UserError("rows.json:7", "wrong", "mend it")
+        import time
+        time.sleep(60)
+    """
+    done = launch(tmp_path, body, 2)
+    assert done.returncode == 1
+    lines = done.stdout.strip().splitlines()
+    line = "error: rows.json:7: wrong; fix: mend it"
+    assert lines[-1] == line and f"  traceback : {line}" in lines
+    assert lines.count(line) == 2  # at once, and at last
+
+
+@pytest.mark.full
+def test_of_several_ranks_that_fail_one_has_the_last_line(tmp_path):
+    done = launch(tmp_path, "raise config.UserError('here', 'wrong', 'mend it')", 2)
+    lines = done.stdout.strip().splitlines()
+    assert lines[-1] == "error: here: wrong; fix: mend it" and lines[-2].startswith("=====")

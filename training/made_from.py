@@ -1,7 +1,7 @@
 """What a run is made from, besides its recipe: rows, pictures, tokenizer, weights, and this code.
 
-    found = look(recipe, ["finetune"])            # {"stage.finetune rows": {"rows.json": "..."}, ...}
-    changes = compare(recorded, found)            # what is not as it was when the run began
+    found = look(recipe, ["finetune"])     # {"stage.finetune rows": {"0 rows.json": ...}, ...}
+    changes = compare(recorded, found)     # what is not as it was when the run began
     changes.deciding, changes.others, changes.key
 
 A recipe names files. What is in them decides what is trained, so a run writes it down and compares

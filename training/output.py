@@ -27,7 +27,7 @@ from pathlib import Path
 import config
 import lora
 from checkpoints import peft, resume, seal
-from checkpoints.files import resolve, write_file, writing
+from checkpoints.files import remove_temporaries, resolve, write_file, writing
 from checkpoints.owned import MARK, own
 from config import Recipe, UserError, printable
 from inputs.tokenizer import Tokenizer, load_tokenizer
@@ -80,7 +80,11 @@ def claim(recipe: Recipe, ranks: Ranks) -> bool:
 
             # A run that was killed at its very end may have left them.
             resume.discard(output / "checkpoints")
-        remove_temporaries(output)
+
+        # No other run may write here, so these are of writes that were killed.
+        with reporting("removing what killed writes left"):
+            for name in WRITTEN:
+                remove_temporaries(output / name)
     return not ranks.broadcast(is_finished)
 
 
@@ -111,14 +115,6 @@ def compare_recipes(output: Path, saved: str, recipe: Recipe) -> list[config.Dif
         fix = "set train.output to a new folder, or put the old value back"
         raise UserError(output, what, fix)
     return others
-
-
-def remove_temporaries(output: Path):
-    """Remove the temporary files of writes that were killed. Only this run may write here."""
-    for path in output.glob(".*"):
-        name = path.name[1:].rpartition(".")[0]  # .NAME.RANDOM, see files.write_file
-        if name in WRITTEN:
-            path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -12,8 +12,8 @@
            language model is gathered when it is used; all the rest (towers, connector, embeddings,
            head) at the start of each forward pass. So every micro-batch runs the same collectives,
            with pictures or without, and a rank that has run out of micro-batches takes part with
-           an empty one. Weights are gathered in their own dtype: the arithmetic is that of one
-           process.
+           an empty one. Weights are gathered in the dtype in which one process would multiply with
+           them (`_shard`): the arithmetic is that of one process.
 
 Below the class: what may be a shard (`whole`, `local_part`, `shard_like`), and the gradient norm.
 """
@@ -22,14 +22,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
+from inference import generation
+from kernels import has_bf16
 from packing import EMPTY, Batch
 from training.ranks import Ranks
 
@@ -39,14 +43,15 @@ from training.ranks import Ranks
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Return whether a run computes in bfloat16. precision: auto, bf16 or fp32.
 
-    auto takes it on GPUs and CPUs that have instructions for it; without them it is slower.
+    auto takes it on GPUs and CPUs that have instructions for it; without them it is slower. Raises
+    UserError for bf16 on a GPU that has none.
     """
+    if device.type != "cpu" and precision == "bf16" and not has_bf16(device):
+        what = "bf16, but this GPU has no instructions for it"
+        raise UserError("train.precision", what, "write auto or fp32")
     if precision != "auto":
         return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return has_bf16(device)
 
 
 def choose_mode(asked: str, model: nn.Module, ranks: Ranks) -> str:
@@ -98,15 +103,21 @@ class _Loss(nn.Module):
 class ParallelModel:
     """A model that all ranks train together.
 
-    With fsdp it replaces the parameters of `model` by shards. So the optimizer must be made
-    afterwards.
+    It moves the model to the rank's device. With fsdp it replaces the parameters of `model` by
+    shards. So the optimizer must be made afterwards.
     """
 
-    def __init__(self, model: nn.Module, mode: str, ranks: Ranks):
+    def __init__(self, model: nn.Module, mode: str, ranks: Ranks, bf16: bool = False):
+        """model: on the CPU or the rank's device. bf16: whether it computes under autocast."""
         self.mode = mode
         self.ranks = ranks
+        self.model = model
         self.whole = _Loss(model)  # without DDP around it
         self.module: nn.Module = self.whole
+
+        # fsdp moves the blocks one by one, because all of them may not fit.
+        if mode != "fsdp":
+            model.to(ranks.device)
 
         if mode == "ddp":
             device_ids = None
@@ -121,11 +132,7 @@ class ParallelModel:
 
         elif mode == "fsdp":
             _gather_in_order(model)
-
-            # The blocks first: what is not sharded yet then goes with the whole.
-            for block in model.language_model.blocks:
-                fully_shard(block)
-            fully_shard(self.whole)
+            self.module = _shard(self.whole, ranks, bf16)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the sum of the token losses of a micro-batch, ready for `backward`."""
@@ -176,16 +183,70 @@ class ParallelModel:
         without ddp, which would count the calls. With fsdp, what is not in the blocks is gathered
         here, once, and sharded again at the end.
         """
+        gathered = []
         if self.mode == "fsdp":
-            self.whole.unshard()
+            gathered = [self.module, self.whole]
+        for module in gathered:
+            module.unshard()
         self.module.eval()
         try:
             with torch.no_grad():
                 yield self.whole
-        finally:  # a validation may fail, and training goes on
+        finally:
             self.module.train()
-            if self.mode == "fsdp":
-                self.whole.reshard()
+            for module in gathered:
+                module.reshard()
+
+            # What answers keep is of weights that the next step changes, and takes its memory.
+            generation.forget_engine(self.model)
+
+
+def _shard(whole: _Loss, ranks: Ranks, bf16: bool) -> nn.Module:
+    """Shard the model of a loss over the ranks; return the module to call in its place.
+
+    Autocast rounds the weights of a linear for its product, and keeps what it has rounded until the
+    end: with shards, a bfloat16 copy of the whole model on each rank. So blocks that train gather
+    their linears in bfloat16, and there is nothing to round. Gradients are bfloat16 either way, and
+    are added up in float32. All other parameters stay as they are, because autocast does not round
+    them: norms and tables by what it is, the head and adapters because their kernels do it.
+    """
+    model = whole.model
+    blocks = model.language_model.blocks
+    linears = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.language_model.lm_head:
+            linears.update(module.parameters(recurse=False))
+
+    # Who gathers what: a block its parameters, or only its linears if these are rounded. `whole`
+    # has the linears of towers and connector, and a module around it all the rest.
+    rounds = []  # of each block
+    elsewhere = set(linears)  # not with the rest
+    for block in blocks:
+        of_block = set(block.parameters())
+        rounded = any(p.requires_grad for p in of_block & linears)
+        rounds.append(rounded)
+        if not rounded:
+            elsewhere |= of_block
+
+    # The mesh is of the device of these ranks. By default it would be of the accelerator that torch
+    # was built for, even without one.
+    shard = partial(fully_shard, mesh=init_device_mesh(ranks.device.type, (ranks.size,)))
+    multiplies_in = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(multiplies_in, torch.float32, cast_forward_inputs=False)
+
+    # The outermost comes first, since it does not look into modules that are sharded already.
+    outermost = nn.Sequential(whole)
+    shard(outermost, ignored_params=elsewhere)
+    rest = set(model.parameters()) - elsewhere
+    for block, rounded in zip(blocks, rounds, strict=True):
+        if rounded:
+            shard(block, ignored_params=rest, mp_policy=policy)
+        else:
+            shard(block, ignored_params=rest)
+
+    # As the outermost, it is kept between forward and backward.
+    shard(whole, ignored_params=rest, mp_policy=policy, reshard_after_forward=False)
+    return outermost
 
 
 def _gather_in_order(model: nn.Module):
@@ -242,3 +303,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of all their gradients, over all shards. All ranks must call it."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return whole(nn.utils.get_total_norm(gradients))
+
+
+def numbers(scalars: list[Tensor]) -> list[float]:
+    """Return the values of tensors of one number each, with one transfer from the GPU."""
+    if not scalars:
+        return []
+    return torch.stack(scalars).tolist()

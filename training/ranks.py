@@ -159,6 +159,9 @@ def last_word():
             _leave_group()
             return
 
+        # config.cli has chosen another code than 1: it was stopped, or nobody reads what it says.
+        if isinstance(e, SystemExit) and isinstance(e.code, int):
+            os._exit(e.code)
         if _failed_first():
             _say(e)
         os._exit(1)

@@ -220,7 +220,7 @@ class RunLog:
     def _peak_memory(self) -> int:
         """Return the most bytes that this process has used, of the GPU's memory if it has one."""
         if self.ranks.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated(self.ranks.device)
 
         # Linux counts it in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -229,10 +229,10 @@ class RunLog:
 
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of each part's gradient. Call it before clipping, on all ranks."""
-        return {
-            part: parallel.gradient_norm(parameters).item()
-            for part, parameters in self.trainable.items()
-        }
+        norms = []
+        for parameters in self.trainable.values():
+            norms.append(parallel.gradient_norm(parameters))
+        return dict(zip(self.trainable, parallel.numbers(norms), strict=True))
 
     def _probe(self) -> dict[str, list[Tensor]]:
         """Return copies of the first values of every trainable tensor, per part."""
@@ -247,13 +247,20 @@ class RunLog:
 
     def _weight_change(self) -> dict[str, float]:
         """Return the relative change of each part's probed values since the stage began."""
-        change = {}
+        sums = []
         for part, values in self._probe().items():
+            for now, before in zip(values, self.probed_at_begin[part], strict=True):
+                sums.append((now - before).square().sum())
+                sums.append(before.square().sum())
+        sums = iter(parallel.numbers(sums))
+
+        change = {}
+        for part, values in self.probed_at_begin.items():
             moved = 0.0
             size = 0.0
-            for now, before in zip(values, self.probed_at_begin[part], strict=True):
-                moved += (now - before).square().sum().item()
-                size += before.square().sum().item()
+            for _ in values:
+                moved += next(sums)
+                size += next(sums)
 
             # A part may begin as zeros, as LoRA's B does.
             change[part] = math.sqrt(moved / max(1e-30, size))

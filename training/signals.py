@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 
 STOP = {signal.SIGTERM, signal.SIGINT}
+CAN_BLOCK = hasattr(signal, "pthread_sigmask")  # not on Windows, where the handler must do
 _delivered: list[str] = []  # names of the signals that the handler was called for
 
 
@@ -27,7 +28,8 @@ def hold():
     # The handler comes first, because a thread from before may get a signal at any moment.
     for number in STOP:
         signal.signal(number, _note)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    if CAN_BLOCK:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
 
 
 def _note(number: int, _frame):
@@ -37,6 +39,8 @@ def _note(number: int, _frame):
 
 def heard() -> list[str]:
     """Return the names of the signals that have come since `hold`, delivered or pending."""
-    pending = signal.sigpending() & STOP
-    names = [signal.Signals(number).name for number in pending]
-    return _delivered + names
+    names = list(_delivered)
+    if CAN_BLOCK:
+        pending = signal.sigpending() & STOP
+        names += [signal.Signals(number).name for number in pending]
+    return names

@@ -97,8 +97,19 @@ def snapshot(
         for kind, t in kinds.items():
             gathered = parallel.whole(t.detach())
             if ranks.is_first:
-                snapshot[f"{kind}.{name}"] = gathered.to("cpu", copy=True)
+                snapshot[f"{kind}.{name}"] = _start_copy(gathered)
+
+    # The other ranks are back in training by now.
+    if ranks.is_first and ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
     return snapshot
+
+
+def _start_copy(t: Tensor) -> Tensor:
+    """Return a copy on the CPU. From a GPU it is only complete when the GPU is waited for."""
+    # Pinned memory is what a GPU writes to by itself.
+    copy = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda)
+    return copy.copy_(t, non_blocking=True)
 
 
 def restore_moments(

@@ -1,9 +1,13 @@
 """The engine: an answer depends neither on its company, order and place, nor on what is reused."""
 
+import contextlib
 import random
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 from inference import engine as engine_module
@@ -143,6 +147,101 @@ def test_what_rows_hold_outlives_a_larger_cache(monkeypatch):
     seen = spied(model, monkeypatch)
     assert answers(engine, [more]) == {1: want} and engine.cache.slots == engine_module.CACHE_STEP
     assert seen["tokens"] == 19 + 5  # the beginning was still there
+
+
+class LargestCache(TorchDispatchMode):
+    """Measures how many numbers of caches are in memory at most."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        super().__init__()
+        self.tensors = [weakref.ref(t) for t in tensors]
+        self.most = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten.new_zeros.default and out.dim() == 4:
+            self.tensors.append(weakref.ref(out))
+            alive = [ref() for ref in self.tensors]
+            self.most = max(self.most, sum(t.numel() for t in alive if t is not None))
+        return out
+
+
+def test_a_cache_grows_by_one_tensor_at_a_time():
+    """Old and new one together may not fit into a GPU's memory."""
+    engine = Engine(build(), rows=2, slots=32)
+    old = sum(t.numel() for t in engine.cache.tensors())
+    filled = [torch.randn_like(t) for t in engine.cache.tensors()]
+    for tensor, values in zip(engine.cache.tensors(), filled, strict=True):
+        tensor.copy_(values)
+
+    with LargestCache(engine.cache.tensors()) as largest:
+        engine.cache.grow(128)
+    tensors = engine.cache.tensors()
+    new = sum(t.numel() for t in tensors)
+    assert engine.cache.slots == 128 and new == 4 * old
+    assert largest.most <= new + old // len(tensors)
+    for tensor, values in zip(tensors, filled, strict=True):
+        assert torch.equal(tensor[:, :, :32], values) and not tensor[:, :, 32:].any()
+
+
+def test_a_step_is_captured_on_the_gpu_of_the_cache(monkeypatch):
+    """Whatever GPU is current, on a stream of that GPU, and without a say of other threads.
+
+    torch.cuda is replaced by what notes how it is called: no GPU is needed.
+    """
+    current = [0]
+    calls = []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(torch.device(chosen).index)
+        yield
+        current.pop()
+
+    class Stream:
+        def __init__(self):
+            self.gpu = current[-1]
+
+        def wait_stream(self, other):
+            calls.append(("waits", self.gpu, other.gpu))
+
+    class Graph:
+        def replay(self):
+            calls.append(("replay", current[-1]))
+
+    @contextlib.contextmanager
+    def graph(_, stream=None, capture_error_mode="global"):
+        calls.append(("capture", current[-1], stream and stream.gpu, capture_error_mode))
+        yield
+
+    fakes = SimpleNamespace(
+        device=device,
+        Stream=Stream,
+        CUDAGraph=Graph,
+        graph=graph,
+        current_stream=Stream,
+        stream=lambda stream: contextlib.nullcontext(),
+    )
+    model, asked = build(), requests(1)
+    engine = Engine(model, rows=1)
+    assert not engine.use_graph
+    with torch.inference_mode():
+        engine._admit(asked)
+        engine.rows[0].add(engine._sample()[0])
+        engine.use_graph = True
+        engine.device = torch.device("cuda", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module.torch, "cuda", fakes)
+            engine._step()
+            engine._step()
+    assert current == [0]
+    assert calls == [
+        ("waits", 1, 1),
+        ("waits", 1, 1),
+        ("capture", 1, 1, "thread_local"),
+        ("replay", 1),
+        ("replay", 1),
+    ]
 
 
 def test_stopping_early_leaves_nothing_half_done():

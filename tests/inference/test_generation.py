@@ -1,6 +1,7 @@
 """LLaVA.generate: what it keeps from one call to the next, and when it forgets it."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -62,3 +63,22 @@ def test_an_id_that_the_model_has_no_row_for_is_one_line():
     model = small("llama", "siglip", vocab=97)
     with pytest.raises(UserError, match="tokenizer: makes id 97, and the model has 97; fix: "):
         model.generate([torch.tensor([1, 97])], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_old_cache_is_let_go_before_a_new_one_is_made(training, monkeypatch):
+    """Both together may not fit into a GPU's memory."""
+    model = build()
+    model.generate([torch.tensor([1, 5, 9])], max_new_tokens=2)
+    old = weakref.ref(generation.LAST_ENGINES[model].engine)
+    make = generation.Engine
+    at_its_making = []
+
+    def engine(*args):
+        at_its_making.append(old())
+        return make(*args)
+
+    monkeypatch.setattr(generation, "Engine", engine)
+    model.train(training)
+    model.generate([torch.tensor([1, 5, 9]), torch.tensor([2, 4])], max_new_tokens=2)
+    assert at_its_making == [None]

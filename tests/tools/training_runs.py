@@ -151,8 +151,8 @@ def scripted(patch: str, *arguments, ok=False):
     return run_warm(f"{patch}\n{TRAIN}", ["train.py", *map(str, arguments)], ok=ok)
 
 
-def on_ranks(ranks: int, *arguments):
-    """Run train.py on several ranks as torchrun starts them, each in a warm process.
+def on_ranks(ranks: int, *arguments, code: str = TRAIN):
+    """Run train.py, or other code, on several ranks as torchrun starts them, in warm processes.
 
     Return what they said, rank after rank.
     """
@@ -164,7 +164,7 @@ def on_ranks(ranks: int, *arguments):
     for rank in range(ranks):
         environments.append({**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
     argv = ["train.py", *map(str, arguments)]
-    return run_warm(TRAIN, argv, environments=tuple(environments))
+    return run_warm(code, argv, environments=tuple(environments))
 
 
 def one_line(done) -> str:

@@ -1,19 +1,71 @@
 """Several ranks, with and without sharding, compute what one rank does."""
 
 import json
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
-from config import UserError
+import train
+from config import Stage, Tune, UserError
+from inference import generation
+from inference.engine import is_plain
 from packing import EMPTY
+from tests.tools import bf16_modes
 from tests.tools.environment import run
-from tests.tools.training_runs import losses, on_ranks
+from tests.tools.small_llava import small
+from tests.tools.training_runs import TRAIN, losses, on_ranks
 from training import parallel, state
+from training.parallel import ParallelModel
 from training.ranks import Ranks
+
+
+@pytest.fixture
+def one_rank():
+    """Return a rank that is a process group of its own, on which fsdp does all that it does."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def sharded(ranks: Ranks, **tune) -> ParallelModel:
+    """Return a small model in shards that computes under autocast."""
+    model = small().train()
+    train.set_trainable(model, Tune(**tune))
+    return ParallelModel(model, "fsdp", ranks, bf16=True)
+
+
+def text(tokens: int = 20):
+    ids = torch.arange(5, 5 + tokens)
+    labels = ids.clone()
+    labels[0] = -100
+    cu = torch.tensor([0, tokens], dtype=torch.int32)
+    return replace(
+        EMPTY,
+        input_ids=ids,
+        labels=labels,
+        positions=torch.arange(tokens),
+        cu_seqlens=cu,
+        max_seqlen=tokens,
+    )
+
+
+def step(parallel_model: ParallelModel):
+    """Make an optimizer step, as the training loop does."""
+    stage = Stage(warmup_ratio=0.0, learning_rate=1e-3)
+    optimizer = train.make_optimizer(parallel_model.model, stage)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = parallel_model.loss(text())
+        parallel_model.backward(loss)
+    assert train.update(optimizer, stage, 0, 10) > 0
 
 
 def test_ddp_and_sharded_ranks_change_nothing(recipe, whole_run):
@@ -63,6 +115,128 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
         file, out = recipe(mode)
         on_ranks(2, file, *change, f"train.parallel={mode}")
         assert len(want) == 6 and losses(out) == pytest.approx(want, rel=1e-5), mode
+
+
+def test_sharded_bf16_is_what_copies_compute():
+    """Matrices are gathered in bfloat16 instead of being rounded: the same bits are multiplied."""
+    code = "from tests.tools import bf16_modes; bf16_modes.main()"
+    done = on_ranks(2, code=code)
+    assert done.stdout.count("equal") == len(bf16_modes.WAYS)
+
+
+class Rounded(TorchDispatchMode):
+    """Keeps an eye on matrices that were rounded to bfloat16."""
+
+    def __init__(self, shapes: set[tuple]):
+        super().__init__()
+        self.shapes = shapes
+        self.made = []
+
+    def alive(self) -> int:
+        return sum(tensor() is not None for tensor in self.made)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten._to_copy.default and tuple(out.shape) in self.shapes:
+            if out.dtype == torch.bfloat16:
+                self.made.append(weakref.ref(out))
+        return out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_rounded_copy_of_a_shard_is_kept(one_rank, checkpointing):
+    """Autocast kept a bfloat16 copy of every matrix on every rank, from fp32 ones it gathered."""
+    parallel_model = sharded(one_rank, llm="full", vision="full", connector="full")
+    model = parallel_model.model
+    model.language_model.model.gradient_checkpointing = checkpointing
+    blocks = model.language_model.blocks
+
+    shapes = set()
+    gathered = []
+    for block in blocks:
+        shapes |= {tuple(p.shape) for p in block.parameters() if p.dim() == 2}
+        block.mlp.register_forward_pre_hook(
+            lambda mlp, _: gathered.append((mlp.up_proj.weight.dtype, mlp.up_proj.weight.shape))
+        )
+    shapes |= {shape[::-1] for shape in shapes}
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with Rounded(shapes) as rounded:
+            loss = parallel_model.loss(text())
+        assert rounded.alive() == 0
+        parallel_model.backward(loss)
+
+    # A block's matrices come in bfloat16; it is a shard again, and learns in float32.
+    assert set(gathered) == {(torch.bfloat16, (80, 48))}
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor) and p.dtype == torch.float32, name
+        if name.startswith("language_model"):
+            assert p.grad.dtype == torch.float32
+
+
+def test_the_mesh_is_of_the_ranks_and_not_of_the_torch_build(one_rank, monkeypatch):
+    """A torch that is built for CUDA names it as the accelerator, even without a GPU."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+    step(sharded(one_rank, llm="full", connector="full"))
+
+
+def test_validation_leaves_shards_and_no_engine_behind(one_rank):
+    """Even after an error: the run goes on when an answer has failed."""
+    parallel_model = sharded(one_rank, llm="full", connector="full")
+    model = parallel_model.model
+    step(parallel_model)
+    for fails in (False, True):
+        try:
+            with parallel_model.forward_only(), torch.autocast("cpu", torch.bfloat16):
+                # The head is whole here, the blocks are not: a captured step would hold their
+                # collectives.
+                assert not isinstance(model.language_model.lm_head.weight, DTensor)
+                assert not is_plain(model.language_model)
+                model.generate([torch.arange(3, 20)], max_new_tokens=3)
+                assert model in generation.LAST_ENGINES
+                if fails:
+                    raise ValueError
+        except ValueError:
+            pass
+        assert model not in generation.LAST_ENGINES and model.training
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert is_plain(small().language_model)
+    step(parallel_model)
+
+
+def test_blocks_come_to_the_device_one_by_one(one_rank, monkeypatch):
+    """The model as a whole may not fit there."""
+    moved = []
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda m, device: moved.append(m) or to(m, device))
+    parallel_model = sharded(one_rank, llm="full")
+    assert not moved
+    assert isinstance(parallel_model.model.language_model.blocks[0], FSDPModule)
+
+    alone = small()
+    ParallelModel(alone, "none", one_rank)
+    assert moved == [alone]
+
+
+FREED = """
+import gc, weakref
+from training import state
+gc.disable()
+models = []
+def build(*args, real=state.build):
+    assert all(model() is None for model in models), "an earlier stage's model is still there"
+    model = real(*args)
+    models.append(weakref.ref(model))
+    return model
+state.build = build
+"""
+
+
+def test_a_stage_s_model_is_freed_before_the_next_is_built(recipe):
+    file, out = recipe("freed")
+    short = ("stage.pretrain.steps=1", "stage.finetune.steps=1", "stage.finetune.validation=")
+    on_ranks(2, file, *short, "train.parallel=fsdp", code=FREED + TRAIN)
+    assert len(losses(out)) == 2
 
 
 def test_a_batch_of_nothing_has_no_loss_and_no_gradient(recipe):

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.tools.environment import run
+from tests.tools.environment import run, run_warm
 from tests.tools.training_runs import background, losses, wait_for_steps
 
 FULL = pytest.mark.full
@@ -34,3 +34,16 @@ def test_told_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(recipe, ranks)
             whole / "model.safetensors"
         ).read_bytes()
     assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_without_blocked_signals_the_handler_hears_them():
+    """Windows has neither pthread_sigmask nor sigpending."""
+    code = """
+import os, signal
+del signal.pthread_sigmask, signal.sigpending
+from training import signals
+signals.hold()
+os.kill(os.getpid(), signal.SIGINT)
+print(signals.heard())
+"""
+    assert run_warm(code, ["signals"]).stdout == "['SIGINT']\n"
