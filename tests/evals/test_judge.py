@@ -377,6 +377,7 @@ def test_the_adapter_sets_the_gpu_that_is_named(adapter, monkeypatch, name, rank
         raise Stopped
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("set", str(device))))
     monkeypatch.setattr(adapter.LLaVA, "from_pretrained", load)
     monkeypatch.setenv("LOCAL_RANK", "3")

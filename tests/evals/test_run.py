@@ -403,6 +403,7 @@ def pretend_gpus(monkeypatch) -> list:
         raise Stopped
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("set", str(device))))
     monkeypatch.setattr(LLaVA, "from_pretrained", load)
     return done
