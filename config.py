@@ -255,6 +255,12 @@ class Train:
     resume: str = opt(
         "", "go on from this checkpoint and no other; empty = the newest whole one", decides=False
     )
+    accept_changes: str = opt(
+        "",
+        "go on although rows, pictures, tokenizer or weights have changed: the word for just these "
+        "changes, which the refusal says",
+        decides=False,
+    )
 
 
 # The parts of a model: what a recipe calls them, and their attributes in LLaVA.

@@ -11,13 +11,15 @@
 
 Writes MODEL/eval/TASK.jsonl, one answer a line, MODEL/eval/TASK.json, the scores, and beside them
 the file that the benchmark's own server or script takes. A killed run continues where it stopped
-when the same command is given again; a model saved since then starts it afresh. Decoding is greedy.
+when the same command is given again. Answers of another model, or about other pictures, are not
+used: they are kept under another name. Decoding is greedy.
 
 A task is a file of evals/, whose docstring says which files it reads and how its scorer judges.
 evals/__init__.py says what such a file offers, and how to add one.
 
 This file, from top to bottom: the table of tasks; what a question shows to the model, and the
-controls that hide it; answers on disk, resumed and shared by ranks; scores; the command line.
+controls that hide it; how many are asked at once; scores; the command line. Answers on disk are in
+evals/kept.py, and what they were made from in evals/origin.py.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,8 +38,9 @@ import torch
 import torch.distributed as dist
 
 import config
-from checkpoints.files import resolve, write_file
-from config import UserError
+from checkpoints.files import resolve, write_file, writing
+from checkpoints.owned import own
+from config import UserError, printable, within
 from evals import (
     Example,
     Task,
@@ -62,15 +64,20 @@ from evals import (
     world,
 )
 from evals.judge import Judge
+from evals.kept import answer_examples, no_barrier
+from evals.origin import check_file_of_answers, go_on_or_set_aside, origin, shown_names
 from evals.published import add_published
 from inference.answer import answer as answer_questions
+from inference.answer import prompt_ids
+from inference.engine import CACHE_STEP
 from inputs.pictures import load_image
 from inputs.sample import load_item
+from inputs.tiling import TILED
 from inputs.tokenizer import load_tokenizer
 from inputs.video import probe
 from kernels import default_dtype
 from model import LLaVA
-from packing import Item
+from packing import Item, ItemShape
 
 
 def variant(task: Task, **options) -> Task:
@@ -108,8 +115,12 @@ TASKS: dict[str, Task] = {
 # How many pictures or videos the mean of --blank is taken of.
 MEAN_OF = 64
 
-# Seconds between two lines of progress where there is no terminal.
-QUIET_SECONDS = 30
+# Questions answered at once without --batch, where memory allows it.
+MOST_ROWS = 64
+
+# How much of the free memory their keys and values may take. The rest is for the pictures, the
+# prompts' hidden states, and the old cache while it is copied to a larger one.
+CACHE_SHARE = 0.5
 
 
 # ------------------------------------------------------------------------- what a question shows
@@ -118,10 +129,7 @@ QUIET_SECONDS = 30
 def shown_files(example: Example) -> tuple[str, list[str]]:
     """Return "image" or "video", and the names of all that an example shows."""
     kind = "video" if example.get("video") else "image"
-    named = example[kind] or []
-    if isinstance(named, str):
-        named = [named]
-    return kind, named
+    return kind, shown_names(example)
 
 
 def load_shown(example: Example, data_dir, load: Callable) -> list:
@@ -159,6 +167,10 @@ def check_examples(examples: list[Example], data_dir):
 
     This is done before a model is loaded.
     """
+    if not examples:
+        fix = "--data: name a folder with the benchmark's files, or fetch them again"
+        raise UserError(data_dir, "no questions in it", fix)
+
     ids = set()
     for example in examples:
         if example["id"] in ids:
@@ -169,8 +181,16 @@ def check_examples(examples: list[Example], data_dir):
         # Opening is slow, so files that are there are taken on trust. This raises for one that is
         # missing, and looks into pictures that are no files but bytes in the example.
         _, named = shown_files(example)
-        if not all((Path(data_dir) / name).exists() for name in named):
+        if not all(is_there(Path(data_dir) / name) for name in named):
             load_shown(example, data_dir, open_media)
+
+
+def is_there(path: Path) -> bool:
+    """Return whether there is such a file or folder; False for a name that no system takes."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def open_media(source, kind: str, **part):
@@ -265,182 +285,87 @@ def limit_examples(examples: list[Example], limit: int | None) -> list[Example]:
     return [e for e, group in zip(examples, group_of, strict=True) if group in chosen]
 
 
-# ------------------------------------------------------------------------------- answers on disk
+# ------------------------------------------------------------------------- how many at once
 
 
-def no_barrier():
-    """Wait for nobody: there is one rank."""
+def rows_that_fit(
+    model: LLaVA, tokenizer, examples: list[Example], max_new_tokens: int, free: int
+) -> int:
+    """Return how many questions are answered at once, 1 to MOST_ROWS.
 
-
-def answer_examples(
-    examples: list[Example],
-    chosen: list[Example],
-    answer: Callable[[list[Example]], list[str]],
-    file: Path,
-    batch: int = 64,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable = no_barrier,
-) -> list[str] | None:
-    """Return the answers to the examples `chosen`, in their order; on ranks other than 0 None.
-
-    `examples` are all of the task's: answers to those not chosen now stay in the file. Each rank
-    appends to a file of its own, so that nothing has to travel between them; rank 0 puts them
-    together.
+    So many that their keys and values take CACHE_SHARE of the `free` bytes, if each were as long
+    as the longest. Decoding reads what is filled only, so room that is not needed costs no time.
     """
-    # Every rank has read what is there before any of them writes.
-    known = read_all_answers(file, examples)
-    barrier()
+    lm = model.language_model
+    slots = longest_prompt(model, tokenizer, examples) + max_new_tokens
+    slots = -(-slots // CACHE_STEP) * CACHE_STEP  # the cache has a multiple of this
 
-    # Answer this rank's part of the rest.
-    mine = chosen[rank::world_size]
-    todo = [example for example in mine if example["id"] not in known]
-    own = file
-    if rank > 0:
-        own = file.with_name(f"{file.name}.rank{rank}")
-    append_answers(todo, answer, own, batch, done=len(mine) - len(todo), quiet=rank > 0)
-    barrier()
-    if rank > 0:
-        return None
-
-    # One file, in the order of the examples.
-    known |= read_all_answers(file, examples)
-    rows = [known[example["id"]] for example in examples if example["id"] in known]
-    write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
-    for part in files_of_other_ranks(file):
-        part.unlink()
-    return [known[example["id"]]["answer"] for example in chosen]
+    # On a CPU the cache is float32, whatever the weights are.
+    bytes_of_number = 4
+    if lm.lm_head.weight.is_cuda:
+        bytes_of_number = lm.lm_head.weight.element_size()
+    heads = sum(layer.kv_heads for layer in lm.config.layers)
+    bytes_of_row = 2 * heads * lm.config.head_dim * slots * bytes_of_number
+    rows = int(free * CACHE_SHARE) // bytes_of_row
+    return max(1, min(MOST_ROWS, rows))
 
 
-def files_of_other_ranks(file: Path) -> list[Path]:
-    """Return the files to which the other ranks append, of this run or of a killed one."""
-    return sorted(file.parent.glob(f"{file.name}.rank*"))
+def longest_prompt(model: LLaVA, tokenizer, examples: list[Example]) -> int:
+    """Return a number of tokens that no prompt exceeds by much.
 
-
-def read_all_answers(file: Path, examples: list[Example]) -> dict[str, dict]:
-    """Return {id: row} of the answers to these examples, of all ranks."""
-    asked = {example["id"]: example for example in examples}
-    known = {}
-    for part in [file, *files_of_other_ranks(file)]:
-        known |= read_answers(part, asked)
-    return known
-
-
-def read_answers(file: Path, asked: dict[str, Example]) -> dict[str, dict]:
-    """Return {id: row} of the answers in a file to the examples {id: example}.
-
-    An answer to another question or about another picture does not count, whatever its id. The last
-    line may be half written; it is no answer.
+    It is that of the longest text, which is one of the texts with the most characters, and of the
+    most pictures or videos, each as large as the model sees any.
     """
-    if not file.exists():
-        return {}
-    found = {}
-    for line in file.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        example = asked.get(row["id"])
-        if not example:
-            continue
-        if row["question"] == example["prompt"] and row["image"] == shown_name(example):
-            found[row["id"]] = row
-    return found
+    by_length = sorted(examples, key=lambda example: len(example["prompt"]))
+    longest_text = 0
+    for example in by_length[-MOST_ROWS:]:
+        ids = prompt_ids(example["prompt"], 0, tokenizer, model.config.template)
+        longest_text = max(longest_text, len(ids))
+
+    longest_shown = 0
+    for example in examples:
+        kind, named = shown_files(example)
+        longest_shown = max(longest_shown, len(named) * most_tokens(model, kind))
+    return longest_text + longest_shown
 
 
-def shown_name(example: Example):
-    """Return what a row of answers says that its question was about."""
-    return example.get("video") or example["image"]
+def most_tokens(model: LLaVA, kind: str) -> int:
+    """Return how many tokens a picture or a video takes at most."""
+    views = model.views
+    if kind == "video":
+        return views.positions(ItemShape(views.frames))
+    most = views.positions()
+    if views.mode in TILED:
+        for rows, columns in views.grids:
+            shape = ItemShape(1 + rows * columns)
+            if views.mode == "anyres":
+                shape = ItemShape(1 + rows * columns, rows, columns)
+            most = max(most, views.positions(shape))
+    return most
 
 
-def append_answers(
-    todo: list[Example],
-    answer: Callable[[list[Example]], list[str]],
-    file: Path,
-    batch: int,
-    done: int = 0,
-    quiet: bool = False,
-):
-    """Answer the examples `todo` and append each batch to the file before the next is asked.
+def free_memory(device: str) -> int:
+    """Return how many bytes of a device's memory can be had."""
+    if device != "cpu":
+        free, _ = torch.cuda.mem_get_info(device)
 
-    done: how many examples had an answer before, for the printed progress; quiet: print none.
-    """
-    # Shortest questions first: so those of a batch are of about the same length.
-    todo = sorted(todo, key=lambda example: (len(example["prompt"]), example["id"]))
-    progress = Progress(done, len(todo), quiet)
+        # What torch has taken from the device and does not use is free, too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+b") as lines:
-        end_last_line(lines)
-        for begin in range(0, len(todo), batch):
-            part = todo[begin : begin + batch]
-            for example, text in zip(part, answer(part), strict=True):
-                row = {
-                    "id": example["id"],
-                    "question": example["prompt"],
-                    "answer": text,
-                    "label": example["label"],
-                    "image": shown_name(example),
-                }
-                lines.write(json.dumps(row).encode() + b"\n")
-            lines.flush()
-            progress.show(begin + len(part))
+    # As Linux counts it, caches of files included. A container may be allowed less.
+    bounds = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                bounds.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        bounds.append(int(limit.read_text()) - int((group / "memory.current").read_text()))
 
-
-def end_last_line(lines):
-    """End the last line of a file opened for appending, where a killed run has left half of it."""
-    if lines.tell() == 0:
-        return
-    lines.seek(-1, os.SEEK_END)
-    if lines.read(1) != b"\n":
-        lines.write(b"\n")
-
-
-class Progress:
-    """The line that says how many answers there are: one that changes on a terminal, else some."""
-
-    def __init__(self, done: int, todo: int, quiet: bool):
-        self.done = done
-        self.todo = todo
-        self.quiet = quiet
-        self.started = time.monotonic()
-        self.shown = 0.0  # when a line was last shown, in seconds since the start
-
-    def show(self, count: int):
-        """Print that `count` of those to do are done, unless it is too soon for another line."""
-        if self.quiet:
-            return
-        terminal = sys.stdout.isatty()
-        finished = count == self.todo
-        seconds = time.monotonic() - self.started
-        if not (terminal or finished or seconds - self.shown > QUIET_SECONDS):
-            return
-        self.shown = seconds
-
-        rate = count / max(seconds, 1e-9)
-        left = (self.todo - count) / rate
-        of_all = f"{self.done + count}/{self.done + self.todo}"
-        line = f"{of_all} answers, {rate:.1f}/s, {left:.0f} s left"
-        if not terminal:
-            print(line, flush=True)
-        elif finished:
-            print(f"\r{line}   ", flush=True)
-        else:
-            print(f"\r{line}   ", end="", flush=True)
-
-
-def discard_older_answers(file: Path, folder: Path):
-    """Remove the answers of all ranks if the oldest are older than the model in the folder."""
-    saved = max((weights.stat().st_mtime for weights in folder.glob("*.safetensors")), default=0)
-
-    # A killed run of several ranks may have left only another rank's part.
-    parts = list(file.parent.glob(f"{file.name}*"))
-    if not parts:
-        return
-    if min(part.stat().st_mtime for part in parts) < saved:
-        print(f"{file.name}: older than the model, starting afresh", flush=True)
-        for part in parts:
-            part.unlink()
+    # Other systems do not say; the default number of rows was always taken there.
+    return min(bounds, default=2**60)
 
 
 # --------------------------------------------------------------------------------------- scores
@@ -476,14 +401,16 @@ def score_table(scores: dict[str, dict]) -> str:
         if any(column in score for score in scores.values()):
             columns.append(column)
 
-    width = max(24, *(len(name) + 1 for name in scores))
+    # Some names are of the benchmark's files.
+    names = {name: printable(name, 60) for name in scores}
+    width = max(24, *(len(name) + 1 for name in names.values()))
     head = " " * width
     for column in columns:
         head += f"{column.replace('_', ' '):>11}"
     lines = [head + f"{'n':>8}"]
 
     for name, score in scores.items():
-        line = f"{name:{width}}"
+        line = f"{names[name]:{width}}"
         for column in columns:
             cell = ""
             if score.get(column) is not None:
@@ -522,10 +449,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         help="replace every frame of a video by its middle one, as a control",
     )
     parser.add_argument(
-        "--limit", type=int, help="only about so many examples, spread evenly over all"
+        "--limit",
+        type=within(int, 1, 10**9),
+        help="only about so many examples, spread evenly over all",
     )
     parser.add_argument(
-        "--batch", type=int, default=64, help="questions answered at once (default 64)"
+        "--batch",
+        type=within(int, 1, 10**5),
+        help=f"questions answered at once (default: as memory allows, at most {MOST_ROWS})",
     )
     parser.add_argument(
         "--out", help="file of the answers (default MODEL/eval/TASK.jsonl, or TASK-CONTROL.jsonl)"
@@ -554,16 +485,9 @@ def main(argv: list[str]):
     examples = task.examples(args.data)
     chosen = limit_examples(examples, args.limit)
     check_examples(chosen, args.data)
+    if hasattr(task, "text_only"):
+        task.text_only(args.data)
 
-    # Where the answers go.
-    file = folder / "eval" / f"{title(args, '-')}.jsonl"
-    if args.out:
-        file = Path(args.out)
-    if rank == 0:
-        discard_older_answers(file, folder)
-    barrier()
-
-    # The answers.
     device = "cpu"
     dtype = torch.float32
     if torch.cuda.is_available():
@@ -571,17 +495,40 @@ def main(argv: list[str]):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
         dtype = default_dtype(torch.device(device))
+
+    # Where the answers go, and whether those that are there are of the same model and pictures.
+    file = file_of_answers(args, folder)
+    if rank == 0:
+        claim(file, args)
+        options = {
+            "task": args.task,
+            "control": args.control,
+            "max_new_tokens": task.MAX_NEW_TOKENS,
+            "precision": str(dtype).removeprefix("torch."),
+        }
+        go_on_or_set_aside(file, origin(folder, examples, args.data, options))
+    barrier()
+
+    # The answers.
     model = LLaVA.from_pretrained(folder, dtype=dtype, device=device).eval()
     tokenizer = load_tokenizer(folder)
     change = control_of(args.control, examples, args.data, model)
     answer = answerer(model, tokenizer, args.data, task.MAX_NEW_TOKENS, change)
-    answers = answer_examples(examples, chosen, answer, file, args.batch, rank, world_size, barrier)
+    batch = args.batch
+    if batch is None:
+        free = free_memory(device)
+        batch = rows_that_fit(model, tokenizer, chosen, task.MAX_NEW_TOKENS, free)
+    answers = answer_examples(examples, chosen, answer, file, batch, rank, world_size, barrier)
 
     # What follows from them.
     if rank == 0:
         print(f"{title(args, ', ')}: {len(answers)} answers in {file}")
+        if hasattr(task, "unread"):
+            unread = task.unread(chosen, answers)
+            print(f"{unread} of {len(answers)} answers {task.UNREAD}")
         if hasattr(task, "write") and len(chosen) == len(examples):
-            written = task.write(chosen, answers, file.with_suffix(""), args.data)
+            with writing(file.parent):
+                written = task.write(chosen, answers, file.with_suffix(""), args.data)
             print(f"in the official format: {', '.join(str(path) for path in written)}")
 
         scores = compute_scores(task, chosen, answers, file, args)
@@ -597,6 +544,25 @@ def main(argv: list[str]):
 
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def file_of_answers(args: argparse.Namespace, folder: Path) -> Path:
+    """Return the file that --out names, or that of the task in the model's folder."""
+    if args.out is not None:
+        return Path(args.out)
+    return folder / "eval" / f"{title(args, '-')}.jsonl"
+
+
+def claim(file: Path, args: argparse.Namespace):
+    """Raise UserError if answers and scores would go over what this program did not write.
+
+    MODEL/eval is ours by a mark, as all folders are that this program writes into. A file that
+    --out names may lie among others, so its own name decides.
+    """
+    if args.out is not None:
+        check_file_of_answers(file)
+    else:
+        own(file.parent, "evaluation")
 
 
 def title(args: argparse.Namespace, separator: str) -> str:
@@ -615,7 +581,8 @@ def write_scores(scores: dict[str, dict], file: Path, seconds: float, args: argp
         "seconds": round(seconds, 1),
         "scores": scores,
     }
-    write_file(file, json.dumps(result, indent=2) + "\n")
+    with writing(file):
+        write_file(file, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

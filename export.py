@@ -12,18 +12,25 @@ Weights go out as they came in unless --dtype says otherwise. Tokenizer, image p
 Hugging Face, the processor and the chat template go along, so that its chat pipelines work on the
 folder as it is.
 
-Each layout is written by its own file in checkpoints/, the same that reads it.
+OUT must be new or empty. It has its files only when all of them are written; after a kill the same
+command begins anew. Each layout is written by its own file in checkpoints/, the same that reads it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import config
 from checkpoints import layouts, peft, weights
-from checkpoints.files import resolve, write_file
+from checkpoints.files import flush, parse_json, resolve, write_file, writing
+from checkpoints.owned import HARMLESS, MARK, marked, own
 from config import UserError
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
@@ -44,6 +51,109 @@ def export(model: LLaVA, tokenizer, to: str, folder: Path, transformers: int = 5
     WRITERS[to](folder, model, tokenizer, transformers)
 
 
+# --------------------------------------------------------------------------------------- the folder
+
+# The mark (checkpoints/owned.py) of a folder whose export has begun and has not ended. Until then
+# the files are written to STAGING, and then moved out; MOVED names those that are.
+UNFINISHED = "unfinished export"
+STAGING = ".unfinished"
+MOVED = ".unfinished.json"
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path):
+    """Yield a folder to write files into; when the block ends, they are in `out`.
+
+    A kill at any moment leaves an `out` that the next start takes for its own, because it is marked
+    until every file is in its place. No file has its name there before all are written. config.json
+    is moved last, so that a folder with it is whole. Raises UserError if `out` holds anything else,
+    or cannot be written.
+    """
+    with writing(out):
+        is_new = not out.exists()
+        check_free(out)
+        own(out, UNFINISHED)
+        clear(out)
+        if not is_empty(out):
+            raise UserError(out, "holds files that no export has written", "name a new folder")
+        (out / STAGING).mkdir()
+
+    try:
+        yield out / STAGING
+        with writing(out):
+            move_out(out)
+    except BaseException as error:
+        # After a mistake the folder is as it was before. Whatever cannot be removed is marked.
+        with contextlib.suppress(OSError):
+            clear(out)
+            (out / MARK).unlink()
+            if is_new:
+                out.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            with writing(out):
+                raise
+        raise
+
+
+def check_free(out: Path):
+    """Raise UserError unless `out` is new, empty, or what an export that did not end has left."""
+    if not out.exists() or marked(out) == UNFINISHED:
+        return
+    if not out.is_dir() or not is_empty(out):
+        raise UserError(out, "exists", "name a new folder")
+
+
+def is_empty(out: Path) -> bool:
+    """Return whether a folder holds nothing but what counts as nothing, and our mark."""
+    names = {path.name for path in out.iterdir()} - HARMLESS - {MARK}
+    return all(is_half_a_mark(name) for name in names)
+
+
+def is_half_a_mark(name: str) -> bool:
+    """Return whether a file is what a kill while the mark was written has left."""
+    return name.startswith(f".{MARK}.")
+
+
+def clear(out: Path):
+    """Remove what an export that did not end has written to `out`. The mark stays."""
+    shutil.rmtree(out / STAGING, ignore_errors=True)
+    for path in out.iterdir():
+        if is_half_a_mark(path.name):
+            path.unlink()
+    try:
+        names = parse_json((out / MOVED).read_bytes())
+    except (OSError, ValueError):
+        return  # nothing was moved yet
+    for name in names:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (out / MOVED).unlink()
+
+
+def move_out(out: Path):
+    """Move all that is in STAGING into `out`, and then take the mark away."""
+    staging = out / STAGING
+    names = sorted(path.name for path in staging.iterdir())
+    names.sort(key=lambda name: name == "config.json")
+
+    # The names are on the disk before the first file is moved: then `clear` knows what is ours.
+    write_file(staging / MOVED, json.dumps(names))
+    for name in (MOVED, *names):
+        os.rename(staging / name, out / name)
+    flush(out)
+    staging.rmdir()
+
+    # This is the moment at which the export is done.
+    (out / MARK).unlink()
+    (out / MOVED).unlink()
+
+
+# --------------------------------------------------------------------------------------- the export
+
+
 def export_peft(adapter: Path, out: Path):
     """Copy the PEFT files that train.py left beside a model tuned with LoRA. Raises UserError."""
     weights_file = adapter / "adapter_model.safetensors"
@@ -53,8 +163,9 @@ def export_peft(adapter: Path, out: Path):
         raise UserError(adapter, "no adapters", fix)
 
     tensors = weights.read_file(weights_file)  # refuses a damaged file
-    write_file(out / weights_file.name, weights_file.read_bytes())
-    write_file(out / config_file.name, config_file.read_text())
+    with whole_folder(out) as folder:
+        for file in (weights_file, config_file):
+            write_file(folder / file.name, file.read_bytes())
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{out}: peft, {parameters / 1e6:.1f}M parameters")
 
@@ -105,9 +216,11 @@ def arguments(argv: list[str]):
 
 def main(argv: list[str]):
     args = arguments(argv)
+    if not args.out.strip():
+        raise UserError("OUT", "empty", "name a new folder")
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(out, "exists", "name a new folder")
+    with writing(out):
+        check_free(out)
 
     # Adapters are files of their own, so no model is loaded for them.
     folder = resolve(args.model, allow_pickle=args.allow_pickle)
@@ -121,7 +234,9 @@ def main(argv: list[str]):
     model = open_model(folder, dtype, args.allow_pickle)
     if args.adapter:
         peft.merge_adapter(model, Path(args.adapter))
-    export(model, open_tokenizer(folder), args.to, out, args.transformers)
+    tokenizer = open_tokenizer(folder)
+    with whole_folder(out) as unfinished:
+        export(model, tokenizer, args.to, unfinished, args.transformers)
 
     # Say what was written.
     parameters = sum(p.numel() for p in model.parameters())

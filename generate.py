@@ -25,7 +25,7 @@ import torch
 import config
 import lora
 from checkpoints.files import resolve
-from config import UserError
+from config import UserError, within
 from inference.answer import before_stop, place_images
 from inference.streaming import TextStream
 from inputs.sample import load_item
@@ -45,19 +45,25 @@ class Chat:
     """A model, its tokenizer, and a conversation that grows: turns, and the pictures in them.
 
     options are LLaVA.generate's. An answer also ends where it says one of the texts in `stop`,
-    which is left out of it.
+    which is left out of it. system: what stands before the conversation; "" is what the template
+    has.
     """
 
-    def __init__(self, model: LLaVA, tokenizer, options: dict, stop: Sequence[str] = ()):
+    def __init__(
+        self, model: LLaVA, tokenizer, options: dict, stop: Sequence[str] = (), system: str = ""
+    ):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.options = options
         self.stop = stop
+        self.system = system
         self.reset()
 
     def reset(self):
         """Forget the conversation."""
         self.turns: list[dict] = []
+        if self.system:
+            self.turns.append({"from": "system", "value": self.system})
         self.items: list[Item] = []
         self.waiting = 0  # items that no question has been asked about yet
 
@@ -81,16 +87,24 @@ class Chat:
 
         show: called with the next piece of the answer, which may be empty, for each token, and at
         last with a line on its speed.
+
+        Raises UserError for a question that cannot be asked; the conversation is as before.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the question", "not UTF-8", "write it in UTF-8") from None
+
         # The pictures shown since the last question belong to this one.
-        question = place_images(text, self.waiting)
-        self.waiting = 0
-        self.turns.append({"from": "human", "value": question})
-        self.turns.append({"from": "gpt", "value": None})  # the answer to come
+        question = {"from": "human", "value": place_images(text, self.waiting)}
+        answer_to_come = {"from": "gpt", "value": None}
 
         # The prompt is the whole conversation. The model's prefix cache still holds the beginning.
         template = self.model.config.template
-        ids = torch.tensor(encode_prompt(self.turns, self.tokenizer, template))
+        turns = [*self.turns, question, answer_to_come]
+        ids = torch.tensor(encode_prompt(turns, self.tokenizer, template))
+        self.turns = turns
+        self.waiting = 0
         eos = stop_id(self.tokenizer, template)
         stream = TextStream(self.tokenizer.decode, self.stop)
 
@@ -112,7 +126,7 @@ class Chat:
         show_and_check(before_stop(made[0].tolist(), eos))
         show(stream.finish())
         count = made.size(1)
-        show(f"\n[{count} tokens, {count / seconds:.1f} tokens/s]\n")
+        show(f"\n[{count} tokens, {count / max(seconds, 1e-9):.1f} tokens/s]\n")
 
         answer = stream.text.strip()
         self.turns[-1]["value"] = answer
@@ -149,33 +163,39 @@ def arguments(argv: list[str]):
         help="a video, or a folder of its frames; likewise",
     )
     option("--prompt", help="the question; without it a chat starts")
-    option("--max-new-tokens", type=int, default=256, help="longest answer (256)")
+    option("--system", default="", help="what stands before the conversation (the template's)")
+    option("--max-new-tokens", type=within(int, 1, 10**6), default=256, help="longest answer (256)")
     option(
         "--temperature",
-        type=float,
+        type=within(float, 0, 100),
         default=0.0,
         help="0 takes the likeliest token, 1 draws as the model has it, more is bolder (0)",
     )
     option(
         "--top-p",
-        type=float,
+        type=within(float, 0, 1),
         default=1.0,
         help="draw from the fewest tokens of this probability (1)",
     )
     option(
         "--top-k",
-        type=int,
+        type=within(int, 0, 10**9),
         default=0,
         help="draw from so many of the likeliest tokens (0: from all)",
     )
-    option("--seed", type=int, default=0, help="of the draws (0)")
+    option("--seed", type=within(int, 0, 2**63 - 1), default=0, help="of the draws (0)")
     option(
         "--stop",
         action="append",
         default=[],
         help="text that ends an answer; may be given several times",
     )
-    option("--beams", type=int, default=1, help="beam search with so many beams (1)")
+    option(
+        "--beams",
+        type=within(int, 1, 1000),
+        default=1,
+        help="beam search with so many beams (1)",
+    )
     option(
         "--weights",
         choices=("fp32", "bf16", *lora.KINDS),
@@ -205,6 +225,10 @@ def load_chat(args) -> Chat:
     else:
         dtype = default_dtype(device)
 
+    if weights == "nf4" and device == "cpu":
+        what = "--weights nf4 saves memory, but on a CPU it is many times slower than fp32"
+        print(f"warning: {what}", file=sys.stderr)
+
     folder = resolve(args.model, allow_pickle=args.allow_pickle)
     model = LLaVA.from_pretrained(folder, dtype, device, args.allow_pickle)
     if weights in lora.KINDS:
@@ -221,7 +245,7 @@ def load_chat(args) -> Chat:
 
     # A shell passes \\n on as two characters.
     stop = [text.replace("\\n", "\n") for text in args.stop]
-    return Chat(model, load_tokenizer(folder), options, stop)
+    return Chat(model, load_tokenizer(folder), options, stop, args.system)
 
 
 def converse(chat: Chat):
@@ -236,6 +260,9 @@ def converse(chat: Chat):
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError:
+            print("error: the line: not UTF-8; fix: write it in UTF-8")
+            continue
         try:
             if not chat.command(line.strip()):
                 return

@@ -11,6 +11,7 @@
 
 The result is the folder train.output. generate.py, evaluate.py and LLaVA.from_pretrained open it.
 A killed run goes on where it stopped when the same command is given again, on any number of ranks.
+If what decides its result has changed (a field, rows, weights), it says what and refuses to.
 SIGTERM or SIGINT lets it finish the step, save, and leave a file PREEMPTED; torchrun allows 30
 seconds for that.
 
@@ -34,21 +35,24 @@ The files around it:
     training/parallel.py       one model on all of them: DDP, FSDP
     training/run_log.py        what is reported
     training/state.py          a model from a checkpoint and into one
-    training/output.py         the output folder
+    training/output.py         the output folder, and whether a start may go on there
+    training/made_from.py      what rows, pictures and weights the run is made from
     training/planner.py        --list and --dry-run, by estimate.py and memory.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +60,7 @@ from torch import Tensor, nn
 import config
 import lora
 from checkpoints import peft, resume
-from checkpoints.files import write_file
+from checkpoints.files import write_file, writing
 from config import PARTS, Recipe, Stage, Train, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
@@ -75,6 +79,8 @@ from training.run_log import RunLog
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "recipes" / "demo.toml"
 TO_SAVE_MEMORY = "lower stage.NAME.micro_batch_tokens, or set train.gradient_checkpointing=true"
+
+FEW_STEPS = 10  # a stage of fewer optimizer steps is most likely a mistake
 
 
 # ----------------------------------------------------------------------------- what trains, and how
@@ -161,8 +167,12 @@ def make_optimizer(model: LLaVA, stage: Stage) -> torch.optim.AdamW:
 def schedule(step: int, steps: int, warmup_ratio: float) -> float:
     """Return the factor on the learning rate of step 0, 1, ..., steps - 1.
 
-    It rises linearly from 0 to 1 during the warm-up, then falls to 0 along half a cosine.
+    It rises linearly from 0 to 1 during the warm-up, then falls to 0 along half a cosine. That is
+    Hugging Face's schedule, whose first step has rate 0 if there is any warm-up. A stage of one
+    step would learn nothing by it, so there that step has the full rate.
     """
+    if steps == 1:
+        return 1.0
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return step / warmup
@@ -233,6 +243,7 @@ class StageRun:
     # What is reported and saved.
     log: RunLog
     begun_with: dict[str, Tensor]  # the tensors of the checkpoint that the model comes from
+    origin: dict  # what the run is made from, for its checkpoints; only rank 0 knows it
 
 
 def train_stage(run: StageRun, start: int) -> bool:
@@ -346,7 +357,7 @@ def refuse(run: StageRun, batches: list[Batch], losses: list[Tensor], found: str
 
 
 def validate(model: ParallelModel, batches: Iterable[Batch]) -> float:
-    """Return the mean loss over the supervised tokens of all held-out rows."""
+    """Return the mean loss over the supervised tokens of all held-out rows; NaN without any."""
     loss = supervised = 0.0
     with model.forward_only() as forward:
         for batch in model.in_step(batches):
@@ -354,23 +365,59 @@ def validate(model: ParallelModel, batches: Iterable[Batch]) -> float:
             supervised += batch.supervised
 
     loss, supervised = model.ranks.totals([loss, supervised])
-    return loss / max(1, supervised)
+    if not supervised:
+        return math.nan
+    return loss / supervised
 
 
-def validate_and_log(run: StageRun, step: int) -> float:
-    """Return the loss on the held-out rows after this step, and report it and a few answers."""
-    ranks = run.ranks
+def validate_and_log(run: StageRun, step: int) -> float | None:
+    """Return the loss on the held-out rows after this step, and report it and a few answers.
+
+    Held-out rows only report. If one of them is bad and may not be skipped, there is no loss this
+    time: that is said, training goes on, and None is returned.
+    """
+    ranks, log = run.ranks, run.log
+    failures: list[str] = []
     batches = validation_batches(
         run.held_out, run.spec, run.stage, run.options, ranks.rank, ranks.size, print
     )
-    with run.autocast:
-        loss = validate(run.parallel, batches)
-    run.log.validation(step + 1, loss)
+    loss = 0.0
+    try:
+        with run.autocast:
+            loss = validate(run.parallel, until_failure(batches, failures))
+    except Exception as e:
+        # With several ranks, a failed forward pass ends the run: the others wait in theirs.
+        if ranks.size > 1:
+            raise
+        failures.append(run_log.why(e))
+
+    # All ranks must agree on whether there is a loss.
+    failures = ranks.collect(failures)
+    if not failures and not math.isfinite(loss):
+        failures = [f"no row is usable, or a loss is not finite ({loss})"]
+
+    validation = None
+    if failures:
+        log.failed(step + 1, "validation", failures[0])
+    else:
+        log.validation(step + 1, loss)
+        validation = loss
 
     if run.options.answers:
         with run.parallel.forward_only(), run.autocast:
-            run.log.answers(step + 1, run.model, run.held_out, run.spec, run.options.answers)
-    return loss
+            log.answers(step + 1, run.model, run.held_out, run.spec, run.options.answers)
+    return validation
+
+
+def until_failure(batches: Iterable[Batch], failures: list[str]) -> Iterator[Batch]:
+    """Yield the batches up to one that cannot be made, and note why in `failures`.
+
+    An exception would leave the other ranks waiting for this one.
+    """
+    try:
+        yield from batches
+    except Exception as e:
+        failures.append(run_log.why(e))
 
 
 def save_checkpoint(run: StageRun, step: int, validation: float | None):
@@ -390,20 +437,27 @@ def save_checkpoint(run: StageRun, step: int, validation: float | None):
         if run.options.keep_best:
             keep_best_of = run.name
         described = {**place, "trained": run.name, "validation": validation}
-        resume.save(folder, run.options.keep, tensors, described, keep_best_of)
+        resume.save(folder, run.options.keep, tensors, described, keep_best_of, run.origin)
 
 
 # --------------------------------------------------------------------------- before and after it
 
 
 def prepare(
-    model: LLaVA, index: int, recipe: Recipe, ranks: Ranks, start: int, tensors: dict[str, Tensor]
+    model: LLaVA,
+    index: int,
+    recipe: Recipe,
+    ranks: Ranks,
+    start: int,
+    tensors: dict[str, Tensor],
+    origin: dict,
 ) -> StageRun:
     """Return what the loop needs to train a stage of the recipe from optimizer step `start`.
 
     model: on the CPU. It is frozen, rounded, moved to the device and spread over the ranks as the
     recipe says.
     tensors: of the checkpoint that it comes from, with AdamW's moments if start > 0.
+    origin: what the run is made from.
     """
     name = list(recipe.stage)[index]
     stage, options = recipe.stage[name], recipe.train
@@ -444,9 +498,10 @@ def prepare(
     # What is reported.
     recorder = None
     if ranks.is_first:
-        recorder = Recorder(options.log, folder, recipe)
+        recorder = Recorder(options.log, folder, recipe, name, start)
     log = RunLog(folder / "log.jsonl", name, len(steps), trainable, ranks, recorder, peak_share)
-    announce(log, model, start, steps, mode)
+    announce(log, model, start, steps, mode, list(recipe.stage.values())[: index + 1])
+    warn_of_small_stage(steps, stage, name)
 
     return StageRun(
         name=name,
@@ -463,15 +518,23 @@ def prepare(
         autocast=autocast,
         log=log,
         begun_with=tensors,
+        origin=origin,
     )
 
 
-def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str):
-    """Log the start of a stage: its rows and steps, and which parts of the model train."""
-    # For log.jsonl. A part that is frozen is not in log.trainable.
+def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str, stages: list[Stage]):
+    """Log the start of a stage: its rows and steps, and which parts of the model train.
+
+    stages: those up to this one.
+    """
+    # For log.jsonl. A part that is frozen is not in log.trainable. Adapters of a later stage are in
+    # the model already, and not counted: they change nothing before that.
     parameters = {}
     for part, attribute in PARTS.items():
-        parameters[part] = lora.count(getattr(model, attribute))
+        module = getattr(model, attribute)
+        parameters[part] = lora.count(module)
+        if not any(lora_trains(stage, part) for stage in stages):
+            parameters[part] -= count_adapters(module)
 
     trainable = {}
     for part, tensors in log.trainable.items():
@@ -501,6 +564,35 @@ def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str):
     print0(line)
 
 
+def lora_trains(stage: Stage, part: str) -> bool:
+    """Say whether a stage trains adapters of a part."""
+    how = getattr(stage.tune, part)
+    return how == "lora" or how in lora.QUANTIZED
+
+
+def count_adapters(module: nn.Module) -> int:
+    """Return how many parameters the adapters of a module have."""
+    total = 0
+    for adapter in lora.adapters(module).values():
+        total += sum(p.numel() for p in adapter.parameters(recurse=False))
+    return total
+
+
+def warn_of_small_stage(steps: Steps, stage: Stage, name: str):
+    """Print a warning if a stage has so few steps, or such rates, that it learns next to nothing.
+
+    A step has global_batch samples, and few rows make few steps: thirty rows make one of 128. Who
+    has written the number of steps knows it.
+    """
+    rates = [getattr(stage.rate, part) or stage.learning_rate for part in PARTS]
+    if len(steps) < FEW_STEPS and not stage.steps:
+        what = f"{len(steps.rows)} rows make only {len(steps)} optimizer steps of {steps.size}"
+        fix = f"lower stage.{name}.global_batch, or raise stage.{name}.epochs"
+        print0(f"warning: {name}: {what}, which hardly train anything; {fix}")
+    if not any(rates):
+        print0(f"warning: {name}: every learning rate is 0, so nothing will change")
+
+
 def check_recipe(recipe: Recipe, path: Path):
     """Raise UserError for what would stop the run later, before anything is loaded."""
     read_grids(recipe.model.image_grids)
@@ -520,24 +612,37 @@ def check_recipe(recipe: Recipe, path: Path):
         raise UserError(f"{path}:train", what, fix)
 
 
-def newest_checkpoint(
-    recipe: Recipe, explicit: str, ranks: Ranks
-) -> tuple[dict[str, Tensor], int, int]:
-    """Return the tensors to go on from, the index of the stage, and its first optimizer step.
+class Place(NamedTuple):
+    """Where a start of the run, or a stage of it, begins."""
 
-    explicit: a checkpoint to take instead of the newest one, or "". Before the first has been
-    saved, the run begins with no tensors at step 0 of stage 0.
+    tensors: dict[str, Tensor]  # of the checkpoint that it goes on from; {} at the very beginning
+    stage: int  # the index of the stage
+    step: int  # its first optimizer step
+    origin: output.Origin  # what the run is made from; on other ranks than the first an empty one
+
+
+def newest_checkpoint(recipe: Recipe, explicit: str, ranks: Ranks) -> Place:
+    """Return where the run goes on. Before its first checkpoint, that is step 0 of stage 0.
+
+    explicit: a checkpoint to take instead of the newest one, or "". Raises UserError if what
+    decides the result has changed since it was made.
     """
     # Rank 0 decides, because ranks that look at different times may see different files.
     chosen = None
+    origin = output.Origin({}, [])
     if ranks.is_first:
-        chosen = resume.pick(Path(recipe.train.output) / "checkpoints", explicit)
+
+        def compare(checkpoint: Path | None):
+            nonlocal origin
+            origin = output.begin(recipe, checkpoint)
+
+        chosen = resume.pick(Path(recipe.train.output) / "checkpoints", explicit, compare)
     chosen = ranks.broadcast(chosen)
 
     if not chosen:
-        return {}, 0, 0
+        return Place({}, 0, 0, origin)
     tensors, place = resume.read(chosen)
-    return tensors, place["stage"], place["step"]
+    return Place(tensors, place["stage"], place["step"], origin)
 
 
 def run_stages(recipe: Recipe, ranks: Ranks):
@@ -550,20 +655,18 @@ def run_stages(recipe: Recipe, ranks: Ranks):
     folder = Path(recipe.train.output)
 
     # Where this start begins.
-    tensors, index, start = newest_checkpoint(recipe, recipe.train.resume, ranks)
+    tensors, index, start, origin = newest_checkpoint(recipe, recipe.train.resume, ranks)
     if tensors:
         print0(f"resumed: {index} of {len(stages)} stages done, {start} steps of the next")
 
     while True:
-        # What was logged after the checkpoint is done again.
         if ranks.is_first:
-            run_log.forget_after(folder / "log.jsonl", list(recipe.stage), index, start)
-            (folder / "PREEMPTED").unlink(missing_ok=True)
+            output.write_origin(recipe, origin, index, start)
         if index == len(stages):
             break
 
         model = state.build(recipe, tensors, stages[index])
-        run = prepare(model, index, recipe, ranks, start, tensors)
+        run = prepare(model, index, recipe, ranks, start, tensors, origin.record)
         signals.hold()
         is_done = train_stage(run, start)
 
@@ -574,18 +677,35 @@ def run_stages(recipe: Recipe, ranks: Ranks):
         if not is_done:
             if ranks.is_first:
                 resume.wait()
-                write_file(folder / "PREEMPTED", "the same command goes on from here\n")
+                with run_log.reporting("writing PREEMPTED"):
+                    write_file(folder / "PREEMPTED", "the same command goes on from here\n")
             print0(f"preempted: saved in {folder}/checkpoints; the same command goes on from there")
             return
 
         # The next stage begins with what this one saved last.
         ranks.barrier()
-        tensors, index, start = newest_checkpoint(recipe, "", ranks)
+        tensors, index, start, origin = newest_checkpoint(recipe, "", ranks)
 
     if ranks.is_first:
         output.export_model(recipe, tensors, folder)
     ranks.barrier()
     print0(f'done: {folder}   try: python generate.py --model {folder} --image FILE --prompt "..."')
+
+
+@contextlib.contextmanager
+def naming_killed_worker() -> Iterator[None]:
+    """Turn the end of a data worker that was killed into a UserError.
+
+    torch raises it wherever the main process is at that moment. It has no type of its own.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        first_line = str(e).splitlines()[0]
+        if not first_line.startswith("DataLoader worker (pid"):
+            raise
+        fix = "give it more memory or lower train.workers; the same command goes on from the last "
+        raise UserError("a data worker", first_line, f"{fix}checkpoint") from None
 
 
 def main(argv: list[str]):
@@ -610,22 +730,26 @@ def main(argv: list[str]):
 
     ranks = Ranks.join(recipe.train.device)
     parallel.use_bf16(recipe.train.precision, ranks.device)  # refuses before anything is loaded
-    if demo_data and ranks.is_first and not demo_data.exists():
-        world.write(demo_data)
-    ranks.barrier()
-    check_recipe(recipe, path)
 
     # Rank 0 holds the folder until the end, so that no second run writes there.
     folder = Path(recipe.train.output)
     lock = nullcontext()
     if ranks.is_first:
+        output.own_folder(recipe)
         lock = resume.lock(folder)
     with lock:
-        if output.claim(recipe, ranks):
-            run_stages(recipe, ranks)
-        else:
+        if demo_data and ranks.is_first and not demo_data.exists():
+            with writing(demo_data):
+                world.write(demo_data)
+        ranks.barrier()
+        check_recipe(recipe, path)
+
+        if not output.claim(recipe, ranks):
             what = "this recipe's model is there; set train.output for another run"
             print0(f"{recipe.train.output} is finished: {what}")
+            return
+        with naming_killed_worker():
+            run_stages(recipe, ranks)
 
 
 if __name__ == "__main__":

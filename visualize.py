@@ -37,8 +37,9 @@ from PIL import Image
 from torch import Tensor
 
 import config
-from checkpoints.files import resolve, write_file
-from config import UserError
+from checkpoints.files import resolve, write_file, writing
+from checkpoints.owned import own
+from config import UserError, within
 from inference.answer import answer_tokens, prompt_ids
 from inputs.pictures import load_image
 from inputs.preview import encode_png, html_page, image_tag
@@ -253,9 +254,10 @@ BAR_WIDTH = 130  # pixels of a bar that stands for a probability of 1
 RED = (220, 20, 20)
 
 STYLE = """\
-body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1060px; color: #222 }
+body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1060px; color: #222;
+       padding: 0 16px }
 h2 { margin: 1.6em 0 .4em }
-.row { display: flex; gap: 18px; align-items: flex-start }
+.row { display: flex; flex-wrap: wrap; gap: 18px; align-items: flex-start }
 .row > div { flex: none }
 .small { color: #666; font-size: 13px }
 td { padding: 1px 8px 1px 0; white-space: pre }
@@ -267,11 +269,17 @@ img { display: block; image-rendering: pixelated; border: 1px solid #ccc }
 
 
 def answer_page(
-    seen: Inspection, question: str, tokenizer, k: int = 8, layer: int | None = None
+    seen: Inspection,
+    question: str,
+    tokenizer,
+    k: int = 8,
+    layer: int | None = None,
+    is_cut: bool = False,
 ) -> tuple[str, list[bytes]]:
     """Return the page as HTML, and for each token the PNG of its heat maps, side by side.
 
     k: how many tokens to show in each place. layer: whose attention, by default all layers' mean.
+    is_cut: whether the answer would have gone on.
     """
     pieces = [piece_of(i, tokenizer) for i in seen.ids.tolist()]
     attention = seen.attention_of(layer).cpu()
@@ -284,8 +292,12 @@ def answer_page(
 
     # At the top: the picture, the question and the answer.
     answer = "".join(pieces[seen.first :])
+    note = ""
+    if is_cut:
+        cut = f"... cut after token {len(probabilities)}; --max-new-tokens shows more"
+        note = f' <span class="small">{cut}</span>'
     parts = [
-        f"<p><b>{html.escape(question)}</b> {html.escape(answer)}</p>",
+        f"<p><b>{html.escape(question)}</b> {html.escape(answer)}{note}</p>",
         image_tag(draw_heat(seen.picture, torch.zeros(1, 1)), SMALL_WIDTH),
     ]
 
@@ -311,15 +323,17 @@ def answer_page(
         parts.append(f'<div class="row">{"".join(figures)}<div>{table}</div></div>')
         parts.append(f'<p class="text">{text}</p>')
 
-    parts.append(f'<p class="small">{html.escape(explanation())}</p>')
+    parts.append(f'<div class="small">{explanation()}</div>')
     return html_page(question, "\n".join(parts), STYLE), pngs
 
 
 def explanation() -> str:
-    """Return what this file's docstring says about the page, for whoever sees only the page."""
+    """Return HTML of what this file's docstring says about the page, for who sees only the page."""
     start = __doc__.index("- the likeliest")
     end = __doc__.index("`inspect_answer`")
-    return __doc__[start:end]
+    listed, rest = __doc__[start:end].split("\nHeat maps", 1)
+    items = "".join(f"<li>{html.escape(item)}</li>" for item in listed[2:].split("\n- "))
+    return f"For every token:<ul>{items}</ul><p>Heat maps{html.escape(rest)}</p>"
 
 
 def piece_of(token: int, tokenizer) -> str:
@@ -425,9 +439,21 @@ def arguments(argv: list[str]):
     option("--model", required=True, help="folder or Hugging Face id of a trained model")
     option("--image", required=True, help="a picture")
     option("--prompt", required=True, help="the question")
-    option("--layer", type=int, help="attention of this layer alone, counted from 0")
-    option("--top-k", type=int, default=8, help="how many tokens to show in each place (8)")
-    option("--max-new-tokens", type=int, default=16, help="longest answer (16)")
+    option(
+        "--layer", type=within(int, -(10**6), 10**6), help="attention of this layer, counted from 0"
+    )
+    option(
+        "--top-k",
+        type=within(int, 1, 1000),
+        default=8,
+        help="how many tokens to show in each place (8)",
+    )
+    option(
+        "--max-new-tokens",
+        type=within(int, 1, 1000),
+        default=16,
+        help="longest answer (16); a longer one is cut, and the page says so",
+    )
     return parser.parse_args(argv)
 
 
@@ -439,6 +465,9 @@ def main(argv: list[str]):
     tokenizer = load_tokenizer(folder)
 
     # Say what is wrong before anything is computed.
+    if not args.out.strip():
+        raise UserError("OUT", "empty", "name a folder")
+    out = Path(args.out)
     layers = len(model.language_model.blocks)
     if args.layer is not None and not 0 <= args.layer < layers:
         what = f"{args.layer}: the model has {layers} layers"
@@ -446,8 +475,11 @@ def main(argv: list[str]):
     try:
         image = load_image(args.image)
         picture = model.vision_tower.processor.pixels(image, model.config.image_mode)
+    except UserError:
+        raise
     except ValueError as e:
         raise UserError(args.image, str(e), "give an image file") from None
+    own(out, "visualization")
 
     item = Item(picture[None])
     (answer,) = answer_tokens(
@@ -458,12 +490,13 @@ def main(argv: list[str]):
 
     prompt = prompt_ids(args.prompt, 1, tokenizer, model.config.template)
     seen = inspect_answer(model, prompt, answer, picture)
-    page, pngs = answer_page(seen, args.prompt, tokenizer, args.top_k, args.layer)
+    is_cut = len(answer) == args.max_new_tokens
+    page, pngs = answer_page(seen, args.prompt, tokenizer, args.top_k, args.layer, is_cut)
 
-    out = Path(args.out)
-    for number, png in enumerate(pngs, 1):
-        write_file(out / f"token-{number}.png", png)
-    write_file(out / "index.html", page)
+    with writing(out):
+        for number, png in enumerate(pngs, 1):
+            write_file(out / f"token-{number}.png", png)
+        write_file(out / "index.html", page)
     print(f"{tokenizer.decode(answer).strip()}: {out / 'index.html'}")
 
 

@@ -97,8 +97,10 @@ class Fields:
         value = self._get(key, default)
         if key not in self:
             return value
-        if not isinstance(value, str) or len(value) > most:
-            raise self.refuse(key, f"not a text of at most {most} characters")
+        if not isinstance(value, str):
+            raise self.refuse(key, "not a text")
+        if len(value) > most:
+            raise self.refuse(key, f"longer than {most} characters")
         if choices and value not in choices:
             raise self.refuse(key, f"not one of {', '.join(sorted(choices))}")
         return value

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import tempfile
@@ -109,7 +110,8 @@ def check_regular(path: Path):
     To open a pipe waits for a writer, and a device may never end. A folder and a missing file have
     messages of their own, from whoever opens them.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    # os.path takes every name; Path refuses one that is too long.
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(path, "no regular file", "put the file itself there")
 
 
@@ -199,6 +201,16 @@ def write_file(path: Path, write: Callable[[str], object] | str | bytes):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_temporaries(path: Path):
+    """Remove what is left of writes of this file that were killed.
+
+    Call it only where nobody else may write the file at this moment. Raises OSError.
+    """
+    # The names that mkstemp makes in `write_file`.
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path):

@@ -15,7 +15,10 @@ from checkpoints.files import write_file, writing
 from config import UserError, printable
 
 MARK = ".barellava"  # its content is the kind: run, export, shards, evaluation ...
-HARMLESS = {".lock", ".DS_Store", "lost+found"}  # a folder with nothing but these counts as empty
+
+# A folder with nothing but these counts as empty. A demo's folder may get its data, which is named
+# world, before the run: nothing of that name is ever written, moved or deleted by a run.
+HARMLESS = {".lock", ".DS_Store", "lost+found", "world"}
 
 
 def own(folder: Path, kind: str):
@@ -23,34 +26,49 @@ def own(folder: Path, kind: str):
 
     Raises UserError if it holds something and has no mark of this kind, or cannot be written.
     """
-    where = str(folder)
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(where, "a link to nowhere", "name another folder")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(where, "a file, not a folder", "name another folder")
-
-    found = marked(folder)
-    if found == kind:
-        return
-    if found is not None:
-        what = f"holds {printable(found, 40)}, which is not {kind}"
-        raise UserError(where, what, "name another folder")
-
     with writing(folder):
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(folder, "a link to nowhere", "name another folder")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(folder, "a file, not a folder", "name another folder")
+
+        found = marked(folder)
+        if found == kind:
+            return
+        if found is not None:
+            what = f"holds {printable(found, 40)}, which is not {kind}"
+            raise UserError(folder, what, "name another folder")
+
         folder.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in folder.iterdir() if path.name not in HARMLESS]
+        others = _others(folder)
         if others:
-            shown = printable(sorted(others)[0], 80)
+            shown = printable(others[0], 80)
             what = f"holds {shown} and other things that this program did not write"
             if len(others) == 1:
                 what = f"holds {shown}, which this program did not write"
-            raise UserError(where, what, "name a new or an empty folder; nothing was changed")
+            fix = "name a new or an empty folder; of an older version's own folder, "
+            fix += f"write the word {kind} into {folder / MARK}"
+            raise UserError(folder, what, fix)
         write_file(folder / MARK, kind)
+
+
+def _others(folder: Path) -> list[str]:
+    """Return the names in a folder that count, sorted."""
+    others = []
+    for path in folder.iterdir():
+        # A start that was killed while it wrote the mark leaves the mark's temporary file.
+        is_unfinished_mark = path.name.startswith(f".{MARK}.")
+        if path.name not in HARMLESS and not is_unfinished_mark:
+            others.append(path.name)
+    return sorted(others)
 
 
 def marked(folder: Path) -> str | None:
     """Return the kind of work that a folder is marked for; None if it has no mark."""
+    mark = folder / MARK
     try:
-        return (folder / MARK).read_text(encoding="utf-8", errors="replace")[:100]
+        if not mark.is_file():
+            return None
+        return mark.read_text(encoding="utf-8", errors="replace")[:100].strip()
     except OSError:
         return None

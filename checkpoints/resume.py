@@ -15,6 +15,7 @@ first. What follows from that order:
     power cut                     a checkpoint was flushed to the disk before it got its name
     file cut or bit flipped       size or hash is wrong; `pick` sets it aside, takes the one before
     disk full                     `save` raises, or the next one; older checkpoints stay
+    somebody else's files there   they are not looked at, moved or removed, see seal.NAME
     a second run in the folder    `lock` refuses it
 
 Rank 0 calls all of this but `read`. Tensors are gathered, not sharded: one file that any number of
@@ -30,6 +31,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +40,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints import seal
-from checkpoints.files import writing
-from checkpoints.seal import MANIFEST, TENSORS, alone, listed, manifest, verify
-from config import UserError
+from checkpoints.files import read_json, writing
+from checkpoints.seal import (
+    ASIDE,
+    MANIFEST,
+    NAME,
+    TEMPORARY,
+    TENSORS,
+    alone,
+    listed,
+    manifest,
+    verify,
+)
+from config import UserError, printable
+
+MADE_FROM = "made_from.json"
 
 # ------------------------------------------------------------------------------- the output folder
 
@@ -54,7 +68,7 @@ def lock(folder: Path):
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")
+        file = open(folder / ".lock", "a+", errors="replace")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -73,7 +87,8 @@ def lock(folder: Path):
 
 def need_room(folder: Path, size: int, what: str):
     """Raise UserError unless the disk has `size` bytes left for `what`."""
-    free = shutil.disk_usage(folder).free
+    with writing(folder):
+        free = shutil.disk_usage(folder).free
     if free < size:
         free_gb = free / 1e9
         size_gb = size / 1e9
@@ -95,12 +110,20 @@ class Sealing:
 _sealing: Sealing | None = None  # one at a time: `save` and `pick` wait for the one before
 
 
-def save(folder: Path, keep: int, tensors: dict[str, Tensor], state: dict, keep_best: str = ""):
+def save(
+    folder: Path,
+    keep: int,
+    tensors: dict[str, Tensor],
+    state: dict,
+    keep_best: str = "",
+    origin: dict | None = None,
+):
     """Write a checkpoint and start its seal, which ends beside the training.
 
-    tensors: on the CPU. state: JSON, with `stage` and `step`. Afterwards the newest `keep` are left
-    and, if `keep_best` names a stage, the best of it. Raises UserError if this one cannot be
-    written, or the one before could not be sealed.
+    tensors: on the CPU. state: JSON, with `stage` and `step`. origin: JSON, what the run is made
+    from. Afterwards the newest `keep` are left and, if `keep_best` names a stage, the best of it.
+    Raises UserError if this one cannot be written, or the one before could not be sealed. If the
+    folder of the run is gone, it is not made again: whoever removed it may want the run to end.
     """
     global _sealing
     wait()
@@ -112,7 +135,10 @@ def save(folder: Path, keep: int, tensors: dict[str, Tensor], state: dict, keep_
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     with writing(folder):
         try:
-            temporary.mkdir(parents=True)
+            folder.mkdir(exist_ok=True)
+            temporary.mkdir()
+            if origin is not None:
+                (temporary / MADE_FROM).write_text(json.dumps(origin))
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(contiguous, temporary / TENSORS)
         except BaseException:
@@ -138,38 +164,61 @@ def wait():
 
     _, said = last.process.communicate()
     code = last.process.returncode
+    said = printable(said.strip())
     if code:
         with writing(last.folder):
-            raise OSError(said.strip() or f"seal.py ended with {code}")
+            raise OSError(said or f"seal.py ended with {code}")
+    if said:
+        print(f"warning: {last.folder}: {said}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------- resuming
 
 
-def pick(folder: Path, explicit: str = "") -> Path | None:
+def pick(
+    folder: Path, explicit: str = "", check: Callable[[Path | None], object] | None = None
+) -> Path | None:
     """Return the checkpoint to go on from, or None: the newest whole one, or only `explicit`.
 
     Checkpoints that are newer than it are set aside, and the reason is printed: the run will write
-    others of these names. Raises UserError if `explicit` is damaged; nothing is set aside then.
+    others of these names. check: it gets the one that was chosen, or None, and may raise UserError.
+    Raises UserError if `explicit` is damaged. In both cases nothing is set aside.
     """
     wait()
-    _remove_leftovers(folder)
-    if explicit:
-        return _pick_explicit(folder, Path(explicit))
+    with writing(folder):
+        _remove_leftovers(folder)
+        if explicit:
+            chosen = Path(explicit)
+            passed = _newer_than(folder, chosen)
+        else:
+            chosen, passed = _newest(folder)
 
-    # From the newest back to the first that is whole.
+    if check is not None:
+        check(chosen)
+    with writing(folder):
+        for path, why in passed:
+            _set_aside(path, why)
+    return chosen
+
+
+def _newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest whole checkpoint, or None; and the newer ones, each with what is wrong."""
+    damaged = []
     for path in reversed(listed(folder)):
         try:
             verify(path)
         except (OSError, ValueError) as e:
-            _set_aside(path, str(e))
+            damaged.append((path, str(e)))
         else:
-            return path
-    return None
+            return path, damaged
+    return None, damaged
 
 
-def _pick_explicit(folder: Path, chosen: Path) -> Path:
-    """Return `chosen` if it is whole, and set aside the checkpoints of this run that are newer."""
+def _newer_than(folder: Path, chosen: Path) -> list[tuple[Path, str]]:
+    """Return the checkpoints of this run that are newer than `chosen`, each with why it goes.
+
+    Raises UserError unless `chosen` is whole.
+    """
     try:
         verify(chosen)
     except (OSError, ValueError) as e:
@@ -177,24 +226,46 @@ def _pick_explicit(folder: Path, chosen: Path) -> Path:
         raise UserError(f"train.resume={chosen}", e, fix) from None
 
     # It may be of this run, or of another one: then all of this run's are passed over.
+    newer = []
     for path in reversed(listed(folder)):
         if path.resolve() == chosen.resolve():
             break
-        _set_aside(path, "train.resume names another one")
-    return chosen
+        newer.append((path, "train.resume names another one"))
+    return newer
 
 
 def _remove_leftovers(folder: Path):
     """Remove what a killed run had begun to write, once a seal that still goes on has ended."""
     if folder.exists():
         with alone(folder):
-            for temporary in folder.glob(".*.tmp"):
-                shutil.rmtree(temporary, ignore_errors=True)
+            for path in folder.iterdir():
+                if TEMPORARY.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(folder: Path):
+    """Remove the checkpoints of a run that is finished, and nothing else."""
+    if not folder.is_dir():
+        return
+    own = []
+    others = []
+    for path in folder.iterdir():
+        is_own = any(name.fullmatch(path.name) for name in (NAME, TEMPORARY, ASIDE))
+        if is_own:
+            own.append(path)
+        elif path.name != ".sealing":
+            others.append(path)
+
+    if not others:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in own:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _set_aside(path: Path, why: str):
     """Hide a checkpoint, so that it never counts as one again. Its files stay to be looked at."""
-    print(f"passing over {path}: {why}", flush=True)
+    print(f"passing over {path}: {printable(why)}", flush=True)
 
     # An older one that was set aside under this name gives way.
     aside = path.with_name(f".{path.name}.aside")
@@ -216,3 +287,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
     return tensors, state
+
+
+def made_from(path: Path) -> dict:
+    """Return what the run of a verified checkpoint was made from; {} of an older version's."""
+    return read_json(path / MADE_FROM, optional=True)

@@ -3,6 +3,7 @@
     OUTPUT/checkpoints/
         00-00000200/                    stage 0, after 200 steps
             tensors.safetensors         trained weights and the optimizer's moments
+            made_from.json              what the run is made from (training/made_from.py)
             manifest.json               written last: the run's state, the size and SHA-256 of each
                                         file, and the manifest's own SHA-256
         .00-00000400.1234.tmp/          a checkpoint that process 1234 is still writing
@@ -37,12 +38,18 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
+
+# Our names. Nothing else that lies beside the checkpoints counts, and nothing else is removed.
+NAME = re.compile(r"\d{2,}-\d{8,}")  # STAGE-STEP
+TEMPORARY = re.compile(r"\.\d{2,}-\d{8,}(\.\d+)?\.tmp")
+ASIDE = re.compile(r"\.\d{2,}-\d{8,}\.aside")
 
 # ------------------------------------------------------------------------------------ the manifest
 
@@ -104,18 +111,25 @@ def verify(path: Path) -> dict:
 def listed(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first. Hidden ones are unfinished or set aside."""
     # The names begin with stage and step, so their order is that of time.
-    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    found = []
+    for path in folder.glob("*"):
+        if NAME.fullmatch(path.name) and path.is_dir():
+            found.append(path)
+    return sorted(found)
 
 
 def best(folder: Path, stage: str) -> Path | None:
     """Return the checkpoint of a stage with the lowest validation loss; None if none has one.
 
-    Of equal ones it is the oldest.
+    Of equal ones it is the oldest. One without a readable manifest is passed over.
     """
     lowest = None
     chosen = None
     for path in listed(folder):
-        state = manifest(path)["state"]
+        try:
+            state = manifest(path)["state"]
+        except (OSError, ValueError):
+            continue
         loss = state.get("validation")
         if state.get("trained") != stage or loss is None:
             continue
@@ -187,6 +201,8 @@ def seal(temporary: Path, name: str, state: dict):
 def main(temporary: str, name: str, keep: str, stage: str, state: str):
     """Seal a checkpoint and prune the others, or remove it and exit with the reason on stderr.
 
+    Where only the pruning fails, the reason is on stderr and the exit code is 0.
+
     The arguments are those of the command line, all of them text.
     """
     unsealed = Path(temporary)
@@ -194,7 +210,12 @@ def main(temporary: str, name: str, keep: str, stage: str, state: str):
     try:
         with alone(folder):
             seal(unsealed, name, json.loads(state))
-            prune(folder, int(keep), stage)
+
+            # The checkpoint is whole now. That an old one stays is no reason to stop a run.
+            try:
+                prune(folder, int(keep), stage)
+            except OSError as e:
+                print(f"an old checkpoint cannot be removed: {e}", file=sys.stderr)
     except BaseException as e:
         # The run prints what stands on stderr in a message of its own, so this is one line.
         shutil.rmtree(unsealed, ignore_errors=True)

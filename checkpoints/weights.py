@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -237,9 +238,10 @@ def is_inside(folder: Path, name: str) -> bool:
     if has_folders or not name.isprintable():
         return False
 
-    # Links are followed: what counts is where the file really lies.
+    # Links are followed: what counts is where the file really lies. Unlike Path.resolve, realpath
+    # takes a link to itself, which whoever opens the file reports.
     home = folder.resolve()
-    target = (folder / name).resolve()
+    target = Path(os.path.realpath(folder / name))
     if target.parent == home:
         return True
 

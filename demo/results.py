@@ -19,6 +19,7 @@ from pathlib import Path
 
 from config import UserError
 from evals import world
+from training.run_log import read_log
 
 # How many of the sample pictures show each kind of question.
 SAMPLES = {
@@ -98,7 +99,9 @@ def read_run(folder: Path) -> Run:
     train_first = "train first: torchrun train.py"
     recipe = read(folder / "recipe.toml", str, train_first)
     log = folder / "log.jsonl"
-    stages = stages_of_log(read(log, json_lines, train_first), log)
+    if not log.is_file():
+        raise UserError(log, "no such file", train_first)
+    stages = stages_of_log(read_log(log), log)
 
     evaluate = f"torchrun evaluate.py --model {folder} --task world --data DIR"
     seeing, data = read_evaluation(folder, "world", evaluate)

@@ -8,6 +8,8 @@ the files share:
     scores.py         a score and its chance level, for each group of questions
     vqa.py            answers compared with those of ten humans
     video_choices.py  multiple choice about a clip
+    kept.py           answers on disk: resumed after a kill, shared by ranks
+    origin.py         what they were made from, and that nothing else is written over
     judge.py          a language model that judges answers
     published.py      the published number beside a score
     lmms_eval.py      the way in for lmms-eval, which has many more benchmarks
@@ -68,6 +70,9 @@ class Task(Protocol):
     # [published] table, or {model: number} if recipes have none; the first model is shown.
     PUBLISHED: tuple[str, str | dict[str, float]]
 
+    # Beside `unread`.
+    UNREAD: str
+
     def examples(self, data_dir: str | Path) -> list[Example]:
         """Return the questions in the data folder.
 
@@ -91,6 +96,12 @@ class Task(Protocol):
         """Write the answers as the benchmark's server or script takes them; return the files.
 
         Optional. Their names begin with `stem`.
+        """
+
+    def unread(self, examples: list[Example], answers: list[str]) -> int:
+        """Return how many answers the official rule cannot read. Optional.
+
+        UNREAD says what becomes of them, to go on after "3 of 9 answers".
         """
 
     def text_only(self, data_dir: str | Path) -> dict[str, float]:

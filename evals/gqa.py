@@ -19,7 +19,7 @@ from pathlib import Path
 
 from checkpoints.files import write_file
 from config import UserError
-from evals.files import errors_at, find_first, read_rows, read_table
+from evals.files import find_first, read_rows, read_table
 from evals.options import WORD
 from evals.scores import OpenResult, open_scores
 
@@ -52,20 +52,19 @@ def read_questions(file, folder):
     """Return {id: example} of GQA's own file."""
     found = {}
     for number, row in read_table(file).items():
-        where = f"{file}:{number}"
-        with errors_at(where):
-            # The scorer knows only these two kinds.
-            kind = "binary"
-            if row["types"]["structural"] == "query":
-                kind = "open"
-            found[number] = {
-                "id": number,
-                "image": f"{folder}/{row['imageId']}.jpg",
-                "prompt": row["question"] + WORD,
-                "label": row["answer"],
-                "type": kind,
-                "where": where,
-            }
+        # The scorer knows only these two kinds.
+        kind = "binary"
+        if row.table("types").text("structural") == "query":
+            kind = "open"
+        number = str(number)
+        found[number] = {
+            "id": number,
+            "image": f"{folder}/{row.identifier('imageId')}.jpg",
+            "prompt": row.text("question") + WORD,
+            "label": row.words("answer"),
+            "type": kind,
+            "where": row.where,
+        }
     return found
 
 
@@ -73,13 +72,12 @@ def ask_as_llava(found, llava, file, folder):
     """Return the questions of LLaVA's file, in its order and with its prompts."""
     asked = []
     for where, row in read_rows(llava):
-        with errors_at(where):
-            number = str(row["question_id"])
-            image = f"{folder}/{row['image']}"
-            if number not in found:
-                what = f"question {number} is not in {file.name}"
-                raise UserError(where, what, "take both of the same version")
-            asked.append(found[number] | {"image": image, "prompt": row["text"], "where": where})
+        number = str(row.identifier("question_id"))
+        image = f"{folder}/{row.file('image')}"
+        if number not in found:
+            what = f"question {number} is not in {file.name}"
+            raise UserError(where, what, "take both of the same version")
+        asked.append(found[number] | {"image": image, "prompt": row.text("text"), "where": where})
     return asked
 
 

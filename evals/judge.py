@@ -16,14 +16,18 @@ import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from checkpoints.files import parse_json, writing
 from config import UserError
+from evals.kept import read_lines
 
 TRIES = 8  # requests for one reply
 LONGEST_WAIT = 60  # seconds between two of them
 TIMEOUT = 300  # seconds for one request
+LONGEST_REPLY = 2**24  # bytes that are read of one
 
 # Statuses below 500 that may be another next time: timeout, conflict, too many requests.
 TRY_AGAIN = (408, 409, 429)
@@ -38,11 +42,20 @@ class Judge:
         wait: seconds before the second try; each further one waits twice as long.
         """
         url = url.rstrip("/")
+        fix = "--judge: such as https://api.openai.com/v1"
         if not url.startswith(("http://", "https://")):
-            fix = "--judge: such as https://api.openai.com/v1"
             raise UserError(url, "not an http address", fix)
         if not url.endswith("/chat/completions"):
             url = f"{url}/chat/completions"
+
+        # The library refuses others only when it is asked to connect, and then again and again.
+        try:
+            is_address = url.isascii() and url.isprintable() and " " not in url
+            is_address = is_address and urllib.parse.urlsplit(url).port != 0
+        except ValueError:
+            is_address = False
+        if not is_address:
+            raise UserError(url, "not an http address", fix)
 
         self.url = url
         self.model = model
@@ -71,20 +84,25 @@ class Judge:
 
     def remember(self, key: str):
         """Append the reply to the file."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "reply": self.known[key]})
-        with open(self.file, "a") as lines:
-            # The line break goes first: a killed run may have left half a line.
-            if lines.tell() > 0:
-                line = "\n" + line
-            lines.write(line)
+        with writing(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a") as lines:
+                # The line break goes first: a killed run may have left half a line.
+                if lines.tell() > 0:
+                    line = "\n" + line
+                lines.write(line)
 
     def ask(self, text: str) -> str:
         """Return the reply to a request, asked for up to TRIES times."""
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url, text.encode(), headers)
-        api_key = os.environ.get("OPENAI_API_KEY")
+        api_key = os.environ.get("OPENAI_API_KEY", "").strip()
         if api_key:
+            # A message of the library would quote the key.
+            if not (api_key.isascii() and api_key.isprintable()):
+                what = "holds what no key has: a line break, or letters that are not ASCII"
+                raise UserError("OPENAI_API_KEY", what, "set it to the key alone")
             # Not sent on to where the endpoint may redirect.
             request.add_unredirected_header("Authorization", f"Bearer {api_key}")
 
@@ -94,10 +112,9 @@ class Judge:
                 time.sleep(min(self.wait * 2 ** (attempt - 1), LONGEST_WAIT))
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    reply = json.load(response)["choices"][0]["message"]["content"]
-                    return reply or ""
+                    return reply_in(response.read(LONGEST_REPLY))
             except urllib.error.HTTPError as error:
-                said = " ".join(error.read(200).decode(errors="replace").split())
+                said = begin_of(error)
                 failure = f"HTTP {error.code}: {said}"
                 if error.code < 500 and error.code not in TRY_AGAIN:
                     break
@@ -115,15 +132,41 @@ class Judge:
         raise UserError(self.url, failure, fix)
 
 
+def reply_in(body: bytes) -> str:
+    """Return the reply in what an endpoint sends. Raise ValueError, LookupError or TypeError."""
+    reply = parse_json(body)["choices"][0]["message"]["content"]
+    if reply is None:
+        return ""
+    if not isinstance(reply, str):
+        raise TypeError("the reply is no text")
+    return reply.encode(errors="replace").decode()  # half a pair of surrogates cannot be written
+
+
+def begin_of(error: urllib.error.HTTPError) -> str:
+    """Return the beginning of what an endpoint says to a refusal, on one line."""
+    try:
+        return " ".join(error.read(200).decode(errors="replace").split())
+    except (OSError, http.client.HTTPException):
+        return "and nothing else"
+
+
 def read_replies(file: Path) -> dict[str, str]:
-    """Return {key: reply} of a file that may be missing."""
-    if not file.exists():
-        return {}
+    """Return {key: reply} of a file that may be missing, and say how many of its lines are none.
+
+    Those stay in the file, and what they may have been is asked again. Raise UserError if the file
+    cannot be read.
+    """
     known = {}
-    for line in file.read_text().splitlines():
+    damaged = 0
+    for line in read_lines(file):
+        if not line:
+            continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
+            row["reply"].encode()  # fails for what is no text, or cannot be written as one
             known[row["key"]] = row["reply"]
-        except (ValueError, LookupError, TypeError):
-            continue  # half a line of a killed run: asked again
+        except (ValueError, LookupError, TypeError, AttributeError):
+            damaged += 1
+    if damaged:
+        print(f"{file.name}: {damaged} damaged lines are not used; they stay in the file")
     return known

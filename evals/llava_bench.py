@@ -14,6 +14,7 @@ The trap: a review that does not begin with two scores counts -1 for both, as th
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from config import UserError
@@ -52,25 +53,24 @@ def examples(data_dir):
 
     # What the pictures show, in words: the judge sees no pictures.
     contexts = {}
-    for where, row in read_rows(find_first(data_dir, "context.jsonl")):
-        with errors_at(where):
-            caption = row["caption"]
-            if isinstance(caption, list):
-                caption = "\n".join(caption)
-            contexts[row["image"]] = caption
+    for _, row in read_rows(find_first(data_dir, "context.jsonl")):
+        if isinstance(row.values.get("caption"), list):
+            caption = "\n".join(row.texts("caption"))
+        else:
+            caption = row.text("caption")
+        contexts[row.file("image")] = caption
 
     # GPT-4's answers, which the judge compares with.
     reference = {}
-    for where, row in read_rows(find_first(data_dir, "answers_gpt4.jsonl")):
-        with errors_at(where):
-            reference[row["question_id"]] = row["text"]
+    for _, row in read_rows(find_first(data_dir, "answers_gpt4.jsonl")):
+        reference[row.identifier("question_id")] = row.text("text")
 
     found = []
     for where, row in read_rows(find_first(data_dir, "questions.jsonl")):
         with errors_at(where):
-            number = row["question_id"]
-            image = row["image"]
-            category = row["category"]
+            number = row.identifier("question_id")
+            image = row.file("image")
+            category = row.text("category")
             if category not in CATEGORIES:
                 what = f"category {category!r} has no rule"
                 raise UserError(where, what, f"one of {', '.join(CATEGORIES)}")
@@ -78,7 +78,7 @@ def examples(data_dir):
                 {
                     "id": str(number),
                     "image": f"images/{image}",
-                    "prompt": row["text"],
+                    "prompt": row.text("text"),
                     "label": reference[number],
                     "context": contexts[image],
                     "category": category,
@@ -125,9 +125,14 @@ def parse(review):
     if len(pair) != 2:
         return UNREAD
     try:
-        return [float(pair[0]), float(pair[1])]
+        scores = [float(pair[0]), float(pair[1])]
     except ValueError:
         return UNREAD
+
+    # "nan" is a number to Python, and would make the mean of all reviews one.
+    if not all(math.isfinite(score) for score in scores):
+        return UNREAD
+    return scores
 
 
 def summary(reviews):

@@ -1,6 +1,6 @@
 """lmms-eval's way in: any benchmark that it has, on a model of this repository.
 
-    pip install lmms-eval
+    pip install lmms-eval "filelock<4"    # 0.7.3 does not run with filelock 4
     python -m evals.lmms_eval --model barellava --model_args pretrained=out/demo \\
         --tasks mme,ai2d --batch_size 16
     torchrun --nproc-per-node 8 -m evals.lmms_eval --model barellava \\
@@ -13,6 +13,9 @@ It implements, for tasks that show pictures or videos,
     loglikelihood   of an answer and its end; lmms-eval wants the mean negative log-likelihood per
                     token there, and takes the smallest
 
+A run that fails ends with an exit code that is not 0: lmms-eval itself prints the error and exits
+as if all were well.
+
 lmms-eval 0.7.3 turns every likelihood into text before scoring, whatever the model: its tasks of
 the kind multiple_choice fail.
 """
@@ -21,11 +24,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import torch
 from PIL import Image
 
 import config
+from checkpoints.fields import Fields
 from checkpoints.files import resolve
 from config import UserError
 from inference.answer import answer, place_images
@@ -61,9 +66,15 @@ class Barellava(lmms):
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
 
+        given = {"batch_size": batch_size, "dtype": dtype, "device": device}
+        options = Fields(given, "--model_args", fix="correct it")
+        self.batch_size = batch_size_of(options)
+        dtype = options.text("dtype", ("float32", "bfloat16", "float16"), default=None)
+        device = options.text("device", default=None)
+
         if torch.cuda.is_available() and device != "cpu":
             # Triton launches its kernels on the current device, whatever that of their tensors.
-            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+            self.device = cuda_device(device)
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
@@ -77,7 +88,6 @@ class Barellava(lmms):
         llava = LLaVA.from_pretrained(folder, dtype=dtype, device=self.device)
         self.llava = llava.eval()
         self.tokenizer = load_tokenizer(folder)
-        self.batch_size = int(batch_size)
 
     def items(self, args) -> list[Item]:
         """Return the pictures and videos of a request. Raise UserError for anything else."""
@@ -168,16 +178,44 @@ class Barellava(lmms):
         raise NotImplementedError("tasks of several rounds")
 
 
+def batch_size_of(options: Fields) -> int:
+    """Return the batch size, which lmms-eval gives as a text or as a number. Raise UserError."""
+    value = options.values["batch_size"]
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        value = int(value)
+    checked = Fields({"batch_size": value}, options.where, fix=options.fix)
+    return checked.integer("batch_size", 1, 10**5)
+
+
+def cuda_device(name: str | None) -> torch.device:
+    """Return the GPU of a name such as cuda:1; for cuda, or without a name, that of this rank.
+
+    Raise UserError for any other name.
+    """
+    if name is None or name == "cuda":
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if not re.fullmatch(r"cuda:\d{1,3}", name):
+        raise UserError("--device", f"{name!r} is none", "cuda, cuda:1 or cpu")
+
+    # Every rank is given the same name, and has a GPU of its own.
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return torch.device(name)
+
+
 def generate_options(asked: dict) -> dict:
-    """Return the options of LLaVA.generate for those of a request."""
+    """Return the options of LLaVA.generate for those of a request. Raise UserError."""
+    # A task's file may leave an option out, or say null or 0 for the usual one.
+    given = {key: value or None for key, value in asked.items()}
+    options = Fields(given, "lmms-eval", "generation_kwargs", "correct the task's file")
     temperature = 0.0
     if asked.get("do_sample", True):
-        temperature = asked.get("temperature") or 0.0
+        temperature = options.number("temperature", 0, 100, default=0.0)
     return {
-        "max_new_tokens": asked.get("max_new_tokens") or 128,
+        "max_new_tokens": options.integer("max_new_tokens", 1, 10**6, default=128),
         "temperature": temperature,
-        "top_p": asked.get("top_p") or 1.0,
-        "num_beams": asked.get("num_beams") or 1,
+        "top_p": options.number("top_p", 0, 1, default=1.0),
+        "num_beams": options.integer("num_beams", 1, 1000, default=1),
     }
 
 
@@ -193,14 +231,39 @@ def cut_at_stops(text: str, stops: list[str]) -> str:
 def main(argv):
     """Make the model known to lmms-eval and start it; it reads the command line itself."""
     if lmms is object:
-        raise UserError("lmms-eval", "it is not installed", "pip install lmms-eval")
-    from lmms_eval.__main__ import cli_evaluate
+        fix = 'pip install lmms-eval "filelock<4"'
+        raise UserError("lmms-eval", "it is not installed", fix)
+    import lmms_eval.__main__ as tool
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.models.registry_v2 import ModelManifest
 
     manifest = ModelManifest("barellava", simple_class_path="evals.lmms_eval.Barellava")
     MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
-    cli_evaluate()
+
+    # The tool evaluates with this function, prints the error of one that fails, and exits with 0.
+    evaluate = tool.cli_evaluate_single
+    failures = []
+
+    def remember_failure(*arguments, **options):
+        try:
+            return evaluate(*arguments, **options)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    tool.cli_evaluate_single = remember_failure
+    try:
+        tool.cli_evaluate()
+    finally:
+        tool.cli_evaluate_single = evaluate
+
+    if not failures:
+        return
+    error = failures[0]
+    if isinstance(error, UserError):
+        raise error
+    what = f"it failed: {type(error).__name__}: {error}"
+    raise UserError("lmms-eval", what, "see what it says above")
 
 
 if __name__ == "__main__":

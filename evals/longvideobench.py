@@ -18,15 +18,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evals import video_choices
-from evals.files import errors_at, find_first, read_rows, read_table
+from evals.files import errors_at, find_first, read_rows
 from evals.options import LETTER, list_options, with_letters
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("all", "LongVideoBench")
 
 # The published "duration_group", and the name of its score.
 LENGTHS = {15: "8 to 15 s", 60: "15 to 60 s", 600: "3 to 10 min", 3600: "15 to 60 min"}
 
+LONGEST_CLIP = 10**6  # seconds; no clip and no subtitle is later
 FRAMES = 16
 MARK = "[image]"
 
@@ -36,19 +39,22 @@ def examples(data_dir, subtitles=True):
     found = []
     for where, row in read_rows(find_first(data_dir, "lvb_val.json")):
         with errors_at(where):
-            choices = with_letters(row["candidates"])
-            label = list(choices)[row["correct_choice"]]
+            choices = with_letters(row.options("candidates"))
+            right = row.integer("correct_choice", 0, len(choices) - 1)
+            label = list(choices)[right]
 
-            prompt = row["question"]
+            prompt = row.text("question")
             if subtitles:
-                said = interleave(read_subtitles(data_dir, row), row["duration"])
+                duration = row.number("duration", 0, LONGEST_CLIP)
+                said = interleave(read_subtitles(data_dir, row), duration)
                 prompt = f"subtitles:{said}\nquestion: \n{prompt}"
             prompt += list_options(choices.values()) + LETTER
 
-            video = video_choices.find_clip(data_dir, f"videos/{row['video_path']}")
-            groups = ("all", LENGTHS[row["duration_group"]])
+            video = video_choices.find_clip(data_dir, f"videos/{row.file('video_path')}")
+            groups = ("all", LENGTHS[row.integer("duration_group", 0, 3600)])
+            name = str(row.identifier("id"))
             found.append(
-                video_choices.video_example(where, row["id"], video, prompt, choices, label, groups)
+                video_choices.video_example(where, name, video, prompt, choices, label, groups)
             )
     return found
 
@@ -68,29 +74,40 @@ def read_subtitles(data_dir, row):
     Either {"timestamp": [start, end] in seconds, "text"}, where the last may have no end, or
     {"start": "h:m:s", "end", "line"}. Their clock began some time before the clip.
     """
-    file = find_first(data_dir, f"subtitles/{row['subtitle_path']}")
-    offset = row["starting_timestamp_for_subtitles"]
+    file = find_first(data_dir, f"subtitles/{row.file('subtitle_path')}")
+    offset = row.number("starting_timestamp_for_subtitles", -LONGEST_CLIP, LONGEST_CLIP)
 
     found = []
-    for line in read_table(file).values():
-        if "timestamp" in line:
-            start, end = line["timestamp"]
-            text = line["text"]
-            # The last may have no end: it is seen until the clip ends.
-            if not isinstance(end, float):
-                end = row["duration"]
-        else:
-            start = seconds(line["start"])
-            end = seconds(line["end"])
-            text = line["line"]
-        found.append(Subtitle(start - offset, end - offset, text))
+    for where, line in read_rows(file):
+        with errors_at(where):
+            if "timestamp" in line:
+                start, end = line.values["timestamp"]
+                text = line.text("text")
+                # The last may have no end: it is seen until the clip ends.
+                if not isinstance(end, float):
+                    end = row.number("duration", 0, LONGEST_CLIP)
+                start = checked_seconds(start)
+                end = checked_seconds(end)
+            else:
+                start = seconds(line.text("start"))
+                end = seconds(line.text("end"))
+                text = line.text("line")
+            found.append(Subtitle(start - offset, end - offset, text))
     return found
 
 
 def seconds(clock):
     """Return the seconds of "h:m:s"."""
     hours, minutes, rest = clock.split(":")
-    return int(hours) * 3600 + int(minutes) * 60 + float(rest)
+    return checked_seconds(int(hours) * 3600 + int(minutes) * 60 + float(rest))
+
+
+def checked_seconds(time):
+    """Return a time of a clip, in seconds. Raise ValueError for what is none."""
+    is_number = isinstance(time, int | float) and not isinstance(time, bool)
+    if is_number and abs(time) <= LONGEST_CLIP:  # false for NaN
+        return time
+    raise ValueError(f"{time!r} is no time in seconds")
 
 
 def interleave(subtitles, duration):

@@ -19,6 +19,8 @@ from evals.options import LETTER, with_letters
 from evals.scores import mean_score
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("M-Avg", "MLVU")
 
 # The files; a task's name is that of its file without the number.
@@ -44,12 +46,14 @@ def examples(data_dir):
         rows = read_rows(find_first(data_dir, f"json/{name}.json"))
         for number, (where, row) in enumerate(rows):
             with errors_at(where):
-                choices = with_letters(row["candidates"])
+                choices = with_letters(row.options("candidates"))
+                answer = row.words("answer")
                 label = None
-                if row["answer"] != NO_CHOICE:
-                    label = video_choices.letter_of(row["answer"], choices)
-                prompt = video_choices.with_bracketed_options(row["question"], choices) + LETTER
-                video = video_choices.find_clip(data_dir, f"video/{name}/{row['video']}")
+                if answer != NO_CHOICE:
+                    label = video_choices.letter_of(answer, choices)
+                question = row.text("question")
+                prompt = video_choices.with_bracketed_options(question, choices) + LETTER
+                video = video_choices.find_clip(data_dir, f"video/{name}/{row.file('video')}")
                 found.append(
                     video_choices.video_example(
                         where, f"{name}-{number}", video, prompt, choices, label, (task,)

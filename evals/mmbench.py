@@ -24,12 +24,11 @@ import csv
 import importlib.util
 import io
 import re
-import sys
 from pathlib import Path
 
 from checkpoints.files import write_file
 from config import UserError
-from evals.files import errors_at, find_first
+from evals.files import errors_at, find_first, read_tsv
 from evals.options import LETTER, list_options
 from evals.scores import Result, group_scores
 
@@ -44,6 +43,7 @@ FILES = (
     "MMBench_TEST_EN.tsv",
 )
 ROTATION = 10**6
+UNREAD = "give no letter, and are wrong"
 
 # Columns that LLaVA's converter (convert_mmbench_for_submission.py) leaves out.
 DROPPED = {"hint", "category", "source", "image", "comment", "l2-category"}
@@ -63,41 +63,41 @@ def examples(data_dir):
     Own keys: "choices": {letter: text}; "group": the question; "row": its cells.
     """
     file = find_first(data_dir, *FILES)
-    csv.field_size_limit(sys.maxsize)
 
     found = []
     pictures = {}
-    with open(file, encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines, delimiter="\t")):
-            where = f"{file}:{number}"
-            with errors_at(where):
-                index = int(row["index"])
-                choices = read_choices(row)
+    for row in read_tsv(file):
+        with errors_at(row.where):
+            index = int(row.text("index"))
+            choices = read_choices(row)
+            question = row.text("question")
+            hint = row.text("hint")
 
-                # Some files hold each picture once, and name that row elsewhere.
-                picture = row.pop("image")
-                if len(picture) > LONGEST_INDEX:
-                    pictures[index] = base64.b64decode(picture)
-                else:
-                    pictures[index] = pictures[int(picture)]
+            # Some files hold each picture once, and name that row elsewhere.
+            cells = dict(row.values)
+            picture = cells.pop("image")
+            if len(picture) > LONGEST_INDEX:
+                pictures[index] = base64.b64decode(picture)
+            else:
+                pictures[index] = pictures[int(picture)]
 
-                prompt = row["question"] + list_options(choices.values()) + LETTER
-                if row["hint"] not in EMPTY:
-                    prompt = f"{row['hint']}\n{prompt}"
+            prompt = question + list_options(choices.values()) + LETTER
+            if hint not in EMPTY:
+                prompt = f"{hint}\n{prompt}"
 
-                found.append(
-                    {
-                        "id": str(index),
-                        "image": f"{file.name}:{index}",
-                        "pictures": [pictures[index]],
-                        "prompt": prompt,
-                        "label": row.get("answer") or None,
-                        "choices": choices,
-                        "group": index % ROTATION,
-                        "row": row,
-                        "where": where,
-                    }
-                )
+            found.append(
+                {
+                    "id": str(index),
+                    "image": f"{file.name}:{index}",
+                    "pictures": [pictures[index]],
+                    "prompt": prompt,
+                    "label": cells.get("answer") or None,
+                    "choices": choices,
+                    "group": index % ROTATION,
+                    "row": cells,
+                    "where": row.where,
+                }
+            )
     if not found:
         raise UserError(file, "no questions in it", "fetch it again")
     return found
@@ -107,9 +107,12 @@ def read_choices(row):
     """Return {letter: text} of the options before the first empty one."""
     choices = {}
     for letter in "ABCD":
-        if row[letter] in EMPTY:
+        text = row.text(letter)
+        if text in EMPTY:
             break
-        choices[letter] = row[letter]
+        choices[letter] = text
+    if not choices:
+        raise row.refuse("A", "no option")
     return choices
 
 
@@ -139,6 +142,12 @@ def parse(answer, choices):
     return None
 
 
+def unread(examples, answers):
+    """Return how many answers give no letter."""
+    pairs = zip(examples, answers, strict=True)
+    return sum(parse(answer, example["choices"]) is None for example, answer in pairs)
+
+
 def score(examples, answers):
     """Return circular and vanilla accuracy, then the circular one of each ability."""
     # {question: (example, whether its answer is right) of each rotation}
@@ -154,7 +163,9 @@ def score(examples, answers):
         first, first_right = rotations[0]
         all_right = all(right for _, right in rotations)
         chance = 1 / len(first["choices"])
-        groups = ("circular", first["row"].get("category"))
+        groups = ["circular"]
+        if first["row"].get("category"):
+            groups.append(first["row"]["category"])
         results.append(Result(groups, all_right, chance ** len(rotations)))
         results.append(Result(("vanilla",), first_right, chance))
 

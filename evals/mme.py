@@ -20,7 +20,7 @@ from pathlib import Path
 
 from checkpoints.files import write_file
 from config import UserError
-from evals.files import errors_at, find_first, read_rows
+from evals.files import errors_at, find_first, read_rows, read_text
 from evals.options import WORD
 
 MAX_NEW_TOKENS = 128
@@ -34,6 +34,8 @@ GROUPS = {
                   "code_reasoning"),
 }  # fmt: skip
 TASKS = [*GROUPS["Perception"], *GROUPS["Cognition"]]
+
+UNREAD = "begin with neither yes nor no, and are wrong"
 
 ENDING = "Please answer yes or no."
 
@@ -73,7 +75,7 @@ def read_task(data_dir, release, task):
 
     found = []
     for file in sorted(texts.glob("*.txt")):
-        lines = file.read_text(encoding="utf-8").strip().split("\n")
+        lines = read_text(file).strip().split("\n")
         for number, line in enumerate(lines):
             where = f"{file}:{number}"
             cells = line.rstrip().split("\t")
@@ -108,14 +110,15 @@ def ask_as_llava(found, llava, data_dir, release):
     asked = []
     for where, row in read_rows(llava):
         with errors_at(where):
-            name = Path(row["question_id"])  # TASK/PICTURE or TASK/images/PICTURE
+            name = Path(row.file("question_id"))  # TASK/PICTURE or TASK/images/PICTURE
+            prompt = row.text("text")
             task = name.parts[0]
-            key = f"{task}/{name.stem}", bare(row["text"].replace(WORD, ""))
+            key = f"{task}/{name.stem}", bare(prompt.replace(WORD, ""))
             if key not in known:
                 what = f"its question is not in {release.name}/{task}"
                 raise UserError(where, what, "fetch both again")
-            image = (release / row["image"]).relative_to(data_dir)
-            changes = {"prompt": row["text"], "image": str(image), "where": where}
+            image = (release / row.file("image")).relative_to(data_dir)
+            changes = {"prompt": prompt, "image": str(image), "where": where}
             asked.append(known[key] | changes)
     return asked
 
@@ -133,6 +136,11 @@ def parse(answer):
     if "no" in start:
         return "no"
     return "other"
+
+
+def unread(examples, answers):
+    """Return how many answers are neither yes nor no."""
+    return sum(parse(answer) == "other" for answer in answers)
 
 
 def score(examples, answers):

@@ -16,12 +16,20 @@ same generator in the same order, so that the same answers always have the same 
 
 from __future__ import annotations
 
-import ast
 import random
 import re
 from pathlib import Path
 
-from evals.files import errors_at, find_first, read_parquet, read_rows, read_table
+from evals.files import (
+    MOST_OPTIONS,
+    as_text,
+    errors_at,
+    find_first,
+    parse_list,
+    read_parquet,
+    read_rows,
+    read_table,
+)
 from evals.options import LETTER, WORD, parse_choice, with_letters
 from evals.scores import Result, group_scores, in_order
 
@@ -40,6 +48,7 @@ DOMAINS = {
 }  # fmt: skip
 DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
 MOST_PICTURES = 7
+UNREAD = "give no letter, or are about pictures that are missing: a guess counts in their place"
 
 
 # --------------------------------------------------------------------------------------- examples
@@ -64,21 +73,26 @@ def read_factory(data_dir, file):
     found = []
     for where, row in read_rows(file):
         with errors_at(where):
-            image = row.get("image")
+            name = row.text("id")
+            image = row.file("image", default=None)
             if image:
                 image = f"all_images/{image}"
+            true_row = truth[name]
+            if isinstance(true_row.values.get("ground_truth"), list):
+                label = true_row.texts("ground_truth")
+            else:
+                label = true_row.words("ground_truth")
             choices = {}
-            label = truth[row["id"]]["ground_truth"]
-            if row["question_type"] == "multiple-choice":
-                choices = row["index2ans"]
+            if row.text("question_type") == "multiple-choice":
+                choices = row.lettered("index2ans")
             found.append(
                 {
-                    "id": row["id"],
+                    "id": name,
                     "image": image,
-                    "prompt": row["prompt"],
+                    "prompt": row.text("prompt"),
                     "label": label,
                     "choices": choices,
-                    "subject": subject(row["id"]),
+                    "subject": subject(name),
                     "where": where,
                 }
             )
@@ -104,29 +118,42 @@ def read_original(data_dir):
 
 def original_example(where, row):
     """Return the example of a row of MMMU's own files, which hold the pictures."""
-    choices = with_letters(ast.literal_eval(row["options"]))
-    if row["question_type"] == "multiple-choice":
+    name = row.text("id")
+    question = row.text("question")
+    choices = {}
+    if row.text("question_type") == "multiple-choice":
+        # The options are a list as Python writes it.
+        listed = parse_list(row.text("options"))
+        listed = [as_text(option, row, "options") for option in listed]
+        if not 1 <= len(listed) <= MOST_OPTIONS:
+            raise row.refuse("options", f"not a list of 1 to {MOST_OPTIONS} options")
+        choices = with_letters(listed)
         options = "".join(f"({letter}) {option}\n" for letter, option in choices.items())
-        prompt = f"{row['question']}\n{options}{LETTER}"
+        prompt = f"{question}\n{options}{LETTER}"
     else:
-        choices = {}
-        prompt = row["question"] + WORD
+        prompt = question + WORD
 
-    there = [i for i in range(1, MOST_PICTURES + 1) if row.get(f"image_{i}")]
+    there = [i for i in range(1, MOST_PICTURES + 1) if row.values.get(f"image_{i}")]
     numbers, prompt = place_pictures(prompt, there)
+    pictures = []
+    for i in numbers:
+        content = row.table(f"image_{i}").values.get("bytes")
+        if not isinstance(content, bytes):
+            raise row.refuse(f"image_{i}", "not a picture")
+        pictures.append(content)
 
-    # Several answers may be right: then they are written as a list in Python.
-    label = row["answer"]
+    # Several answers may be right: then they are written as a list in Python, too.
+    label = row.words("answer")
     if label.startswith("["):
-        label = ast.literal_eval(label)
+        label = [as_text(answer, row, "answer") for answer in parse_list(label)]
     return {
-        "id": row["id"],
-        "image": [f"{row['id']}:{i}" for i in numbers],
-        "pictures": [row[f"image_{i}"]["bytes"] for i in numbers],
+        "id": name,
+        "image": [f"{name}:{i}" for i in numbers],
+        "pictures": pictures,
         "prompt": prompt,
         "label": label,
         "choices": choices,
-        "subject": subject(row["id"]),
+        "subject": subject(name),
         "where": where,
     }
 
@@ -265,6 +292,15 @@ def open_right(answer, label):
 
 
 # ------------------------------------------------------------------------------------------- score
+
+
+def unread(examples, answers):
+    """Return how many answers to multiple choice give no letter."""
+    count = 0
+    for example, answer in zip(examples, answers, strict=True):
+        if example["choices"]:
+            count += not example["image"] or parse_choice(answer, example["choices"]) is None
+    return count
 
 
 def score(examples, answers):

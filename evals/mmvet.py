@@ -102,11 +102,11 @@ def read_truth(file, folder):
         with errors_at(where):
             found[number] = {
                 "id": number,
-                "image": f"{folder.name}/{row['imagename']}",
-                "prompt": row["question"],
-                "label": row["answer"],
-                "question": row["question"],
-                "capability": sorted(set(row["capability"])),
+                "image": f"{folder.name}/{row.file('imagename')}",
+                "prompt": row.text("question"),
+                "label": row.words("answer"),
+                "question": row.text("question"),
+                "capability": sorted(set(row.texts("capability"))),
                 "where": where,
             }
     return found
@@ -117,12 +117,12 @@ def ask_as_llava(found, llava, folder):
     asked = []
     for where, row in read_rows(llava):
         with errors_at(where):
-            number = f"v1_{str(row['question_id']).removeprefix('v1_')}"
+            number = f"v1_{str(row.identifier('question_id')).removeprefix('v1_')}"
             truth = found.get(number, {"label": None})
             changes = {
                 "id": number,
-                "image": f"{folder.name}/{row['image']}",
-                "prompt": row["text"],
+                "image": f"{folder.name}/{row.file('image')}",
+                "prompt": row.text("text"),
                 "where": where,
             }
             asked.append(truth | changes)

@@ -21,6 +21,8 @@ from evals.options import LETTER, list_options
 from evals.scores import Result
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("all", "MMVU")
 DIRECT = "\nAnswer the question directly without explanation."
 
@@ -51,24 +53,26 @@ def examples(data_dir):
     for where, row in read_rows(find_first(data_dir, "validation.json")):
         with errors_at(where):
             # Open questions have choices as well, all of them empty.
-            kind = KINDS[row["question_type"]]
-            label = row["answer"].strip()
+            kind = KINDS[row.text("question_type")]
+            label = row.text("answer").strip()
+            question = row.text("question")
             if kind == "multiple choice":
-                choices = row["choices"]
+                choices = row.lettered("choices")
                 letters = {letter: letter for letter in choices}
                 label = video_choices.letter_of(label, letters)
-                prompt = row["question"] + list_options(choices.values()) + LETTER
+                prompt = question + list_options(choices.values()) + LETTER
             else:
                 choices = {}
-                prompt = row["question"] + DIRECT
+                prompt = question + DIRECT
 
             # Published as an address; the path in the repository comes behind the branch.
-            path = row["video"].split("/resolve/main/")[-1]
+            path = row.file("video").split("/resolve/main/")[-1]
             video = video_choices.find_clip(data_dir, path)
             subject = video.split("/")[-2]
             groups = ("all", kind, DISCIPLINE_OF[subject])
+            name = str(row.identifier("id"))
             found.append(
-                video_choices.video_example(where, row["id"], video, prompt, choices, label, groups)
+                video_choices.video_example(where, name, video, prompt, choices, label, groups)
             )
     return found
 

@@ -10,7 +10,7 @@ the words themselves, but for case and a final period.
 
 from __future__ import annotations
 
-from evals.files import errors_at, find_first, read_rows
+from evals.files import find_first, read_rows
 from evals.scores import Result, group_scores
 
 MAX_NEW_TOKENS = 5  # two words and the end of the answer, with room for a wrong habit to show
@@ -23,16 +23,18 @@ def examples(data_dir):
     """
     found = []
     for where, row in read_rows(find_first(data_dir, "benchmark/moving.jsonl")):
-        with errors_at(where):
-            # The rest of a row is as the demo wrote it: label, kind, choices, group.
-            names = {
-                "id": f"moving-{row['question_id']}",
-                "image": None,
-                "video": f"videos/{row['video']}",
-                "prompt": row["text"],
-                "where": where,
-            }
-            found.append(row | names)
+        example = {
+            "id": f"moving-{row.identifier('question_id')}",
+            "image": None,
+            "video": f"videos/{row.file('video')}",
+            "prompt": row.text("text"),
+            "label": row.text("label"),
+            "kind": row.text("kind"),
+            "choices": row.options("choices"),
+            "group": row.identifier("group"),
+            "where": where,
+        }
+        found.append(example)
     return found
 
 

@@ -20,6 +20,8 @@ from evals.options import LETTER, with_letters
 from evals.scores import mean_score
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("mean", "MVBench")
 
 # Task, and the folder of its clips.
@@ -55,6 +57,8 @@ WITH_SPAN = {
     "Episodic Reasoning",
 }
 
+LONGEST_CLIP = 10**6  # seconds
+
 # Tasks whose clips are folders of frames, and how many of these are a second.
 RATES = {"Episodic Reasoning": 3}
 
@@ -77,16 +81,20 @@ def read_task(data_dir, task):
     rows = read_rows(find_first(data_dir, f"json/{file_name}.json"))
     for number, (where, row) in enumerate(rows):
         with errors_at(where):
-            choices = with_letters(row["candidates"])
-            label = video_choices.letter_of(row["answer"], choices)
-            prompt = video_choices.with_bracketed_options(row["question"], choices) + LETTER
-            clip = f"{folder}/{row['video']}"
+            choices = with_letters(row.options("candidates"))
+            label = video_choices.letter_of(row.words("answer"), choices)
+            question = row.text("question")
+            prompt = video_choices.with_bracketed_options(question, choices) + LETTER
+            clip = f"{folder}/{row.file('video')}"
             video = video_choices.find_clip(data_dir, f"video/{clip}", f"video/data0613/{clip}")
             example = video_choices.video_example(
                 where, f"{file_name}-{number}", video, prompt, choices, label, (task,)
             )
             if task in WITH_SPAN:
-                example["span"] = (float(row["start"]), float(row["end"]))
+                example["span"] = (
+                    row.number("start", 0, LONGEST_CLIP),
+                    row.number("end", 0, LONGEST_CLIP),
+                )
             if task in RATES:
                 example["rate"] = RATES[task]
             found.append(example)

@@ -16,6 +16,7 @@ So "NO", "nothing" and an empty answer are a yes.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from evals.scores import mean_score
 MAX_NEW_TOKENS = 128
 PUBLISHED = ("F1", "POPE")
 SPLITS = ("random", "popular", "adversarial")
-LABELS = {"yes": "yes", "no": "no"}  # any other label of a row is an error
+UNREAD = "say neither yes nor no, and count as yes"
+LABELS = ("yes", "no")  # any other label of a row is an error
 SAME_VERSION = "take both of the same version"
 
 # What is printed of a split, in this order: the key in `counts`, and the name of the score.
@@ -62,17 +64,16 @@ def read_split(file, split):
     """Return the questions of a split as POPE publishes them, with a prompt as LLaVA writes it."""
     found = []
     for where, row in read_rows(file, lines=True):
-        with errors_at(where):
-            found.append(
-                {
-                    "id": f"{split}-{row['question_id']}",
-                    "image": f"val2014/{row['image']}",
-                    "prompt": row["text"] + WORD,
-                    "label": LABELS[row["label"]],
-                    "split": split,
-                    "where": where,
-                }
-            )
+        found.append(
+            {
+                "id": f"{split}-{row.identifier('question_id')}",
+                "image": f"val2014/{row.file('image')}",
+                "prompt": row.text("text") + WORD,
+                "label": row.text("label", LABELS),
+                "split": split,
+                "where": where,
+            }
+        )
     return found
 
 
@@ -90,7 +91,8 @@ def read_llava(file):
     asked = {split: [] for split in SPLITS}
     for where, row in read_rows(file):
         with errors_at(where):
-            asked[row["category"]].append(LlavaRow(where, row["image"], row["text"]))
+            of_split = asked[row.text("category")]
+            of_split.append(LlavaRow(where, row.file("image"), row.text("text")))
     return asked
 
 
@@ -121,6 +123,15 @@ def yes_or_no(answer):
     if "No" in words or "no" in words or "not" in words:
         return "no"
     return "yes"
+
+
+def unread(examples, answers):
+    """Return how many answers say neither yes nor no: `yes_or_no` takes them for a yes."""
+    count = 0
+    for answer in answers:
+        words = re.findall(r"[a-z]+", answer.split(".")[0].lower())
+        count += not any(word in ("yes", "no", "not") for word in words)
+    return count
 
 
 def counts(said, labels):

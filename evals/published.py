@@ -10,6 +10,7 @@ import difflib
 from pathlib import Path
 
 import config
+from config import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -26,7 +27,10 @@ def add_published(scores: dict[str, dict], task, model_config):
         return
 
     if isinstance(source, str):
-        number, model = nearest(source, model_names(model_config))
+        found = nearest(source, model_names(model_config))
+        if found is None:
+            return
+        number, model = found
     else:
         model, number = next(iter(source.items()))
     scores[name]["published"] = number
@@ -36,22 +40,31 @@ def add_published(scores: dict[str, dict], task, model_config):
 def model_names(model_config) -> dict[str, str]:
     """Return the names of a model's parts: where they came from, or else their model type."""
     names = {
-        "llm": model_config.text.get("model_type", ""),
-        "vision": model_config.vision.get("model_type", ""),
+        "llm": str(model_config.text.get("model_type", "")),
+        "vision": str(model_config.vision.get("model_type", "")),
     }
     for part, source in model_config.sources.items():
         if source:
-            names[part] = source
+            names[part] = str(source)
     return names
 
 
-def nearest(column: str, names: dict[str, str]) -> tuple[float, str]:
-    """Return the number in this column of the recipe named most like `names`, and its name."""
+def nearest(column: str, names: dict[str, str]) -> tuple[float, str] | None:
+    """Return the number in this column of the recipe named most like `names`, and its name.
+
+    None if no recipe has one. A recipe that cannot be read is left out, and a line says so: scores
+    do not wait for what only stands beside them.
+    """
     best = None
     best_likeness = -1.0
     for file in sorted(RECIPES.glob("*.toml")):
-        recipe, _ = config.load([str(file)], file)
-        if column not in recipe.published:
+        try:
+            recipe, _ = config.load([str(file)], file)
+        except UserError as error:
+            print(f"published numbers without {file.name}: {error}")
+            continue
+        number = recipe.published.get(column)
+        if isinstance(number, bool) or not isinstance(number, int | float):
             continue
 
         # The language model counts twice as much as the encoder.
@@ -59,7 +72,7 @@ def nearest(column: str, names: dict[str, str]) -> tuple[float, str]:
         likeness += similarity(recipe.model.vision, names["vision"])
         if likeness > best_likeness:
             best_likeness = likeness
-            best = recipe.published[column], file.stem
+            best = number, file.stem
     return best
 
 

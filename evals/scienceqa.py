@@ -17,12 +17,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from evals.files import errors_at, find_first, read_rows, read_table
+from evals.files import errors_at, find_first, read_rows, read_table, read_values
 from evals.options import LETTER, list_options
 from evals.scores import Result, group_scores
 
 MAX_NEW_TOKENS = 1024
 PUBLISHED = ("IMG", "SQA-I")
+UNREAD = "give no letter, and are wrong"
 LETTERS = ("A", "B", "C", "D", "E")
 
 
@@ -40,15 +41,17 @@ def examples(data_dir):
 
     # The original layout: prompts are made as LLaVA's converter makes them.
     found = []
-    test_ids = read_rows(find_first(data_dir, "pid_splits.json"), part="test")
-    for _, number in test_ids:
+    splits = find_first(data_dir, "pid_splits.json")
+    for number in read_values(splits, part="test").values():
+        number = str(number)
         where = f"{file}:{number}"
         with errors_at(where):
             problem = problems[number]
-            text = problem["question"] + list_options(problem["choices"])
-            if problem["hint"]:
-                text = f"Context: {problem['hint']}\n{text}"
-            image = problem["image"]
+            text = problem.text("question") + list_options(problem.options("choices"))
+            hint = problem.text("hint", default="")
+            if hint:
+                text = f"Context: {hint}\n{text}"
+            image = problem.text("image", default="")
             if image:
                 image = f"{number}/{image}"
             found.append(make_example(where, number, text, image, problem))
@@ -60,10 +63,12 @@ def read_llava(file, problems):
     found = []
     for where, row in read_rows(file):
         with errors_at(where):
-            number = row["id"]
+            number = str(row.identifier("id"))
             problem = problems[number]
-            text = row["conversations"][0]["value"].replace("<image>", "").strip()
-            found.append(make_example(where, number, text, row.get("image"), problem))
+            first = row.rows("conversations", least=1)[0]
+            text = first.text("value").replace("<image>", "").strip()
+            image = row.file("image", default=None)
+            found.append(make_example(where, number, text, image, problem))
     return found
 
 
@@ -71,19 +76,27 @@ def make_example(where, number, text, image, problem):
     """Return the example of a problem; image: its path in images/test, or None."""
     if image:
         image = f"images/test/{image}"
+    else:
+        image = None
+    choices = problem.options("choices")
+    right = problem.integer("answer", 0, min(len(choices), len(LETTERS)) - 1)
+    known = {key: problem.text(key, default="") for key in ("hint", "image")}
+    if not re.fullmatch(r"grade\d{1,2}", problem.text("grade")):
+        raise problem.refuse("grade", "not grade1 to grade12")
+    known |= {key: problem.text(key) for key in ("subject", "grade", "topic")}
     return {
         "id": number,
         "image": image,
         "prompt": text + LETTER,
-        "label": LETTERS[problem["answer"]],
-        "choices": problem["choices"],
-        "names": group_names(problem),
+        "label": LETTERS[right],
+        "choices": choices,
+        "names": group_names(known),
         "where": where,
     }
 
 
 def group_names(problem):
-    """Return the scores that a problem counts in."""
+    """Return the scores that a problem {"hint", "image", "subject", "grade", "topic"} counts in."""
     # By what the question comes with; it may be both.
     names = ["all"]
     if problem["hint"]:
@@ -115,6 +128,11 @@ def parse(answer):
     if len(found) == 1:
         return found[0]
     return None
+
+
+def unread(examples, answers):
+    """Return how many answers give no letter."""
+    return sum(parse(answer) is None for answer in answers)
 
 
 def score(examples, answers):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evals.files import errors_at, find_first, read_rows, read_table, write_json_lines
+from evals.files import Row, errors_at, find_first, read_rows, read_values, write_json_lines
 from evals.options import LETTER, list_options
 from evals.scores import Result, group_scores
 
@@ -28,8 +28,9 @@ def examples(data_dir):
     file = find_first(data_dir, "SEED-Bench.json")
     # A question says the number of its kind; the file says the names of all.
     kinds = {}
-    for name, number in read_table(file, part="question_type").items():
-        kinds[number] = name
+    named = Row(read_values(file, part="question_type"), f"{file}:question_type")
+    for name in named.values:
+        kinds[named.integer(name, 0, 1000)] = name
     find_first(data_dir, "SEED-Bench-image")
 
     llava = Path(data_dir) / "llava-seed-bench.jsonl"
@@ -40,23 +41,24 @@ def examples(data_dir):
     found = []
     for where, row in read_rows(file, part="questions"):
         with errors_at(where):
-            if row["data_type"] != "image":
+            if row.text("data_type") != "image":
                 continue
-            number = str(row["question_id"])
-            options = [row["choice_a"], row["choice_b"], row["choice_c"], row["choice_d"]]
+            question_id = row.identifier("question_id")
+            number = str(question_id)
+            options = [row.words(f"choice_{letter}") for letter in "abcd"]
             # The prompt as LLaVA's converter writes it, or LLaVA's own.
             as_asked = {
-                "image": f"SEED-Bench-image/{row['data_id']}",
-                "prompt": row["question"] + list_options(options) + LETTER,
+                "image": f"SEED-Bench-image/{row.file('data_id')}",
+                "prompt": row.text("question") + list_options(options) + LETTER,
                 "where": where,
             }
             if asked:
                 as_asked = asked[number]
             rest = {
                 "id": number,
-                "label": row["answer"],
-                "kind": kinds[row["question_type_id"]],
-                "question_id": row["question_id"],
+                "label": row.text("answer"),
+                "kind": kinds[row.integer("question_type_id", 0, 1000)],
+                "question_id": question_id,
             }
             found.append(as_asked | rest)
     return found
@@ -66,12 +68,11 @@ def read_llava(file):
     """Return {id: the picture and the prompt of LLaVA's file}."""
     asked = {}
     for where, row in read_rows(file):
-        with errors_at(where):
-            asked[str(row["question_id"])] = {
-                "image": row["image"],
-                "prompt": row["text"],
-                "where": where,
-            }
+        asked[str(row.identifier("question_id"))] = {
+            "image": row.file("image"),
+            "prompt": row.text("text"),
+            "where": where,
+        }
     return asked
 
 

@@ -54,29 +54,29 @@ def read_questions(file, folder, tokens, ocr):
     """Return the questions of TextVQA's own file, with prompts as LLaVA writes them."""
     found = []
     for where, row in read_rows(file, part="data"):
-        with errors_at(where):
-            prompt = row["question"].capitalize()
-            if ocr:
-                prompt += OCR + ", ".join(tokens.get(row["image_id"], []))
-            found.append(
-                {
-                    "id": str(row["question_id"]),
-                    "image": f"{folder}/{row['image_id']}.jpg",
-                    "prompt": prompt + WORD,
-                    "label": row["answers"],
-                    "key": (row["image_id"], row["question"].lower()),
-                    "where": where,
-                }
-            )
+        question = row.text("question")
+        picture = row.identifier("image_id")
+        prompt = question.capitalize()
+        if ocr:
+            prompt += OCR + ", ".join(tokens.get(picture, []))
+        found.append(
+            {
+                "id": str(row.identifier("question_id")),
+                "image": f"{folder}/{picture}.jpg",
+                "prompt": prompt + WORD,
+                "label": row.texts("answers", least=1),
+                "key": (picture, question.lower()),
+                "where": where,
+            }
+        )
     return found
 
 
 def read_ocr(file):
     """Return {picture's id: words that OCR found}."""
     found = {}
-    for where, row in read_rows(file, part="data"):
-        with errors_at(where):
-            found[row["image_id"]] = row["ocr_tokens"]
+    for _, row in read_rows(file, part="data"):
+        found[row.identifier("image_id")] = row.texts("ocr_tokens")
     return found
 
 
@@ -87,8 +87,11 @@ def ask_as_llava(found, llava, file, folder, ocr):
     asked = []
     for where, row in read_rows(llava):
         with errors_at(where):
-            question, *rest = row["text"].split("\n")
-            key = row["question_id"], question.lower()  # the picture's id: see the trap above
+            question, *rest = row.text("text").split("\n")
+            key = (
+                row.identifier("question_id"),
+                question.lower(),
+            )  # the picture's id: see the trap above
             if key not in known:
                 what = f"its question is not in {file.name}"
                 raise UserError(where, what, "take both of the same version")
@@ -98,7 +101,7 @@ def ask_as_llava(found, llava, file, folder, ocr):
                 rest = [line for line in rest if not line.startswith(OCR.strip())]
             changes = {
                 "prompt": "\n".join([question, *rest]),
-                "image": f"{folder}/{row['image']}",
+                "image": f"{folder}/{row.file('image')}",
                 "where": where,
             }
             asked.append(known[key] | changes)

@@ -17,6 +17,7 @@ from evals.options import parse_choice, strip_marks
 from evals.scores import Result, group_scores, in_order
 
 MAX_NEW_TOKENS = 1024
+UNREAD = "give no letter, and earn what a guess earns"
 
 
 def video_example(
@@ -83,6 +84,15 @@ def parse(answer: str, choices: dict[str, str]) -> str | None:
     if begin in choices:
         return begin
     return parse_choice(answer, choices)
+
+
+def unread(examples: list[dict], answers: list[str]) -> int:
+    """Return how many answers to multiple choice give no letter."""
+    count = 0
+    for example, answer in zip(examples, answers, strict=True):
+        if example["choices"]:
+            count += parse(answer, example["choices"]) is None
+    return count
 
 
 def grade(answer: str, example: dict) -> Result:

@@ -16,6 +16,8 @@ from evals.files import errors_at, find_first, read_parquet
 from evals.options import LETTER
 
 MAX_NEW_TOKENS = video_choices.MAX_NEW_TOKENS
+UNREAD = video_choices.UNREAD
+unread = video_choices.unread
 PUBLISHED = ("all", "VideoMME")
 LENGTHS = {
     "short": "short, to 2 min",
@@ -30,21 +32,21 @@ def examples(data_dir):
     for where, row in read_parquet(find_first(data_dir, "videomme/test-00000-of-00001.parquet")):
         with errors_at(where):
             # The options are written with their letters: "A. Apples."
-            options = dict(option.split(". ", 1) for option in row["options"])
+            listed = row.options("options")
+            options = dict(option.split(". ", 1) for option in listed)
             letters = {letter: letter for letter in options}
-            label = video_choices.letter_of(row["answer"], letters)
+            label = video_choices.letter_of(row.values.get("answer"), letters)
 
             choices = {}
             for letter, text in options.items():
                 choices[letter] = text.strip().removesuffix(".")
 
-            prompt = "\n".join([row["question"], *row["options"]]) + LETTER
-            video = video_choices.find_clip(data_dir, f"data/{row['videoID']}.mp4")
-            groups = ("all", LENGTHS[row["duration"]])
+            prompt = "\n".join([row.text("question"), *listed]) + LETTER
+            video = video_choices.find_clip(data_dir, f"data/{row.file('videoID')}.mp4")
+            groups = ("all", LENGTHS[row.text("duration")])
+            name = str(row.identifier("question_id"))
             found.append(
-                video_choices.video_example(
-                    where, row["question_id"], video, prompt, choices, label, groups
-                )
+                video_choices.video_example(where, name, video, prompt, choices, label, groups)
             )
     return found
 

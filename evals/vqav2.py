@@ -22,7 +22,7 @@ from pathlib import Path
 
 from checkpoints.files import write_file
 from evals import vqa
-from evals.files import errors_at, find_first, read_rows
+from evals.files import find_first, read_rows
 from evals.options import WORD
 from evals.scores import OpenResult, open_scores
 
@@ -53,26 +53,25 @@ def examples(data_dir, split="test-dev2015"):
 
     found = []
     for where, row in rows:
-        with errors_at(where):
-            number = row["question_id"]
-            if is_llava:
-                image = row["image"]
-                prompt = row["text"]
-            else:
-                image = f"COCO_{pictures}_{row['image_id']:012d}.jpg"
-                prompt = row["question"] + WORD
-            label, kind = answers.get(number, (None, None))
-            found.append(
-                {
-                    "id": str(number),
-                    "image": f"{folder.name}/{image}",
-                    "prompt": prompt,
-                    "label": label,
-                    "type": kind,
-                    "question_id": number,
-                    "where": where,
-                }
-            )
+        number = row.identifier("question_id")
+        if is_llava:
+            image = row.file("image")
+            prompt = row.text("text")
+        else:
+            image = f"COCO_{pictures}_{row.integer('image_id', 0, 10**12 - 1):012d}.jpg"
+            prompt = row.text("question") + WORD
+        label, kind = answers.get(number, (None, None))
+        found.append(
+            {
+                "id": str(number),
+                "image": f"{folder.name}/{image}",
+                "prompt": prompt,
+                "label": label,
+                "type": kind,
+                "question_id": number,
+                "where": where,
+            }
+        )
     return found
 
 
@@ -81,10 +80,9 @@ def read_annotations(file):
     if not file.exists():
         return {}
     found = {}
-    for where, row in read_rows(file, part="annotations"):
-        with errors_at(where):
-            humans = [answer["answer"] for answer in row["answers"]]
-            found[row["question_id"]] = humans, row["answer_type"]
+    for _, row in read_rows(file, part="annotations"):
+        humans = [answer.words("answer") for answer in row.rows("answers", least=1)]
+        found[row.identifier("question_id")] = humans, row.text("answer_type")
     return found
 
 
@@ -113,9 +111,10 @@ def write(examples, answers, stem, data_dir):
     llava = Path(data_dir) / "llava_vqav2_mscoco_test2015.jsonl"
     original = Path(data_dir) / "v2_OpenEnded_mscoco_test2015_questions.json"
     if llava.exists():
-        numbers = [row["question_id"] for _, row in read_rows(llava)]
+        numbers = [row.identifier("question_id") for _, row in read_rows(llava)]
     elif original.exists():
-        numbers = [row["question_id"] for _, row in read_rows(original, part="questions")]
+        rows = read_rows(original, part="questions")
+        numbers = [row.identifier("question_id") for _, row in rows]
     else:
         numbers = list(answered)
 

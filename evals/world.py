@@ -13,11 +13,12 @@ must be the word itself, but for case and a final period.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from checkpoints.fields import Fields
+from checkpoints.files import read_json
 from config import UserError
-from evals.files import errors_at, read_rows
+from evals.files import check_file, read_rows
 from evals.pope import yes_or_no
 from evals.scores import Result, group_scores
 
@@ -35,16 +36,17 @@ def examples(data_dir):
             raise UserError(file, "no such file", fix)
 
         for where, row in read_rows(file):
-            with errors_at(where):
-                # The rest of a row is as the demo wrote it: label, kind, choices.
-                names = {
-                    "id": f"{split}-{row['question_id']}",
-                    "image": f"images/{row['image']}",
-                    "prompt": row["text"],
-                    "split": split,
-                    "where": where,
-                }
-                found.append(row | names)
+            example = {
+                "id": f"{split}-{row.identifier('question_id')}",
+                "image": f"images/{row.file('image')}",
+                "prompt": row.text("text"),
+                "label": row.text("label"),
+                "kind": row.text("kind"),
+                "choices": row.options("choices"),
+                "split": split,
+                "where": where,
+            }
+            found.append(example)
     return found
 
 
@@ -78,7 +80,6 @@ def is_right(example, answer):
 def text_only(data_dir):
     """Return {name: %} that the best answer to the words alone reaches, as demo/world.py has it."""
     file = Path(data_dir) / "benchmark" / "text_only.json"
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(file, f"cannot be read: {error}", "write the data set again") from None
+    check_file(file)
+    fields = Fields(read_json(file), file, fix="write the data set again")
+    return {name: fields.number(name, 0, 100) for name in fields.values}

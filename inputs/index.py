@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.files import write_file
+from checkpoints.files import remove_temporaries, write_file
 
 # A JSON file of fewer bytes is scanned in half a second, so no index is left beside it.
 SMALL = 1 << 25
@@ -49,10 +49,11 @@ def cached_array(file: Path, kind: str, make: Callable[[], np.ndarray]) -> np.nd
     places = cache_places(file, kind)
     with open(file, "rb") as lock:
         # Ranks start together: one makes the array while the others wait, and then find it.
+        is_alone = True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            pass  # A file system without locks. Each makes it, they are equal, the last one stays.
+            is_alone = False  # no locks here: each makes it, they are equal, the last one stays
 
         found = read_cached(places, stamp)
         if found is not None:
@@ -62,6 +63,8 @@ def cached_array(file: Path, kind: str, make: Callable[[], np.ndarray]) -> np.nd
         content = to_npy(made, stamp)
         for place in places:
             try:
+                if is_alone:
+                    remove_temporaries(place)
                 write_file(place, content)
                 return read_cached(places, stamp)
             except OSError:

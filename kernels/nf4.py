@@ -26,7 +26,6 @@ Approximations, 2015.
 from __future__ import annotations
 
 import json
-import math
 from typing import NamedTuple
 
 import torch
@@ -56,6 +55,7 @@ NF4_CODE = (
 NESTED = 256  # blocks that share one second-level scale
 FEW = 64  # rows up to which multiplying with the packed weight beats unpacking it first
 BLOCKS_AT_ONCE = 1 << 16  # that are quantized: float32 copies of a part of the weight, not of all
+FLOAT32_MAX = 3.4e38
 STATE_KEY = "weight.quant_state.bitsandbytes__nf4"  # a JSON text, as bytes
 
 
@@ -140,14 +140,15 @@ def read_facts(state: dict[str, Tensor]) -> dict:
         rows, columns = facts["shape"]
         sizes = (rows, columns, facts["blocksize"])
         known_dtype = facts["dtype"] in ("float32", "float16", "bfloat16")
-        offset = float(facts.get("nested_offset", 0.0))
-    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as e:
+        offset = facts.get("nested_offset", 0.0)
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{STATE_KEY} is not bitsandbytes' ({e})") from None
     if other_type or other_nesting:
         raise ValueError(f"only nf4 with a nested blocksize of {NESTED} is read, not {facts}")
 
     are_sizes = all(type(size) is int and 0 < size < 2**31 for size in sizes)
-    if not are_sizes or not known_dtype or not math.isfinite(offset):
+    is_float32 = type(offset) in (int, float) and abs(offset) < FLOAT32_MAX
+    if not are_sizes or not known_dtype or not is_float32:
         raise ValueError(f"no nf4 weight has these facts: {facts}")
 
     # Each tensor by its type and how many numbers it has.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import evaluate
@@ -231,7 +232,13 @@ def model(data, tmp_path_factory):
     return folder
 
 
-def test_one_rank_and_two_write_the_same_and_a_newer_model_starts_afresh(model, data, capsys):
+def save_again(weights, note):
+    """Write a safetensors file with the same tensors and another note, with an old date."""
+    save_file(load_file(weights), weights, {"format": "pt", "note": note})
+    os.utime(weights, (1, 1))
+
+
+def test_one_rank_and_two_write_the_same_and_another_model_starts_afresh(model, data, capsys):
     options = ["--model", model, "--task", "world", "--data", data, "--limit", 60, "--batch", 16]
     options = [str(option) for option in options]
     file = model / "eval" / "world.jsonl"
@@ -244,23 +251,32 @@ def test_one_rank_and_two_write_the_same_and_a_newer_model_starts_afresh(model, 
     evaluate.main(options)
     assert "60/60" not in capsys.readouterr().out  # nothing is asked twice
 
-    file.write_text(file.read_text().replace('"answer": "', '"answer": "stale'))
+    # The weights of another model that answers the same, older than the answers.
+    stale = file.read_text().replace('"answer": "', '"answer": "stale')
+    file.write_text(stale)
     saved = next(model.glob("*.safetensors"))
+    save_again(saved, "once")
+    evaluate.main(options)
+    printed = capsys.readouterr().out
+    assert f"another model ({saved.name}), kept as world.aside-1.jsonl; starting afresh" in printed
+    assert file.read_bytes() == one and file.with_name("world.aside-1.jsonl").read_text() == stale
+    aside = json.loads(file.with_name("world.aside-1.json").read_text())
+    assert aside["scores"] == result["scores"]
+
+    # All that a killed run of several ranks has left.
+    part = file.rename(file.with_name("world.jsonl.rank1"))
+    part.write_text(stale)
+    save_again(saved, "twice")
+    evaluate.main(options)
+    assert "starting afresh" in capsys.readouterr().out
+    assert file.read_bytes() == one and not part.exists()
+    assert file.with_name("world.aside-2-rank1.jsonl").read_text() == stale
+
+    # The same model with a newer date is the same model.
     os.utime(saved, (file.stat().st_mtime + 5,) * 2)
     evaluate.main(options)
-    assert "starting afresh" in capsys.readouterr().out and file.read_bytes() == one
-    part = file.rename(
-        file.with_name("world.jsonl.rank1")
-    )  # all that a killed run of several ranks has left
-    part.write_text(part.read_text().replace('"answer": "', '"answer": "stale'))
-    os.utime(part, (saved.stat().st_mtime - 5,) * 2)
-    evaluate.main(options)
-    assert (
-        "starting afresh" in capsys.readouterr().out
-        and file.read_bytes() == one
-        and not part.exists()
-    )
-    os.utime(saved, (1, 1))
+    printed = capsys.readouterr().out
+    assert "starting afresh" not in printed and "60/60" not in printed
 
     file.unlink()
     run(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from config import Model
+from config import Model, UserError
 from demo import world as demo_world
-from generate import Chat
+from generate import Chat, arguments, converse, load_chat
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import ROOT, run
@@ -161,3 +161,72 @@ def test_a_wrong_model_is_one_line(tmp_path):
         .splitlines()
     )
     assert len(wrong) == 1 and "'llava_onevision' is no layout known here; fix: " in wrong[0]
+
+
+# ---------------------------------------------------------------------------- options and mistakes
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("--temperature", ["-1", "nan", "inf", "x"]),
+        ("--top-p", ["-0.1", "1.5", "nan"]),
+        ("--top-k", ["-1", "0.5"]),
+        ("--max-new-tokens", ["0", "-1", "9" * 5000]),
+        ("--seed", ["-1", str(2**64)]),
+        ("--beams", ["0", "-3"]),
+    ],
+)
+def test_numbers_have_ranges(option, values):
+    for value in values:
+        with pytest.raises(SystemExit, match=f"error: command line: argument {option}: .+ is not"):
+            arguments(["--model", "x", option, value])
+
+
+def test_a_system_line_stands_before_the_conversation(folder):
+    """It is what the template writes for a system turn, and stays there after /reset."""
+    model, tokenizer = LLaVA.from_pretrained(folder), load_tokenizer(folder)
+    plain = Chat(model, tokenizer, OPTIONS)
+    told = Chat(model, tokenizer, OPTIONS, system="Say yes.")
+    asked = []
+    generate = model.generate
+    model.generate = lambda prompts, *rest, **named: (
+        asked.append(prompts[0]) or generate(prompts, *rest, **named)
+    )
+    plain.ask("What?", show=lambda text: None)
+    told.ask("What?", show=lambda text: None)
+    told.reset()
+    told.ask("What?", show=lambda text: None)
+    texts = [tokenizer.decode(ids.tolist()) for ids in asked]
+    assert "Say yes." not in texts[0] and texts[1].startswith("Say yes.") and texts[2] == texts[1]
+
+
+def test_after_a_question_that_cannot_be_asked_the_conversation_is_as_before(folder):
+    talk = chat(folder)
+    talk.show(str(folder / "red.png"))
+    with pytest.raises(UserError, match="the question: not UTF-8"):
+        talk.ask("\udcff", show=lambda text: None)
+    assert talk.turns == [] and talk.waiting == 1
+    talk.ask("What?", show=lambda text: None)
+    assert talk.turns[0]["value"].count("<image>") == 1
+
+
+def test_a_line_that_is_not_utf8_does_not_end_the_chat(folder, monkeypatch, capsys):
+    lines = ["not UTF-8", "/help", "/quit"]
+
+    def read(prompt):
+        line = lines.pop(0)
+        return line if line.startswith("/") else b"\xff".decode()
+
+    monkeypatch.setattr("builtins.input", read)
+    converse(chat(folder))
+    printed = capsys.readouterr().out
+    assert "error: the line: not UTF-8" in printed and "commands: /image" in printed and not lines
+
+
+def test_nf4_on_a_cpu_says_that_it_is_slow(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for weights in ("nf4", "fp32"):
+        load_chat(arguments(["--model", str(folder), "--weights", weights]))
+        warned = "on a CPU it is many times slower than fp32" in capsys.readouterr().err
+        assert warned == (weights == "nf4")

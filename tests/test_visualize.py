@@ -240,3 +240,17 @@ def test_on_the_demo_the_heat_map_of_a_colour_or_shape_lies_on_its_object(tmp_pa
         numbers["occlusion peaks in the box"] >= 60 and numbers["occlusion's mass in the box"] >= 60
     )
     assert numbers["attention peaks on the patch"] >= 60
+
+
+def test_a_folder_of_somebody_else_stays_and_a_cut_answer_says_so(folder, tmp_path):
+    command = ["visualize.py", "--model", folder, "--image", folder / "noise.png", "--prompt", "x"]
+    page = tmp_path / "theirs" / "index.html"
+    page.parent.mkdir()
+    page.write_text("precious")
+    refused = run(*command, page.parent, ok=False).stderr
+    assert "holds index.html, which this program did not write" in refused
+    assert page.read_text() == "precious" and len(list(page.parent.iterdir())) == 1
+
+    run(*command, "--max-new-tokens", 1, tmp_path / "out")
+    text = (tmp_path / "out" / "index.html").read_text()
+    assert "cut after token 1" in text and text.count("<li>") == 4

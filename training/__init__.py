@@ -7,6 +7,7 @@
     recorder.py     the same numbers to TensorBoard or Weights & Biases
     signals.py      SIGTERM and SIGINT, heard between two steps
     output.py       the output folder, from the recipe to the finished model
+    made_from.py    what a run is made from, and whether that has changed
     model_card.py   README.md and loss.png beside the finished model
     estimate.py     what a row of a stage costs: operations and hours
     memory.py       what a stage takes of a GPU's memory, by a simulation

@@ -8,13 +8,13 @@ README with the last numbers of each stage. run_log.py writes log.jsonl.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from checkpoints.files import write_file
 from config import Model, Recipe, Stage
+from training.run_log import read_log
 
 WIDTH, HEIGHT = 900, 420  # pixels of loss.png
 EDGE = 50  # pixels around the plot
@@ -23,8 +23,7 @@ COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900")  # one per sta
 
 def write_model_card(output: Path, recipe: Recipe):
     """Write loss.png and README.md into the folder of a finished model."""
-    text = (output / "log.jsonl").read_text()
-    log = [json.loads(line) for line in text.splitlines()]
+    log = read_log(output / "log.jsonl")
     draw_losses(log, output / "loss.png")
     write_file(output / "README.md", model_readme(recipe, log))
 
@@ -38,6 +37,7 @@ def draw_losses(log: list[dict], file: Path):
     if not points:
         return
     highest = max(row["loss"] for row in points)
+    highest = max(highest, 1e-9)  # the scale of a log of zeros
 
     # How many steps each stage has, in the order of the stages.
     steps_of: dict[str, int] = {}

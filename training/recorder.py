@@ -14,17 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import config
-from config import Recipe, UserError
+from config import Recipe, UserError, printable
 from training.ranks import print0
 
 
 class TensorBoard:
-    """TensorBoard's event files, in the folder tensorboard/ of the output."""
+    """TensorBoard's event files, in the folder tensorboard/STAGE of the output.
 
-    def __init__(self, output: Path, recipe: Recipe):
+    A run that was resumed makes some steps again. TensorBoard hides the first copies of all steps
+    from `purge_step` on. It does so for a whole folder, so each stage has one of its own.
+    """
+
+    def __init__(self, output: Path, recipe: Recipe, stage: str, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output / "tensorboard"))
+        folder = output / "tensorboard" / stage
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def record(self, step: int, numbers: dict[str, float]):
         """Write the numbers of a step, to be seen at once."""
@@ -36,7 +41,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases with the name of the output folder."""
 
-    def __init__(self, output: Path, recipe: Recipe):
+    def __init__(self, output: Path, recipe: Recipe, stage: str, start: int):
         import wandb
 
         self.run = wandb.init(
@@ -57,16 +62,17 @@ BACKENDS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 class Recorder:
     """Sends numbers to the backend of train.log; kind "none" sends them nowhere.
 
-    Raises UserError if the backend is not installed. If anything else fails there (no network, no
+    stage, start: the stage, and how many of its steps are done. Raises UserError if the backend is
+    not installed. If anything else fails there (no network, no
     login), one warning says so and training goes on without it: log.jsonl has everything.
     """
 
-    def __init__(self, kind: str, output: Path, recipe: Recipe):
+    def __init__(self, kind: str, output: Path, recipe: Recipe, stage: str = "", start: int = 0):
         self.kind = kind
         self.backend = None
         if kind != "none":
             with self._failing_once():
-                self.backend = BACKENDS[kind](output, recipe)
+                self.backend = BACKENDS[kind](output, recipe, stage, start)
 
     def record(self, step: int, numbers: dict[str, float]):
         """Send the numbers of a step to the backend, if there is one that works."""
@@ -84,5 +90,7 @@ class Recorder:
             what = f"{self.kind} is not installed"
             raise UserError("train.log", what, f"pip install {self.kind}") from None
         except Exception as e:
-            print0(f"warning: train.log: {self.kind} failed ({e}); log.jsonl has everything")
+            print0(
+                f"warning: train.log: {self.kind} failed ({printable(e)}); log.jsonl has everything"
+            )
             self.backend = None

@@ -5,37 +5,61 @@
     log.line(step, learning_rate, ...)                       # every train.log_every steps
     log.validation(step + 1, loss)
 
-log.jsonl has one JSON object a line, {"event": ..., "stage": ...}. An event is start, step,
-validation, answer, skipped or end. Only rank 0 prints and writes.
+log.jsonl has one JSON object a line, {"event": ..., "stage": ...}. An event is start, changed,
+step, validation, answer, skipped, failed or end. Only rank 0 prints and writes.
 
 `RunLog` is the log of one stage. A run that resumes drops what it will write again
 (`forget_after`), and model_card.py draws the file at the end.
+
+The log is for people, and no run depends on it. A line that cannot be read is passed over
+(`read_log`), and what only reports may fail without an end of the training (`reporting`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints.files import write_file, writing
+from checkpoints.files import parse_json, write_file
+from config import printable
 from inference import generation
-from inference.answer import answer
+from inference.answer import before_stop
 from inputs.rows import Rows
-from inputs.sample import SampleSpec, load_items
-from inputs.templates import IMAGE
+from inputs.sample import SampleSpec, encode_text, load_items
+from inputs.templates import IMAGE, encode_prompt, stop_id
 from model import LLaVA
+from packing import Item
 from training import parallel
 from training.ranks import Ranks, print0
 from training.recorder import Recorder
 
 PROBED = 64  # values of each trainable tensor that are watched: enough to see whether it moves
+LONGEST_LINE = 2**20  # bytes of a line of log.jsonl; ours are a few hundred
+
+
+@contextlib.contextmanager
+def reporting(what: str) -> Iterator[None]:
+    """Go on if something fails in this context that only reports, and say so in one line."""
+    try:
+        yield
+    except Exception as e:
+        print0(f"warning: {what} failed, training goes on: {why(e)}")
+
+
+def why(error: Exception) -> str:
+    """Return in one line what an exception says."""
+    return printable(f"{error}" or type(error).__name__)
 
 
 @dataclass
@@ -76,18 +100,34 @@ class RunLog:
         self.recorder = recorder
         self.peak_share = peak_share
 
+        self.cannot_write = False  # whether the last event could not be written to log.jsonl
         self.begin = time.perf_counter()
         self.first_step: int | None = None  # not 0 where a run was resumed
         self.window = Window(self.begin)
         self.probed_at_begin = self._probe()
 
     def write(self, event: str, **values):
-        """Append an event to log.jsonl."""
-        if self.ranks.is_first:
-            row = {"event": event, "stage": self.name, **values}
-            line = json.dumps(row)
-            with writing(self.file), open(self.file, "a") as f:
-                f.write(line + "\n")
+        """Append an event to log.jsonl. If that fails, say so once, and try again with the next."""
+        if not self.ranks.is_first:
+            return
+        line = event_line(event, self.name, **values)
+
+        # Of an event that did not fit on the disk, a part may be there.
+        if self.cannot_write:
+            line = "\n" + line
+        try:
+            append(self.file, line)
+        except OSError as e:
+            if not self.cannot_write:
+                print0(f"warning: {self.file} cannot be written, training goes on: {why(e)}")
+            self.cannot_write = True
+        else:
+            self.cannot_write = False
+
+    def failed(self, step: int, what: str, why: str):
+        """Report that something failed that only reports, after `step` steps."""
+        self.write("failed", step=step, what=what, why=why)
+        print0(f"warning: {self.name} {step}/{self.steps}: {what} failed, training goes on: {why}")
 
     def _record(self, step: int, numbers: dict[str, float]):
         """Pass numbers on to the recorder, under the name of the stage."""
@@ -165,7 +205,7 @@ class RunLog:
             f"loss {row['loss']:.4f}",
             f"lr {row['learning_rate']:.2e}",
             f"|g| {row['grad_norm']:.2f}",
-            f"{row['tokens_per_s'] / 1000:.1f}k tok/s",
+            speed(row["tokens_per_s"]),
             f"{row['images_per_s']:.0f} img/s",
         ]
         if "mfu" in row:
@@ -249,75 +289,213 @@ class RunLog:
     def answers(self, step: int, model: LLaVA, rows: Rows, spec: SampleSpec, count: int):
         """Report the model's answers to the first questions of `count` rows.
 
-        All ranks must call it: with fsdp they compute together.
+        A row that cannot be asked about is reported as such, and passed over. All ranks must call
+        this: with fsdp they compute together.
         """
         generation.forget_engine(model)  # its cache is of the weights of the last validation
         for i in range(min(count, len(rows))):
-            turns = rows[i]["conversations"]
-            question = turns[0]["value"]
-            wanted = turns[1]["value"]
-            said = answer_first_question(model, rows, i, spec)
-            self.write(
-                "answer",
-                step=step,
-                row=rows.where(i),
-                question=question,
-                wanted=wanted,
-                said=said,
-            )
-            short = " ".join(question.replace(IMAGE, "").split())[:80]
-            head = f"{self.name} {step}/{self.steps}"
-            print0(f"{head}  {short!r}: {said[:80]!r}, wanted {wanted[:80]!r}")
+            # A rank that cannot read a picture must not leave the others waiting for it.
+            question = None
+            failure = ""
+            try:
+                question = first_question(rows, i, spec)
+            except Exception as e:
+                failure = why(e)
+            failures = [text for text in self.ranks.collect([failure]) if text]
+            if failures:
+                self.failed(step, f"the answer to held-out row {i}", failures[0])
+                continue
+
+            # With several ranks, one that fails here ends all: the others are in the same pass.
+            try:
+                said = answer_question(model, question, spec)
+            except Exception as e:
+                if self.ranks.size > 1:
+                    raise
+                self.failed(step, f"the answer to held-out row {i}", why(e))
+                continue
+            self._answer(step, rows.where(i), question, said)
+
+    def _answer(self, step: int, where: str, question: Question, said: str):
+        """Report an answer."""
+        self.write(
+            "answer",
+            step=step,
+            row=where,
+            question=question.text,
+            wanted=question.wanted,
+            said=said,
+        )
+        short = printable(" ".join(question.text.replace(IMAGE, "").split()), 80)
+        head = f"{self.name} {step}/{self.steps}"
+        print0(f"{head}  {short!r}: {said[:80]!r}, wanted {question.wanted[:80]!r}")
 
 
-def answer_first_question(model: LLaVA, rows: Rows, i: int, spec: SampleSpec) -> str:
-    """Return the model's answer to the first question of row i, in the stage's own template.
+def speed(tokens_per_s: float) -> str:
+    """Return a speed in a few characters: 812 tok/s, 21.4k tok/s."""
+    if tokens_per_s < 9999.5:
+        return f"{tokens_per_s:.0f} tok/s"
+    return f"{tokens_per_s / 1000:.1f}k tok/s"
 
-    The finished model has the template of the last stage, and the stages before may have another.
+
+# ------------------------------------------------------------------------------ a held-out question
+
+
+class Question(NamedTuple):
+    """The first question of a row."""
+
+    turns: list[dict]  # what the prompt is made of: a system turn if the row has one, the question
+    text: str
+    items: list[Item]  # its pictures and videos
+    wanted: str  # the row's answer
+
+
+def first_question(rows: Rows, i: int, spec: SampleSpec) -> Question:
+    """Return the first question of row i. Raises UserError if it has none, or a bad picture.
+
+    A row may begin with a system turn, and then with an answer to nothing, which is left out.
     """
     row = rows[i]
-    question = row["conversations"][0]["value"]
+    where = rows.where(i, row)
+
+    # The row is one that can be trained on, so it has turns in their order, and an answer.
+    encode_text(row, where, spec)
+    conversation = row["conversations"]
+    turns = [turn for turn in conversation[:1] if turn["from"] == "system"]
+    first = next(k for k, turn in enumerate(conversation) if turn["from"] == "human")
+    turns.append(conversation[first])
+    text = conversation[first]["value"]
 
     # Pictures of later turns are left out.
     items = load_items(rows, i, spec, row)
-    items = items[: question.count(IMAGE)]
+    items = items[: text.count(IMAGE)]
+    return Question(turns, text, items, conversation[first + 1]["value"])
 
-    texts = answer(
-        model,
-        spec.tokenizer,
-        [question],
-        [items],
-        template=spec.template,
-        max_new_tokens=64,
-    )
-    return texts[0]
+
+def answer_question(model: LLaVA, question: Question, spec: SampleSpec) -> str:
+    """Return the model's answer, in the stage's own template.
+
+    The finished model has the template of the last stage, and the stages before may have another.
+    """
+    prompt = torch.tensor(encode_prompt(question.turns, spec.tokenizer, spec.template))
+    stop = stop_id(spec.tokenizer, spec.template)
+    tokens = model.generate([prompt], images=question.items, eos_token_id=stop, max_new_tokens=64)
+    return spec.tokenizer.decode(before_stop(tokens[0].tolist(), stop)).strip()
+
+
+# ------------------------------------------------------------------------------------ log.jsonl
+
+
+def event_line(event: str, stage: str, **values) -> str:
+    """Return a line of log.jsonl."""
+    return json.dumps({"event": event, "stage": stage, **values}, default=str) + "\n"
+
+
+def append(file: Path, line: str):
+    """Write a line at the end of a file. Raises OSError."""
+    with open(file, "a") as f:
+        f.write(line)
+
+
+class LogLine(NamedTuple):
+    """A line of log.jsonl."""
+
+    raw: bytes
+    row: dict | None  # None: it cannot be read
+
+
+def read_log(file: Path) -> list[dict]:
+    """Return the events of log.jsonl, without the lines that cannot be read.
+
+    Whatever lies there, nothing is raised: no file, a folder or zeros are a log without events.
+    """
+    try:
+        return [line.row for line in _lines(file) if line.row is not None]
+    except OSError:
+        return []
+
+
+def _lines(file: Path) -> Iterator[LogLine]:
+    """Yield the lines of log.jsonl, a long one in pieces that cannot be read. Raises OSError."""
+    # A FIFO in its place would wait for somebody to write.
+    if file.exists() and not file.is_file():
+        raise IsADirectoryError(f"{file} is not a file")
+    with open(file, "rb") as f:
+        while raw := f.readline(LONGEST_LINE):
+            yield LogLine(raw, parse_event(raw))
+
+
+def parse_event(line: bytes) -> dict | None:
+    """Return the event of a line of log.jsonl; None if it is cut, damaged, or no event of ours."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    if not isinstance(row.get("event"), str) or not isinstance(row.get("stage"), str):
+        return None
+
+    # Readers count with these two.
+    step = row.get("step", 0)
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= 10**12:
+        return None
+    if row["event"] in ("step", "validation"):
+        loss = row.get("loss")
+        is_number = isinstance(loss, (int, float)) and not isinstance(loss, bool)
+        if step == 0 or not is_number or not abs(loss) < 1e30:  # NaN is not, either
+            return None
+    return row
 
 
 def forget_after(file: Path, stages: list[str], stage: int, step: int):
     """Drop the rows of log.jsonl that a resumed run writes again.
 
     stages: the names of all stages. stage: the index of the one in which the run goes on, after
-    `step` steps of it. Earlier stages keep all their rows. The last line is dropped too if a kill
-    cut it short.
+    `step` steps of it. Earlier stages keep all their rows; at the very beginning of a run none is
+    kept. Lines that cannot be read are dropped, too: then the whole file stays as
+    log.jsonl.damaged, and one line says so.
     """
-    if not file.exists():
-        return
     kept = []
-    for line in file.read_text().splitlines(keepends=True):
-        is_cut_short = not line.endswith("\n")
-        if is_cut_short:
-            continue
+    damaged = 0
+    try:
+        for line in _lines(file):
+            if line.row is None:
+                damaged += 1
+            elif is_done(line.row, stages, stage, step):
+                kept.append(line.raw)
+    except FileNotFoundError:
+        return
+    except OSError:
+        damaged += 1
 
-        row = json.loads(line)
-        index = len(stages)
-        if row["stage"] in stages:
-            index = stages.index(row["stage"])
+    if damaged:
+        aside = set_aside(file)
+        print0(f"{file}: {damaged} lines cannot be read; it is kept as {aside.name}")
+    write_file(file, b"".join(kept))
 
-        if index < stage:
-            kept.append(line)
-        elif index == stage:
-            # The run writes start and end of this stage again.
-            is_done = row.get("step", 0) <= step
-            if is_done and row["event"] not in ("start", "end"):
-                kept.append(line)
-    write_file(file, "".join(kept))
+
+def is_done(row: dict, stages: list[str], stage: int, step: int) -> bool:
+    """Say whether a run that goes on there (see forget_after) does not write this event again."""
+    is_new_run = stage == 0 and step == 0
+    if is_new_run or row["stage"] not in stages:
+        return False
+    index = stages.index(row["stage"])
+    if index != stage:
+        return index < stage
+
+    # The run writes start and end of this stage again.
+    return row.get("step", 0) <= step and row["event"] not in ("start", "end")
+
+
+def set_aside(file: Path) -> Path:
+    """Rename a damaged file to FILE.damaged, or with a number if there is one. Return the name."""
+    aside = file.with_name(f"{file.name}.damaged")
+    number = 2
+    while aside.exists():
+        aside = file.with_name(f"{file.name}.damaged{number}")
+        number += 1
+    os.rename(file, aside)
+    return aside

@@ -130,3 +130,53 @@ def test_a_second_process_is_refused_while_the_first_holds_the_folder(tmp_path):
     process.kill()
     process.wait()
     resume.lock(tmp_path).close()
+
+
+def test_a_refusal_comes_before_anything_is_set_aside(two):
+    """Whether the newest one is damaged, or another one is named."""
+    old, new = two
+
+    def refuse(path):
+        assert path == old
+        raise UserError("run", "other rows", "put them back")
+
+    for explicit in ("", str(old)):
+        if not explicit:
+            (new / resume.MANIFEST).write_bytes(b"cut")
+        with pytest.raises(UserError, match="other rows"):
+            resume.pick(new.parent, explicit, refuse)
+        assert resume.listed(new.parent) == [old, new]
+
+
+def test_what_a_run_is_made_from_is_part_of_its_checkpoint(tmp_path):
+    origin = {"recipe": "text", "contents": {"rows": {"a": "1 bytes 00"}}}
+    state = {"stage": 0, "step": 1}
+    resume.save(tmp_path / "checkpoints", 2, {"weight.a": torch.zeros(3)}, state, origin=origin)
+    path = resume.pick(tmp_path / "checkpoints")
+    assert resume.made_from(path) == origin
+    (path / resume.MADE_FROM).write_text('{"recipe": "another"}')
+    with pytest.raises(ValueError, match="made_from.json has"):
+        resume.verify(path)
+
+
+def test_a_run_whose_folder_is_gone_does_not_make_it_again(tmp_path):
+    state = {"stage": 0, "step": 1}
+    with pytest.raises(UserError, match="No such file or directory; fix: "):
+        resume.save(tmp_path / "gone/checkpoints", 2, {"weight.a": torch.zeros(3)}, state)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_only_our_own_names_are_removed_at_the_end(two):
+    old, new = two
+    folder = new.parent
+    new.rename(folder / f".{new.name}.aside")
+    (folder / f".{old.name}.77.tmp").mkdir()
+    for name in ("mine", ".mine.tmp", f"{old.name}.copy", ".x.aside"):
+        (folder / name).mkdir()
+    resume.discard(folder)
+    left = sorted(path.name for path in folder.iterdir() if path.name != ".sealing")
+    assert left == [".mine.tmp", ".x.aside", f"{old.name}.copy", "mine"]
+    for name in left:
+        (folder / name).rmdir()
+    resume.discard(folder)
+    assert not folder.exists()

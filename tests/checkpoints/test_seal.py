@@ -53,3 +53,39 @@ def test_sealing_needs_neither_packages_nor_the_project(tmp_path):
     done = subprocess.run([*script, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert resume.verify(tmp_path / "00-00000004") == state
+
+
+def test_a_damaged_checkpoint_is_never_the_best_and_stops_no_pruning(tmp_path):
+    for step, loss in enumerate((0.1, 0.3, 0.5)):
+        write_checkpoint(tmp_path, f"01-{step:08d}", step, trained="b", validation=loss)
+    (tmp_path / "01-00000000" / resume.MANIFEST).write_bytes(b"\xff")
+    assert seal.best(tmp_path, "b").name == "01-00000001"
+    seal.prune(tmp_path, 1, "b")
+    assert [p.name for p in resume.listed(tmp_path)] == ["01-00000001", "01-00000002"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_the_new_one_is_whole(
+    two, monkeypatch, capsys
+):
+    old, new = two
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    temporary = new.parent / ".00-00000012.tmp"
+    temporary.mkdir()
+    (temporary / resume.TENSORS).write_bytes(b"tensors")
+    monkeypatch.setattr(seal, "prune", refuse)
+    seal.main(str(temporary), "00-00000012", "1", "", '{"stage": 0, "step": 12}')
+    assert "an old checkpoint cannot be removed" in capsys.readouterr().err
+    assert resume.pick(new.parent).name == "00-00000012"
+
+
+def test_names_of_others_are_no_checkpoints(two):
+    old, new = two
+    for name in ("00-00000008.copy", "mine", "1-2"):
+        (new.parent / name).mkdir()
+    (new.parent / "00-00000099").write_text("a file")
+    assert resume.listed(new.parent) == [old, new]
+    seal.prune(new.parent, 1)
+    assert len(list(new.parent.iterdir())) == 5

@@ -95,6 +95,48 @@ def test_a_judge_that_refuses_is_a_mistake_of_the_user(status, tries, tmp_path, 
         Judge("file:///etc", "m", tmp_path / "j.jsonl")
 
 
+BODY = '{"choices": [{"message": {"content": "x"}}]}'
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"null",
+        b"[" * 50_000,
+        b'{"choices": []}',
+        b'{"choices": [{"message": 3}]}',
+        b'{"choices": [{"message": {"content": ["x"]}}]}',
+        b"\xff" + BODY.encode(),
+        BODY.replace('"x"', "9" * 5000).encode(),
+    ],
+)
+def test_a_reply_that_is_none_is_asked_for_again(sent, tmp_path, monkeypatch):
+    bodies = [sent, BODY.encode()]
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(bodies.pop(0)))
+    asked = [{"role": "user", "content": "hi"}]
+    assert Judge("http://127.0.0.1:9", "m", tmp_path / "j.jsonl", wait=0.001)(asked, 0, 1) == "x"
+    assert not bodies
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a b", "http://a:x", "http://\u00e9/\n"])
+def test_addresses_that_are_none_are_refused_at_once(url, tmp_path):
+    with pytest.raises(UserError, match="not an http address; fix: --judge"):
+        Judge(url, "m", tmp_path / "j.jsonl")
+
+
+def test_a_key_that_is_none_is_not_quoted(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nx")
+    with pytest.raises(UserError, match="OPENAI_API_KEY: holds what no key has") as failure:
+        Judge("http://127.0.0.1:9", "m", tmp_path / "j.jsonl")([], 0, 1)
+    assert "secret" not in str(failure.value)
+
+
+@pytest.mark.parametrize("review", ["nan 5\nx", "inf 1\n", "5 -inf", "1e999 2"])
+def test_scores_of_a_review_are_finite(review):
+    assert llava_bench.parse(review) == [-1, -1]
+
+
 def test_the_official_prompts():
     """They are those of mm-vet_evaluator.py and of LLaVA's rule.json, to the letter."""
     digest = [
@@ -317,3 +359,97 @@ def test_without_lmms_eval_the_adapter_says_what_to_install(monkeypatch):
     ):
         adapter.main([])
     sys.modules.pop("evals.lmms_eval")
+
+
+@pytest.mark.parametrize(
+    "name, ranks, expected",
+    [("cuda:1", 1, "cuda:1"), (None, 1, "cuda:3"), ("cuda", 8, "cuda:3"), ("cuda:0", 8, "cuda:3")],
+)
+def test_the_adapter_sets_the_gpu_that_is_named(adapter, monkeypatch, name, ranks, expected):
+    """Alone it takes --device; of several ranks each has a GPU of its own."""
+    done = []
+
+    class Stopped(Exception):
+        pass
+
+    def load(folder, dtype, device):
+        done.append(("load", str(device), dtype))
+        raise Stopped
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("set", str(device))))
+    monkeypatch.setattr(adapter.LLaVA, "from_pretrained", load)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(Stopped):
+        adapter.Barellava(pretrained="/", batch_size="1", device=name)
+    assert done == [("set", expected), ("load", expected, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": "auto"}, "--model_args:batch_size: 'auto' is not a whole number"),
+        ({"batch_size": 0}, "--model_args:batch_size: 0 is not a whole number"),
+        ({"dtype": "float"}, "--model_args:dtype: 'float' is not one of"),
+        ({"device": "cuda:x"}, "--device: 'cuda:x' is none; fix: cuda, cuda:1 or cpu"),
+    ],
+)
+def test_options_of_the_adapter_that_cannot_be(adapter, monkeypatch, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=message):
+        adapter.Barellava(pretrained="/", **options)
+
+
+@pytest.mark.parametrize(
+    "asked, key",
+    [
+        ({"max_new_tokens": "x"}, "max_new_tokens"),
+        ({"max_new_tokens": 2**40}, "max_new_tokens"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 3}, "top_p"),
+        ({"num_beams": -1}, "num_beams"),
+    ],
+)
+def test_options_of_a_task_that_cannot_be(adapter, asked, key):
+    with pytest.raises(UserError, match=f"lmms-eval:generation_kwargs.{key}: .* is not"):
+        adapter.generate_options(asked)
+    assert adapter.generate_options({"max_new_tokens": 0, "top_p": None})["max_new_tokens"] == 128
+
+
+@pytest.mark.parametrize("error", [UserError("a", "b", "c"), RuntimeError("boom\nx"), None])
+def test_a_run_of_lmms_eval_that_fails_ends_with_an_error(adapter, monkeypatch, error):
+    """lmms-eval 0.7.3 catches what its evaluation raises, prints it and returns."""
+    tool = ModuleType("lmms_eval.__main__")
+
+    def evaluate_single(args=None):
+        if error:
+            raise error
+
+    def evaluate():
+        with contextlib.suppress(Exception):
+            tool.cli_evaluate_single()
+
+    tool.cli_evaluate_single = evaluate_single
+    tool.cli_evaluate = evaluate
+    manifests = ModuleType("lmms_eval.models.registry_v2")
+    manifests.ModelManifest = lambda *arguments, **options: None
+    models = ModuleType("lmms_eval.models")
+    models.MODEL_REGISTRY_V2 = SimpleNamespace(register_manifest=lambda *_, **__: None)
+    package = ModuleType("lmms_eval")
+    package.__main__ = tool
+    for name, module in (
+        ("lmms_eval", package),
+        ("lmms_eval.__main__", tool),
+        ("lmms_eval.models", models),
+        ("lmms_eval.models.registry_v2", manifests),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+
+    if error is None:
+        adapter.main([])
+        return
+    expected = "^a: b; fix: c$" if isinstance(error, UserError) else "failed: RuntimeError: boom"
+    with pytest.raises(UserError, match=expected):
+        adapter.main([])

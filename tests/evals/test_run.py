@@ -7,6 +7,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 
 import evaluate
 from config import UserError
+from evals import published
 from evals.published import nearest
 from inputs.pictures import load_image
 from inputs.templates import encode_prompt
@@ -383,3 +385,127 @@ def test_a_video_is_seen_in_frames_its_span_only_and_as_one_frame(tmp_path, mode
     evaluate.check_examples([example], tmp_path)
     with pytest.raises(UserError, match="here: .*none.mp4: no such file.*; fix: restore it"):
         evaluate.check_examples([example | {"video": "none.mp4"}], tmp_path)
+
+
+# ---------------------------------------------------------------------------- devices and memory
+
+
+class Stopped(Exception):
+    """Raised in the place of loading a model."""
+
+
+def pretend_gpus(monkeypatch) -> list:
+    """Let torch say that there are GPUs; return the list of what is done with them, in order."""
+    done = []
+
+    def load(folder, dtype, device):
+        done.append(("load", str(device), dtype))
+        raise Stopped
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("set", str(device))))
+    monkeypatch.setattr(LLaVA, "from_pretrained", load)
+    return done
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_sets_its_gpu_before_anything_is_loaded(rank, model, tmp_path, monkeypatch):
+    """Triton launches on the current device, so cuda:1 has to be that and not only be named."""
+    pope(tmp_path / "data", False)
+    done = pretend_gpus(monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(Stopped):
+        evaluated(model, "pope", tmp_path / "data", tmp_path)
+    assert done == [("set", f"cuda:{rank}"), ("load", f"cuda:{rank}", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("free, rows", [(2**40, 64), (20_000_000, 19), (600_000, 1), (0, 1)])
+def test_so_many_rows_as_their_keys_and_values_fit(free, rows, model, tmp_path, monkeypatch):
+    """Two layers of two heads of eight: 256 bytes a token in float32, and 2,048 slots a row."""
+    asked = [{"prompt": "x" * 800, "image": "a.png"}, {"prompt": "x" * 900, "image": "a.png"}]
+    llava = LLaVA.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
+    longest = evaluate.longest_prompt(llava, tokenizer, asked)
+    assert 900 < longest < 1000
+    assert evaluate.rows_that_fit(llava, tokenizer, asked, 1024, free) == rows
+
+    # Without --batch this is what is asked at once.
+    pope(tmp_path / "data", False)
+    monkeypatch.setattr(evaluate, "free_memory", lambda device: free)
+    monkeypatch.setattr(evaluate, "longest_prompt", lambda *arguments: longest)
+    monkeypatch.setattr(evaluate.pope, "MAX_NEW_TOKENS", 1024)
+    batches = []
+    monkeypatch.setattr(
+        evaluate, "answer_examples", lambda *arguments: batches.append(arguments[4]) or ["yes"] * 6
+    )
+    arguments = ["--model", model, "--task", "pope", "--data", tmp_path / "data"]
+    evaluate.main([str(word) for word in (*arguments, "--out", tmp_path / "a.jsonl")])
+    assert batches == [rows]
+
+
+def test_the_longest_prompt_counts_pictures_and_clips(model):
+    llava, tokenizer = LLaVA.from_pretrained(model), load_tokenizer(model)
+    bare = evaluate.longest_prompt(llava, tokenizer, [{"prompt": "What?", "image": None}])
+    views = llava.views
+    pair = {"prompt": "What?", "image": ["a", "b"]}
+    assert evaluate.longest_prompt(llava, tokenizer, [pair]) == bare + 2 * views.tokens
+    clip = {"prompt": "What?", "image": None, "video": "a"}
+    assert evaluate.longest_prompt(llava, tokenizer, [clip]) == bare + 16 * views.tokens
+    llava.views = dataclasses.replace(views, mode="tiles", grids=((1, 2), (2, 2)))
+    assert evaluate.longest_prompt(llava, tokenizer, [pair]) == bare + 10 * views.tokens
+
+
+def test_free_memory_of_a_gpu_and_of_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert evaluate.free_memory("cuda:1") == 1200
+    assert 2**20 < evaluate.free_memory("cpu") <= 2**60
+
+
+# ------------------------------------------------------------------------------ unread answers
+
+
+@pytest.mark.parametrize(
+    "task, answers, unread",
+    [
+        ("pope", ["yes", "No.", "There is not.", "maybe", "", "Nothing. No"], 3),
+        ("mme", ["yes", "No", "It's no", "?"], 2),
+        ("scienceqa", ["B", "The answer is A"], 1),
+        ("mmbench", ["A", "it", "Z"], 2),
+        ("mmmu", ["neither", "4", "(B)"], 2),
+    ],
+)
+def test_answers_that_the_rule_cannot_read_are_counted(task, answers, unread, tmp_path):
+    """MMMU's last question is about pictures that are missing in this layout: it is guessed."""
+    FILES[task][0](tmp_path, True)
+    module = evaluate.TASKS[task]
+    assert module.unread(module.examples(tmp_path), answers) == unread
+
+
+def test_an_evaluation_says_how_many_answers_it_could_not_read(tmp_path, model, capsys):
+    pope(tmp_path / "data", False)
+    evaluated(model, "pope", tmp_path / "data", tmp_path / "out")
+    assert "of 6 answers say neither yes nor no, and count as yes" in capsys.readouterr().out
+
+
+def test_a_recipe_that_cannot_be_read_does_not_stop_the_scores(tmp_path, monkeypatch, capsys):
+    put(tmp_path / "broken.toml", "x = [")
+    put(tmp_path / "text.toml", '[model]\nllm = "a"\n[published]\nVQAv2 = "many"\n')
+    monkeypatch.setattr(published, "RECIPES", tmp_path)
+    assert nearest("VQAv2", {"llm": "a", "vision": "b"}) is None
+    assert "published numbers without broken.toml: " in capsys.readouterr().out
+
+    class Task:
+        PUBLISHED = ("all", "VQAv2")
+
+    scores = {"all": {"score": 1.0}}
+    published.add_published(scores, Task, SimpleNamespace(text={}, vision={}, sources={}))
+    assert scores == {"all": {"score": 1.0}}
+
+
+def test_names_of_scores_are_printed_on_one_line():
+    scores = {"a\nerror: forged\x1b[2J": {"score": 1.0, "chance": None, "n": 1}}
+    table = evaluate.score_table(scores)
+    assert len(table.splitlines()) == 2 and "\x1b" not in table

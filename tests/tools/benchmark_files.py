@@ -295,8 +295,12 @@ def parquet(file, rows):
 
 def fake_pyarrow(monkeypatch):
     """Let `import pyarrow` give what reads the files of `parquet` where it is not installed."""
-    if PYARROW:
-        return
+    if not PYARROW:
+        monkeypatch.setitem(sys.modules, "pyarrow", pyarrow_for_tests())
+
+
+def pyarrow_for_tests():
+    """Return a module that reads the files of `parquet` where pyarrow is not installed."""
 
     def read_table(file):
         rows = json.loads(Path(file).read_text())
@@ -308,7 +312,7 @@ def fake_pyarrow(monkeypatch):
 
     module = ModuleType("pyarrow")
     module.parquet = SimpleNamespace(read_table=read_table)
-    monkeypatch.setitem(sys.modules, "pyarrow", module)
+    return module
 
 
 def mmvet_files(d, llava):

@@ -5,11 +5,13 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+import config
 import train
 from training.ranks import last_word
 
@@ -41,10 +43,15 @@ def launch(
         log = os.open(said_file(out, rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+
+        # Under pytest the two names stand for other files.
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
         if before is not None:
             before(rank)
+        sys.argv = ["train.py", recipe, f"train.output={out}", "train.workers=0", *arguments]
         with last_word():
-            train.main([recipe, f"train.output={out}", "train.workers=0", *arguments])
+            config.cli(train.main, train.__doc__, fields_help=True)
         os._exit(0)
 
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -13,7 +13,9 @@ FULL = pytest.mark.full
 
 
 @FULL
-@pytest.mark.parametrize("matrix", ["kill_matrix", "mode_matrix"], ids=["kill", "modes"])
+@pytest.mark.parametrize(
+    "matrix", ["kill_matrix", "random_kills", "mode_matrix"], ids=["kill", "random", "modes"]
+)
 def test_matrix(recipe, tmp_path, matrix):
     file, _ = recipe("matrix")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

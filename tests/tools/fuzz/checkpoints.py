@@ -34,11 +34,12 @@ from inputs.tokenizer import load_tokenizer
 from model import LanguageModel, LLaVA, init_weights, tiling_of
 from packing import IMAGE_TOKEN
 from tests.tools import fuzz
-from tests.tools.fuzz import Case, Violation, mutate, mutate_bytes, odd_json
+from tests.tools.fuzz import Case, Violation, mutate, mutate_bytes, odd_json, places
 from tests.tools.small_language_models import CONFIGS, OPENELM, SIZES
 from tests.tools.small_llava import SIDE, TEXT, VISION, small
+from tests.tools.vocabularies import train_pieces
 
-VOCAB = 300  # more than byte_tokenizer has
+VOCAB = 400  # more than any tokenizer here has
 OPTIONS = LoRA(r=2, alpha=3.0, dropout=0.0, targets="q_proj,v_proj")
 ENCODERS = {
     "clip": VISION | {"model_type": "clip_vision_model"},
@@ -107,7 +108,10 @@ def good_folders() -> Path:
     _write_factory_folders(root)
     _write_bench(root / "bench-phi", tokenizer)
     _write_parts(root)
+    _write_recipe(root / "recipe")
     _write_adapter(root, models["llama-siglip"])
+    _write_pickle(root)
+    _write_tokenizers(root)
     return root
 
 
@@ -213,6 +217,19 @@ def _write_parts(root: Path):
         (folder / "preprocessor_config.json").write_text(json.dumps(config.processor.to_hf()))
 
 
+def _write_recipe(folder: Path):
+    """Write the tables of a recipe whose model has random weights, as JSON."""
+    text = {"model_type": "llama", **SIZES, **TEXT["llama"], "hidden_size": 48}
+    images = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5, 0.5, 0.5]}
+    tables = {
+        "llm_config": text,
+        "vision_config": ENCODERS["siglip"] | {"preprocessor": images},
+        "connector_options": {"num_queries": 4, "num_resampler_layers": 1, "group": 2},
+    }
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(tables))
+
+
 def _write_adapter(root: Path, model: LLaVA):
     """Write a model with a PEFT adapter for it, in the folder `adapter` beside its files."""
     folder = root / "adapter-llama-siglip"
@@ -230,6 +247,56 @@ def _write_adapter(root: Path, model: LLaVA):
     peft.save_adapter(dora / "adapter", adapted, peft.hf_llava.NEWER)
 
 
+def _write_pickle(root: Path):
+    """Write a model whose weights are a pickle."""
+    folder = root / "pickle-llama-siglip"
+    shutil.copytree(root / "barellava-llama-siglip", folder)
+    torch.save(weights.read_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _write_tokenizers(root: Path):
+    """Give every folder the small files of a tokenizer; write one folder of each other kind."""
+    token = {"content": "</s>", "lstrip": False, "rstrip": True, "special": True}
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_bos_token": False,
+        "legacy": None,
+        "eos_token": token,
+        "pad_token": "</s>",
+        "model_max_length": 2048,
+        "chat_template": [{"name": "default", "template": "{{ messages[0].content }}"}],
+    }
+    small_files = {
+        "special_tokens_map.json": {"eos_token": "</s>", "unk_token": {"content": "</s>"}},
+        "generation_config.json": {"eos_token_id": [256, 257], "bos_token_id": 1},
+        "chat_template.json": {"chat_template": "{{ messages[0].content }}"},
+        "tokenizer_config.json": settings,
+    }
+    for folder in root.iterdir():
+        for name, content in small_files.items():
+            if not folder.name.startswith("encoder-"):
+                (folder / name).write_text(json.dumps(content))
+
+    # The vocabulary as a tokenizer.model, and as vocab.json and merges.txt.
+    pieces = root / "tokenizer-pieces"
+    shutil.copytree(root / "barellava-llama-siglip", pieces)
+    (pieces / "tokenizer.json").unlink()
+    (pieces / "tokenizer.model").write_bytes(train_pieces())
+    (pieces / "added_tokens.json").write_text(json.dumps({"<pad>": 340, "<x>": 341}))
+    decoder = {"added_tokens_decoder": {"342": token | {"content": "<y>"}}, "add_bos_token": True}
+    (pieces / "tokenizer_config.json").write_text(json.dumps(settings | decoder))
+
+    pairs = root / "tokenizer-pairs"
+    shutil.copytree(root / "barellava-llama-siglip", pairs)
+    vocabulary = json.loads((pairs / "tokenizer.json").read_text())["model"]["vocab"]
+    (pairs / "tokenizer.json").unlink()
+    (pairs / "vocab.json").write_text(json.dumps(vocabulary))
+    (pairs / "merges.txt").write_text("#version: 0.2\n")
+    decoder = {"added_tokens_decoder": {str(len(vocabulary)): token}}
+    (pairs / "tokenizer_config.json").write_text(json.dumps(settings | decoder))
+
+
 # -------------------------------------------------------------------------------- what is tried
 
 
@@ -241,15 +308,17 @@ def check_finite(logits: torch.Tensor):
 
 def use_model(folder: Path, layout: str):
     """Do with a whole model what generate.py, train.py, data.py and export.py do."""
-    recipe = Model(checkpoint=str(folder))
+    recipe = Model(checkpoint=str(folder), allow_pickle=True)
     tiling_of(layouts.config_from_recipe(recipe, "plain")).positions()
 
-    model = LLaVA.from_pretrained(folder).eval()
+    model = LLaVA.from_parts(recipe, "plain").eval()
     item = model.views.picture(Image.new("RGB", (30, 20), (200, 10, 60)))
     with torch.no_grad():
         check_finite(model(torch.tensor([[1, IMAGE_TOKEN, 5]]), [item]).logits)
         tokenizer = load_tokenizer(folder)
         answer(model, tokenizer, ["What?"], [[item]], max_new_tokens=1)
+    if not isinstance(tokenizer.chat_template, str | None):
+        raise Violation("a chat template that is no text")
 
     if (folder / "adapter").is_dir():
         peft.merge_adapter(model, folder / "adapter")
@@ -276,12 +345,24 @@ def use_lm(folder: Path):
 
 def use_encoder(folder: Path):
     """Start a run from an encoder, and look at a picture with it."""
-    encoder = load_encoder(folder).eval()
+    encoder = load_encoder(folder, torch.float32).eval()
     with torch.no_grad():
         check_finite(encoder(encoder.preprocess(Image.new("RGB", (30, 20)))[None]))
     text = {"model_type": "llama", **SIZES, **TEXT["llama"], "hidden_size": 48}
     recipe = Model(vision=str(folder), llm_config=text)
     model = LLaVA.from_parts(recipe, "plain").eval()
+    item = model.views.picture(Image.new("RGB", (30, 20)))
+    with torch.no_grad():
+        check_finite(model(torch.tensor([[1, IMAGE_TOKEN, 5]]), [item]).logits)
+
+
+def use_recipe(file: Path):
+    """Start a run from the tables of a recipe alone: all weights are random."""
+    tables = read_json(file)
+    config = Model(**{key: value for key, value in tables.items() if isinstance(value, dict)})
+    config = dataclasses.replace(config, connector="groupresampler")
+    tiling_of(layouts.config_from_recipe(config, "plain")).positions()
+    model = LLaVA.from_parts(config, "plain").eval()
     item = model.views.picture(Image.new("RGB", (30, 20)))
     with torch.no_grad():
         check_finite(model(torch.tensor([[1, IMAGE_TOKEN, 5]]), [item]).logits)
@@ -296,6 +377,8 @@ def use(folder: Path, layout: str):
             use_lm(folder)
         elif (folder / "kind").read_text().startswith("encoder-"):
             use_encoder(folder)
+        elif (folder / "kind").read_text() == "recipe":
+            use_recipe(folder / "recipe.json")
         else:
             use_model(folder, layout)
     finally:
@@ -378,10 +461,24 @@ def spoil_place(file: Path, rng: random.Random) -> str:
     return way
 
 
+def spoil_pickle(file: Path, rng: random.Random) -> str:
+    """Change the beginning or the end of a pickle, where it says what it holds."""
+    content = file.read_bytes()
+    if rng.random() < 0.5:
+        changed, what = mutate_bytes(content[:400], rng)
+        file.write_bytes(changed + content[400:])
+    else:
+        changed, what = mutate_bytes(content[-4000:], rng)
+        file.write_bytes(content[:-4000] + changed)
+    return what
+
+
 def case(rng: random.Random, folder: Path) -> Case:
     """Return the case of a random generator."""
     root = good_folders()
-    name = rng.choice(sorted(path.name for path in root.iterdir()))
+    names = sorted(path.name for path in root.iterdir())
+    group = rng.choice(sorted({name.partition("-")[0] for name in names}))
+    name = rng.choice([name for name in names if name.partition("-")[0] == group])
     copy = folder / "model"
     shutil.copytree(root / name, copy)
     (copy / "kind").write_text(name)
@@ -391,6 +488,7 @@ def case(rng: random.Random, folder: Path) -> Case:
     files = sorted(path for path in copy.rglob("*") if path.suffix in (".json", ".safetensors"))
     configs = [path for path in files if path.suffix == ".json" and path.name != "tokenizer.json"]
     tensors = [path for path in files if path.suffix == ".safetensors"]
+    pickles = sorted(copy.rglob("*.bin"))
     spoil: Callable[[Path, random.Random], str]
     spoil, choices = rng.choice(
         [
@@ -398,12 +496,21 @@ def case(rng: random.Random, folder: Path) -> Case:
             (spoil_json, configs),
             (spoil_json, configs),
             (spoil_json, configs),
-            (spoil_header, tensors),
-            (spoil_tensors, tensors),
-            (spoil_place, files),
+            (spoil_header, tensors or configs),
+            (spoil_tensors, tensors or configs),
+            (spoil_place, [*files, *pickles]),
         ]
     )
-    file = rng.choice(choices)
+    if choices is configs:
+        # A file with many fields has more that can be wrong.
+        sizes = [len(places(json.loads(path.read_text()))) ** 0.5 for path in configs]
+        file = rng.choices(configs, sizes)[0]
+        spoil = spoil_json
+    else:
+        file = rng.choice(choices)
+    if pickles and rng.random() < 0.5:
+        spoil = spoil_pickle
+        file = pickles[0]
     what = spoil(file, rng)
     kind = f"{spoil.__name__.removeprefix('spoil_')} {file.name}"
     if file.suffix == ".safetensors":

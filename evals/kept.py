@@ -1,0 +1,239 @@
+"""Answers on disk: appended as they are made, resumed after a kill, shared by ranks.
+
+    answers = answer_examples(examples, chosen, answer, file, batch=64)
+
+A file has one answer a line: {"id", "question", "answer", "label", "image"}. An answer counts for a
+question if id, question and picture are the same. Whether it is of the same model, and the pictures
+are the same behind their names, is origin.py's to say.
+
+The file is kept for people and other programs too, so it does not decide whether an evaluation can
+go on: lines that are no answers (half of one after a kill, zeros after a power cut) are left out,
+the file as it was is kept beside it, and a line says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoints.files import parse_json, write_file, writing
+from config import UserError
+from evals import Example
+from evals.origin import escaped, parts_of
+
+# Seconds between two lines of progress where there is no terminal.
+QUIET_SECONDS = 30
+
+# What is read of an answer. "label" and "image" stand in the file, too.
+TEXTS = ("id", "question", "answer")
+
+
+def no_barrier():
+    """Wait for nobody: there is one rank."""
+
+
+def answer_examples(
+    examples: list[Example],
+    chosen: list[Example],
+    answer: Callable[[list[Example]], list[str]],
+    file: Path,
+    batch: int = 64,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable = no_barrier,
+) -> list[str] | None:
+    """Return the answers to the examples `chosen`, in their order; on ranks other than 0 None.
+
+    `examples` are all of the task's: answers to those not chosen now stay in the file. Each rank
+    appends to a file of its own, so that nothing has to travel between them; rank 0 puts them
+    together.
+    """
+    if rank == 0:
+        for part in parts_of(file):
+            leave_out_damage(part)
+    barrier()
+
+    # Every rank has read what is there before any of them writes.
+    known = read_all_answers(file, examples)
+    barrier()
+
+    # Answer this rank's part of the rest.
+    mine = chosen[rank::world_size]
+    todo = [example for example in mine if example["id"] not in known]
+    own = file
+    if rank > 0:
+        own = file.with_name(f"{file.name}.rank{rank}")
+    append_answers(todo, answer, own, batch, done=len(mine) - len(todo), quiet=rank > 0)
+    barrier()
+    if rank > 0:
+        return None
+
+    # One file, in the order of the examples.
+    known |= read_all_answers(file, examples)
+    rows = [known[example["id"]] for example in examples if example["id"] in known]
+    with writing(file):
+        write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
+        for part in parts_of(file)[1:]:
+            part.unlink()
+    return [known[example["id"]]["answer"] for example in chosen]
+
+
+def read_all_answers(file: Path, examples: list[Example]) -> dict[str, dict]:
+    """Return {id: row} of the answers to these examples, of all ranks."""
+    asked = {example["id"]: example for example in examples}
+    known = {}
+    for part in parts_of(file):
+        known |= read_answers(part, asked)
+    return known
+
+
+def read_answers(file: Path, asked: dict[str, Example]) -> dict[str, dict]:
+    """Return {id: row} of the answers in a file to the examples {id: example}.
+
+    An answer to another question or about another picture does not count, whatever its id.
+    """
+    found = {}
+    for line in read_lines(file):
+        row = parse_answer(line)
+        if row is None:
+            continue
+        example = asked.get(row["id"])
+        if not example:
+            continue
+        if row["question"] == example["prompt"] and row.get("image") == shown_name(example):
+            found[row["id"]] = row
+    return found
+
+
+def read_lines(file: Path) -> list[bytes]:
+    """Return the lines of a file, of none if it is not there. Raise UserError if it is no file."""
+    if not file.exists():
+        return []
+    if not file.is_file():
+        raise UserError(file, "not a file", "--out: name another file")
+    try:
+        return file.read_bytes().split(b"\n")
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise UserError(file, what, "allow reading it, or --out: name another file") from None
+
+
+def parse_answer(line: bytes) -> dict | None:
+    """Return the row of a line; None if it is no answer."""
+    try:
+        row = parse_json(line)
+        for key in TEXTS:
+            row[key].encode()  # fails for what is no text, or cannot be written as one
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return row
+
+
+def leave_out_damage(file: Path):
+    """Write a file anew without the lines that are no answers; keep the old one beside it."""
+    lines = read_lines(file)
+    if lines and not lines[-1]:
+        lines.pop()  # the file ends with a line break
+    good = [line for line in lines if parse_answer(line) is not None]
+    if len(good) == len(lines):
+        return
+
+    with writing(file):
+        number = 1
+        while list(file.parent.glob(f"{escaped(file.stem)}.damaged-{number}*")):
+            number += 1
+        kept = file.with_name(f"{file.stem}.damaged-{number}{file.suffix}")
+        write_file(kept, file.read_bytes())
+        write_file(file, b"".join(line + b"\n" for line in good))
+    count = len(lines) - len(good)
+    print(f"{file.name}: {count} damaged lines left out, the file as it was is {kept.name}")
+
+
+def shown_name(example: Example):
+    """Return what a row of answers says that its question was about."""
+    return example.get("video") or example["image"]
+
+
+def append_answers(
+    todo: list[Example],
+    answer: Callable[[list[Example]], list[str]],
+    file: Path,
+    batch: int,
+    done: int = 0,
+    quiet: bool = False,
+):
+    """Answer the examples `todo` and append each batch to the file before the next is asked.
+
+    done: how many examples had an answer before, for the printed progress; quiet: print none.
+    """
+    # Shortest questions first: so those of a batch are of about the same length.
+    todo = sorted(todo, key=lambda example: (len(example["prompt"]), example["id"]))
+    progress = Progress(done, len(todo), quiet)
+
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = open(file, "a+b")
+    with lines:
+        end_last_line(lines)
+        for begin in range(0, len(todo), batch):
+            part = todo[begin : begin + batch]
+            rows = []
+            for example, text in zip(part, answer(part), strict=True):
+                row = {
+                    "id": example["id"],
+                    "question": example["prompt"],
+                    "answer": text,
+                    "label": example["label"],
+                    "image": shown_name(example),
+                }
+                rows.append(json.dumps(row).encode() + b"\n")
+            with writing(file):
+                lines.write(b"".join(rows))
+                lines.flush()
+            progress.show(begin + len(part))
+
+
+def end_last_line(lines):
+    """End the last line of a file opened for appending, where a killed run has left half of it."""
+    if lines.tell() == 0:
+        return
+    lines.seek(-1, os.SEEK_END)
+    if lines.read(1) != b"\n":
+        lines.write(b"\n")
+
+
+class Progress:
+    """The line that says how many answers there are: one that changes on a terminal, else some."""
+
+    def __init__(self, done: int, todo: int, quiet: bool):
+        self.done = done
+        self.todo = todo
+        self.quiet = quiet
+        self.started = time.monotonic()
+        self.shown = 0.0  # when a line was last shown, in seconds since the start
+
+    def show(self, count: int):
+        """Print that `count` of those to do are done, unless it is too soon for another line."""
+        if self.quiet:
+            return
+        terminal = sys.stdout.isatty()
+        finished = count == self.todo
+        seconds = time.monotonic() - self.started
+        if not (terminal or finished or seconds - self.shown > QUIET_SECONDS):
+            return
+        self.shown = seconds
+
+        rate = count / max(seconds, 1e-9)
+        left = (self.todo - count) / rate
+        of_all = f"{self.done + count}/{self.done + self.todo}"
+        line = f"{of_all} answers, {rate:.1f}/s, {left:.0f} s left"
+        if not terminal:
+            print(line, flush=True)
+        elif finished:
+            print(f"\r{line}   ", flush=True)
+        else:
+            print(f"\r{line}   ", end="", flush=True)

@@ -1,0 +1,267 @@
+"""What answers were made from, written beside them: they are used again only for the same.
+
+    made = origin(model_folder, examples, data_dir, options)
+    go_on_or_set_aside(file, made)     # before anything is answered
+
+A name and a date do not tell a model from another one, nor a picture: the other may have the same
+name and be older. What counts is what the files hold (checkpoints/identity.py). Questions are not
+in the record: each answer has its own beside it (kept.py).
+
+Answers of anything else stay where they are under another name, STEM.aside-1.jsonl, with their
+scores and their record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpoints.files import PICKLES, SAFETENSORS, parse_json, write_file, writing
+from checkpoints.identity import identity
+from config import UserError, printable
+from evals import Example
+from inputs.tokenizer import OWN_FILES
+
+# The files of a model that decide what it answers, in its folder or in that of a part.
+MODEL_FILES = (
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    *OWN_FILES,
+    "*.tiktoken",
+    "*.model",
+    SAFETENSORS,
+    PICKLES,
+)
+PART_FOLDERS = ("language_model", "vision_tower", "vision_tower2", "connector")
+
+# Of pictures and videos all names and sizes are compared, and the content of so many, evenly
+# spread: of all where that is little to read.
+MOST_READ = 4096
+LEAST_READ = 16
+MOST_BYTES = 2**28
+
+# What is told of each part of the record that has changed.
+TOLD = {
+    "model": "another model",
+    "shown": "other pictures or videos",
+    "options": "other options",
+}
+
+
+def origin(folder: Path, examples: list[Example], data_dir, options: dict) -> dict:
+    """Return the record of what decides the answers, as JSON has it.
+
+    options: what decides them besides the files, {name: value}.
+    Raise UserError for a file that cannot be read.
+    """
+    return {
+        "model": identities_of_model(folder),
+        "shown": identity_of_shown(examples, data_dir),
+        "options": options,
+    }
+
+
+def identities_of_model(folder: Path) -> dict[str, dict]:
+    """Return {name in the folder: identity} of the files that decide what a model answers."""
+    files = []
+    for place in (folder, *(folder / part for part in PART_FOLDERS)):
+        for pattern in MODEL_FILES:
+            files += place.glob(pattern)
+    return {path.relative_to(folder).as_posix(): identity(path) for path in sorted(set(files))}
+
+
+def identity_of_shown(examples: list[Example], data_dir) -> dict:
+    """Return what identifies all that the examples show: a number, and two hashes.
+
+    "names" is of the names and sizes of all, "content" of what MOST_READ and MOST_BYTES allow.
+    Pictures that are no files, but bytes in the examples, are hashed whole.
+    """
+    names = hashlib.blake2b(digest_size=16)
+    content = hashlib.blake2b(digest_size=16)
+
+    # Pictures that are no files are at hand. The names of the others, each once, in their order.
+    named = {}
+    for example in examples:
+        for picture in example.get("pictures", ()):
+            content.update(hashlib.blake2b(picture, digest_size=16).digest())
+        if "pictures" not in example:
+            named |= dict.fromkeys(shown_names(example))
+
+    there = []
+    total = 0
+    for name in named:
+        for path in files_of(Path(data_dir) / name):
+            size = size_of(path)
+            names.update(json.dumps([name, path.name, size]).encode())
+            if size is not None:
+                there.append(path)
+                total += size
+    for path in sample(there, total):
+        content.update(identity(path)["blake2b"].encode())
+    return {"files": len(there), "names": names.hexdigest(), "content": content.hexdigest()}
+
+
+def shown_names(example: Example) -> list[str]:
+    """Return the names of all that an example shows."""
+    named = example.get("video") or example["image"] or []
+    if isinstance(named, str):
+        return [named]
+    return named
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files of a picture or a clip: a clip may be a folder of frames."""
+    try:
+        if path.is_dir():
+            return sorted(path.iterdir())
+    except (OSError, ValueError):
+        pass  # a name that no system takes, or a folder that may not be read
+    return [path]
+
+
+def size_of(path: Path) -> int | None:
+    """Return the size of a file; None if it is not there, or is no file."""
+    try:
+        if path.is_file():
+            return path.stat().st_size
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def sample(paths: list[Path], size: int) -> Iterator[Path]:
+    """Yield the paths of so many files, evenly spread, as are read; size: of all in bytes."""
+    if not paths:
+        return
+    mean = max(1, size // len(paths))
+    count = min(max(LEAST_READ, MOST_BYTES // mean), MOST_READ, len(paths))
+    for i in range(count):
+        yield paths[i * len(paths) // count]
+
+
+# ---------------------------------------------------------------------------------------- records
+
+
+def record_of(file: Path) -> Path:
+    """Return the file of the record that belongs to a file of answers."""
+    return file.with_name(f"{file.stem}-origin.json")
+
+
+def go_on_or_set_aside(file: Path, made: dict):
+    """Keep the answers in a file and those of other ranks if they are of `made`.
+
+    If not, give them other names, and say so in a line. Then write the record. Raise UserError if
+    that cannot be written.
+    """
+    with writing(file, "make room or allow writing there, or name another file with --out"):
+        answers = [path for path in parts_of(file) if path.exists()]
+        if answers:
+            changed = what_changed(record_of(file), made)
+            if not changed:
+                return
+            kept = set_aside(file, [*answers, file.with_suffix(".json"), record_of(file)])
+            print(f"{file.name}: answers of {changed}, kept as {kept.name}; starting afresh")
+        write_file(record_of(file), json.dumps(made, indent=1))
+
+
+def parts_of(file: Path) -> list[Path]:
+    """Return a file of answers, and those to which the other ranks append."""
+    return [file, *sorted(file.parent.glob(f"{escaped(file.name)}.rank*"))]
+
+
+def escaped(name: str) -> str:
+    """Return a name as a pattern that matches nothing else."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def what_changed(record: Path, made: dict) -> str:
+    """Return in words what is not as in a record; "" if nothing is."""
+    try:
+        known = parse_json(record.read_bytes())
+    except (OSError, ValueError):
+        known = None
+    if not isinstance(known, dict):
+        return "an unknown model"
+
+    told = []
+    for part, words in TOLD.items():
+        if known.get(part) == made[part]:
+            continue
+        if part == "model":
+            words += f" ({changed_file(known.get(part), made[part])})"
+        told.append(words)
+    return " and ".join(told)
+
+
+def changed_file(known, made: dict) -> str:
+    """Return the name of a file of a model that is not as it was; the weights before the others."""
+    if not isinstance(known, dict):
+        return "another folder"
+    names = [name for name in made | known if known.get(name) != made.get(name)]
+    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    return printable([*weights, *names][0], 80)
+
+
+def set_aside(file: Path, paths: list[Path]) -> Path:
+    """Give the files that begin with the stem of `file` other names.
+
+    Return that of `file`. STEM.jsonl becomes STEM.aside-1.jsonl, or the first number that is free.
+    """
+    number = 1
+    while list(file.parent.glob(f"{escaped(file.stem)}.aside-{number}*")):
+        number += 1
+    stem = f"{file.stem}.aside-{number}"
+    for path in paths:
+        if not path.exists():
+            continue
+        name = stem + path.name.removeprefix(file.stem)
+        if path.name.startswith(f"{file.name}.rank"):
+            # Not .rank1 at the end: that is what the parts of a run under way are known by.
+            name = f"{stem}-{path.name.removeprefix(file.name + '.')}{file.suffix}"
+        path.rename(path.with_name(name))
+    return file.with_name(f"{stem}{file.suffix}")
+
+
+# --------------------------------------------------------------------------------------- ownership
+
+# How the names of what evaluate.py and the tasks write beside STEM.jsonl end.
+WRITTEN = (
+    ".json",
+    "-origin.json",
+    "-judge.jsonl",
+    "-answers.jsonl",
+    "-predictions.jsonl",
+    "-results",
+    "-results.json",
+    "-reviews.jsonl",
+    "-server.json",
+    "-server.tsv",
+    "-server.xlsx",
+    "-testdev_balanced_predictions.json",
+)
+
+
+def check_file_of_answers(file: Path):
+    """Raise UserError unless a file of answers is new, or an earlier start of ours wrote it.
+
+    So are all the files whose names begin like it: nothing of somebody else's is overwritten.
+    """
+    fix = "--out: name another file; nothing was changed"
+    if not file.name:
+        raise UserError("--out", f"{str(file)!r} is no file", fix)
+    if file.suffix == ".json":
+        raise UserError(file, "is where the scores go", "--out: a name like answers.jsonl")
+    try:
+        if record_of(file).is_file():
+            return
+        beside = [file.with_name(file.stem + end) for end in WRITTEN]
+        for path in [*parts_of(file), *beside]:
+            if path.exists() or path.is_symlink():
+                raise UserError(path, "is there, and no earlier start of this wrote it", fix)
+    except OSError as error:
+        raise UserError(file, f"cannot be written: {error.strerror}", fix) from None

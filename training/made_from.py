@@ -1,0 +1,282 @@
+"""What a run is made from, besides its recipe: rows, pictures, tokenizer, weights, and this code.
+
+    found = look(recipe, ["finetune"])     # {"stage.finetune rows": {"0 rows.json": ...}, ...}
+    changes = compare(recorded, found)     # what is not as it was when the run began
+    changes.deciding, changes.others, changes.key
+
+A recipe names files. What is in them decides what is trained, so a run writes it down and compares
+it whenever it goes on. Names and dates do not count: only sizes and hashes of contents do.
+
+    rows          every byte of a .json or .jsonl file; of tar shards, where all members are and
+                  every byte of the rows
+    pictures      of up to 256 rows, evenly spaced through each data set: the size of each picture
+                  or video, and its first and last 64 KiB. So a set that was replaced or processed
+                  anew is noticed, and a single picture among many thousands may not be
+    held-out      the same of the validation rows. They decide what is reported, so a change is
+                  said and not refused
+    tokenizer     every byte of its files, chat template included
+    weights       config.json and weights of each model that the recipe names, by
+                  checkpoints/identity.py: every byte up to 64 MiB, a sample of a larger file
+    code          the Python files of this project, and torch. A change is said and not refused
+
+output.py keeps the record and decides what follows from a change.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from checkpoints.files import resolve
+from checkpoints.identity import identity
+from config import Recipe, Source, Stage, UserError
+from inputs.rows import Rows, open_rows
+from inputs.shards import Shards
+from inputs.tokenizer import read_files
+
+# Kind -> name of a file -> what is known of its content.
+Contents = dict[str, dict[str, str]]
+
+PICTURE_ROWS = 256  # of each data set, whose pictures are looked at
+END = 2**16  # bytes at each end of a picture that are hashed
+
+# What a change of these alters is not what is trained.
+HELD_OUT = " held-out"
+CODE = "code"
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE_FILES = (
+    "*.py",
+    "checkpoints/*.py",
+    "inference/*.py",
+    "inputs/*.py",
+    "kernels/*.py",
+    "training/*.py",
+)
+
+# Files of a model's folder, or of the folders of its parts, that decide what its weights are.
+MODEL_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+)
+PARTS_OF_FACTORY = (".", "language_model", "vision_tower", "connector")
+
+
+# -------------------------------------------------------------------------------- what there is now
+
+
+def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
+    """Return what these stages of a recipe are made from, as it is now.
+
+    Raises UserError for what is missing or cannot be read, as training itself would.
+    """
+    found: Contents = {CODE: dict(code())}
+    for name in stages:
+        stage = recipe.stage[name]
+        label = f"stage.{name}"
+        for source_name, source in sources_of(stage).items():
+            of_source = " ".join(filter(None, (label, source_name)))
+            rows = open_rows(source.data, source.images)
+            found[f"{of_source} rows"] = contents_of_rows(rows)
+            found[f"{of_source} pictures"] = contents_of_pictures(rows)
+        if stage.validation:
+            found[label + HELD_OUT] = contents_of_held_out(stage)
+        if stage.lora.adapter:
+            found[f"{label} adapter"] = contents_of_model(Path(stage.lora.adapter), False)
+
+    model = recipe.model
+    for key in ("checkpoint", "llm", "vision", "vision2"):
+        name = getattr(model, key)
+        if name:
+            folder = resolve(name, f"model.{key}", model.allow_pickle)
+            found[f"model.{key}"] = contents_of_model(folder, model.allow_pickle)
+    if model.tokenizer_source:
+        folder = resolve(model.tokenizer_source, small=True)
+        found["tokenizer"] = {name: digest(data) for name, data in read_files(folder).items()}
+    return found
+
+
+def sources_of(stage: Stage) -> dict[str, Source]:
+    """Return the data sets of a stage by name; the only one of a stage without a mixture is ""."""
+    if stage.data:
+        return {"": Source(stage.data, stage.images)}
+    return stage.mixture
+
+
+def contents_of_rows(rows: Rows) -> dict[str, str]:
+    """Return what is in the files of rows. Names begin with a number, because the order counts."""
+    found = {}
+    for k, file in enumerate(rows.files):
+        if isinstance(rows, Shards):
+            content = identity_of_shard(file, rows.indexes[k])
+        else:
+            content = as_text(identity(file, whole=True))
+        found[f"{k} {file.name}"] = content
+    return found
+
+
+def identity_of_shard(file: Path, entries) -> str:
+    """Return the size of a tar file, and a hash of where its members are and of all its rows.
+
+    entries: its index, an (m, 3) array of start, end and number (inputs/index.py).
+    """
+    hashed = hashlib.blake2b(entries.tobytes(), digest_size=16)
+    with open(file, "rb", buffering=0) as tar:
+        for start, end, number in entries.tolist():
+            if number == 0:
+                hashed.update(os.pread(tar.fileno(), end - start, start))
+        size = os.fstat(tar.fileno()).st_size
+    return f"{size} bytes {hashed.hexdigest()}"
+
+
+def contents_of_pictures(rows: Rows) -> dict[str, str]:
+    """Return what is in the pictures and videos of up to PICTURE_ROWS rows."""
+    found = {}
+    count = min(len(rows), PICTURE_ROWS)
+    for k in range(count):
+        i = k * len(rows) // count
+        try:
+            media = rows.media(i, rows[i])
+        except UserError:
+            continue  # training says what is wrong with the row
+        for medium in media[:PICTURE_ROWS]:
+            found[medium.name] = identity_of_medium(medium.source)
+    return found
+
+
+def identity_of_medium(source: Path | bytes) -> str:
+    """Return the size of a picture or video, and a hash of both its ends; or that it is not there.
+
+    A video may be a folder of frames: then the names and sizes of its files count.
+    """
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes {digest(source[:END] + source[-END:])}"
+    try:
+        if source.is_dir():
+            frames = [(path.name, path.stat().st_size) for path in sorted(source.iterdir())]
+            return f"{len(frames)} files {digest(repr(frames).encode())}"
+
+        # Without this flag, opening a FIFO that nobody writes to would never end.
+        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                return "not a file"
+            head = os.pread(fd, END, 0)
+            tail = os.pread(fd, END, max(0, status.st_size - END))
+        finally:
+            os.close(fd)
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
+        return "not there"
+    return f"{status.st_size} bytes {digest(head + tail)}"
+
+
+def contents_of_held_out(stage: Stage) -> dict[str, str]:
+    """Return what is in the validation rows of a stage, and in their pictures."""
+    rows = open_rows(stage.validation, stage.images)
+    return contents_of_rows(rows) | contents_of_pictures(rows)
+
+
+def contents_of_model(folder: Path, allow_pickle: bool) -> dict[str, str]:
+    """Return what is in the configuration and the weights of a model's folder."""
+    patterns = list(MODEL_FILES)
+    if allow_pickle:
+        patterns.append("*.bin")
+    found = {}
+    for part in PARTS_OF_FACTORY:
+        for pattern in patterns:
+            for file in sorted((folder / part).glob(pattern)):
+                found[str(file.relative_to(folder))] = as_text(identity(file))
+    return found
+
+
+@functools.cache
+def code() -> tuple[tuple[str, str], ...]:
+    """Return what is known of this program as it was when the process began.
+
+    It is looked at once: an edit of a file does not change a process that runs.
+    """
+    hashed = hashlib.blake2b(digest_size=16)
+    for pattern in CODE_FILES:
+        for file in sorted(ROOT.glob(pattern)):
+            hashed.update(file.name.encode() + file.read_bytes())
+    return ("source files", hashed.hexdigest()), ("torch", torch.__version__)
+
+
+def digest(content: bytes) -> str:
+    """Return the hash of a content, as 32 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def as_text(found: dict) -> str:
+    """Return a file's identity as one text."""
+    return f"{found['size']} bytes {found['blake2b']}"
+
+
+# --------------------------------------------------------------------------------- what has changed
+
+
+class Changes(NamedTuple):
+    """What is not as it was, each a text that names it."""
+
+    deciding: list[str]  # it would train another model
+    others: list[str]  # it would not: held-out rows, code
+    key: str  # stands for these deciding changes and for no others; "" if there are none
+
+
+def compare(recorded: Contents, found: Contents) -> Changes:
+    """Return what has changed since a run was recorded, among what is needed from now on.
+
+    A kind that the record does not have is new in the recipe, which is compared by itself.
+    """
+    deciding = []
+    others = []
+    changed_to = {}
+    for kind, now in found.items():
+        before = recorded.get(kind)
+        if before is None or before == now:
+            continue
+        text = f"{kind} ({describe(before, now)})"
+        if kind == CODE or kind.endswith(HELD_OUT):
+            others.append(text)
+        else:
+            deciding.append(text)
+            changed_to[kind] = now
+
+    key = ""
+    if deciding:
+        key = digest(json.dumps(changed_to, sort_keys=True).encode())[:12]
+    return Changes(deciding, others, key)
+
+
+def describe(before: dict[str, str], now: dict[str, str]) -> str:
+    """Return what changed of a kind, in a few words: the first file, and how many more."""
+    words = []
+    for name in sorted(before.keys() | now.keys()):
+        old = before.get(name)
+        new = now.get(name)
+        if old == new:
+            continue
+        if old is None:
+            words.append(f"{name} is new")
+        elif new is None:
+            words.append(f"{name} is gone")
+        elif old.split()[:2] == new.split()[:2]:
+            words.append(f"{name} has the same size and another content")
+        else:
+            size, _, _ = old.rpartition(" ")
+            new_size, _, _ = new.rpartition(" ")
+            words.append(f"{name}: {size or old} -> {new_size or new}")
+    if len(words) > 1:
+        return f"{words[0]} and {len(words) - 1} more"
+    return words[0]
