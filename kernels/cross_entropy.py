@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import divide_up, fused, power_of_two, tl, triton
+from kernels import divide_up, fused, operation, power_of_two, tl, triton
 
 IGNORE = -100
 CHUNK = 512 << 20  # bytes of logits on a GPU: 1,766 rows of Qwen's 152k vocabulary in bfloat16
@@ -166,7 +166,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool):
         torch.addmm(total, a, b, beta=beta, out=total, out_dtype=total.dtype)
 
 
-@torch.library.custom_op("barellava::linear_cross_entropy", mutates_args=())
+@operation("barellava::linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -244,11 +244,9 @@ def _save(ctx, inputs, output):
     ctx.wanted = inputs[-3:]
     ctx.save_for_backward(dh, dw, db)
     ctx.mark_non_differentiable(dh, dw, db)
-    # Or backward would be given V x D zeros as the gradient of dw.
-    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dloss, *_):
+def _gradients(_, ctx, dloss, *others):
     scaled = []
     for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True):
         scaled.append(gradient * dloss if wanted else None)
@@ -256,7 +254,7 @@ def _gradients(ctx, dloss, *_):
     return dh, dw, db, None, None, None, None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_gradients, setup_context=_save)
+_linear_cross_entropy.register_gradient(_save, _gradients)
 
 
 # ------------------------------------------------------------------ public
