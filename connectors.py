@@ -127,7 +127,7 @@ class MLPWithNewline(nn.Sequential):
         return torch.cat([tokens, newline], dim=1)
 
 
-def anyres_order(shape: ItemShape, n: int) -> Tensor:
+def anyres_order(shape: ItemShape, n: int, device: torch.device | str = "cpu") -> Tensor:
     """Return which tokens stand in the text for an anyres item, as indices in the text's order.
 
     They are indices into the item's own tokens and one newline behind them: `shape.views` views of
@@ -137,10 +137,10 @@ def anyres_order(shape: ItemShape, n: int) -> Tensor:
     """
     side = isqrt(n)  # a view is a square of tokens
     newline = shape.views * n
-    whole = torch.arange(n)
+    whole = torch.arange(n, device=device)
 
     # The indices of the tiles' tokens, laid out like the picture.
-    tiles = torch.arange(n, newline).view(shape.rows, shape.columns, side, side)
+    tiles = torch.arange(n, newline, device=device).view(shape.rows, shape.columns, side, side)
     large = tiles.transpose(1, 2)  # (rows, side, columns, side)
     large = large.reshape(shape.rows * side, shape.columns * side)
 

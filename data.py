@@ -212,7 +212,8 @@ class Step:
     """One rank's share of an optimizer step, cut into micro-batches.
 
     A worker sends it as the few large tensors of `packed`. Each tensor that is sent takes an open
-    file, and hundreds of micro-batches with five tensors each would use up what a process may open.
+    file, and hundreds of micro-batches with seven tensors each would use up what a process may
+    open.
     """
 
     # All its samples, micro-batch after micro-batch; None where there are none.

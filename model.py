@@ -73,17 +73,18 @@ from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
 from packing import (
     IGNORE,
-    IMAGE_TOKEN,
     Attend,
     Batch,
     Item,
     ItemShape,
     PackedRow,
     expand_images,
+    image_positions,
     match_images,
     pack_prompts,
     pack_rows,
     packed_attention,
+    send,
     without_padding,
 )
 
@@ -1006,34 +1007,45 @@ class LLaVA(nn.Module):
         if not items:
             return []
         device = self.language_model.lm_head.weight.device
-        pixels = torch.cat([item.pixels for item in items]).to(device)
+        pixels = torch.cat([item.pixels for item in items])
+        return self._encode(send(pixels, device), [item.shape for item in items])
+
+    def _encode(self, pixels: Tensor | None, shapes: Sequence[ItemShape]) -> list[Tensor]:
+        """Return what encode_items does, of items of these shapes with the pixels of all views."""
+        if not shapes:
+            return []
         views = self._encode_views(pixels)  # (M, n, C)
 
         # Items of as many views form one batch of the connector.
-        sizes = [item.shape.views for item in items]
+        sizes = [shape.views for shape in shapes]
         views_of_each = views.split(sizes)
-        features = [None] * len(items)
+        features = [None] * len(shapes)
         for size in set(sizes):
             same = [i for i, other in enumerate(sizes) if other == size]
-            if len(same) == len(items):
+            if len(same) == len(shapes):
                 batch = views.unflatten(0, (-1, size))  # the usual case, without a copy
             else:
                 batch = torch.stack([views_of_each[i] for i in same])  # (items, size, n, C)
             outputs = self.connector(join_views(self.config.connector, batch))  # (items, n, D)
             for i, output in zip(same, outputs, strict=True):
-                features[i] = self._in_order(output, items[i].shape)
+                features[i] = self._in_order(output, shapes[i])
         return features
 
-    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, features: Tensor | None, image_at: Tensor | None = None
+    ) -> Tensor:
         """Return the embeddings (T, D) of packed ids (T,), with features at the images' positions.
 
         features (..., D) are those of all items, in the order of the ids; None without any image.
+        image_at (P,): these positions. Without them the CPU waits for a GPU to find them.
         """
         x = self.language_model.model.embed(input_ids.clamp(min=0))  # IMAGE_TOKEN is negative
         if features is None:
             return x
-        is_image = (input_ids == IMAGE_TOKEN)[:, None]
-        return x.masked_scatter(is_image, (features * self.config.image_scale).to(x.dtype))
+        if image_at is None:
+            image_at = image_positions(input_ids)
+        features = (features * self.config.image_scale).to(x.dtype).flatten(0, -2)  # (P, D)
+        return x.index_copy(0, image_at, features)
 
     def _encode_views(self, views: Tensor) -> Tensor:
         """Views (M, 3, height, width), normalised or uint8 -> the encoder's tokens (M, n, C)."""
@@ -1061,8 +1073,8 @@ class LLaVA(nn.Module):
         tokens = len(output) - 1
         if not shape.rows:
             return output[:tokens]
-        order = anyres_order(shape, tokens // shape.views)
-        return output[order.to(output.device)]
+        order = anyres_order(shape, tokens // shape.views, output.device)
+        return output[order]
 
     def _decode(self, row: PackedRow | Batch, features: list[Tensor]) -> Tensor:
         """Return the hidden states (T, D) of a packed row with these features of its items.
@@ -1072,7 +1084,7 @@ class LLaVA(nn.Module):
         joined = None
         if features:
             joined = torch.cat(features)
-        x = self.embed(row.input_ids, joined)
+        x = self.embed(row.input_ids, joined, row.image_at)
         attend = packed_attention(row.cu_seqlens, row.max_seqlen)
         return self.language_model.model(x, row.positions, attend)
 
@@ -1084,8 +1096,9 @@ class LLaVA(nn.Module):
         It is the sum, not the mean: the trainer divides it by the supervised tokens of the whole
         step, over micro-batches and ranks.
         """
-        hidden = self._decode(batch, self.encode_items(batch.items))
-        loss = self._sum_of_losses(hidden, batch.labels)
+        features = self._encode(batch.images, batch.shapes)
+        hidden = self._decode(batch, features)
+        loss = self._sum_of_losses(hidden, batch.labels, batch.learns_at)
 
         # Every trainable parameter gets a gradient, here zero: DDP would wait for it on other
         # ranks.
@@ -1123,15 +1136,17 @@ class LLaVA(nn.Module):
         supervised = (labels != IGNORE).sum()
         return Output(padded, self._sum_of_losses(hidden, labels) / supervised)
 
-    def _sum_of_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _sum_of_losses(
+        self, hidden: Tensor, labels: Tensor, learns_at: Tensor | None = None
+    ) -> Tensor:
         """Hidden states (T, D) and labels (T,) of a packed row -> the sum of its token losses.
 
         labels[t] is the token at t, so the hidden state at t - 1 predicts it. The first label of
-        each sample is IGNORE: what is left of it belongs to another sample.
+        each sample is IGNORE: what is left of it belongs to another sample. learns_at: see Batch.
         """
         targets = F.pad(labels[1:], (0, 1), value=IGNORE)
         head = self.language_model.lm_head
-        return linear_cross_entropy(hidden, head.weight, head.bias, targets)
+        return linear_cross_entropy(hidden, head.weight, head.bias, targets, learns_at)
 
     # -- generation -------------------------------------------------------------------------------
 

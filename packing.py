@@ -134,6 +134,26 @@ class PackedRow(NamedTuple):
     positions: Tensor  # (T,) int64, from 0 in each sample
     cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
     max_seqlen: int  # tokens of the longest sample
+    image_at: Tensor | None = None  # (P,) int64, the positions of images, where they are known
+
+    def to(self, device: torch.device | str) -> PackedRow:
+        """Return it on a device."""
+        return self._make(send(x, device) if isinstance(x, Tensor) else x for x in self)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device, from the CPU without waiting for what a GPU has to do.
+
+    Only from pinned memory a copy runs beside the program, so it is copied there first.
+    """
+    if torch.device(device).type == "cuda" and x.is_cpu:
+        x = x.pin_memory()  # x itself if it is there
+    return x.to(device, non_blocking=True)
+
+
+def image_positions(ids: Tensor) -> Tensor:
+    """Return which of packed ids (T,) are positions of images, (P,). On a GPU this waits for it."""
+    return (ids == IMAGE_TOKEN).nonzero()[:, 0]
 
 
 def pack_rows(rows: Sequence[Tensor]) -> PackedRow:
@@ -163,7 +183,8 @@ def pack_prompts(rows: list[Tensor], counts: Sequence[int]) -> PackedRow:
         end = first + count_images(row)
         expanded.append(expand_images(row, counts[first:end]))
         first = end
-    return pack_rows(expanded)
+    packed = pack_rows(expanded)
+    return packed._replace(image_at=image_positions(packed.input_ids))
 
 
 def without_padding(padded: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
@@ -196,6 +217,13 @@ def packed_attention(cu_seqlens: Tensor, max_seqlen: int) -> Attend:
 # ---------------------------------------------------------------------------------------- batches
 
 
+def positions_in(positions: Tensor, tokens: slice) -> Tensor:
+    """Return those of ascending positions that are among the tokens, counted from the first."""
+    ends = positions.new_tensor([tokens.start, tokens.stop])
+    first, last = torch.searchsorted(positions, ends).tolist()
+    return positions[first:last] - tokens.start
+
+
 @dataclass
 class Batch:
     """A packed row to learn from: a PackedRow with labels and with the pixels of its items."""
@@ -208,6 +236,17 @@ class Batch:
     images: Tensor | None  # (V, 3, height, width) uint8, the views of all items in order
     shapes: list[ItemShape]  # of the N items
     rows: list[int]  # S row numbers
+
+    # Found when the batch is made, while its tensors are on the CPU. On a GPU the CPU would have to
+    # wait for their number.
+    image_at: Tensor | None = None  # (P,) int64, the positions of images
+    learns_at: Tensor | None = None  # (n,) int64, the positions whose next token is supervised
+
+    def __post_init__(self):
+        if self.image_at is None:
+            self.image_at = image_positions(self.input_ids)
+        if self.learns_at is None:
+            self.learns_at = (self.labels[1:] != IGNORE).nonzero()[:, 0]
 
     @property
     def supervised(self) -> int:
@@ -229,8 +268,8 @@ class Batch:
         return items
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return it on a device. From pinned memory, the copy runs beside what the GPU does."""
-        return self._with_each_tensor(lambda t: t.to(device, non_blocking=True))
+        """Return it on a device, without waiting for what a GPU has to do."""
+        return self._with_each_tensor(lambda t: send(t, device))
 
     def pin_memory(self) -> Batch:
         """Return it in pinned memory, from which copies to a GPU need not be waited for."""
@@ -267,6 +306,8 @@ class Batch:
             images=images,
             shapes=shapes,
             rows=self.rows[samples],
+            image_at=positions_in(self.image_at, tokens),
+            learns_at=positions_in(self.learns_at, slice(tokens.start, tokens.stop - 1)),
         )
 
 

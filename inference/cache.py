@@ -73,7 +73,8 @@ class Cache:
         self.lengths = lengths
         if rows is None:
             rows = torch.arange(len(lengths), device=lengths.device)
-        row_of_token = rows.repeat_interleave(lengths)  # (T,)
+        tokens = len(packed.input_ids)
+        row_of_token = rows.repeat_interleave(lengths, output_size=tokens)  # (T,)
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # Nothing older is in these rows, so the new keys and values are all there is to see.

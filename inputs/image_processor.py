@@ -11,6 +11,7 @@ asks for it), resize, crop the centre (CLIP and DINOv2, not SigLIP), divide by 2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,12 @@ def need(good: bool, where: object, value: object, fix: str):
     """Raise UserError for a value that is not supported, unless it is good."""
     if not good:
         raise UserError(where, f"{value!r} is not supported", fix)
+
+
+@cache
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return one number per colour, (3, 1, 1) float32. They are copied to a device once."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,8 @@ class ImageProcessor:
         """
         if pixels.dtype != torch.uint8:
             return pixels
-        mean = pixels.new_tensor(self.mean, dtype=torch.float32)[:, None, None]  # (3, 1, 1)
-        std = pixels.new_tensor(self.std, dtype=torch.float32)[:, None, None]
+        mean = constants(self.mean, pixels.device)
+        std = constants(self.std, pixels.device)
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     @classmethod

@@ -5,7 +5,7 @@ Every operation's file has the same order, so one that is read explains the othe
     docstring          the formulas, forward and backward, and the bytes that are moved
     reference          the same in plain torch: what a CPU runs, and what the tests compare with
     kernels            Triton, forward and backward
-    the operation      a custom op with its gradient, which torch.compile keeps whole
+    the operation      an `operation` (below) with its gradient, which torch.compile keeps whole
     public function    picks Triton for tensors on a GPU and the reference elsewhere
 
 Begin with norms.py, where a program has one row. Then attention.py, whose tiles are in tiles.py;
@@ -25,10 +25,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 # a * b + c as one instruction, with one rounding; Triton 3.10 does not do it by itself.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -147,3 +150,67 @@ def power_of_two(n: int) -> int:
 def divide_up(n: int, size: int) -> int:
     """Return how many blocks of `size` hold n numbers."""
     return -(-n // size)
+
+
+class Operation:
+    """A Python function of tensors that torch.compile keeps whole, with a gradient if it has one.
+
+    What torch.library makes of a function costs the CPU 50 to 100 microseconds for each call, which
+    is longer than a small model's kernels take. So only graphs of torch.compile call that. Else the
+    function itself is called, where a gradient may be wanted by an autograd.Function.
+    """
+
+    def __init__(self, name: str, run: Callable):
+        self.run = run
+        self.registered = torch.library.custom_op(name, run, mutates_args=())
+        self.register_fake = self.registered.register_fake  # takes what makes results without data
+
+        # Until there is a gradient: torch.library raises an error if one is asked for.
+        self.recorded: Callable = self.registered
+
+    def register_gradient(
+        self, save: Callable, gradients: Callable, backward: Operation | None = None
+    ):
+        """Let autograd call save(ctx, inputs, output), then gradients(compute, ctx, *grads).
+
+        `compute` is the operation `backward`, if there is one, as it is to be called there. Of an
+        output that nothing used the gradient is None, not a tensor of zeros. There are no second
+        derivatives.
+        """
+        run = None
+        registered = None
+        if backward is not None:
+            run = backward.run
+            registered = backward.registered
+
+        def setup(ctx, inputs, output):
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
+
+        def forward(ctx, *inputs):
+            output = self.run(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        def backward_once(ctx, *grads):
+            return gradients(run, ctx, *grads)
+
+        methods = {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(once_differentiable(backward_once)),
+        }
+        self.recorded = type(self.run.__name__, (Function,), methods).apply
+        traced = partial(gradients, registered)
+        self.registered.register_autograd(traced, setup_context=setup)
+
+    def __call__(self, *inputs):
+        if torch.compiler.is_compiling():
+            return self.registered(*inputs)
+        if torch.is_grad_enabled():
+            return self.recorded(*inputs)
+        return self.run(*inputs)
+
+
+def operation(name: str) -> Callable[[Callable], Operation]:
+    """Return a decorator that makes an Operation of a function whose arguments are annotated."""
+    return partial(Operation, name)

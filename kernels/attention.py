@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import divide_up, is_hopper, tl, triton
+from kernels import divide_up, is_hopper, operation, tl, triton
 from kernels.decode import attention_decode
 from kernels.tiles import (
     dot_add,
@@ -587,7 +587,7 @@ def _launch(
 # ------------------------------------------------------------------ the operation and its gradient
 
 
-@torch.library.custom_op("barellava::attention", mutates_args=())
+@operation("barellava::attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -615,7 +615,7 @@ def _(q, k, v, *_):
     return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
 
 
-@torch.library.custom_op("barellava::attention_backward", mutates_args=())
+@operation("barellava::attention_backward")
 def _attention_backward(
     do: Tensor,
     q: Tensor,
@@ -655,12 +655,12 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, o, lse, cu)
 
 
-def _gradients(ctx, do, dlse):
-    dq, dk, dv = _attention_backward(do, *ctx.saved_tensors, *ctx.numbers)
+def _gradients(compute, ctx, do, _):
+    dq, dk, dv = compute(do, *ctx.saved_tensors, *ctx.numbers)
     return dq, dk, dv, None, None, None, None, None, None
 
 
-_attention.register_autograd(_gradients, setup_context=_save)
+_attention.register_gradient(_save, _gradients, _attention_backward)
 
 
 # ------------------------------------------------------------------ public

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import divide_up, fused, power_of_two, tl, triton
+from kernels import divide_up, fused, operation, power_of_two, tl, triton
 
 IGNORE = -100
 CHUNK = 512 << 20  # bytes of logits on a GPU: 1,766 rows of Qwen's 152k vocabulary in bfloat16
@@ -166,12 +166,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool):
         torch.addmm(total, a, b, beta=beta, out=total, out_dtype=total.dtype)
 
 
-@torch.library.custom_op("barellava::linear_cross_entropy", mutates_args=())
+@operation("barellava::linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    rows: Tensor | None,
     dtype: torch.dtype,
     chunk: int,
     kernel: bool,
@@ -182,15 +183,17 @@ def _linear_cross_entropy(
     """-> loss, dh, dw, db (empty where not wanted). Products in `dtype`, `chunk` bytes of logits.
 
     It is one operation for torch.compile, although the number of supervised rows is known only at
-    run time. Reading that number is the one place where the CPU waits for the GPU.
+    run time. Without `rows` the CPU waits for the GPU to read that number.
     """
     # The supervised rows, in chunks of equal size.
-    at = (targets != IGNORE).nonzero()[:, 0]  # (n,)
+    at = rows  # (n,)
+    if at is None:
+        at = (targets != IGNORE).nonzero()[:, 0]
     count = len(at)
     V = len(weight)
     most_rows = max(1, chunk // (V * dtype.itemsize))
     chunks = max(1, divide_up(count, most_rows))
-    rows = max(1, divide_up(count, chunks))
+    height = max(1, divide_up(count, chunks))
     h = hidden[at].to(dtype)  # (n, D)
     targets = targets[at]
     w = weight.to(dtype)
@@ -210,13 +213,13 @@ def _linear_cross_entropy(
 
     # Rows start at multiples of 16 elements whatever the vocabulary: cuBLAS and wide loads need
     # them aligned.
-    buffer = h.new_empty(rows, divide_up(V, 16) * 16)
+    buffer = h.new_empty(height, divide_up(V, 16) * 16)
     run = triton_rows if kernel else torch_rows
     gradient = with_dh or with_dw or with_db
 
     with torch.autocast(hidden.device.type, enabled=False):  # it would narrow the wide sum
-        for start in range(0, count, rows):
-            part = slice(start, start + rows)
+        for start in range(0, count, height):
+            part = slice(start, start + height)
             z = buffer[: len(at[part]), :V]
             torch.mm(h[part], w.T, out=z)
             dz = run(z, bias, targets[part], losses[part], gradient)
@@ -230,7 +233,7 @@ def _linear_cross_entropy(
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, bias, targets, dtype, chunk, kernel, with_dh, with_dw, with_db):
+def _(hidden, weight, bias, targets, rows, dtype, chunk, kernel, with_dh, with_dw, with_db):
     loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     loss = hidden.new_empty((), dtype=loss_dtype)
     dh = hidden.new_empty(hidden.shape if with_dh else 0)
@@ -244,19 +247,17 @@ def _save(ctx, inputs, output):
     ctx.wanted = inputs[-3:]
     ctx.save_for_backward(dh, dw, db)
     ctx.mark_non_differentiable(dh, dw, db)
-    # Or backward would be given V x D zeros as the gradient of dw.
-    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dloss, *_):
+def _gradients(_, ctx, dloss, *others):
     scaled = []
     for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True):
         scaled.append(gradient * dloss if wanted else None)
     dh, dw, db = scaled
-    return dh, dw, db, None, None, None, None, None, None, None
+    return dh, dw, db, None, None, None, None, None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_gradients, setup_context=_save)
+_linear_cross_entropy.register_gradient(_save, _gradients)
 
 
 # ------------------------------------------------------------------ public
@@ -269,6 +270,7 @@ def chunked(
     targets: Tensor,
     chunk: int,
     kernel: bool,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of the losses with `chunk` bytes of logits, by Triton if `kernel`.
 
@@ -284,25 +286,32 @@ def chunked(
     for x in (hidden, weight, bias):
         wanted.append(torch.is_grad_enabled() and x is not None and x.requires_grad)
 
-    outputs = _linear_cross_entropy(hidden, weight, bias, targets, dtype, chunk, kernel, *wanted)
+    outputs = _linear_cross_entropy(
+        hidden, weight, bias, targets, rows, dtype, chunk, kernel, *wanted
+    )
     return outputs[0]
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of the losses over supervised positions, a float32 scalar.
 
-    hidden (T, D), weight (V, D), bias (V,) or None, targets (T,) with -100 where unsupervised.
-    Under autocast the products are in its dtype; gradients have their tensors' dtypes. No second
+    hidden (T, D), weight (V, D), bias (V,) or None, targets (T,) with -100 where unsupervised. rows
+    (n,): the supervised positions; with them the CPU does not wait for a GPU to find them. Under
+    autocast the products are in its dtype; gradients have their tensors' dtypes. No second
     derivatives.
     """
     if fused(hidden):
-        return chunked(hidden, weight, bias, targets, CHUNK, kernel=True)
+        return chunked(hidden, weight, bias, targets, CHUNK, True, rows)
 
     # One small chunk is left to autograd, which need not scale dw afterwards. Not under
     # torch.compile: the number of supervised rows, which it does not know, would break the graph.
     one_chunk = len(targets) * len(weight) * 4 <= CHUNK_CPU
     if one_chunk and not torch.compiler.is_compiling():
         return reference(hidden, weight, bias, targets)
-    return chunked(hidden, weight, bias, targets, CHUNK_CPU, kernel=False)
+    return chunked(hidden, weight, bias, targets, CHUNK_CPU, False, rows)

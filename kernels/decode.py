@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import divide_up, multiprocessors, power_of_two, tl, triton
+from kernels import divide_up, multiprocessors, operation, power_of_two, tl, triton
 from kernels.tiles import (
     dot_transposed,
     fits_tiles,
@@ -154,7 +154,7 @@ def choose_blocks(d: int, group: int) -> dict[str, int]:
     }
 
 
-@torch.library.custom_op("barellava::attention_decode", mutates_args=())
+@operation("barellava::attention_decode")
 def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None) -> Tensor:
     B, H, d = q.shape
     K, L = k.shape[1:3]

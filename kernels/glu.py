@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import divide_up, fused, power_of_two, tl, triton
+from kernels import divide_up, fused, operation, power_of_two, tl, triton
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -158,7 +158,7 @@ def _launch(kernel, outputs: list[Tensor], inputs: list[Tensor], act: str, gated
 # ------------------------------------------------------------------ the operation and its gradient
 
 
-@torch.library.custom_op("barellava::glu", mutates_args=())
+@operation("barellava::glu")
 def _glu(x: Tensor, up: Tensor | None, act: str) -> Tensor:
     y = x.new_empty(x.shape)
     if y.numel():
@@ -171,7 +171,7 @@ def _(x, up, act):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("barellava::glu_backward", mutates_args=())
+@operation("barellava::glu_backward")
 def _glu_backward(dy: Tensor, x: Tensor, up: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
     """-> dx, du (empty where plain)."""
     dx = x.new_empty(x.shape)
@@ -192,13 +192,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, up)
 
 
-def _gradients(ctx, dy):
+def _gradients(compute, ctx, dy):
     x, up = ctx.saved_tensors
-    dx, du = _glu_backward(dy, x, up, ctx.act)
+    dx, du = compute(dy, x, up, ctx.act)
     return dx, None if up is None else du, None
 
 
-_glu.register_autograd(_gradients, setup_context=_save)
+_glu.register_gradient(_save, _gradients, _glu_backward)
 
 
 # ------------------------------------------------------------------ public

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import divide_up, fused, multiprocessors, power_of_two, tl, triton
+from kernels import divide_up, fused, multiprocessors, operation, power_of_two, tl, triton
 
 FEW = 64  # rows up to which multiplying with the 8-bit weight beats unpacking it first
 FEW_CPU = 16  # the same where torch's own product does it
@@ -151,7 +151,7 @@ def tile_sizes(M: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_K": 128 if rows == 16 else 64}
 
 
-@torch.library.custom_op("barellava::int8_dequantize", mutates_args=())
+@operation("barellava::int8_dequantize")
 def _dequantize(weight: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
     weight = weight.contiguous()
     w = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
@@ -166,7 +166,7 @@ def _(weight, SCB, dtype):
     return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("barellava::int8_matmul", mutates_args=())
+@operation("barellava::int8_matmul")
 def _matmul(x: Tensor, weight: Tensor, SCB: Tensor) -> Tensor:
     """x (M, K) -> (M, N)."""
     x = x.contiguous()

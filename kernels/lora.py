@@ -41,8 +41,20 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from kernels import divide_up, fused, int8, multiprocessors, nf4, power_of_two, tl, triton
+from kernels import (
+    divide_up,
+    fused,
+    int8,
+    multiprocessors,
+    nf4,
+    operation,
+    power_of_two,
+    tl,
+    triton,
+)
 
 FORMATS = {nf4.NF4: nf4, int8.Int8: int8}
 MAX_RANK = 256  # of the kernels: one program holds a row of h
@@ -305,7 +317,16 @@ def _rank(As: Sequence[Tensor]) -> int:
 def _stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return all A, (r_g, K) each, as (G, R, K) in dtype; the missing ranks are zero."""
     rank = _rank(As)
-    return torch.stack([F.pad(A.to(dtype), (0, 0, 0, rank - len(A))) for A in As])
+    padded = []
+    for A in As:
+        missing = rank - len(A)
+        A = A.to(dtype)
+        padded.append(F.pad(A, (0, 0, 0, missing)) if missing else A)
+
+    # One adapter, as most linears have it, is not copied.
+    if len(padded) == 1:
+        return padded[0][None]
+    return torch.stack(padded)
 
 
 # An operation takes lists of tensors and of numbers, so a quantized weight is taken apart for it.
@@ -367,7 +388,7 @@ def _product(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
 # ------------------------------------------------------------------ the operation
 
 
-@torch.library.custom_op("barellava::lora", mutates_args=())
+@operation("barellava::lora")
 def _lora(
     x: Tensor,
     tensors: Sequence[Tensor],
@@ -429,7 +450,7 @@ def _gradient_of_A(
         gradient_kernel[(tiles, parts)](
             x, dh, seeds, dA, T, K, G, _threshold(p), 1 / (1 - p), **sizes, **LAUNCH
         )
-        dA = dA.sum(0)
+        dA = dA.sum(0) if parts > 1 else dA[0]
     else:
         dA = (dh.flatten(1).t() @ x).view(G, rank, K)
 
@@ -464,7 +485,7 @@ def _gradient_of_x(
     return dx
 
 
-@torch.library.custom_op("barellava::lora_backward", mutates_args=())
+@operation("barellava::lora_backward")
 def _lora_backward(
     dys: Sequence[Tensor],
     x: Tensor,
@@ -526,7 +547,11 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, output[-1], seeds, *tensors, *As, *Bs)
 
 
-def _gradients(ctx, grads):
+def _gradients(compute, ctx, grads, need_x, need_tensors, need_biases):
+    """Return dx, and the gradients of the tensors, the biases, the As and the Bs, in lists.
+
+    `compute` is _lora_backward, as it is to be called here. need_*: which gradients are wanted.
+    """
     # Tensors are saved in one list: take its parts out again.
     G = len(ctx.forms)
     x, h, seeds, *lists = ctx.saved_tensors
@@ -538,11 +563,8 @@ def _gradients(ctx, grads):
     for dy, B in zip(grads[:-1], Bs, strict=True):
         dys.append(x.new_zeros(len(x), len(B)) if dy is None else dy.contiguous())
 
-    need_x, need_tensors, _, need_biases = ctx.needs_input_grad[:4]
     need = [need_x, *need_tensors[:G]]
-    dx, *rest = _lora_backward(
-        dys, x, tensors, ctx.forms, As, Bs, h, ctx.scales, ctx.p, seeds, need
-    )
+    dx, *rest = compute(dys, x, tensors, ctx.forms, As, Bs, h, ctx.scales, ctx.p, seeds, need)
     dAs = rest[:G]
     dBs = rest[G : 2 * G]
 
@@ -554,10 +576,50 @@ def _gradients(ctx, grads):
     dbs = []
     for dy, dtype, needed in zip(dys, ctx.bias_dtypes, need_biases, strict=True):
         dbs.append(dy.sum(0, dtype=dtype) if needed else None)
+    return dx, dWs, dbs, dAs, dBs
+
+
+def _gradients_of_lists(ctx, grads):
+    """Return the gradients of the arguments of `_lora` as torch.library takes them."""
+    need_x, need_tensors, _, need_biases = ctx.needs_input_grad[:4]
+    compute = _lora_backward.registered
+    dx, dWs, dbs, dAs, dBs = _gradients(compute, ctx, grads, need_x, need_tensors, need_biases)
     return dx, dWs, None, dbs, dAs, dBs, None, None, None
 
 
-_lora.register_autograd(_gradients, setup_context=_save)
+class _Recorded(Function):
+    """`_lora` for autograd, which sees no tensors in lists: here they are arguments themselves."""
+
+    @staticmethod
+    def forward(ctx, x, seeds, forms, scales, p, *lists):
+        G = len(forms)
+        tensors = lists[: -3 * G]
+        biases = lists[-3 * G : -2 * G]
+        As = lists[-2 * G : -G]
+        Bs = lists[-G:]
+        inputs = (x, tensors, forms, biases, As, Bs, scales, p, seeds)
+        output = _lora.run(*inputs)
+        _save(ctx, inputs, output)
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        G = len(ctx.forms)
+        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+        compute = _lora_backward.run
+        dx, dWs, dbs, dAs, dBs = _gradients(
+            compute, ctx, grads, need_x, needs[: -3 * G], needs[-3 * G : -2 * G]
+        )
+        return dx, None, None, None, None, *dWs, *dbs, *dAs, *dBs
+
+
+def _record(x, tensors, forms, biases, As, Bs, scales, p, seeds) -> tuple[Tensor, ...]:
+    return _Recorded.apply(x, seeds, forms, scales, p, *tensors, *biases, *As, *Bs)
+
+
+_lora.recorded = _record
+_lora.registered.register_autograd(_gradients_of_lists, setup_context=_save)
 
 
 # ------------------------------------------------------------------ public
@@ -576,8 +638,12 @@ def triton_linears(
     """Return what `reference` does, by Triton on any device (the interpreter, on a CPU)."""
     tensors, forms = _flatten(weights)
     biases = [x.new_empty(0) if b is None else b for b in biases]
-    rows = x.reshape(-1, x.size(-1))
+    rows = x
+    if x.dim() != 2:
+        rows = x.reshape(-1, x.size(-1))
     *ys, _ = _lora(rows, tensors, forms, biases, As, Bs, scales, p, seeds)
+    if x.dim() == 2:
+        return tuple(ys)
     return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in ys)
 
 

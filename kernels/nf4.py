@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import divide_up, fused, multiprocessors, power_of_two, tl, triton
+from kernels import divide_up, fused, multiprocessors, operation, power_of_two, tl, triton
 
 NF4_CODE = (
     -1.0,
@@ -376,7 +376,7 @@ def tile_sizes(M: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCKS": 1}
 
 
-@torch.library.custom_op("barellava::nf4_dequantize", mutates_args=())
+@operation("barellava::nf4_dequantize")
 def _dequantize(
     packed: Tensor,
     absmax: Tensor,
@@ -417,7 +417,7 @@ def _(packed, absmax, code, nested, codes, offset, rows, columns, blocksize, dty
     return packed.new_empty(rows, columns, dtype=dtype)
 
 
-@torch.library.custom_op("barellava::nf4_matmul", mutates_args=())
+@operation("barellava::nf4_matmul")
 def _matmul(
     x: Tensor,
     packed: Tensor,

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import divide_up, fused, multiprocessors, power_of_two, tl, triton
+from kernels import divide_up, fused, multiprocessors, operation, power_of_two, tl, triton
 
 
 def reference(
@@ -195,7 +195,7 @@ def _empty_outputs(
     return y, s, c, mean
 
 
-@torch.library.custom_op("barellava::norm", mutates_args=())
+@operation("barellava::norm")
 def _norm(
     x: Tensor,
     residual: Tensor | None,
@@ -231,7 +231,7 @@ def _(x, residual, weight, bias, eps, kind, out):
     return _empty_outputs(x.contiguous(), residual, kind, out)
 
 
-@torch.library.custom_op("barellava::norm_backward", mutates_args=())
+@operation("barellava::norm_backward")
 def _norm_backward(
     dy: Tensor,
     ds: Tensor | None,
@@ -242,7 +242,7 @@ def _norm_backward(
     kind: str,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx, dw, db (zeros without a bias)."""
+    """-> dx, dw, db (empty without a bias)."""
     dy = dy.contiguous()
     s = s.contiguous()
     width = s.size(-1)
@@ -253,7 +253,7 @@ def _norm_backward(
     programs = divide_up(rows, rows_each)
     dx = torch.empty_like(s)
     dw = s.new_empty(programs, width, dtype=torch.float32)
-    db = torch.empty_like(dw) if bias else dw.new_empty(0, width)
+    db = torch.empty_like(dw) if bias else weight.new_empty(0)
     if rows:
         backward_kernel[(programs,)](
             dy,
@@ -270,12 +270,15 @@ def _norm_backward(
             rows_each,
             **kernel_flags(kind, ds is not None, bias, width),
         )
-    return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(weight.dtype)
+    if bias:
+        db = db.sum(0).to(weight.dtype)
+    return dx, dw.sum(0).to(weight.dtype), db
 
 
 @_norm_backward.register_fake
 def _(dy, ds, s, weight, c, mean, kind, bias):
-    return torch.empty_like(s), torch.empty_like(weight), torch.empty_like(weight)
+    db = torch.empty_like(weight) if bias else weight.new_empty(0)
+    return torch.empty_like(s), torch.empty_like(weight), db
 
 
 def _save(ctx, inputs, output):
@@ -287,20 +290,18 @@ def _save(ctx, inputs, output):
     ctx.bias = bias is not None
 
 
-def _gradients(ctx, dy, ds, dc, dmean):
+def _gradients(compute, ctx, dy, ds, dc, dmean):
     s, weight, c, mean = ctx.saved_tensors
     if dy is None:  # only the sum was used
         dy = torch.zeros_like(s)
-    if not ctx.add:
-        ds = None
-    dx, dw, db = _norm_backward(dy, ds, s, weight, c, mean, ctx.kind, ctx.bias)
+    dx, dw, db = compute(dy, ds, s, weight, c, mean, ctx.kind, ctx.bias)
 
     dresidual = dx if ctx.add else None
     dbias = db if ctx.bias else None
     return dx, dresidual, dw, dbias, None, None, None
 
 
-_norm.register_autograd(_gradients, setup_context=_save)
+_norm.register_gradient(_save, _gradients, _norm_backward)
 
 
 # ------------------------------------------------------------------ public

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import fused, power_of_two, tl, triton
+from kernels import fused, operation, power_of_two, tl, triton
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _elements_in_order(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("barellava::rope", mutates_args=())
+@operation("barellava::rope")
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     """-> q and k, turned; sign -1 turns them back."""
     yq = q.new_empty(q.shape)
@@ -163,13 +163,26 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(cos, sin)
 
 
-def _gradients(ctx, dq, dk):
+def _gradients(compute, ctx, dq, dk):
     cos, sin = ctx.saved_tensors
-    dq, dk = _rope(dq, dk, cos, sin, -ctx.sign)
+
+    # What nothing used has no gradient: of it there are no heads to turn.
+    no_dq = dq is None
+    no_dk = dk is None
+    if no_dq:
+        dq = dk[:, :0]
+    if no_dk:
+        dk = dq[:, :0]
+
+    dq, dk = compute(dq, dk, cos, sin, -ctx.sign)
+    if no_dq:
+        dq = None
+    if no_dk:
+        dk = None
     return dq, dk, None, None, None
 
 
-_rope.register_autograd(_gradients, setup_context=_save)
+_rope.register_gradient(_save, _gradients, _rope)
 
 
 def triton_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -299,7 +299,8 @@ def test_adapters_in_float32_beside_bf16():
     } and x.grad.dtype == torch.bfloat16
     dys, h = [y[0].detach() for y in ys], x.new_zeros(5, 32)
     arguments = (dys, x[0], weights, [0, 0], As, Bs, h, scales, 0.0, None, [True, True, False])
-    torch.library.opcheck(lora._lora_backward._opoverload, arguments, test_utils="test_faketensor")
+    registered = lora._lora_backward.registered._opoverload
+    torch.library.opcheck(registered, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("fused", [False, True])
