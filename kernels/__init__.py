@@ -156,8 +156,9 @@ class Operation:
     """A Python function of tensors that torch.compile keeps whole, with a gradient if it has one.
 
     What torch.library makes of a function costs the CPU 50 to 100 microseconds for each call, which
-    is longer than a small model's kernels take. So only graphs of torch.compile call that. Else the
-    function itself is called, where a gradient may be wanted by an autograd.Function.
+    is longer than a small model's kernels take. So only graphs of torch.compile, and what is done
+    `pretending`, call that. Else the function itself is called, where a gradient may be wanted by
+    an autograd.Function.
     """
 
     def __init__(self, name: str, run: Callable):
@@ -204,7 +205,7 @@ class Operation:
         self.registered.register_autograd(traced, setup_context=setup)
 
     def __call__(self, *inputs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _pretending:
             return self.registered(*inputs)
         if torch.is_grad_enabled():
             return self.recorded(*inputs)

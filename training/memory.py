@@ -238,10 +238,12 @@ class Ledger(TorchDispatchMode):
 
         # The loss has a chunk of logits for itself, and its head in the type of the products.
         if name == "barellava::linear_cross_entropy":
-            weight = arguments[1]
-            size = arguments[4].itemsize
+            names = [argument.name for argument in operation._schema.arguments]
+            given = dict(zip(names, arguments, strict=True))
+            weight = given["weight"]
+            size = given["dtype"].itemsize
             inside = min(CHUNK, self.supervised * len(weight) * size)
-            if arguments[4] != weight.dtype:
+            if given["dtype"] != weight.dtype:
                 inside += weight.numel() * size
             self.peak = max(self.peak, self.live + inside)
         return result
