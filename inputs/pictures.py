@@ -126,7 +126,9 @@ def _check_header(image: Image.Image, file: BinaryIO):
     if image.format in ("JPEG", "MPO"):
         place = file.tell()
         file.seek(0)
-        scans = file.read().count(b"\xff\xda")  # the marker that begins a scan
+        scans = 0
+        while piece := file.read(2**20):
+            scans += piece.count(b"\xff\xda")  # the marker that begins a scan
         file.seek(place)
         if scans * width * height > MOST_SCANNED:
             raise _Refused(f"{width} x {height} pixels in {scans} scans, which no real file has")

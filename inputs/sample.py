@@ -72,11 +72,15 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
 
     # The items, which say how many positions each of them takes.
     items = []
+    views = 0
     for one in media:
         if pixels:
-            items.append(load_medium(one, where, spec.views))
+            item = load_medium(one, where, spec.views)
         else:
-            items.append(measure_media(one, where, spec.views))
+            item = measure_media(one, where, spec.views)
+        items.append(item)
+        views += item.shape.views
+        check_views(views, where, spec.views)
     counts = [spec.views.positions(item.shape) for item in items]
 
     # The labels first: their places are those of the ids that are not expanded yet.
@@ -105,7 +109,13 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: dict | None = None) ->
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
-    return [load_medium(media, where, spec.views) for media in rows.media(i, row)]
+    items = []
+    views = 0
+    for media in rows.media(i, row):
+        items.append(load_medium(media, where, spec.views))
+        views += items[-1].shape.views
+        check_views(views, where, spec.views)
+    return items
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -141,7 +151,7 @@ def load_item(source: str | Path | bytes, kind: str, tiling: Tiling, **part) -> 
     (what is wrong with it), or UserError if what reads videos is not installed.
     """
     if kind == "image":
-        image = load_image(source)
+        image = load_image(source, tiling.check_size)
         return tiling.picture(image)
 
     frames = video.stream(source, tiling.frames, tiling.fps, **part)
@@ -181,6 +191,14 @@ def measure_media(media: Media, where: str, tiling: Tiling) -> Item:
     except ValueError as e:
         raise media_error(media, where, e) from None
     return Item(torch.empty(0), shape)
+
+
+def check_views(views: int, where: str, tiling: Tiling):
+    """Raise UserError at `where` if a row's pictures and videos have too many views together."""
+    try:
+        tiling.check_views(views)
+    except ValueError as e:
+        raise UserError(where, str(e), "split the row") from None
 
 
 def media_error(media: Media, where: str, error: ValueError) -> UserError:
