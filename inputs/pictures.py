@@ -48,8 +48,12 @@ def load_image(
     """
     with _opened(source) as image:
         if check:
+            # Asked for its EXIF, a PNG that does not begin with it would be decoded.
+            size = image.size
+            if image.format != "PNG" or "exif" in image.info:
+                size = _upright_size(image)
             try:
-                check(_upright_size(image))
+                check(size)
             except ValueError as e:
                 raise _Refused(str(e)) from None
         image.load()

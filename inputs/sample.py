@@ -18,15 +18,17 @@ S x S pixels.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import UserError, printable
 from inputs import templates, video
-from inputs.media import Media
+from inputs.conversation import EXAMPLE
+from inputs.media import Media, missing_fix
 from inputs.pictures import image_size, load_image
 from inputs.rows import Rows
 from inputs.tiling import TILED, Tiling
@@ -123,8 +125,14 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: dict | None = None) ->
 
 def encode_text(row: dict, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor]:
     """Return the ids and labels of a row's conversation, one IMAGE_TOKEN for each <image>."""
+    # What other projects have in its place is named.
+    conversation = row.get("conversations")
+    if row and conversation is None:
+        keys = printable(", ".join(sorted(row)), 100)
+        what = f"conversations: missing, the row has {keys}"
+        raise UserError(where, what, f"write a row as {EXAMPLE}")
+
     try:
-        conversation = row.get("conversations")
         ids, labels = templates.encode(conversation, spec.tokenizer, spec.template)
     except ValueError as e:
         raise user_error(where, e) from None
@@ -208,6 +216,8 @@ def media_error(media: Media, where: str, error: ValueError) -> UserError:
         return error
 
     fix = f"fetch the {media.kind} again, or remove the row"
+    if isinstance(media.source, Path) and not os.path.exists(media.source):
+        fix = missing_fix(media)
     return UserError(where, f"{media}: {error}", fix)
 
 
