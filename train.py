@@ -357,7 +357,14 @@ def validate_and_log(run: StageRun, step: int) -> float:
     """Return the loss on the held-out rows after this step, and report it and a few answers."""
     ranks = run.ranks
     batches = validation_batches(
-        run.held_out, run.spec, run.stage, run.options, ranks.rank, ranks.size, print
+        run.held_out,
+        run.spec,
+        run.stage,
+        run.options,
+        ranks.rank,
+        ranks.size,
+        print,
+        pin_memory=ranks.device.type == "cuda",
     )
     with run.autocast:
         loss = validate(run.parallel, batches)

@@ -100,8 +100,9 @@ class ImageProcessor:
         """Return the picture in the middle of a square of the mean colour (LLaVA-1.5), resized.
 
         The large square is never there as a whole: that of a picture of 110,000 x 222 pixels would
-        take 36 GB. The rows above and below the picture are not made at all. Pillow resizes the rows first and the columns of the result after them. So the
-        rows are padded and resized a strip at a time here, which gives the same pixels.
+        take 36 GB. Pillow resizes the rows first and the columns of the result after them. So the
+        rows are padded and resized a strip at a time here, which gives the same pixels. The rows
+        above and below the picture are not made at all.
         """
         side = max(image.size)
         left = (side - image.width) // 2

@@ -193,6 +193,6 @@ def read_cached(places: list[Path], stamp: list[int]) -> np.ndarray | None:
                 continue
             if stamped[1, 0] == check_sum(stamped[2:]):
                 return stamped[2:]
-        except (OSError, ValueError, EOFError, OverflowError, SyntaxError, TypeError):
-            continue  # there is no file, or it is no array
+        except Exception:
+            continue  # there is no file, or it is no array: numpy raises nearly anything then
     return None

@@ -12,6 +12,7 @@ body. Its pictures, made by `image_tag`, are inside it, so it is one file and ne
 import base64
 import html
 import io
+import unicodedata
 
 from PIL import Image
 
@@ -27,8 +28,8 @@ def split_supervised(
 ) -> list[tuple[str, bool]]:
     """Return the text as runs of characters of one kind: [(characters, whether supervised)].
 
-    Labels and offsets are those of its tokens, from `templates.tokenize`. A terminal would obey an
-    escape character in the data, so a run has the four characters \\033 in its place.
+    Labels and offsets are those of its tokens, from `templates.tokenize`. A terminal would obey
+    control characters in the data, so a run has their escapes in place of them, as \\033.
     """
     supervised = [False] * len(text)
     for label, (start, end) in zip(labels, offsets, strict=True):
@@ -40,10 +41,24 @@ def split_supervised(
     begin = 0
     for at in range(1, len(text) + 1):
         if at == len(text) or supervised[at] != supervised[begin]:
-            characters = text[begin:at].replace("\033", "\\033")
+            characters = escape_controls(text[begin:at])
             runs.append((characters, supervised[begin]))
             begin = at
     return runs
+
+
+def escape_controls(text: str) -> str:
+    """Return a text without characters that steer a terminal or turn the direction of writing."""
+    safe = []
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind == "Cc" and character not in "\n\t":
+            safe.append(f"\\{ord(character):03o}")  # octal, as in C
+        elif kind in ("Cf", "Cs"):
+            safe.append(f"\\u{ord(character):04x}")
+        else:
+            safe.append(character)
+    return "".join(safe)
 
 
 def show_supervised(

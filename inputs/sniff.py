@@ -45,7 +45,7 @@ def looks_like(head: bytes) -> str:
 
 
 def is_utf16(head: bytes) -> bool:
-    """Say whether bytes begin with a byte order mark of UTF-16, or with two of its ASCII letters."""
+    """Say whether a file begins with a byte order mark of UTF-16, or two of its ASCII letters."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return True
     first, second, third, fourth = head[:4].ljust(4, b"x")

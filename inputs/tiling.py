@@ -130,7 +130,7 @@ class Tiling:
             raise ValueError(f"{what}, more than {MOST_PIXELS}")
 
     def check_views(self, views: int):
-        """Raise ValueError if so many views, of all of a row's pictures and videos, are too many."""
+        """Raise ValueError if a row's pictures and videos have too many views in all."""
         if not isinstance(self.processor, ImageProcessor):
             return
         made = views * self.processor.side**2
