@@ -86,8 +86,9 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     except Exception:
         orientation = None  # damaged, as above
 
+    # Of a TIFF, Pillow says the size as it is turned.
     width, height = image.size
-    if orientation in QUARTER_TURNS:
+    if orientation in QUARTER_TURNS and image.format != "TIFF":
         return height, width
     return width, height
 
