@@ -36,7 +36,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -48,9 +48,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # comes with tokenizers
 
 import config
-from checkpoints.files import resolve, write_file
+from checkpoints.files import resolve, write_file, writing
 from checkpoints.layouts import config_from_recipe
-from config import UserError, within
+from config import UserError, printable, within
 from inputs import templates
 from inputs.image_processor import ImageProcessor
 from inputs.index import cached_array
@@ -60,7 +60,7 @@ from inputs.sample import Sample, SampleSpec, make_sample, user_error
 from inputs.shards import shard
 from inputs.summary import Summary
 from inputs.templates import byte_tokenizer
-from inputs.tiling import TILED, Tiling
+from inputs.tiling import Tiling
 from inputs.tokenizer import load_tokenizer
 from model import tiling_of
 from packing import IGNORE, Batch, bin_pack, pack_samples, split_by_tokens
@@ -231,9 +231,9 @@ class Step:
     # Why training must stop, or "". An exception in a worker would arrive as a page of traceback.
     error: str = ""
 
-    @property
+    @cached_property
     def batches(self) -> list[Batch]:
-        """The micro-batches themselves, as slices of `packed`."""
+        """The micro-batches themselves, as slices of `packed`; cut once, not at every use."""
         return [self.packed.part(batch.samples, batch.items) for batch in self.micro_batches]
 
     def pin_memory(self) -> Step:
@@ -439,10 +439,11 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
     log=print,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield this rank's share of held-out rows, each once. `log` gets a line per skipped row."""
     steps = Steps(rows, spec, stage, train, rank, world, validation=True)
-    for step, _ in loader(steps, workers=min(train.workers, len(steps))):
+    for step, _ in loader(steps, workers=min(train.workers, len(steps)), pin_memory=pin_memory):
         for message in step.skipped:
             log(message)
         yield from step.batches
@@ -509,7 +510,7 @@ def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
 
 def count_chunks(chunks: Counts, file: str | Path, workers: int) -> np.ndarray:
     """Return the counts of all chunks of a file, joined, and show the progress."""
-    print(f"{file}: counting the tokens of its rows, once", flush=True)
+    print(f"{printable(file, 1000)}: counting the tokens of its rows, once", flush=True)
     loaded = DataLoader(
         chunks,
         batch_size=None,
@@ -533,10 +534,7 @@ class Listing:
     order: Order | None = None  # in which `inspect` shows them; None = that of the file
 
 
-# The smallest picture there is. It is enough for a check whether pictures can be decoded.
-PIXEL = ImageProcessor(1, resample=Image.Resampling.NEAREST)
-
-# How `inspect` shows pictures without a recipe: as the square that CLIP-L/14-336 gets.
+# How pictures are seen without a recipe: as the square that CLIP-L/14-336 gets.
 WITHOUT_RECIPE = ImageProcessor(336)
 
 
@@ -545,12 +543,6 @@ def check(rows: Rows, spec: SampleSpec) -> int:
 
     Print a line for each that is bad or cut, then a summary.
     """
-    # The pixels do not matter, so each picture shrinks to one. Tiles must stay, because the size of
-    # a picture decides how many there are, and with them the number of tokens.
-    if spec.views.mode not in TILED:
-        views = replace(spec.views, mode="square", processor=PIXEL)
-        spec = replace(spec, views=views)
-
     # A micro-batch for each sample, so that each can be counted.
     stage = config.Stage(global_batch=16, micro_batch_tokens=0)
     steps = Steps(rows, spec, stage, config.Train(on_bad_row="skip"), validation=True)
@@ -564,7 +556,8 @@ def check(rows: Rows, spec: SampleSpec) -> int:
 
             for row, cut in step.cut:
                 note = f"note: over-long, loses {cut} tokens of its tail"
-                tqdm.write(f"{rows.where(row)}: {note}; fix: raise max_tokens, or leave it so")
+                where = printable(rows.where(row), 1000)
+                tqdm.write(f"{where}: {note}; fix: raise max_tokens, or leave it so")
 
             cut_of = dict(step.cut)
             for batch in step.batches:
@@ -575,7 +568,7 @@ def check(rows: Rows, spec: SampleSpec) -> int:
             summary.add_bad(len(step.skipped))
             progress.update(len(step.skipped) + len(step.micro_batches))
 
-    summary.print(rows.file, spec.views.positions())
+    summary.print(printable(rows.file, 1000), spec.views.positions())
     return summary.bad
 
 
@@ -598,7 +591,8 @@ def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = Tru
         total_supervised += supervised
 
         # The line above the text: how many tokens, and which views the encoder gets.
-        head = f"{rows.where(i, row)}: {len(sample.ids)} tokens, {supervised} supervised"
+        where = printable(rows.where(i, row), 1000)
+        head = f"{where}: {len(sample.ids)} tokens, {supervised} supervised"
         head += f", views: {describe_views(sample, pixels)}"
         if sample.cut:
             head += f", {sample.cut} tokens cut off"
@@ -658,8 +652,7 @@ def jobs_of_options(args) -> list[Listing]:
 
     # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes that
     # number of whatever an encoder gives.
-    processor = WITHOUT_RECIPE if args.command == "inspect" else PIXEL
-    views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, processor)
+    views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
     spec = make_spec(args.tokenizer, args.template, limit, views)
 
     name = args.data
@@ -691,7 +684,7 @@ def check_jobs(jobs: list[Listing], where: str):
     bad = 0
     total = 0
     for job in jobs:
-        print(f"== {job.name}")
+        print(f"== {printable(job.name, 1000)}")
         bad += check(job.rows, job.spec)
         total += len(job.rows)
     if bad:
@@ -705,13 +698,15 @@ def inspect_jobs(jobs: list[Listing], args):
     pixels = bool(args.recipe or args.page)
     body = [LEGEND]
     for job in jobs:
-        print(f"== {job.name}")
+        print(f"== {printable(job.name, 1000)}")
         html = inspect(job.rows, job.spec, rows_to_show(job, args), pixels)
         body += [f"<h1>{escape(job.name)}</h1>", html]
 
     if args.page:
-        write_file(Path(args.page), html_page("Samples", "\n".join(body), STYLE))
-        print(f"{args.page} written")
+        page = html_page("Samples", "\n".join(body), STYLE)
+        with writing(Path(args.page)):
+            write_file(Path(args.page), page)
+        print(f"{printable(args.page)} written")
 
 
 def rows_to_show(job: Listing, args) -> list[int]:
@@ -760,7 +755,7 @@ def main(argv: list[str]):
         source, out = args.recipe
         rows = open_rows(source, args.images)
         count = shard(rows, Path(out), args.size * 10**6)
-        print(f"{out}: {len(rows)} rows in {count} tar files")
+        print(f"{printable(out)}: {len(rows)} rows in {count} tar files")
         return
 
     # A look at rows, of one of the two.

@@ -379,7 +379,14 @@ def validate_and_log(run: StageRun, step: int) -> float | None:
     ranks, log = run.ranks, run.log
     failures: list[str] = []
     batches = validation_batches(
-        run.held_out, run.spec, run.stage, run.options, ranks.rank, ranks.size, print
+        run.held_out,
+        run.spec,
+        run.stage,
+        run.options,
+        ranks.rank,
+        ranks.size,
+        print,
+        pin_memory=ranks.device.type == "cuda",
     )
     loss = 0.0
     try:

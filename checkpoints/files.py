@@ -4,18 +4,22 @@
     config = read_json(folder / "config.json")
     write_file(folder / "notes.txt", "text")         # a crash leaves the old file or the new one
 
-`damaged` makes the error for a file that is not what its name says.
+`damaged` makes the error for a file that is not what its name says. What comes from outside is
+opened with `open_regular`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from config import UserError
 
@@ -84,11 +88,33 @@ def _has_weights(folder: Path, allow_pickle: bool) -> bool:
 # ----------------------------------------------------------------------------------------- reading
 
 
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file to read its bytes. Raises OSError, also for all that is no regular file.
+
+    Nobody knows what a name from outside means: opening a FIFO waits for a writer, a device may
+    never end. Neither is opened to be read here.
+    """
+    # With O_NONBLOCK, opening a FIFO does not wait. Windows has neither FIFOs nor this flag.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        fd = os.open(path, flags)
+    except ValueError:  # a zero byte or half a surrogate pair in it
+        raise OSError(errno.EINVAL, "Not a file name", str(path)) from None
+
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+        raise OSError(errno.EINVAL, "Not a regular file, but a FIFO or a device", str(path))
+    return open(fd, "rb")
+
+
 def read_json(path: Path, optional: bool = False) -> dict:
     """Return the JSON object in a file; {} if it is optional and absent. Raises UserError."""
     try:
-        check_regular(path)
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
     except FileNotFoundError:
         if optional:
             return {}
@@ -138,7 +164,7 @@ def damaged(path: Path, kind: str, error: Exception) -> UserError:
     """
     check_regular(path)
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             head = f.read(64).lstrip()
     except OSError as e:
         return UserError(path, f"cannot be read ({e.strerror})", "give a folder of readable files")

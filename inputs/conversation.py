@@ -20,6 +20,12 @@ from inputs.tokenizer import Mark
 
 IMAGE = "<image>"
 
+SPEAKERS = ("human", "gpt", "system")
+
+# What messages show of the form of a row.
+TURNS = '{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}'
+EXAMPLE = f'{{"image": "a.jpg", "conversations": [{TURNS}]}}'
+
 
 class Turn(NamedTuple):
     """One turn of a conversation."""
@@ -51,7 +57,12 @@ def check_turns(conversation: list, prompt: bool):
     for i, turn in enumerate(conversation):
         where = f"conversations[{i}]"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise UserError(where, 'not {"from": ..., "value": ...}', "write the turn so")
+            what = 'not {"from": ..., "value": ...}'
+            fix = "write the turn so"
+            if isinstance(turn, dict) and "role" in turn:
+                what = f'it has "role" and "content", {what}'
+                fix = f"write turns as {TURNS}"
+            raise UserError(where, what, fix)
 
         # A prompt may say that an answer is to come: a last turn of the model without a text.
         is_last = i == len(conversation) - 1
@@ -84,7 +95,10 @@ def arrange_turns(conversation: list, prompt: bool) -> list[Turn]:
         speaker, value = turns[i]
         if speaker != due:
             what = f"from {speaker!r}, {due!r} was due"
-            raise UserError(f"conversations[{i}]", what, "alternate the two")
+            fix = "alternate the two"
+            if speaker not in SPEAKERS:
+                fix = f"write turns as {TURNS}"
+            raise UserError(f"conversations[{i}]", what, fix)
         if speaker == "human":
             arranged.append(Turn(speaker, image_to_front(value)))
             due = "gpt"
@@ -95,9 +109,13 @@ def arrange_turns(conversation: list, prompt: bool) -> list[Turn]:
 
     # A prompt ends with a question, or with an answer that is still to come.
     waits = turns[-1].speaker == "human" or turns[-1].value is None
-    if first == len(turns) or waits != prompt:
+    where = f"conversations[{len(turns) - 1}]"
+    has_no_question = first == len(turns)
+    if has_no_question and turns[-1].speaker == "gpt" and not prompt:
+        what = "an answer without a question, no human turn is before it"
+        raise UserError(where, what, "write the question as a human turn before it")
+    if has_no_question or waits != prompt:
         last = "a human turn" if prompt else "a gpt turn"
-        where = f"conversations[{len(turns) - 1}]"
         raise UserError(where, "wrong last turn", f"end with {last}")
 
     has_answer = any(turn.speaker == "gpt" and turn.value.strip() for turn in arranged)

@@ -16,22 +16,33 @@ file[start:end]:
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from checkpoints.files import remove_temporaries, write_file
+from checkpoints.files import open_regular, remove_temporaries, write_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # A JSON file of fewer bytes is scanned in half a second, so no index is left beside it.
 SMALL = 1 << 25
 
 # Raise it when the scans find something else in the same file: kept arrays are then made again.
-VERSION = b"1"
+VERSION = b"2"
+
+# Of a large file, so many pieces are read to tell whether it is the same.
+PIECES = 64
+PIECE = 4096  # bytes
 
 
 def is_small(file: Path) -> bool:
@@ -42,19 +53,12 @@ def is_small(file: Path) -> bool:
 def cached_array(file: Path, kind: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """Return the (m, 3) int64 array that `make` derives from a file, as a memory map of FILE.kind.
 
-    It is made, and written, if it is not there or belongs to an older state of the file. Where
-    it can be written nowhere, return it as it was made. Raise OSError if there is no such file.
+    It is made, and written, if it is not there, is damaged, or belongs to another content. Where it
+    can be written nowhere, return it as it was made. Raise OSError if there is no such file.
     """
-    stamp = file_stamp(file)
     places = cache_places(file, kind)
-    with open(file, "rb") as lock:
-        # Ranks start together: one makes the array while the others wait, and then find it.
-        is_alone = True
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            is_alone = False  # no locks here: each makes it, they are equal, the last one stays
-
+    with open_regular(file) as opened, locked(opened) as is_alone:
+        stamp = file_stamp(opened)
         found = read_cached(places, stamp)
         if found is not None:
             return found
@@ -66,55 +70,96 @@ def cached_array(file: Path, kind: str, make: Callable[[], np.ndarray]) -> np.nd
                 if is_alone:
                     remove_temporaries(place)
                 write_file(place, content)
-                return read_cached(places, stamp)
             except OSError:
                 continue  # read-only or full
+            return read_cached([place], stamp)
     return made
 
 
-def file_stamp(file: Path) -> list[int]:
-    """Return three numbers that change with a file: size, time, and a hash of its head and tail."""
-    with open(file, "rb") as f:
-        stat = os.fstat(f.fileno())
-        head = f.read(4096)
-        f.seek(max(0, stat.st_size - 4096))
-        tail = f.read()
+@contextlib.contextmanager
+def locked(file: BinaryIO) -> Iterator[bool]:
+    """Hold a lock on an open file, and yield whether there is one.
+
+    Ranks start together: one makes the array while the others wait, and then find it. Where there
+    are no locks, each makes it. They are equal, and the last one stays.
+    """
+    has_lock = fcntl is not None
+    if has_lock:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            has_lock = False  # some network file systems have none
+    yield has_lock  # closing the file releases it
+
+
+def file_stamp(file: BinaryIO) -> list[int]:
+    """Return three numbers that change with a file: its size, its time and a hash of its content.
+
+    The hash is of all of a small file, and of evenly spaced pieces of a large one, so that another
+    file of the same size and time is seen.
+    """
+    stat = os.fstat(file.fileno())
+    digest = hashlib.sha256(VERSION)
+    file.seek(0)
+    if stat.st_size < SMALL:
+        digest.update(file.read())
+    else:
+        last = max(0, stat.st_size - PIECE)
+        for i in range(PIECES):
+            file.seek(last * i // (PIECES - 1))
+            digest.update(file.read(PIECE))
 
     # Seven bytes of the hash, as they fit into a signed integer of eight.
-    digest = hashlib.sha256(VERSION + head + tail).digest()
-    return [stat.st_size, stat.st_mtime_ns, int.from_bytes(digest[:7], "little")]
+    return [stat.st_size, stat.st_mtime_ns, int.from_bytes(digest.digest()[:7], "little")]
 
 
 def cache_places(file: Path, kind: str) -> list[Path]:
     """Return where an array of this file may be, the first choice first."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    places = [Path(f"{file}.{kind}")]
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return places  # this user has no home
 
     # Files of the same name in other folders must not meet in the cache.
-    path_hash = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
-    return [
-        Path(f"{file}.{kind}"),
-        cache / "barellava" / f"{file.name}-{path_hash}.{kind}",
-    ]
+    path_hash = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:16]
+    places.append(cache / "barellava" / f"{file.name}-{path_hash}.{kind}")
+    return places
 
 
 def to_npy(array: np.ndarray, stamp: list[int]) -> bytes:
-    """Return the content of a .npy file: the stamp as first row, then the array.
+    """Return the content of a .npy file: the stamp, a check sum, then the array.
 
     It is stored column by column, so that reading one column leaves the others on the disk.
     """
-    stamped = np.concatenate([np.array([stamp]), array])
+    array = np.asfortranarray(array, np.int64)
+    check = [check_sum(array), 0, 0]
+    stamped = np.concatenate([np.array([stamp, check]), array])
     buffer = io.BytesIO()
     np.save(buffer, np.asfortranarray(stamped))
     return buffer.getvalue()
 
 
+def check_sum(array: np.ndarray) -> int:
+    """Return the CRC-32 of an array, column by column. It reads a gigabyte in a second."""
+    check = 0
+    for column in range(array.shape[1]):
+        check = zlib.crc32(np.ascontiguousarray(array[:, column]), check)
+    return check
+
+
 def read_cached(places: list[Path], stamp: list[int]) -> np.ndarray | None:
-    """Return a memory map of the first array with this stamp, without the stamp; None if none."""
+    """Return a memory map of the first whole array with this stamp, without it; None if none."""
     for place in places:
         try:
-            stamped = np.load(place, mmap_mode="r")
-            if stamped[0].tolist() == stamp:
-                return stamped[1:]
-        except (OSError, ValueError, EOFError, IndexError):
-            continue  # there is no file, or it is no array
+            open_regular(place).close()  # numpy would wait for a FIFO
+            stamped = np.lib.format.open_memmap(place, mode="r")
+            if stamped.dtype != np.int64 or stamped.ndim != 2 or stamped.shape[1] != 3:
+                continue
+            if len(stamped) < 2 or stamped[0].tolist() != stamp:
+                continue
+            if stamped[1, 0] == check_sum(stamped[2:]):
+                return stamped[2:]
+        except Exception:
+            continue  # there is no file, or it is no array: numpy raises nearly anything then
     return None

@@ -13,17 +13,17 @@ Read `IndexedRows` first. The functions above it find files and parse rows.
 from __future__ import annotations
 
 import glob
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from checkpoints.files import open_regular, parse_json
 from config import UserError, printable
 from inputs import index
 from inputs.media import Media
-from inputs.sniff import HEAD, looks_like
+from inputs.sniff import HEAD, looks_like, reason
 
 
 def files(data: str | Path) -> list[Path]:
@@ -39,19 +39,40 @@ def files(data: str | Path) -> list[Path]:
 def parse_row(raw: bytes, where: str, byte: int = 0) -> Any:
     """Return the value of a JSON text, which starts at this byte of its file. Raise UserError."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        raise UserError(where, f"not UTF-8 at byte {byte + e.start}", "save it as UTF-8") from None
-    except json.JSONDecodeError as e:
-        what = looks_like(raw[:HEAD])
-        if not what:
-            what = f"not JSON at line {e.lineno} column {e.colno}, from byte {byte}: {e.msg}"
-        raise UserError(where, what, json_fix(e)) from None
+        return parse_json(raw)
+    except ValueError as e:
+        raise json_error(e, raw, where, byte) from None
 
 
-def json_fix(error: json.JSONDecodeError) -> str:
-    """Return what to do about a text that is no JSON."""
-    if error.msg == "Extra data":
+def json_error(error: ValueError, raw: bytes, where: str, byte: int) -> UserError:
+    """Return the error for a text that is no JSON, or more than is read."""
+    other = looks_like(raw[:HEAD])
+    if other:
+        what = other
+        fix = "save it as UTF-8" if "UTF-16" in other else "mend it there"
+    elif isinstance(error, UnicodeDecodeError):
+        what = f"not UTF-8 at byte {byte + error.start}"
+        fix = "save it as UTF-8"
+    elif hasattr(error, "lineno"):
+        place = f"line {error.lineno} column {error.colno}, from byte {byte}"
+        what = f"not JSON at {place}: {error.msg}"
+        fix = json_fix(error.msg)
+    else:
+        what = f"from byte {byte}: {too_much(error)}"
+        fix = "mend it there"
+    return UserError(where, what, fix)
+
+
+def too_much(error: ValueError) -> str:
+    """Return what is wrong with a text that is JSON, and more than a reader can take."""
+    if "int_max_str_digits" in str(error):
+        return "a number of thousands of digits"
+    return str(error)
+
+
+def json_fix(message: str) -> str:
+    """Return what to do about a text that is no JSON, as the parser's message says."""
+    if message == "Extra data":
         return "one row per line belongs into a .jsonl file"
     return "mend it there"
 
@@ -89,7 +110,7 @@ class IndexedRows:
             self.content = self._read_small()
         except OSError as e:
             fix = "name a .json or .jsonl file of rows, or shards"
-            raise UserError(e.filename, e.strerror.lower(), fix) from None
+            raise UserError(e.filename or data, reason(e), fix) from None
 
         # For each file: where the entries of row j begin in its index. They end where those of row
         # j + 1 begin.
@@ -167,7 +188,8 @@ class IndexedRows:
     def _read_small(self) -> bytes:
         """Return all of a single small file, so that no row needs the disk; b"" for others."""
         if len(self.files) == 1 and self._is_scanned_anew(self.files[0]):
-            return self.files[0].read_bytes()
+            with open_regular(self.files[0]) as file:
+                return file.read()
         return b""
 
     def _find(self, i: int) -> Location:
@@ -194,12 +216,23 @@ class IndexedRows:
             return self.content[start:end]
 
         # Opened each time: forked workers would share the position of a file that stays open.
-        with open(location.file, "rb", buffering=0) as file:
-            # The offsets hold for the file as it was when it was opened.
-            if file_state(os.fstat(file.fileno())) != self.states[location.file]:
-                raise UserError(location.file, "has changed since it was opened", "start again")
-            file.seek(start)
-            return file.read(end - start)
+        try:
+            with open_regular(location.file) as file:
+                # The offsets hold for the file as it was when it was opened.
+                state = file_state(os.fstat(file.fileno()))
+                if state != self.states[location.file]:
+                    raise UserError(location.file, "has changed since it was opened", "start again")
+
+                # An index from elsewhere may say anything.
+                size, _ = state
+                if not 0 <= start <= end <= size:
+                    index_file = f"{location.file}.index"
+                    raise UserError(index_file, "not the index of this file", "remove it")
+                file.seek(start)
+                return file.read(end - start)
+        except OSError as e:
+            what = f"cannot be read: {reason(e)}"
+            raise UserError(location.file, what, "make it readable, and start again") from None
 
 
 def file_state(stat: os.stat_result) -> tuple[int, int]:

@@ -18,8 +18,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from checkpoints.files import open_regular
 from config import UserError
-from inputs.indexed_rows import json_fix, parse_row
+from inputs.indexed_rows import json_fix, parse_row, too_much
+from inputs.sniff import HEAD, looks_like
 
 CHUNK = 1 << 24  # bytes of the file that are read at a time
 TOKEN = 16  # characters; no number or word of JSON that may be cut off is as long
@@ -34,14 +36,32 @@ def scan_list(file: Path) -> np.ndarray:
     """Return (start, end, number) of each row of a JSON list, in bytes. Raise UserError."""
     # One flat array of integers: a tuple for each row would take several times the memory.
     entries = array("q")
-    with open(file, "rb") as raw:
+    with open_regular(file) as raw:
+        check_is_text(raw, file)
         text = TextWindow(raw, file)
         try:
             open_list(text, file)
             scan_rows(text, entries)
         except json.JSONDecodeError as e:
             raise scan_error(e, text, raw, file, row=len(entries) // 3) from None
+        except (ValueError, RecursionError) as e:
+            if isinstance(e, UserError):
+                raise
+            what = "nested too deeply" if isinstance(e, RecursionError) else too_much(e)
+            where = f"row {len(entries) // 3}, byte {text.byte}"
+            raise UserError(file, f"{what} ({where})", "mend or remove the row") from None
     return np.array(entries).reshape(-1, 3)
+
+
+def check_is_text(raw: BinaryIO, file: Path):
+    """Raise UserError for a file of rows that is something else, from its first bytes."""
+    head = raw.read(HEAD)
+    raw.seek(0)
+    if head:
+        other = looks_like(head)
+        if other:
+            fix = "save it as UTF-8" if "UTF-16" in other else "fetch or write it again"
+            raise UserError(file, other, fix)
 
 
 def open_list(text: TextWindow, file: Path):
@@ -50,8 +70,13 @@ def open_list(text: TextWindow, file: Path):
     if not first:
         raise UserError(file, "empty file", "write the rows again")
     if first != "[":
-        kind = type(parse_row(file.read_bytes(), str(file))).__name__
-        raise UserError(file, f"a JSON {kind}, not a list of rows", FIX)
+        # Whatever it is, only its beginning is looked at.
+        begin = text.text[text.position : text.position + 40]
+        if first == "{" and file.stat().st_size < CHUNK:
+            with open_regular(file) as whole:
+                parse_row(whole.read(), str(file))
+            raise UserError(file, "a JSON dict, not a list of rows", FIX)
+        raise UserError(file, f"not a JSON list of rows, it begins with {begin!r}", FIX)
 
     text.go_to(text.position + 1)
     if text.peek() == "]":
@@ -91,7 +116,7 @@ def scan_error(
     line_start = before.rfind(b"\n") + 1
     line = before[line_start:].decode("utf-8-sig")
     where = f"line {lines + 1} column {len(line) + 1} (row {row}, byte {byte})"
-    return UserError(file, f"not JSON at {where}: {error.msg}", json_fix(error))
+    return UserError(file, f"not JSON at {where}: {error.msg}", json_fix(error.msg))
 
 
 class TextWindow:

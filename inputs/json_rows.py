@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoints.files import open_regular
 from config import UserError
 from inputs.indexed_rows import IndexedRows
-from inputs.json_list import scan_list
+from inputs.json_list import check_is_text, scan_list
 from inputs.media import Media, media_names
 
 
@@ -57,7 +58,8 @@ class JsonLines(JsonRows):
         # One flat array of integers: a tuple for each row would take several times the memory.
         entries = array("q")
         end = 0
-        with open(file, "rb") as lines:
+        with open_regular(file) as lines:
+            check_is_text(lines, file)
             for number, line in enumerate(lines, 1):
                 start = end
                 end += len(line)

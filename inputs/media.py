@@ -7,10 +7,19 @@ A row names them under "image" or "video", one name or a list of names:
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
+
+# Keys under which other projects name a picture or video. A row that has one, in large or small
+# letters, has something to show that nobody would read.
+UNREAD = (
+    "image images img imgs picture pictures image_path image_paths image_file image_url image_urls"
+    " video videos video_path video_paths video_file video_url"
+).split()
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,16 @@ class Media:
 def media_names(row: dict, where: str) -> tuple[str, list[str]]:
     """Return the kind of a row's media, "image" or "video", and their names in the row.
 
-    A row without any is ("image", []). Raise UserError at `where` if it has both kinds, or
-    something that is no name.
+    A row without any is ("image", []). Raise UserError at `where` if it has both kinds, something
+    that is no name, or pictures under a key that is not read.
     """
+    for key, value in row.items():
+        is_read = key in ("image", "video")
+        if value and not is_read and key.lower() in UNREAD:
+            what = f'it has something under "{key}", which is not read'
+            fix = 'write it as "image" or "video": a file name, or a list of file names'
+            raise UserError(where, what, fix)
+
     # A row that has none may say so with null, "" or [], or leave the key out.
     kind = "image"
     if row.get("video"):
@@ -48,3 +64,21 @@ def media_names(row: dict, where: str) -> tuple[str, list[str]]:
     if not all(isinstance(name, str) for name in names):
         raise UserError(where, f'"{kind}" is {given!r}', "write a file name or a list of them")
     return kind, names
+
+
+def missing_fix(media: Media) -> str:
+    """Return what to do about a picture or video that is not there, going by how it is written."""
+    name = media.name
+    if name.startswith("data:"):
+        return "write the file itself to the folder, and its name into the row"
+    if "://" in name:
+        return "download it, and write the file's name into the row"
+    if "\\" in name:
+        return "write / between folders and file, not \\"
+
+    # macOS writes letters with accents as two characters, others as one. They look the same.
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, str(media.source))
+        if other != str(media.source) and os.path.exists(other):
+            return f"write the name in Unicode's form {form}, as the file's own"
+    return f"fetch the {media.kind} again, or remove the row"

@@ -12,7 +12,7 @@ body. Its pictures, made by `image_tag`, are inside it, so it is one file and ne
 import base64
 import html
 import io
-import re
+import unicodedata
 
 from PIL import Image
 
@@ -23,23 +23,13 @@ GREEN = "\033[32m"
 PLAIN = "\033[0m"
 
 
-# Control characters but line break and tab, the second half of Latin-1's included, and halves of
-# surrogate pairs.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def escape_control(found: re.Match) -> str:
-    r"""Return what is shown in the place of a control character: four or more, as \033."""
-    return f"\\{ord(found[0]):03o}"
-
-
 def split_supervised(
     text: str, labels: list[int], offsets: list[tuple[int, int]]
 ) -> list[tuple[str, bool]]:
     """Return the text as runs of characters of one kind: [(characters, whether supervised)].
 
-    Labels and offsets are those of its tokens, from `templates.tokenize`. A terminal would obey a
-    control character in the data, so a run has an escape like \\033 in its place.
+    Labels and offsets are those of its tokens, from `templates.tokenize`. A terminal would obey
+    control characters in the data, so a run has their escapes in place of them, as \\033.
     """
     supervised = [False] * len(text)
     for label, (start, end) in zip(labels, offsets, strict=True):
@@ -51,10 +41,24 @@ def split_supervised(
     begin = 0
     for at in range(1, len(text) + 1):
         if at == len(text) or supervised[at] != supervised[begin]:
-            characters = CONTROL.sub(escape_control, text[begin:at])
+            characters = escape_controls(text[begin:at])
             runs.append((characters, supervised[begin]))
             begin = at
     return runs
+
+
+def escape_controls(text: str) -> str:
+    """Return a text without characters that steer a terminal or turn the direction of writing."""
+    safe = []
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind == "Cc" and character not in "\n\t":
+            safe.append(f"\\{ord(character):03o}")  # octal, as in C
+        elif kind in ("Cf", "Cs"):
+            safe.append(f"\\u{ord(character):04x}")
+        else:
+            safe.append(character)
+    return "".join(safe)
 
 
 def show_supervised(

@@ -18,15 +18,17 @@ S x S pixels.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import UserError, printable
 from inputs import templates, video
-from inputs.media import Media
+from inputs.conversation import EXAMPLE
+from inputs.media import Media, missing_fix
 from inputs.pictures import image_size, load_image
 from inputs.rows import Rows
 from inputs.tiling import TILED, Tiling
@@ -72,11 +74,15 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
 
     # The items, which say how many positions each of them takes.
     items = []
+    views = 0
     for one in media:
         if pixels:
-            items.append(load_medium(one, where, spec.views))
+            item = load_medium(one, where, spec.views)
         else:
-            items.append(measure_media(one, where, spec.views))
+            item = measure_media(one, where, spec.views)
+        items.append(item)
+        views += item.shape.views
+        check_views(views, where, spec.views)
     counts = [spec.views.positions(item.shape) for item in items]
 
     # The labels first: their places are those of the ids that are not expanded yet.
@@ -105,7 +111,13 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: dict | None = None) ->
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
-    return [load_medium(media, where, spec.views) for media in rows.media(i, row)]
+    items = []
+    views = 0
+    for media in rows.media(i, row):
+        items.append(load_medium(media, where, spec.views))
+        views += items[-1].shape.views
+        check_views(views, where, spec.views)
+    return items
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -113,8 +125,14 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: dict | None = None) ->
 
 def encode_text(row: dict, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor]:
     """Return the ids and labels of a row's conversation, one IMAGE_TOKEN for each <image>."""
+    # What other projects have in its place is named.
+    conversation = row.get("conversations")
+    if row and conversation is None:
+        keys = printable(", ".join(sorted(row)), 100)
+        what = f"conversations: missing, the row has {keys}"
+        raise UserError(where, what, f"write a row as {EXAMPLE}")
+
     try:
-        conversation = row.get("conversations")
         ids, labels = templates.encode(conversation, spec.tokenizer, spec.template)
     except ValueError as e:
         raise user_error(where, e) from None
@@ -141,7 +159,7 @@ def load_item(source: str | Path | bytes, kind: str, tiling: Tiling, **part) -> 
     (what is wrong with it), or UserError if what reads videos is not installed.
     """
     if kind == "image":
-        image = load_image(source)
+        image = load_image(source, tiling.check_size)
         return tiling.picture(image)
 
     frames = video.stream(source, tiling.frames, tiling.fps, **part)
@@ -183,6 +201,14 @@ def measure_media(media: Media, where: str, tiling: Tiling) -> Item:
     return Item(torch.empty(0), shape)
 
 
+def check_views(views: int, where: str, tiling: Tiling):
+    """Raise UserError at `where` if a row's pictures and videos have too many views together."""
+    try:
+        tiling.check_views(views)
+    except ValueError as e:
+        raise UserError(where, str(e), "split the row") from None
+
+
 def media_error(media: Media, where: str, error: ValueError) -> UserError:
     """Return what to raise for a picture or video that cannot be read."""
     # A package that is missing is no fault of this row. (A UserError is a ValueError, too.)
@@ -190,6 +216,8 @@ def media_error(media: Media, where: str, error: ValueError) -> UserError:
         return error
 
     fix = f"fetch the {media.kind} again, or remove the row"
+    if isinstance(media.source, Path) and not os.path.exists(media.source):
+        fix = missing_fix(media)
     return UserError(where, f"{media}: {error}", fix)
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, isqrt
 
 import torch
@@ -39,6 +39,10 @@ from inputs.image_processor import ImageProcessor
 from packing import ONE_VIEW, Item, ItemShape
 
 TILED = ("tiles", "anyres")
+
+# So many pixels may be made of one picture or video, and of all of a row together. They take 1.6 GB
+# and ten seconds. A file of a few kB could else take all the memory there is.
+MOST_PIXELS = 2**29
 
 
 def read_grids(text: str) -> tuple[tuple[int, int], ...]:
@@ -106,8 +110,36 @@ class Tiling:
         top, left = self._border(size, rows, columns)
         return ItemShape(views, rows, columns, top, left)
 
+    def check_size(self, size: tuple[int, int]):
+        """Raise ValueError if too much would be made of a picture of this width and height.
+
+        It is asked before anything is decoded: what comes in may be small.
+        """
+        # Without a published processor, nothing is known and nothing large is made.
+        if not isinstance(self.processor, ImageProcessor):
+            return
+        if self.mode in TILED:
+            # The resized picture, its tiles, and these once more in one tensor.
+            rows, columns = self.best_grid(size)
+            made = 3 * (1 + rows * columns) * self.processor.side**2
+        else:
+            made = self.processor.pixels_made(size, self.mode)
+        if made > MOST_PIXELS:
+            width, height = size
+            what = f"{width} x {height} pixels, of which {self.mode!r} makes {made}"
+            raise ValueError(f"{what}, more than {MOST_PIXELS}")
+
+    def check_views(self, views: int):
+        """Raise ValueError if a row's pictures and videos have too many views in all."""
+        if not isinstance(self.processor, ImageProcessor):
+            return
+        made = views * self.processor.side**2
+        if made > MOST_PIXELS:
+            raise ValueError(f"{views} views of {made} pixels, more than {MOST_PIXELS}")
+
     def picture(self, image: Image.Image) -> Item:
-        """Return the item of a picture in RGB, in uint8."""
+        """Return the item of a picture in RGB, in uint8. Raise ValueError if it is too large."""
+        self.check_size(image.size)
         if self.mode not in TILED:
             pixels = self.processor.pixels(image, self.mode)
             return Item(pixels[None])
@@ -133,12 +165,19 @@ class Tiling:
         return Item(pixels, self.shape(image.size))
 
     def clip(self, frames: Iterable[Image.Image]) -> Item:
-        """Return the item of a video's frames, in uint8. A tiled model sees each frame whole."""
-        mode = self.mode
-        if mode in TILED:
-            mode = "square"
-        pixels = torch.stack([self.processor.pixels(frame, mode) for frame in frames])
-        return Item(pixels, ItemShape(len(pixels)))
+        """Return the item of a video's frames, in uint8. A tiled model sees each frame whole.
+
+        Raise ValueError if they are too many or too large.
+        """
+        whole = self
+        if self.mode in TILED:
+            whole = replace(self, mode="square")
+
+        views = []
+        for frame in frames:
+            views.append(whole.picture(frame).pixels)
+            self.check_views(len(views))
+        return Item(torch.cat(views), ItemShape(len(views)))
 
     def best_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the grid, as (rows, columns), for a picture of this width and height.

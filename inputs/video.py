@@ -15,19 +15,41 @@ Read `indices` and `stream` first, then `_Film`, which finds frames in a film wi
 from __future__ import annotations
 
 import re
+import struct
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from config import UserError
-from inputs.pictures import load_image
-from inputs.sniff import open_checked
+from inputs.pictures import FORMATS, load_image
+from inputs.sniff import open_checked, reason
+
+# The containers that FFmpeg may find in a file. It knows three hundred formats, and some are lists
+# of other files and of addresses in the network, which it would open whatever the name says.
+CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv", "ogg")
+
+# FFmpeg's own limits for a file from outside. Its bytes come from Python, so no protocol is needed.
+OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
+
+# 77 hours at 30 frames a second.
+MOST_FRAMES = 2**23
+
+# So many pixels may be decoded to reach the frames that are taken. They are 33,000 frames of
+# 1920 x 1080, and take some minutes. A clip without keyframes is decoded from its start.
+MOST_DECODED = 2**36
+MOST_DECODED_GIF = 2**31  # Pillow is slower, and has to decode all of them
+
+# The top-level boxes of an mp4 file that hold no tables of frames.
+BOXES_WITHOUT_TABLES = (b"mdat", b"free", b"skip", b"wide")
+LONGEST_TABLE = 2**28  # bytes
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,8 @@ def indices(
     last = clip.frames - 1
     seconds = clip.duration
     if span:
+        if seconds <= 0:
+            raise ValueError(f"its duration is {seconds:g} s, so no span of it can be taken")
         start = round(span[0] * clip.frames / seconds)
         end = round(span[1] * clip.frames / seconds)
         first = min(max(0, start), last)
@@ -106,7 +130,7 @@ def _opened(source: str | Path | bytes) -> Iterator[_Folder | _Gif | _Film]:
 
     Whatever a decoder raises becomes a ValueError of one line.
     """
-    if not isinstance(source, bytes) and Path(source).is_dir():
+    if not isinstance(source, bytes) and is_folder(source):
         yield _Folder(Path(source))
         return
 
@@ -130,6 +154,14 @@ def _opened(source: str | Path | bytes) -> Iterator[_Folder | _Gif | _Film]:
             raise ValueError(f"not a video, or a damaged one: {reason}") from None
 
 
+def is_folder(source: str | Path) -> bool:
+    """Say whether a name is that of a folder. Raise ValueError if it cannot be one of anything."""
+    try:
+        return Path(source).is_dir()
+    except OSError as e:  # too long, for one
+        raise ValueError(reason(e)) from None
+
+
 def _av():
     """Import PyAV only when a film is read: it is an optional package. Raise UserError."""
     try:
@@ -146,9 +178,13 @@ class _Folder:
     def __init__(self, folder: Path):
         known = Image.registered_extensions()
         pictures = []
-        for file in folder.iterdir():
-            if file.suffix.lower() in known and not file.name.startswith("."):
-                pictures.append(file)
+        try:
+            for file in folder.iterdir():
+                is_picture = known.get(file.suffix.lower()) in (*FORMATS, "MPO")
+                if is_picture and not file.name.startswith("."):
+                    pictures.append(file)
+        except OSError as e:
+            raise ValueError(reason(e)) from None
         if not pictures:
             raise ValueError("a folder without pictures")
         self.files = sorted(pictures, key=_numbers_in_name)
@@ -172,9 +208,19 @@ class _Gif:
     """A clip that Pillow reads."""
 
     def __init__(self, file):
-        self.image = Image.open(file)
+        # As in `pictures`, the warning of a bomb is the limit.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self.image = Image.open(file, formats=["GIF"])
+
+        # Telling how many frames there are decodes none.
+        width, height = self.image.size
+        count = self.image.n_frames
+        if count * width * height > MOST_DECODED_GIF:
+            raise ValueError(f"{count} frames of {width} x {height} pixels are too many")
+
         milliseconds = 0
-        for i in range(self.image.n_frames):
+        for i in range(count):
             self.image.seek(i)
             # Browsers show a frame of duration 0 for 100 ms.
             milliseconds += self.image.info.get("duration") or 100
@@ -205,8 +251,14 @@ class _Film:
     or its keyframes are not what they claim, all is decoded from the start.
     """
 
-    def __init__(self, file):
-        self.container = _av().open(file, metadata_errors="replace")
+    def __init__(self, file: BinaryIO):
+        _check_tables(file)
+        limits = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
+        try:
+            self.container = _av().open(file, metadata_errors="replace", options=OPTIONS | limits)
+        except _av().ArgumentError:  # FFmpeg found a format that is not in the list
+            what = f"no film, or not in a container that is read ({', '.join(CONTAINERS)})"
+            raise ValueError(what) from None
         self.stream = self.container.streams.best("video")
         if self.stream is None:
             raise ValueError("no video in it")
@@ -215,7 +267,8 @@ class _Film:
         self.context = self.stream.codec_context
         self.context.thread_type = "NONE"
         self.context.thread_count = 1
-        self.context.options = {"err_detect": "explode"}
+        self.context.options = {"err_detect": "explode", **limits}
+        self.decoded_pixels = 0  # so far
 
         self._read_times()
         self.clip = Clip(len(self.times), self._duration())
@@ -242,6 +295,8 @@ class _Film:
             if packets == 0:
                 self.start = packet.pts if packet.dts is None else packet.dts
             packets += 1
+            if packets > MOST_FRAMES:
+                raise ValueError(f"more than {MOST_FRAMES} frames")
             if packet.is_keyframe:
                 self.keys.append(packet.pts)
 
@@ -262,7 +317,7 @@ class _Film:
 
     def _duration(self) -> float:
         """Return the seconds that the container states, or else those that the times make."""
-        if self.container.duration:
+        if self.container.duration and self.container.duration > 0:
             return self.container.duration / 1e6
 
         # The times say when frames begin, so the last one's length is missing: take the mean.
@@ -319,7 +374,51 @@ class _Film:
             if leads_up_to_key and not is_first:
                 continue
             self.context.skip_frame = "DEFAULT" if packet.pts in shown else "NONREF"
-            yield from packet.decode()
+            for frame in packet.decode():
+                self.decoded_pixels += frame.width * frame.height
+                if self.decoded_pixels > MOST_DECODED:
+                    raise ValueError(f"its frames are reached by decoding {MOST_DECODED} pixels")
+                yield frame
+
+
+def _check_tables(file: BinaryIO):
+    """Raise ValueError if an mp4 file claims more frames than it has bytes.
+
+    A few bytes can claim any number, and FFmpeg makes a table of so many frames when it opens the
+    file. Films in other containers have the bytes of each frame beside its entry.
+    """
+    size = file.seek(0, 2)
+    claimed = 0
+    start = 0
+    while start + 8 <= size:
+        file.seek(start)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if length == 1:  # the length stands behind, in eight bytes
+            length = int.from_bytes(file.read(8), "big")
+        elif length == 0:  # up to the end
+            length = size - start
+        if length < 8:
+            break  # no mp4, or a damaged one: what FFmpeg reads ends here, too
+
+        # In a file that is no mp4, the first four bytes are no length and this is no name.
+        if kind.isalnum() and kind not in BOXES_WITHOUT_TABLES:
+            tables = file.read(min(length, LONGEST_TABLE))
+            claimed += _claimed_frames(tables)
+            if claimed > size or b"cmov" in tables:
+                file.seek(0)
+                raise ValueError(f"damaged: it claims {claimed} frames in {size} bytes")
+        start += length
+    file.seek(0)
+
+
+def _claimed_frames(box: bytes) -> int:
+    """Return how many frames the tables in a box of an mp4 file claim to have."""
+    claimed = 0
+    for kind, offset in ((b"stsz", 12), (b"stz2", 12), (b"trun", 8)):
+        for found in re.finditer(kind, box):
+            start = found.start() + offset
+            claimed += int.from_bytes(box[start : start + 4], "big")
+    return claimed
 
 
 def _upright(frame) -> Image.Image:

@@ -13,11 +13,13 @@ from PIL import Image
 import data
 from config import Stage, Train, UserError
 from data import Order, Steps, loader, make_spec
+from inputs import tiling
+from inputs.image_processor import ImageProcessor
 from inputs.rows import open_rows
 from inputs.sample import Sample, SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
-from packing import IGNORE, Item, pack_samples
+from packing import IGNORE, Batch, Item, pack_samples
 from tests.tools.environment import run, shared
 from tests.tools.sample_rows import (
     BAD,
@@ -254,6 +256,28 @@ def test_validation_names_bad_rows(some_bad, spec):
         list(data.validation_batches(some_bad, spec, STAGE, Train(workers=0)))
 
 
+def test_the_batches_of_a_step_are_cut_once(many, spec, monkeypatch):
+    """Every use of them would else cut all of them: quadratic in a loop over them."""
+    step = Steps(many, spec, dataclasses.replace(STAGE, micro_batch_tokens=0), Train())[0]
+    cut = []
+    part = Batch.part
+    monkeypatch.setattr(Batch, "part", lambda *args: cut.append(1) or part(*args))
+    assert len(step.batches) == 8 and step.batches[0] is step.batches[0]
+    assert len(cut) == 8
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_validation_pins_memory_if_asked(many, spec, monkeypatch, pin):
+    asked = []
+    load = data.loader
+    monkeypatch.setattr(
+        data, "loader", lambda *args, **more: asked.append(more.pop("pin_memory")) or load(*args)
+    )
+    train = Train(workers=0)
+    assert list(data.validation_batches(many, spec, STAGE, train, pin_memory=pin))
+    assert asked == [pin]
+
+
 # ---- check
 
 
@@ -434,6 +458,51 @@ def test_inspect_without_a_recipe_shows_the_text_of_rows(folder, capsys, monkeyp
         data.main(options)
         out = capsys.readouterr().out
         assert ("\033[32m A dog." in out, "[[ A dog." in out) == (colour, not colour)
+
+
+@pytest.mark.parametrize("mode", ["square", "pad", "tiles", "anyres"])
+def test_check_refuses_what_training_refuses(folder, spec, capsys, monkeypatch, mode):
+    """Six kinds of rows, and pictures that are too large for what is made of them."""
+    Image.new("RGB", (9, 40)).save(folder / "tall.png")
+    rows = [bad for bad, _ in BAD.values()]
+    rows += [row("good"), row("tall", image="tall.png"), row("text", "Hi", image=None)]
+    rows += [{"id": "m", "messages": []}, row("r", "a") | {"images": ["a.png"]}]
+    rows = write(folder, rows)
+    views = Tiling(9, processor=ImageProcessor(8), mode=mode, grids=((1, 2), (2, 1)))
+    small = dataclasses.replace(spec, views=views)
+    for most in (2**29, 8 * 8 * 2):
+        monkeypatch.setattr(tiling, "MOST_PIXELS", most)
+        refused = []
+        for i in range(len(rows)):
+            try:
+                make_sample(rows, i, small)
+            except UserError as e:
+                refused.append(str(e))
+        assert data.check(rows, small) == len(refused)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if "; fix: " in line] == refused
+        assert len(refused) > len(BAD) + 1
+
+
+def test_nothing_in_a_row_forges_a_line_or_steers_a_terminal(folder, capsys):
+    evil = "x\nerror: all is well; fix: nothing\x1b[2J\x9b31m\u202e"
+    long = evil + "long " * 200
+    rows = [row(evil, "<image>" + evil, long), row(evil, image="none.png")]
+    rows += [row("y" * 10**6, answer=long), row("z" * 10**6, image="none.png")]
+    rows = write(folder, rows)
+    lines, error = run_check(capsys, "--data", rows.file, "--max-tokens", 900)
+    assert "2 of 4 rows are bad" in error and sum("note: " in line for line in lines) == 2
+    assert not any(line.startswith("error:") for line in lines)
+    data.main(["inspect", "--data", str(rows.file)])
+    lines += capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() and len(line) < 10_000 for line in lines)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(folder):
+    rows = write(folder, [row("x")])
+    command = ["inspect", "--data", str(rows.file), "--page", str(folder / "a.png" / "page.html")]
+    with pytest.raises(UserError, match="page.html: cannot be written: .*; fix: "):
+        data.main(command)
 
 
 def test_the_command_line_ends_with_one_line(folder):

@@ -26,6 +26,12 @@ def test_supervised_characters_are_green_or_in_brackets():
     assert show_supervised(text, LABELS, OFFSETS, False) == "a[[b]]\\033c"
 
 
+def test_no_control_character_reaches_a_terminal():
+    text = "a\x1b[2J\x9b1m\r\b\u202e\n\t\u3000\u00a0\U0001f600"
+    shown = show_supervised(text, [IGNORE], [(0, len(text))], False)
+    assert shown == "a\\033[2J\\2331m\\015\\010\\u202e\n\t\u3000\u00a0\U0001f600"
+
+
 def test_supervised_characters_on_a_page():
     assert mark_supervised("<&\033c", LABELS, OFFSETS) == "&lt;<mark>&amp;</mark>\\033c"
     assert mark_supervised("", [], []) == show_supervised("", [], [], True) == ""

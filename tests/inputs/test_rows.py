@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -356,6 +357,132 @@ def test_rows_are_sent_to_a_process_by_name(tmp_path, always):
     rows = write(tmp_path, [row(i) for i in range(1000)])
     sent = pickle.dumps(rows)
     assert len(sent) < 1000 and pickle.loads(sent)[999] == rows[999]
+
+
+def damages(whole: bytes, other: bytes) -> list[bytes]:
+    """Return contents that an index file may have and must not be believed in."""
+    array = np.load(io.BytesIO(whole))
+
+    def saved(changed):
+        buffer = io.BytesIO()
+        np.save(buffer, changed)
+        return buffer.getvalue()
+
+    wrong = array.copy()
+    wrong[3, 0] += 1
+    return [
+        other,
+        saved(wrong),
+        saved(wrong[:-1]),
+        saved(array.astype(float)),
+        saved(array[:, :2]),
+        saved(array[0]),
+        saved(np.array(7)),
+        saved(np.array(["x"])),
+        whole[: len(whole) // 2],
+        whole.replace(b"(8, 3)", b"(9, 3)"),
+        whole.replace(b"descr", b"d(scr"),
+        whole.replace(b"'<i8'", b"'|O'}"),
+    ]
+
+
+def test_a_damaged_or_foreign_index_is_made_again(tmp_path, always):
+    rows = write(tmp_path, [row(i) for i in range(6)])
+    other = write(tmp_path, [row("other" * i) for i in range(6)], "other.json")
+    saved = tmp_path / "rows.json.index"
+    whole = saved.read_bytes()
+    for damage in damages(whole, Path(f"{other.file}.index").read_bytes()):
+        assert damage != whole
+        saved.write_bytes(damage)
+        assert [open_rows(rows.file)[i] for i in range(6)] == [row(i) for i in range(6)]
+        assert saved.read_bytes() == whole
+    saved.unlink()
+    os.mkfifo(saved)
+    assert open_rows(rows.file)[5] == row(5)
+
+
+def test_an_index_does_not_outlive_a_change_in_the_middle_of_its_file(tmp_path, always):
+    """The size, the time, the beginning and the end may all be the same."""
+    texts = [row(i, "x" * 5000) for i in range(20)]
+    rows = write(tmp_path, texts)
+    stat = rows.file.stat()
+    texts[9]["conversations"][0]["value"], texts[10]["id"] = "x" * 4999, 100
+    rows.file.write_text(json.dumps(texts))
+    assert rows.file.stat().st_size == stat.st_size
+    os.utime(rows.file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    found = open_rows(rows.file)
+    assert [found[i] for i in range(20)] == texts
+
+
+def test_what_a_killed_process_left_beside_an_index_is_removed(tmp_path, always):
+    (tmp_path / ".rows.json.index.abcd_123").write_text("half")
+    (tmp_path / ".rows.json.mine.abcd_123").write_text("precious")
+    write(tmp_path, [row("x")])
+    names = sorted(os.listdir(tmp_path))
+    assert names == [".rows.json.mine.abcd_123", "rows.json", "rows.json.index"]
+
+
+def test_rows_are_read_without_a_home_and_without_locks(tmp_path, always, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(index, "fcntl", None)
+    assert write(tmp_path, [row("x")])[0] == row("x")
+
+
+# ---- what comes from outside
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        (f'{{"a": {DEEP}}}', "nested too deeply"),
+        (f'{{"a": {"9" * 5000}}}', "a number of thousands of digits"),
+    ],
+)
+def test_json_that_is_more_than_a_reader_takes_is_one_line(tmp_path, ending, text, what):
+    file = tmp_path / f"rows.{ending}"
+    file.write_text(f"[{text}]" if ending == "json" else text)
+    with pytest.raises(UserError, match=f"rows.{ending}:.*{what}.*; fix: "):
+        open_rows(file)[0]
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_utf16_is_named(tmp_path, ending, coding):
+    text = json.dumps([row("x")] if ending == "json" else row("x"))
+    (tmp_path / f"rows.{ending}").write_bytes(text.encode(coding))
+    with pytest.raises(UserError, match=f"rows.{ending}: UTF-16 text; fix: save it as UTF-8"):
+        open_rows(tmp_path / f"rows.{ending}")
+
+
+def test_a_table_is_no_list_of_rows(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,caption\r\na.png,a cat\r\n")
+    with pytest.raises(
+        UserError, match=r"rows.csv: not a JSON list of rows, it begins with 'image"
+    ):
+        open_rows(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "tar"])
+def test_only_regular_files_are_read(tmp_path, ending):
+    os.mkfifo(tmp_path / f"rows.{ending}")
+    (tmp_path / f"zero.{ending}").symlink_to("/dev/zero")
+    for name in ("rows", "zero"):
+        with pytest.raises(UserError, match=f"{name}.{ending}: .*not a regular file.*; fix: "):
+            open_rows(tmp_path / f"{name}.{ending}")
+
+
+@pytest.mark.parametrize("key", ["images", "Image", "IMAGES", "videos", "image_path", "image_url"])
+def test_pictures_that_nobody_would_read_are_named(tmp_path, key):
+    made = row("x", "What?", image=None)
+    made[key] = ["a.png"]
+    rows = write(tmp_path, [made, row("y", "What?", image=None) | {key: None}])
+    with pytest.raises(UserError, match=f'row 0 .id x.: it has something under "{key}", which is'):
+        rows.media(0, rows[0])
+    assert rows.media(1, rows[1]) == []
 
 
 # ---- formats

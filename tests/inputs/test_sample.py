@@ -1,6 +1,7 @@
 """sample.py: ids, labels and items of a row; what is cut; and what makes no sample."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -118,3 +119,47 @@ def test_counting_measures_what_training_loads(folder, spec):
     loaded = load_items(rows, 0, spec)
     for item, expected in zip(loaded, whole.items, strict=True):
         assert torch.equal(item.pixels, expected.pixels) and item.shape == expected.shape
+
+
+# ---- messages that name what to do
+
+
+def test_the_form_of_a_row_is_told_where_another_one_is_given(folder, spec):
+    """What other projects write: none of it is silently nothing."""
+    role = {"role": "user", "content": "Hi"}
+    form = re.escape('fix: write turns as {"from": "human", "value": "..."}, {"from": "gpt", ')
+    row_form = re.escape('fix: write a row as {"image": "a.jpg", "conversations": [{"from": "hum')
+    cases = [
+        ({"conversations": [role]}, 'conversations.0.: it has "role" and "content", .*' + form),
+        ({"conversations": [{"from": "user", "value": "Hi"}]}, f"from 'user', .*{form}"),
+        ({"messages": [role]}, f"conversations: missing, the row has messages; {row_form}"),
+        ({"file_name": "a.png", "text": "b"}, f"the row has file_name, text; {row_form}"),
+        ({"conversation": []}, f"the row has conversation; {row_form}"),
+        (
+            {"conversations": [{"from": "gpt", "value": "Yo"}]},
+            "conversations.0.: an answer without a question, .*; fix: write the question",
+        ),
+        ({"conversations": [{"from": "system", "value": "Yo"}]}, "wrong last turn; fix: end with"),
+    ]
+    rows = write(folder, [given for given, _ in cases])
+    for i, (_, what) in enumerate(cases):
+        with pytest.raises(UserError, match=f"row {i}: .*{what}"):
+            make_sample(rows, i, spec)
+
+
+@pytest.mark.parametrize(
+    "name, fix",
+    [
+        ("http://a.org/a.png", "download it, and write the file's name into the row"),
+        ("data:image/png;base64,iVBORw0KGgo=", "write the file itself to the folder"),
+        ("data:image/png;base64," + "A" * 10_000, "write the file itself to the folder"),
+        ("sub\\a.png", "write / between folders and file"),
+        ("e\u0301.png", "write the name in Unicode's form NFC"),
+        ("none.png", "fetch the image again, or remove the row"),
+    ],
+)
+def test_a_name_without_a_file_gets_a_hint(folder, spec, name, fix):
+    (folder / "\u00e9.png").write_bytes((folder / "a.png").read_bytes())
+    with pytest.raises(UserError) as e:
+        make_sample(write(folder, [row("x", image=name)]), 0, spec)
+    assert f"; fix: {fix}" in str(e.value) and len(str(e.value)) < 1000

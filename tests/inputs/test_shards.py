@@ -1,16 +1,20 @@
 """shards.py: shards give the samples of the plain files, and what is wrong with one is named."""
 
+import io
 import json
+import os
 import tarfile
 
 import pytest
+from PIL import Image
 
 import data
 from config import Stage, Train, UserError
 from data import Steps
 from inputs.rows import open_rows
 from inputs.sample import make_sample
-from inputs.shards import shard
+from inputs.shards import member_ending, shard
+from tests.tools.fuzz import run_case
 from tests.tools.sample_rows import flat, mean_colour_spec, row, write, write_pictures_and_rows
 
 
@@ -124,3 +128,138 @@ def test_the_command_that_shards(many, tmp_path, capsys):
     )
     with pytest.raises(SystemExit, match="command line: shard takes rows and a new folder; fix: "):
         data.main(["shard", str(many.file)])
+
+
+# ---- what must not get into a shard, and what a shard must not do
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "{folder}/secret.png", "link.png", "out/secret.png"]
+)
+def test_nothing_from_outside_of_the_images_is_packed_and_training_may_read_it(
+    tmp_path, spec, name
+):
+    """A shard is handed on. Training reads what its user can read."""
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    (images / "out").symlink_to(tmp_path)
+    name = name.format(folder=tmp_path)
+    write(tmp_path, [row("x", image=name)])
+    rows = open_rows(tmp_path / "rows.json", images)
+    make_sample(rows, 0, spec)
+    with pytest.raises(UserError, match=r"row 0 \(id x\): image .*: lies outside of .*; fix: copy"):
+        shard(rows, tmp_path / "out", 10**6)
+    assert sorted(os.listdir(tmp_path)) == ["images", "rows.json", "secret.png"]
+
+
+def test_absolute_names_and_links_inside_of_the_images_are_packed(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "a.png")
+    (images / "link.png").symlink_to("a.png")
+    (tmp_path / "also").symlink_to(images)
+    names = [str(images / "a.png"), "link.png", "../images/a.png"]
+    write(tmp_path, [row("x", "<image>" * 3, image=names)])
+    assert shard(open_rows(tmp_path / "rows.json", tmp_path / "also"), tmp_path / "out", 10**6) == 1
+    packed = open_rows(tmp_path / "out")
+    expected = (images / "a.png").read_bytes()
+    assert [media.source for media in packed.media(0, packed[0])] == [expected] * 3
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_file_is_not_packed_and_not_waited_for(tmp_path, kind):
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "a.png")
+    else:
+        os.symlink("/dev/zero", tmp_path / "a.png")
+    rows = write(tmp_path, [row("x")])
+    with pytest.raises(UserError, match="not a regular file|lies outside"):
+        shard(rows, tmp_path / "out", 10**6)
+
+
+def test_what_a_killed_start_left_is_written_anew(many, tmp_path):
+    left = tmp_path / ".out.part"
+    left.mkdir()
+    (left / ".barellava").write_text("shards")
+    for name in ("00000.tar", "00007.tar", "00007.tar.index", ".00000.tar.index.abcdefgh"):
+        (left / name).write_bytes(b"half")
+    count = shard(many, tmp_path / "out", 10**9)
+    assert count == 1 and len(open_rows(tmp_path / "out")) == 38
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names == [".barellava", "00000.tar", "00000.tar.index"] and not left.exists()
+
+    # Somebody else's folder of this name stays.
+    left = tmp_path / ".other.part"
+    left.mkdir()
+    (left / "precious").write_text("precious")
+    with pytest.raises(UserError, match="other.part: holds precious, which this program did not"):
+        shard(many, tmp_path / "other", 10**9)
+    assert (left / "precious").read_text() == "precious"
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(many, tmp_path, monkeypatch):
+    before = sorted(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(UserError, match="out: cannot be written: No space left on device; fix: "):
+        shard(many, tmp_path / "out", 10**6)
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written|a file, not a folder"):
+        shard(many, tmp_path / "file" / "out", 10**6)
+
+
+def test_the_ending_of_a_member_cannot_be_taken_for_something_else():
+    names = ["a.JPEG", "a", "a.json", "a.7", "a.tar.gz", "a.\u00b2", "a.j/../b", "a." + "x" * 90]
+    assert [member_ending(name) for name in names] == ["jpeg", *["jpg"] * 3, "gz", *["jpg"] * 3]
+
+
+def header_with(field: slice, value: bytes) -> bytes:
+    """Return a shard of one row whose picture's header has this value in a field."""
+    content = json.dumps(row("x", image="a.png")).encode()
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, body in (("a.png", b"picture"), ("a.json", content)):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    whole = bytearray(file.getvalue())
+    whole[field] = value
+    whole[148:156] = b" " * 8
+    whole[148:156] = b"%06o\0 " % sum(whole[:512])
+    return bytes(whole)
+
+
+SIZE, KIND, NAME = slice(124, 136), slice(156, 157), slice(0, 8)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        (SIZE, b"\xff" * 10 + b"\xfe\x00"),  # -512, which leads back to this header
+        (SIZE, b"\xff" * 12),  # -1
+        (SIZE, b"77777777777\0"),
+        (SIZE, b"\x80" + b"\xff" * 11),
+        (KIND, b"2"),  # a link
+        (KIND, b"1"),
+        (KIND, b"6"),  # a FIFO
+        (KIND, b"3"),  # a device
+        (KIND, b"S"),  # sparse
+        (KIND, b"x"),
+        (KIND, b"L"),
+        (NAME, "a.\u00b2.png".encode()[:8]),
+        (NAME, b"../a.png"),
+    ],
+)
+def test_odd_members_of_a_shard_are_one_line(tmp_path, spec, field, value):
+    (tmp_path / "a.tar").write_bytes(header_with(field, value))
+
+    def read():
+        make_sample(open_rows(tmp_path / "a.tar"), 0, spec)
+
+    assert run_case(read, seconds=20).kind == "refused"

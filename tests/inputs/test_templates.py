@@ -273,7 +273,7 @@ def test_stop_id(tiny):
         ([{"from": "human", "value": 3}], r"conversations\[0\]: its value is int, not text"),
         (turns("Hi", None), r"conversations\[1\]: its value is NoneType, not text"),
         (turns("Hi", "Yo", "Again"), r"conversations\[2\]: wrong last turn"),
-        ([{"from": "gpt", "value": "Yo"}], r"conversations\[0\]: wrong last turn"),
+        ([{"from": "gpt", "value": "Yo"}], r"conversations\[0\]: an answer without a question"),
         ([{"from": "user", "value": "Hi"}], r"conversations\[0\]: from 'user', 'human' was due"),
         ([*turns("Hi"), *turns("Hi", "Yo")], r"conversations\[1\]: from 'human', 'gpt' was due"),
         (

@@ -16,14 +16,18 @@ from checkpoints.layouts import read_config
 from config import LLaVAConfig, Model, Stage, Train, UserError
 from connectors import anyres_order, join_views
 from data import Steps, check, loader, token_counts
+from inputs import image_processor
+from inputs import tiling as tiling_module
+from inputs.image_processor import ImageProcessor
 from inputs.pictures import image_size, load_image
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec, load_item, load_items, make_sample
 from inputs.templates import byte_tokenizer
-from inputs.tiling import read_grids
+from inputs.tiling import Tiling, read_grids
 from model import LLaVA, init_weights
 from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
 from tests.tools.environment import shared
+from tests.tools.fuzz import run_case
 from tests.tools.no_cache import generate_without_cache
 from tests.tools.sample_rows import row, write
 
@@ -470,3 +474,94 @@ def test_the_corrupted_clip_is_one_line_from_check_and_from_training(tmp_path, c
         Steps(rows, spec, Stage(global_batch=2, steps=1), Train(on_bad_row="skip")), workers=1
     )
     assert step.skipped == [line] and step.packed.shapes == [ItemShape(4)] * 2
+
+
+# ---- how much may be made
+
+
+def padded_as_the_reference_does(image, processor):
+    """Return what LLaVA-1.5 does: the square is made, and then resized."""
+    side = max(image.size)
+    colour = tuple(int(mean * 255) for mean in processor.mean)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return dataclasses.replace(processor).pixels(square)
+
+
+@pytest.mark.parametrize("strip", [1, 1000, 2**22])
+@pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
+def test_padding_in_strips_gives_the_pixels_of_the_padded_square(monkeypatch, strip, resample):
+    monkeypatch.setattr(image_processor, "STRIP", strip)
+    random = np.random.default_rng(strip + resample)
+    for width, height in ((1, 1), (1, 90), (90, 1), (37, 60), (60, 37), (24, 24), (300, 211)):
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        for size, crop in ((24, 0), (24, 24), (26, 24)):
+            means = (0.48145466, 0.4578275, 0.40821073)
+            processor = ImageProcessor(size, crop, means, resample=resample)
+            expected = padded_as_the_reference_does(image, processor)
+            assert torch.equal(processor.pixels(image, "pad"), expected), (width, height, size)
+
+
+@pytest.mark.parametrize("mode", ["square", "pad", "tiles", "anyres"])
+@pytest.mark.parametrize("crop", [0, 24])
+def test_what_is_made_of_a_picture_is_bounded_before_it_is_decoded(monkeypatch, mode, crop):
+    """The estimate is at least what is made, and beyond the limit nothing is."""
+    processor = ImageProcessor(24, crop=crop)
+    tiling = Tiling(9, processor=processor, mode=mode, grids=((1, 2), (3, 1)))
+    image = Image.new("RGB", (90, 41))
+    made = []
+    new, resize = Image.new, Image.Image.resize
+    monkeypatch.setattr(Image, "new", lambda *a, **k: made.append(a[1]) or new(*a, **k))
+    monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: made.append(a[1]) or resize(*a, **k))
+    tiling.picture(image)
+    most = max(width * height for width, height in made)
+    monkeypatch.setattr(tiling_module, "MOST_PIXELS", most - 1)
+    made.clear()
+    with pytest.raises(ValueError, match=f"90 x 41 pixels, of which '{mode}' makes [0-9]+, more"):
+        tiling.check_size((90, 41))
+    with pytest.raises(ValueError, match="90 x 41 pixels"):
+        tiling.picture(image)
+    assert not made
+    with pytest.raises(ValueError, match="90 x 41 pixels|views of"):
+        tiling.clip([image] * 9)
+
+
+def test_a_wide_picture_of_three_kilobytes_is_padded_in_little_memory(tmp_path):
+    """The square around it would take 36 GB."""
+    Image.new("1", (110_000, 222)).save(tmp_path / "thin.png")
+    tiling = Tiling(9, processor=ImageProcessor(24), mode="pad")
+
+    def load():
+        item = load_item(tmp_path / "thin.png", "image", tiling)
+        assert item.pixels.shape == (1, 3, 24, 24)
+
+    assert run_case(load, seconds=100, memory=2**30).kind == "accepted"
+
+
+def test_the_largest_pictures_that_are_taken_today_fit_the_limit():
+    """CLIP's shortest side of a ratio of 500, five tiles, 512 frames."""
+    clip = Tiling(9, processor=ImageProcessor(384, crop=384))
+    clip.check_size((89_000, 178))
+    clip.check_size((178, 89_000))
+    grids = ((2, 2), (1, 2), (2, 1), (1, 3), (3, 1))
+    Tiling(9, processor=ImageProcessor(384), mode="anyres", grids=grids).check_size((9000, 9000))
+    clip.check_views(512)
+    padding = Tiling(9, processor=ImageProcessor(384), mode="pad")
+    padding.check_size((89_000, 178))
+    with pytest.raises(ValueError, match="'pad' makes 7955323456, more than 536870912"):
+        padding.check_size((178, 89_000))
+
+
+def test_a_row_of_too_many_pictures_is_one_line(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = write(tmp_path, [row("x", "<image>" * 9, image=["a.png"] * 9)])
+    tiling = Tiling(2, processor=ImageProcessor(24))
+    spec = SampleSpec(byte_tokenizer(), "plain", 1000, tiling)
+    make_sample(rows, 0, spec)
+    monkeypatch.setattr(tiling_module, "MOST_PIXELS", 8 * 24 * 24)
+    for pixels in (True, False):
+        with pytest.raises(UserError, match="row 0 .id x.: 9 views of 5184 pixels, more.*; fix: "):
+            make_sample(rows, 0, spec, pixels)
+    with pytest.raises(UserError, match="9 views of 5184 pixels"):
+        load_items(rows, 0, spec)

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import socket
+import struct
 import sys
 import time
 from fractions import Fraction
@@ -366,3 +368,113 @@ def test_folder(tmp_path, monkeypatch):
     (tmp_path / "frame7.png").write_bytes(b"")
     with pytest.raises(ValueError, match="frame frame7.png: empty file"):
         video.frames(tmp_path, 4)
+
+
+# ---- what a clip may reach, and what it may cost
+
+PLAYLISTS = {
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{url}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile '{url}'\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+    "m=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    "dash": '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet '
+    'mimeType="video/mp4"><Representation id="1" bandwidth="1"><BaseURL>{url}</BaseURL>'
+    "</Representation></AdaptationSet></Period></MPD>",
+}
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.m3u8", "a.sdp", "a.ts"])
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_a_clip_asks_no_address_and_opens_no_other_file(tmp_path, kind, name):
+    pytest.importorskip("av")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        port = server.getsockname()[1] & ~1  # RTP's ports are even
+        clip = tmp_path / name
+        for url in (f"http://127.0.0.1:{server.getsockname()[1]}/x.ts", tmp_path / "secret.ts"):
+            make(tmp_path / "secret.ts", codec="mpeg2video", n=5)
+            clip.write_text(PLAYLISTS[kind].format(url=url, port=port))
+            for source in (clip, clip.read_bytes()):
+                with pytest.raises(ValueError, match="no film|not a video|an XML text"):
+                    video.frames(source, 2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+    # Nobody listens at the port of the session description.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize("count", [10**5, 10**7, 2**32 - 1])
+@pytest.mark.parametrize("table", ["stsz", "trun"])
+def test_a_table_of_more_frames_than_bytes_is_not_made(tmp_path, table, count):
+    """FFmpeg would take 80 bytes for each, before it reads the first."""
+    movflags = {"trun": {"movflags": "frag_keyframe+empty_moov"}}.get(table)
+    content = make(tmp_path / "a.mp4", codec="mpeg4", n=5, container=movflags).read_bytes()
+    assert video.probe(content).frames == 5
+    at = content.index(table.encode())
+    if table == "stsz":
+        forged = content[: at + 8] + struct.pack(">II", 1, count) + content[at + 16 :]
+    else:
+        forged = content[: at + 4] + struct.pack(">II", 0, count) + content[at + 12 :]
+    with pytest.raises(ValueError, match=f"damaged: it claims {count} frames in [0-9]+ bytes"):
+        video.probe(forged)
+
+
+def test_frames_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
+    file = make(tmp_path / "a.mkv", codec="mpeg4", n=5)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 64 - 1)
+    with pytest.raises(ValueError, match="not a video, or a damaged one|no good frame"):
+        video.frames(file, 2)
+
+
+def test_the_number_of_frames_and_the_work_to_reach_them_are_bounded(tmp_path, monkeypatch):
+    file = make(tmp_path / "a.mkv", codec="mpeg4", n=9)
+    assert len(video.frames(file, 9)) == 9
+    monkeypatch.setattr(video, "MOST_DECODED", 5 * 96 * 64)
+    assert len(video.frames(file, 1)) == 1
+    with pytest.raises(ValueError, match="reached by decoding 30720 pixels"):
+        video.frames(file, 9)
+    monkeypatch.setattr(video, "MOST_FRAMES", 8)
+    with pytest.raises(ValueError, match="more than 8 frames"):
+        video.frames(file, 1)
+
+    frames = [Image.new("RGB", (20, 10), (40 * i, 0, 0)) for i in range(6)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert video.probe(tmp_path / "a.gif").frames == 6
+    monkeypatch.setattr(video, "MOST_DECODED_GIF", 5 * 20 * 10)
+    with pytest.raises(ValueError, match="6 frames of 20 x 10 pixels are too many"):
+        video.probe(tmp_path / "a.gif")
+
+
+def test_a_gif_of_too_large_a_size_is_refused(tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (20, 10), (40 * i, 0, 0)) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # Pillow only warns up to twice this
+    with pytest.raises(ValueError, match="not a video, or a damaged one: .*exceeds limit of 150"):
+        video.probe(tmp_path / "a.gif")
+
+
+def test_durations_that_cannot_be(monkeypatch):
+    for duration in (0.0, -5.0):
+        clip = video.Clip(10, duration)
+        assert video.indices(clip, 4, fps=2) == [0]
+        with pytest.raises(ValueError, match="its duration is -?[05] s"):
+            video.indices(clip, 4, span=(0.0, 1.0))
+
+
+def test_odd_names_and_places_of_clips_are_one_line(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    for source, what in (
+        (tmp_path / "a.mp4", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        (tmp_path / ("x" * 5000), "file name too long"),
+        (tmp_path / "a\0b.mp4", "not a file name"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            video.frames(source, 2)
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "folder/a.eps")
+    (tmp_path / "folder/b.pdf").write_text("%PDF")
+    with pytest.raises(ValueError, match="a folder without pictures"):
+        video.frames(tmp_path / "folder", 2)
