@@ -44,7 +44,7 @@ def test_shards_give_the_samples_and_steps_of_the_plain_files(many, spec, tmp_pa
         assert not any(made[i].error for i in range(5))
     last = sorted(out.glob("*.tar"))[-1]
     before = sum(name.endswith(".json") for name in tarfile.open(last).getnames()) - 1
-    assert rows.where(37) == f"{last}:row {before} (id two \u56fe \ud83d)"
+    assert rows.where(37) == f"{last}:row {before} (id two \u56fe \\ud83d)"
     picture, _ = rows.media(37, rows[37])
     assert picture.source == (tmp_path / "c.JPEG").read_bytes()  # as they were
     one = open_rows(sorted(out.glob("*.tar"))[0])
