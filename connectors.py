@@ -117,8 +117,8 @@ class MLPWithNewline(nn.Sequential):
 
         # LLaVA-NeXT draws it with standard deviation 1 / sqrt(D).
         width = layers[-1].out_features
-        newline = torch.randn(width) * width**-0.5
-        self.image_newline = nn.Parameter(newline)
+        newline = nn.init.normal_(torch.empty(width))  # weights.empty leaves this out
+        self.image_newline = nn.Parameter(newline * width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, n + 1, D) of (N, n, C): the MLP's tokens of each image, then the newline."""

@@ -644,6 +644,9 @@ def vision_config(
     fix = f"the image processor makes {processor.side}: give the one that belongs to this encoder"
     need(fits, f"{where}:image_size", config.image_size, fix)
 
+    if processor.side < config.patch_size:
+        what = f"{processor.side} pixels are less than a patch of {config.patch_size}"
+        raise UserError(images, what, "give the image processor that belongs to this encoder")
     tokens = config.tokens("cls_patch")
     if tokens > MOST_TOKENS:
         what = f"{processor.side} pixels in patches of {config.patch_size} are {tokens} tokens"

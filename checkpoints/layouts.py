@@ -28,6 +28,7 @@ from checkpoints.files import read_json, resolve
 from checkpoints.folder import MERGED, Renamed
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
+from connectors import CONNECTORS
 from inputs.image_processor import preprocessor_place, read_preprocessor
 
 
@@ -117,6 +118,9 @@ def read_config(folder: Path) -> LLaVAConfig:
         what = f"{kind!r} is no layout known here"
         raise UserError(f"{where}:model_type", what, f"one of {', '.join(LAYOUTS)}")
     config = LAYOUTS[kind].read(fields, folder)
+    if config.connector not in CONNECTORS:
+        what = f"{config.connector!r} is no connector known here"
+        raise UserError(f"{where}:connector", what, f"one of {', '.join(CONNECTORS)}")
 
     places = {
         "text": f"{where}:text_config",

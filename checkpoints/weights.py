@@ -444,9 +444,7 @@ def check_tied(source: Mapping[str, Tensor], key: str, owner: str):
 
     Some files store the copy, too. Another value would be lost silently.
     """
-    copy = source[key]
-    original = source[owner]
-    is_copy = copy.dtype == original.dtype and torch.equal(copy, original)
+    is_copy = torch.equal(source[key], source[owner])
     if not is_copy:
         what = f"differs from {owner}, to which the config ties it"
         fix = "set tie_word_embeddings to false in config.json"

@@ -360,6 +360,12 @@ class JsonTokenizer(Tokenizer):
     def _load_vocabulary(self) -> tuple[int | None, int | None]:
         model = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
 
+        # The library makes a list of all ids that are not used up to the largest.
+        largest = max(model.get_vocab().values(), default=0)
+        if largest > VOCABULARY:
+            where = self.folder / "tokenizer.json"
+            raise UserError(where, f"has an id {largest}", f"none is larger than {VOCABULARY}")
+
         # Some files carry these two settings, which would cut or fill up every text.
         model.no_truncation()
         model.no_padding()
@@ -601,9 +607,9 @@ def build_byte_level(files: dict[str, bytes], path: Path) -> bytes:
         pair = tuple(line.split(" "))
         if len(pair) == 2 and pair[0] != "#version:":
             pairs.append(pair)
-    model = tokenizers.Tokenizer(
-        tokenizers.models.BPE(parse(files, "vocab.json", folder).values, pairs)
-    )
+    vocabulary = parse(files, "vocab.json", folder)
+    ids = {piece: vocabulary.integer(piece, 0, VOCABULARY) for piece in vocabulary.values}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(ids, pairs))
 
     # Text -> words -> bytes, each written as one printable character (a space as Ġ).
     words = WORDS[kind]

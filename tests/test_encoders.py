@@ -639,5 +639,7 @@ def test_more_tokens_than_anybody_sees_are_refused():
     huge = {"model_type": "siglip_vision_model", "image_size": 4096, "patch_size": 1}
     with pytest.raises(UserError, match="patch_size: 4096 pixels in patches of 1 are 16777216"):
         vision_config(huge)
+    with pytest.raises(UserError, match="2 pixels are less than a patch of"):
+        vision_config(DINOV2, {"size": {"shortest_edge": 2}, "crop_size": 2})
     with pytest.raises(UserError, match="patch_size: 16 is larger than the image_size 12"):
         vision_config(CLIP | {"patch_size": 16})

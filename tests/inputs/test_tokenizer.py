@@ -550,3 +550,20 @@ def test_pairs_that_are_damaged_are_one_line(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     with pytest.raises(UserError, match="cannot be loaded: .*; fix: copy it again"):
         load_tokenizer(tmp_path)
+
+
+def test_an_id_far_beyond_the_others_is_refused(tmp_path):
+    """The library would list every id below it that is not used."""
+    byte_tokenizer().save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["a"] = 2**30
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="tokenizer.json: has an id 1073741824; fix: "):
+        load_tokenizer(tmp_path)
+
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(UserError, match="vocab.json:a: 1073741824 is not a whole number"):
+        load_tokenizer(tmp_path)

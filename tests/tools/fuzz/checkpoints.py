@@ -9,6 +9,7 @@ one token, and exports it. The result is a UserError of one line, or a model of 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -62,6 +63,7 @@ def good_folders() -> Path:
     """Write every good folder once; return the folder that holds them."""
     torch.set_num_threads(1)  # a thread pool does not survive a fork
     root = Path(tempfile.mkdtemp(prefix="fuzz-good-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     tokenizer = templates.byte_tokenizer()
 
     # Whole models, each in the layouts that can hold it.
