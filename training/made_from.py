@@ -33,6 +33,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from checkpoints.files import resolve
@@ -125,22 +126,23 @@ def contents_of_rows(rows: Rows) -> dict[str, str]:
     return found
 
 
-def identity_of_shard(file: Path, entries) -> str:
+def identity_of_shard(file: Path, entries: np.ndarray) -> str:
     """Return the size of a tar file, and a hash of where its members are and of all its rows.
 
     entries: its index, an (m, 3) array of start, end and number (inputs/index.py).
     """
     hashed = hashlib.blake2b(entries.tobytes(), digest_size=16)
     with open(file, "rb", buffering=0) as tar:
-        for start, end, number in entries.tolist():
-            if number == 0:
-                hashed.update(os.pread(tar.fileno(), end - start, start))
+        for start, end, _ in entries[entries[:, 2] == 0]:
+            hashed.update(os.pread(tar.fileno(), int(end - start), int(start)))
         size = os.fstat(tar.fileno()).st_size
     return f"{size} bytes {hashed.hexdigest()}"
 
 
 def contents_of_pictures(rows: Rows) -> dict[str, str]:
     """Return what is in the pictures and videos of up to PICTURE_ROWS rows."""
+    if isinstance(rows, Shards):
+        return contents_of_members(rows)
     found = {}
     count = min(len(rows), PICTURE_ROWS)
     for k in range(count):
@@ -154,13 +156,35 @@ def contents_of_pictures(rows: Rows) -> dict[str, str]:
     return found
 
 
-def identity_of_medium(source: Path | bytes) -> str:
+def contents_of_members(rows: Shards) -> dict[str, str]:
+    """Return what is in up to PICTURE_ROWS pictures and videos of tar shards.
+
+    rows.media would read each of them whole, and a video may have gigabytes.
+    """
+    # All of them, and the file that each is in: arrays, because there may be millions.
+    of_shards = [entries[entries[:, 2] > 0] for entries in rows.indexes]
+    members = np.concatenate(of_shards)
+    shards = np.repeat(np.arange(len(of_shards)), [len(entries) for entries in of_shards])
+
+    found = {}
+    count = min(len(members), PICTURE_ROWS)
+    for j in range(count):
+        i = j * len(members) // count
+        start, end, _ = members[i].tolist()
+        file = rows.files[shards[i]]
+        with open(file, "rb", buffering=0) as tar:
+            head = os.pread(tar.fileno(), min(END, end - start), start)
+            tail_start = max(start, end - END)
+            tail = os.pread(tar.fileno(), end - tail_start, tail_start)
+        found[f"{file.name} byte {start}"] = f"{end - start} bytes {digest(head + tail)}"
+    return found
+
+
+def identity_of_medium(source: Path) -> str:
     """Return the size of a picture or video, and a hash of both its ends; or that it is not there.
 
     A video may be a folder of frames: then the names and sizes of its files count.
     """
-    if isinstance(source, bytes):
-        return f"{len(source)} bytes {digest(source[:END] + source[-END:])}"
     try:
         if source.is_dir():
             frames = [(path.name, path.stat().st_size) for path in sorted(source.iterdir())]

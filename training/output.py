@@ -141,12 +141,7 @@ def begin(recipe: Recipe, checkpoint: Path | None) -> Origin:
         contents = made_from.look(recipe, recipe.stage)
         return Origin({"recipe": text, "contents": contents}, [])
 
-    # What stages need that are done cannot change the result any more.
-    stages = list(recipe.stage)
-    done = seal.manifest(checkpoint)["state"]["stage"]
-    found = made_from.look(recipe, stages[done:])
     recorded = resume.made_from(checkpoint)
-    before = recorded.get("contents", {})
     is_own = checkpoint.parent.resolve() == (output / "checkpoints").resolve()
 
     # The recipe.
@@ -164,9 +159,16 @@ def begin(recipe: Recipe, checkpoint: Path | None) -> Origin:
             continue
         changes.append({"what": name, "old": old, "new": new})
 
-    # What it names.
+    # What it names. What stages need that are done cannot change the result any more.
+    stages = list(recipe.stage)
+    done = seal.manifest(checkpoint)["state"]["stage"]
+    before = recorded.get("contents", {})
+    found = made_from.look(recipe, stages[done:])
     compared = made_from.compare(before, found)
     if is_own and compared.deciding and recipe.train.accept_changes != compared.key:
+        # All of them may be more than a message holds.
+        for what in compared.deciding:
+            print0(f"changed: {printable(what)}")
         what = f"not what the run began with: {'; '.join(compared.deciding)}"
         fix = "put it back, set train.output to a new folder, "
         fix += f"or go on with it: train.accept_changes={compared.key}"
