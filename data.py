@@ -47,10 +47,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # comes with tokenizers
 
+import command_line
 import config
 from checkpoints.files import resolve, write_file, writing
 from checkpoints.layouts import config_from_recipe
-from config import UserError, printable, within
+from command_line import within
+from config import UserError, printable
 from inputs import templates
 from inputs.image_processor import ImageProcessor
 from inputs.index import cached_array
@@ -601,7 +603,7 @@ def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = Tru
         text, spans, marks = templates.render(row["conversations"], template)
         _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
         print(f"--- {head}")
-        print(show_supervised(text, labels, offsets, colour), file=config.colours())
+        print(show_supervised(text, labels, offsets, colour), file=command_line.colours())
 
         # The same for the page, with the pictures.
         html.append(f"<h2>{escape(head)}</h2>")
@@ -732,7 +734,7 @@ def rows_to_show(job: Listing, args) -> list[int]:
 
 def main(argv: list[str]):
     """Do what the command line says: check, inspect or shard."""
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     add = parser.add_argument
     add("command", choices=["check", "inspect", "shard"])
     add("recipe", nargs="*", help="recipe.toml [section.key=value ...]; shard: rows, new folder")
@@ -775,4 +777,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

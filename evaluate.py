@@ -37,10 +37,11 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-import config
+import command_line
 from checkpoints.files import resolve, write_file, writing
 from checkpoints.owned import own
-from config import UserError, printable, within
+from command_line import within
+from config import UserError, printable
 from evals import (
     Example,
     Task,
@@ -429,7 +430,7 @@ def score_table(scores: dict[str, dict]) -> str:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--task", required=True, choices=TASKS, help="the benchmark")
     parser.add_argument("--data", required=True, help="folder of the benchmark's files")
@@ -586,4 +587,4 @@ def write_scores(scores: dict[str, dict], file: Path, seconds: float, args: argp
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__, to_save_memory="lower --batch")
+    command_line.cli(main, __doc__, to_save_memory="lower --batch")

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import config
+import command_line
 from checkpoints import layouts, peft, weights
 from checkpoints.files import flush, parse_json, resolve, write_file, writing
 from checkpoints.owned import HARMLESS, MARK, marked, own
@@ -194,7 +194,7 @@ def open_tokenizer(folder: Path):
 
 def arguments(argv: list[str]):
     """Return the command line's options."""
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     option = parser.add_argument
     option("out", help="folder to write; must not exist, or be empty")
     option("--model", required=True, help="folder or Hugging Face id, in any layout that we read")
@@ -248,4 +248,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

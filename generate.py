@@ -22,10 +22,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-import config
+import command_line
 import lora
 from checkpoints.files import resolve
-from config import UserError, within
+from command_line import within
+from config import UserError
 from inference.answer import before_stop, place_images
 from inference.streaming import TextStream
 from inputs.sample import load_item
@@ -152,7 +153,7 @@ class Chat:
 
 def arguments(argv: list[str]):
     """Return the command line's options, read and checked."""
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     option = parser.add_argument
     option("--model", required=True, help="folder or Hugging Face id of a trained model")
     option("--image", action="append", default=[], help="a picture; may be given several times")
@@ -288,4 +289,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

@@ -44,7 +44,7 @@ from pathlib import Path
 
 import torch
 
-import config
+import command_line
 from checkpoints.fields import Fields
 from checkpoints.files import parse_json, resolve
 from config import UserError, printable
@@ -654,7 +654,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 def arguments(argv: list[str]):
     """Return the command line's options, and the limits that they set."""
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     option = parser.add_argument
     option("--model", required=True, help="folder or Hugging Face id of a trained model")
     option("--web", action="store_true", help="the page, too")
@@ -735,4 +735,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

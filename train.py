@@ -57,6 +57,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import command_line
 import config
 import lora
 from checkpoints import peft, resume
@@ -761,4 +762,4 @@ def main(argv: list[str]):
 
 if __name__ == "__main__":
     with last_word():
-        config.cli(main, __doc__, fields_help=True, to_save_memory=TO_SAVE_MEMORY)
+        command_line.cli(main, __doc__, fields_help=True, to_save_memory=TO_SAVE_MEMORY)

@@ -36,10 +36,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import config
+import command_line
 from checkpoints.files import resolve, write_file, writing
 from checkpoints.owned import own
-from config import UserError, within
+from command_line import within
+from config import UserError
 from inference.answer import answer_tokens, prompt_ids
 from inputs.pictures import load_image
 from inputs.preview import encode_png, html_page, image_tag
@@ -433,7 +434,7 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
 
 def arguments(argv: list[str]):
     """Return the command line's options."""
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     option = parser.add_argument
     option("out", metavar="OUT", help="folder to write")
     option("--model", required=True, help="folder or Hugging Face id of a trained model")
@@ -501,4 +502,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

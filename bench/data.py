@@ -38,7 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
+import command_line  # noqa: E402
 from bench.common import (  # noqa: E402
     installed,
     median_and_range,
@@ -308,7 +308,7 @@ def main(argv: list[str]):
         task, *arguments = argv[1:]
         return CHILDREN[task](*arguments)
 
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument(
         "--repeats", type=int, default=3, help="of each: medians count, of pictures/s the best"
@@ -341,4 +341,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import config  # noqa: E402
+import command_line  # noqa: E402
 import lora  # noqa: E402
 from bench.common import OURS, PEER, RESULTS, median_and_range, met, write_json  # noqa: E402
 from bench.decoding import (  # noqa: E402
@@ -169,7 +169,7 @@ def choose_models(args) -> list[str]:
 
 
 def main(argv: list[str]):
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--cpu", action="store_true", help="about 110M parameters on the CPU")
     parser.add_argument(
         "--quick", action="store_true", help="a toy of few tokens, to try the script"
@@ -213,4 +213,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

@@ -46,7 +46,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
+import command_line  # noqa: E402
 from bench.operations import Bench, Cost, Setting, shapes  # noqa: E402
 from checkpoints.files import write_file  # noqa: E402
 
@@ -469,7 +469,7 @@ def measure_all(
 def parse(argv: list[str]):
     every = shapes()
     known = ", ".join(every)
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.prog = "bench/kernels.py"
     parser.add_argument(
         "operations", nargs="*", metavar="OPERATION", help=f"of {known}; without: all"
@@ -525,4 +525,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

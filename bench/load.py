@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
+import command_line  # noqa: E402
 from bench.common import OURS, PEER, median_and_range, met, run_child, write_json  # noqa: E402
 
 SHAPE = {  # config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0
@@ -162,7 +162,7 @@ def main(argv: list[str]):
         task, *arguments = argv[1:]
         return {"write": write, **LOADERS}[task](*arguments)
 
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="counted runs of each loader")
     parser.add_argument(
         "--layers", type=int, default=SHAPE["num_hidden_layers"], help="blocks of the model"
@@ -190,4 +190,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import config  # noqa: E402
 from bench import data, generate, load, training, video  # noqa: E402
 from bench.common import RESULTS  # noqa: E402
@@ -67,7 +68,7 @@ def replace_section(text: str, name: str, section: str, page: Path) -> str:
 
 
 def main(argv: list[str]):
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder per machine")
     parser.add_argument(
         "--page", type=Path, default=ROOT / "PERFORMANCE.md", help="the page with the marks"
@@ -84,4 +85,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

@@ -50,7 +50,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
+import command_line  # noqa: E402
 from bench.common import OURS, PEER, RESULTS, name_versions, write_json  # noqa: E402
 from bench.training_cases import CASES, Case, peak_memory, sizes, toy  # noqa: E402
 from config import UserError  # noqa: E402
@@ -343,7 +343,7 @@ def table(result: dict) -> str:
 
 def parse(argv: list[str]):
     every = "; ".join(name for cases in CASES.values() for name in cases)
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help=f"of {every}; without: all of the machine's"
     )
@@ -417,4 +417,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

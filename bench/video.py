@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import config  # noqa: E402
+import command_line  # noqa: E402
 from bench.common import OURS, median_and_range, met, name_versions, write_json  # noqa: E402
 from inputs import video  # noqa: E402
 from inputs.image_processor import ImageProcessor  # noqa: E402
@@ -248,7 +248,7 @@ def main(argv: list[str]):
     if argv[:1] == ["encode"]:
         return encode(*argv[1:])
 
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("clips", type=Path, nargs="+")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
     parser.add_argument("--repeats", type=int, default=7, help="counted runs of each way")
@@ -287,4 +287,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

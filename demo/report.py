@@ -17,7 +17,7 @@ import math
 from html import escape
 from pathlib import Path
 
-import config
+import command_line
 from checkpoints.files import write_file
 from config import UserError
 from demo.results import (
@@ -454,7 +454,7 @@ def print_scores(run: Run):
 
 def main(argv: list[str]):
     """Run the command."""
-    parser = config.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "folder",
         help="a run's folder: its log, and the answers of evaluate.py with and without --blank",
@@ -467,4 +467,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import config
+import command_line
 from demo.questions import (
     Balance,
     Question,
@@ -465,17 +465,17 @@ def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fil
 
 def main(doc: str = __doc__, scenes: int = SCENES, fill: Fill = fill_folder):
     """Run the command of this file, and of moving.py, whose `fill` writes clips."""
-    parser = config.parser(doc)
+    parser = command_line.parser(doc)
     parser.add_argument("out", metavar="OUT", help="new folder to write")
     parser.add_argument(
         "--seed",
-        type=config.within(int, 0, 2**63 - 1),
+        type=command_line.within(int, 0, 2**63 - 1),
         default=0,
         help="another seed, another data set (default 0)",
     )
     parser.add_argument(
         "--scenes",
-        type=config.within(int, 1, 10**7),
+        type=command_line.within(int, 1, 10**7),
         default=scenes,
         help=f"how many to train on (default {scenes})",
     )
@@ -484,7 +484,7 @@ def main(doc: str = __doc__, scenes: int = SCENES, fill: Fill = fill_folder):
         args = parser.parse_args(argv)
         write(args.out, args.seed, args.scenes, fill)
 
-    config.cli(command, doc)
+    command_line.cli(command, doc)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import re
 import torch
 from PIL import Image
 
-import config
+import command_line
 from checkpoints.fields import Fields
 from checkpoints.files import resolve
 from config import UserError
@@ -267,4 +267,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config.cli(main, __doc__)
+    command_line.cli(main, __doc__)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import pytest
 
+import command_line
 import config
 from config import UserError
 from tests.tools.environment import ROOT, shared
@@ -187,7 +188,7 @@ TWO = "[stage.one.mixture.a]\n[stage.one.mixture.b]\n[stage.two]\n"
 
 # What a stopped run may go on with another value of.
 MAY_CHANGE = {
-    *("published", "model.allow_pickle"),
+    *("published", "model.allow_pickle", "train.accept_changes"),
     *("train.output", "train.device", "train.workers", "train.on_bad_row", "train.compile"),
     *("train.gradient_checkpointing", "train.log_every", "train.save_every", "train.keep"),
     *("train.keep_best", "train.answers", "train.log", "train.parallel", "train.resume"),
@@ -565,7 +566,8 @@ def test_many_wrong_recipes():
 def script(body: str, *argv, text=True, **how) -> subprocess.CompletedProcess:
     """Run a script whose main(argv) is `body`."""
     lines = textwrap.indent(textwrap.dedent(body).strip(), "    ")
-    code = f"import os, sys, config\ndef main(argv):\n{lines}\nconfig.cli(main, 'what it does')\n"
+    code = f"import os, sys, command_line, config\ndef main(argv):\n{lines}\n"
+    code += "command_line.cli(main, 'what it does')\n"
     how = {"capture_output": True, "cwd": ROOT, "text": text, "timeout": 60} | how
     return subprocess.run([sys.executable, "-c", code, *argv], **how)
 
@@ -606,7 +608,7 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, monkeypatch, raises, line)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception) as raised:
         exec(raises)
-    said = config.one_line(raised.value, "take a smaller model")
+    said = command_line.one_line(raised.value, "take a smaller model")
     assert line in said and "; fix: " in said and len(said) < 3000 and said.isprintable()
 
 
@@ -650,7 +652,7 @@ def test_help_for_a_reader_that_goes_away():
     read, write_end = os.pipe()
     os.close(read)
     done = script(
-        "config.parser('what it does').parse_args(argv)",
+        "command_line.parser('what it does').parse_args(argv)",
         "--help",
         stdout=write_end,
         stderr=subprocess.PIPE,
@@ -695,8 +697,8 @@ def test_input_that_is_no_text_is_read():
 
 def test_a_script_without_standard_streams():
     body = "print('a', sys.stdout.isatty())\nopen(argv[0], 'w').write('done')"
-    code = f"import os, sys, config\ndef main(argv):\n  {body.splitlines()[1]}\n  print(1)\n"
-    code += "  sys.stdout.isatty()\nconfig.cli(main, '')"
+    code = f"import os, sys, command_line, config\ndef main(argv):\n  {body.splitlines()[1]}\n  print(1)\n"
+    code += "  sys.stdout.isatty()\ncommand_line.cli(main, '')"
     command = f'exec {sys.executable} -c "$0" /dev/null >&- 2>&-'
     assert subprocess.run(["sh", "-c", command, code], cwd=ROOT).returncode == 0
 
@@ -706,7 +708,7 @@ STEERS = "a\x1b[31mb\x1b]0;title\x07\rc\x9b2J\n\td"
 
 def test_a_terminal_obeys_no_text_and_a_file_gets_the_true_one(tmp_path):
     body = f"print({STEERS!r}, flush=True)\nprint('\\rprogress', end='')\n"
-    body += "print('\\x1b[32mours\\x1b[0m', file=config.colours())"
+    body += "print('\\x1b[32mours\\x1b[0m', file=command_line.colours())"
     done = script(body, text=False)
     assert done.stdout.decode() == STEERS + "\n\rprogress\x1b[32mours\x1b[0m\n"
 
@@ -723,7 +725,7 @@ def test_a_terminal_obeys_no_text_and_a_file_gets_the_true_one(tmp_path):
 
 
 def test_argparse_repeats_nothing_as_it_is():
-    body = "config.parser('what it does').parse_args(argv)"
+    body = "command_line.parser('what it does').parse_args(argv)"
     line = is_one_line(script(body, "--a\x1b[2J\nerror: all is well"))
     assert r"--a\x1b[2J\nerror: all is well; fix: see python" in line
     assert len(is_one_line(script(body, "--" + "a" * 100_000))) < 1000
@@ -733,8 +735,8 @@ def test_argparse_repeats_nothing_as_it_is():
     "word", ["0", "11", "1.5", "nan", "inf", "x", "", "-1", "9" * 5000, "\x1b"]
 )
 def test_an_option_out_of_its_range_is_one_line(word):
-    parser = config.parser("what it does")
-    parser.add_argument("--rows", type=config.within(int, 1, 10))
+    parser = command_line.parser("what it does")
+    parser.add_argument("--rows", type=command_line.within(int, 1, 10))
     with pytest.raises(SystemExit, match="--rows: .* is not a whole number from 1 to 10; fix: "):
         parser.parse_args([f"--rows={word}"])
     assert parser.parse_args(["--rows=10"]).rows == 10
@@ -745,8 +747,8 @@ def launch(tmp_path, body: str, ranks: int) -> subprocess.CompletedProcess:
     file = tmp_path / "script.py"
     lines = textwrap.indent(textwrap.dedent(body).strip(), "    ")
     file.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport config\n"
-        f"def main(argv):\n{lines}\nconfig.cli(main, 'what it does')\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport command_line, config\n"
+        f"def main(argv):\n{lines}\ncommand_line.cli(main, 'what it does')\n"
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(

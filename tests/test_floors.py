@@ -12,6 +12,7 @@ FLOORS = [
     {"kernels"},
     {"config", "layers", "packing"},
     {
+        "command_line",
         "connectors",
         "checkpoints.fields",
         "checkpoints.files",

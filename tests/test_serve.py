@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-import config
+import command_line
 import serve
 from inference import connections, job_queue
 from inference.answer import answer as answer_of
@@ -1039,7 +1039,7 @@ def test_a_signal_ends_the_command_in_the_middle_of_an_answer(command):
 def test_a_wrong_option_is_one_line(folder, monkeypatch, option, told):
     monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(folder), *option])
     with pytest.raises(SystemExit) as ended:
-        config.cli(serve.main, serve.__doc__)
+        command_line.cli(serve.main, serve.__doc__)
     err = str(ended.value)
     assert told in err and err.startswith("error: ") and "\n" not in err
 

@@ -148,7 +148,7 @@ def last_word():
     A rank that failed leaves at once, by os._exit: a normal exit would wait for the process group
     and for the loader's workers, which wait for ranks that are gone. torchrun then ends the other
     ranks, and its own summary quotes the line that was written to TORCHELASTIC_ERROR_FILE. A user's
-    mistake is then said once more, below that summary (config.cli).
+    mistake is then said once more, below that summary (command_line.cli).
     """
     try:
         yield
@@ -160,7 +160,7 @@ def last_word():
             _leave_group()
             return
 
-        # config.cli has chosen another code than 1: it was stopped, or nobody reads what it says.
+        # command_line.cli chose another code than 1: it was stopped, or nobody reads what it says.
         if isinstance(e, SystemExit) and isinstance(e.code, int):
             os._exit(e.code)
         if _failed_first():
@@ -188,7 +188,7 @@ def _failed_first() -> bool:
 
 
 def _say(e: BaseException):
-    """Print the error: the one line that config.cli made of a user's mistake, or the traceback."""
+    """Print the line that command_line.cli made of a user's mistake, or the traceback."""
     if isinstance(e, SystemExit):
         text = str(e)
     else:

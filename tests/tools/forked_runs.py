@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import config
+import command_line
 import train
 from training.ranks import last_word
 
@@ -51,7 +51,7 @@ def launch(
             before(rank)
         sys.argv = ["train.py", recipe, f"train.output={out}", "train.workers=0", *arguments]
         with last_word():
-            config.cli(train.main, train.__doc__, fields_help=True)
+            command_line.cli(train.main, train.__doc__, fields_help=True)
         os._exit(0)
 
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

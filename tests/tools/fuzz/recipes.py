@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+import command_line
 import config
 import train
 from data import Order
@@ -188,11 +189,11 @@ def an_odd_file(folder: Path, text: str, rng: random.Random) -> tuple[list[str],
 
 
 def as_a_script(argv: list[str]):
-    """Load and check a recipe, and end well where config.cli has one line for what is raised."""
+    """Load and check a recipe; end well where command_line.cli has one line for what is raised."""
     try:
         load_and_check(argv)
     except OSError as e:
-        if not config.one_line(e, ""):
+        if not command_line.one_line(e, ""):
             raise
 
 
