@@ -9,7 +9,6 @@ answers are judged again here, to mark them right or wrong.
 The file in order: what a run consists of, reading it from the disk, what is computed for the page.
 """
 
-import json
 import math
 import random
 from collections import defaultdict
@@ -17,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints.files import parse_json
+from checkpoints.json_lines import parse_row, read_lines
 from config import UserError
 from evals import world
 from training.run_log import read_log
@@ -89,9 +90,15 @@ def read(file: Path, parse: Callable, fix: str):
         raise UserError(file, f"cannot be read: {error}", fix) from None
 
 
-def json_lines(text: str) -> list:
-    """Return the values of a file of JSON lines."""
-    return [json.loads(line) for line in text.splitlines()]
+def need(file: Path, fix: str):
+    """Raise UserError unless there is such a file; `fix` is what makes it."""
+    if not file.is_file():
+        raise UserError(file, "no such file", fix)
+
+
+def parse_answer(line: bytes) -> dict | None:
+    """Return the row of a line of answers; None if it is damaged."""
+    return parse_row(line, ("id", "answer"))
 
 
 def read_run(folder: Path) -> Run:
@@ -99,8 +106,7 @@ def read_run(folder: Path) -> Run:
     train_first = "train first: torchrun train.py"
     recipe = read(folder / "recipe.toml", str, train_first)
     log = folder / "log.jsonl"
-    if not log.is_file():
-        raise UserError(log, "no such file", train_first)
+    need(log, train_first)
     stages = stages_of_log(read_log(log), log)
 
     evaluate = f"torchrun evaluate.py --model {folder} --task world --data DIR"
@@ -117,14 +123,16 @@ def read_run(folder: Path) -> Run:
             right[name] = world.is_right(example, seeing.answers[name])
 
     write_again = "write the data set again: python -m demo.world OUT"
-    facts = read(data / "world.json", json.loads, write_again)
+    facts = read(data / "world.json", parse_json, write_again)
     return Run(recipe, stages, seeing, blanked, data, facts, examples, right)
 
 
 def read_evaluation(folder: Path, name: str, fix: str) -> tuple[Evaluation, Path]:
     """Return an evaluation and the folder of its data."""
-    result = read(folder / "eval" / f"{name}.json", json.loads, fix)
-    rows = read(folder / "eval" / f"{name}.jsonl", json_lines, fix)
+    result = read(folder / "eval" / f"{name}.json", parse_json, fix)
+    file = folder / "eval" / f"{name}.jsonl"
+    need(file, fix)
+    rows = [line.row for line in read_lines(file, parse_answer) if line.row is not None]
     answers = {row["id"]: row["answer"] for row in rows}
     evaluation = Evaluation(result["scores"], answers, result["seconds"])
     return evaluation, Path(result["data"])

@@ -13,18 +13,19 @@ scores and their record.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints.files import PICKLES, SAFETENSORS, parse_json, write_file, writing
-from checkpoints.identity import identity
+from checkpoints.identity import changed_names, digest, identities, identity
 from config import UserError, printable
 from evals import Example
 from inputs.tokenizer import OWN_FILES
 
-# The files of a model that decide what it answers, in its folder or in that of a part.
+# The files of a model that decide what it answers.
 MODEL_FILES = (
     "config.json",
     "adapter_config.json",
@@ -37,7 +38,6 @@ MODEL_FILES = (
     SAFETENSORS,
     PICKLES,
 )
-PART_FOLDERS = ("language_model", "vision_tower", "vision_tower2", "connector")
 
 # Of pictures and videos all names and sizes are compared, and the content of so many, evenly
 # spread: of all where that is little to read.
@@ -60,19 +60,10 @@ def origin(folder: Path, examples: list[Example], data_dir, options: dict) -> di
     Raise UserError for a file that cannot be read.
     """
     return {
-        "model": identities_of_model(folder),
+        "model": identities(folder, MODEL_FILES),
         "shown": identity_of_shown(examples, data_dir),
         "options": options,
     }
-
-
-def identities_of_model(folder: Path) -> dict[str, dict]:
-    """Return {name in the folder: identity} of the files that decide what a model answers."""
-    files = []
-    for place in (folder, *(folder / part for part in PART_FOLDERS)):
-        for pattern in MODEL_FILES:
-            files += place.glob(pattern)
-    return {path.relative_to(folder).as_posix(): identity(path) for path in sorted(set(files))}
 
 
 def identity_of_shown(examples: list[Example], data_dir) -> dict:
@@ -88,7 +79,7 @@ def identity_of_shown(examples: list[Example], data_dir) -> dict:
     named = {}
     for example in examples:
         for picture in example.get("pictures", ()):
-            content.update(hashlib.blake2b(picture, digest_size=16).digest())
+            content.update(bytes.fromhex(digest(picture)))
         if "pictures" not in example:
             named |= dict.fromkeys(shown_names(example))
 
@@ -171,12 +162,7 @@ def go_on_or_set_aside(file: Path, made: dict):
 
 def parts_of(file: Path) -> list[Path]:
     """Return a file of answers, and those to which the other ranks append."""
-    return [file, *sorted(file.parent.glob(f"{escaped(file.name)}.rank*"))]
-
-
-def escaped(name: str) -> str:
-    """Return a name as a pattern that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+    return [file, *sorted(file.parent.glob(f"{glob.escape(file.name)}.rank*"))]
 
 
 def what_changed(record: Path, made: dict) -> str:
@@ -202,7 +188,7 @@ def changed_file(known, made: dict) -> str:
     """Return the name of a file of a model that is not as it was; the weights before the others."""
     if not isinstance(known, dict):
         return "another folder"
-    names = [name for name in made | known if known.get(name) != made.get(name)]
+    names = changed_names(known, made)
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
     return printable([*weights, *names][0], 80)
 
@@ -213,7 +199,7 @@ def set_aside(file: Path, paths: list[Path]) -> Path:
     Return that of `file`. STEM.jsonl becomes STEM.aside-1.jsonl, or the first number that is free.
     """
     number = 1
-    while list(file.parent.glob(f"{escaped(file.stem)}.aside-{number}*")):
+    while list(file.parent.glob(f"{glob.escape(file.stem)}.aside-{number}*")):
         number += 1
     stem = f"{file.stem}.aside-{number}"
     for path in paths:

@@ -31,8 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoints.files import parse_json, write_file
-from config import printable
+from checkpoints.files import write_file
+from checkpoints.json_lines import parse_row, read_lines
+from config import UserError, printable
 from inference import generation
 from inference.answer import before_stop
 from inputs.rows import Rows
@@ -45,7 +46,6 @@ from training.ranks import Ranks, print0
 from training.recorder import Recorder
 
 PROBED = 64  # values of each trainable tensor that are watched: enough to see whether it moves
-LONGEST_LINE = 2**20  # bytes of a line of log.jsonl; ours are a few hundred
 
 
 @contextlib.contextmanager
@@ -397,45 +397,21 @@ def append(file: Path, line: str):
         f.write(line)
 
 
-class LogLine(NamedTuple):
-    """A line of log.jsonl."""
-
-    raw: bytes
-    row: dict | None  # None: it cannot be read
-
-
 def read_log(file: Path) -> list[dict]:
     """Return the events of log.jsonl, without the lines that cannot be read.
 
     Whatever lies there, nothing is raised: no file, a folder or zeros are a log without events.
     """
     try:
-        return [line.row for line in _lines(file) if line.row is not None]
-    except OSError:
+        return [line.row for line in read_lines(file, parse_event) if line.row is not None]
+    except UserError:
         return []
-
-
-def _lines(file: Path) -> Iterator[LogLine]:
-    """Yield the lines of log.jsonl, a long one in pieces that cannot be read. Raises OSError."""
-    # A FIFO in its place would wait for somebody to write.
-    if file.exists() and not file.is_file():
-        raise IsADirectoryError(f"{file} is not a file")
-    with open(file, "rb") as f:
-        while raw := f.readline(LONGEST_LINE):
-            yield LogLine(raw, parse_event(raw))
 
 
 def parse_event(line: bytes) -> dict | None:
     """Return the event of a line of log.jsonl; None if it is cut, damaged, or no event of ours."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
-        return None
-    if not isinstance(row.get("event"), str) or not isinstance(row.get("stage"), str):
+    row = parse_row(line, ("event", "stage"))
+    if row is None or not line.endswith(b"\n"):
         return None
 
     # Readers count with these two.
@@ -458,17 +434,17 @@ def forget_after(file: Path, stages: list[str], stage: int, step: int):
     kept. Lines that cannot be read are dropped, too: then the whole file stays as
     log.jsonl.damaged, and one line says so.
     """
+    if not file.exists():
+        return
     kept = []
     damaged = 0
     try:
-        for line in _lines(file):
+        for line in read_lines(file, parse_event):
             if line.row is None:
                 damaged += 1
             elif is_done(line.row, stages, stage, step):
                 kept.append(line.raw)
-    except FileNotFoundError:
-        return
-    except OSError:
+    except UserError:
         damaged += 1
 
     if damaged:
