@@ -30,14 +30,12 @@ PLACES = (".", "language_model", "vision_tower", "connector")
 def identity(path: Path | str, whole: bool = False) -> dict:
     """Return {"size": bytes, "blake2b": 32 hexadecimal digits} of a regular file.
 
-    A file of up to 64 MiB is hashed whole. Of a larger one the hash is of evenly spaced blocks of
-    4 KiB, the first and the last among them, whose beginnings lie at most 1 MiB apart (more than
-    that above 16 GiB). So every tensor of more than 1 MiB is in the sample, and a model of which
-    only the connector was trained has another identity. At most 64 MiB are read.
+    A file of up to 64 MiB is hashed whole. Of a larger one the hash is of evenly spaced blocks, the
+    first and the last among them. So every tensor of more than 1 MiB is in the sample, and a model
+    of which only the connector was trained has another identity.
     whole: hash every byte of a large file, too, which takes a second per gigabyte.
 
-    Raises UserError for what is missing, cannot be read, or is no regular file. A FIFO or a device
-    is not read.
+    Raises UserError for what is missing, cannot be read, or is no regular file.
     """
     try:
         with open_regular(path) as file:

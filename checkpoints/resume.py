@@ -25,7 +25,6 @@ a few billion of them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -62,15 +61,13 @@ MADE_FROM = "made_from.json"
 def lock(folder: Path):
     """Claim an output folder until the returned file is closed.
 
-    Raises UserError if another process has it. The kernel releases it when the process ends,
-    however that ends. This is a record lock and not flock: data workers inherit a flock, and they
-    outlive a killed run by seconds.
+    Raises UserError if another process has it. However a process ends, it then has it no more.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", errors="replace")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seal.lock(file, wait=False)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             what = f"another run is training here ({file.read().strip()})"

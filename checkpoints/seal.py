@@ -34,14 +34,26 @@ another file of the project cannot stop a run that is going on from saving.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt  # what Windows has in its place
+except ImportError:
+    msvcrt = None
+
+WINDOWS = os.name == "nt"
 
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
@@ -157,21 +169,49 @@ def prune(folder: Path, keep: int, stage: str = ""):
 
 def flush(path: Path):
     """Wait until a file, or a folder's list of files, would survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
+    # Windows flushes files that are open for writing, and no folders.
+    flags = os.O_RDONLY
+    if WINDOWS:
+        if path.is_dir():
+            return
+        flags = os.O_RDWR
+    fd = os.open(path, flags)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
+def lock(file: IO, wait: bool):
+    """Let no other process lock this file until it is closed, or this process ends.
+
+    wait: until the one that has the lock ends; otherwise raise BlockingIOError or PermissionError
+    at once. It is a record lock and not flock: data workers inherit a flock, and they outlive a
+    killed run by seconds. A system that has no such locks goes without.
+    """
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+
+    # Windows locks bytes, and lets nobody else read them. So it is one that no file reaches.
+    while msvcrt is not None:
+        try:
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            return
+        except PermissionError:
+            if not wait:
+                raise
+        time.sleep(0.1)
+
+
 def alone(folder: Path):
     """Wait for a seal that is under way, and let no other one begin.
 
-    That holds until the returned file is closed: use it in a `with`. The kernel ends it when the
-    process ends.
+    That holds until the returned file is closed: use it in a `with`.
     """
     file = open(folder / ".sealing", "a")
-    fcntl.lockf(file, fcntl.LOCK_EX)
+    lock(file, wait=True)
     return file
 
 

@@ -55,7 +55,7 @@ def answer_examples(
     barrier()
 
     # Every rank has read what is there before any of them writes.
-    known = read_all_answers(file, examples)
+    known = read_answers(file, examples)
     barrier()
 
     # Answer this rank's part of the rest.
@@ -70,7 +70,7 @@ def answer_examples(
         return None
 
     # One file, in the order of the examples.
-    known |= read_all_answers(file, examples)
+    known |= read_answers(file, examples)
     rows = [known[example["id"]] for example in examples if example["id"] in known]
     with writing(file):
         write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
@@ -79,27 +79,20 @@ def answer_examples(
     return [known[example["id"]]["answer"] for example in chosen]
 
 
-def read_all_answers(file: Path, examples: list[Example]) -> dict[str, dict]:
-    """Return {id: row} of the answers to these examples, of all ranks."""
-    asked = {example["id"]: example for example in examples}
-    known = {}
-    for part in parts_of(file):
-        known |= read_answers(part, asked)
-    return known
-
-
-def read_answers(file: Path, asked: dict[str, Example]) -> dict[str, dict]:
-    """Return {id: row} of the answers in a file to the examples {id: example}.
+def read_answers(file: Path, examples: list[Example]) -> dict[str, dict]:
+    """Return {id: row} of the answers to these examples, of all ranks.
 
     An answer to another question or about another picture does not count, whatever its id.
     """
+    asked = {example["id"]: example for example in examples}
     found = {}
-    for _, row in read_lines(file, parse_answer):
-        if row is None or row["id"] not in asked:
-            continue
-        example = asked[row["id"]]
-        if row["question"] == example["prompt"] and row.get("image") == shown_name(example):
-            found[row["id"]] = row
+    for part in parts_of(file):
+        for _, row in read_lines(part, parse_answer):
+            if row is None or row["id"] not in asked:
+                continue
+            example = asked[row["id"]]
+            if row["question"] == example["prompt"] and row.get("image") == shown_name(example):
+                found[row["id"]] = row
     return found
 
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoints.files import PICKLES, SAFETENSORS, parse_json, write_file, writing
+from checkpoints.files import PICKLES, SAFETENSORS, read_json, write_file, writing
 from checkpoints.identity import changed_names, digest, identities, identity
 from config import UserError, printable
 from evals import Example
@@ -117,11 +118,9 @@ def files_of(path: Path) -> list[Path]:
 
 def size_of(path: Path) -> int | None:
     """Return the size of a file; None if it is not there, or is no file."""
-    try:
-        if path.is_file():
-            return path.stat().st_size
-    except (OSError, ValueError):
-        pass
+    # os.path takes every name; Path refuses one that is too long.
+    if os.path.isfile(path):
+        return os.path.getsize(path)
     return None
 
 
@@ -168,10 +167,8 @@ def parts_of(file: Path) -> list[Path]:
 def what_changed(record: Path, made: dict) -> str:
     """Return in words what is not as in a record; "" if nothing is."""
     try:
-        known = parse_json(record.read_bytes())
-    except (OSError, ValueError):
-        known = None
-    if not isinstance(known, dict):
+        known = read_json(record)
+    except UserError:
         return "an unknown model"
 
     told = []

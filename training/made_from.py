@@ -84,7 +84,8 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
             found[f"{of_source} rows"] = contents_of_rows(rows)
             found[f"{of_source} pictures"] = contents_of_pictures(rows)
         if stage.validation:
-            found[label + HELD_OUT] = contents_of_held_out(stage)
+            rows = open_rows(stage.validation, stage.images)
+            found[label + HELD_OUT] = contents_of_rows(rows) | contents_of_pictures(rows)
         if stage.lora.adapter:
             found[f"{label} adapter"] = contents_of_model(Path(stage.lora.adapter), False)
 
@@ -197,12 +198,6 @@ def identity_of_medium(source: Path) -> str:
         return "not there"
     except OSError:
         return "not a file"
-
-
-def contents_of_held_out(stage: Stage) -> dict[str, str]:
-    """Return what is in the validation rows of a stage, and in their pictures."""
-    rows = open_rows(stage.validation, stage.images)
-    return contents_of_rows(rows) | contents_of_pictures(rows)
 
 
 def contents_of_model(folder: Path, allow_pickle: bool) -> dict[str, str]:

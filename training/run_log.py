@@ -21,7 +21,7 @@ import contextlib
 import json
 import math
 import os
-import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +44,11 @@ from packing import Item
 from training import parallel
 from training.ranks import Ranks, print0
 from training.recorder import Recorder
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PROBED = 64  # values of each trainable tensor that are watched: enough to see whether it moves
 
@@ -178,9 +183,11 @@ class RunLog:
             "tokens_per_s": self.window.tokens / seconds,
             "images_per_s": self.window.images / seconds,
             "data_wait": self.window.wait / seconds,
-            "memory_gb": self._peak_memory() / 2**30,
-            "seconds": now - self.begin,
         }
+        memory = self._peak_memory()
+        if memory is not None:
+            row["memory_gb"] = memory / 2**30
+        row["seconds"] = now - self.begin
         if self.peak_share:
             row["mfu"] = row["tokens_per_s"] * self.peak_share
         self.write("step", **row)
@@ -210,20 +217,26 @@ class RunLog:
         ]
         if "mfu" in row:
             columns.append(f"mfu {100 * row['mfu']:.0f}%")
-        columns += [
-            f"data {100 * row['data_wait']:.0f}%",
-            f"{row['memory_gb']:.1f} GB",
-            f"eta {eta // 60}:{eta % 60:02d}",
-        ]
+        columns.append(f"data {100 * row['data_wait']:.0f}%")
+        if "memory_gb" in row:
+            columns.append(f"{row['memory_gb']:.1f} GB")
+        columns.append(f"eta {eta // 60}:{eta % 60:02d}")
         return "  ".join(columns)
 
-    def _peak_memory(self) -> int:
-        """Return the most bytes that this process has used, of the GPU's memory if it has one."""
+    def _peak_memory(self) -> int | None:
+        """Return the most bytes that this process has used, of the GPU's memory if it has one.
+
+        None: the system does not say.
+        """
         if self.ranks.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.ranks.device)
 
-        # Linux counts it in KiB.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if resource is None:
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if sys.platform == "darwin":
+            return peak
+        return 1024 * peak  # Linux counts it in KiB
 
     # ------------------------------------------------------------------ does every part move?
 
