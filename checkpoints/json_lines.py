@@ -1,6 +1,6 @@
 """Files with a JSON object a line, to which programs append until somebody kills them.
 
-    for line in read_lines(Path("log.jsonl"), parse): ...     # line.raw, line.row
+    for line, row in read_lines(Path("log.jsonl"), parse): ...
 
 Half a line may be left at a kill, and zeros after a power cut. Such a line comes with the row None.
 What follows from it is up to the reader: training/run_log.py, evals/kept.py, evals/judge.py.
@@ -10,31 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from checkpoints.files import open_regular, parse_json
 from config import UserError
 
+# Returns the row of a line, or None for a damaged one, as `parse_row` does.
+Parser = Callable[[bytes], dict | None]
+
 LONGEST_LINE = 2**26  # bytes: a longer line is damage, and comes in pieces
 
 
-class Line(NamedTuple):
-    """A line of a file."""
+def read_lines(file: Path, parse: Parser) -> Iterator[tuple[bytes, dict | None]]:
+    """Yield each line of a file with its line break, and what `parse` makes of it.
 
-    raw: bytes  # with its line break
-    row: dict | None  # None: it is damaged
-
-
-def read_lines(file: Path, parse: Callable[[bytes], dict | None]) -> Iterator[Line]:
-    """Yield the lines of a file; none if there is no file.
-
-    parse: returns the row of a line, or None, as `parse_row` does. Raises UserError for what is no
-    file, or cannot be read.
+    No file is a file without lines. Raises UserError for what cannot be read as a file.
     """
     try:
         with open_regular(file) as lines:
-            while raw := lines.readline(LONGEST_LINE):
-                yield Line(raw, parse(raw))
+            while line := lines.readline(LONGEST_LINE):
+                yield line, parse(line)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as e:
@@ -42,7 +36,7 @@ def read_lines(file: Path, parse: Callable[[bytes], dict | None]) -> Iterator[Li
         raise UserError(file, what, "allow reading it, or put it elsewhere") from None
 
 
-def parse_row(line: bytes, texts: tuple[str, ...]) -> dict | None:
+def parse_row(line: bytes | str, texts: tuple[str, ...]) -> dict | None:
     """Return the JSON object of a line; None if it is none, or has no text under these keys."""
     try:
         row = parse_json(line)

@@ -185,18 +185,18 @@ def flush(path: Path):
 def lock(file: IO, wait: bool):
     """Let no other process lock this file until it is closed, or this process ends.
 
-    wait: until the one that has the lock ends; otherwise raise BlockingIOError or PermissionError
-    at once. It is a record lock and not flock: data workers inherit a flock, and they outlive a
-    killed run by seconds. A system that has no such locks goes without.
+    wait: until another one has closed it; otherwise raise BlockingIOError or PermissionError. This
+    is a record lock and not flock: data workers inherit a flock, and they outlive a killed run by
+    seconds. A system without such locks does without.
     """
     if fcntl is not None:
         fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
 
-    # Windows locks bytes, and lets nobody else read them. So it is one that no file reaches.
+    # Windows lets nobody else read the bytes that are locked: so it is one far behind the end.
     while msvcrt is not None:
+        os.lseek(file.fileno(), 2**30, os.SEEK_SET)
         try:
-            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             return
         except PermissionError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.files import parse_json
-from checkpoints.json_lines import parse_row, read_lines
+from checkpoints.json_lines import parse_row
 from config import UserError
 from evals import world
 from training.run_log import read_log
@@ -90,15 +90,10 @@ def read(file: Path, parse: Callable, fix: str):
         raise UserError(file, f"cannot be read: {error}", fix) from None
 
 
-def need(file: Path, fix: str):
-    """Raise UserError unless there is such a file; `fix` is what makes it."""
-    if not file.is_file():
-        raise UserError(file, "no such file", fix)
-
-
-def parse_answer(line: bytes) -> dict | None:
-    """Return the row of a line of answers; None if it is damaged."""
-    return parse_row(line, ("id", "answer"))
+def parse_answers(text: str) -> dict[str, str]:
+    """Return {id: answer} of a file of answers, without the lines that are damaged."""
+    rows = [parse_row(line, ("id", "answer")) for line in text.split("\n")]
+    return {row["id"]: row["answer"] for row in rows if row is not None}
 
 
 def read_run(folder: Path) -> Run:
@@ -106,7 +101,8 @@ def read_run(folder: Path) -> Run:
     train_first = "train first: torchrun train.py"
     recipe = read(folder / "recipe.toml", str, train_first)
     log = folder / "log.jsonl"
-    need(log, train_first)
+    if not log.is_file():
+        raise UserError(log, "no such file", train_first)
     stages = stages_of_log(read_log(log), log)
 
     evaluate = f"torchrun evaluate.py --model {folder} --task world --data DIR"
@@ -130,10 +126,7 @@ def read_run(folder: Path) -> Run:
 def read_evaluation(folder: Path, name: str, fix: str) -> tuple[Evaluation, Path]:
     """Return an evaluation and the folder of its data."""
     result = read(folder / "eval" / f"{name}.json", parse_json, fix)
-    file = folder / "eval" / f"{name}.jsonl"
-    need(file, fix)
-    rows = [line.row for line in read_lines(file, parse_answer) if line.row is not None]
-    answers = {row["id"]: row["answer"] for row in rows}
+    answers = read(folder / "eval" / f"{name}.jsonl", parse_answers, fix)
     evaluation = Evaluation(result["scores"], answers, result["seconds"])
     return evaluation, Path(result["data"])
 

@@ -158,10 +158,10 @@ def read_replies(file: Path) -> dict[str, str]:
     """
     known = {}
     damaged = 0
-    for raw, row in read_lines(file, parse_reply):
+    for line, row in read_lines(file, parse_reply):
         if row is not None:
             known[row["key"]] = row["reply"]
-        elif raw != b"\n":
+        elif line != b"\n":
             damaged += 1
     if damaged:
         print(f"{file.name}: {damaged} damaged lines are not used; they stay in the file")

@@ -105,11 +105,11 @@ def leave_out_damage(file: Path):
     """Write a file anew without the lines that are no answers; keep the old one beside it."""
     good = []
     damaged = 0
-    for raw, row in read_lines(file, parse_answer):
+    for line, row in read_lines(file, parse_answer):
         if row is None:
             damaged += 1
         else:
-            good.append(raw)
+            good.append(line)
     if damaged == 0:
         return
 

@@ -8,7 +8,7 @@ name and be older. What counts is what the files hold (checkpoints/identity.py).
 in the record: each answer has its own beside it (kept.py).
 
 Answers of anything else stay where they are under another name, STEM.aside-1.jsonl, with their
-scores and their record.
+scores and their record. `check_file_of_answers` refuses a name that has files of somebody else.
 """
 
 from __future__ import annotations
@@ -79,11 +79,13 @@ def identity_of_shown(examples: list[Example], data_dir) -> dict:
     # Pictures that are no files are at hand. The names of the others, each once, in their order.
     named = {}
     for example in examples:
-        for picture in example.get("pictures", ()):
-            content.update(bytes.fromhex(digest(picture)))
         if "pictures" not in example:
             named |= dict.fromkeys(shown_names(example))
+            continue
+        for picture in example["pictures"]:
+            content.update(bytes.fromhex(digest(picture)))
 
+    # A file that is not there counts, too: it may be there the next time.
     there = []
     total = 0
     for name in named:

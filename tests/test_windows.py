@@ -1,4 +1,4 @@
-"""What Windows lacks is taken away: everything imports, a run trains, locks hold, files are safe."""
+"""What Windows lacks is taken away: all imports, a run trains, locks hold, files are flushed."""
 
 import fcntl
 import json

@@ -416,7 +416,7 @@ def read_log(file: Path) -> list[dict]:
     Whatever lies there, nothing is raised: no file, a folder or zeros are a log without events.
     """
     try:
-        return [line.row for line in read_lines(file, parse_event) if line.row is not None]
+        return [row for _, row in read_lines(file, parse_event) if row is not None]
     except UserError:
         return []
 
@@ -452,11 +452,11 @@ def forget_after(file: Path, stages: list[str], stage: int, step: int):
     kept = []
     damaged = 0
     try:
-        for line in read_lines(file, parse_event):
-            if line.row is None:
+        for line, row in read_lines(file, parse_event):
+            if row is None:
                 damaged += 1
-            elif is_done(line.row, stages, stage, step):
-                kept.append(line.raw)
+            elif is_done(row, stages, stage, step):
+                kept.append(line)
     except UserError:
         damaged += 1
 
