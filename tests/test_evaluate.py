@@ -15,7 +15,7 @@ from torch import Tensor
 
 import evaluate
 from config import Model, UserError
-from demo import report
+from demo import report, results
 from demo import world as demo_world
 from evals import world
 from inputs.tiling import Tiling
