@@ -50,12 +50,12 @@ class Build(NamedTuple):
     spills: int = 0  # bytes of a thread that may be in memory, where the kernel's file says so
 
 
-def in_dtype(build: Build, name: str, **others: str) -> Build:
-    """Return a build for tensors of another dtype ("fp32") than bf16; others: types by argument."""
+def in_dtype(build: Build, name: str) -> Build:
+    """Return a build for tensors of another dtype than bf16: "fp32" or "fp16"."""
     types = {}
     for argument, kind in build.types.items():
         types[argument] = f"*{name}" if kind == "*bf16" else kind
-    return build._replace(types=types | others)
+    return build._replace(types=types)
 
 
 class Mutation(NamedTuple):
