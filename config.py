@@ -347,6 +347,12 @@ class LLaVAConfig:
     frames: int = Model.frames
     fps: float = Model.fps
 
+    # SHA-256 of the adapters that are merged into the weights: none may be merged twice.
+    merged_adapters: tuple[str, ...] = ()
+
+    # The files that text, vision and images (the processor) were read from, for messages.
+    places: dict = field(default_factory=dict, compare=False)
+
     def __post_init__(self):
         tower = self.vision.get("model_type")
         if (self.connector == "mof_mlp") != (tower == "mof"):

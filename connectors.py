@@ -506,7 +506,7 @@ class Connector(NamedTuple):
     # Called with (vision_dim, text_dim, **options), it returns a module (N, n, C) -> (N, m, D).
     build: Callable[..., nn.Module]
 
-    # The names of its options and their defaults. All are positive integers.
+    # The names of its options and their defaults. All are positive integers, up to LARGEST.
     options: dict[str, int] = {}
 
     # Called with (n, **options), it returns m. The text is laid out by it before any picture is
@@ -516,6 +516,10 @@ class Connector(NamedTuple):
     # Whether it reads the mean of an item's views instead of the tokens of all of them.
     mean: bool = False
 
+
+# The largest values of options: that of an option with this name, and that of all others.
+LARGEST = {"num_resampler_layers": 512, "num_hidden_layers": 512}
+LARGEST_SIZE = 2**16
 
 MLPS = {f"mlp{depth}x_gelu": Connector(partial(mlp, depth=depth)) for depth in range(1, 9)}
 
@@ -568,9 +572,12 @@ def _choose(spec: str, options: dict[str, int]) -> tuple[Connector, dict[str, in
             raise UserError(where, f"unknown to {spec}", fix)
 
         # Not isinstance: True is an int, too.
+        fix = f"the default is {connector.options[name]}"
         if type(value) is not int or value < 1:
-            fix = f"the default is {connector.options[name]}"
             raise UserError(where, f"{value!r} is not a positive integer", fix)
+        largest = LARGEST.get(name, LARGEST_SIZE)
+        if value > largest:
+            raise UserError(where, f"{value!r} is more than {largest}", fix)
 
     # Options on the right of | win over the defaults.
     return connector, connector.options | options

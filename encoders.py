@@ -34,9 +34,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import weights
+from checkpoints.fields import EPS, HEADS, INTERMEDIATE, LAYERS, SIDE, WIDTH, Fields
 from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
-from inputs.image_processor import ImageProcessor, need, read_preprocessor
+from config import UserError
+from inputs.image_processor import (
+    ImageProcessor,
+    need,
+    preprocessor_place,
+    read_preprocessor,
+)
 from kernels.attention import attention
 from kernels.glu import gelu, glu
 from layers import LayerNorm, LayerScale
@@ -313,7 +320,7 @@ class VisionEncoder(nn.Module):
             -len(states) <= feature_layer < len(states),
             "model.feature_layer",
             feature_layer,
-            f"-1 to {c.layers}",
+            f"{-len(states)} to {c.layers}",
         )
         depth = states[feature_layer]
 
@@ -466,45 +473,56 @@ DINOV2_NAMES: Table = (
 )
 
 
-def vit_config(hf: dict, **differences) -> VisionConfig:
+def vit_config(c: Fields, **differences) -> VisionConfig:
     """Return what all families read from a config.json, and in `differences` what they do not."""
+    width = c.integer("hidden_size", 1, WIDTH)
+    heads = c.integer("num_attention_heads", 1, HEADS)
+    if width % heads:
+        raise c.refuse("num_attention_heads", f"no divisor of hidden_size {width}")
+
+    image_size = c.integer("image_size", 1, SIDE)
+    patch_size = c.integer("patch_size", 1, SIDE)
+    if patch_size > image_size:
+        raise c.refuse("patch_size", f"larger than the image_size {image_size}")
+
     return VisionConfig(
-        hf=hf,
-        width=hf["hidden_size"],
-        intermediate=hf["intermediate_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
-        hidden_act=hf["hidden_act"],
-        norm_eps=hf["layer_norm_eps"],
-        patch_size=hf["patch_size"],
-        image_size=hf["image_size"],
-        init_std=hf["initializer_range"],
-        layer_scale=hf.get("layerscale_value"),
-        interpolate_offset=hf.get("interpolate_offset", 0.0),
+        hf=c.values,
+        width=width,
+        intermediate=c.integer("intermediate_size", 1, INTERMEDIATE),
+        layers=c.integer("num_hidden_layers", 1, LAYERS),
+        heads=heads,
+        hidden_act=c.text("hidden_act", (*ACTIVATIONS, SWIGLU)),
+        norm_eps=c.number("layer_norm_eps", *EPS),
+        patch_size=patch_size,
+        image_size=image_size,
+        init_std=c.number("initializer_range", 0.0, 100.0),
+        layer_scale=c.number("layerscale_value", 0.0, 1e3, default=None),
+        interpolate_offset=c.number("interpolate_offset", 0.0, 1.0, default=0.0),
         **differences,
     )
 
 
-def clip_config(hf: dict) -> VisionConfig:
+def clip_config(c: Fields) -> VisionConfig:
     """Return the config of a CLIP (Radford et al., 2021)."""
-    side = hf["image_size"]
+    side = c.integer("image_size", 1, SIDE)
     return vit_config(
-        hf,
+        c,
         processor=ImageProcessor(size=side, crop=side, mean=CLIP_MEAN, std=CLIP_STD),
         class_token=True,
         pre_norm=True,
     )
 
 
-def siglip_config(hf: dict) -> VisionConfig:
+def siglip_config(c: Fields) -> VisionConfig:
     """Return the config of a SigLIP (Zhai et al., 2023), or of a SigLIP2 with one size of picture.
 
     It has no class token: all tokens are patches.
     """
-    return vit_config(hf, processor=ImageProcessor(size=hf["image_size"]))
+    side = c.integer("image_size", 1, SIDE)
+    return vit_config(c, processor=ImageProcessor(size=side))
 
 
-def dinov2_config(hf: dict) -> VisionConfig:
+def dinov2_config(c: Fields) -> VisionConfig:
     """Return the config of a DINOv2 (Oquab et al., 2023).
 
     One with registers (Darcet et al., 2023) says how many; its position table is resized with
@@ -512,15 +530,17 @@ def dinov2_config(hf: dict) -> VisionConfig:
     """
     # The config gives the width of the MLP as a ratio. A gated MLP has three matrices instead of
     # two, so it gets two thirds of the width, rounded up to a multiple of 8.
-    intermediate = int(hf["hidden_size"] * hf["mlp_ratio"])
-    if hf.get("use_swiglu_ffn"):
+    derived = {}
+    ratio = c.number("mlp_ratio", 0.01, 100.0)
+    intermediate = int(c.integer("hidden_size", 1, WIDTH) * ratio)
+    if c.flag("use_swiglu_ffn", default=False):
         intermediate = (int(intermediate * 2 / 3) + 7) // 8 * 8
-        hf = hf | {"hidden_act": SWIGLU}
-    hf = hf | {"intermediate_size": intermediate}
+        derived["hidden_act"] = SWIGLU
+    derived["intermediate_size"] = intermediate
 
-    registers = hf.get("num_register_tokens")
+    registers = c.integer("num_register_tokens", 0, 1024, default=None)
     return vit_config(
-        hf,
+        Fields(c.values | derived, c.where, c.path, c.fix),
         processor=ImageProcessor(size=256, crop=224, mean=IMAGENET_MEAN, std=IMAGENET_STD),
         class_token=True,
         registers=registers,
@@ -534,7 +554,7 @@ def dinov2_config(hf: dict) -> VisionConfig:
 class Family(NamedTuple):
     """How a model_type becomes a VisionConfig."""
 
-    config: Callable[[dict], VisionConfig]
+    config: Callable[[Fields], VisionConfig]
     defaults: dict  # what its config.json may leave out
 
 
@@ -547,31 +567,40 @@ FAMILIES = {
 }
 
 
-def check_fields(hf: dict, where: object):
+# The most tokens that an encoder may make of a picture: 128 x 128 patches.
+MOST_TOKENS = 2**14
+
+
+def check_fields(c: Fields):
     """Raise UserError for a field of a config.json that asks for what this ViT does not compute."""
-    heads = hf["num_attention_heads"]
-    supported = {
-        "hidden_act": [*ACTIVATIONS, SWIGLU],
-        "num_channels": [3],
-        "qkv_bias": [True],
-        "image_size": range(1, 9999),
-        "patch_size": range(1, 9999),
-        "hidden_size": range(0, 99999, heads),  # a multiple of the number of heads
-        "head_dim": [hf["hidden_size"] // heads],
-    }
-    for key, values in supported.items():
-        if key in hf:
-            need(hf[key] in values, f"{where}:{key}", hf[key], f"one of {values}")
+    if c.integer("num_channels", 1, 1024, default=3) != 3:
+        raise c.refuse("num_channels", "not supported: pictures have 3")
+    if not c.flag("qkv_bias", default=True):
+        raise c.refuse("qkv_bias", "not supported: queries, keys and values have a bias")
+
+    width = c.integer("hidden_size", 1, WIDTH)
+    heads = c.integer("num_attention_heads", 1, HEADS)
+    head_dim = c.integer("head_dim", 1, WIDTH, default=width // heads)
+    if head_dim != width // heads:
+        raise c.refuse("head_dim", f"not supported: {heads} heads share the width {width}")
 
 
-def mixture_config(hf: dict, preprocessor: dict | None, where: object) -> VisionConfig:
+def mixture_config(
+    c: Fields, preprocessor: dict | None, where: object, images: object
+) -> VisionConfig:
     """Return the config of TinyLLaVA Factory's mixture: CLIP's, with DINOv2's beside it.
 
     DINOv2 sees the pixels that CLIP's image processor makes. Raises UserError as vision_config
     does, and where the two differ in width or number of tokens.
     """
-    clip = vision_config(hf.get("clip", {}), preprocessor, f"{where}:clip")
-    dinov2 = vision_config(hf.get("dinov2", {}), clip.processor.to_hf(), f"{where}:dinov2")
+    clip_fields = c.table("clip", optional=True).values
+    dinov2_fields = c.table("dinov2", optional=True).values
+    for name, fields in (("clip", clip_fields), ("dinov2", dinov2_fields)):
+        is_mixture = fields.get("model_type") == "mof"
+        need(not is_mixture, f"{where}:{name}:model_type", "mof", "take a single encoder")
+
+    clip = vision_config(clip_fields, preprocessor, f"{where}:clip", images)
+    dinov2 = vision_config(dinov2_fields, clip.processor.to_hf(), f"{where}:dinov2", images)
 
     sizes = [(c.width, c.tokens("patch")) for c in (clip, dinov2)]
     fix = "take a CLIP and a DINOv2 with equal ones"
@@ -580,20 +609,24 @@ def mixture_config(hf: dict, preprocessor: dict | None, where: object) -> Vision
 
 
 def vision_config(
-    hf: dict, preprocessor: dict | None = None, where: object = "vision_config"
+    hf: dict,
+    preprocessor: dict | None = None,
+    where: object = "vision_config",
+    images: object = "preprocessor_config.json",
 ) -> VisionConfig:
     """Return the config of an encoder, from its config.json and preprocessor_config.json.
 
-    where: what an error names as the place of the mistake. Raises UserError for a model or an
-    image processor that we cannot reproduce.
+    where, images: what errors name as the places of the two. Raises UserError for a model or an
+    image processor that we cannot reproduce, and for a field of the wrong kind or out of range.
     """
-    kind = hf.get("model_type")
+    fields = Fields(hf, where)
+    kind = fields.text("model_type", default=None)
     if kind == "mof":
-        return mixture_config(hf, preprocessor, where)
+        return mixture_config(fields, preprocessor, where, images)
 
     # A full CLIP or SigLIP has a text half too, which is not ours to load.
     if kind in ("clip", "siglip"):
-        hf = hf.get("vision_config", {})
+        hf = fields.table("vision_config", optional=True).values
         kind = f"{kind}_vision_model"
 
     known = f"one of {', '.join(FAMILIES)} (no NaFlex: its shapes vary)"
@@ -601,17 +634,21 @@ def vision_config(
     family = FAMILIES[kind]
 
     given = {key: value for key, value in hf.items() if value is not None}
-    filled = family.defaults | given | {"model_type": kind}
-    check_fields(filled, where)
+    filled = Fields(family.defaults | given | {"model_type": kind}, where)
+    check_fields(filled)
     config = family.config(filled)
 
-    processor = ImageProcessor.from_hf(
-        preprocessor or {}, config.processor, f"{where}:image processor"
-    )
+    processor = ImageProcessor.from_hf(preprocessor or {}, config.processor, images)
+    config = replace(config, processor=processor)
     fits = config.any_size or processor.side == config.image_size
     fix = f"the image processor makes {processor.side}: give the one that belongs to this encoder"
     need(fits, f"{where}:image_size", config.image_size, fix)
-    return replace(config, processor=processor)
+
+    tokens = config.tokens("cls_patch")
+    if tokens > MOST_TOKENS:
+        what = f"{processor.side} pixels in patches of {config.patch_size} are {tokens} tokens"
+        raise UserError(f"{where}:patch_size", what, f"at most {MOST_TOKENS} can be seen")
+    return config
 
 
 # -------------------------------------------------------------------------------------- making one
@@ -641,7 +678,8 @@ def load_encoder(
     """
     folder = resolve(str(path), allow_pickle=allow_pickle)
     hf = read_json(folder / "config.json")
-    config = vision_config(hf, read_preprocessor(folder), folder / "config.json")
+    images = read_preprocessor(folder)
+    config = vision_config(hf, images, folder / "config.json", preprocessor_place(folder))
     with weights.empty():
         encoder = build_encoder(config, feature_layer, feature_select)
 

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 import config
-import lora
 from checkpoints import layouts, peft, weights
 from checkpoints.files import resolve, write_file
 from config import UserError
@@ -121,8 +120,7 @@ def main(argv: list[str]):
         dtype = getattr(torch, args.dtype)
     model = open_model(folder, dtype, args.allow_pickle)
     if args.adapter:
-        peft.load_adapter(Path(args.adapter), model, peft.ADAPTED)
-        lora.merge(model)
+        peft.merge_adapter(model, Path(args.adapter))
     export(model, open_tokenizer(folder), args.to, out, args.transformers)
 
     # Say what was written.

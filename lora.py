@@ -112,12 +112,18 @@ class Quantized(nn.Module):
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
 
-        # The weight stays on its device, as a parameter would.
-        if state:
-            device = self.weight[0].device  # of its first tensor
-            self._store(self.kind.from_state(state).to(device))
-        else:
+        if not state:
             missing.append(f"{prefix}weight")
+            return
+        try:
+            weight = self.kind.from_state(state)
+        except ValueError as e:
+            errors.append(f"{prefix}weight: {e}")  # nn.Module raises them all at the end
+            return
+
+        # The weight stays on its device, as a parameter would.
+        device = self.weight[0].device  # of its first tensor
+        self._store(weight.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + bias, (..., K) -> (..., N)."""

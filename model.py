@@ -35,6 +35,7 @@ heads, K key-value heads, d head width, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -50,11 +51,21 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import barellava, layouts, weights
+from checkpoints.fields import (
+    EPS,
+    HEAD_DIM,
+    HEADS,
+    INTERMEDIATE,
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    Fields,
+)
 from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS, MLPWithNewline, anyres_order, build_connector, join_views
-from encoders import VisionEncoder, build_encoder, vision_config
+from encoders import VisionConfig, VisionEncoder, build_encoder, vision_config
 from inference import generation
 from inputs.tiling import Tiling, read_grids
 from kernels.cross_entropy import linear_cross_entropy
@@ -326,7 +337,7 @@ class Family(NamedTuple):
     """How to read the config.json and the weights of one `model_type`."""
 
     # A function of config.json that says, in keywords, how the family differs from Llama.
-    config: Callable[[dict], LMConfig]
+    config: Callable[[Fields], LMConfig]
 
     # Hugging Face's parameter names and ours, in pairs, where they differ.
     rename: Table = ()
@@ -339,39 +350,69 @@ class Family(NamedTuple):
     neutral: dict = {}
 
 
-def llama(c: dict, rotary: float = 1.0, tied: bool = False, **differences) -> LMConfig:
+def llama(c: Fields, rotary: float = 1.0, tied: bool = False, **differences) -> LMConfig:
     """Llama and SmolLM2, and the start of all that is built like them.
 
     rotary and tied hold where config.json says nothing. `differences` take the place of Llama's own
     parts and numbers.
     """
-    heads = c["num_attention_heads"]
-    head_dim = c.get("head_dim") or c["hidden_size"] // heads
-    layer = Layer(
-        heads=heads,
-        kv_heads=c.get("num_key_value_heads") or heads,
-        intermediate=c["intermediate_size"],
-    )
+    width = c.integer("hidden_size", 1, WIDTH)
+    heads = c.integer("num_attention_heads", 1, HEADS)
+    kv_heads = c.integer("num_key_value_heads", 1, HEADS, default=heads)
+    if heads % kv_heads:
+        raise c.refuse("num_key_value_heads", f"no divisor of num_attention_heads {heads}")
 
-    # transformers 5 keeps the numbers of the rotation in a table of their own.
-    rope = c | (c.get("rope_parameters") or {})
+    head_dim = c.integer("head_dim", 1, HEAD_DIM, default=None)
+    if head_dim is None:
+        if width % heads:
+            raise c.refuse("num_attention_heads", f"no divisor of hidden_size {width}")
+        head_dim = width // heads
 
+    layer = Layer(heads, kv_heads, c.integer("intermediate_size", 1, INTERMEDIATE))
+    attention_bias = c.flag("attention_bias", default=False)
     parts = {
-        "vocab": c["vocab_size"],
-        "width": c["hidden_size"],
+        "vocab": c.integer("vocab_size", 1, VOCABULARY),
+        "width": width,
         "head_dim": head_dim,
-        "layers": (layer,) * c["num_hidden_layers"],
-        "norm": partial(RMSNorm, eps=c.get("rms_norm_eps", 1e-6)),
+        "layers": (layer,) * c.integer("num_hidden_layers", 1, LAYERS),
+        "norm": partial(RMSNorm, eps=rms_eps(c)),
         "mlp": GLU,
         "block": Block,
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "rotary_dim": int(head_dim * rope.get("partial_rotary_factor", rotary)),
-        "qkv_bias": c.get("attention_bias", False),
-        "out_bias": c.get("attention_bias", False),
-        "tied": c.get("tie_word_embeddings", tied),
-        "init_std": c.get("initializer_range", 0.02),
+        "rope_theta": rope_number(c, "rope_theta", *THETA, default=10000.0),
+        "rotary_dim": rotary_dim(c, head_dim, rotary),
+        "qkv_bias": attention_bias,
+        "out_bias": attention_bias,
+        "tied": c.flag("tie_word_embeddings", default=tied),
+        "init_std": c.number("initializer_range", 0.0, 100.0, default=0.02),
     }
     return LMConfig(**(parts | differences))
+
+
+# The base of the rotation. Published ones are 10,000 to 10 million.
+THETA = (1.0, 1e12)
+
+
+def rms_eps(c: Fields) -> float:
+    """Return the eps of the RMSNorms of a config.json."""
+    return c.number("rms_norm_eps", *EPS, default=1e-6)
+
+
+def rope_number(c: Fields, key: str, low: float, high: float, default: float) -> float:
+    """Return a number of the rotation; transformers 5 keeps them in a table of their own."""
+    rope = c.table("rope_parameters", optional=True)
+    if key in rope:
+        return rope.number(key, low, high)
+    return c.number(key, low, high, default=default)
+
+
+def rotary_dim(c: Fields, head_dim: int, default: float) -> int:
+    """Return how many numbers of a head are rotated: a share that config.json states."""
+    share = rope_number(c, "partial_rotary_factor", 0.0, 1.0, default=default)
+    dim = int(head_dim * share)
+    if dim < 2 or dim % 2:
+        what = f"rotates {dim} of the {head_dim} numbers of a head, and they turn in pairs"
+        raise UserError(c.name("partial_rotary_factor"), what, c.fix)
+    return dim
 
 
 def same_for_all_heads(norm: Callable[[int], nn.Module]) -> Callable[[int, int], nn.Module]:
@@ -383,7 +424,7 @@ def same_for_all_heads(norm: Callable[[int], nn.Module]) -> Callable[[int, int],
     return build
 
 
-def qwen2(c: dict) -> LMConfig:
+def qwen2(c: Fields) -> LMConfig:
     """Qwen1.5, Qwen2 and Qwen2.5: biases on q, k and v."""
     return llama(
         c,
@@ -392,37 +433,37 @@ def qwen2(c: dict) -> LMConfig:
     )
 
 
-def qwen3(c: dict) -> LMConfig:
+def qwen3(c: Fields) -> LMConfig:
     """Qwen3: no biases, and a norm on each head of q and k."""
-    head_norm = partial(RMSNorm, eps=c.get("rms_norm_eps", 1e-6))
+    head_norm = partial(RMSNorm, eps=rms_eps(c))
     return llama(
         c,
         head_norm=same_for_all_heads(head_norm),
     )
 
 
-def gemma(c: dict) -> LMConfig:
+def gemma(c: Fields) -> LMConfig:
     """Gemma: norms that multiply by 1 + weight, GeGLU, tied embeddings, inputs times sqrt(D)."""
     return llama(
         c,
-        norm=partial(OffsetRMSNorm, eps=c.get("rms_norm_eps", 1e-6)),
+        norm=partial(OffsetRMSNorm, eps=rms_eps(c)),
         mlp=partial(GLU, act="gelu_tanh"),
         tied=True,
-        embed_scale=c["hidden_size"] ** 0.5,
+        embed_scale=c.integer("hidden_size", 1, WIDTH) ** 0.5,
     )
 
 
-def stablelm(c: dict) -> LMConfig:
+def stablelm(c: Fields) -> LMConfig:
     """StableLM-2: LayerNorm, and only the first quarter of each head is rotated.
 
     As options: biases on q, k and v; a norm of its own for each head; parallel blocks.
     """
-    eps = c.get("layer_norm_eps", 1e-5)
+    eps = c.number("layer_norm_eps", *EPS, default=1e-5)
     head_norm = nn.Identity
-    if c.get("qk_layernorm"):
+    if c.flag("qk_layernorm", default=False):
         head_norm = partial(LayerNormPerHead, eps=eps)
     block = Block
-    if c.get("use_parallel_residual"):
+    if c.flag("use_parallel_residual", default=False):
         block = ParallelBlock
     return llama(
         c,
@@ -430,19 +471,19 @@ def stablelm(c: dict) -> LMConfig:
         norm=partial(LayerNorm, eps=eps),
         head_norm=head_norm,
         block=block,
-        qkv_bias=c.get("use_qkv_bias", False),
+        qkv_bias=c.flag("use_qkv_bias", default=False),
         out_bias=False,
     )
 
 
-def phi(c: dict) -> LMConfig:
+def phi(c: Fields) -> LMConfig:
     """Phi-1.5 and Phi-2: LayerNorm, parallel blocks, a plain MLP, biases everywhere.
 
     Only half of each head is rotated, by default. As an option: a norm on each head of q and k.
     """
-    norm = partial(LayerNorm, eps=c.get("layer_norm_eps", 1e-5))
+    norm = partial(LayerNorm, eps=c.number("layer_norm_eps", *EPS, default=1e-5))
     head_norm = nn.Identity
-    if c.get("qk_layernorm"):
+    if c.flag("qk_layernorm", default=False):
         head_norm = same_for_all_heads(norm)
     return llama(
         c,
@@ -453,27 +494,38 @@ def phi(c: dict) -> LMConfig:
         block=ParallelBlock,
         qkv_bias=True,
         out_bias=True,
-        lm_head_bias=c.get("lm_head_bias", True),  # a key of ours: TinyLLaVABench's Phi has none
+        # A key of ours: TinyLLaVABench's Phi has none.
+        lm_head_bias=c.flag("lm_head_bias", default=True),
     )
 
 
-def openelm(c: dict) -> LMConfig:
+def openelm(c: Fields) -> LMConfig:
     """OpenELM (Mehta et al., 2024): every layer has widths of its own, and keys are Apple's."""
-    width = c["model_dim"]
-    head_dim = c["head_dim"]
+    width = c.integer("model_dim", 1, WIDTH)
+    head_dim = c.integer("head_dim", 1, HEAD_DIM)
+    multipliers = c.numbers("ffn_multipliers", 0.01, 100.0)
+    divisor = c.integer("ffn_dim_divisor", 1, 2**14)
+    all_heads = c.integers("num_query_heads", 1, HEADS)
+    all_kv_heads = c.integers("num_kv_heads", 1, HEADS)
+
+    # The three lists have an entry for each layer.
+    depth = len(multipliers)
+    for key, entries in (("num_query_heads", all_heads), ("num_kv_heads", all_kv_heads)):
+        if len(entries) != depth or depth == 0:
+            raise c.refuse(key, f"a list of {len(entries)}, and ffn_multipliers one of {depth}")
+
     layers = []
-    for multiplier, heads, kv_heads in zip(
-        c["ffn_multipliers"], c["num_query_heads"], c["num_kv_heads"], strict=True
-    ):
-        intermediate = round_to_multiple(multiplier * width, c["ffn_dim_divisor"])
-        layers.append(Layer(heads, kv_heads, intermediate))
+    for multiplier, heads, kv_heads in zip(multipliers, all_heads, all_kv_heads, strict=True):
+        if heads % kv_heads:
+            raise c.refuse("num_kv_heads", f"no list of divisors: {kv_heads} of {heads} heads")
+        layers.append(Layer(heads, kv_heads, round_to_multiple(multiplier * width, divisor)))
 
     norm = partial(RMSNorm, eps=1e-6)
     head_norm = nn.Identity
-    if c["normalize_qk_projections"]:
+    if c.flag("normalize_qk_projections"):
         head_norm = same_for_all_heads(norm)
     return LMConfig(
-        vocab=c["vocab_size"],
+        vocab=c.integer("vocab_size", 1, VOCABULARY),
         width=width,
         head_dim=head_dim,
         layers=tuple(layers),
@@ -481,10 +533,10 @@ def openelm(c: dict) -> LMConfig:
         head_norm=head_norm,
         mlp=GLU,
         block=Block,
-        rope_theta=c["rope_freq_constant"],
-        rotary_dim=head_dim,
-        tied=c["share_input_output_layers"],
-        init_std=c.get("initializer_range", 0.02),
+        rope_theta=c.number("rope_freq_constant", *THETA),
+        rotary_dim=rotary_dim(c, head_dim, 1.0),
+        tied=c.flag("share_input_output_layers"),
+        init_std=c.number("initializer_range", 0.0, 100.0, default=0.02),
     )
 
 
@@ -649,10 +701,11 @@ REFUSED = {
 def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
     """Return the parts and numbers of a language model from its config.json.
 
-    Raises UserError for an unknown model_type, a missing size, or a field that would change the
-    arithmetic. `where` names the file in the message.
+    Raises UserError for an unknown model_type, a field that is missing, of the wrong kind or out of
+    range, and one that would change the arithmetic. `where` names the file in the message.
     """
-    kind = hf.get("model_type")
+    c = Fields(hf, where, fix="give the config.json that belongs to the model")
+    kind = c.text("model_type", default=None)
     if kind not in FAMILIES:
         what = f"{kind!r} is no language model known here"
         if kind in REFUSED:
@@ -661,22 +714,17 @@ def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
     family = FAMILIES[kind]
 
     # Two fields are made comparable first: one is nested, the other lists all layers.
-    rope = hf.get("rope_parameters") or {}
-    layer_types = hf.get("layer_types") or ["full_attention"]
+    rope = c.table("rope_parameters", optional=True)
+    layer_types = c.list("layer_types", str, default=[]) or ["full_attention"]
     given = hf | {
-        "rope_parameters.rope_type": rope.get("rope_type", "default"),
+        "rope_parameters.rope_type": rope.text("rope_type", default="default"),
         "layer_types": sorted(set(layer_types)),
     }
     for key, values in (NEUTRAL | family.neutral).items():
         if key in given and given[key] not in values:
             what = f"{given[key]!r} is not supported for {kind}"
             raise UserError(f"{where}:{key}", what, "use another model")
-
-    try:
-        return family.config(hf)
-    except KeyError as e:
-        fix = "give the config.json that belongs to the model"
-        raise UserError(f"{where}:{e.args[0]}", "missing", fix) from None
+    return family.config(c)
 
 
 @torch.no_grad()
@@ -706,13 +754,22 @@ def init_weights(module: nn.Module, std: float):
 # ------------------------------------------------------------------------------------------- LLaVA
 
 
+def vision_config_of(c: LLaVAConfig) -> VisionConfig:
+    """Return the config of a model's encoder. Raises UserError that names the file of a field."""
+    images = c.places.get("images", "preprocessor_config.json")
+    return vision_config(c.vision, c.preprocessor, c.places.get("vision", "vision_config"), images)
+
+
 def tiling_of(c: LLaVAConfig) -> Tiling:
     """Return how the pictures and videos of a model become items; no weights are needed for it.
 
     Raises UserError for settings that do not go together.
     """
-    vision = vision_config(c.vision, c.preprocessor)
+    vision = vision_config_of(c)
     tokens = vision.tokens(c.feature_select)
+    if tokens < 1:
+        what = "patch drops the only token of a picture"
+        raise UserError("model.feature_select", what, "use cls_patch")
 
     # anyres arranges the tokens of all tiles as one large picture, so each tile must be a square.
     if c.image_mode == "anyres":
@@ -738,6 +795,27 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         c.frames,
         c.fps,
     )
+
+
+def check_memory(c: LLaVAConfig, pretrained: Collection[str]):
+    """Raise UserError if random weights would not fit in the memory of this machine.
+
+    pretrained: the parts that come from files, which are as large as those are.
+    """
+    with weights.empty():
+        model = LLaVA(c)
+    needed = 0
+    for name in LLaVA.PARTS:
+        if name not in pretrained:
+            needed += sum(4 * p.numel() for p in getattr(model, name).parameters())
+
+    # Windows has no sysconf.
+    memory = needed
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        what = f"{needed / 1e9:.0f} GB of random weights; this machine has {memory / 1e9:.0f} GB"
+        raise UserError("model.llm_config", what, "choose smaller sizes")
 
 
 class Output(NamedTuple):
@@ -775,9 +853,9 @@ class LLaVA(nn.Module):
                 return weights.empty()
             return nullcontext()
 
-        vision = vision_config(c.vision, c.preprocessor)
+        vision = vision_config_of(c)
         with storage("language_model"):
-            self.language_model = LanguageModel.from_hf(c.text)
+            self.language_model = LanguageModel.from_hf(c.text, c.places.get("text", "llm_config"))
         with storage("vision_tower"):
             self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
 
@@ -810,7 +888,7 @@ class LLaVA(nn.Module):
 
         # Hugging Face's files leave out of `text_config` what its config class has as a default.
         config = found.config
-        kind = config.text["model_type"]
+        kind = Fields(config.text, config.places["text"]).text("model_type")
         if found.hf_names and kind in FAMILIES:
             config = replace(config, text=FAMILIES[kind].defaults | config.text)
 
@@ -871,7 +949,9 @@ class LLaVA(nn.Module):
             else:
                 pretrained["vision_tower"] = {"": c.vision}
 
-        model = cls(layouts.config_from_recipe(c, template), empty=list(pretrained))
+        config = layouts.config_from_recipe(c, template)
+        check_memory(config, pretrained)
+        model = cls(config, empty=list(pretrained))
         init_weights(model.connector, 0.02)
         for name in ("language_model", "vision_tower"):
             part = getattr(model, name)
@@ -1055,6 +1135,17 @@ class LLaVA(nn.Module):
 
     # -- generation -------------------------------------------------------------------------------
 
+    def _check_ids(self, prompts: Sequence[Tensor]):
+        """Raise UserError for an id that the embedding has no row for: another model's tokenizer.
+
+        Ids that are on a GPU already are not looked at, because the CPU would wait for them.
+        """
+        vocab = self.language_model.config.vocab
+        for ids in prompts:
+            if ids.is_cpu and len(ids) and ids.max() >= vocab:
+                what = f"makes id {ids.max()}, and the model has {vocab}"
+                raise UserError("tokenizer", what, "give the tokenizer of this model")
+
     @torch.inference_mode()
     def generate(
         self,
@@ -1089,6 +1180,7 @@ class LLaVA(nn.Module):
         """
         if isinstance(input_ids, Tensor):
             input_ids = without_padding(input_ids, attention_mask)
+        self._check_ids(input_ids)
         device = self.language_model.lm_head.weight.device
         prompts = [ids.to(device) for ids in input_ids]
         items = match_images(prompts, images)

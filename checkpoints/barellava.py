@@ -14,27 +14,41 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from checkpoints import weights
+from checkpoints.fields import LAYERS, Fields
 from checkpoints.files import write_file
 from checkpoints.folder import folder_readme, named_tensors, write_folder
-from config import LLaVAConfig
+from config import LLaVAConfig, Model
 from inputs.image_processor import read_preprocessor
 from packing import IMAGE_TOKEN
 
 OPENED_BY = "barellava: `python generate.py --model DIR --image FILE`, or `--video FILE`"
 
 
-def read(config: dict, folder: Path) -> LLaVAConfig:
+def read(config: Fields, folder: Path) -> LLaVAConfig:
     """Return what our config.json describes; a field that an older file lacks has its default."""
-    rest = {}
-    for field in fields(LLaVAConfig):
-        if field.name in config:
-            rest[field.name] = config[field.name]
+    choices = {field.name: field.metadata["choices"] for field in fields(Model)}
+    defaults = {field.name: field.default for field in fields(LLaVAConfig)}
 
+    def text(key: str) -> str:
+        """Return a text, one of those that a recipe may choose from."""
+        return config.text(key, choices.get(key, ()), default=defaults[key], most=1000)
+
+    sources = config.table("sources", optional=True)
     return LLaVAConfig(
-        text=config["text_config"],
-        vision=config["vision_config"],
+        text=config.table("text_config").values,
+        vision=config.table("vision_config").values,
         preprocessor=read_preprocessor(folder),
-        **rest,
+        connector=text("connector"),
+        connector_options=config.table("connector_options", optional=True).values,
+        feature_layer=config.integer("feature_layer", -LAYERS, LAYERS, defaults["feature_layer"]),
+        feature_select=text("feature_select"),
+        image_mode=text("image_mode"),
+        template=text("template"),
+        image_scale=config.number("image_scale", 1e-6, 1e6, defaults["image_scale"]),
+        sources={key: sources.text(key, default="") for key in sources.values},
+        image_grids=text("image_grids"),
+        frames=config.integer("frames", 1, 2**16, defaults["frames"]),
+        fps=config.number("fps", 0.0, 1e3, defaults["fps"]),
     )
 
 
@@ -42,6 +56,9 @@ def config_json(c: LLaVAConfig) -> dict:
     """Return our config.json."""
     rest = asdict(c)
     del rest["preprocessor"]  # a file of its own: preprocessor_config.json
+    del rest["places"]
+    if not c.merged_adapters:
+        del rest["merged_adapters"]
 
     # These two have the names that Hugging Face's multimodal models use.
     text = rest.pop("text")

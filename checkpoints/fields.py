@@ -14,12 +14,28 @@ between two fields (a head count that divides a width) belong to the reader: `fi
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from config import UserError, printable
 
 REQUIRED = object()  # the default of a field that has none
+
+# The largest sizes of a model, several times those of any that is published. They bound the memory
+# and the time that a config.json can ask for.
+WIDTH = 2**16
+INTERMEDIATE = 2**18
+LAYERS = 512
+HEADS = 2**10
+HEAD_DIM = 2**12
+VOCABULARY = 2**21
+SIDE = 2**12  # pixels along a picture that an encoder sees
+
+# An adapter's rank and alpha.
+MOST_RANK = 2**14
+ALPHA = (0.0, 1e6)
+
+# The eps of a norm: 1e-12 is BERT's. At 0 a row of zeros would become NaN.
+EPS = (1e-15, 1.0)
 
 
 class Fields:
@@ -38,7 +54,7 @@ class Fields:
         self.fix = fix
         if not isinstance(values, dict):
             what = f"{printable(repr(values), 60)} is not an object"
-            raise UserError(self._name(""), what, fix)
+            raise UserError(self.name(""), what, fix)
         self.values = values
 
     def __contains__(self, key: str) -> bool:
@@ -63,9 +79,9 @@ class Fields:
         value = self._get(key, default)
         if key not in self:
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.refuse(key, "not a number")
-        if not math.isfinite(value) or not low <= value <= high:
+        # NaN is in no range. A whole number may be too large for a float.
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high:
             raise self.refuse(key, f"not a number from {low:g} to {high:g}")
         return float(value)
 
@@ -81,8 +97,10 @@ class Fields:
         value = self._get(key, default)
         if key not in self:
             return value
-        if not isinstance(value, str) or len(value) > most:
-            raise self.refuse(key, f"not a text of at most {most} characters")
+        if not isinstance(value, str):
+            raise self.refuse(key, "not a text")
+        if len(value) > most:
+            raise self.refuse(key, f"longer than {most} characters")
         if choices and value not in choices:
             raise self.refuse(key, f"not one of {', '.join(sorted(choices))}")
         return value
@@ -96,23 +114,39 @@ class Fields:
         if not isinstance(value, list) or len(value) > most:
             raise self.refuse(key, f"not a list of at most {most} values")
         for element in value:
-            is_wrong_bool = isinstance(element, bool) and kind is not bool
+            is_wrong_bool = isinstance(element, bool) and kind not in (bool, object)
             if not isinstance(element, kind) or is_wrong_bool:
                 raise self.refuse(key, f"not a list of {name}")
         return value
 
+    def numbers(self, key: str, low: float, high: float, default=REQUIRED, most: int = LAYERS):
+        """Return a list of at most `most` numbers, each as `number` takes it."""
+        elements = self._elements(key, default, most)
+        return [elements.number(i, low, high) for i in elements.values]
+
+    def integers(self, key: str, low: int, high: int, default=REQUIRED, most: int = LAYERS):
+        """Return a list of at most `most` whole numbers, each as `integer` takes it."""
+        elements = self._elements(key, default, most)
+        return [elements.integer(i, low, high) for i in elements.values]
+
     def table(self, key: str, optional: bool = False) -> Fields:
         """Return the fields of an object in this one; of an empty one, if optional and absent."""
-        value = self.values.get(key)
-        if value is None and optional:
-            value = {}
-        path = f"{self.path}.{key}" if self.path else key
-        return Fields(value, self.where, path, self.fix)
+        default = {} if optional else REQUIRED
+        return Fields(self._get(key, default), self.where, self._dotted(key), self.fix)
 
     def refuse(self, key: str, why: str) -> UserError:
         """Return the error for a field: its value, and why that cannot be."""
-        value = printable(repr(self.values.get(key)), 60)
-        return UserError(self._name(key), f"{value} is {why}", self.fix)
+        try:
+            value = printable(repr(self.values.get(key)), 60)
+        except RecursionError:
+            value = "what is nested so deeply"
+        return UserError(self.name(key), f"{value} is {why}", self.fix)
+
+    def _elements(self, key: str, default, most: int) -> Fields:
+        """Return the elements of a list as fields, whose names are their places."""
+        elements = self.list(key, object, default, most)
+        by_place = {str(i): element for i, element in enumerate(elements)}
+        return Fields(by_place, self.where, self._dotted(key), self.fix)
 
     def _get(self, key: str, default):
         """Return the raw value of a field; its default if it is absent or null."""
@@ -120,10 +154,14 @@ class Fields:
         if value is not None:
             return value
         if default is REQUIRED:
-            raise UserError(self._name(key), "missing", self.fix)
+            raise UserError(self.name(key), "missing", self.fix)
         return default
 
-    def _name(self, key: str) -> str:
+    def name(self, key: str) -> str:
         """Return FILE:a.b.c, as messages name a field."""
-        dotted = ".".join(filter(None, (self.path, key)))
+        dotted = self._dotted(key)
         return f"{self.where}:{dotted}" if dotted else str(self.where)
+
+    def _dotted(self, key: str) -> str:
+        """Return a.b.c, the name of a field in the file."""
+        return ".".join(filter(None, (self.path, key)))

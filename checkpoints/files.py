@@ -86,6 +86,7 @@ def _has_weights(folder: Path, allow_pickle: bool) -> bool:
 def read_json(path: Path, optional: bool = False) -> dict:
     """Return the JSON object in a file; {} if it is optional and absent. Raises UserError."""
     try:
+        check_regular(path)
         content = path.read_bytes()
     except FileNotFoundError:
         if optional:
@@ -100,6 +101,17 @@ def read_json(path: Path, optional: bool = False) -> dict:
     if not isinstance(value, dict):
         raise UserError(path, "not a JSON object", "download it again")
     return value
+
+
+def check_regular(path: Path):
+    """Raise UserError if something is at `path` that is neither a file nor a folder.
+
+    To open a pipe waits for a writer, and a device may never end. A folder and a missing file have
+    messages of their own, from whoever opens them.
+    """
+    # os.path takes every name; Path refuses one that is too long.
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(path, "no regular file", "put the file itself there")
 
 
 def parse_json(text: str | bytes):
@@ -123,6 +135,7 @@ def damaged(path: Path, kind: str, error: Exception) -> UserError:
     It names what often lies in the place of a downloaded file. Where it is none of that, it quotes
     `error`. kind: what the file should be, in words.
     """
+    check_regular(path)
     try:
         with open(path, "rb") as f:
             head = f.read(64).lstrip()

@@ -20,8 +20,11 @@ from torch import Tensor
 from checkpoints import weights
 from checkpoints.files import write_file
 from checkpoints.names import Table, rename, reverse
-from config import UserError
+from config import LLaVAConfig, UserError
 from inputs.tiling import TILED
+
+# In config.json of every layout: SHA-256 of each adapter that is merged into the weights.
+MERGED = "merged_adapters"
 
 # ----------------------------------------------------------------------------------------- reading
 
@@ -99,6 +102,13 @@ def write_folder(
         if not isinstance(content, str):
             content = json.dumps(content, indent=2, ensure_ascii=False)
         write_file(folder / name, content + "\n")
+
+
+def merged_field(c: LLaVAConfig) -> dict:
+    """Return the field of config.json that names the adapters in the weights, if there are any."""
+    if not c.merged_adapters:
+        return {}
+    return {MERGED: list(c.merged_adapters)}
 
 
 def folder_readme(model, opened_by: str, videos: bool = True) -> str:

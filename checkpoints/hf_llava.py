@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.folder import folder_readme, named_tensors, write_folder
+from checkpoints.fields import LAYERS, WIDTH, Fields
+from checkpoints.folder import folder_readme, merged_field, named_tensors, write_folder
 from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
 from config import LLaVAConfig, UserError
 from encoders import vision_config
 from inputs import templates
-from inputs.image_processor import read_preprocessor
+from inputs.image_processor import preprocessor_place, read_preprocessor
 from inputs.tiling import TILED
 
 OPENED_BY = "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`"
@@ -55,6 +56,7 @@ TABLE = PROJECTOR + NEWER
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "stablelm", "phi")
 ENCODERS = ("clip_vision_model", "siglip_vision_model")
 SELECT = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> ours
+MOST_PIXELS = 2**14  # along an edge of a grid
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-NeXT's default
 VERSIONS = {4: "4.57.1", 5: "5.23.0"}  # what config.json says of transformers, by major version
 
@@ -63,34 +65,41 @@ TOWER = "vision_tower.vision_model."
 # ----------------------------------------------------------------------------------------- reading
 
 
-def read(config: dict, folder: Path) -> LLaVAConfig:
+def read(config: Fields, folder: Path) -> LLaVAConfig:
     """Return what a config.json of LlavaForConditionalGeneration describes. Raises UserError."""
-    where = folder / "config.json"
-    layer = config.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise UserError(f"{where}:vision_feature_layer", "several layers", "use a model with one")
+    if isinstance(config.values.get("vision_feature_layer"), list):
+        where = config.name("vision_feature_layer")
+        raise UserError(where, "several layers", "use a model with one")
+    layer = config.integer("vision_feature_layer", -LAYERS, LAYERS, default=-2)
+    select = config.text("vision_feature_select_strategy", SELECT, default="default")
 
-    activation = config.get("projector_hidden_act", "gelu")
-    has_biases = config.get("multimodal_projector_bias", True)
+    activation = config.text("projector_hidden_act", default="gelu")
+    has_biases = config.flag("multimodal_projector_bias", default=True)
     if activation != "gelu" or not has_biases:
         what = "only gelu with biases"
-        raise UserError(f"{where}:projector_hidden_act", what, "use another model")
+        raise UserError(config.name("projector_hidden_act"), what, "use another model")
 
-    text = {"model_type": "llama", **config["text_config"]}
-    images, image_mode = _read_images(folder)
+    # Version 5 ties the head if either of two places says so. Version 4 writes one of them only,
+    # and leaves out the other.
+    stated = config.table("text_config")
+    text = {"model_type": "llama", **stated.values}
+    if config.flag("tie_word_embeddings", default=False):
+        text["tie_word_embeddings"] = True
 
     # See the top of the file: a Gemma of transformers 5 wants its image features smaller than ours.
-    major = int(str(config.get("transformers_version", "4")).partition(".")[0])
+    version = config.text("transformers_version", default="4", most=100)
+    major = version.partition(".")[0]
     image_scale = 1.0
-    if major >= 5 and text["model_type"] == "gemma":
-        image_scale = text.get("hidden_size", 3072) ** -0.5
+    if major.isdecimal() and int(major) >= 5 and text["model_type"] == "gemma":
+        image_scale = stated.integer("hidden_size", 1, WIDTH, default=3072) ** -0.5
 
+    images, image_mode = _read_images(folder)
     return LLaVAConfig(
         text=text,
-        vision={"model_type": "clip_vision_model", **config["vision_config"]},
+        vision={"model_type": "clip_vision_model", **config.table("vision_config").values},
         preprocessor=images,
         feature_layer=layer,
-        feature_select=SELECT[config.get("vision_feature_select_strategy", "default")],
+        feature_select=SELECT[select],
         image_mode=image_mode,
         template="chat",
         image_scale=image_scale,
@@ -102,12 +111,14 @@ def _read_images(folder: Path) -> tuple[dict, str]:
 
     The processors of LLaVA and LLaVA-NeXT are CLIP's, with something done before it.
     """
-    images = read_preprocessor(folder)
-    kind = str(images.get("image_processor_type"))
+    images = dict(read_preprocessor(folder))
+    fields = Fields(dict(images), preprocessor_place(folder))
+    kind = fields.text("image_processor_type", default="")
     mode = "square"
 
     if kind.startswith("LlavaImageProcessor"):  # can make a picture square before CLIP's
-        if images.pop("do_pad", False):
+        images.pop("do_pad", None)
+        if fields.flag("do_pad", default=False):
             mode = "pad"
         images["image_processor_type"] = "CLIPImageProcessor"
 
@@ -117,22 +128,29 @@ def _read_images(folder: Path) -> tuple[dict, str]:
     return images, mode
 
 
-def read_next(config: dict, folder: Path) -> LLaVAConfig:
+def read_next(config: Fields, folder: Path) -> LLaVAConfig:
     """Return what a config.json of LlavaNextForConditionalGeneration describes. Raises UserError.
 
     Its grids are in pixels, height before width.
     """
     base = read(config, folder)
-    side = vision_config(base.vision, base.preprocessor).processor.side
+    places = (config.name("vision_config"), preprocessor_place(folder))
+    vision = vision_config(base.vision, base.preprocessor, *places)
+    side = vision.processor.side
 
     grids = []
-    pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
-    for height, width in pinpoints:
-        for edge in (height, width):
+    for pair in config.list("image_grid_pinpoints", list, default=[], most=1000) or PINPOINTS:
+        is_pair = len(pair) == 2 and all(type(edge) is int for edge in pair)
+        if not is_pair or not 0 < min(pair) <= max(pair) <= MOST_PIXELS:
+            what = f"no list of height and width, each at most {MOST_PIXELS} pixels"
+            raise config.refuse("image_grid_pinpoints", what)
+
+        for edge in pair:
             if edge % side:
-                where = f"{folder / 'config.json'}:image_grid_pinpoints"
                 what = f"{edge} pixels are not whole views of {side}"
-                raise UserError(where, what, "give the processor of this encoder")
+                fix = "give the processor of this encoder"
+                raise UserError(config.name("image_grid_pinpoints"), what, fix)
+        height, width = pair
         grids.append(f"{height // side}x{width // side}")
     return replace(base, image_mode="anyres", image_grids=" ".join(grids))
 
@@ -186,6 +204,7 @@ def contents(
         "dtype": str(dtype).removeprefix("torch."),
         "transformers_version": VERSIONS[transformers],
         **grids,
+        **merged_field(c),
     }
     files["preprocessor_config.json"] = images | {"processor_class": processor}
     files["processor_config.json"] = {

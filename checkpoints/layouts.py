@@ -23,19 +23,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from checkpoints import barellava, hf_llava, tinyllava, tinyllava_bench, weights
+from checkpoints.fields import Fields
 from checkpoints.files import read_json, resolve
-from checkpoints.folder import Renamed
+from checkpoints.folder import MERGED, Renamed
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
-from inputs.image_processor import read_preprocessor
+from inputs.image_processor import preprocessor_place, read_preprocessor
 
 
 @dataclass(frozen=True)
 class Layout:
     """How one published kind of folder is read and, if it has a writer, written."""
 
-    # (config.json, its folder) -> what it describes. A KeyError names a field that is missing.
-    read: Callable[[dict, Path], LLaVAConfig]
+    # (config.json, its folder) -> what it describes. Raises UserError that names the field.
+    read: Callable[[Fields, Path], LLaVAConfig]
 
     # Pairs (name in the file, our name).
     table: Table = ()
@@ -106,20 +107,27 @@ def read(folder: Path, allow_pickle: bool = False) -> ReadCheckpoint:
 def read_config(folder: Path) -> LLaVAConfig:
     """Return the config of a checkpoint of any layout.
 
-    Raises UserError for a config.json that is unknown or incomplete.
+    Raises UserError for a config.json that is unknown or incomplete, and for a field of the wrong
+    kind or out of range. The fields of text_config are read where the model is built.
     """
     where = folder / "config.json"
-    config = read_json(where)
-    kind = config.get("model_type")
+    fields = Fields(read_json(where), where, fix="give a complete config.json")
+    kind = fields.text("model_type", default=None)
     if kind not in LAYOUTS:
         what = f"{kind!r} is no layout known here"
         raise UserError(f"{where}:model_type", what, f"one of {', '.join(LAYOUTS)}")
+    config = LAYOUTS[kind].read(fields, folder)
 
-    # A layout's reader asks for what it needs; what is missing is a KeyError.
-    try:
-        return LAYOUTS[kind].read(config, folder)
-    except KeyError as e:
-        raise UserError(f"{where}:{e.args[0]}", "missing", "give a complete config.json") from None
+    places = {
+        "text": f"{where}:text_config",
+        "vision": f"{where}:vision_config",
+        "images": preprocessor_place(folder),
+    }
+    return replace(
+        config,
+        merged_adapters=tuple(fields.list(MERGED, str, default=[])),
+        places=places | config.places,
+    )
 
 
 def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
@@ -132,17 +140,25 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
 
     # Each part is a table in the recipe, or the name of a checkpoint.
     text = c.llm_config
+    places = {"text": "model.llm_config", "vision": "model.vision_config"}
     if not text:
-        text = read_json(_part(c, "llm") / "config.json")
+        file = _part(c, "llm") / "config.json"
+        text = read_json(file)
+        places["text"] = str(file)
 
     # A vision_config of a recipe may have the image processor in it, as there is no file for that.
     if c.vision_config:
         vision = dict(c.vision_config)
-        preprocessor = vision.pop("preprocessor", {})
+        fields = Fields(vision, "model.vision_config")
+        preprocessor = fields.table("preprocessor", optional=True).values
+        vision.pop("preprocessor", None)
+        places["images"] = "model.vision_config.preprocessor"
     else:
         folder = _part(c, "vision")
         vision = read_json(folder / "config.json")
         preprocessor = read_preprocessor(folder)
+        places["vision"] = str(folder / "config.json")
+        places["images"] = preprocessor_place(folder)
 
     if c.vision2:
         dinov2 = read_json(_part(c, "vision2") / "config.json")
@@ -162,6 +178,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         image_grids=c.image_grids,
         frames=c.frames,
         fps=c.fps,
+        places=places,
     )
 
 

@@ -1,12 +1,13 @@
 """PEFT's adapter files, read and written: adapter_model.safetensors and adapter_config.json.
 
     adapt(model, stages, PARTS)     # what a recipe says: new adapters, or those of a folder
-    finish(model, output, base)     # a trained model without adapters; these go to output/adapter
+    merge_and_save_adapters(...)    # a trained model without adapters; these go to output/adapter
+    merge_adapter(model, folder)    # adds the adapters of a folder to the weights, once
     save_adapter(folder, lm)        # what PEFT loads onto transformers' model
     load_adapter(folder, lm)        # what PEFT wrote
 
-The first two are steps of a run, the others read and write the files. lora.py has the arithmetic.
-The tensors of a file:
+The first two are steps of a run, the third is one of export.py, the others read and write the
+files. lora.py has the arithmetic. The tensors of a file:
 
     base_model.model.<path>.lora_A.weight                 (r, K)
     base_model.model.<path>.lora_B.weight                 (N, r)
@@ -18,10 +19,12 @@ A path is Hugging Face's name of a module. N outputs, K inputs, r rank.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import hf_llava, tinyllava
+from checkpoints.fields import ALPHA, MOST_RANK, Fields
 from checkpoints.files import read_json, write_file
 from checkpoints.names import Table, as_tuple, rename, reverse
-from checkpoints.weights import read_file, write_tensors
+from checkpoints.weights import FLOATS, read_file, write_tensors
 from config import LoRA, UserError
 from lora import (
     LoRALinear,
@@ -46,6 +50,7 @@ from lora import (
 )
 
 ROOT = "base_model.model."
+MOST_PATTERNS = 2000  # entries of alpha_pattern: one for each linear of a large model
 
 # The names that a whole LLaVA may have in a file: those of transformers and of TinyLLaVA Factory.
 # What we write has the newer ones of transformers.
@@ -117,14 +122,41 @@ def adapt(model: nn.Module, stages: list, parts: dict[str, str]):
 
 
 def merge_and_save_adapters(model: nn.Module, output: Path, base: str) -> nn.Module:
-    """Return a trained model with plain linears; its adapters, if any, go to `output`/adapter.
+    """Return a trained LLaVA with plain linears; its adapters, if any, go to `output`/adapter.
 
     base: the name of the model that the adapters are for.
     """
     if adapters(model):
         save_adapter(output / "adapter", model, hf_llava.NEWER, base)
         merge(model, torch.float32)
+        _note_merged(model, output / "adapter")
     return model
+
+
+def merge_adapter(model: nn.Module, folder: Path):
+    """Add the adapters of a folder to the weights of a LLaVA.
+
+    Raises UserError as load_adapter does; an adapter that is in the weights already is refused.
+    """
+    load_adapter(folder, model, ADAPTED)
+    merge(model)
+    _note_merged(model, folder)
+
+
+def _note_merged(model: nn.Module, folder: Path):
+    """Write into a model's config that its weights hold the adapter of a folder."""
+    digest = tensors_digest(read_file(folder / "adapter_model.safetensors"))
+    merged = (*model.config.merged_adapters, digest)
+    model.config = replace(model.config, merged_adapters=merged)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors by name; it is the same in every file that holds them."""
+    sha256 = hashlib.sha256()
+    for key in sorted(tensors):
+        sha256.update(key.encode())
+        sha256.update(tensors[key].float().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -246,13 +278,33 @@ class AdapterFile:
         self.table = rename_table(module)
 
         where = folder / "adapter_config.json"
-        self.config = read_json(where)
+        fix = "merge it with PEFT first"
+        config = Fields(read_json(where), where, fix=fix)
         for key, values in KNOWN.items():
-            value = self.config.get(key)
+            value = config.values.get(key)
             if value not in values:
-                what = f"{value!r} is not supported"
-                raise UserError(f"{where}:{key}", what, "merge it with PEFT first")
+                raise UserError(config.name(key), f"{value!r} is not supported", fix)
+
+        # Every pattern is one that cannot take long.
+        self.alpha = config.number("lora_alpha", *ALPHA, default=8)
+        self.alpha_patterns = []
+        patterns = config.table("alpha_pattern", optional=True)
+        if len(patterns.values) > MOST_PATTERNS:
+            raise config.refuse("alpha_pattern", f"a table of more than {MOST_PATTERNS}")
+        for pattern in patterns.values:
+            compiled = compile_path_pattern(pattern)
+            if compiled is None:
+                raise patterns.refuse(pattern, "the alpha of no pattern that can be used")
+            self.alpha_patterns.append((compiled, patterns.number(pattern, *ALPHA)))
+
+        self.dropout = config.number("lora_dropout", 0.0, 0.999, default=0)
+        self.rslora = config.flag("use_rslora", default=False)
+        self.dora = config.flag("use_dora", default=False)
+
         self.tensors = read_file(self.file)
+        for key, tensor in self.tensors.items():
+            if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+                self.refuse(key, "not a tensor of finite numbers")
 
     def refuse(self, key: str, what: str):
         """Raise the UserError that names a tensor of the file."""
@@ -268,21 +320,28 @@ class AdapterFile:
 
     def options(self, path: str, r: int) -> LoRA:
         """Return the options of the adapter of a linear, whose rank is r."""
-        alpha = self.config.get("lora_alpha", 8)
+        alpha = self.alpha
 
         # The first pattern that the end of the path matches, as in PEFT.
-        patterns = self.config.get("alpha_pattern") or {}
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
+        for pattern, value in self.alpha_patterns:
+            if pattern.match(path):
                 alpha = value
                 break
-        return LoRA(
-            r=r,
-            alpha=alpha,
-            dropout=self.config.get("lora_dropout", 0),
-            rslora=bool(self.config.get("use_rslora", 0)),
-            dora=bool(self.config.get("use_dora", 0)),
-        )
+        return LoRA(r=r, alpha=alpha, dropout=self.dropout, rslora=self.rslora, dora=self.dora)
+
+
+def compile_path_pattern(pattern: str) -> re.Pattern | None:
+    """Return what finds the paths that end with a pattern of PEFT; None if it cannot be used.
+
+    A regular expression from a file may take for ever: one that repeats a group, or repeats often.
+    """
+    repetitions = re.findall(r"[*+?{]", pattern)
+    if len(pattern) > 1000 or len(repetitions) > 3 or re.search(r"\)[*+{]", pattern):
+        return None
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError):
+        return None
 
 
 class Change(NamedTuple):
@@ -301,6 +360,12 @@ def load_adapter(folder: Path, module: nn.Module, layout: Table = ()) -> list[st
     another shape, or what is not plain LoRA or DoRA; the module is then as it was.
     """
     file = AdapterFile(folder, module, layout)
+
+    # Only a whole LLaVA has such a note.
+    merged = getattr(getattr(module, "config", None), "merged_adapters", ())
+    if tensors_digest(file.tensors) in merged:
+        what = "these adapters are in the weights of the model already"
+        raise UserError(folder, what, "leave them out, or give the model that they were made for")
 
     # Everything is checked before the module changes.
     new_adapters, changes = _read_adapters(file, module)
@@ -331,13 +396,19 @@ def _read_adapters(
         path = key.removeprefix(ROOT).removesuffix(ENDINGS["lora_A"])
         names = file.our_names(key, f"{path}.weight", linears)
 
+        if new_adapters.keys() & {name.removesuffix(".weight") for name in names}:
+            file.refuse(key, "a second adapter for one linear")
+
         # What the file lacks is empty, and of a wrong shape if it is needed.
         given = {}
         for parameter, ending in ENDINGS.items():
             given[parameter] = file.tensors.pop(f"{ROOT}{path}{ending}", torch.empty(0))
 
         # Linears that are one in the file have the same inputs; their outputs are stacked.
-        options = file.options(path, r=len(given["lora_A"]))
+        A = given["lora_A"]
+        if A.dim() != 2 or not 0 < len(A) <= MOST_RANK:
+            file.refuse(key, f"shape {list(A.shape)}, (rank, inputs) is needed")
+        options = file.options(path, r=len(A))
         rows = [linears[name].out_features for name in names]
         columns = linears[names[0]].in_features
         check_shapes(file, key, given, options, sum(rows), columns)

@@ -17,8 +17,9 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints import weights
+from checkpoints.fields import ALPHA, LAYERS, MOST_RANK, Fields
 from checkpoints.files import read_json
-from checkpoints.folder import Renamed, folder_readme, named_tensors, write_folder
+from checkpoints.folder import Renamed, folder_readme, merged_field, named_tensors, write_folder
 from config import LLaVAConfig, UserError
 from connectors import CONNECTORS
 from inputs.image_processor import read_preprocessor
@@ -58,6 +59,9 @@ ENCODER_NAMES = {
 # The chat template is not recorded, so we take the usual one of the language model; else "phi".
 TEMPLATES = {"llama": "llama", "openelm": "llama", "gemma": "gemma", "qwen2": "qwen2_base"}
 
+SELECTS = ("patch", "cls_patch")  # vision_feature_select_strategy
+ROOT = "base_model.model."  # before every name in PEFT's files
+
 # The connectors that Factory and -Video have, each with the options that it has there.
 SIZES = ("num_queries", "num_resampler_layers")
 BERT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -84,47 +88,49 @@ ALWAYS = {"num_queries": 128, "num_resampler_layers": 3}
 # ------------------------------------------------------------------------------------- config.json
 
 
-def read(config: dict, folder: Path) -> LLaVAConfig:
+def read(config: Fields, folder: Path) -> LLaVAConfig:
     """Return what a config.json of TinyLLaVA Factory or -Video describes.
 
     Neither records the chat template (the language model's usual one is taken) or how many frames
     of a video were seen (our default is 16, as in most of TinyLLaVA-Video's).
     """
-    text = config["text_config"]
-    vision = config["vision_config"]
+    text = config.table("text_config")
+    vision = config.table("vision_config").values
 
     # Factory ran with transformers 4.40, which interpolates DINOv2's positions as its authors do.
     interpolation = {"interpolate_offset": 0.1}
     if "vision_config2" in config:
-        dinov2 = config["vision_config2"] | interpolation
+        dinov2 = config.table("vision_config2").values | interpolation
         vision = {"model_type": "mof", "clip": vision, "dinov2": dinov2}
-    elif vision["model_type"] == "dinov2":
+    elif vision.get("model_type") == "dinov2":
         vision = vision | interpolation
 
-    connector = config["connector_type"]
+    connector = config.text("connector_type", most=100)
     if connector == "resamplerwithpe":  # its name until March 2025
         connector = "naiveresampler"
 
+    # In a mixture, names of encoders have a prefix that says so.
+    encoder = config.text("vision_model_name_or_path", default="").removeprefix("mof:")
+    second_encoder = config.text("vision_model_name_or_path2", default="").removeprefix("mof:")
     return LLaVAConfig(
-        text=text,
+        text=text.values,
         vision=vision,
         preprocessor=read_preprocessor(folder),
         connector=connector,
         connector_options=_read_options(config, connector),
-        feature_layer=config["vision_feature_layer"],
-        feature_select=config["vision_feature_select_strategy"],
-        image_mode=config["image_aspect_ratio"],
-        template=TEMPLATES.get(text["model_type"], "phi"),
+        feature_layer=config.integer("vision_feature_layer", -LAYERS, LAYERS),
+        feature_select=config.text("vision_feature_select_strategy", SELECTS),
+        image_mode=config.text("image_aspect_ratio", default="square", most=100),
+        template=TEMPLATES.get(text.text("model_type"), "phi"),
         sources={
-            "llm": config["llm_model_name_or_path"],
-            # In a mixture, names of encoders have a prefix that says so.
-            "vision": config["vision_model_name_or_path"].removeprefix("mof:"),
-            "vision2": config.get("vision_model_name_or_path2", "").removeprefix("mof:"),
+            "llm": config.text("llm_model_name_or_path", default=""),
+            "vision": encoder,
+            "vision2": second_encoder,
         },
     )
 
 
-def _read_options(config: dict, connector: str) -> dict[str, int]:
+def _read_options(config: Fields, connector: str) -> dict[str, int]:
     """Return the options of the connector; config.json also states some that do not concern it.
 
     Factory takes a Q-Former's BERT sizes from bert-base, as our defaults do. A `qformer_config`,
@@ -134,8 +140,8 @@ def _read_options(config: dict, connector: str) -> dict[str, int]:
     stated = {}
     for name in (*SIZES, "group"):
         if name in config:
-            stated[name] = config[name]
-    stated |= config.get(f"{connector}_config", {})
+            stated[name] = config.values[name]
+    stated |= config.table(f"{connector}_config", optional=True).values
 
     options = {}
     for name in OPTIONS.get(connector, ()):
@@ -189,6 +195,7 @@ def config_json(c: LLaVAConfig) -> dict:
         "tokenizer_name_or_path": llm_name,
         "vision_model_name_or_path": vision_name,
         "vision_model_name_or_path2": second_name,
+        **merged_field(c),
     }
     return config
 
@@ -264,7 +271,8 @@ class WithAdapters(Renamed):
 
     def __init__(self, source: weights.Joined, folder: Path):
         super().__init__(source, (("**.base_layer.**", "**.**"),))
-        config = read_json(folder / "adapter_config.json")
+        where = folder / "adapter_config.json"
+        config = Fields(read_json(where), where)
         file = folder / "adapter_model.safetensors"
 
         for key in (
@@ -274,33 +282,46 @@ class WithAdapters(Renamed):
             "modules_to_save",
             "fan_in_fan_out",
         ):
-            if config.get(key):
-                where = f"{folder}/adapter_config.json:{key}"
-                raise UserError(where, "not supported", "merge it with PEFT first")
+            if config.values.get(key):
+                raise UserError(config.name(key), "not supported", "merge it with PEFT first")
 
-        rank = config["r"]
-        if config.get("use_rslora"):
-            rank = rank**0.5
-        self.scale = config["lora_alpha"] / rank
+        rank = config.integer("r", 1, MOST_RANK)
+        divisor = rank
+        if config.flag("use_rslora", default=False):
+            divisor = rank**0.5
+        self.scale = config.number("lora_alpha", *ALPHA) / divisor
         self.adapters = weights.read_file(file)
+        self.file = file
 
         # The base folders may hold copies of the adapters, too. Those of the adapter file are used.
         for ours in [ours for ours, key in self.theirs.items() if ".lora_" in key]:
             del self.theirs[ours]
 
         for key in self.adapters:
-            owner = key.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight"
-            if owner not in self.theirs:
-                what = "the model has no place for it"
-                raise UserError(f"{file}:{key}", what, "give its own base weights")
+            owner, _, matrix = key.removeprefix(ROOT).rpartition(".lora_")
+            if f"{owner}.weight" not in self.theirs:
+                self.refuse(key, "the model has no place for it")
+            if matrix not in ("A.weight", "B.weight"):
+                self.refuse(key, "no matrix of a plain LoRA")
+
+    def refuse(self, key: str, what: str):
+        """Raise the UserError that names a tensor of the adapters."""
+        raise UserError(f"{self.file}:{key}", what, "give its own base weights")
 
     def __getitem__(self, key: str) -> Tensor:
         weight = self.source[self.theirs[key]]
-        name = f"base_model.model.{key.removesuffix('.weight')}"
+        name = f"{ROOT}{key.removesuffix('.weight')}"
         a = self.adapters.get(f"{name}.lora_A.weight")  # (r, K)
         b = self.adapters.get(f"{name}.lora_B.weight")  # (N, r)
-        if b is None:
+        if a is None and b is None:
             return weight
+
+        # One without the other has no shape.
+        shapes = [list(tensor.shape) for tensor in (a, b) if tensor is not None]
+        rank = shapes[0][0] if shapes[0] else 0
+        needed = [[rank, *weight.shape[1:]], [*weight.shape[:1], rank]]
+        if weight.dim() != 2 or shapes != needed:
+            self.refuse(f"{name}.lora_A.weight", f"shapes {shapes}, the model needs {needed}")
 
         # W + s B A, (N, K).
         return weight.float().addmm(b.float(), a.float(), alpha=self.scale)

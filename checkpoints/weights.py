@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.files import damaged, read_json, write_file
+from checkpoints.files import check_regular, damaged, read_json, write_file
 from checkpoints.names import Table, as_tuple, matches, rename, reverse
 from config import UserError
 
@@ -67,6 +68,7 @@ def check_header(path: Path):
 
     JSON allows it, and safetensors would silently take the last one.
     """
+    check_regular(path)
 
     def to_dict(pairs: list[tuple[str, object]]) -> dict:
         table = {}
@@ -87,20 +89,36 @@ def check_header(path: Path):
 
 def open_pickle(path: Path) -> tuple[list[str], Reader]:
     """Return the keys of a torch.save file, and a function that reads a tensor."""
+    check_regular(path)
+
     # Files of old versions of torch are no zip files and cannot be mapped into memory.
     is_zip = zipfile.is_zipfile(path)
 
     # A pickle can run any code when it is opened. weights_only refuses everything but tensors.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    is_table = isinstance(state, dict)
+    if not is_table or not all(is_named_tensor(*pair) for pair in state.items()):
         raise UserError(path, "not a table of names and tensors", "convert it to safetensors")
     return list(state), state.__getitem__
+
+
+def is_named_tensor(name, tensor) -> bool:
+    """Say whether an entry of a pickle is a text and a tensor of plain numbers.
+
+    A pickle may also hold sparse and quantized tensors, and tensors that have a shape only.
+    """
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        return False
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a safetensors file. Raises UserError if it is missing or damaged."""
     try:
+        check_header(path)
         return load_file(path)
+    except UserError:
+        raise
     except Exception as e:  # safetensors and the system each have types of their own
         raise damaged(path, "a whole safetensors file", e) from None
 
@@ -217,12 +235,13 @@ def is_inside(folder: Path, name: str) -> bool:
     and its files are links to CACHE/models--org--name/blobs/HASH.
     """
     has_folders = Path(name).name != name
-    if has_folders:
+    if has_folders or not name.isprintable():
         return False
 
-    # Links are followed: what counts is where the file really lies.
+    # Links are followed: what counts is where the file really lies. Unlike Path.resolve, realpath
+    # takes a link to itself, which whoever opens the file reports.
     home = folder.resolve()
-    target = (folder / name).resolve()
+    target = Path(os.path.realpath(folder / name))
     if target.parent == home:
         return True
 

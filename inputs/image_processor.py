@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from checkpoints.fields import SIDE, Fields
 from checkpoints.files import read_json
 from config import UserError
 
@@ -128,40 +129,46 @@ class ImageProcessor:
         A field that is missing or null is the default's. Raise UserError for a field that asks for
         something this class does not do.
         """
-        given = dict(config)
+        given = {key: value for key, value in config.items() if value is not None}
 
         # Old files call the type feature_extractor_type.
-        given.setdefault("image_processor_type", given.get("feature_extractor_type"))
-        given = {key: value for key, value in given.items() if value is not None}
-        fields = {"crop_size": default.side} | default.to_hf() | given
+        if "feature_extractor_type" in given:
+            given.setdefault("image_processor_type", given["feature_extractor_type"])
+        values = {"crop_size": default.side} | default.to_hf() | given
+        fix = "give the image processor that was published with the encoder"
+        fields = Fields(values, where, fix=fix)
 
         crop = 0
-        if fields["do_center_crop"]:
-            crop = read_side(fields["crop_size"])
+        if fields.flag("do_center_crop"):
+            crop = read_side(fields, "crop_size")
+        mean = fields.numbers("image_mean", 0.0, 1.0)
+        std = fields.numbers("image_std", 1e-3, 1e3)
+        for key, numbers in (("image_mean", mean), ("image_std", std)):
+            need(len(numbers) == 3, f"{where}:{key}", numbers, "give one of each colour")
         processor = cls(
-            size=read_side(fields["size"]),
+            size=read_side(fields, "size"),
             crop=crop,
-            mean=tuple(fields["image_mean"]),
-            std=tuple(fields["image_std"]),
-            resample=fields["resample"],
+            mean=tuple(mean),
+            std=tuple(std),
+            resample=fields.integer("resample", 0, max(Image.Resampling)),
         )
 
         # The fields must be those that this processor would write. A step that it does not know
         # must be off, all but do_convert_rgb: every picture is converted.
         wanted = {}
-        for key in fields:
+        for key in values:
             if key.startswith("do_") and key != "do_convert_rgb":
                 wanted[key] = False
         wanted |= processor.to_hf()
 
-        fix = "give the image processor that was published with the encoder"
         for key, expected in wanted.items():
-            value = fields[key]
+            value = values[key]
             if key == "image_processor_type":
-                good = value.removesuffix("Fast") in PROCESSORS
+                good = fields.text(key).removesuffix("Fast") in PROCESSORS
             elif key == "rescale_factor":
-                good = abs(value * 255 - 1) < 1e-6  # files write 1/255 with more or fewer digits
-            elif key in ("size", "crop_size") and isinstance(value, int):
+                # Files write 1/255 with more or fewer digits.
+                good = abs(fields.number(key, 0.0, 1.0) * 255 - 1) < 1e-6
+            elif key in ("size", "crop_size") and not isinstance(value, dict):
                 good = True  # old files write one number
             else:
                 good = value == expected
@@ -190,11 +197,13 @@ class ImageProcessor:
         return fields
 
 
-def read_side(size: int | dict) -> int:
+def read_side(fields: Fields, key: str) -> int:
     """Return the pixels of a size: of a number, of {"shortest_edge": ...}, or of a square."""
-    if isinstance(size, dict):
-        return next(iter(size.values()), 0)
-    return size
+    if isinstance(fields.values[key], dict):
+        size = fields.table(key)
+        edge = next(iter(size.values), "height")
+        return size.integer(edge, 1, SIDE)
+    return fields.integer(key, 1, SIDE)
 
 
 def read_preprocessor(folder: Path) -> dict:
@@ -205,5 +214,15 @@ def read_preprocessor(folder: Path) -> dict:
     fields = read_json(folder / "preprocessor_config.json", optional=True)
     if fields:
         return fields
-    processor = read_json(folder / "processor_config.json", optional=True)
-    return processor.get("image_processor", {})
+    file = folder / "processor_config.json"
+    processor = Fields(read_json(file, optional=True), file)
+    return processor.table("image_processor", optional=True).values
+
+
+def preprocessor_place(folder: Path) -> str:
+    """Return where `read_preprocessor` finds the fields of a folder, for messages."""
+    flat = folder / "preprocessor_config.json"
+    nested = folder / "processor_config.json"
+    if nested.exists() and not flat.exists():
+        return f"{nested}:image_processor"
+    return str(flat)

@@ -34,8 +34,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from checkpoints.files import write_file
-from config import UserError
+from checkpoints.fields import VOCABULARY, Fields
+from checkpoints.files import parse_json, write_file
+from config import UserError, printable
 
 # The files that belong to a tokenizer, hence those that `save` writes.
 OWN_FILES = (
@@ -82,17 +83,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     and the chat template. Raise UserError when there is no tokenizer or it cannot be read.
     """
     path = Path(path)
-    files = read_files(path)
     kinds = {"tokenizer.json": JsonTokenizer, "tokenizer.model": PieceTokenizer}
-    for name, kind in kinds.items():
-        if name not in files:
-            continue
-        try:
-            return kind(files)
-        except Exception as error:  # both libraries raise what they like on a damaged file
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            what = f"cannot be loaded: {reason}"
-            raise UserError(f"{path}:{name}", what, "copy it again") from error
+    folder = path.parent if path.is_file() else path
+    name = "tokenizer"
+    try:
+        files = read_files(path)
+        for name, kind in kinds.items():
+            if name in files:
+                return kind(files, folder)
+    except UserError:
+        raise
+    except Exception as error:  # both libraries raise what they like on a damaged file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"cannot be loaded: {reason}"
+        raise UserError(f"{path}:{name}", what, "copy it again") from error
     raise missing_tokenizer(path)
 
 
@@ -157,22 +161,28 @@ class Tokenizer:
     _later    for text behind a control token: one of the two
     """
 
-    def __init__(self, files: dict[str, bytes]):
+    def __init__(self, files: dict[str, bytes], folder: Path = Path()):
+        """Read the files. Raise UserError for a wrong field in one of those in JSON.
+
+        folder: where they came from, for messages.
+        """
         self.files = files
-        self.config = parse(files, "tokenizer_config.json")
+        self.folder = folder
+        settings = self._parse("tokenizer_config.json")
+        self.config = settings.values
 
         # The vocabulary file itself may know a bos and an eos.
         known_bos, known_eos = self._load_vocabulary()
-        self._later = self._first if self.config.get("legacy") is True else self._bare
+        self._later = self._bare
+        if settings.flag("legacy", default=False):
+            self._later = self._first
 
-        self.named = read_named(files)
+        self.named = read_named(files, folder)
         ids = {role: self.token_id(string) for role, string in self.named.items()}
         self.pad_id = ids.get("pad_token")
 
         # The config may say that bos is prepended, or that it is not; else the vocabulary decides.
-        prepends_bos = self.config.get("add_bos_token")
-        if prepends_bos is None:
-            prepends_bos = known_bos is not None
+        prepends_bos = settings.flag("add_bos_token", default=known_bos is not None)
         self.bos_id = ids.get("bos_token", known_bos) if prepends_bos else None
 
         self.eos_id = self._find_eos(ids.get("eos_token"), known_eos)
@@ -205,15 +215,22 @@ class Tokenizer:
         """Return the id that ends a text: the first of what config, model and vocabulary say."""
         candidates = [named]
         for name in MODEL_FILES:
-            candidates.append(parse(self.files, name).get("eos_token_id"))
+            fields = self._parse(name)
+            if isinstance(fields.values.get("eos_token_id"), list):
+                # A model that stops at several: the first is the usual one.
+                candidates += fields.integers("eos_token_id", 0, VOCABULARY)[:1]
+            else:
+                candidates.append(fields.integer("eos_token_id", 0, VOCABULARY, default=None))
         candidates.append(known)
 
         for candidate in candidates:
-            if isinstance(candidate, list):  # a model that stops at several: the first is the usual
-                return candidate[0]
             if candidate is not None:
                 return candidate
         return None
+
+    def _parse(self, name: str) -> Fields:
+        """Return the fields of the JSON file of that name."""
+        return parse(self.files, name, self.folder)
 
     def _compile_controls(self) -> re.Pattern:
         """Return the expression that finds control tokens in a text, the longest first."""
@@ -228,7 +245,7 @@ class Tokenizer:
         return re.compile("|".join(forms) or NEVER)
 
     def __reduce__(self):
-        return type(self), (self.files,)
+        return type(self), (self.files, self.folder)
 
     def encode(self, text: str, special: bool = True) -> tuple[list[int], Offsets]:
         """Return (ids, offsets) without bos: ids[k] stands for text[start:end] of offsets[k].
@@ -312,17 +329,29 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja source of the chat template, or None; of several places the newest one wins."""
-        if "chat_template.jinja" in self.files:
-            return self.files["chat_template.jinja"].decode()
+        """The Jinja source of the chat template, or None; of several places the newest one wins.
 
-        found = self.config.get("chat_template")
-        if not found:
-            found = parse(self.files, "chat_template.json").get("chat_template")
-        if isinstance(found, list):  # several with names, such as one for tools
-            by_name = {entry["name"]: entry["template"] for entry in found}
-            return by_name.get("default")
-        return found
+        Raise UserError if it is no text.
+        """
+        if "chat_template.jinja" in self.files:
+            try:
+                return self.files["chat_template.jinja"].decode()
+            except UnicodeDecodeError as e:
+                where = self.folder / "chat_template.jinja"
+                raise UserError(where, f"not UTF-8 ({e.reason})", "copy it again") from None
+
+        fields = self._parse("tokenizer_config.json")
+        if not fields.values.get("chat_template"):
+            fields = self._parse("chat_template.json")
+        if not isinstance(fields.values.get("chat_template"), list):
+            return fields.text("chat_template", default=None, most=10**6)
+
+        # Several with names, such as one for tools.
+        by_name = {}
+        for value in fields.list("chat_template", dict, most=100):
+            entry = Fields(value, fields.where, "chat_template", fields.fix)
+            by_name[entry.text("name")] = entry.text("template", most=10**6)
+        return by_name.get("default")
 
 
 class JsonTokenizer(Tokenizer):
@@ -397,12 +426,13 @@ class PieceTokenizer(Tokenizer):
             if model.is_control(i) or model.is_unknown(i):
                 self.special[model.id_to_piece(i)] = i
         own_controls = set(self.special.values())
-        self.special |= parse(self.files, "added_tokens.json")
-        self._added = {}
-        for i, token in self.config.get("added_tokens_decoder", {}).items():
-            self._added[int(i)] = token
+        added = self._parse("added_tokens.json")
+        for token in added.values:
+            self.special[token] = added.integer(token, 0, VOCABULARY)
+        self._added = read_added(self._parse("tokenizer_config.json"))
+        for i, token in self._added.items():
             if token.get("special", True):
-                self.special[token["content"]] = int(i)
+                self.special[token["content"]] = i
 
         # A vocabulary may hold a control token as a piece of text, too (Gemma's <end_of_turn>), and
         # sentencepiece then finds it wherever somebody typed it. So typed text is cut behind the
@@ -506,23 +536,49 @@ def describe(part) -> dict:
     return json.loads(part.__getstate__())
 
 
-def parse(files: dict[str, bytes], name: str) -> dict:
-    """Return the JSON file of that name among `files`, {} where there is none."""
-    return json.loads(files.get(name, b"{}"))
+def parse(files: dict[str, bytes], name: str, folder: Path) -> Fields:
+    """Return the fields of the JSON file of that name among `files`, none where it is not there.
+
+    Raise UserError if it is not a JSON object.
+    """
+    where = folder / name
+    try:
+        value = parse_json(files.get(name, b"{}"))
+    except ValueError as e:
+        raise UserError(where, f"not JSON ({e})", "copy it again") from None
+    return Fields(value, where, fix="copy the file again")
 
 
-def read_named(files: dict[str, bytes]) -> dict[str, str]:
+def read_named(files: dict[str, bytes], folder: Path) -> dict[str, str]:
     """Return {"bos_token": string, ...}: the tokens to which the config files give a role."""
-    settings = parse(files, "special_tokens_map.json") | parse(files, "tokenizer_config.json")
+    settings = parse(files, "tokenizer_config.json", folder)
+    roles = parse(files, "special_tokens_map.json", folder)
     named = {}
-    for role, token in settings.items():
+    for role in (roles.values | settings.values).keys():
         if not role.endswith("_token"):
             continue
+        fields = settings if role in settings.values else roles
+        token = fields.values[role]
         if isinstance(token, dict):
-            token = token["content"]
+            token = fields.table(role).text("content")
         if isinstance(token, str):  # add_bos_token is a boolean, and a role may be null
             named[role] = token
     return named
+
+
+def read_added(settings: Fields) -> dict[int, dict]:
+    """Return the tokens of added_tokens_decoder by id. Raise UserError for a wrong field."""
+    decoder = settings.table("added_tokens_decoder", optional=True)
+    added = {}
+    for i in decoder.values:
+        if not i.isdecimal() or len(i) > 9 or int(i) > VOCABULARY:
+            raise decoder.refuse(i, f"the token of {printable(repr(i), 40)}, which is no id")
+        token = decoder.table(i)
+        token.text("content")
+        for key in ("special", "lstrip", "rstrip", "normalized", "single_word"):
+            token.flag(key, default=False)
+        added[int(i)] = token.values
+    return added
 
 
 def build_byte_level(files: dict[str, bytes], path: Path) -> bytes:
@@ -531,7 +587,9 @@ def build_byte_level(files: dict[str, bytes], path: Path) -> bytes:
     Raise UserError where the files do not say how words are split, or leave out an added token.
     """
     where = f"{path}:tokenizer_config.json"
-    settings = parse(files, "tokenizer_config.json")
+    folder = path.parent if path.is_file() else path
+    fields = parse(files, "tokenizer_config.json", folder)
+    settings = fields.values
     kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
     if kind not in WORDS:
         what = f"the tokenizer_class is {kind}, so how vocab.json splits words is not known"
@@ -543,7 +601,9 @@ def build_byte_level(files: dict[str, bytes], path: Path) -> bytes:
         pair = tuple(line.split(" "))
         if len(pair) == 2 and pair[0] != "#version:":
             pairs.append(pair)
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(parse(files, "vocab.json"), pairs))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.BPE(parse(files, "vocab.json", folder).values, pairs)
+    )
 
     # Text -> words -> bytes, each written as one printable character (a space as Ġ).
     words = WORDS[kind]
@@ -558,12 +618,11 @@ def build_byte_level(files: dict[str, bytes], path: Path) -> bytes:
 
     # The library counts the ids of added tokens on from the vocabulary, so in order they must come
     # out as the config says.
-    added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-    added = dict(sorted(added.items()))
+    added = dict(sorted(read_added(fields).items()))
     model.add_tokens([tokenizers.AddedToken(**token) for token in added.values()])
 
     # Tokens with a role are control tokens, also those that the vocabulary itself holds.
-    named = read_named(files).values()
+    named = read_named(files, folder).values()
     model.add_special_tokens([token for token in named if model.token_to_id(token) is not None])
 
     for i, token in added.items():

@@ -50,11 +50,21 @@ class Int8(NamedTuple):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Int8:
-        """Return the weight of a `state`. ValueError for the tiled layouts of older GPUs."""
+        """Return the weight of a `state`.
+
+        ValueError for the tiled layouts of older GPUs, and for tensors that do not fit together.
+        """
         layout = int(state.get("weight_format", 0))
         if layout != 0:
             raise ValueError(f"only row-wise int8 weights are read, not weight_format {layout}")
-        return cls(state["weight"], state["SCB"])
+
+        weight = state.get("weight")
+        scales = state.get("SCB")
+        if weight is None or weight.dtype != torch.int8 or weight.dim() != 2:
+            raise ValueError("weight is not a matrix of int8")
+        if scales is None or scales.dtype != torch.float32 or scales.shape != weight.shape[:1]:
+            raise ValueError("SCB is not a float32 for each row of weight")
+        return cls(weight, scales)
 
 
 def quantize(weight: Tensor) -> Int8:

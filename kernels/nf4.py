@@ -55,6 +55,7 @@ NF4_CODE = (
 NESTED = 256  # blocks that share one second-level scale
 FEW = 64  # rows up to which multiplying with the packed weight beats unpacking it first
 BLOCKS_AT_ONCE = 1 << 16  # that are quantized: float32 copies of a part of the weight, not of all
+FLOAT32_MAX = 3.4e38
 STATE_KEY = "weight.quant_state.bitsandbytes__nf4"  # a JSON text, as bytes
 
 
@@ -109,13 +110,11 @@ class NF4(NamedTuple):
     def from_state(cls, state: dict[str, Tensor]) -> NF4:
         """Return the weight of a `state`.
 
-        ValueError for what bitsandbytes can write and this file does not read.
+        ValueError for what bitsandbytes can write and this file does not read, and for a state that
+        contradicts itself.
         """
-        facts = json.loads(bytes(state[STATE_KEY].tolist()))
+        facts = read_facts(state)
         double = "nested_offset" in facts
-        other_nesting = double and facts["nested_blocksize"] != NESTED
-        if facts["quant_type"] != "nf4" or other_nesting:
-            raise ValueError(f"only nf4 with a nested blocksize of {NESTED} is read, not {facts}")
 
         empty = state["weight.absmax"].new_empty(0, dtype=torch.float32)
         return cls(
@@ -129,6 +128,45 @@ class NF4(NamedTuple):
             dtype=getattr(torch, facts["dtype"]),
             blocksize=facts["blocksize"],
         )
+
+
+def read_facts(state: dict[str, Tensor]) -> dict:
+    """Return what a state says of its weight. ValueError unless its tensors fit to that."""
+    try:
+        facts = json.loads(bytes(state[STATE_KEY].tolist()))
+        double = "nested_offset" in facts
+        other_nesting = double and facts["nested_blocksize"] != NESTED
+        other_type = facts["quant_type"] != "nf4"
+        rows, columns = facts["shape"]
+        sizes = (rows, columns, facts["blocksize"])
+        known_dtype = facts["dtype"] in ("float32", "float16", "bfloat16")
+        offset = facts.get("nested_offset", 0.0)
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"{STATE_KEY} is not bitsandbytes' ({e})") from None
+    if other_type or other_nesting:
+        raise ValueError(f"only nf4 with a nested blocksize of {NESTED} is read, not {facts}")
+
+    are_sizes = all(type(size) is int and 0 < size < 2**31 for size in sizes)
+    is_float32 = type(offset) in (int, float) and abs(offset) < FLOAT32_MAX
+    if not are_sizes or not known_dtype or not is_float32:
+        raise ValueError(f"no nf4 weight has these facts: {facts}")
+
+    # Each tensor by its type and how many numbers it has.
+    numbers = rows * columns
+    blocks = divide_up(numbers, facts["blocksize"])
+    needed = {
+        "weight": (torch.uint8, divide_up(numbers, 2)),
+        "weight.absmax": (torch.uint8 if double else torch.float32, blocks),
+        "weight.quant_map": (torch.float32, len(NF4_CODE)),
+    }
+    if double:
+        needed["weight.nested_absmax"] = (torch.float32, divide_up(blocks, NESTED))
+        needed["weight.nested_quant_map"] = (torch.float32, 256)
+    for key, (dtype, count) in needed.items():
+        tensor = state.get(key)
+        if tensor is None or tensor.dtype != dtype or tensor.numel() != count:
+            raise ValueError(f"{key} is not {count} numbers of {dtype}, as {STATE_KEY} says")
+    return facts
 
 
 # ------------------------------------------------------------------ quantize

@@ -1,6 +1,7 @@
 """Image processors against the published ones; encoders against transformers and golden files."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from config import UserError
 from encoders import build_encoder, load_encoder, vision_config
 from inputs.image_processor import ImageProcessor, read_preprocessor
 from tests.tools.environment import shared
+from tests.tools.fuzz import ODD as ODD_VALUES
 
 PROCESSORS = {
     "clip-vit-large-patch14-336": "openai--clip-vit-large-patch14-336",
@@ -594,3 +596,48 @@ def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured()
     ]
     assert len(scales) == 6 and all((s == 0.25).all() for s in scales)
     assert torch.equal(encoder.blocks[0].mlp.fc1.weight, linear)
+
+
+@pytest.mark.parametrize("base", [CLIP, DINOV2, MOF], ids=["clip", "dinov2", "mixture"])
+def test_a_field_of_a_wrong_kind_or_size_is_named(base):
+    """Each field with each odd value: a usable encoder, or an error that names file and field."""
+    good = base | {"layer_norm_eps": 1e-6, "initializer_range": 0.1, "hidden_act": "gelu"}
+    good |= {"mlp_ratio": 2, "layerscale_value": 1.0, "num_register_tokens": None, "head_dim": None}
+    good |= {
+        "use_swiglu_ffn": False,
+        "qkv_bias": True,
+        "num_channels": 3,
+        "interpolate_offset": 0.1,
+    }
+    vision_config(good)
+
+    for key in good:
+        for value in ODD_VALUES:
+            try:
+                config = vision_config(good | {key: value}, {}, "config.json")
+            except UserError as e:
+                assert re.match(r"(config.json|preprocessor_config.json):", str(e)), str(e)
+                continue
+            assert config.width % config.heads == 0 and config.layers <= 512
+            assert 0 < config.norm_eps <= 1 and config.tokens("cls_patch") <= 2**14
+
+
+def test_an_image_processor_with_a_wrong_field_is_named():
+    for good in (ImageProcessor(30).to_hf(), ImageProcessor(30, 20).to_hf()):
+        for key in good:
+            for value in ODD_VALUES:
+                try:
+                    made = ImageProcessor.from_hf(good | {key: value}, ImageProcessor(), "p.json")
+                except UserError as e:
+                    assert str(e).startswith("p.json:"), str(e)
+                    continue
+                pixels = made(Image.new("RGB", (40, 30)), "pad")
+                assert pixels.isfinite().all() and pixels.shape[1] <= 4096
+
+
+def test_more_tokens_than_anybody_sees_are_refused():
+    huge = {"model_type": "siglip_vision_model", "image_size": 4096, "patch_size": 1}
+    with pytest.raises(UserError, match="patch_size: 4096 pixels in patches of 1 are 16777216"):
+        vision_config(huge)
+    with pytest.raises(UserError, match="patch_size: 16 is larger than the image_size 12"):
+        vision_config(CLIP | {"patch_size": 16})

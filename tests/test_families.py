@@ -8,9 +8,11 @@ import torch
 from checkpoints import weights
 from checkpoints.files import read_json
 from checkpoints.names import rename, reverse
+from config import UserError
 from model import FAMILIES, LanguageModel, lm_config
 from tests.tools.environment import shared
-from tests.tools.small_language_models import CONFIGS, SIZES
+from tests.tools.fuzz import ODD
+from tests.tools.small_language_models import CONFIGS, OPENELM, SIZES
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle is a development dependency: pip install .[dev]"
@@ -155,3 +157,70 @@ def test_a_config_that_would_change_the_arithmetic_is_refused(kind, change, mess
     with pytest.raises(ValueError, match=message) as error:
         lm_config({k: v for k, v in hf.items() if v is not None})
     assert "; fix: " in str(error.value)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_field_of_a_wrong_kind_or_size_is_named(kind):
+    """Each field with each odd value: a usable model, or an error that names file and field."""
+    good = {"model_type": kind} | SMALL | {"tie_word_embeddings": False, "rope_theta": 1e4}
+    good |= {"head_dim": 10, "rms_norm_eps": 1e-6, "layer_norm_eps": 1e-6, "attention_bias": False}
+    good |= {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "layer_types": None}
+    good |= {"partial_rotary_factor": 0.4, "qk_layernorm": False, "lm_head_bias": True}
+    good |= {"use_qkv_bias": True, "use_parallel_residual": False}
+    if kind == "openelm":
+        good = OPENELM
+    lm_config(good)
+
+    for key in good:
+        for value in ODD:
+            try:
+                config = lm_config(good | {key: value}, "config.json")
+            except UserError as e:
+                names_a_field = str(e).startswith("config.json:")
+                assert names_a_field and str(e).isprintable() and len(str(e)) < 700
+                continue
+            numbers = (config.rope_theta, config.init_std, config.embed_scale)
+            assert all(0 <= number < float("inf") for number in numbers)
+            assert len(config.layers) <= 512 and config.vocab <= 2**21 and config.width <= 2**16
+            assert 2 <= config.rotary_dim <= config.head_dim and config.rotary_dim % 2 == 0
+            assert all(layer.heads % layer.kv_heads == 0 for layer in config.layers)
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        (
+            "llama",
+            {"num_attention_heads": 8},
+            "num_attention_heads: 8 is no divisor of hidden_size",
+        ),
+        ("llama", {"num_key_value_heads": 4}, "num_key_value_heads: 4 is no divisor of num_attent"),
+        ("llama", {"head_dim": 9}, "partial_rotary_factor: rotates 9 of the 9"),
+        ("phi", {"partial_rotary_factor": 0.1}, "partial_rotary_factor: rotates 1 of the 10"),
+        ("qwen2", {"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta: 0 is not"),
+        ("gemma", {"rms_norm_eps": float("nan")}, "rms_norm_eps: nan is not a number"),
+        ("qwen3", {"num_hidden_layers": 2**40}, "num_hidden_layers: 1099511627776 is not"),
+        ("llama", {"vocab_size": "32000"}, "vocab_size: '32000' is not a whole number"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(kind, change, message):
+    with pytest.raises(UserError, match=f"^config.json:{message}.*; fix: "):
+        lm_config({"model_type": kind} | SMALL | change, "config.json")
+
+
+def test_openelm_has_an_entry_for_each_layer():
+    with pytest.raises(UserError, match="num_kv_heads: .* a list of 1, and ffn_multipliers one of"):
+        lm_config(OPENELM | {"num_kv_heads": [2]})
+    with pytest.raises(UserError, match="num_kv_heads: .*: 4 of 6 heads"):
+        lm_config(OPENELM | {"num_kv_heads": [2, 4]})
+
+
+def test_published_values_are_in_range():
+    """Values at the edges of what published models have."""
+    llama = {"model_type": "llama", "head_dim": 128, "hidden_size": 16384, "vocab_size": 256000}
+    llama |= {"intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128}
+    config = lm_config(llama | {"num_key_value_heads": 8, "rope_theta": 1e7, "rms_norm_eps": 1e-5})
+    assert (config.rope_theta, config.layers[0].kv_heads) == (1e7, 8)
+    assert lm_config(llama | {"head_dim": None, "rope_parameters": None}).head_dim == 128
+    phi = {"model_type": "phi"} | SMALL | {"partial_rotary_factor": 0.5, "num_attention_heads": 5}
+    assert lm_config(phi | {"num_key_value_heads": None}).rotary_dim == 6

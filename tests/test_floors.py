@@ -13,8 +13,10 @@ FLOORS = [
     {"config", "layers", "packing"},
     {
         "connectors",
+        "checkpoints.fields",
         "checkpoints.files",
         "checkpoints.names",
+        "checkpoints.owned",
         "checkpoints.seal",
         "checkpoints.weights",
     },

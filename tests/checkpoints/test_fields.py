@@ -71,6 +71,28 @@ def test_defaults():
     assert fields.table("absent", optional=True).values == {}
 
 
+def test_lists_of_numbers():
+    """Each element has a kind and a range; the message names its place."""
+    fields = Fields({"mean": [0, 0.5], "sizes": [1, 2.0], "odd": [1, float("nan")]}, "a.json")
+    assert fields.numbers("mean", 0.0, 1.0) == [0.0, 0.5]
+    assert fields.integers("sizes", 1, 9) == [1, 2]
+    with pytest.raises(UserError, match=r"^a\.json:odd\.1: nan is not a number from 0 to 9; fix: "):
+        fields.numbers("odd", 0.0, 9.0)
+    with pytest.raises(UserError, match=r"^a\.json:sizes\.1: 2.0 is not a whole number"):
+        fields.integers("sizes", 1, 1)
+    for values in ([None], "12", 3, {"0": 1}, [1] * 600, [True]):
+        with pytest.raises(UserError, match=r"^a\.json:sizes"):
+            Fields({"sizes": values}, "a.json").integers("sizes", 0, 9)
+
+
+def test_values_that_cannot_be_shown():
+    """A whole number that no float holds, and a list as deep as a reader takes it."""
+    deep = parse_json("[" * 900 + "]" * 900)
+    for value in (10**400, -(10**400), deep):
+        with pytest.raises(UserError, match=r"^a\.json:key: .* is not a number"):
+            Fields({"key": value}, "a.json").number("key", 0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     "text",
     [b"\xff\xfe", "[" * 100_000, "9" * 5000, "{", "", '{"a": 1,}'],

@@ -317,3 +317,29 @@ def test_what_hugging_face_cannot_express_is_refused(model, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         export(model(), None, "hf-llava", tmp_path / "out")
     assert "; fix: " in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text_flag", [None, False], ids=["absent", "false"])
+def test_a_tie_flag_at_the_top_alone_is_read_as_transformers_reads_it(text_flag, tmp_path):
+    """Its version 5 ties if either place says so, and leaves the head out of the file."""
+    transformers = pytest.importorskip("transformers")
+    model = small("qwen2", "clip", vocab=98)
+    export(model, None, "hf-llava", tmp_path)
+    config = read_json(tmp_path / "config.json")
+    assert model.language_model.config.tied and config["text_config"].pop("tie_word_embeddings")
+    if text_flag is not None:
+        config["text_config"]["tie_word_embeddings"] = text_flag
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    ours = LLaVA.from_pretrained(tmp_path)
+    assert theirs.config.tie_word_embeddings and ours.language_model.config.tied
+    head = ours.language_model.lm_head.weight
+    assert torch.equal(theirs.lm_head.weight, head)
+    assert head is ours.language_model.model.embed_tokens.weight
+
+    # Neither place: a head of its own is missing then.
+    config["tie_word_embeddings"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lm_head.weight: missing from the weights"):
+        LLaVA.from_pretrained(tmp_path)

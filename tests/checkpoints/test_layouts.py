@@ -1,8 +1,16 @@
 """What a config.json must say, whatever its layout."""
 
+import json
+
 import pytest
 
-from model import LLaVA
+from checkpoints.files import read_json
+from checkpoints.layouts import read_config
+from config import Model, UserError
+from export import export
+from model import LLaVA, lm_config, tiling_of
+from tests.tools.fuzz import places
+from tests.tools.small_llava import small
 
 
 def test_unknown_layout_and_incomplete_config_are_one_line(tmp_path):
@@ -12,3 +20,46 @@ def test_unknown_layout_and_incomplete_config_are_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "tinyllava", "text_config": {}}')
     with pytest.raises(ValueError, match="vision_config: missing"):
         LLaVA.from_pretrained(tmp_path)
+
+
+FEW = (None, True, -1, 2**40, float("nan"), "x", {"a": []})
+
+
+@pytest.mark.parametrize("layout", ["barellava", "tinyllava", "hf-llava"])
+def test_a_wrong_field_is_named_with_its_file(layout, tmp_path):
+    """Each field of config.json and preprocessor_config.json with each odd value."""
+    mode = "square"
+    if layout == "hf-llava":
+        mode = "anyres"
+    folder = tmp_path / "model"
+    model = small("qwen2", "clip", image_mode=mode, image_grids="1x2 2x1")
+    export(model, None, layout, folder)
+
+    for name in ("config.json", "preprocessor_config.json"):
+        good = read_json(folder / name)
+        for path in places(good)[1:]:
+            for value in FEW:
+                spoiled = json.loads(json.dumps(good))
+                inner = spoiled
+                for key in path[:-1]:
+                    inner = inner[key]
+                inner[path[-1]] = value
+                text = json.dumps(spoiled).encode()
+                (folder / name).write_bytes(text)
+                try:
+                    config = read_config(folder)
+                    tiling_of(config).positions()
+                    lm_config(config.text, config.places["text"])
+                except UserError as e:
+                    is_named = str(e).startswith((f"{folder}/", "model."))
+                    assert is_named and "; fix: " in str(e), str(e)
+        (folder / name).write_text(json.dumps(good))
+    LLaVA.from_pretrained(folder)
+
+
+def test_random_weights_that_no_machine_holds_are_refused():
+    text = {"model_type": "llama", "vocab_size": 2**21, "hidden_size": 2**16, "head_dim": 128}
+    text |= {"intermediate_size": 2**18, "num_hidden_layers": 8, "num_attention_heads": 512}
+    vision = {"model_type": "siglip_vision_model", "patch_size": 56}
+    with pytest.raises(UserError, match="GB of random weights; this machine has"):
+        LLaVA.from_parts(Model(llm_config=text, vision_config=vision), "plain")

@@ -12,7 +12,13 @@ import export
 import lora
 from checkpoints import hf_llava, layouts, tinyllava, weights
 from checkpoints.names import rename, reverse
-from checkpoints.peft import load_adapter, save_adapter
+from checkpoints.peft import (
+    ADAPTED,
+    load_adapter,
+    merge_adapter,
+    merge_and_save_adapters,
+    save_adapter,
+)
 from config import UserError
 from connectors import build_connector
 from encoders import build_encoder, vision_config
@@ -357,3 +363,80 @@ def test_a_damaged_adapter_file(tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be read"):
         load_adapter(folder, small())
+
+
+CONFIG_MISTAKES = [
+    ("lora_alpha", "16"),
+    ("lora_alpha", float("nan")),
+    ("lora_alpha", -1),
+    ("lora_dropout", 1.5),
+    ("lora_dropout", [0]),
+    ("use_rslora", "yes"),
+    ("use_dora", 1),
+    ("alpha_pattern", ["q_proj"]),
+    ("alpha_pattern", {"q_proj": "x"}),
+    ("alpha_pattern", {"(": 1}),
+    ("alpha_pattern", {"(a+)+b": 1}),
+    ("alpha_pattern", {".*.*.*.*x": 1}),
+    ("alpha_pattern", {f"m{i}": 1 for i in range(2001)}),
+]
+
+
+@pytest.mark.parametrize("key, value", CONFIG_MISTAKES)
+def test_a_wrong_field_of_adapter_config_is_named(key, value, tmp_path):
+    lm = small()
+    with pytest.raises(UserError, match=f"adapter_config.json:{key}.*; fix: "):
+        load_adapter(write_adapter(tmp_path, GOOD, **{key: value}), lm)
+    assert not lora.adapters(lm)
+
+
+A, B = (f"base_model.model.{Q}.lora_{matrix}.weight" for matrix in "AB")
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({A: torch.ones(()), B: torch.ones(60, 4)}, r"shape \[\]"),
+        ({A: torch.ones(0, 60), B: torch.ones(60, 0)}, r"shape \[0, 60\]"),
+        ({A: torch.full((4, 60), float("nan")), B: torch.ones(60, 4)}, "finite numbers"),
+        ({A: torch.ones(4, 60).long(), B: torch.ones(60, 4)}, "finite numbers"),
+    ],
+)
+def test_tensors_that_are_no_adapter_are_refused(tensors, message, tmp_path):
+    lm = small()
+    with pytest.raises(UserError, match=f"lora_A.weight: .*{message}"):
+        load_adapter(write_adapter(tmp_path, tensors), lm)
+    assert not lora.adapters(lm)
+
+
+def test_no_adapter_is_merged_twice(tmp_path):
+    """Not by training's own merge, by export's, nor in any layout that a model went through."""
+    model = llava("mlp2x_gelu")
+    lora.apply(model, PLAIN, ["language_model"])
+    filled(model, 1)
+    merged = merge_and_save_adapters(model, tmp_path, "base")
+    merged.save(tmp_path / "run")
+    weight = merged.language_model.model.layers[0].self_attn.q_proj.weight.clone()
+
+    # Files that hold the same tensors in another order are the same adapter.
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = dict(reversed(load_file(file).items()))
+    save_file(tensors, file, metadata={"format": "pt"})
+
+    folder = tmp_path / "run"
+    for layout in ("barellava", "tinyllava", "hf-llava"):
+        loaded = LLaVA.from_pretrained(folder)
+        for call in (load_adapter, lambda path, model, _: merge_adapter(model, path)):
+            with pytest.raises(UserError, match="in the weights of the model already; fix: "):
+                call(tmp_path / "adapter", loaded, ADAPTED)
+        assert torch.equal(loaded.language_model.model.layers[0].self_attn.q_proj.weight, weight)
+        export.export(loaded, None, layout, tmp_path / layout)
+        folder = tmp_path / layout
+
+    # Another adapter is welcome, and then it is noted, too.
+    tensors = {key: 2 * tensor for key, tensor in tensors.items()}
+    save_file(tensors, file)
+    merge_adapter(loaded, tmp_path / "adapter")
+    assert len(loaded.config.merged_adapters) == 2
+    with pytest.raises(UserError, match="already"):
+        merge_adapter(loaded, tmp_path / "adapter")

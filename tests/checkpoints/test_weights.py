@@ -1,6 +1,7 @@
 """Strict loading: every way a file can be wrong has its own line; what is written comes back."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -525,6 +526,47 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_file(file, fail)
     assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    """A pipe, a device, a folder, links to themselves and to nowhere in the place of a file."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    ways = {
+        "pipe": os.mkfifo,
+        "folder": Path.mkdir,
+        "device": lambda path: path.symlink_to("/dev/zero"),
+        "loop": lambda path: path.symlink_to(path),
+        "nowhere": lambda path: path.symlink_to(path.parent / "nowhere"),
+    }
+    for name in names:
+        for way, make in ways.items():
+            folder = tmp_path / f"{name}-{way}"
+            folder.mkdir()
+            make(folder / name)
+            with pytest.raises(UserError, match="fix: "):
+                weights.Checkpoint(folder, allow_pickle=True)
+            with pytest.raises(UserError, match="fix: "):
+                weights.read_file(folder / name)
+            with pytest.raises(UserError, match="fix: "):
+                read_json(folder / name)
+
+
+def test_an_index_with_a_shard_that_cannot_be(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    for shard in ("a", "", ".", "..", "\0", "\ud83d", "x" * 5000, "../a", "/etc/hostname"):
+        index = json.dumps({"weight_map": {"key": shard}})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match="fix: "):
+            weights.Checkpoint(tmp_path)
+
+
+def test_a_pickle_of_tensors_that_cannot_be_used(tmp_path):
+    sparse = torch.eye(3).to_sparse()
+    meta = torch.empty(3, device="meta")
+    for content in ({"a": sparse}, {"a": meta}, {3: torch.ones(2)}, [torch.ones(2)]):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(UserError, match="fix: "):
+            weights.Checkpoint(tmp_path, allow_pickle=True)
 
 
 def test_names(tmp_path, monkeypatch):

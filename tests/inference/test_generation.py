@@ -2,12 +2,15 @@
 
 import copy
 
+import pytest
 import torch
 
+from config import UserError
 from inference import generation
 from packing import IMAGE_TOKEN
 from tests.tools.decoding_models import build, spied
 from tests.tools.no_cache import generate_without_cache
+from tests.tools.small_llava import small
 
 
 def test_a_chat_goes_on_from_what_has_been_read(monkeypatch):
@@ -53,3 +56,9 @@ def test_an_engine_is_forgotten_when_an_optimizer_changed_the_weights():
     optimizer.step()
     generation.forget_engine(model)
     assert answer_of(model) == answer_of(copy.deepcopy(model))
+
+
+def test_an_id_that_the_model_has_no_row_for_is_one_line():
+    model = small("llama", "siglip", vocab=97)
+    with pytest.raises(UserError, match="tokenizer: makes id 97, and the model has 97; fix: "):
+        model.generate([torch.tensor([1, 97])], max_new_tokens=1)

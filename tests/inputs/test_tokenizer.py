@@ -12,7 +12,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from inputs.templates import encode
+from config import UserError
+from inputs.templates import byte_tokenizer, encode
 from inputs.tokenizer import load_tokenizer
 from packing import IMAGE_TOKEN
 from tests.tools.vocabularies import (
@@ -479,3 +480,73 @@ def test_load_errors(tmp_path):
         match="arcade100k.tiktoken needs its repository's code, .*; fix: copy tokenizer.json",
     ):
         load_tokenizer(tmp_path / "empty")
+
+
+TOKENIZER_MISTAKES = [
+    ("tokenizer_config.json", {"legacy": "yes"}, ":legacy"),
+    ("tokenizer_config.json", {"add_bos_token": 1}, ":add_bos_token"),
+    ("tokenizer_config.json", {"eos_token": {"content": 3}}, ":eos_token.content"),
+    ("tokenizer_config.json", {"eos_token": {}}, ":eos_token.content"),
+    ("special_tokens_map.json", {"bos_token": {"content": None}}, ":bos_token.content"),
+    ("generation_config.json", {"eos_token_id": "2"}, ":eos_token_id"),
+    ("generation_config.json", {"eos_token_id": [-1]}, ":eos_token_id.0"),
+    ("config.json", {"eos_token_id": 2**40}, ":eos_token_id"),
+    ("tokenizer_config.json", [], ""),
+    ("generation_config.json", "[" * 50_000, ""),
+]
+
+
+@pytest.mark.parametrize("name, content, field", TOKENIZER_MISTAKES)
+def test_a_wrong_field_of_a_tokenizer_is_named(name, content, field, tmp_path):
+    byte_tokenizer().save(tmp_path)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / name}{field}: ")
+
+
+@pytest.mark.parametrize(
+    "name, content, field",
+    [
+        ("added_tokens.json", {"<x>": "341"}, ":<x>"),
+        ("added_tokens.json", {"<x>": 2**40}, ":<x>"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, ":added_tokens_decoder.x"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"350": 3}},
+            ":added_tokens_decoder.350",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"350": {"content": "<x>", "rstrip": 3}}},
+            ":added_tokens_decoder.350.rstrip",
+        ),
+    ],
+)
+def test_a_wrong_added_token_is_named(name, content, field, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_pieces())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / name}{field}: ")
+
+
+@pytest.mark.parametrize("template", [3, {"a": 1}, [3], [{"name": "default"}], [{"name": 1}]])
+def test_a_chat_template_that_is_no_text(template, tmp_path):
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer_config.json:chat_template.*; fix: "):
+        _ = tokenizer.chat_template
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="chat_template.jinja: not UTF-8"):
+        _ = load_tokenizer(tmp_path).chat_template
+
+
+def test_pairs_that_are_damaged_are_one_line(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": "x"}')
+    (tmp_path / "merges.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(UserError, match="cannot be loaded: .*; fix: copy it again"):
+        load_tokenizer(tmp_path)

@@ -4,6 +4,8 @@ That the kernels are exact, in value and gradient, is test_accuracy.py. Here: eq
 bit.
 """
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from kernels import int8, lora, nf4, tl, triton
 from tests.tools.environment import GPU, shared
+from tests.tools.fuzz import ODD
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if GPU else "cpu"
@@ -123,6 +126,41 @@ def test_nf4_of_another_kind_is_refused():
         text = bytes(state[key].tolist()).replace(old, new)
         with pytest.raises(ValueError, match="only nf4"):
             nf4.NF4.from_state(state | {key: torch.tensor(list(text), dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_nf4_facts_that_do_not_fit_are_refused(double):
+    """Every fact with every odd value: ValueError, or a weight that can be unpacked."""
+    state = nf4.quantize(torch.ones(4, 64), double).state()
+    key = "weight.quant_state.bitsandbytes__nf4"
+    facts = json.loads(bytes(state[key].tolist()))
+
+    def with_facts(text: str) -> dict:
+        return state | {key: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    for name in facts:
+        for value in ODD:
+            try:
+                text = json.dumps(facts | {name: value})
+                q = nf4.NF4.from_state(with_facts(text))
+            except ValueError:
+                continue
+            assert nf4.reference(q, torch.float32).shape == (4, 64)
+
+    for text in ("", "[]", "3", "[" * 50_000, '{"shape": [4, 64, 1]}'):
+        with pytest.raises(ValueError):
+            nf4.NF4.from_state(with_facts(text))
+    for name, tensor in state.items():
+        for wrong in (tensor[:-1], tensor.to(torch.float16)):
+            with pytest.raises(ValueError):
+                nf4.NF4.from_state(state | {name: wrong})
+
+
+def test_int8_tensors_that_do_not_fit_are_refused():
+    state = int8.quantize(torch.ones(4, 64)).state()
+    for change in ({"weight": torch.ones(4, 64)}, {"SCB": torch.ones(5)}, {"SCB": None}):
+        with pytest.raises(ValueError):
+            int8.Int8.from_state(state | change)
 
 
 def test_int8_is_bitsandbytes_byte_for_byte():
