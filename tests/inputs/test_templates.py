@@ -807,9 +807,9 @@ def test_golden_chat(name, tmp_path):
         names = dict(messages=said, add_generation_prompt=prompt, **tok.named)
         if isinstance(case["rendered"], dict):
             with pytest.raises(Exception, match=case["rendered"]["error"]):
-                form.jinja.render(names)
+                form.jinja.render([names])
         else:
-            assert form.jinja.render(names) == case["rendered"]
+            assert form.jinja.render([names]) == [case["rendered"]]
         if prompt != (said[-1]["role"] == "user"):
             continue
         rows += 1
