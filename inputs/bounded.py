@@ -1,6 +1,6 @@
 """Programs from outside run in a child process that has limits: chat templates, tokenizers' rules.
 
-    reply = bounded.ask({"job": "render", "source": source, "conversations": [names, ...]})
+    reply = bounded.ask({"job": "render", "source": source, ...})
 
 A chat template is a program. It can loop for ever or ask for all memory, and Python cannot stop it
 from inside; likewise the regular expressions of a tokenizer.json. Here such a program can only end
@@ -21,7 +21,7 @@ import sys
 import threading
 from pathlib import Path
 
-# A request computes for milliseconds and needs megabytes; one that needs so much is a mistake.
+# A rendering computes for milliseconds and needs megabytes; one that needs so much is a mistake.
 SECONDS = 2
 MEMORY = 2**30  # bytes of addresses
 FACTOR = 64  # the characters that come of it, for each character of the request, and ...

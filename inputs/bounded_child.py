@@ -3,8 +3,10 @@
 bounded.py starts it as a script. It imports nothing of the project. A request is a line of JSON on
 standard input, and so is the reply on standard output:
 
-    {"job": "render", "source": Jinja, "conversations": [{name: value}, ...]}
-        {"texts": [...]}        the template's text of each conversation
+    {"job": "render", "source": Jinja, "names": {name: value}, "conversations": [messages, ...],
+     "wanted": [[k, n, prompt], ...]}
+        {"texts": [...]}        of the first n messages of conversation k, with or without the
+                                beginning of an answer, for each that is wanted
         {"refused": why}        the template, or its language, refuses one
         {"not_jinja": why}
     {"job": "split", "tokenizer": the text of a tokenizer.json, "samples": [text, ...]}
@@ -12,8 +14,8 @@ standard input, and so is the reply on standard output:
         {"refused": why}
     {"over": "memory" | "output"}   a reply of both: the request needs more than it may have
 
-A request that takes too long ends the process by the signal SIGPROF. The clock counts the time that
-this process computes, so a busy machine, or one that sleeps, breaks nothing.
+A rendering or a sample that takes too long ends the process by the signal SIGPROF. The clock counts
+the time that this process computes, so a busy machine, or one that sleeps, breaks nothing.
 """
 
 import datetime
@@ -25,9 +27,30 @@ import re
 import signal
 import sys
 
+MOST_IN_ALL = 2**28  # characters of one reply
+
 
 class OverLimit(Exception):
     """What was made is longer than it may be."""
+
+
+class Budget:
+    """What the parts of a request may take: seconds for each part, characters for each and all."""
+
+    def __init__(self, seconds: float, most: int):
+        self.seconds = seconds
+        self.most = most
+        self.left = MOST_IN_ALL
+
+    def begin(self):
+        """Give the next part its time."""
+        start_clock(self.seconds)
+
+    def take(self, text: str):
+        """Raise OverLimit if a text that was made is too long, or all of them are."""
+        self.left -= len(text)
+        if len(text) > self.most or self.left < 0:
+            raise OverLimit
 
 
 def main(limits: dict):
@@ -43,9 +66,9 @@ def main(limits: dict):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
     limit_memory(limits["memory"])
     for line in sys.stdin.buffer:
-        start_clock(limits["seconds"])
-        most = limits["factor"] * len(line) + limits["spare"]
-        reply = answer(json.loads(line), most)
+        budget = Budget(limits["seconds"], limits["factor"] * len(line) + limits["spare"])
+        budget.begin()
+        reply = answer(json.loads(line), budget)
         stop_clock()
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
@@ -86,12 +109,12 @@ def stop_clock():
         faulthandler.cancel_dump_traceback_later()
 
 
-def answer(request: dict, most: int) -> dict:
-    """Return the reply to a request. most: how many characters may come of it in all."""
+def answer(request: dict, budget: Budget) -> dict:
+    """Return the reply to a request."""
     try:
         if request["job"] == "render":
-            return render(request["source"], request["conversations"], most)
-        return split(request["tokenizer"], request["samples"], most)
+            return render(request, budget)
+        return split(request["tokenizer"], request["samples"], budget)
     except MemoryError:
         return {"over": "memory"}
     except OverLimit:
@@ -108,21 +131,27 @@ def describe(error: BaseException) -> str:
 # --------------------------------------------------------------------------------- chat templates
 
 
-def render(source: str, conversations: list[dict], most: int) -> dict:
-    """Return what a chat template makes of each conversation."""
+def render(request: dict, budget: Budget) -> dict:
+    """Return what a chat template makes of each conversation that is wanted."""
     try:
-        template = compile_jinja(source)
+        template = compile_jinja(request["source"])
     except MemoryError:
         raise
     except Exception as error:  # Jinja's own, or Python's about the code that Jinja makes of it
         return {"not_jinja": describe(error)}
 
     texts = []
-    for names in conversations:
+    for k, n, prompt in request["wanted"]:
+        messages = request["conversations"][k][:n]
+        names = request["names"] | {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": prompt,
+        }
+        budget.begin()
         text = template.render(names)
-        most -= len(text)
-        if most < 0:
-            raise OverLimit
+        budget.take(text)
         texts.append(text)
     return {"texts": texts}
 
@@ -156,26 +185,23 @@ def compile_jinja(source: str):
 # ------------------------------------------------------------------------------ rules of tokenizers
 
 
-def split(content: str, samples: list[str], most: int) -> dict:
+def split(content: str, samples: list[str], budget: Budget) -> dict:
     """Normalize, split and join each sample by the rules of a tokenizer."""
     import tokenizers
 
     model = tokenizers.Tokenizer.from_str(content)
     for text in samples:
+        budget.begin()
         if model.normalizer is not None:
             text = model.normalizer.normalize_str(text)
-        most -= len(text)
-        if most < 0:
-            raise OverLimit
+        budget.take(text)
 
         pieces = [text]
         if model.pre_tokenizer is not None:
             pieces = [piece for piece, _ in model.pre_tokenizer.pre_tokenize_str(text)]
+        budget.take("".join(pieces))
         if model.decoder is not None:
-            pieces.append(model.decoder.decode(pieces))
-        most -= sum(map(len, pieces))
-        if most < 0:
-            raise OverLimit
+            budget.take(model.decoder.decode(pieces))
     return {}
 
 

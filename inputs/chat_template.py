@@ -24,6 +24,7 @@ from packing import IMAGE_TOKEN
 # A key is a number between two characters of private use, which no template strips or changes.
 KEY = "\ue000{}\ue001"
 KEYS = "(\ue000\\d+\ue001)"
+KEYED = 1  # the place of the variant with keys among those of `ChatTemplate._variants`
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # Hugging Face's names for them
 
@@ -77,6 +78,14 @@ class UnboundChat:
         return "this tokenizer has no chat template"
 
 
+class Wanted(NamedTuple):
+    """A text that a template is to make."""
+
+    conversation: int  # its place in a list
+    turns: int  # how many of its turns
+    prompt: bool  # whether the beginning of an answer follows
+
+
 class JinjaTemplate:
     """The source of a chat template, to render in a process with limits, see bounded.py."""
 
@@ -84,14 +93,23 @@ class JinjaTemplate:
         self.source = source
         self.over = None  # why it was given up: each row would wait for its limit again
 
-    def render(self, conversations: list[dict]) -> list[str]:
-        """Return the text of each conversation, given as all the names that the template may use.
+    def render(
+        self, names: dict[str, str], conversations: list[list[dict]], wanted: list[Wanted]
+    ) -> list[str]:
+        """Return the text of each beginning of a conversation that is wanted.
 
-        Raise UserError if it refuses one, is not Jinja, or needs more than it may have.
+        names: what the template may use beside its messages. Raise UserError if it refuses one, is
+        not Jinja, or needs more than it may have.
         """
         reply = {}
         if self.over is None:
-            request = {"job": "render", "source": self.source, "conversations": conversations}
+            request = {
+                "job": "render",
+                "source": self.source,
+                "names": names,
+                "conversations": conversations,
+                "wanted": wanted,
+            }
             try:
                 reply = bounded.ask(request)
             except bounded.OverLimit as error:
@@ -224,10 +242,11 @@ class ChatTemplate:
         places = [i for i, turn in enumerate(keyed_turns) if turn.role == "assistant"]
 
         # All renderings of the row are one request: the four of `_measure`, and the prompt for each
-        # answer.
-        wanted = self._measurements(keyed_turns, texts, prompt)
-        wanted += [self._names(keyed_turns[:i], {}, prompt=True) for i in places]
-        renderings = self.jinja.render(wanted)
+        # answer, in which keys stand for the texts.
+        conversations = self._variants(keyed_turns, texts)
+        wanted = [Wanted(k, len(turns), prompt) for k in range(4)]
+        wanted += [Wanted(KEYED, i, True) for i in places]
+        renderings = self.jinja.render(self.tok.named, conversations, wanted)
         measured = self._measure(keyed_turns, texts, renderings[:4])
         marks = self._find_marks(measured)
 
@@ -291,27 +310,23 @@ class ChatTemplate:
             keyed.append(KeyedTurn(ROLES[speaker], parts))
         return keyed, texts
 
-    def _measurements(
-        self, turns: list[KeyedTurn], texts: dict[str, str], prompt: bool
-    ) -> list[dict]:
-        """Return the names of the four renderings that `_measure` needs, see the class."""
+    def _variants(self, turns: list[KeyedTurn], texts: dict[str, str]) -> list[list[dict]]:
+        """Return the messages of the four renderings that `_measure` needs, see the class."""
         space_before = {}
         space_behind = {}
         for key, value in texts.items():
             lead, _, trail = take_space_apart(value)
             space_before[key] = lead + key
             space_behind[key] = key + trail
-        return [
-            self._names(turns, written, prompt)
-            for written in (texts, {}, space_before, space_behind)
-        ]
+        variants = (texts, {}, space_before, space_behind)
+        return [self._messages(turns, written) for written in variants]
 
     def _measure(
         self, turns: list[KeyedTurn], texts: dict[str, str], renderings: list[str]
     ) -> Measured:
         """Return the rendering and where the texts lie in it; see the class for the method.
 
-        renderings: of `_measurements`. Raise UserError for a template that does not write each text
+        renderings: of `_variants`. Raise UserError for a template that does not write each text
         once, as it is.
         """
         text, keyed, before, behind = renderings
@@ -346,8 +361,8 @@ class ChatTemplate:
             raise lost_text()
         return Measured(text, keyed, spans)
 
-    def _names(self, turns: list[KeyedTurn], texts: dict[str, str], prompt: bool) -> dict:
-        """Return the names of a rendering of the turns, with texts[key] for a key that has one."""
+    def _messages(self, turns: list[KeyedTurn], texts: dict[str, str]) -> list[dict]:
+        """Return the turns as a template wants them, with texts[key] for a key that has one."""
         messages = []
         for turn in turns:
             parts = [texts.get(part, part) for part in turn.parts]
@@ -358,13 +373,7 @@ class ChatTemplate:
                 content = "".join(parts)
             messages.append({"role": turn.role, "content": content})
 
-        return {
-            **self.tok.named,
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": prompt,
-        }
+        return messages
 
 
 def lost_text() -> UserError:

@@ -103,8 +103,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         other = stand_in(file)
         if other is not None:
             raise other
-    if kind is JsonTokenizer:
-        check_vocabulary(files[kind.name], file)
     with failures(f"{path}:{kind.name}", "cannot be loaded"):
         return kind(files, folder)
 
@@ -401,7 +399,9 @@ class JsonTokenizer(Tokenizer):
     name = "tokenizer.json"
 
     def _load_vocabulary(self) -> tuple[int | None, int | None]:
-        model = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+        content = self.files["tokenizer.json"]
+        largest = check_vocabulary(content, self.folder / "tokenizer.json")
+        model = tokenizers.Tokenizer.from_str(content.decode())
 
         # Some files carry these two settings, which would cut or fill up every text.
         model.no_truncation()
@@ -419,9 +419,8 @@ class JsonTokenizer(Tokenizer):
         # that are called special are control tokens; the library finds the others in any text.
         self._added = model.get_added_tokens_decoder()
         self.special = {}
-        self.vocab_size = count_ids(model)
+        self.vocab_size = 1 + max(largest, *self._added, -1)
         for i, token in self._added.items():
-            self.vocab_size = max(self.vocab_size, i + 1)
             if token.special:
                 self.special[token.content] = i
 
@@ -548,17 +547,6 @@ def cover(spans: Offsets, length: int) -> Offsets:
     for (start, end), next_start in zip(spans, next_starts, strict=False):
         covered.append((start, max(end, next_start)))
     return covered
-
-
-def count_ids(model: tokenizers.Tokenizer) -> int:
-    """Return 1 + the largest id of the vocabulary itself."""
-    size = model.get_vocab_size(with_added_tokens=False)
-    vocabulary = model.model
-    if all(vocabulary.id_to_token(i) is not None for i in range(size)):
-        return size
-    # A few vocabularies leave ids out.
-    ids = model.get_vocab(with_added_tokens=False).values()
-    return 1 + max(ids, default=-1)
 
 
 def without_word_mark(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
