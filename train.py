@@ -478,6 +478,9 @@ def prepare(
     if ranks.size > 1:
         counts = token_counts(rows, spec, options.workers)
     steps = Steps(rows, spec, stage, options, ranks.rank, ranks.size, counts=counts)
+    if start >= len(steps):
+        what = f"after {start} steps of {name}, which has {len(steps)}"
+        raise UserError("checkpoint", what, "give its own recipe")
     held_out = None
     if stage.validation:
         held_out = open_rows(stage.validation, stage.images)
@@ -650,6 +653,9 @@ def newest_checkpoint(recipe: Recipe, explicit: str, ranks: Ranks) -> Place:
     if not chosen:
         return Place({}, 0, 0, origin)
     tensors, place = resume.read(chosen)
+    if place["stage"] > len(recipe.stage):
+        what = f"in stage {place['stage'] + 1}, and the recipe has {len(recipe.stage)}"
+        raise UserError(chosen, what, "give its own recipe")
     return Place(tensors, place["stage"], place["step"], origin)
 
 

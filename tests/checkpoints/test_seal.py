@@ -1,6 +1,7 @@
 """A checkpoint on the disk: every kind of damage is found, and the right ones are kept."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from checkpoints import resume, seal
+from config import UserError
 from tests.tools.environment import ROOT
 from tests.tools.run_checkpoints import write_checkpoint
 
@@ -89,3 +91,111 @@ def test_names_of_others_are_no_checkpoints(two):
     assert resume.listed(new.parent) == [old, new]
     seal.prune(new.parent, 1)
     assert len(list(new.parent.iterdir())) == 5
+
+
+# Manifests with a right hash of their own that describe no checkpoint.
+SIZE_AND_HASH = [1, "00"]
+WHOLE = {"state": {"stage": 0, "step": 8}, "files": {resume.TENSORS: SIZE_AND_HASH}}
+ODD = {
+    "a list": [],
+    "nothing": {},
+    "files is a list": WHOLE | {"files": [resume.TENSORS]},
+    "files is null": WHOLE | {"files": None},
+    "files without tensors": WHOLE | {"files": {}},
+    "a file is a number": WHOLE | {"files": {resume.TENSORS: 7}},
+    "a size is a text": WHOLE | {"files": {resume.TENSORS: ["1", "00"]}},
+    "a size is true": WHOLE | {"files": {resume.TENSORS: [True, "00"]}},
+    "a hash is missing": WHOLE | {"files": {resume.TENSORS: [1]}},
+    "a hash is a number": WHOLE | {"files": {resume.TENSORS: [1, 0]}},
+    "a file of another folder": WHOLE
+    | {"files": WHOLE["files"] | {"../00-00000004/manifest.json": SIZE_AND_HASH}},
+    "the folder above": WHOLE | {"files": WHOLE["files"] | {"..": SIZE_AND_HASH}},
+    "a name with a zero byte": WHOLE | {"files": {"a\0b": SIZE_AND_HASH} | WHOLE["files"]},
+    "a name with half a pair": WHOLE | {"files": {"\ud800": SIZE_AND_HASH} | WHOLE["files"]},
+    "state is null": WHOLE | {"state": None},
+    "state is a list": WHOLE | {"state": [0, 8]},
+    "no stage": WHOLE | {"state": {"step": 8}},
+    "a step is a text": WHOLE | {"state": {"stage": 0, "step": "8"}},
+    "a step is negative": WHOLE | {"state": {"stage": 0, "step": -8}},
+    "a step is true": WHOLE | {"state": {"stage": 0, "step": True}},
+    "a loss is a text": WHOLE | {"state": {"stage": 0, "step": 8, "validation": "low"}},
+    "a loss is NaN": WHOLE | {"state": {"stage": 0, "step": 8, "validation": float("nan")}},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_manifest_that_describes_no_checkpoint_is_set_aside(two, kind, capsys):
+    old, new = two
+    content = ODD[kind]
+    if isinstance(content, dict):
+        content = seal.text(content)
+    else:
+        content = json.dumps(content)
+    (new / seal.MANIFEST).write_text(content)
+    assert seal.best(new.parent, "b") is None
+    assert resume.pick(new.parent) == old
+    assert f"passing over {new}: " in capsys.readouterr().out
+    assert resume.listed(new.parent) == [old]
+
+
+@pytest.mark.parametrize("levels", [500, 100_000])
+def test_a_manifest_that_is_nested_deeply_is_set_aside(two, levels, capsys):
+    """Of the two, json reads the first one and cannot write it, and cannot read the second."""
+    old, new = two
+    deep = "[" * levels + "]" * levels
+    (new / seal.MANIFEST).write_text(f'{{"state": {deep}}}')
+    assert seal.best(new.parent, "b") is None
+    assert resume.pick(new.parent) == old
+    assert f"passing over {new}: manifest.json is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "link to itself"])
+@pytest.mark.parametrize("name", [seal.TENSORS, seal.MANIFEST])
+def test_what_is_no_regular_file_is_set_aside(two, name, kind, capsys):
+    """A FIFO would be waited for, for ever; /dev/zero has no end."""
+    old, new = two
+    file = new / name
+    size = file.stat().st_size
+    file.unlink()
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(name)
+
+    # The size of all these can be right, too.
+    if name == seal.TENSORS:
+        content = seal.manifest(new)
+        del content["sha256"]
+        if kind != "link to itself":
+            size = file.stat().st_size
+        content["files"][name][0] = size
+        (new / seal.MANIFEST).write_text(seal.text(content))
+    assert seal.best(new.parent, "b") is None
+    assert resume.pick(new.parent) == old
+    assert f"passing over {new}: " in capsys.readouterr().out
+
+
+def test_a_fifo_in_the_place_of_a_lock_is_said(two):
+    old, new = two
+    (new.parent / ".sealing").unlink(missing_ok=True)
+    os.mkfifo(new.parent / ".sealing")
+    with pytest.raises(UserError, match="cannot be written: .*; fix: "):
+        resume.pick(new.parent)
+    os.mkfifo(new.parent / ".lock")
+    with pytest.raises(UserError, match=".lock: no regular file; fix: "):
+        resume.lock(new.parent)
+
+
+def test_a_file_without_tensors_is_said(two):
+    """Its size and its hash are right."""
+    temporary = two[0].parent / ".00-00000012.tmp"
+    temporary.mkdir()
+    (temporary / seal.TENSORS).write_bytes(b"tensors")
+    seal.seal(temporary, "00-00000012", {"stage": 0, "step": 12})
+    chosen = resume.pick(temporary.parent)
+    with pytest.raises(UserError, match="not the tensors of a run .*; fix: remove this"):
+        resume.read(chosen)
