@@ -653,7 +653,7 @@ def newest_checkpoint(recipe: Recipe, explicit: str, ranks: Ranks) -> Place:
     if not chosen:
         return Place({}, 0, 0, origin)
     tensors, place = resume.read(chosen)
-    if place["stage"] > len(recipe.stage):
+    if (place["stage"], place["step"]) > (len(recipe.stage), 0):
         what = f"in stage {place['stage'] + 1}, and the recipe has {len(recipe.stage)}"
         raise UserError(chosen, what, "give its own recipe")
     return Place(tensors, place["stage"], place["step"], origin)

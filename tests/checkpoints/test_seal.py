@@ -1,5 +1,6 @@
 """A checkpoint on the disk: every kind of damage is found, and the right ones are kept."""
 
+import hashlib
 import json
 import os
 import random
@@ -93,49 +94,70 @@ def test_names_of_others_are_no_checkpoints(two):
     assert len(list(new.parent.iterdir())) == 5
 
 
-# Manifests with a right hash of their own that describe no checkpoint.
-SIZE_AND_HASH = [1, "00"]
-WHOLE = {"state": {"stage": 0, "step": 8}, "files": {resume.TENSORS: SIZE_AND_HASH}}
-ODD = {
-    "a list": [],
-    "nothing": {},
-    "files is a list": WHOLE | {"files": [resume.TENSORS]},
-    "files is null": WHOLE | {"files": None},
-    "files without tensors": WHOLE | {"files": {}},
-    "a file is a number": WHOLE | {"files": {resume.TENSORS: 7}},
-    "a size is a text": WHOLE | {"files": {resume.TENSORS: ["1", "00"]}},
-    "a size is true": WHOLE | {"files": {resume.TENSORS: [True, "00"]}},
-    "a hash is missing": WHOLE | {"files": {resume.TENSORS: [1]}},
-    "a hash is a number": WHOLE | {"files": {resume.TENSORS: [1, 0]}},
-    "a file of another folder": WHOLE
-    | {"files": WHOLE["files"] | {"../00-00000004/manifest.json": SIZE_AND_HASH}},
-    "the folder above": WHOLE | {"files": WHOLE["files"] | {"..": SIZE_AND_HASH}},
-    "a name with a zero byte": WHOLE | {"files": {"a\0b": SIZE_AND_HASH} | WHOLE["files"]},
-    "a name with half a pair": WHOLE | {"files": {"\ud800": SIZE_AND_HASH} | WHOLE["files"]},
-    "state is null": WHOLE | {"state": None},
-    "state is a list": WHOLE | {"state": [0, 8]},
-    "no stage": WHOLE | {"state": {"step": 8}},
-    "a step is a text": WHOLE | {"state": {"stage": 0, "step": "8"}},
-    "a step is negative": WHOLE | {"state": {"stage": 0, "step": -8}},
-    "a step is true": WHOLE | {"state": {"stage": 0, "step": True}},
-    "a loss is a text": WHOLE | {"state": {"stage": 0, "step": 8, "validation": "low"}},
-    "a loss is NaN": WHOLE | {"state": {"stage": 0, "step": 8, "validation": float("nan")}},
+# What a manifest with a right hash of its own may hold, and no checkpoint has.
+EMPTY_FILE = [0, hashlib.sha256(b"").hexdigest()]
+PLACE = {"stage": 0, "step": 8}
+STATES = {
+    "null": None,
+    "list": [0, 8],
+    "no stage": {"step": 8},
+    "step a text": PLACE | {"step": "8"},
+    "step negative": PLACE | {"step": -8},
+    "step true": PLACE | {"step": True},
+    "loss a text": PLACE | {"trained": "b", "validation": "low"},
+    "loss NaN": PLACE | {"trained": "b", "validation": float("nan")},
 }
+FILES = {
+    "null": None,
+    "list": [resume.TENSORS],
+    "no tensors": {},
+    "a number": {resume.TENSORS: 7},
+    "size a text": {resume.TENSORS: ["1", "00"]},
+    "no hash": {resume.TENSORS: [1]},
+    "hash a number": {resume.TENSORS: [1, 0]},
+}
+NAMES = ["/dev/null", "../empty", "a/../empty", "..", "", "a\0b", "\ud800"]
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_a_manifest_that_describes_no_checkpoint_is_set_aside(two, kind, capsys):
+def expect_aside(two, content, capsys):
+    """Give the newer checkpoint this manifest; assert that it is passed over, and said."""
     old, new = two
-    content = ODD[kind]
-    if isinstance(content, dict):
-        content = seal.text(content)
-    else:
-        content = json.dumps(content)
-    (new / seal.MANIFEST).write_text(content)
+    (new / seal.MANIFEST).write_text(seal.text(content))
     assert seal.best(new.parent, "b") is None
     assert resume.pick(new.parent) == old
     assert f"passing over {new}: " in capsys.readouterr().out
     assert resume.listed(new.parent) == [old]
+
+
+def content_of(checkpoint):
+    """Return the content of a manifest, without its own hash."""
+    content = seal.manifest(checkpoint)
+    del content["sha256"]
+    return content
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_manifest_whose_state_is_none_is_set_aside(two, kind, capsys):
+    expect_aside(two, content_of(two[1]) | {"state": STATES[kind]}, capsys)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_manifest_without_a_table_of_files_is_set_aside(two, kind, capsys):
+    expect_aside(two, content_of(two[1]) | {"files": FILES[kind]}, capsys)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manifest_that_names_no_file_of_its_folder_is_set_aside(two, name, capsys):
+    (two[1].parent / "empty").touch()
+    content = content_of(two[1])
+    content["files"][name] = EMPTY_FILE
+    expect_aside(two, content, capsys)
+
+
+def test_a_manifest_of_nothing_or_a_list_is_set_aside(two, capsys):
+    expect_aside(two, {}, capsys)
+    (two[0] / seal.MANIFEST).write_text("[]")
+    assert resume.pick(two[0].parent) is None
 
 
 @pytest.mark.parametrize("levels", [500, 100_000])
@@ -168,8 +190,7 @@ def test_what_is_no_regular_file_is_set_aside(two, name, kind, capsys):
 
     # The size of all these can be right, too.
     if name == seal.TENSORS:
-        content = seal.manifest(new)
-        del content["sha256"]
+        content = content_of(new)
         if kind != "link to itself":
             size = file.stat().st_size
         content["files"][name][0] = size
