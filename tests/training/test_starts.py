@@ -120,7 +120,7 @@ def test_a_refused_start_sets_no_checkpoint_aside(stopped):
 
 
 def test_a_place_that_the_recipe_does_not_have_is_refused(stopped):
-    """A checkpoint of another recipe may be named. One after the end of a stage has no next step."""
+    """A checkpoint of another recipe may be named. Behind the end of a stage is no next step."""
     other = stopped.folder / stopped.checkpoints()[-1]
     shutil.copytree(stopped.out / "checkpoints" / other.name, other)
     fewer_steps = stopped.start(f"train.resume={other}", "stage.finetune.steps=2")[1]
