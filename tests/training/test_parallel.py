@@ -52,6 +52,8 @@ def text(tokens: int = 20):
         EMPTY,
         input_ids=ids,
         labels=labels,
+        image_at=None,
+        learns_at=None,
         positions=torch.arange(tokens),
         cu_seqlens=cu,
         max_seqlen=tokens,
@@ -325,7 +327,7 @@ def test_a_rank_never_holds_the_whole_model_in_float32(recipe, tiny_world, tmp_p
 
     alone, want = recipe("alone")
     alone.write_text(of_checkpoint(alone.read_text(), folder, tiny_world))
-    run("train.py", alone, *short)
+    on_ranks(1, alone, *short)
     assert losses(out) == pytest.approx(losses(want), rel=1e-5)
 
 
@@ -337,8 +339,14 @@ WAYS_TO_TUNE = (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the second ties its head
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float16),
+        ("llama", torch.float32),
+        ("qwen2", torch.bfloat16),  # which ties its head
+    ],
+)
 def test_what_stays_in_its_file_becomes_the_same_bits(tmp_path, family, dtype):
     folder = published(tmp_path / "published", family, dtype)
     for tune in WAYS_TO_TUNE:
