@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints import seal
-from checkpoints.files import read_json, writing
+from checkpoints.files import check_regular, read_json, writing
 from checkpoints.seal import (
     ASIDE,
     MANIFEST,
@@ -65,6 +65,7 @@ def lock(folder: Path):
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        check_regular(folder / ".lock")
         file = open(folder / ".lock", "a+", errors="replace")
         try:
             seal.lock(file, wait=False)
@@ -274,15 +275,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Return tensors and state of a verified checkpoint; every rank calls this.
 
     The tensors are mapped into memory: only the pages that are used are read. Raises UserError on a
-    node that does not see the folder that rank 0 wrote.
+    node that does not see the folder that rank 0 wrote, and for a file without tensors.
     """
     if not (path / MANIFEST).exists():
         fix = "set train.output to a folder that all nodes share"
         raise UserError(path, "not to be seen on this node", fix)
     state = manifest(path)["state"]
-    with safe_open(path / TENSORS, framework="pt") as file:
-        names = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
+    try:
+        with safe_open(path / TENSORS, framework="pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except Exception as e:  # safetensors has a type of its own
+        what = f"not the tensors of a run ({e})"
+        raise UserError(path / TENSORS, what, "remove this checkpoint") from None
     return tensors, state
 
 
