@@ -226,7 +226,7 @@ def load_chat(args) -> Chat:
     else:
         dtype = default_dtype(device)
 
-    if weights == "nf4" and device == "cpu":
+    if weights == "nf4" and device.type == "cpu":
         what = "--weights nf4 saves memory, but on a CPU it is many times slower than fp32"
         print(f"warning: {what}", file=sys.stderr)
 

@@ -15,7 +15,7 @@ from config import Model, Stage, Tune
 from inputs.sample import Sample
 from model import LLaVA
 from packing import bin_pack, pack_samples
-from training import estimate
+from training import estimate, memory
 from training.estimate import RowSize
 
 
@@ -41,14 +41,14 @@ class Path:
         train.set_trainable(self.model, self.stage.tune)
 
         rows = make_rows(case, text, vision)
-        operations, memory = estimate_rows(self.model, self.stage, rows)
-        if device == "cuda":  # as a user would: recompute only where it does not fit
-            total = torch.cuda.get_device_properties(0).total_memory
-            self.model.language_model.model.gradient_checkpointing = memory > total
-
+        operations, mean = estimate_rows(self.model, self.stage, rows)
         bf16 = case.dtype == "bfloat16"
         if bf16:
             train.round_frozen(self.model)
+        if device == "cuda":  # as a user would: recompute only where it does not fit
+            needs = memory.measure(self.model, self.stage, mean, bf16).total
+            total = torch.cuda.get_device_properties(0).total_memory
+            self.model.language_model.model.gradient_checkpointing = needs > total
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
         self.optimizer = train.make_optimizer(self.model, self.stage)
 
@@ -108,8 +108,8 @@ def fill_adapters(model: LLaVA):
         fill_by_name({f"{key}lora_A.weight": adapter.lora_A, f"{key}lora_B.weight": adapter.lora_B})
 
 
-def estimate_rows(model: LLaVA, stage: Stage, rows: list[Sample]) -> tuple[float, float]:
-    """Return the FLOPs that the rows ask for, and the bytes of a GPU for micro-batches of them."""
+def estimate_rows(model: LLaVA, stage: Stage, rows: list[Sample]) -> tuple[float, RowSize]:
+    """Return the FLOPs that the rows ask for, and the row that is their mean in everything."""
     needs = []
     for row in rows:
         positions = len(row.items) * model.image_tokens
@@ -118,10 +118,13 @@ def estimate_rows(model: LLaVA, stage: Stage, rows: list[Sample]) -> tuple[float
 
     operations = 0.0
     for need in needs:
-        operations += estimate.estimate(model, stage, need, recompute=False).operations
+        operations += estimate.operations(model, stage, need, recompute=False)
 
-    # The memory is that of a row with the mean of everything.
-    columns = zip(*(dataclasses.astuple(need) for need in needs), strict=True)
-    mean = RowSize(*(sum(column) / len(needs) for column in columns))
-    memory = estimate.estimate(model, stage, mean, recompute=False).memory
-    return operations, memory.total
+    mean = RowSize(
+        views=sum(need.views for need in needs) / len(needs),
+        positions=sum(need.positions for need in needs) / len(needs),
+        text=sum(need.text for need in needs) / len(needs),
+        supervised=sum(need.supervised for need in needs) / len(needs),
+        items=sum(need.views for need in needs) / len(needs),
+    )
+    return operations, mean

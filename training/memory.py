@@ -64,8 +64,8 @@ class Memory:
 def measure(model: LLaVA, stage: Stage, row: RowSize, bf16: bool) -> Memory:
     """Return what a stage takes of a GPU that holds the whole model.
 
-    model: on the meta device, its frozen matrices rounded as training rounds them. bf16: whether
-    the stage computes under autocast.
+    model: on any device, the meta device too; its frozen matrices are rounded as training rounds
+    them. bf16: whether the stage computes under autocast.
     """
     rows = rows_of_micro_batch(stage, row)
     batch = typical_batch(model, row, rows)
@@ -188,21 +188,16 @@ def simulate(model: LLaVA, batch, bf16: bool, several: bool) -> tuple[int, int]:
 
 
 def _without_storage(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device whose tensors seem to be on a device."""
-    model = copy.deepcopy(model)
-    made: dict[Tensor, Tensor] = {}  # tied weights stay one
-
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if tensor not in made:
-                    made[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    if isinstance(tensor, nn.Parameter):
-                        made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
-                tensors[name] = made[tensor]
-    return model
+    """Return a copy of a model with the shapes of its tensors, and nothing in them."""
+    # deepcopy takes from `copies` what it finds there. So nothing is copied, and tied weights stay
+    # one.
+    copies = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, tensor.requires_grad)
+        copies[id(tensor)] = empty
+    return copy.deepcopy(model, copies)
 
 
 class Ledger(TorchDispatchMode):
