@@ -162,6 +162,17 @@ def damaged(path: Path, kind: str, error: Exception) -> UserError:
     It names what often lies in the place of a downloaded file. Where it is none of that, it quotes
     `error`. kind: what the file should be, in words.
     """
+    other = stand_in(path, kind)
+    if other is not None:
+        return other
+
+    # A message is one line.
+    reason = " ".join(str(error).split())[:120]
+    return UserError(path, f"not {kind} ({reason})", "download it again")
+
+
+def stand_in(path: Path, kind: str = "the file itself") -> UserError | None:
+    """Return the error for what often lies in the place of a downloaded file; None if none does."""
     check_regular(path)
     try:
         with open_regular(path) as f:
@@ -177,10 +188,7 @@ def damaged(path: Path, kind: str, error: Exception) -> UserError:
     if head.startswith(b"<"):
         fix = "download it again; a gated model needs a login"
         return UserError(path, f"an HTML page, not {kind}", fix)
-
-    # A message is one line.
-    reason = " ".join(str(error).split())[:120]
-    return UserError(path, f"not {kind} ({reason})", "download it again")
+    return None
 
 
 # ----------------------------------------------------------------------------------------- writing

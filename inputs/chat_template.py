@@ -9,14 +9,14 @@ turns' texts lie. `ChatTemplate` finds that out; its docstring has the method.
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from config import UserError
+from inputs import bounded
 from inputs.conversation import IMAGE, Rendered, Span, Turn
 from inputs.tokenizer import Mark, Tokenizer
 from packing import IMAGE_TOKEN
@@ -24,6 +24,7 @@ from packing import IMAGE_TOKEN
 # A key is a number between two characters of private use, which no template strips or changes.
 KEY = "\ue000{}\ue001"
 KEYS = "(\ue000\\d+\ue001)"
+KEYED = 1  # the place of the variant with keys among those of `ChatTemplate._variants`
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # Hugging Face's names for them
 
@@ -77,6 +78,60 @@ class UnboundChat:
         return "this tokenizer has no chat template"
 
 
+class Wanted(NamedTuple):
+    """A text that a template is to make."""
+
+    conversation: int  # its place in a list
+    turns: int  # how many of its turns
+    prompt: bool  # whether the beginning of an answer follows
+
+
+class JinjaTemplate:
+    """The source of a chat template, to render in a process with limits, see bounded.py."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self.over = None  # why it was given up: each row would wait for its limit again
+
+    def render(
+        self, names: dict[str, str], conversations: list[list[dict]], wanted: list[Wanted]
+    ) -> list[str]:
+        """Return the text of each beginning of a conversation that is wanted.
+
+        names: what the template may use beside its messages. Raise UserError if it refuses one, is
+        not Jinja, or needs more than it may have.
+        """
+        reply = {}
+        if self.over is None:
+            request = {
+                "job": "render",
+                "source": self.source,
+                "names": names,
+                "conversations": conversations,
+                "wanted": wanted,
+            }
+            try:
+                reply = bounded.ask(request)
+            except bounded.OverLimit as error:
+                self.over = f"the chat template {error}"
+        if self.over is not None:
+            raise UserError("template: chat", self.over, "use another template")
+        if "not_jinja" in reply:
+            what = f"the chat template is not Jinja: {reply['not_jinja']}"
+            raise UserError("template: chat", what, "copy it again")
+        if "refused" in reply:  # what raise_exception says, or whatever its code comes to
+            what = f"the chat template refuses them: {reply['refused'][:200]}"
+            fix = "mend the row, or use another template"
+            raise UserError("conversations", what, fix)
+        return reply["texts"]
+
+
+@functools.lru_cache(4)
+def read_jinja(source: str) -> JinjaTemplate:
+    """Return a chat template. It is kept, because it knows whether it was given up."""
+    return JinjaTemplate(source)
+
+
 @functools.lru_cache(4)
 def bind_chat(tok: Tokenizer) -> ChatTemplate:
     """Return a tokenizer's chat template. It is kept, because every row asks for it."""
@@ -104,12 +159,17 @@ class ChatTemplate:
     """
 
     def __init__(self, tok: Tokenizer):
-        """Compile the template, and find out how it wants contents and how it ends an answer.
+        """Find out how the template wants contents and how it ends an answer.
 
-        Raise UserError if it is not Jinja, or does not end an answer in a way that can be learned.
+        Raise UserError if it is not Jinja, the package for it is missing, or it does not end an
+        answer in a way that can be learned.
         """
+        if importlib.util.find_spec("jinja2") is None:
+            what = "the package jinja2 is missing"
+            raise UserError("template: chat", what, "pip install jinja2")
+
         self.tok = tok
-        self.jinja = compile_jinja(tok.chat_template)
+        self.jinja = read_jinja(tok.chat_template)
         self.lists = False  # whether it wants contents as [{"type": "text", "text": ...}]
         text, answer = self._probe()
 
@@ -179,16 +239,22 @@ class ChatTemplate:
     def _locate(self, turns: list[Turn], prompt: bool) -> Located:
         """Return the rendered text, where its answers lie, and all its marks. Raise UserError."""
         keyed_turns, texts = self._insert_keys(turns)
-        measured = self._measure(keyed_turns, texts, prompt)
+        places = [i for i, turn in enumerate(keyed_turns) if turn.role == "assistant"]
+
+        # All renderings of the row are one request: the four of `_measure`, and the prompt for each
+        # answer, in which keys stand for the texts.
+        conversations = self._variants(keyed_turns, texts)
+        wanted = [Wanted(k, len(turns), prompt) for k in range(4)]
+        wanted += [Wanted(KEYED, i, True) for i in places]
+        renderings = self.jinja.render(self.tok.named, conversations, wanted)
+        measured = self._measure(keyed_turns, texts, renderings[:4])
         marks = self._find_marks(measured)
 
         answers = []
-        for i, turn in enumerate(keyed_turns):
-            if turn.role != "assistant":
-                continue
+        for i, asked in zip(places, renderings[4:], strict=True):
+            turn = keyed_turns[i]
 
             # What stands before the answer must be what a prompt for it will be.
-            asked = self._render(keyed_turns[:i], {}, prompt=True)
             if not measured.keyed.startswith(asked):
                 what = f"the chat template writes what is before turn {i} differently in its prompt"
                 fix = "cut the row there, or use another template"
@@ -244,37 +310,37 @@ class ChatTemplate:
             keyed.append(KeyedTurn(ROLES[speaker], parts))
         return keyed, texts
 
-    def _measure(self, turns: list[KeyedTurn], texts: dict[str, str], prompt: bool) -> Measured:
-        """Return the rendering and where the texts lie in it; see the class for the method.
-
-        Raise UserError for a template that does not write each text once, as it is.
-        """
-        what = "the chat template leaves a text or an image out, writes it twice or changes it"
-        lost = UserError("conversations", what, "mend the row, or use another template")
-
-        # Take the space around each text apart from its core.
-        cores = {}
+    def _variants(self, turns: list[KeyedTurn], texts: dict[str, str]) -> list[list[dict]]:
+        """Return the messages of the four renderings that `_measure` needs, see the class."""
         space_before = {}
         space_behind = {}
         for key, value in texts.items():
-            lead, core, trail = re.fullmatch(r"(\s*)(.*?)(\s*)", value, re.DOTALL).groups()
-            cores[key] = core
+            lead, _, trail = take_space_apart(value)
             space_before[key] = lead + key
             space_behind[key] = key + trail
+        variants = (texts, {}, space_before, space_behind)
+        return [self._messages(turns, written) for written in variants]
 
-        text = self._render(turns, texts, prompt)
-        keyed = self._render(turns, {}, prompt)
+    def _measure(
+        self, turns: list[KeyedTurn], texts: dict[str, str], renderings: list[str]
+    ) -> Measured:
+        """Return the rendering and where the texts lie in it; see the class for the method.
+
+        renderings: of `_variants`. Raise UserError for a template that does not write each text
+        once, as it is.
+        """
+        text, keyed, before, behind = renderings
 
         # Split at the keys: the template's own words at even places, keys at odd places.
         plain = re.split(KEYS, keyed)
-        before = re.split(KEYS, self._render(turns, space_before, prompt))
-        behind = re.split(KEYS, self._render(turns, space_behind, prompt))
+        before = re.split(KEYS, before)
+        behind = re.split(KEYS, behind)
         keys = plain[1::2]
         if sorted(keys) != sorted(texts) or before[1::2] != keys or behind[1::2] != keys:
-            raise lost
+            raise lost_text()
         images = sum(turn.parts.count(IMAGE) for turn in turns)
         if keyed.count(IMAGE) != images:
-            raise lost
+            raise lost_text()
 
         # Put the text together again, part by part. What the spaced renderings have more than the
         # plain one is the space that stays.
@@ -284,21 +350,19 @@ class ChatTemplate:
             ahead, rest = plain[2 * k], plain[2 * k + 2]
             lead = before[2 * k].removeprefix(ahead)
             trail = behind[2 * k + 2].removesuffix(rest)
-            part = lead + cores[key] + trail
+            _, core, _ = take_space_apart(texts[key])
+            part = lead + core + trail
             start = len(written)
             spans[key] = Span(start, start + len(part))
             written += part + rest
 
         # This is the proof that the spans are right.
         if written != text:
-            raise lost
+            raise lost_text()
         return Measured(text, keyed, spans)
 
-    def _render(self, turns: list[KeyedTurn], texts: dict[str, str], prompt: bool) -> str:
-        """Return what the template makes of the turns, with texts[key] for a key that has one.
-
-        Raise UserError if it refuses them.
-        """
+    def _messages(self, turns: list[KeyedTurn], texts: dict[str, str]) -> list[dict]:
+        """Return the turns as a template wants them, with texts[key] for a key that has one."""
         messages = []
         for turn in turns:
             parts = [texts.get(part, part) for part in turn.parts]
@@ -309,18 +373,21 @@ class ChatTemplate:
                 content = "".join(parts)
             messages.append({"role": turn.role, "content": content})
 
-        try:
-            return self.jinja.render(
-                **self.tok.named,
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=prompt,
-            )
-        except Exception as error:  # what raise_exception says, or whatever its code comes to
-            what = f"the chat template refuses them: {' '.join(str(error).split())[:200]}"
-            fix = "mend the row, or use another template"
-            raise UserError("conversations", what, fix) from error
+        return messages
+
+
+def lost_text() -> UserError:
+    """Return the error for a template that does not write each text once, as it is."""
+    what = "the chat template leaves a text or an image out, writes it twice or changes it"
+    return UserError("conversations", what, "mend the row, or use another template")
+
+
+def take_space_apart(text: str) -> tuple[str, str, str]:
+    """Return the space in front of a text, the text without it, and the space behind it."""
+    without_lead = text.lstrip()
+    core = without_lead.rstrip()
+    lead = text[: len(text) - len(without_lead)]
+    return lead, core, without_lead[len(core) :]
 
 
 def split_images(value: str, strip: bool) -> list[str]:
@@ -351,42 +418,8 @@ def list_content(parts: list[str], is_image: list[bool]) -> list[dict]:
 def find_closing(text: str, end: int, marks: list[Mark]) -> Mark | None:
     """Return the mark behind the answer that ends at `end`; None if other text comes first."""
     for mark in marks:
-        if mark.end > end and not text[end : mark.start].strip():
+        if mark.end > end:
+            if text[end : mark.start].strip():
+                return None
             return mark
     return None
-
-
-def compile_jinja(source: str):
-    """Return a chat template, to `render` in a sandbox with the names that transformers gives it.
-
-    Raise UserError if it is not Jinja or the package is missing.
-    """
-    try:
-        import jinja2.sandbox
-    except ImportError:
-        what = "the package jinja2 is missing"
-        raise UserError("template: chat", what, "pip install jinja2") from None
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
-
-    # {% generation %} around an answer is transformers' own tag, which Jinja does not know. Here
-    # it becomes {% if true %}, which writes what is inside.
-    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
-    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    # Jinja's own tojson escapes HTML.
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        what = f"the chat template is not Jinja: {error}"
-        raise UserError("template: chat", what, "copy it again") from error

@@ -24,6 +24,8 @@ Two kinds of vocabularies exist, and both give offsets in characters:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import re
@@ -35,8 +37,9 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from checkpoints.fields import VOCABULARY, Fields
-from checkpoints.files import parse_json, write_file
+from checkpoints.files import parse_json, stand_in, write_file
 from config import UserError, printable
+from inputs.vocabulary_file import MOST_BYTES, check_vocabulary
 
 # The files that belong to a tokenizer, hence those that `save` writes.
 OWN_FILES = (
@@ -83,21 +86,43 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     and the chat template. Raise UserError when there is no tokenizer or it cannot be read.
     """
     path = Path(path)
-    kinds = {"tokenizer.json": JsonTokenizer, "tokenizer.model": PieceTokenizer}
     folder = path.parent if path.is_file() else path
-    name = "tokenizer"
-    try:
+    with failures(f"{path}:tokenizer", "cannot be loaded"):
         files = read_files(path)
-        for name, kind in kinds.items():
-            if name in files:
-                return kind(files, folder)
+
+    if "tokenizer.json" in files:
+        kind = JsonTokenizer
+    elif "tokenizer.model" in files:
+        kind = PieceTokenizer
+    else:
+        raise missing_tokenizer(path)
+
+    # The file itself, unless it was made of two others.
+    file = path if path.is_file() else folder / kind.name
+    if file.is_file():
+        other = stand_in(file)
+        if other is not None:
+            raise other
+    with failures(f"{path}:{kind.name}", "cannot be loaded"):
+        return kind(files, folder)
+
+
+@contextlib.contextmanager
+def failures(where: Path | str, what: str):
+    """Turn whatever the two libraries raise into a UserError of where and what.
+
+    They raise what they like on a damaged file. A panic of Rust is no Exception.
+    """
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # both libraries raise what they like on a damaged file
+    except BaseException as error:
+        is_panic = type(error).__module__ == "pyo3_runtime"
+        if not isinstance(error, Exception) and not is_panic:
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"cannot be loaded: {reason}"
-        raise UserError(f"{path}:{name}", what, "copy it again") from error
-    raise missing_tokenizer(path)
+        raise UserError(where, f"{what}: {reason}", "copy it again") from error
 
 
 def read_files(path: Path) -> dict[str, bytes]:
@@ -106,14 +131,14 @@ def read_files(path: Path) -> dict[str, bytes]:
     files = {}
     for name in OWN_FILES + MODEL_FILES:
         if (folder / name).is_file():
-            files[name] = (folder / name).read_bytes()
+            files[name] = read_bounded(folder / name)
 
     if path.is_file():
         # The caller named this vocabulary and no other.
         files.pop("tokenizer.json", None)
         files.pop("tokenizer.model", None)
         name = "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
-        files[name] = path.read_bytes()
+        files[name] = read_bounded(path)
         return files
 
     # Without a vocabulary file of either kind, one can be made of GPT-2's two files.
@@ -121,6 +146,15 @@ def read_files(path: Path) -> dict[str, bytes]:
     if not has_vocabulary and "vocab.json" in files and "merges.txt" in files:
         files["tokenizer.json"] = build_byte_level(files, path)
     return files
+
+
+def read_bounded(path: Path) -> bytes:
+    """Return the bytes of a file. Raise UserError for one that is larger than any tokenizer's."""
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        what = f"{size >> 20} MB, more than the {MOST_BYTES >> 20} MB that a tokenizer may have"
+        raise UserError(path, what, "give the tokenizer of the model's authors")
+    return path.read_bytes()
 
 
 def missing_tokenizer(path: Path) -> UserError:
@@ -160,6 +194,8 @@ class Tokenizer:
     _bare     for a text that goes on: without the mark
     _later    for text behind a control token: one of the two
     """
+
+    name = ""  # of the vocabulary file
 
     def __init__(self, files: dict[str, bytes], folder: Path = Path()):
         """Read the files. Raise UserError for a wrong field in one of those in JSON.
@@ -238,7 +274,8 @@ class Tokenizer:
         for token in sorted(self.special, key=len, reverse=True):
             form = re.escape(token)
             if self._takes_space(token, "lstrip"):
-                form = r"\s*" + form
+                # From where the space begins: each later place would look through it again.
+                form = r"(?:(?<!\s)\s+)?" + form
             if self._takes_space(token, "rstrip"):
                 form = form + r"\s*"
             forms.append(form)
@@ -285,7 +322,8 @@ class Tokenizer:
         for start, end, mark_id in [*marks, end_of_text]:
             # The plain text before the mark.
             if cursor < start:
-                plain_ids, spans = self._encode_plain(model, text[cursor:start])
+                with failures(self.folder / self.name, "cannot encode a text"):
+                    plain_ids, spans = self._encode_plain(model, text[cursor:start])
                 ids += plain_ids
                 for first, last in cover(spans, start - cursor):
                     offsets.append((cursor + first, cursor + last))
@@ -314,7 +352,8 @@ class Tokenizer:
         for i in map(int, ids):
             if i >= 0 and i not in controls and self.token(i) is not None:
                 kept.append(i)
-        return self._first.decode(kept)
+        with failures(self.folder / self.name, "cannot decode"):
+            return self._first.decode(kept)
 
     def save(self, folder: str | Path):
         """Write the tokenizer's own files, chat template included, each whole or not at all."""
@@ -327,7 +366,7 @@ class Tokenizer:
         """Whether a text begins with a word mark, as in Llama's vocabularies."""
         return self._first is not self._bare
 
-    @property
+    @functools.cached_property
     def chat_template(self) -> str | None:
         """The Jinja source of the chat template, or None; of several places the newest one wins.
 
@@ -357,8 +396,12 @@ class Tokenizer:
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`, through `tokenizers`."""
 
+    name = "tokenizer.json"
+
     def _load_vocabulary(self) -> tuple[int | None, int | None]:
-        model = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+        content = self.files["tokenizer.json"]
+        largest = check_vocabulary(content, self.folder / "tokenizer.json")
+        model = tokenizers.Tokenizer.from_str(content.decode())
 
         # The library makes a list of all ids that are not used up to the largest.
         largest = max(model.get_vocab().values(), default=0)
@@ -382,9 +425,8 @@ class JsonTokenizer(Tokenizer):
         # that are called special are control tokens; the library finds the others in any text.
         self._added = model.get_added_tokens_decoder()
         self.special = {}
-        self.vocab_size = model.get_vocab_size(with_added_tokens=False)
+        self.vocab_size = 1 + max(largest, *self._added, -1)
         for i, token in self._added.items():
-            self.vocab_size = max(self.vocab_size, i + 1)
             if token.special:
                 self.special[token.content] = i
 
@@ -414,6 +456,8 @@ class JsonTokenizer(Tokenizer):
 class PieceTokenizer(Tokenizer):
     """`tokenizer.model`, through `sentencepiece`."""
 
+    name = "tokenizer.model"
+
     def _load_vocabulary(self) -> tuple[int | None, int | None]:
         proto = self.files["tokenizer.model"]
         model = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -434,6 +478,8 @@ class PieceTokenizer(Tokenizer):
         own_controls = set(self.special.values())
         added = self._parse("added_tokens.json")
         for token in added.values:
+            if not token:
+                raise added.refuse(token, "the id of an empty token")
             self.special[token] = added.integer(token, 0, VOCABULARY)
         self._added = read_added(self._parse("tokenizer_config.json"))
         for i, token in self._added.items():
@@ -580,7 +626,8 @@ def read_added(settings: Fields) -> dict[int, dict]:
         if not i.isdecimal() or len(i) > 9 or int(i) > VOCABULARY:
             raise decoder.refuse(i, f"the token of {printable(repr(i), 40)}, which is no id")
         token = decoder.table(i)
-        token.text("content")
+        if not token.text("content"):
+            raise token.refuse("content", "empty")
         for key in ("special", "lstrip", "rstrip", "normalized", "single_word"):
             token.flag(key, default=False)
         added[int(i)] = token.values

@@ -804,12 +804,12 @@ def test_golden_chat(name, tmp_path):
     rows = 0
     for case in cases:
         said, prompt = case["messages"], case["add_generation_prompt"]
-        names = dict(messages=said, add_generation_prompt=prompt, **tok.named)
+        wanted = [(0, len(said), prompt)]
         if isinstance(case["rendered"], dict):
             with pytest.raises(Exception, match=case["rendered"]["error"]):
-                form.jinja.render(names)
+                form.jinja.render(tok.named, [said], wanted)
         else:
-            assert form.jinja.render(names) == case["rendered"]
+            assert form.jinja.render(tok.named, [said], wanted) == [case["rendered"]]
         if prompt != (said[-1]["role"] == "user"):
             continue
         rows += 1
