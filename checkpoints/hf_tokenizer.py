@@ -96,6 +96,11 @@ def from_pieces(tokenizer) -> tokenizers.Tokenizer:
     vocab = {name: i for i, name in enumerate(names)}
     control = [i for i in range(len(names)) if pieces.is_control(i) or pieces.is_unknown(i)]
 
+    # Each piece is cut at all its places.
+    if max(map(len, names)) > 1000:
+        what = "has a piece of more than 1000 characters"
+        raise UserError("tokenizer.model", what, "give a tokenizer.json beside it")
+
     # The file has scores, not merges. A piece is made from any two pieces that it consists of.
     merges = []
     for i, name in enumerate(names):

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention_decode, attention_packed
-from packing import Attend, PackedRow
+from packing import Attend, PackedRow, send
 
 
 class Cache:
@@ -95,7 +95,7 @@ class Cache:
         row_of_token = []
         for row, length in zip(rows, lengths, strict=True):
             row_of_token += [row] * length
-        row_of_token = torch.tensor(row_of_token, device=positions.device)  # (T,)
+        row_of_token = send(torch.tensor(row_of_token), positions.device)  # (T,)
 
         # New token i of a sequence sees the `start` slots that were filled, and new tokens 0 to i.
         masks = []

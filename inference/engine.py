@@ -37,7 +37,7 @@ from inference.cache import Cache
 from inference.fast_linears import fast_linears, replaced_forwards
 from inference.sampling import sample_tokens
 from kernels import fused
-from packing import IMAGE_TOKEN, Item, as_items, count_images, pack_prompts
+from packing import IMAGE_TOKEN, Item, as_items, count_images, pack_prompts, send
 
 # A common beginning of fewer slots is computed again: copying it would not be worth the trouble.
 MIN_PREFIX = 16
@@ -275,7 +275,7 @@ class Engine:
             self.logits = self._replay()[: self.active]
         else:
             filled = [row.filled for row in active]
-            inputs = torch.tensor([tokens, filled], device=self.device)
+            inputs = send(torch.tensor([tokens, filled]), self.device)
             self.logits = self._forward(inputs)
 
         for row, token in zip(active, tokens, strict=True):
@@ -517,25 +517,25 @@ class Engine:
 
             rows.append(placement.row)
             starts.append(start)
-            tails.append(torch.tensor(tail, device=self.device))
+            tails.append(torch.tensor(tail))
 
+        # They are packed on the CPU and sent afterwards, so that it need not wait for a GPU.
         packed = pack_prompts(tails, [len(image) for image in images])
-        positions = packed.positions
         if any(starts):
             # The tails do not begin at position 0 but behind what is reused.
             lengths = packed.cu_seqlens.diff()
-            offsets = torch.tensor(starts, device=self.device)
-            positions = positions + offsets.repeat_interleave(lengths)
-            attend = self.cache.extend(rows, starts, lengths.tolist(), positions)
+            offsets = torch.tensor(starts).repeat_interleave(lengths)
+            packed = packed._replace(positions=packed.positions + offsets).to(self.device)
+            attend = self.cache.extend(rows, starts, lengths.tolist(), packed.positions)
         else:
-            row_index = torch.tensor(rows, device=self.device)
-            attend = self.cache.prefill(packed, row_index)
+            packed = packed.to(self.device)
+            attend = self.cache.prefill(packed, send(torch.tensor(rows), self.device))
 
         features_of_tails = None
         if images:
             features_of_tails = torch.cat(images)
-        x = self.model.embed(packed.input_ids, features_of_tails)  # (T, D)
-        hidden_states = self.lm.model(x, positions, attend)
+        x = self.model.embed(packed.input_ids, features_of_tails, packed.image_at)  # (T, D)
+        hidden_states = self.lm.model(x, packed.positions, attend)
         last = packed.cu_seqlens[1:].long() - 1
         return self.lm.lm_head(hidden_states[last])
 

@@ -10,14 +10,16 @@ standard input, and so is the reply on standard output:
         {"refused": why}        the template, or its language, refuses one
         {"not_jinja": why}
     {"job": "split", "tokenizer": the text of a tokenizer.json, "samples": [text, ...]}
+    {"job": "pieces", "model": a tokenizer.model in base64, "samples": [text, ...]}
         {}                      its rules work on every sample
         {"refused": why}
-    {"over": "memory" | "output"}   a reply of both: the request needs more than it may have
+    {"over": "memory" | "output"}   a reply of all: the request needs more than it may have
 
 A rendering or a sample that takes too long ends the process by the signal SIGPROF. The clock counts
 the time that this process computes, so a busy machine, or one that sleeps, breaks nothing.
 """
 
+import base64
 import datetime
 import faulthandler
 import functools
@@ -114,6 +116,8 @@ def answer(request: dict, budget: Budget) -> dict:
     try:
         if request["job"] == "render":
             return render(request, budget)
+        if request["job"] == "pieces":
+            return encode_pieces(request["model"], request["samples"], budget)
         return split(request["tokenizer"], request["samples"], budget)
     except MemoryError:
         return {"over": "memory"}
@@ -202,6 +206,19 @@ def split(content: str, samples: list[str], budget: Budget) -> dict:
         budget.take("".join(pieces))
         if model.decoder is not None:
             budget.take(model.decoder.decode(pieces))
+    return {}
+
+
+def encode_pieces(content: str, samples: list[str], budget: Budget) -> dict:
+    """Normalize and encode each sample with a SentencePiece vocabulary."""
+    import sentencepiece
+
+    proto = base64.b64decode(content)
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    for text in samples:
+        budget.begin()
+        budget.take(model.normalize(text))
+        model.encode_as_offset_mapping(text)
     return {}
 
 

@@ -39,7 +39,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 from checkpoints.fields import VOCABULARY, Fields
 from checkpoints.files import parse_json, stand_in, write_file
 from config import UserError, printable
-from inputs.vocabulary_file import MOST_BYTES, check_vocabulary
+from inputs.vocabulary_file import MOST_BYTES, check_pieces, check_vocabulary
 
 # The files that belong to a tokenizer, hence those that `save` writes.
 OWN_FILES = (
@@ -65,6 +65,7 @@ WORDS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
+MOST_CONTROLS = 2**15  # Gemma 3 has 6,400
 NEVER = "(?!)"  # a regular expression that matches nowhere
 
 Offsets = list[tuple[int, int]]
@@ -269,7 +270,14 @@ class Tokenizer:
         return parse(self.files, name, self.folder)
 
     def _compile_controls(self) -> re.Pattern:
-        """Return the expression that finds control tokens in a text, the longest first."""
+        """Return the expression that finds control tokens in a text, the longest first.
+
+        Raise UserError for more than a vocabulary has: the expression would be slow.
+        """
+        if len(self.special) > MOST_CONTROLS:
+            what = f"{len(self.special)} control tokens, more than {MOST_CONTROLS}"
+            fix = "use the tokenizer of the model's authors"
+            raise UserError(self.folder / self.name, what, fix)
         forms = []
         for token in sorted(self.special, key=len, reverse=True):
             form = re.escape(token)
@@ -460,6 +468,7 @@ class PieceTokenizer(Tokenizer):
 
     def _load_vocabulary(self) -> tuple[int | None, int | None]:
         proto = self.files["tokenizer.model"]
+        check_pieces(proto, self.folder / "tokenizer.model")
         model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self._first = model
 

@@ -1,10 +1,12 @@
-"""What a tokenizer.json may ask for: it comes from outside, and its rules are a small program.
+"""What a vocabulary file may ask for: it comes from outside, and its rules are a small program.
 
-    check_vocabulary(content, path)      # a UserError, or `tokenizers` can take the file
+    check_vocabulary(content, path)      # a UserError, or `tokenizers` can take this tokenizer.json
+    check_pieces(content, path)          # the same for `sentencepiece` and a tokenizer.model
 
-Its normalizer, pre_tokenizer and decoder are lists of steps. A text can grow in each: forty times
-Replace "a" -> "aa" make terabytes of one letter. A step can be a regular expression that takes for
-ever on some texts. The library has no limits for either. It ends the process where memory is short.
+The normalizer, pre_tokenizer and decoder of a tokenizer.json are lists of steps. A text can grow in
+each: forty times Replace "a" -> "aa" make terabytes of one letter. A step can be a regular
+expression that takes for ever on some texts. The library has no limits for either. It ends the
+process where memory is short.
 
 So growth is bounded by a rule. Regular expressions, and tables that map characters to texts, are
 tried on a few samples in a process that has limits (bounded.py), before this one builds them.
@@ -12,6 +14,7 @@ tried on a few samples in a process that has limits (bounded.py), before this on
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -160,8 +163,22 @@ def try_out(parts: dict[str, dict | None], where: Path):
         **parts,
         "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
     }
+    ask({"job": "split", "tokenizer": json.dumps(spec), "samples": SAMPLES}, where)
+
+
+def check_pieces(content: bytes, where: Path):
+    """Raise UserError for a tokenizer.model that cannot be read, or needs too much for a sample.
+
+    It has a table that maps characters to texts of any length, like Precompiled.
+    """
+    model = base64.b64encode(content).decode()
+    ask({"job": "pieces", "model": model, "samples": SAMPLES}, where)
+
+
+def ask(request: dict, where: Path):
+    """Have the samples tried out in another process. Raise UserError if that fails."""
     try:
-        reply = bounded.ask({"job": "split", "tokenizer": json.dumps(spec), "samples": SAMPLES})
+        reply = bounded.ask(request)
         why = reply.get("refused")
     except bounded.OverLimit as error:
         why = f"on a short text it {error}"

@@ -142,16 +142,17 @@ def combine_kernel(
     store_rows(OUT + head * D, x1 / total, x2 / total, 0, 1, D, 1, D, D1, D2)
 
 
-def choose_blocks(d: int, group: int) -> dict[str, int]:
+def choose_blocks(d: int, group: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the sizes of a block: BM query heads and BN keys.
 
     A matrix unit multiplies 16 rows at least. The keys are as many as fit twice in shared memory:
-    while one block is multiplied the next is loaded.
+    while one block is multiplied the next is loaded. The products of float32 are not the matrix
+    unit's and take registers.
     """
-    return {
-        "BM": max(16, power_of_two(group)),
-        "BN": 64 if d <= 128 else 32,
-    }
+    keys = 64 if d <= 128 else 32
+    if dtype == torch.float32 and d > 64:
+        keys = 16
+    return {"BM": max(16, power_of_two(group)), "BN": keys}
 
 
 @operation("barellava::attention_decode")
@@ -186,7 +187,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | Non
         splits,
         d**-0.5 if scale is None else scale,
         **split_width(d),
-        **choose_blocks(d, G),
+        **choose_blocks(d, G, q.dtype),
         num_warps=4,
         num_stages=2,
     )

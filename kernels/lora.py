@@ -289,12 +289,15 @@ def add_kernel(
 TILES = {"down": (128, 64), "gradient": (64, 128), "add": (64, 128)}
 TILES_ABOVE_RANK_128 = {"down": (64, 64), "gradient": (64, 64), "add": (64, 128)}
 TILE_FLOAT32 = (32, 32)
+TILE_FLOAT32_ABOVE_RANK_128 = (32, 16)
 
 
 def tile_sizes(kernel: str, rank: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the constants of "down", "gradient" or "add"."""
-    if dtype.itemsize > 2:
+    if dtype.itemsize > 2 and rank <= 128:
         tokens, columns = TILE_FLOAT32
+    elif dtype.itemsize > 2:
+        tokens, columns = TILE_FLOAT32_ABOVE_RANK_128
     elif rank <= 128:
         tokens, columns = TILES[kernel]
     else:

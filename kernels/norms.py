@@ -161,15 +161,22 @@ def backward_kernel(
 
 
 def kernel_flags(kind: str, add: bool, bias: bool, width: int) -> dict:
-    """Return the constants of both kernels. A block is a row; each thread has 16 of its numbers."""
+    """Return the constants of both kernels. A block is a row; each thread has 16 of its numbers.
+
+    A LayerNorm of more than 4096 numbers has 8 for each thread, or the sums of a float32 row would
+    not fit in registers. (With a float32 stream beside bfloat16, 56 bytes do not fit even so.)
+    """
     block = power_of_two(width)
+    warps = min(16, max(1, block // 512))
+    if kind == "layer" and block > 4096:
+        warps = 32
     return {
         "ADD": add,
         "LAYER": kind == "layer",
         "BIAS": bias,
         "OFFSET": float(kind == "rms1"),
         "BLOCK": block,
-        "num_warps": min(16, max(1, block // 512)),
+        "num_warps": warps,
     }
 
 

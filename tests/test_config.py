@@ -697,7 +697,8 @@ def test_input_that_is_no_text_is_read():
 
 def test_a_script_without_standard_streams():
     body = "print('a', sys.stdout.isatty())\nopen(argv[0], 'w').write('done')"
-    code = f"import os, sys, command_line, config\ndef main(argv):\n  {body.splitlines()[1]}\n  print(1)\n"
+    code = "import os, sys, command_line, config\ndef main(argv):\n"
+    code += f"  {body.splitlines()[1]}\n  print(1)\n"
     code += "  sys.stdout.isatty()\ncommand_line.cli(main, '')"
     command = f'exec {sys.executable} -c "$0" /dev/null >&- 2>&-'
     assert subprocess.run(["sh", "-c", command, code], cwd=ROOT).returncode == 0

@@ -58,7 +58,6 @@ def is_alive(pid):
         ("{{ [messages[0].content] * 10**10 }}", "more than 1 GB of memory"),
         ("{{ '%9999999999d' | format(1) }}", "more than 1 GB of memory"),
         ("{{ 'a' | center(10**10) }}", "more than 1 GB of memory"),
-        (SQUARE + "n.s + n.s + n.s %}" * 9 + "{% endfor %}" * 9, "is not Jinja"),
         (SQUARE + "n.s.join(n.s) %}{% endfor %}{{ n.s | length }}", "more than 1 GB of memory"),
         ("{{ messages[0].content * 10**7 }}", "64 times as much text as it gets"),
         ("{{ lipsum(n=9999) }}", "64 times as much text as it gets"),

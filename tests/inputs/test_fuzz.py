@@ -1,18 +1,35 @@
-"""What comes in as data may be anything: it makes samples, or is refused with one line."""
+"""What comes in may be anything: it makes samples, or is refused with one line."""
 
 import pytest
 
-pytest.importorskip("av")
-
-from tests.tools.fuzz import data, fuzz  # noqa: E402
+from tests.tools.fuzz import fuzz, table, tokenizers
 
 
-def test_a_few_wrong_inputs_make_no_traceback():
-    result = fuzz(data.case, count=40, seed=0)
-    assert not result.violations, "\n".join(result.violations)
+def check(case, count: int, seed: int):
+    """Assert that no case of a fuzzer is a violation."""
+    result = fuzz(case, count=count, seed=seed)
+    assert not result.violations, table(result) + "\n".join(result.violations)
+
+
+def test_a_few_wrong_rows_pictures_and_shards():
+    pytest.importorskip("av")
+    from tests.tools.fuzz import data
+
+    check(data.case, count=40, seed=0)
 
 
 @pytest.mark.full
-def test_many_wrong_inputs_make_no_traceback():
-    result = fuzz(data.case, count=600, seed=1000)
-    assert not result.violations, "\n".join(result.violations)
+def test_many_wrong_rows_pictures_and_shards():
+    pytest.importorskip("av")
+    from tests.tools.fuzz import data
+
+    check(data.case, count=600, seed=1000)
+
+
+def test_a_few_wrong_tokenizers():
+    check(tokenizers.case, count=20, seed=0)
+
+
+@pytest.mark.full
+def test_many_wrong_tokenizers():
+    check(tokenizers.case, count=600, seed=10_000)

@@ -181,12 +181,47 @@ def test_a_cut_sentencepiece_file_is_one_line(tmp_path):
             load_tokenizer(tmp_path)
 
 
+def varint(value):
+    """A number as protobuf writes it."""
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def test_a_sentencepiece_table_that_grows_is_named(tmp_path):
+    """Each "a" becomes a text of 300,000 characters."""
+    # A double-array trie: "a" leads from the root to a node, whose leaf has the value 0, the place
+    # of the text among the texts. Its form is that of darts-clone.
+    units = [0] * 1024
+    units[0] = 1 << 10  # the root: its children are at 1 ^ label
+    node = 1 ^ ord("a")
+    units[node] = (512 << 10) | 256 | ord("a")  # has a leaf, at node ^ 512
+    units[node ^ 512] = 1 << 31
+    trie = b"".join(unit.to_bytes(4, "little") for unit in units)
+    table = len(trie).to_bytes(4, "little") + trie + b"b" * 300_000 + b"\0"
+    spec = b"\x12" + varint(len(table)) + table  # precompiled_charsmap
+    content = train_pieces() + b"\x1a" + varint(len(spec)) + spec  # normalizer_spec, once more
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match="tokenizer.model: .*(64 times|of memory|seconds).*; fix: "):
+        load_tokenizer(tmp_path)
+
+
 def test_a_file_larger_than_any_tokenizers_is_not_read(tmp_path, monkeypatch):
     byte_tokenizer().save(tmp_path)
     monkeypatch.setattr(tokenizer, "MOST_BYTES", 1000)
     with pytest.raises(UserError, match="tokenizer.json: .* MB that a tokenizer may have; fix: "):
         load_tokenizer(tmp_path)
     assert vocabulary_file.MOST_BYTES >= 100 * 10**6
+
+
+def test_more_control_tokens_than_a_vocabulary_has_are_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_pieces())
+    added = {f"<{i}>": 340 + i for i in range(40_000)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(UserError, match="tokenizer.model: 400.. control tokens, more than 32768"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,15 @@ class Build(NamedTuple):
     warps: int = 4
     stages: int = 2
     targets: tuple[int, ...] = (80, 89, 90, 100)  # compute capabilities that it is launched on
+    spills: int = 0  # bytes of a thread that may be in memory, where the kernel's file says so
+
+
+def in_dtype(build: Build, name: str) -> Build:
+    """Return a build for tensors of another dtype than bf16: "fp32" or "fp16"."""
+    types = {}
+    for argument, kind in build.types.items():
+        types[argument] = f"*{name}" if kind == "*bf16" else kind
+    return build._replace(types=types)
 
 
 class Mutation(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 
 from kernels import attention
 from kernels.tiles import split_width
-from tests.kernels.cases import Build, Case, Mutation, randn
+from tests.kernels.cases import Build, Case, Mutation, in_dtype, randn
 
 
 def _dense(
@@ -88,7 +88,9 @@ _TYPES = {
 }
 
 
-def _builds(d: int, packed: bool, grouped: bool, hopper: bool) -> list[Build]:
+def _builds(
+    d: int, packed: bool, grouped: bool, hopper: bool, dtype: torch.dtype = torch.bfloat16
+) -> list[Build]:
     """All kernels for a head of d columns; packed rows are causal, dense batches are encoders'."""
     # Triton compiles an argument that is 1 in as a constant.
     ones = ["q_head", "k_head", "v_head"]
@@ -102,7 +104,7 @@ def _builds(d: int, packed: bool, grouped: bool, hopper: bool) -> list[Build]:
 
     builds = []
     for name, kernel, flags in launches:
-        blocks = attention.choose_blocks(name, d, torch.bfloat16, hopper)
+        blocks = attention.choose_blocks(name, d, dtype, hopper)
         sizes = {"BM": blocks.BM, "BN": blocks.BN}
         builds.append(
             Build(
@@ -133,6 +135,14 @@ BUILDS = []
 for _hopper in (False, True):
     for _shape in _SHAPES:
         BUILDS += _builds(*_shape, _hopper)
+
+# In float32, with the bytes of a thread that kernels/attention.py says are in memory. An sm_90 has
+# the same blocks; they are compiled for sm_80 only, as it takes a minute.
+_SPILLS = {96: 8, 128: 24, 256: 296}
+for _d in (64, 96, 128, 256):
+    for _build in _builds(_d, True, False, False, torch.float32):
+        _build = in_dtype(_build, "fp32")
+        BUILDS.append(_build._replace(targets=(80,), spills=_SPILLS.get(_d, 0)))
 
 MUTATIONS = [
     Mutation("(key <= query[:, None])", "(key <= query[:, None] + 1)", "causal"),

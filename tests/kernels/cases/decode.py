@@ -6,7 +6,7 @@ import torch
 
 from kernels import decode
 from kernels.tiles import split_width
-from tests.kernels.cases import Build, Case, Mutation, randn
+from tests.kernels.cases import Build, Case, Mutation, in_dtype, randn
 
 
 def _case(name: str, lengths: tuple[int, ...], H: int, K: int, d: int, L: int) -> Case:
@@ -39,7 +39,7 @@ _TYPES = {
 }
 
 
-def _builds(d: int) -> list[Build]:
+def _builds(d: int, dtype: torch.dtype = torch.bfloat16) -> list[Build]:
     # The strides of a cache of 2048 slots and 2 heads are constants here: that they are multiples
     # of 16 makes wide loads.
     strides = {
@@ -52,12 +52,15 @@ def _builds(d: int) -> list[Build]:
     }
     width = split_width(d)
     return [
-        Build(decode.decode_kernel, _TYPES, strides | width | decode.choose_blocks(d, 8)),
+        Build(decode.decode_kernel, _TYPES, strides | width | decode.choose_blocks(d, 8, dtype)),
         Build(decode.combine_kernel, _TYPES, width | {"BM": 32}),
     ]
 
 
 BUILDS = [*_builds(64), *_builds(128), *_builds(256)]
+for _d in (128, 256):
+    for _build in _builds(_d, torch.float32):
+        BUILDS.append(in_dtype(_build, "fp32")._replace(targets=(80, 90)))
 
 MUTATIONS = [
     Mutation("tl.minimum(split * part + part, length)", "split * part + part", "grouped heads"),

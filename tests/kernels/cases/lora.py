@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels import int8, lora, nf4
-from tests.kernels.cases import Build, Case, Mutation, randn
+from tests.kernels.cases import Build, Case, Mutation, in_dtype, randn
 
 _SCALES = [2.0, 0.5, 3.0]
 
@@ -96,7 +96,10 @@ BUILDS = []
 for _rank in (128, 256):
     for _name, (_kernel, _types) in _KERNELS.items():
         _sizes = lora.tile_sizes(_name, _rank, torch.bfloat16)
-        BUILDS.append(Build(_kernel, _COMMON | _types, _sizes, lora.LAUNCH["num_warps"]))
+        _build = Build(_kernel, _COMMON | _types, _sizes, lora.LAUNCH["num_warps"])
+        BUILDS.append(_build)
+        _sizes = lora.tile_sizes(_name, _rank, torch.float32)
+        BUILDS.append(in_dtype(_build, "fp32")._replace(constants=_sizes, targets=(80, 90)))
 
 MUTATIONS = [
     Mutation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kernels import norms
-from tests.kernels.cases import Build, Case, Mutation, randn
+from tests.kernels.cases import Build, Case, Mutation, in_dtype, randn
 
 
 def _same_dtype(function):
@@ -57,8 +57,9 @@ _BACKWARD = {
 
 
 def _build(kernel, types: dict, layer: bool, block: int) -> Build:
-    constants = {"ADD": True, "LAYER": layer, "BIAS": layer, "OFFSET": 0.0, "BLOCK": block}
-    return Build(kernel, types, constants, block // 512)
+    constants = norms.kernel_flags("layer" if layer else "rms", True, layer, block)
+    warps = constants.pop("num_warps")
+    return Build(kernel, types, constants, warps)
 
 
 BUILDS = [
@@ -67,6 +68,19 @@ BUILDS = [
     for layer in (False, True)
     for block in (2048, 4096)
 ]
+
+# In float32 and float16, and as under autocast: a float32 stream and weights, bf16 beside them.
+for _kernel, _types in ((norms.forward_kernel, _FORWARD), (norms.backward_kernel, _BACKWARD)):
+    for _block in (4096, 8192):
+        _bf16 = _build(_kernel, _types, True, _block)
+        BUILDS.append(in_dtype(_bf16, "fp32")._replace(targets=(80, 90)))
+    BUILDS.append(in_dtype(_bf16, "fp16")._replace(targets=(80, 90)))
+_STREAM = {"R": "*fp32", "S": "*fp32", "W": "*fp32", "B": "*fp32"}
+_MIXED = _build(norms.forward_kernel, _FORWARD, True, 8192)
+BUILDS.append(_MIXED._replace(types=_FORWARD | _STREAM, targets=(80, 90)))
+_MIXED = _build(norms.backward_kernel, _BACKWARD, True, 8192)
+_STREAM = {"DS": "*fp32", "S": "*fp32", "W": "*fp32", "DX": "*fp32"}
+BUILDS.append(_MIXED._replace(types=_BACKWARD | _STREAM, targets=(80, 90), spills=56))
 
 MUTATIONS = [
     Mutation("ds = g - n * (tl.sum(g * n, 0) / D)", "ds = g", "rms"),
