@@ -212,8 +212,11 @@ def writing(path: Path, fix: str = "make room or allow writing there, or name an
 def write_file(path: Path, write: Callable[[str], object] | str | bytes):
     """Create or replace a file, so that a crash at any moment leaves the old one or the new one.
 
-    write: the content, or a function that writes it to the path of a temporary file.
+    write: the content, or a function that writes it to the path of a temporary file. Raises
+    OSError, also for a device or a FIFO: a file in its place would be no such thing any more.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "Not a regular file, but a FIFO or a device", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
 
     # In the same folder, because a rename is atomic only within one file system.

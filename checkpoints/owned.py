@@ -31,12 +31,15 @@ def own(folder: Path, kind: str):
             raise UserError(folder, "a link to nowhere", "name another folder")
         if folder.exists() and not folder.is_dir():
             raise UserError(folder, "a file, not a folder", "name another folder")
+        if str(folder).startswith("~") and not folder.exists():
+            what = "begins with ~, which only a shell replaces"
+            raise UserError(folder, what, "write the whole path")
 
         found = marked(folder)
         if found == kind:
             return
         if found is not None:
-            what = f"holds {printable(found, 40)}, which is not {kind}"
+            what = f"holds {printable(found or 'an empty mark', 40)}, which is not {kind}"
             raise UserError(folder, what, "name another folder")
 
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """A folder is written to only if it is new, empty, or marked by an earlier start."""
 
+from pathlib import Path
+
 import pytest
 
 from checkpoints.owned import MARK, marked, own
@@ -43,3 +45,11 @@ def test_files_in_the_place_of_the_folder(tmp_path):
         with pytest.raises(UserError, match="fix: "):
             own(tmp_path / path, "run")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_tilde_makes_no_folder_of_that_name(tmp_path, monkeypatch):
+    """No shell replaces it in train.output=~/out, and who removes ~ removes everything."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="begins with ~"):
+        own(Path("~/out"), "run")
+    assert not list(tmp_path.iterdir())
