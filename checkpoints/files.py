@@ -199,7 +199,11 @@ def writing(path: Path, fix: str = "make room or allow writing there, or name an
     """Turn a failure to write (full disk, read-only folder) into a UserError, which is one line.
 
     Everything that writes for the user stands inside of one: with writing(folder): ...
+    A name that begins with ~ is refused: a folder ~ is easily made, and rm -r ~ is a disaster.
     """
+    first = Path(path).parts[:1]
+    if first and first[0].startswith("~") and not Path(first[0]).exists():
+        raise UserError(path, "begins with ~, which only a shell replaces", "write the whole path")
     try:
         yield
     except UserError:

@@ -31,9 +31,6 @@ def own(folder: Path, kind: str):
             raise UserError(folder, "a link to nowhere", "name another folder")
         if folder.exists() and not folder.is_dir():
             raise UserError(folder, "a file, not a folder", "name another folder")
-        if str(folder).startswith("~") and not folder.exists():
-            what = "begins with ~, which only a shell replaces"
-            raise UserError(folder, what, "write the whole path")
 
         found = marked(folder)
         if found == kind:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints.files import write_file, writing
 from checkpoints.owned import MARK, marked, own
 from config import UserError
 
@@ -52,4 +53,6 @@ def test_a_tilde_makes_no_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="begins with ~"):
         own(Path("~/out"), "run")
+    with pytest.raises(UserError, match="begins with ~"), writing(Path("~/page.html")):
+        write_file(Path("~/page.html"), "page")
     assert not list(tmp_path.iterdir())
