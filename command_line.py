@@ -236,14 +236,16 @@ def _has_no_reader(e: Exception) -> bool:
     """Say whether an exception comes from a standard stream that nobody reads any more."""
     if not isinstance(e, BrokenPipeError):
         return False
+    return _is_unread(sys.stdout) or _is_unread(sys.stderr)  # other pipes break, too
 
-    # Other pipes and sockets break, too.
-    for stream in (sys.stdout, sys.stderr):
-        asked = select.poll()
-        asked.register(stream.fileno(), 0)
-        if asked.poll(0):  # it answers unasked only if the other end is closed
-            return True
-    return False
+
+def _is_unread(stream: typing.TextIO) -> bool:
+    """Say whether the other end of a standard stream is closed."""
+    if not hasattr(select, "poll"):  # Windows
+        return isinstance(_flush_error(stream), BrokenPipeError)
+    asked = select.poll()
+    asked.register(stream.fileno(), 0)
+    return bool(asked.poll(0))  # it answers unasked only then
 
 
 def _flush():

@@ -64,7 +64,7 @@ from inputs.summary import Summary
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
 from inputs.tokenizer import load_tokenizer
-from model import tiling_of
+from model import tiling_of, vocabulary_of
 from packing import IGNORE, Batch, bin_pack, pack_samples, split_by_tokens
 
 # Every worker is a process of several. Threads in its tokenizer would fight for the same cores, and
@@ -96,13 +96,23 @@ def make_spec(tokenizer: str, template: str, max_tokens: int, views: Tiling) -> 
 def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     """Return the spec of a recipe's stage, for training and `check` alike.
 
-    Raises UserError for a missing tokenizer, template or encoder.
+    Raises UserError for a missing tokenizer, template or encoder, and for a tokenizer with ids that
+    the model has no embeddings for.
     """
     if not model.tokenizer_source:
         fix = "name a folder with tokenizer.json or tokenizer.model"
         raise UserError("model.tokenizer", "not set", fix)
-    views = tiling_of(config_from_recipe(model, stage.template))
-    return make_spec(model.tokenizer_source, stage.template, stage.max_tokens, views)
+    c = config_from_recipe(model, stage.template)
+    source = model.tokenizer_source
+    spec = make_spec(source, stage.template, stage.max_tokens, tiling_of(c))
+
+    # A GPU would say no more of such an id than that something failed.
+    vocabulary = vocabulary_of(c)
+    largest = templates.largest_id(spec.tokenizer, stage.template)
+    if vocabulary is not None and largest >= vocabulary:
+        what = f"makes ids up to {largest}, and the model has {vocabulary}"
+        raise UserError(f"model.tokenizer={source}", what, "give the tokenizer of this model")
+    return spec
 
 
 # --------------------------------------------------------------------------------- order of samples

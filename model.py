@@ -761,6 +761,16 @@ def vision_config_of(c: LLaVAConfig) -> VisionConfig:
     return vision_config(c.vision, c.preprocessor, c.places.get("vision", "vision_config"), images)
 
 
+def vocabulary_of(c: LLaVAConfig) -> int | None:
+    """Return how many ids a model has a row of embeddings for; None if the config does not say."""
+    text = Fields(c.text, c.places.get("text", "llm_config"))
+    kind = text.text("model_type", default=None)
+    default = None
+    if kind in FAMILIES:
+        default = FAMILIES[kind].defaults.get("vocab_size")  # which Hugging Face's files leave out
+    return text.integer("vocab_size", 1, VOCABULARY, default=default)
+
+
 def tiling_of(c: LLaVAConfig) -> Tiling:
     """Return how the pictures and videos of a model become items; no weights are needed for it.
 

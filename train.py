@@ -199,21 +199,23 @@ def update(optimizer: torch.optim.AdamW, stage: Stage, step: int, steps: int) ->
     return norm
 
 
-def round_frozen(model: LLaVA):
-    """Round frozen matrices to bfloat16, which halves their memory.
+def frozen_matrices(model: LLaVA) -> set[nn.Parameter]:
+    """Return the frozen matrices that autocast would round to bfloat16 in every forward pass.
 
-    Autocast would round them the same way in every forward pass. Checkpoints and the final model
-    are not affected: they take frozen weights unrounded from where those came from.
+    Keeping them rounded halves their memory. Checkpoints and the final model are not affected: they
+    take frozen weights unrounded from where those came from.
     """
     # Autocast leaves embeddings as they are, because they are looked up and not multiplied. The
     # weight of a head may be tied to them, and then it must stay, too.
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    for module in model.modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        weight = module.weight
-        if not weight.requires_grad and weight not in tables:
-            module.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
+    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    return {p for p in matrices - tables if not p.requires_grad}
+
+
+def round_frozen(model: LLaVA):
+    """Round frozen matrices where they are. In a run, `ParallelModel` does it on the way."""
+    for p in frozen_matrices(model):
+        p.data = p.data.bfloat16()
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -478,6 +480,9 @@ def prepare(
     if ranks.size > 1:
         counts = token_counts(rows, spec, options.workers)
     steps = Steps(rows, spec, stage, options, ranks.rank, ranks.size, counts=counts)
+    if start >= len(steps):
+        what = f"after {start} steps of {name}, which has {len(steps)}"
+        raise UserError("checkpoint", what, "give its own recipe")
     held_out = None
     if stage.validation:
         held_out = open_rows(stage.validation, stage.images)
@@ -489,13 +494,14 @@ def prepare(
 
     # On the device, and over the ranks. Blocks are compiled before DDP or FSDP wraps them.
     bf16 = parallel.use_bf16(options.precision, ranks.device)
+    dtypes = state.full_precision(model)
     if bf16:
-        round_frozen(model)
+        dtypes |= dict.fromkeys(frozen_matrices(model), torch.bfloat16)
     peak_share = estimate.peak_share(model, stage, rows, ranks.device) / ranks.size
     if options.compile:
         model.compile_blocks()
-    mode = parallel.choose_mode(options.parallel, model, ranks)
-    parallel_model = ParallelModel(model, mode, ranks, bf16)
+    mode = parallel.choose_mode(options.parallel, model, ranks, dtypes)
+    parallel_model = ParallelModel(model, mode, ranks, bf16, dtypes)
 
     # The optimizer comes after that, because fsdp replaces the parameters.
     trainable = trainable_parameters(model)
@@ -650,6 +656,9 @@ def newest_checkpoint(recipe: Recipe, explicit: str, ranks: Ranks) -> Place:
     if not chosen:
         return Place({}, 0, 0, origin)
     tensors, place = resume.read(chosen)
+    if (place["stage"], place["step"]) > (len(recipe.stage), 0):
+        what = f"in stage {place['stage'] + 1}, and the recipe has {len(recipe.stage)}"
+        raise UserError(chosen, what, "give its own recipe")
     return Place(tensors, place["stage"], place["step"], origin)
 
 
@@ -677,7 +686,11 @@ def run_stages(recipe: Recipe, ranks: Ranks):
         if index == len(stages):
             break
 
-        model = state.build(recipe, tensors, stages[index])
+        # Weights leave the files when they go to a GPU or are sharded. Else they stay where they
+        # are: so they are copied, and the arithmetic does not depend on their place in a file.
+        shards = ranks.size > 1 and recipe.train.parallel == "fsdp"
+        mapped = shards or ranks.device.type != "cpu"
+        model = state.build(recipe, tensors, stages[index], mapped)
         run = prepare(model, index, recipe, ranks, start, tensors, origin.record)
         signals.hold()
         is_done = train_stage(run, start)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from checkpoints.seal import flush
 from config import UserError
 
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")  # configuration and tokenizer
@@ -252,15 +253,3 @@ def remove_temporaries(path: Path):
     # The names that mkstemp makes in `write_file`.
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         temporary.unlink(missing_ok=True)
-
-
-def flush(path: Path):
-    """Wait until a file, or a folder's list of files, would survive a power cut.
-
-    seal.py has the same function: it runs by itself and imports nothing of the project.
-    """
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

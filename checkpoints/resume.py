@@ -25,7 +25,6 @@ a few billion of them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -40,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints import seal
-from checkpoints.files import read_json, writing
+from checkpoints.files import check_regular, read_json, writing
 from checkpoints.seal import (
     ASIDE,
     MANIFEST,
@@ -62,15 +61,14 @@ MADE_FROM = "made_from.json"
 def lock(folder: Path):
     """Claim an output folder until the returned file is closed.
 
-    Raises UserError if another process has it. The kernel releases it when the process ends,
-    however that ends. This is a record lock and not flock: data workers inherit a flock, and they
-    outlive a killed run by seconds.
+    Raises UserError if another process has it. However a process ends, it then has it no more.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        check_regular(folder / ".lock")
         file = open(folder / ".lock", "a+", errors="replace")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seal.lock(file, wait=False)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             what = f"another run is training here ({file.read().strip()})"
@@ -277,15 +275,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Return tensors and state of a verified checkpoint; every rank calls this.
 
     The tensors are mapped into memory: only the pages that are used are read. Raises UserError on a
-    node that does not see the folder that rank 0 wrote.
+    node that does not see the folder that rank 0 wrote, and for a file without tensors.
     """
     if not (path / MANIFEST).exists():
         fix = "set train.output to a folder that all nodes share"
         raise UserError(path, "not to be seen on this node", fix)
     state = manifest(path)["state"]
-    with safe_open(path / TENSORS, framework="pt") as file:
-        names = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
+    try:
+        with safe_open(path / TENSORS, framework="pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except Exception as e:  # safetensors has a type of its own
+        what = f"not the tensors of a run ({e})"
+        raise UserError(path / TENSORS, what, "remove this checkpoint") from None
     return tensors, state
 
 

@@ -34,14 +34,32 @@ another file of the project cannot stop a run that is going on from saving.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import sys
+import time
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt  # what Windows has in its place
+except ImportError:
+    msvcrt = None
+
+WINDOWS = os.name == "nt"
+
+# With O_NONBLOCK, opening a FIFO does not wait. Windows has neither, but must be told of bytes.
+NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
@@ -54,9 +72,21 @@ ASIDE = re.compile(r"\.\d{2,}-\d{8,}\.aside")
 # ------------------------------------------------------------------------------------ the manifest
 
 
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Return a file descriptor. Raises OSError, also for all that is no regular file.
+
+    Opening a FIFO waits for a writer, and a device may never end. files.py has a like function.
+    """
+    fd = os.open(path, flags | NO_WAIT, 0o644)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return fd
+
+
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    with open(path, "rb") as f:
+    with open(open_regular(path), "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -72,19 +102,50 @@ def text(content: dict) -> str:
 def manifest(path: Path) -> dict:
     """Return the manifest of a checkpoint. Raises OSError, or ValueError if it is damaged."""
     damaged = ValueError(f"{MANIFEST} is damaged")
+    with open(open_regular(path / MANIFEST), "rb") as f:
+        found = f.read()
     try:
-        found = (path / MANIFEST).read_bytes().decode()
-        content = json.loads(found)
-    except ValueError:
-        raise damaged from None
-    if not isinstance(content, dict):
-        raise damaged
+        content = json.loads(found.decode())
+        if not isinstance(content, dict):
+            raise damaged
 
-    # Every byte counts, also those between the values: the text is made again and compared.
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    if text(rest) != found:
-        raise damaged
+        # Every byte counts, also those between the values: the text is made again and compared.
+        rest = {key: value for key, value in content.items() if key != "sha256"}
+        if text(rest) != found.decode():
+            raise damaged
+    except (ValueError, RecursionError):  # the second is what json says of deep nesting
+        raise damaged from None
+
+    # Whoever writes a text with a hash of its own may still write anything.
+    if not describes_checkpoint(content):
+        raise ValueError(f"{MANIFEST} does not describe a checkpoint")
     return content
+
+
+def describes_checkpoint(content: dict) -> bool:
+    """Say whether a manifest has the fields that `seal` and the run write, each of its kind."""
+    state = content.get("state")
+    files = content.get("files")
+    if not isinstance(state, dict) or not isinstance(files, dict):
+        return False
+
+    # Where the run goes on. `type`, because True is an integer for isinstance.
+    for key in ("stage", "step"):
+        if type(state.get(key)) is not int or state[key] < 0:
+            return False
+
+    # What `best` compares.
+    loss = state.get("validation")
+    if loss is not None and (type(loss) is not float or not math.isfinite(loss)):
+        return False
+
+    # The files: the tensors, and others of this folder.
+    for name, value in files.items():
+        if name in ("", ".", "..") or "/" in name or not isinstance(value, list):
+            return False
+        if [type(part) for part in value] != [int, str]:
+            return False
+    return TENSORS in files
 
 
 def verify(path: Path) -> dict:
@@ -157,21 +218,50 @@ def prune(folder: Path, keep: int, stage: str = ""):
 
 def flush(path: Path):
     """Wait until a file, or a folder's list of files, would survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
+    # Windows flushes files that are open for writing, and no folders.
+    flags = os.O_RDONLY
+    if WINDOWS:
+        if path.is_dir():
+            return
+        flags = os.O_RDWR
+    fd = os.open(path, flags | NO_WAIT)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
+def lock(file: IO, wait: bool):
+    """Let no other process lock this file until it is closed, or this process ends.
+
+    wait: until another one has closed it; otherwise raise BlockingIOError or PermissionError. This
+    is a record lock and not flock: data workers inherit a flock, and they outlive a killed run by
+    seconds. A system without such locks does without.
+    """
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+
+    # Windows lets nobody else read the bytes that are locked: so it is one far behind the end.
+    while msvcrt is not None:
+        os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            return
+        except PermissionError:
+            if not wait:
+                raise
+        time.sleep(0.1)
+
+
 def alone(folder: Path):
     """Wait for a seal that is under way, and let no other one begin.
 
-    That holds until the returned file is closed: use it in a `with`. The kernel ends it when the
-    process ends.
+    That holds until the returned file is closed: use it in a `with`.
     """
-    file = open(folder / ".sealing", "a")
-    fcntl.lockf(file, fcntl.LOCK_EX)
+    fd = open_regular(folder / ".sealing", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = open(fd, "a")
+    lock(file, wait=True)
     return file
 
 

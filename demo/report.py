@@ -287,13 +287,16 @@ def stage_figure(name: str, stage: StageResult) -> str:
     images = mean("images_per_s")
     tokens = mean("tokens_per_s")
     waiting = 100 * mean("data_wait")
-    memory = max(row["memory_gb"] for row in stage.steps)
 
     said = f"{steps:,} steps in {duration(stage.end['seconds'])}; "
     if stage.validations:
         said += f"validation loss {stage.validations[-1]['loss']:.3f} at the end; "
     said += f"{images:,.0f} pictures and {tokens:,.0f} tokens a second, "
-    said += f"{waiting:.1f} % of the time waiting for data; peak memory {memory:.2f} GB."
+    said += f"{waiting:.1f} % of the time waiting for data"
+    memory = [row["memory_gb"] for row in stage.steps if "memory_gb" in row]
+    if memory:
+        said += f"; peak memory {max(memory):.2f} GB"
+    said += "."
 
     chart = loss_chart(stage)
     return f"<figure><h3>{escape(name)}</h3>{chart}<figcaption>{said}</figcaption></figure>"

@@ -9,7 +9,6 @@ answers are judged again here, to mark them right or wrong.
 The file in order: what a run consists of, reading it from the disk, what is computed for the page.
 """
 
-import json
 import math
 import random
 from collections import defaultdict
@@ -17,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints.files import parse_json
+from checkpoints.json_lines import parse_row
 from config import UserError
 from evals import world
 from training.run_log import read_log
@@ -89,9 +90,10 @@ def read(file: Path, parse: Callable, fix: str):
         raise UserError(file, f"cannot be read: {error}", fix) from None
 
 
-def json_lines(text: str) -> list:
-    """Return the values of a file of JSON lines."""
-    return [json.loads(line) for line in text.splitlines()]
+def parse_answers(text: str) -> dict[str, str]:
+    """Return {id: answer} of a file of answers, without the lines that are damaged."""
+    rows = [parse_row(line, ("id", "answer")) for line in text.split("\n")]
+    return {row["id"]: row["answer"] for row in rows if row is not None}
 
 
 def read_run(folder: Path) -> Run:
@@ -117,15 +119,14 @@ def read_run(folder: Path) -> Run:
             right[name] = world.is_right(example, seeing.answers[name])
 
     write_again = "write the data set again: python -m demo.world OUT"
-    facts = read(data / "world.json", json.loads, write_again)
+    facts = read(data / "world.json", parse_json, write_again)
     return Run(recipe, stages, seeing, blanked, data, facts, examples, right)
 
 
 def read_evaluation(folder: Path, name: str, fix: str) -> tuple[Evaluation, Path]:
     """Return an evaluation and the folder of its data."""
-    result = read(folder / "eval" / f"{name}.json", json.loads, fix)
-    rows = read(folder / "eval" / f"{name}.jsonl", json_lines, fix)
-    answers = {row["id"]: row["answer"] for row in rows}
+    result = read(folder / "eval" / f"{name}.json", parse_json, fix)
+    answers = read(folder / "eval" / f"{name}.jsonl", parse_answers, fix)
     evaluation = Evaluation(result["scores"], answers, result["seconds"])
     return evaluation, Path(result["data"])
 

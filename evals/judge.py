@@ -21,8 +21,8 @@ import urllib.request
 from pathlib import Path
 
 from checkpoints.files import parse_json, writing
+from checkpoints.json_lines import parse_row, read_lines
 from config import UserError
-from evals.kept import read_lines
 
 TRIES = 8  # requests for one reply
 LONGEST_WAIT = 60  # seconds between two of them
@@ -158,15 +158,16 @@ def read_replies(file: Path) -> dict[str, str]:
     """
     known = {}
     damaged = 0
-    for line in read_lines(file):
-        if not line:
-            continue
-        try:
-            row = parse_json(line)
-            row["reply"].encode()  # fails for what is no text, or cannot be written as one
+    for line, row in read_lines(file, parse_reply):
+        if row is not None:
             known[row["key"]] = row["reply"]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        elif line != b"\n":
             damaged += 1
     if damaged:
         print(f"{file.name}: {damaged} damaged lines are not used; they stay in the file")
     return known
+
+
+def parse_reply(line: bytes) -> dict | None:
+    """Return the row of a line; None if it is no reply."""
+    return parse_row(line, ("key", "reply"))

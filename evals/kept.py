@@ -20,16 +20,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoints.files import parse_json, write_file, writing
-from config import UserError
+from checkpoints.files import write_file, writing
+from checkpoints.json_lines import parse_row, read_lines
 from evals import Example
-from evals.origin import escaped, parts_of
+from evals.origin import parts_of
 
 # Seconds between two lines of progress where there is no terminal.
 QUIET_SECONDS = 30
-
-# What is read of an answer. "label" and "image" stand in the file, too.
-TEXTS = ("id", "question", "answer")
 
 
 def no_barrier():
@@ -58,7 +55,7 @@ def answer_examples(
     barrier()
 
     # Every rank has read what is there before any of them writes.
-    known = read_all_answers(file, examples)
+    known = read_answers(file, examples)
     barrier()
 
     # Answer this rank's part of the rest.
@@ -73,7 +70,7 @@ def answer_examples(
         return None
 
     # One file, in the order of the examples.
-    known |= read_all_answers(file, examples)
+    known |= read_answers(file, examples)
     rows = [known[example["id"]] for example in examples if example["id"] in known]
     with writing(file):
         write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
@@ -82,75 +79,49 @@ def answer_examples(
     return [known[example["id"]]["answer"] for example in chosen]
 
 
-def read_all_answers(file: Path, examples: list[Example]) -> dict[str, dict]:
-    """Return {id: row} of the answers to these examples, of all ranks."""
-    asked = {example["id"]: example for example in examples}
-    known = {}
-    for part in parts_of(file):
-        known |= read_answers(part, asked)
-    return known
-
-
-def read_answers(file: Path, asked: dict[str, Example]) -> dict[str, dict]:
-    """Return {id: row} of the answers in a file to the examples {id: example}.
+def read_answers(file: Path, examples: list[Example]) -> dict[str, dict]:
+    """Return {id: row} of the answers to these examples, of all ranks.
 
     An answer to another question or about another picture does not count, whatever its id.
     """
+    asked = {example["id"]: example for example in examples}
     found = {}
-    for line in read_lines(file):
-        row = parse_answer(line)
-        if row is None:
-            continue
-        example = asked.get(row["id"])
-        if not example:
-            continue
-        if row["question"] == example["prompt"] and row.get("image") == shown_name(example):
-            found[row["id"]] = row
+    for part in parts_of(file):
+        for _, row in read_lines(part, parse_answer):
+            if row is None or row["id"] not in asked:
+                continue
+            example = asked[row["id"]]
+            if row["question"] == example["prompt"] and row.get("image") == shown_name(example):
+                found[row["id"]] = row
     return found
 
 
-def read_lines(file: Path) -> list[bytes]:
-    """Return the lines of a file, of none if it is not there. Raise UserError if it is no file."""
-    if not file.exists():
-        return []
-    if not file.is_file():
-        raise UserError(file, "not a file", "--out: name another file")
-    try:
-        return file.read_bytes().split(b"\n")
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise UserError(file, what, "allow reading it, or --out: name another file") from None
-
-
 def parse_answer(line: bytes) -> dict | None:
-    """Return the row of a line; None if it is no answer."""
-    try:
-        row = parse_json(line)
-        for key in TEXTS:
-            row[key].encode()  # fails for what is no text, or cannot be written as one
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return row
+    """Return the row of a line; None if it is no answer. "label" and "image" are not looked at."""
+    return parse_row(line, ("id", "question", "answer"))
 
 
 def leave_out_damage(file: Path):
     """Write a file anew without the lines that are no answers; keep the old one beside it."""
-    lines = read_lines(file)
-    if lines and not lines[-1]:
-        lines.pop()  # the file ends with a line break
-    good = [line for line in lines if parse_answer(line) is not None]
-    if len(good) == len(lines):
+    good = []
+    damaged = 0
+    for line, row in read_lines(file, parse_answer):
+        if row is None:
+            damaged += 1
+        else:
+            good.append(line)
+    if damaged == 0:
         return
 
     with writing(file):
-        number = 1
-        while list(file.parent.glob(f"{escaped(file.stem)}.damaged-{number}*")):
+        number = 0
+        kept = file
+        while kept.exists():
             number += 1
-        kept = file.with_name(f"{file.stem}.damaged-{number}{file.suffix}")
+            kept = file.with_name(f"{file.stem}.damaged-{number}{file.suffix}")
         write_file(kept, file.read_bytes())
-        write_file(file, b"".join(line + b"\n" for line in good))
-    count = len(lines) - len(good)
-    print(f"{file.name}: {count} damaged lines left out, the file as it was is {kept.name}")
+        write_file(file, b"".join(good))
+    print(f"{file.name}: {damaged} damaged lines left out, the file as it was is {kept.name}")
 
 
 def shown_name(example: Example):

@@ -8,23 +8,25 @@ name and be older. What counts is what the files hold (checkpoints/identity.py).
 in the record: each answer has its own beside it (kept.py).
 
 Answers of anything else stay where they are under another name, STEM.aside-1.jsonl, with their
-scores and their record.
+scores and their record. `check_file_of_answers` refuses a name that has files of somebody else.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoints.files import PICKLES, SAFETENSORS, parse_json, write_file, writing
-from checkpoints.identity import identity
+from checkpoints.files import PICKLES, SAFETENSORS, read_json, write_file, writing
+from checkpoints.identity import changed_names, digest, identities, identity
 from config import UserError, printable
 from evals import Example
 from inputs.tokenizer import OWN_FILES
 
-# The files of a model that decide what it answers, in its folder or in that of a part.
+# The files of a model that decide what it answers.
 MODEL_FILES = (
     "config.json",
     "adapter_config.json",
@@ -37,7 +39,6 @@ MODEL_FILES = (
     SAFETENSORS,
     PICKLES,
 )
-PART_FOLDERS = ("language_model", "vision_tower", "vision_tower2", "connector")
 
 # Of pictures and videos all names and sizes are compared, and the content of so many, evenly
 # spread: of all where that is little to read.
@@ -60,19 +61,10 @@ def origin(folder: Path, examples: list[Example], data_dir, options: dict) -> di
     Raise UserError for a file that cannot be read.
     """
     return {
-        "model": identities_of_model(folder),
+        "model": identities(folder, MODEL_FILES),
         "shown": identity_of_shown(examples, data_dir),
         "options": options,
     }
-
-
-def identities_of_model(folder: Path) -> dict[str, dict]:
-    """Return {name in the folder: identity} of the files that decide what a model answers."""
-    files = []
-    for place in (folder, *(folder / part for part in PART_FOLDERS)):
-        for pattern in MODEL_FILES:
-            files += place.glob(pattern)
-    return {path.relative_to(folder).as_posix(): identity(path) for path in sorted(set(files))}
 
 
 def identity_of_shown(examples: list[Example], data_dir) -> dict:
@@ -87,11 +79,13 @@ def identity_of_shown(examples: list[Example], data_dir) -> dict:
     # Pictures that are no files are at hand. The names of the others, each once, in their order.
     named = {}
     for example in examples:
-        for picture in example.get("pictures", ()):
-            content.update(hashlib.blake2b(picture, digest_size=16).digest())
         if "pictures" not in example:
             named |= dict.fromkeys(shown_names(example))
+            continue
+        for picture in example["pictures"]:
+            content.update(bytes.fromhex(digest(picture)))
 
+    # A file that is not there counts, too: it may be there the next time.
     there = []
     total = 0
     for name in named:
@@ -126,11 +120,9 @@ def files_of(path: Path) -> list[Path]:
 
 def size_of(path: Path) -> int | None:
     """Return the size of a file; None if it is not there, or is no file."""
-    try:
-        if path.is_file():
-            return path.stat().st_size
-    except (OSError, ValueError):
-        pass
+    # os.path takes every name; Path refuses one that is too long.
+    if os.path.isfile(path):
+        return os.path.getsize(path)
     return None
 
 
@@ -171,21 +163,14 @@ def go_on_or_set_aside(file: Path, made: dict):
 
 def parts_of(file: Path) -> list[Path]:
     """Return a file of answers, and those to which the other ranks append."""
-    return [file, *sorted(file.parent.glob(f"{escaped(file.name)}.rank*"))]
-
-
-def escaped(name: str) -> str:
-    """Return a name as a pattern that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+    return [file, *sorted(file.parent.glob(f"{glob.escape(file.name)}.rank*"))]
 
 
 def what_changed(record: Path, made: dict) -> str:
     """Return in words what is not as in a record; "" if nothing is."""
     try:
-        known = parse_json(record.read_bytes())
-    except (OSError, ValueError):
-        known = None
-    if not isinstance(known, dict):
+        known = read_json(record)
+    except UserError:
         return "an unknown model"
 
     told = []
@@ -202,7 +187,7 @@ def changed_file(known, made: dict) -> str:
     """Return the name of a file of a model that is not as it was; the weights before the others."""
     if not isinstance(known, dict):
         return "another folder"
-    names = [name for name in made | known if known.get(name) != made.get(name)]
+    names = changed_names(known, made)
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
     return printable([*weights, *names][0], 80)
 
@@ -213,7 +198,7 @@ def set_aside(file: Path, paths: list[Path]) -> Path:
     Return that of `file`. STEM.jsonl becomes STEM.aside-1.jsonl, or the first number that is free.
     """
     number = 1
-    while list(file.parent.glob(f"{escaped(file.stem)}.aside-{number}*")):
+    while list(file.parent.glob(f"{glob.escape(file.stem)}.aside-{number}*")):
         number += 1
     stem = f"{file.stem}.aside-{number}"
     for path in paths:

@@ -28,6 +28,7 @@ before it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from dataclasses import dataclass, replace
@@ -81,6 +82,18 @@ def stop_id(tok: Tokenizer, template: str = "phi") -> int | None:
     if form.stop is None:
         return tok.eos_id
     return form.stop
+
+
+def largest_id(tok: Tokenizer, template: str) -> int:
+    """Return the largest id that a row may have: of plain text, or one that the template writes."""
+    largest = tok.largest_plain_id()
+    example = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A dog."}]
+
+    # A template that cannot write this may still write rows, and says at a row what is wrong.
+    with contextlib.suppress(UserError):
+        ids, _ = encode(example, tok, template)
+        largest = max(largest, *ids)
+    return largest
 
 
 def render(conversation: list, template: Template | ChatTemplate, prompt: bool = False) -> Rendered:

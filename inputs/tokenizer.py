@@ -240,6 +240,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def largest_plain_id(self) -> int:
+        """Return the largest id that plain text may become. Control tokens are spelled out."""
+        raise NotImplementedError
+
     def _encode_plain(self, model, text: str) -> tuple[list[int], Offsets]:
         """Return ids and offsets of a text in which nothing is a control token."""
         raise NotImplementedError
@@ -453,6 +457,11 @@ class JsonTokenizer(Tokenizer):
         """Return the string of an id, or None."""
         return self._first.id_to_token(i)
 
+    def largest_plain_id(self) -> int:
+        """Return the largest id that plain text may become."""
+        ids = set(self._first.get_vocab().values())
+        return max(ids - set(self.special.values()), default=0)
+
     def _takes_space(self, token: str, side: str) -> bool:
         return getattr(self._added[self.special[token]], side)
 
@@ -528,6 +537,11 @@ class PieceTokenizer(Tokenizer):
         if i < self._first.vocab_size():
             return self._first.id_to_piece(i)
         return None
+
+    def largest_plain_id(self) -> int:
+        """Return the largest id that plain text may become."""
+        ids = set(range(self._first.vocab_size()))
+        return max(ids - set(self.special.values()), default=0)
 
     def _takes_space(self, token: str, side: str) -> bool:
         return self._added.get(self.special[token], {}).get(side, False)

@@ -8,6 +8,7 @@ import resource
 import sys
 
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 
@@ -399,6 +400,43 @@ def test_check_of_a_recipe_reads_every_stage(folder, capsys):
     ):
         lines, error = run_check(capsys, recipe, override)
         assert what in error and not lines
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(folder, capsys):
+    """On a GPU such an id would end the process at some later operation, without its name."""
+    byte_tokenizer().save(folder / "tok")
+    largest = 256  # 256 bytes and an eos
+    write(folder, [row("x")], "rows.json")
+    recipe = folder / "r.toml"
+
+    def said(vocabulary):
+        """Return the error of `check` with a model of so many ids, or None."""
+        recipe.write_text(
+            f'model.tokenizer = "{folder}/tok"\nmodel.feature_select = "cls_patch"\n'
+            f'model.llm_config = {{model_type = "llama", vocab_size = {vocabulary}}}\n'
+            'model.vision_config = {model_type = "siglip_vision_model", image_size = 24, '
+            "patch_size = 8}\n"
+            f'[stage.a]\ntemplate = "plain"\ndata = "{folder}/rows.json"\n'
+        )
+        return run_check(capsys, recipe)[1]
+
+    fits = said(largest + 1), said(2 * largest)
+    assert fits == (None, None)
+    what = f"tok: makes ids up to {largest}, and the model has {largest}; fix: give the tokenizer"
+    assert what in said(largest)
+
+    # A control token that no template writes cannot be in a row, however often it is typed.
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tok/tokenizer.json"))
+    tokenizer.add_special_tokens(["<unused>"])
+    tokenizer.save(str(folder / "tok/tokenizer.json"))
+    assert said(largest + 1) is None
+
+    # One that ends each answer is in all of them.
+    settings = {"eos_token": "<unused>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tok/tokenizer_config.json").write_text(json.dumps(settings))
+    added = tokenizer.token_to_id("<unused>")
+    assert f"makes ids up to {added}, and the model has {added}; fix" in said(added)
+    assert said(added + 1) is None
 
 
 def test_inspect_shows_the_first_samples_of_training(folder, capsys):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import evaluate
 from config import Model, UserError
-from demo import report
+from demo import report, results
 from demo import world as demo_world
 from evals import world
 from inputs.tiling import Tiling
@@ -388,6 +388,14 @@ def test_samples_are_wrong_as_often_as_the_model(data):
         assert abs(sum(not right[e["id"]] for e in samples) - 24 * share) <= 1.5
         assert not any(right[e["id"]] for e in mistakes)
         assert not {e["id"] for e in samples} & {e["id"] for e in mistakes}
+
+
+def test_a_run_whose_memory_is_unknown_is_drawn():
+    """Windows does not say how much memory a process has used."""
+    step = {"step": 1, "steps": 1, "loss": 2.0}
+    step |= {"images_per_s": 1.0, "tokens_per_s": 9.0, "data_wait": 0.0}
+    stage = results.StageResult(start={}, end={"seconds": 5}, steps=[step], validations=[])
+    assert "0.0 % of the time waiting for data.</figcaption>" in report.stage_figure("one", stage)
 
 
 def test_report_names_a_missing_file(finished):

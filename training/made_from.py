@@ -28,16 +28,15 @@ import functools
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
-from checkpoints.files import resolve
-from checkpoints.identity import identity
+from checkpoints.files import open_regular, resolve
+from checkpoints.identity import changed_names, digest, identities, identity
 from config import Recipe, Source, Stage, UserError
 from inputs.rows import Rows, open_rows
 from inputs.shards import Shards
@@ -63,14 +62,8 @@ CODE_FILES = (
     "training/*.py",
 )
 
-# Files of a model's folder, or of the folders of its parts, that decide what its weights are.
-MODEL_FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "adapter_config.json",
-    "*.safetensors",
-)
-PARTS_OF_FACTORY = (".", "language_model", "vision_tower", "connector")
+# The files that decide what the weights of a model are.
+MODEL_FILES = ["config.json", "preprocessor_config.json", "adapter_config.json", "*.safetensors"]
 
 
 # -------------------------------------------------------------------------------- what there is now
@@ -91,7 +84,8 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
             found[f"{of_source} rows"] = contents_of_rows(rows)
             found[f"{of_source} pictures"] = contents_of_pictures(rows)
         if stage.validation:
-            found[label + HELD_OUT] = contents_of_held_out(stage)
+            rows = open_rows(stage.validation, stage.images)
+            found[label + HELD_OUT] = contents_of_rows(rows) | contents_of_pictures(rows)
         if stage.lora.adapter:
             found[f"{label} adapter"] = contents_of_model(Path(stage.lora.adapter), False)
 
@@ -132,9 +126,10 @@ def identity_of_shard(file: Path, entries: np.ndarray) -> str:
     entries: its index, an (m, 3) array of start, end and number (inputs/index.py).
     """
     hashed = hashlib.blake2b(entries.tobytes(), digest_size=16)
-    with open(file, "rb", buffering=0) as tar:
-        for start, end, _ in entries[entries[:, 2] == 0]:
-            hashed.update(os.pread(tar.fileno(), int(end - start), int(start)))
+    with open_regular(file) as tar:
+        for start, end, _ in entries[entries[:, 2] == 0].tolist():
+            tar.seek(start)
+            hashed.update(tar.read(end - start))
         size = os.fstat(tar.fileno()).st_size
     return f"{size} bytes {hashed.hexdigest()}"
 
@@ -172,12 +167,19 @@ def contents_of_members(rows: Shards) -> dict[str, str]:
         i = j * len(members) // count
         start, end, _ = members[i].tolist()
         file = rows.files[shards[i]]
-        with open(file, "rb", buffering=0) as tar:
-            head = os.pread(tar.fileno(), min(END, end - start), start)
-            tail_start = max(start, end - END)
-            tail = os.pread(tar.fileno(), end - tail_start, tail_start)
-        found[f"{file.name} byte {start}"] = f"{end - start} bytes {digest(head + tail)}"
+        with open_regular(file) as tar:
+            found[f"{file.name} byte {start}"] = identity_of_ends(tar, start, end)
     return found
+
+
+def identity_of_ends(file: BinaryIO, start: int, end: int) -> str:
+    """Return the size of file[start:end], a picture or video, and a hash of both its ends."""
+    file.seek(start)
+    head = file.read(min(END, end - start))
+    tail_start = max(start, end - END)
+    file.seek(tail_start)
+    tail = file.read(end - tail_start)
+    return f"{end - start} bytes {digest(head + tail)}"
 
 
 def identity_of_medium(source: Path) -> str:
@@ -190,38 +192,20 @@ def identity_of_medium(source: Path) -> str:
             frames = [(path.name, path.stat().st_size) for path in sorted(source.iterdir())]
             return f"{len(frames)} files {digest(repr(frames).encode())}"
 
-        # Without this flag, opening a FIFO that nobody writes to would never end.
-        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                return "not a file"
-            head = os.pread(fd, END, 0)
-            tail = os.pread(fd, END, max(0, status.st_size - END))
-        finally:
-            os.close(fd)
-    except (OSError, ValueError):  # ValueError: a name with a zero byte
+        with open_regular(source) as file:
+            return identity_of_ends(file, 0, os.fstat(file.fileno()).st_size)
+    except FileNotFoundError:
         return "not there"
-    return f"{status.st_size} bytes {digest(head + tail)}"
-
-
-def contents_of_held_out(stage: Stage) -> dict[str, str]:
-    """Return what is in the validation rows of a stage, and in their pictures."""
-    rows = open_rows(stage.validation, stage.images)
-    return contents_of_rows(rows) | contents_of_pictures(rows)
+    except OSError:
+        return "not a file"
 
 
 def contents_of_model(folder: Path, allow_pickle: bool) -> dict[str, str]:
     """Return what is in the configuration and the weights of a model's folder."""
-    patterns = list(MODEL_FILES)
+    patterns = MODEL_FILES
     if allow_pickle:
-        patterns.append("*.bin")
-    found = {}
-    for part in PARTS_OF_FACTORY:
-        for pattern in patterns:
-            for file in sorted((folder / part).glob(pattern)):
-                found[str(file.relative_to(folder))] = as_text(identity(file))
-    return found
+        patterns = [*MODEL_FILES, "*.bin"]
+    return {name: as_text(found) for name, found in identities(folder, patterns).items()}
 
 
 @functools.cache
@@ -235,11 +219,6 @@ def code() -> tuple[tuple[str, str], ...]:
         for file in sorted(ROOT.glob(pattern)):
             hashed.update(file.name.encode() + file.read_bytes())
     return ("source files", hashed.hexdigest()), ("torch", torch.__version__)
-
-
-def digest(content: bytes) -> str:
-    """Return the hash of a content, as 32 hexadecimal digits."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def as_text(found: dict) -> str:
@@ -285,22 +264,26 @@ def compare(recorded: Contents, found: Contents) -> Changes:
 
 def describe(before: dict[str, str], now: dict[str, str]) -> str:
     """Return what changed of a kind, in a few words: the first file, and how many more."""
-    words = []
-    for name in sorted(before.keys() | now.keys()):
-        old = before.get(name)
-        new = now.get(name)
+    names = changed_names(before, now)
+    name = names[0]
+    if name not in before:
+        words = f"{name} is new"
+    elif name not in now:
+        words = f"{name} is gone"
+    else:
+        old = without_hash(before[name])
+        new = without_hash(now[name])
+        words = f"{name}: {old} -> {new}"
         if old == new:
-            continue
-        if old is None:
-            words.append(f"{name} is new")
-        elif new is None:
-            words.append(f"{name} is gone")
-        elif old.split()[:2] == new.split()[:2]:
-            words.append(f"{name} has the same size and another content")
-        else:
-            size, _, _ = old.rpartition(" ")
-            new_size, _, _ = new.rpartition(" ")
-            words.append(f"{name}: {size or old} -> {new_size or new}")
-    if len(words) > 1:
-        return f"{words[0]} and {len(words) - 1} more"
-    return words[0]
+            words = f"{name} has the same size and another content"
+    if len(names) > 1:
+        words += f" and {len(names) - 1} more"
+    return words
+
+
+def without_hash(content: str) -> str:
+    """Return "9 bytes" for the content "9 bytes 5f0c..."; one that has no size stays as it is."""
+    size, _, _ = content.rpartition(" ")
+    if size.endswith((" bytes", " files")):
+        return size
+    return content

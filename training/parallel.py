@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +53,15 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return has_bf16(device)
 
 
-def choose_mode(asked: str, model: nn.Module, ranks: Ranks) -> str:
+# The dtype in which a stage keeps a parameter. One that is missing stays as it is.
+Dtypes = dict[nn.Parameter, torch.dtype]
+
+
+def choose_mode(asked: str, model: nn.Module, ranks: Ranks, dtypes: Dtypes | None = None) -> str:
     """Return none, ddp or fsdp. asked: the recipe's train.parallel, one of these or auto.
 
     auto is ddp while weights, gradients and moments take no more than half of a GPU, else fsdp.
+    dtypes: as ParallelModel will place the weights; files may hold fewer bytes.
     Raises UserError for none on several ranks.
     """
     if ranks.size == 1:
@@ -73,7 +77,8 @@ def choose_mode(asked: str, model: nn.Module, ranks: Ranks) -> str:
     # A gradient and two moments in float32 are 12 bytes.
     need = 0
     for p in model.parameters():
-        need += p.numel() * p.element_size()
+        dtype = (dtypes or {}).get(p, p.dtype)
+        need += p.numel() * dtype.itemsize
         if p.requires_grad:
             need += p.numel() * 12
     for buffer in model.buffers():  # quantized weights, which fsdp would not shard
@@ -107,8 +112,19 @@ class ParallelModel:
     shards. So the optimizer must be made afterwards.
     """
 
-    def __init__(self, model: nn.Module, mode: str, ranks: Ranks, bf16: bool = False):
-        """model: on the CPU or the rank's device. bf16: whether it computes under autocast."""
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str,
+        ranks: Ranks,
+        bf16: bool = False,
+        dtypes: Dtypes | None = None,
+    ):
+        """model: on the CPU or the rank's device. bf16: whether it computes under autocast.
+
+        dtypes: in which to place parameters.
+        """
+        dtypes = dtypes or {}
         self.mode = mode
         self.ranks = ranks
         self.model = model
@@ -117,7 +133,8 @@ class ParallelModel:
 
         # fsdp moves the blocks one by one, because all of them may not fit.
         if mode != "fsdp":
-            model.to(ranks.device)
+            place(model.parameters(), ranks.device, dtypes)
+            model.to(ranks.device)  # its buffers
 
         if mode == "ddp":
             device_ids = None
@@ -132,7 +149,7 @@ class ParallelModel:
 
         elif mode == "fsdp":
             _gather_in_order(model)
-            self.module = _shard(self.whole, ranks, bf16)
+            self.module = _shard(self.whole, ranks, bf16, dtypes)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the sum of the token losses of a micro-batch, ready for `backward`."""
@@ -201,8 +218,17 @@ class ParallelModel:
             generation.forget_engine(self.model)
 
 
-def _shard(whole: _Loss, ranks: Ranks, bf16: bool) -> nn.Module:
+def place(parameters: Iterable[nn.Parameter], device: torch.device | str, dtypes: Dtypes):
+    """Put parameters onto a device, each in its dtype; one that is there already is not copied."""
+    for p in parameters:
+        p.data = p.data.to(device, dtypes.get(p, p.dtype))
+
+
+def _shard(whole: _Loss, ranks: Ranks, bf16: bool, dtypes: Dtypes) -> nn.Module:
     """Shard the model of a loss over the ranks; return the module to call in its place.
+
+    What one module gathers is placed on the device, sharded and forgotten before the next one's. So
+    besides its shards a rank holds the whole of a block, or of all that is outside of the blocks.
 
     Autocast rounds the weights of a linear for its product, and keeps what it has rounded until the
     end: with shards, a bfloat16 copy of the whole model on each rank. So blocks that train gather
@@ -230,22 +256,33 @@ def _shard(whole: _Loss, ranks: Ranks, bf16: bool) -> nn.Module:
 
     # The mesh is of the device of these ranks. By default it would be of the accelerator that torch
     # was built for, even without one.
-    shard = partial(fully_shard, mesh=init_device_mesh(ranks.device.type, (ranks.size,)))
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     multiplies_in = torch.bfloat16 if bf16 else None
     policy = MixedPrecisionPolicy(multiplies_in, torch.float32, cast_forward_inputs=False)
 
+    def shard(module: nn.Module, ignored: set[nn.Parameter], **options):
+        """Shard the parameters of a module that are neither ignored nor shards already."""
+        own = [p for p in module.parameters() if p not in ignored and not isinstance(p, DTensor)]
+        place(own, ranks.device, dtypes)
+        fully_shard(module, mesh=mesh, ignored_params=ignored, **options)
+
+        # The module has shards in their place. Whoever still knows the parameters must not keep
+        # their values, too.
+        for p in own:
+            p.data = p.data.new_empty(0)
+
     # The outermost comes first, since it does not look into modules that are sharded already.
     outermost = nn.Sequential(whole)
-    shard(outermost, ignored_params=elsewhere)
+    shard(outermost, elsewhere)
     rest = set(model.parameters()) - elsewhere
     for block, rounded in zip(blocks, rounds, strict=True):
         if rounded:
-            shard(block, ignored_params=rest, mp_policy=policy)
+            shard(block, rest, mp_policy=policy)
         else:
-            shard(block, ignored_params=rest)
+            shard(block, rest)
 
     # As the outermost, it is kept between forward and backward.
-    shard(whole, ignored_params=rest, mp_policy=policy, reshard_after_forward=False)
+    shard(whole, rest, mp_policy=policy, reshard_after_forward=False)
     return outermost
 
 

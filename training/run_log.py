@@ -21,7 +21,7 @@ import contextlib
 import json
 import math
 import os
-import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoints.files import parse_json, write_file
-from config import printable
+from checkpoints.files import write_file
+from checkpoints.json_lines import parse_row, read_lines
+from config import UserError, printable
 from inference import generation
 from inference.answer import before_stop
 from inputs.rows import Rows
@@ -44,8 +45,12 @@ from training import parallel
 from training.ranks import Ranks, print0
 from training.recorder import Recorder
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 PROBED = 64  # values of each trainable tensor that are watched: enough to see whether it moves
-LONGEST_LINE = 2**20  # bytes of a line of log.jsonl; ours are a few hundred
 
 
 @contextlib.contextmanager
@@ -178,9 +183,11 @@ class RunLog:
             "tokens_per_s": self.window.tokens / seconds,
             "images_per_s": self.window.images / seconds,
             "data_wait": self.window.wait / seconds,
-            "memory_gb": self._peak_memory() / 2**30,
-            "seconds": now - self.begin,
         }
+        memory = self._peak_memory()
+        if memory is not None:
+            row["memory_gb"] = memory / 2**30
+        row["seconds"] = now - self.begin
         if self.peak_share:
             row["mfu"] = row["tokens_per_s"] * self.peak_share
         self.write("step", **row)
@@ -210,20 +217,26 @@ class RunLog:
         ]
         if "mfu" in row:
             columns.append(f"mfu {100 * row['mfu']:.0f}%")
-        columns += [
-            f"data {100 * row['data_wait']:.0f}%",
-            f"{row['memory_gb']:.1f} GB",
-            f"eta {eta // 60}:{eta % 60:02d}",
-        ]
+        columns.append(f"data {100 * row['data_wait']:.0f}%")
+        if "memory_gb" in row:
+            columns.append(f"{row['memory_gb']:.1f} GB")
+        columns.append(f"eta {eta // 60}:{eta % 60:02d}")
         return "  ".join(columns)
 
-    def _peak_memory(self) -> int:
-        """Return the most bytes that this process has used, of the GPU's memory if it has one."""
+    def _peak_memory(self) -> int | None:
+        """Return the most bytes that this process has used, of the GPU's memory if it has one.
+
+        None: the system does not say.
+        """
         if self.ranks.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.ranks.device)
 
-        # Linux counts it in KiB.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if resource is None:
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if sys.platform == "darwin":
+            return peak
+        return 1024 * peak  # Linux counts it in KiB
 
     # ------------------------------------------------------------------ does every part move?
 
@@ -397,45 +410,21 @@ def append(file: Path, line: str):
         f.write(line)
 
 
-class LogLine(NamedTuple):
-    """A line of log.jsonl."""
-
-    raw: bytes
-    row: dict | None  # None: it cannot be read
-
-
 def read_log(file: Path) -> list[dict]:
     """Return the events of log.jsonl, without the lines that cannot be read.
 
     Whatever lies there, nothing is raised: no file, a folder or zeros are a log without events.
     """
     try:
-        return [line.row for line in _lines(file) if line.row is not None]
-    except OSError:
+        return [row for _, row in read_lines(file, parse_event) if row is not None]
+    except UserError:
         return []
-
-
-def _lines(file: Path) -> Iterator[LogLine]:
-    """Yield the lines of log.jsonl, a long one in pieces that cannot be read. Raises OSError."""
-    # A FIFO in its place would wait for somebody to write.
-    if file.exists() and not file.is_file():
-        raise IsADirectoryError(f"{file} is not a file")
-    with open(file, "rb") as f:
-        while raw := f.readline(LONGEST_LINE):
-            yield LogLine(raw, parse_event(raw))
 
 
 def parse_event(line: bytes) -> dict | None:
     """Return the event of a line of log.jsonl; None if it is cut, damaged, or no event of ours."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
-        return None
-    if not isinstance(row.get("event"), str) or not isinstance(row.get("stage"), str):
+    row = parse_row(line, ("event", "stage"))
+    if row is None or not line.endswith(b"\n"):
         return None
 
     # Readers count with these two.
@@ -458,17 +447,17 @@ def forget_after(file: Path, stages: list[str], stage: int, step: int):
     kept. Lines that cannot be read are dropped, too: then the whole file stays as
     log.jsonl.damaged, and one line says so.
     """
+    if not file.exists():
+        return
     kept = []
     damaged = 0
     try:
-        for line in _lines(file):
-            if line.row is None:
+        for line, row in read_lines(file, parse_event):
+            if row is None:
                 damaged += 1
-            elif is_done(line.row, stages, stage, step):
-                kept.append(line.raw)
-    except FileNotFoundError:
-        return
-    except OSError:
+            elif is_done(row, stages, stage, step):
+                kept.append(line)
+    except UserError:
         damaged += 1
 
     if damaged:

@@ -16,10 +16,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora
-from checkpoints import peft
+from checkpoints import peft, weights
 from config import PARTS, Recipe, Stage, UserError
 from model import LLaVA
 from training import parallel
@@ -28,10 +28,14 @@ from training.ranks import Ranks
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
 
 
-def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
+def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage, mapped: bool = False) -> LLaVA:
     """Return the recipe's model, quantized as `stage` says, with the weights of a checkpoint.
 
-    tensors: of the checkpoint; {} at the start of a run. Raises UserError if a weight does not fit.
+    tensors: of the checkpoint; {} at the start of a run.
+    mapped: what comes from files stays there, mapped into memory and in the dtype of the file, and
+    takes no memory of this rank. `parallel.place` must then give each parameter its dtype of
+    `full_precision`. Without it, parameters are in these dtypes and in memory of their own.
+    Raises UserError if a weight does not fit.
     """
     quantized = {}  # the attribute of a part -> nf4 or int8
     for part, attribute in PARTS.items():
@@ -42,6 +46,8 @@ def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
     # A part that comes from a file is quantized while it is read, one tensor at a time. A part with
     # random weights is quantized afterwards.
     load = {}
+    if mapped:
+        load = dict.fromkeys(PARTS.values(), load_as_stored)
     for attribute, kind in quantized.items():
         load[attribute] = partial(lora.load_quantized, kind=kind)
 
@@ -60,6 +66,7 @@ def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
     peft.adapt(model, stages, PARTS)
 
     parameters = dict(model.named_parameters())
+    full = full_precision(model)
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind != "weight":
@@ -68,8 +75,26 @@ def build(recipe: Recipe, tensors: dict[str, Tensor], stage: Stage) -> LLaVA:
         if p is None or p.shape != tensor.shape:
             what = f"{list(tensor.shape)} has no place in this model"
             raise UserError(f"checkpoint:{name}", what, "give its own recipe")
-        p.data.copy_(tensor)
+        if mapped and p in full:
+            p.data = tensor.to(full[p])
+        else:
+            p.data.copy_(tensor)
     return model
+
+
+def load_as_stored(part: nn.Module, *arguments, dtype: torch.dtype, **options) -> set[str]:
+    """Load a part as weights.load does, but in the dtype of the file: nothing is copied."""
+    return weights.load(part, *arguments, dtype=None, **options)
+
+
+def full_precision(model: LLaVA) -> dict[nn.Parameter, torch.dtype]:
+    """Return float32 for each parameter that a run keeps so: all but those of quantized parts."""
+    dtypes = {}
+    for attribute in PARTS.values():
+        part = getattr(model, attribute)
+        if not any(isinstance(m, lora.Quantized) for m in part.modules()):
+            dtypes |= dict.fromkeys(part.parameters(), torch.float32)
+    return dtypes
 
 
 def snapshot(

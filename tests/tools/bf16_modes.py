@@ -42,6 +42,8 @@ def batch(seed: int) -> Batch:
         EMPTY,
         input_ids=ids,
         labels=labels,
+        image_at=None,
+        learns_at=None,
         positions=torch.arange(TOKENS),
         cu_seqlens=torch.tensor([0, TOKENS], dtype=torch.int32),
         max_seqlen=TOKENS,

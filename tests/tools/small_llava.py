@@ -38,8 +38,15 @@ CLIP_SIDE = {
 
 
 def small(
-    family="llama", tower="clip", vocab: int = 97, seed: int = 0, edge: int = SIDE, **config
+    family="llama",
+    tower="clip",
+    vocab: int = 97,
+    seed: int = 0,
+    edge: int = SIDE,
+    sizes: dict | None = None,
+    **config,
 ) -> LLaVA:
+    """Return a model of random weights. sizes: fields of its language model."""
     text = {
         "model_type": family,
         "vocab_size": vocab,
@@ -47,6 +54,7 @@ def small(
         "intermediate_size": 80,
         "num_hidden_layers": 2,
         **TEXT[family],
+        **(sizes or {}),
     }
     vision = {"model_type": f"{tower}_vision_model", **VISION}
     clip, siglip = (

@@ -52,6 +52,8 @@ def text(tokens: int = 20):
         EMPTY,
         input_ids=ids,
         labels=labels,
+        image_at=None,
+        learns_at=None,
         positions=torch.arange(tokens),
         cu_seqlens=cu,
         max_seqlen=tokens,
@@ -237,6 +239,147 @@ def test_a_stage_s_model_is_freed_before_the_next_is_built(recipe):
     short = ("stage.pretrain.steps=1", "stage.finetune.steps=1", "stage.finetune.validation=")
     on_ranks(2, file, *short, "train.parallel=fsdp", code=FREED + TRAIN)
     assert len(losses(out)) == 2
+
+
+MEASURED = """
+import weakref
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from training import parallel, state
+
+def is_mapped(address):
+    with open("/proc/self/maps") as file:
+        for line in file:
+            first, last = (int(end, 16) for end in line.split()[0].split("-"))
+            if first <= address < last:
+                return ".safetensors" in line
+    return False
+
+class Float32Bytes(TorchDispatchMode):
+    \"\"\"Counts the memory of float32 tensors on the CPU, but not what is mapped from files.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.alive = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and not isinstance(t, DTensor):
+                if t.is_cpu and t.dtype == torch.float32:
+                    self.note(t.untyped_storage())
+        return out
+
+    def note(self, storage):
+        key = storage._cdata
+        if key not in self.alive and not is_mapped(storage.data_ptr()):
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key, None)
+            self.peak = max(self.peak, sum(self.alive.values()))
+
+class Measured(parallel.ParallelModel):
+    def __init__(self, model, *args):
+        whole = 4 * sum(p.numel() for p in model.parameters())
+        with mode:
+            super().__init__(model, *args)
+        mode.alive.clear()
+        print("peak", mode.peak / whole, flush=True)
+
+def build(*args, real=state.build):
+    global mode
+    mode = Float32Bytes()
+    with mode:
+        return real(*args)
+
+state.build = build
+"""
+HOOK = "import train\ntrain.ParallelModel = Measured\ntrain.command_line.cli(train.main, '')\n"
+
+
+def published(folder, family: str = "llama", dtype=torch.bfloat16, **text):
+    """Write a small model as others publish theirs. text: fields of its language model."""
+    small(family, vocab=512, sizes=text).to(dtype).save(folder)
+    return folder
+
+
+def of_checkpoint(recipe, folder, world) -> str:
+    """Return the text of a recipe that begins with a finished model."""
+    model = f'[model]\ncheckpoint = "{folder}"\ntokenizer = "{world}/tokenizer"\n'
+    return model + "[train]" + recipe.partition("[train]")[2]
+
+
+def test_a_rank_never_holds_the_whole_model_in_float32(recipe, tiny_world, tmp_path):
+    """Each one made all of it, and kept it until the last block was in shards."""
+    text = {"num_hidden_layers": 12, "hidden_size": 96, "intermediate_size": 240}
+    folder = published(tmp_path / "published", **text)
+    file, out = recipe("shards")
+    file.write_text(of_checkpoint(file.read_text(), folder, tiny_world))
+    short = ("stage.pretrain.steps=1", "stage.finetune.steps=1", "stage.finetune.validation=")
+    said = on_ranks(2, file, *short, "train.parallel=fsdp", code=MEASURED + HOOK).stdout
+    peaks = [float(line.split()[1]) for line in said.splitlines() if line.startswith("peak ")]
+
+    # A half, a block of twelve, and change. Of two stages and two ranks; the second stage begins
+    # with a checkpoint.
+    assert len(peaks) == 4 and max(peaks) < 0.7, peaks
+
+    alone, want = recipe("alone")
+    alone.write_text(of_checkpoint(alone.read_text(), folder, tiny_world))
+    on_ranks(1, alone, *short)
+    assert losses(out) == pytest.approx(losses(want), rel=1e-5)
+
+
+WAYS_TO_TUNE = (
+    Tune(llm="full", vision="partial:1", connector="full"),
+    Tune(llm="lora", connector="lora"),
+    Tune(llm="qlora-nf4", vision="lora", connector="full"),
+    Tune(llm="frozen", vision="qlora-int8"),
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float16),
+        ("llama", torch.float32),
+        ("qwen2", torch.bfloat16),  # which ties its head
+    ],
+)
+def test_what_stays_in_its_file_becomes_the_same_bits(tmp_path, family, dtype):
+    folder = published(tmp_path / "published", family, dtype)
+    for tune in WAYS_TO_TUNE:
+        stage = Stage(tune=tune, lora=config.LoRA(r=4, dora=True))
+        loaded = config.Recipe(model=config.Model(checkpoint=str(folder)), stage={"one": stage})
+
+        # A checkpoint of what an earlier stage trained, in float32.
+        start = state.build(loaded, {}, stage)
+        tensors = {}
+        for i, (name, p) in enumerate(start.named_parameters()):
+            if i % 3 == 0:
+                tensors[f"weight.{name}"] = torch.randn(p.shape, generator=seeded(i))
+
+        for saved in ({}, tensors):
+            models = []
+            for mapped in (False, True):
+                model = state.build(loaded, saved, stage, mapped)
+                train.set_trainable(model, tune)
+                dtypes = state.full_precision(model)
+                dtypes |= dict.fromkeys(train.frozen_matrices(model), torch.bfloat16)
+                ParallelModel(model, "none", Ranks(0, 1, torch.device("cpu")), True, dtypes)
+                models.append(model)
+            want, got = (model.state_dict() for model in models)
+            assert got.keys() == want.keys()
+            for name, t in want.items():
+                assert got[name].dtype == t.dtype and torch.equal(got[name], t), (tune, name)
+            head = models[1].language_model
+            is_tied = head.lm_head.weight is head.model.embed_tokens.weight
+            assert is_tied == (family == "qwen2")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def test_a_batch_of_nothing_has_no_loss_and_no_gradient(recipe):

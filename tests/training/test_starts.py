@@ -119,6 +119,19 @@ def test_a_refused_start_sets_no_checkpoint_aside(stopped):
     assert len(stopped.checkpoints()) == 2
 
 
+def test_a_place_that_the_recipe_does_not_have_is_refused(stopped):
+    """A checkpoint of another recipe may be named. Behind the end of a stage is no next step."""
+    other = stopped.folder / stopped.checkpoints()[-1]
+    shutil.copytree(stopped.out / "checkpoints" / other.name, other)
+    fewer_steps = stopped.start(f"train.resume={other}", "stage.finetune.steps=2")[1]
+    assert "after 2 steps of finetune, which has 2; fix: give its own recipe" in error(fewer_steps)
+
+    text = stopped.recipe.read_text().partition("[stage.finetune]")[0]
+    stopped.recipe.write_text(text)
+    codes = launch(str(stopped.recipe), stopped.out, 1, (f"train.resume={other}",))
+    assert codes == [1] and "in stage 2, and the recipe has 1; fix" in error(said(stopped.out))
+
+
 def test_before_the_first_checkpoint_another_recipe_may_begin(stopped):
     """An error at a row, in the first step: the corrected command goes on in the same folder."""
     shutil.rmtree(stopped.out)
