@@ -54,6 +54,15 @@ def printable(text, most: int = 400) -> str:
     return "".join(safe)
 
 
+def is_unicode(text: str) -> bool:
+    """Say whether a text can be written: JSON may hold one half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class UserError(ValueError):
     """A mistake that the user can mend, printed as one line:
 

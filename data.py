@@ -49,7 +49,7 @@ from tqdm import tqdm  # comes with tokenizers
 
 import command_line
 import config
-from checkpoints.files import resolve, write_file, writing
+from checkpoints.files import open_regular, resolve, write_file, writing
 from checkpoints.layouts import config_from_recipe
 from command_line import within
 from config import UserError, printable
@@ -704,8 +704,22 @@ def check_jobs(jobs: list[Listing], where: str):
         raise UserError(where, f"{bad} of {total} rows are bad", fix)
 
 
+def check_page(path: Path):
+    """Raise UserError if something is at `path` that is no page: rows, or somebody's notes."""
+    fix = "name another file for the page"
+    with writing(path, fix):
+        if not path.exists():
+            return
+        with open_regular(path) as file:
+            if not file.read(20).lower().startswith(b"<!doctype html>"):
+                raise UserError(path, "is there, and is no page", fix)
+
+
 def inspect_jobs(jobs: list[Listing], args):
     """Show some rows of each job, and write the page if one is asked for."""
+    if args.page:
+        check_page(Path(args.page))
+
     # Without a recipe, the text is what matters. Pictures may be missing, unless a page shows them.
     pixels = bool(args.recipe or args.page)
     body = [LEGEND]

@@ -47,7 +47,7 @@ import torch
 import command_line
 from checkpoints.fields import Fields
 from checkpoints.files import parse_json, resolve
-from config import UserError, printable
+from config import UserError, is_unicode, printable
 from inference.answer import place_images
 from inference.asgi import MOST_HELD, Exchange, Gone, Held, Names, check_origin, in_brackets
 from inference.job_queue import Job, JobQueue, Limits, Refused, Seat, fetch
@@ -198,17 +198,8 @@ def read_stop(request: dict) -> list[str]:
 
 
 def is_text(value) -> bool:
-    """Return whether a value is a string that can be written out as UTF-8.
-
-    In JSON, half of a surrogate pair can stand alone. It is no character.
-    """
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Return whether a value is a string that can be written out."""
+    return isinstance(value, str) and is_unicode(value)
 
 
 def read_messages(

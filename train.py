@@ -676,6 +676,10 @@ def run_stages(recipe: Recipe, ranks: Ranks):
     if tensors:
         print0(f"resumed: {index} of {len(stages)} stages done, {start} steps of the next")
 
+    # A template that does not fit is named now, and not when the stages before it are trained.
+    for stage in stages[index:]:
+        stage_spec(recipe.model, stage)
+
     while True:
         if ranks.is_first:
             output.write_origin(recipe, origin, index, start)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config import UserError, printable
+from config import UserError, is_unicode, printable
 
 REQUIRED = object()  # the default of a field that has none
 
@@ -99,6 +99,8 @@ class Fields:
             return value
         if not isinstance(value, str):
             raise self.refuse(key, "not a text")
+        if not is_unicode(value):
+            raise self.refuse(key, "not Unicode: half a surrogate pair")
         if len(value) > most:
             raise self.refuse(key, f"longer than {most} characters")
         if choices and value not in choices:
@@ -117,6 +119,8 @@ class Fields:
             is_wrong_bool = isinstance(element, bool) and kind not in (bool, object)
             if not isinstance(element, kind) or is_wrong_bool:
                 raise self.refuse(key, f"not a list of {name}")
+            if isinstance(element, str) and not is_unicode(element):
+                raise self.refuse(key, "not Unicode: half a surrogate pair")
         return value
 
     def numbers(self, key: str, low: float, high: float, default=REQUIRED, most: int = LAYERS):

@@ -200,7 +200,11 @@ def writing(path: Path, fix: str = "make room or allow writing there, or name an
     """Turn a failure to write (full disk, read-only folder) into a UserError, which is one line.
 
     Everything that writes for the user stands inside of one: with writing(folder): ...
+    A name that begins with ~ is refused: a folder ~ is easily made, and rm -r ~ is a disaster.
     """
+    first = Path(path).parts[:1]
+    if first and first[0].startswith("~") and not Path(first[0]).exists():
+        raise UserError(path, "begins with ~, which only a shell replaces", "write the whole path")
     try:
         yield
     except UserError:
@@ -213,8 +217,11 @@ def writing(path: Path, fix: str = "make room or allow writing there, or name an
 def write_file(path: Path, write: Callable[[str], object] | str | bytes):
     """Create or replace a file, so that a crash at any moment leaves the old one or the new one.
 
-    write: the content, or a function that writes it to the path of a temporary file.
+    write: the content, or a function that writes it to the path of a temporary file. Raises
+    OSError, also for a device or a FIFO: a file in its place would be no such thing any more.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "Not a regular file, but a FIFO or a device", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
 
     # In the same folder, because a rename is atomic only within one file system.

@@ -36,7 +36,7 @@ def own(folder: Path, kind: str):
         if found == kind:
             return
         if found is not None:
-            what = f"holds {printable(found, 40)}, which is not {kind}"
+            what = f"holds {printable(found or 'an empty mark', 40)}, which is not {kind}"
             raise UserError(folder, what, "name another folder")
 
         folder.mkdir(parents=True, exist_ok=True)

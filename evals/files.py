@@ -23,7 +23,7 @@ from pathlib import Path
 
 from checkpoints.fields import REQUIRED, Fields
 from checkpoints.files import parse_json, write_file
-from config import UserError, printable
+from config import UserError, is_unicode, printable
 
 MEND_FILE = "mend it, or fetch it again"
 MEND_ROW = "mend the row, or fetch the file again"
@@ -114,7 +114,7 @@ class Row(Fields):
     def text(self, key: str, choices=(), default=REQUIRED, most: int = 100_000):
         """Return a text that can be written; the arguments are those of Fields.text."""
         value = super().text(key, choices, default, most)
-        if isinstance(value, str) and not _is_unicode(value):
+        if isinstance(value, str) and not is_unicode(value):
             raise self.refuse(key, "not a text in Unicode")
         return value
 
@@ -185,21 +185,12 @@ class Row(Fields):
 
 def as_text(value, row: Row, key: str) -> str:
     """Return a value that is a text or a finite number as a text. Raise row.refuse(key) if not."""
-    if isinstance(value, str) and _is_unicode(value):
+    if isinstance(value, str) and is_unicode(value):
         return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and math.isfinite(value):
         return str(value)
     raise row.refuse(key, "not a text")
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text can be written: JSON may hold one half of a pair of surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_rows(file: Path, lines: bool = False, part: str | None = None) -> list[tuple[str, Row]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import resource
 import sys
 
@@ -541,6 +542,17 @@ def test_a_page_that_cannot_be_written_is_one_line(folder):
     command = ["inspect", "--data", str(rows.file), "--page", str(folder / "a.png" / "page.html")]
     with pytest.raises(UserError, match="page.html: cannot be written: .*; fix: "):
         data.main(command)
+
+
+def test_a_page_replaces_a_page_only(folder):
+    """Rows named as the page, or a pipe, are not replaced."""
+    rows = write(folder, [row("x")])
+    before = rows.file.read_bytes()
+    os.mkfifo(folder / "pipe")
+    for name in (rows.file.name, "pipe"):
+        with pytest.raises(UserError, match="fix: name another file for the page"):
+            data.main(["inspect", "--data", str(rows.file), "--page", str(folder / name)])
+    assert rows.file.read_bytes() == before and (folder / "pipe").is_fifo()
 
 
 def test_the_command_line_ends_with_one_line(folder):

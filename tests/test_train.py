@@ -258,6 +258,7 @@ def test_bf16_learns(recipe, whole_run):
         (["model.tokenizer=nowhere/at/all"], "nowhere/at/all"),
         (["model.connector=mlp2x_gleu"], "mlp2x_gleu"),
         (["stage.pretrain.template=lama"], "lama"),
+        (["stage.finetune.template=lama"], "lama"),
         (["train.device=cuda"], "no GPU"),
     ],
 )
@@ -267,6 +268,7 @@ def test_a_mistake_is_one_line(recipe, overrides, message):
     last = done.stderr.strip().splitlines()
     assert len(last) == 1 and last[0].startswith("error: ") and "; fix: " in last[0], done.stderr
     assert message in last[0]
+    assert "pretrain 1/" not in done.stdout  # it is said before the first step
     assert not (out / "model.safetensors").exists()
 
 

@@ -85,6 +85,14 @@ def test_lists_of_numbers():
             Fields({"sizes": values}, "a.json").integers("sizes", 0, 9)
 
 
+def test_half_a_surrogate_pair_is_no_text():
+    """JSON may hold "\\ud83d", which no file can."""
+    fields = Fields({"key": "a\ud83d", "list": ["a", "\ud83d"]}, "config.json")
+    for read in (lambda: fields.text("key"), lambda: fields.list("list", str)):
+        with pytest.raises(UserError, match="not Unicode"):
+            read()
+
+
 def test_values_that_cannot_be_shown():
     """A whole number that no float holds, and a list as deep as a reader takes it."""
     deep = parse_json("[" * 900 + "]" * 900)

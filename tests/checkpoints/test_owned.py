@@ -1,7 +1,10 @@
 """A folder is written to only if it is new, empty, or marked by an earlier start."""
 
+from pathlib import Path
+
 import pytest
 
+from checkpoints.files import write_file, writing
 from checkpoints.owned import MARK, marked, own
 from config import UserError
 
@@ -43,3 +46,13 @@ def test_files_in_the_place_of_the_folder(tmp_path):
         with pytest.raises(UserError, match="fix: "):
             own(tmp_path / path, "run")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_tilde_makes_no_folder_of_that_name(tmp_path, monkeypatch):
+    """No shell replaces it in train.output=~/out, and who removes ~ removes everything."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="begins with ~"):
+        own(Path("~/out"), "run")
+    with pytest.raises(UserError, match="begins with ~"), writing(Path("~/page.html")):
+        write_file(Path("~/page.html"), "page")
+    assert not list(tmp_path.iterdir())

@@ -528,6 +528,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="Not a regular file"):
+        write_file(tmp_path / "pipe", "new")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     """A pipe, a device, a folder, links to themselves and to nowhere in the place of a file."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")

@@ -272,6 +272,11 @@ def send(data: bytes, pieces: int, breaks_off: bool) -> bytes:
                 client.settimeout(10)
                 closed = True
                 continue
+            except ConnectionResetError:
+                # It has said that the connection ends, and was sent more. The reply was there.
+                if not received:
+                    raise
+                return received
             if not piece:
                 return received
             received += piece
