@@ -328,8 +328,8 @@ class Rates:
 class Source:
     """A table [stage.NAME.mixture.SOURCE]: one of several data sets of a stage."""
 
-    data: str = opt("", "as the stage's data")
-    images: str = opt("", "as the stage's images")
+    data: str = opt("", "as the stage's data", decides=False)
+    images: str = opt("", "as the stage's images", decides=False)
     weight: float = opt(
         1.0,
         "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another",
@@ -343,11 +343,16 @@ class Stage:
     """A table [stage.NAME]: one pass of the training loop."""
 
     # The data.
+    # Where the data lies decides nothing: what is in it does, which training/made_from.py compares.
     data: str = opt(
-        "", "LLaVA rows: a .json list, a .jsonl file, or tar shards (a folder or glob of them)"
+        "",
+        "LLaVA rows: a .json list, a .jsonl file, or tar shards (a folder or glob of them)",
+        decides=False,
     )
     images: str = opt(
-        "", "folder that the rows' image paths start from; empty = the data file's folder"
+        "",
+        "folder that the rows' image paths start from; empty = the data file's folder",
+        decides=False,
     )
     mixture: dict[str, Source] = opt(
         {}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data"

@@ -192,6 +192,8 @@ MAY_CHANGE = {
     *("train.output", "train.device", "train.workers", "train.on_bad_row", "train.compile"),
     *("train.gradient_checkpointing", "train.log_every", "train.save_every", "train.keep"),
     *("train.keep_best", "train.answers", "train.log", "train.parallel", "train.resume"),
+    *("stage.one.data", "stage.one.images"),  # what is in them is compared by itself
+    *("stage.one.mixture.a.data", "stage.one.mixture.a.images"),
     *("stage.one.validation", "stage.one.validation_every", "stage.one.micro_batch_tokens"),
 }
 

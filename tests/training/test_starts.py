@@ -73,6 +73,27 @@ def test_fields_that_do_not_decide_may_change_and_are_logged(stopped):
     assert "changed: train.log_every: 1 -> 2" in text
 
 
+def test_data_may_move(stopped):
+    """Where rows lie decides nothing. Other rows are refused at the new place, too."""
+    elsewhere = stopped.folder / "elsewhere"
+    shutil.copytree(stopped.world, elsewhere, symlinks=True)
+    recipe = stopped.recipe.read_text()
+    for name in ("finetune.json", "images"):
+        assert f"{stopped.world}/{name}" in recipe
+        recipe = recipe.replace(f"{stopped.world}/{name}", f"{elsewhere}/{name}")
+    stopped.recipe.write_text(recipe)
+
+    rows = (elsewhere / "finetune.json").read_text()
+    (elsewhere / "finetune.json").write_text(rows.replace("red", "blue"))
+    code, text = stopped.start()
+    assert code == 1 and "finetune.json" in error(text)
+
+    (elsewhere / "finetune.json").write_text(rows)
+    code, text = stopped.start()
+    assert (code, stopped.weights()) == (0, stopped.want), text
+    assert "stage.finetune.data" in {row["what"] for row in events(stopped.out, "changed")}
+
+
 def test_fields_that_decide_are_refused_by_name_and_nothing_is_lost(stopped):
     before = stopped.checkpoints()
     code, text = stopped.start("train.seed=5", "stage.finetune.learning_rate=0.5")
