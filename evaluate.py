@@ -481,6 +481,9 @@ def main(argv: list[str]):
 
     # The questions, checked before anything slow happens.
     task = TASKS[args.task]
+    if args.judge and not hasattr(task, "judge"):
+        judged = " and ".join(name for name, one in TASKS.items() if hasattr(one, "judge"))
+        raise UserError("--judge", f"nothing judges {args.task}", f"leave it out; {judged} take it")
     folder = resolve(args.model)
     started = time.monotonic()
     examples = task.examples(args.data)

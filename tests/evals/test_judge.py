@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 from config import UserError
 from evals import llava_bench, mmvet
 from evals.judge import Judge
@@ -453,3 +454,19 @@ def test_a_run_of_lmms_eval_that_fails_ends_with_an_error(adapter, monkeypatch, 
     expected = "^a: b; fix: c$" if isinstance(error, UserError) else "failed: RuntimeError: boom"
     with pytest.raises(UserError, match=expected):
         adapter.main([])
+
+
+def test_a_judge_for_a_task_without_one_is_refused(tmp_path):
+    """An option that would do nothing is a mistake, said before anything is loaded."""
+    words = [
+        "--model",
+        str(tmp_path),
+        "--task",
+        "pope",
+        "--data",
+        str(tmp_path),
+        "--judge",
+        "http://x",
+    ]
+    with pytest.raises(UserError, match="--judge: nothing judges pope; fix: leave it out"):
+        evaluate.main(words)
