@@ -136,10 +136,6 @@ def encode_text(row: dict, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor
         ids, labels = templates.encode(conversation, spec.tokenizer, spec.template)
     except ValueError as e:
         raise user_error(where, e) from None
-    except TypeError as e:
-        # `tokenizers` says this of half a surrogate pair ("\ud83d"), which JSON may hold.
-        what = f"text that is not Unicode ({e})"
-        raise UserError(where, what, "mend the row, or remove it") from None
     return torch.tensor(ids), torch.tensor(labels)
 
 
