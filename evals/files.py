@@ -104,19 +104,12 @@ class Row(Fields):
     def identifier(self, key: str) -> str | int:
         """Return what a question or a picture is known by: a text, or a whole number."""
         value = self._get(key, REQUIRED)
-        if isinstance(value, str) and 0 < len(value) <= LONGEST_PATH:
+        if isinstance(value, str) and 0 < len(value) <= LONGEST_PATH and is_unicode(value):
             return value
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if is_number and abs(value) < 2**63:
             return value
         raise self.refuse(key, "not a text or a whole number")
-
-    def text(self, key: str, choices=(), default=REQUIRED, most: int = 100_000):
-        """Return a text that can be written; the arguments are those of Fields.text."""
-        value = super().text(key, choices, default, most)
-        if isinstance(value, str) and not is_unicode(value):
-            raise self.refuse(key, "not a text in Unicode")
-        return value
 
     def words(self, key: str, default=REQUIRED) -> str:
         """Return a text; a number, as some files have it in the place of one, as a text."""

@@ -280,3 +280,11 @@ def test_a_parquet_file_that_is_none(tmp_path):
     with pytest.raises(UserError, match="validation-0.parquet:0: not as published: it has no"):
         mmmu_task.examples(tmp_path)
     assert files("mmmu", False).endswith(".parquet")
+
+
+def test_an_identifier_can_be_written():
+    """Half a surrogate pair is no name of a question: answers could not be saved under it."""
+    row = Row({"good": "häuser", "bad": "\ud83d"}, "questions.json:2")
+    assert row.identifier("good") == "häuser"
+    with pytest.raises(UserError, match=r"^questions\.json:2.*bad"):
+        row.identifier("bad")
