@@ -619,11 +619,9 @@ def check_recipe(recipe: Recipe, path: Path):
 
     # OUTPUT/best is the best of the last stage, so that one must be measured.
     last_stage = list(recipe.stage.values())[-1]
-    no_best = recipe.train.keep_best and not last_stage.validation
-    if recipe.train.keep < 1 or no_best:
-        what = "keep is at least 1, and keep_best needs a last stage with validation"
-        fix = "correct keep, or write stage.NAME.validation"
-        raise UserError(f"{path}:train", what, fix)
+    if recipe.train.keep_best and not last_stage.validation:
+        what = "it needs a last stage with validation"
+        raise UserError(f"{path}:train.keep_best", what, "write stage.NAME.validation")
 
 
 class Place(NamedTuple):
