@@ -330,6 +330,8 @@ class Source:
 
     data: str = opt("", "as the stage's data", decides=False)
     images: str = opt("", "as the stage's images", decides=False)
+    columns: dict = opt({}, "as the stage's columns")
+    at_least: dict = opt({}, "as the stage's at_least")
     weight: float = opt(
         1.0,
         "an epoch takes weight x rows: 2 = each twice, 0.1 = a tenth, in the next epoch another",
@@ -354,10 +356,23 @@ class Stage:
         "folder that the rows' image paths start from; empty = the data file's folder",
         decides=False,
     )
+    columns: dict = opt(
+        {}, 'what the rows call their parts: {image = "photo", question = "query", answer = "a"}'
+    )
+    at_least: dict = opt(
+        {}, "only rows with so much in a column: {relevance_min = 4}; none without it"
+    )
     mixture: dict[str, Source] = opt(
         {}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data"
     )
-    validation: str = opt("", "held-out rows for the validation loss; empty = none", decides=False)
+    validation: str | float = opt(
+        "",
+        "held-out rows for the validation loss: a file, or how many of the data to hold out, a"
+        " share (0.02) or a number (500); empty = none",
+        low=0,
+        high=10**9,
+        decides=False,
+    )
     validation_every: int = opt(
         200,
         "steps between validation passes (one more at the end of the stage)",
@@ -625,11 +640,13 @@ def _override(table: dict, text: str):
     kind = _type_of(dotted, table)
     if kind is str:
         value: object = raw
+    elif kind == TEXT_OR_NUMBER:
+        value = _number_or_text(raw)
     else:
         try:
             value = parse_toml(f"v = {raw}")["v"]
         except ValueError:
-            what = f"{raw!r} is not a {getattr(kind, '__name__', 'value')}"
+            what = f"{raw!r} is not a {_name_of(kind)}"
             fix = HOW_TO_WRITE.get(typing.get_origin(kind) or kind, "write {key = value}")
             raise UserError(f"command line:{dotted}", what, fix) from None
 
@@ -641,6 +658,16 @@ def _override(table: dict, text: str):
             what = f"{'.'.join(outer[:depth])} is not a table there"
             raise UserError(f"command line:{dotted}", what, "correct the recipe's file")
     table[last] = value
+
+
+def _number_or_text(raw: str) -> int | float | str:
+    """Return the number that a text writes, or the text itself."""
+    for kind in (int, float):
+        try:
+            return kind(raw)
+        except ValueError:
+            continue
+    return raw
 
 
 def _type_of(dotted: str, table: dict):
@@ -711,7 +738,7 @@ def _build(cls, table: dict, where: str, path: str = ""):
             if about["choices"] and value not in about["choices"]:
                 what = f"{value!r} is not a choice"
                 raise UserError(f"{where}:{full}", what, _nearest(value, about["choices"]))
-            if kind in (int, float):
+            if isinstance(value, int | float) and not isinstance(value, bool):
                 _check_range(value, f"{where}:{full}", about["low"], about["high"])
             values[key] = value
     return cls(**values)
@@ -728,6 +755,9 @@ def _build_named(cls, tables: dict, where: str, path: str) -> dict:
     return {name: _build(cls, table, where, f"{path}.{name}") for name, table in tables.items()}
 
 
+# A field that names a file, or says how many.
+TEXT_OR_NUMBER = str | float
+
 # What to write on the command line or in a file for a value of a type.
 HOW_TO_WRITE = {
     int: "write a whole number, as 3",
@@ -735,6 +765,7 @@ HOW_TO_WRITE = {
     bool: "write true or false",
     str: 'write text in quotes, as "abc"',
     dict: "write {} or {key = value}",
+    TEXT_OR_NUMBER: 'write a file in quotes, as "val.json", or a number, as 0.02',
 }
 
 
@@ -746,16 +777,24 @@ def _convert(value, kind, where: str):
     # `fps = 1` is as good as 1.0. Of more than 64 bits an integer is none in TOML.
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(where, "an integer of more than 64 bits", "write a smaller one")
-    if kind is float and isinstance(value, int) and not is_bool:
+    takes_float = kind in (float, TEXT_OR_NUMBER)
+    if takes_float and isinstance(value, int) and not is_bool:
         value = float(value)
 
     if not isinstance(value, kind) or (is_bool and kind is not bool):
-        raise UserError(where, f"{value!r} is not a {kind.__name__}", HOW_TO_WRITE[kind])
-    if kind is str:
+        raise UserError(where, f"{value!r} is not a {_name_of(kind)}", HOW_TO_WRITE[kind])
+    if isinstance(value, str):
         check_text(value, where)
     elif kind is dict:
         _check_free(value, where)
     return value
+
+
+def _name_of(kind) -> str:
+    """Return what messages and --help call a type."""
+    if kind == TEXT_OR_NUMBER:
+        return "str or float"
+    return getattr(kind, "__name__", "value")
 
 
 def _check_range(value: float, where: str, low: float, high: float):
@@ -907,6 +946,10 @@ def _compare(cls, old, new: dict, path: str, deciding: list, others: list):
         if f.metadata["decides"]:
             found = deciding
 
+        # A file of held-out rows may be another one. How many are held out decides what is left.
+        if kind == TEXT_OR_NUMBER and float in (type(old.get(name)), type(new[name])):
+            found = deciding
+
         if is_dataclass(kind):
             _compare(kind, old.get(name, {}), new[name], full, deciding, others)
         elif typing.get_origin(kind) is dict:
@@ -981,7 +1024,8 @@ def _describe(cls, path: str, lines: list[str]):
         if f.default_factory is dict:
             default = {}
         mark = " " if f.metadata["decides"] else "*"
-        line = f" {mark}{f.name:<24}{kind.__name__:<7}{json.dumps(default):<13} {f.metadata['why']}"
+        shown = f"{_name_of(kind):<7}{json.dumps(default):<13}"
+        line = f" {mark}{f.name:<24}{shown} {f.metadata['why']}"
         if f.metadata["low"] is not None:
             line += f" ({_number(f.metadata['low'])} to {_number(f.metadata['high'])})"
         lines.append(line)

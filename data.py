@@ -139,7 +139,7 @@ class Order:
         # How many samples an epoch has.
         self.n = n
         if parts:
-            self.n = sum(per_epoch for _, per_epoch in parts)
+            self.n = sum(part.per_epoch for part in parts)
 
         # Only one epoch's rows are kept: of millions of rows they take megabytes.
         self.epoch = -1
@@ -176,9 +176,10 @@ class Order:
         # source 0 would have the same permutation as the epochs themselves.
         taken = []
         first_row = np.int64(0)  # wider than a source's own numbers: all together may be many
-        for source, (rows, per_epoch) in enumerate(self.parts, 1):
-            taken.append(first_row + self._source_rows(source, rows, per_epoch, epoch))
-            first_row += rows
+        for source, part in enumerate(self.parts, 1):
+            of_source = self._source_rows(source, part.rows, part.per_epoch, epoch)
+            taken.append(first_row + of_source)
+            first_row += part.rows
         return np.concatenate(taken)[order]
 
     def _source_rows(self, source: int, rows: int, per_epoch: int, epoch: int) -> np.ndarray:

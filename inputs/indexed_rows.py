@@ -22,6 +22,7 @@ import numpy as np
 from checkpoints.files import open_regular, parse_json
 from config import UserError, printable
 from inputs import index
+from inputs.forms import Row, read_row
 from inputs.media import Media
 from inputs.sniff import HEAD, looks_like, reason
 
@@ -96,12 +97,22 @@ class Location(NamedTuple):
 class IndexedRows:
     """The base of the JSON and tar formats; see rows.Rows for what its methods promise."""
 
-    parts = ()  # only a Mixture has some
+    parts = ()  # only a mixture has some
+    blocks = None  # any row is read as fast as any other
     keeps_small_index = False  # whether small files get an index, too
 
-    def __init__(self, data: str | Path, images: str | Path = ""):
-        """Open `data`, a file, a glob or a folder of shards. Raise UserError if that fails."""
-        self.given = (data, images)
+    def __init__(
+        self,
+        data: str | Path,
+        images: str | Path = "",
+        columns: dict[str, str] | None = None,
+    ):
+        """Open `data`, a file, a glob or a folder of shards. Raise UserError if that fails.
+
+        columns: what rows call their parts, as forms.read_row takes it.
+        """
+        self.given = (data, images, columns)
+        self.columns = columns
         self.file = Path(data)
         self.files = files(data) or [self.file]
         try:
@@ -133,7 +144,7 @@ class IndexedRows:
         """Return what messages call the row with this number in its file, without its id."""
         return f"{file}:row {number}"
 
-    def media(self, i: int, row: dict) -> list[Media]:
+    def media(self, i: int, row: Row) -> list[Media]:
         """Return the pictures or videos of row i, which is `row`. Raise UserError that names it."""
         raise NotImplementedError
 
@@ -142,7 +153,7 @@ class IndexedRows:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: int) -> Row:
         location = self._find(i)
         text = self._read(location, 0)
         start = int(location.entries[0, 0])
@@ -150,15 +161,12 @@ class IndexedRows:
         if not isinstance(row, dict):
             what = f"a JSON {type(row).__name__}, not a row"
             raise UserError(location.place, what, "write {...}, or remove it")
-        return row
+        return read_row(row, named(location.place, row), self.columns)
 
     def where(self, i: int, row: dict | None = None) -> str:
         if row is None:
             row = self[i]
-        place = self._find(i).place
-        if row.get("id") is None:
-            return place
-        return f"{place} (id {printable(row['id'], 100)})"
+        return named(self._find(i).place, row)
 
     def file_spans(self) -> list[FileSpan]:
         spans = []
@@ -233,6 +241,13 @@ class IndexedRows:
         except OSError as e:
             what = f"cannot be read: {reason(e)}"
             raise UserError(location.file, what, "make it readable, and start again") from None
+
+
+def named(place: str, row: dict) -> str:
+    """Return what messages call a row: its place, and its id if it has one."""
+    if row.get("id") is None:
+        return place
+    return f"{place} (id {printable(row['id'], 100)})"
 
 
 def file_state(stat: os.stat_result) -> tuple[int, int]:

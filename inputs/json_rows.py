@@ -17,20 +17,26 @@ import numpy as np
 
 from checkpoints.files import open_regular
 from config import UserError
+from inputs.forms import Row
 from inputs.indexed_rows import IndexedRows
 from inputs.json_list import check_is_text, scan_list
-from inputs.media import Media, media_names
+from inputs.media import Media, media_of_row
 
 
 class JsonRows(IndexedRows):
     """What the two formats below share: their media are files of a folder."""
 
-    def __init__(self, data: str | Path, images: str | Path = ""):
+    def __init__(
+        self,
+        data: str | Path,
+        images: str | Path = "",
+        columns: dict[str, str] | None = None,
+    ):
         """Open `data`, with its media in the folder `images`, by default in its own folder.
 
         Raise UserError if it cannot be read or there is no such folder.
         """
-        super().__init__(data, images)
+        super().__init__(data, images, columns)
         self.images = self.file.parent
         if images:
             self.images = Path(images)
@@ -38,9 +44,8 @@ class JsonRows(IndexedRows):
             fix = "set the stage's images, or --images"
             raise UserError(self.images, "no such folder of images", fix)
 
-    def media(self, i: int, row: dict) -> list[Media]:
-        kind, names = media_names(row, self.where(i, row))
-        return [Media(kind, name, self.images / name) for name in names]
+    def media(self, i: int, row: Row) -> list[Media]:
+        return media_of_row(row, self.images, self.where(i, row))
 
 
 class JsonList(JsonRows):

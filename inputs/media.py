@@ -7,19 +7,14 @@ A row names them under "image" or "video", one name or a list of names:
 
 from __future__ import annotations
 
+import base64
 import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
-
-# Keys under which other projects name a picture or video. A row that has one, in large or small
-# letters, has something to show that nobody would read.
-UNREAD = (
-    "image images img imgs picture pictures image_path image_paths image_file image_url image_urls"
-    " video videos video_path video_paths video_file video_url"
-).split()
+from config import UserError, printable
+from inputs.forms import Row
 
 
 @dataclass(frozen=True)
@@ -37,40 +32,52 @@ class Media:
         return f"{self.kind} {self.source}"
 
 
-def media_names(row: dict, where: str) -> tuple[str, list[str]]:
+def media_names(row: dict) -> tuple[str, list[str]]:
     """Return the kind of a row's media, "image" or "video", and their names in the row.
 
-    A row without any is ("image", []). Raise UserError at `where` if it has both kinds, something
-    that is no name, or pictures under a key that is not read.
+    A row without any is ("image", []).
     """
-    for key, value in row.items():
-        is_read = key in ("image", "video")
-        if value and not is_read and key.lower() in UNREAD:
-            what = f'it has something under "{key}", which is not read'
-            fix = 'write it as "image" or "video": a file name, or a list of file names'
-            raise UserError(where, what, fix)
-
-    # A row that has none may say so with null, "" or [], or leave the key out.
     kind = "image"
     if row.get("video"):
         kind = "video"
-        if row.get("image"):
-            raise UserError(where, "an image and a video in one row", "make two rows of it")
-
-    given = row.get(kind) or []
-    names = given
-    if not isinstance(given, list):
-        names = [given]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(where, f'"{kind}" is {given!r}', "write a file name or a list of them")
+    names = row.get(kind) or []
+    if isinstance(names, str):
+        names = [names]
     return kind, names
+
+
+def media_of_row(row: Row, folder: Path, where: str) -> list[Media]:
+    """Return the pictures or videos of a row, whose files are in `folder`.
+
+    Raise UserError at `where` for a data: URL that is none.
+    """
+    kind, names = media_names(row)
+    media = []
+    for name, content in zip(names, row.sources, strict=True):
+        source: Path | bytes = folder / name
+        if content is not None:
+            source = content
+        elif name.startswith("data:"):
+            source = bytes_of_url(name, where)
+        media.append(Media(kind, name, source))
+    return media
+
+
+def bytes_of_url(url: str, where: str) -> bytes:
+    """Return what a URL "data:image/png;base64,..." holds. Raise UserError at `where`."""
+    head, comma, text = url.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode(text, validate=True)
+    except ValueError:  # binascii.Error is one
+        what = f"{printable(url, 60)} is no data: URL in base64"
+        raise UserError(where, what, "write the file itself to the folder, and its name") from None
 
 
 def missing_fix(media: Media) -> str:
     """Return what to do about a picture or video that is not there, going by how it is written."""
     name = media.name
-    if name.startswith("data:"):
-        return "write the file itself to the folder, and its name into the row"
     if "://" in name:
         return "download it, and write the file's name into the row"
     if "\\" in name:

@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from config import Stage, UserError
+from inputs.forms import Row
 from inputs.indexed_rows import FileSpan, files
 from inputs.json_rows import JsonLines, JsonList
 from inputs.media import Media
@@ -48,26 +49,41 @@ class Rows(Protocol):
 
     file: Path | str  # what messages call the rows as a whole
     parts: tuple[Part, ...]  # the sources of a mixture; () for a single source
+    blocks: Blocks | None  # where reading a row costs reading its block: how rows lie in blocks
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> dict:
-        """Return row i as a LLaVA row. Raise UserError that names it if it is not one."""
+    def __getitem__(self, i: int) -> Row:
+        """Return row i as a LLaVA row (forms.py). Raise UserError that names it if it is none."""
 
-    def where(self, i: int, row: dict | None = None) -> str:
+    def where(self, i: int, row: Row | None = None) -> str:
         """Return what messages call row i. Its id is part of that: give the row if it is read."""
 
-    def media(self, i: int, row: dict) -> list[Media]:
+    def media(self, i: int, row: Row) -> list[Media]:
         """Return the pictures or videos of row i, which is `row`. Raise UserError that names it."""
 
     def file_spans(self) -> list[FileSpan]:
         """Return which rows lie in which file, in order. Token counts are kept beside the files."""
 
 
-def open_rows(data: str | Path, images: str | Path = "") -> Rows:
+class Blocks(NamedTuple):
+    """Blocks of rows that are read together, as the row groups of a parquet file are.
+
+    A worker holds `at_once` of them in memory. data.Order lets a run go through all rows of so many
+    blocks before it comes to others.
+    """
+
+    ends: np.ndarray  # block k has the rows from ends[k - 1] to ends[k] - 1
+    at_once: int
+
+
+def open_rows(
+    data: str | Path, images: str | Path = "", columns: dict[str, str] | None = None
+) -> Rows:
     """Open a file of rows, a folder of shards, or a glob. Raise UserError if it cannot be read.
 
     `images` is the folder of the rows' media, by default that of the data. Shards hold their own.
+    `columns` maps parts of a row to the names that they have in these rows (forms.py).
     """
     found = files(data)
     if not found and Path(data).is_dir():
@@ -80,7 +96,7 @@ def open_rows(data: str | Path, images: str | Path = "") -> Rows:
         names = ", ".join(sorted(endings))
         raise UserError(data, f"files of several formats ({names})", "make a mixture of them")
     row_format = FORMATS.get(endings.pop(), JsonList)
-    return row_format(data, images)
+    return row_format(data, images, columns)
 
 
 # ----------------------------------------------------------------------------------------- mixtures
@@ -91,6 +107,7 @@ class Part(NamedTuple):
 
     rows: int
     per_epoch: int
+    blocks: Blocks | None = None
 
 
 class RowMixture:
@@ -104,6 +121,7 @@ class RowMixture:
     def __init__(self, sources: list[Rows], weights: list[float]):
         """Raise UserError for a weight that takes no row."""
         self.sources = sources
+        self.blocks = None  # those of its sources are in its parts
         self.file = ", ".join(str(source.file) for source in sources)
 
         # Source k has the rows from ends[k - 1] to ends[k] - 1 of the mixture.
@@ -111,7 +129,7 @@ class RowMixture:
 
         parts = []
         for source, weight in zip(sources, weights, strict=True):
-            part = Part(len(source), per_epoch=round(weight * len(source)))
+            part = Part(len(source), round(weight * len(source)), source.blocks)
             if part.per_epoch < 1:
                 what = f"weight {weight} takes none of {part.rows} rows"
                 raise UserError(source.file, what, "raise it, or leave it out")
@@ -130,27 +148,27 @@ class RowMixture:
             fix = "name a .json or .jsonl file of rows, or sources of a mixture"
             raise UserError(f"{where}.data", what, fix)
         if stage.data:
-            return open_rows(stage.data, stage.images)
+            return open_rows(stage.data, stage.images, stage.columns)
 
         opened = []
         weights = []
         for source in stage.mixture.values():
-            opened.append(open_rows(source.data, source.images))
+            opened.append(open_rows(source.data, source.images, source.columns))
             weights.append(source.weight)
         return cls(opened, weights)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: int) -> Row:
         source, j = self._find(i)
         return source[j]
 
-    def where(self, i: int, row: dict | None = None) -> str:
+    def where(self, i: int, row: Row | None = None) -> str:
         source, j = self._find(i)
         return source.where(j, row)
 
-    def media(self, i: int, row: dict) -> list[Media]:
+    def media(self, i: int, row: Row) -> list[Media]:
         source, j = self._find(i)
         return source.media(j, row)
 

@@ -23,6 +23,7 @@ import numpy as np
 from checkpoints.files import open_regular, writing
 from checkpoints.owned import MARK, own
 from config import UserError
+from inputs.forms import Row
 from inputs.index import locked
 from inputs.indexed_rows import IndexedRows
 from inputs.media import Media, media_names
@@ -50,8 +51,8 @@ class Shards(IndexedRows):
         rows = np.flatnonzero(entries[:, 2] == 0)  # a sample's entry 0 is its row
         return np.append(rows, len(entries))
 
-    def media(self, i: int, row: dict) -> list[Media]:
-        kind, names = media_names(row, self.where(i, row))
+    def media(self, i: int, row: Row) -> list[Media]:
+        kind, names = media_names(row)
         location = self._find(i)
         where = location.place
 

@@ -145,7 +145,7 @@ def measure_row(rows: Rows | RowMixture, i: int, spec: SampleSpec) -> RowSize:
 
 def guess_row(row: dict, template: str, views: Tiling) -> RowSize:
     """Return what a row has, by its characters."""
-    kind, names = media_names(row, "")
+    kind, names = media_names(row)
     shape = views.shape(PICTURE)
     if kind == "video":
         shape = ItemShape(views.frames)
