@@ -239,6 +239,9 @@ class Step:
     # (row, tokens taken off its tail) of over-long rows.
     cut: list[tuple[int, int]] = field(default_factory=list)
 
+    # (row, how it was read, its keys that nothing reads) of each sample, for `check`.
+    readings: list[tuple[int, tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
+
     seconds: float = 0.0  # it took to make
 
     # Why training must stop, or "". An exception in a worker would arrive as a page of traceback.
@@ -349,6 +352,7 @@ class Steps(Dataset):
             micro_batches=micro_batches,
             skipped=skipped,
             cut=[(sample.row, sample.cut) for sample in samples if sample.cut],
+            readings=[(sample.row, sample.notes, sample.unread) for sample in samples],
             seconds=time.perf_counter() - begin,
         )
 
@@ -578,10 +582,13 @@ def check(rows: Rows, spec: SampleSpec) -> int:
                 tokens = kept + cut_of.get(batch.rows[0], 0)
                 summary.add_sample(len(batch.shapes), tokens, kept, batch.supervised)
 
+            for row, notes, unread in step.readings:
+                summary.add_reading(row, notes, unread)
+
             summary.add_bad(len(step.skipped))
             progress.update(len(step.skipped) + len(step.micro_batches))
 
-    summary.print(printable(rows.file, 1000), spec.views.positions())
+    summary.print(printable(rows.file, 1000), spec.views.positions(), rows.where)
     return summary.bad
 
 

@@ -76,6 +76,8 @@ SPEAKERS = {
     "system": "system",
 }
 
+# Notes on rows.
+READ_AS = "read as "  # followed by the parts
 MARKS_FIRST = "no <image> mark, pictures stand first"
 LEFT_OUT = "an answer before the first question, left out"
 
@@ -179,7 +181,7 @@ def read_as(keys: dict[str, str], form: tuple[str, ...]) -> str:
             said.append(f"{part} = {printable(key, 60)}")
         elif part in form:
             said.append(part)
-    return f"read as {', '.join(said)}"
+    return READ_AS + ", ".join(said)
 
 
 # ----------------------------------------------------------------------------------------- keys
@@ -260,11 +262,11 @@ def check_columns(rows: Any, columns: dict[str, str]):
 
     missing = dict(columns)
     for i in range(len(rows)):
+        if not missing:
+            return
         with suppress(UserError):
             for part in rows[i].keys_read:
                 missing.pop(part, None)
-        if not missing:
-            return
     for part, key in missing.items():
         what = f"no row that can be read has anything under {key!r}"
         raise UserError(f"{rows.file}: columns.{part}", what, "name a key of the rows")

@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from config import Stage, UserError
-from inputs.forms import Row
+from inputs.forms import Row, check_columns
 from inputs.indexed_rows import FileSpan, files
 from inputs.json_rows import JsonLines, JsonList
 from inputs.media import Media
@@ -96,7 +96,9 @@ def open_rows(
         names = ", ".join(sorted(endings))
         raise UserError(data, f"files of several formats ({names})", "make a mixture of them")
     row_format = FORMATS.get(endings.pop(), JsonList)
-    return row_format(data, images, columns)
+    rows = row_format(data, images, columns)
+    check_columns(rows, columns or {})
+    return rows
 
 
 # ----------------------------------------------------------------------------------------- mixtures
