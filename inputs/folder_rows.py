@@ -323,12 +323,18 @@ class CaptionFolder(JsonLines):
 
 def describe_captions(found: Pairs) -> str:
     """Return what a folder of pictures holds, in words."""
-    what = f"a folder of {len(found.pairs)} pictures with captions"
-    for names, kind in ((found.alone, "without a caption"), (found.texts, "without a picture")):
-        if names:
-            of = "pictures" if kind == "without a caption" else "texts"
-            what += f"; {len(names)} {of} {kind} left out, the first is {printable(names[0], 100)}"
+    what = f"a folder of pictures with captions, {len(found.pairs)}"
+    if found.alone:
+        what += f"; pictures without a caption, left out: {listed(found.alone)}"
+    if found.texts:
+        what += f"; texts without a picture, left out: {listed(found.texts)}"
     return what
+
+
+def listed(names: list[str]) -> str:
+    """Return how many names there are, and the first of them."""
+    more = ", ..." if len(names) > 1 else ""
+    return f"{len(names)} ({printable(names[0], 100)}{more})"
 
 
 def caption_line(folder: Path, picture: str, caption: str) -> str:

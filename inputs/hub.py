@@ -182,7 +182,9 @@ def download(name: HubId, data: str | Path) -> Path:
     """Return the folder of a data set whose rows have been downloaded. Raise nearly anything."""
     from huggingface_hub import HfApi, snapshot_download
 
-    names = HfApi().list_repo_files(name.repo, repo_type="dataset")
+    # Other calls that list files try for half a minute where there is no network.
+    files = HfApi().dataset_info(name.repo, timeout=10).siblings
+    names = [file.rfilename for file in files or []]
     wanted = meant_by(name, names)
     if not wanted:
         what = f"the data set has no rows in {name.inside or 'it'}"

@@ -138,7 +138,7 @@ def describe(rows: Rows, found: Found) -> str:
     if isinstance(rows, Shards):
         passed_over = rows.passed_over()
         if passed_over:
-            what += f"; {passed_over} members that are no row, caption or picture passed over"
+            what += f"; members of other types, passed over: {passed_over}"
     return what
 
 

@@ -97,7 +97,7 @@ class Shards(IndexedRows):
             names = [self._name(location, int(entry)) for entry in members]
             kind = "video" if ending_of(names[0]) in VIDEOS else "image"
             raw[(self.columns or {}).get(kind, kind)] = names
-            raw.setdefault("id", key_of(names[0]))
+            raw.setdefault("id", key_of(names))
         return raw
 
     def media(self, i: int, row: Row) -> list[Media]:
@@ -142,10 +142,12 @@ def has_turns(keys: dict[str, str]) -> bool:
     return has_answer or any(part in keys for part in ("conversations", "texts", "caption"))
 
 
-def key_of(name: str) -> str:
-    """Return a member's name up to the first dot of its last part."""
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.split('.', 1)[0]}".lstrip("/")
+def key_of(names: list[str]) -> str:
+    """Return the key of a sample from the names of its media: KEY.jpg, or KEY.0.jpg, ..."""
+    key = os.path.splitext(names[0])[0]
+    if len(names) > 1:
+        key = re.sub(r"\.[0-9]+$", "", key)
+    return key.lstrip("/")
 
 
 def ending_of(name: str) -> str:

@@ -128,6 +128,8 @@ def check_may_be_rows(head: bytes, file: Path):
         fix = "fetch or write it again"
         if "UTF-16" in other:
             fix = "save it as UTF-8"
+        if "Git LFS" in other:
+            fix = "run git lfs pull, or fetch it again"
         raise UserError(file, other, fix)
     for magic, what, fix in NO_ROWS:
         if head.startswith(magic):

@@ -511,7 +511,7 @@ def test_a_glob_is_of_files_of_one_format(tmp_path):
     (tmp_path / "3.jsonl").write_text(json.dumps(row("w")))
     with pytest.raises(
         UserError,
-        match=r"files of several formats: files of JSON lines \(.*3.jsonl\), JSON lists \(.*1.json\); fix",
+        match=r"several formats: files of JSON lines \(.*3.jsonl\), JSON lists \(.*1.json\); fix",
     ):
         open_rows(f"{tmp_path}/*.json*")
 
