@@ -6,6 +6,10 @@
     python data.py inspect --data rows.json --tokenizer DIR --template phi [--row 7]
     python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # tars of 1000 MB
 
+Rows may be JSON, JSON lines, CSV, parquet or tar shards; a folder or a glob of them; a folder of
+pictures with metadata.csv or with captions; or a Hugging Face id. With --data,
+--columns image=photo question=query names columns that have other names.
+
 A row is what LLaVA's data sets have, with "video" in place of "image" for a video:
 
     {"id": ..., "image": "a.jpg", "conversations": [
@@ -54,6 +58,7 @@ from checkpoints.layouts import config_from_recipe
 from command_line import within
 from config import UserError, printable
 from inputs import templates
+from inputs.forms import KEYS
 from inputs.image_processor import ImageProcessor
 from inputs.index import cached_array
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
@@ -678,7 +683,21 @@ def jobs_of_options(args) -> list[Listing]:
     name = args.data
     if not args.tokenizer:
         name += ", in bytes (no --tokenizer)"
-    return [Listing(name, open_rows(args.data, args.images), spec)]
+    rows = open_rows(args.data, args.images, columns_of(args.columns))
+    return [Listing(name, rows, spec)]
+
+
+def columns_of(words: list[str]) -> dict[str, str]:
+    """Return what --columns maps, {part: column}. Raises UserError for a word that maps nothing."""
+    columns = {}
+    for word in words:
+        part, equals, column = word.partition("=")
+        if not equals or part not in KEYS or not column:
+            what = f"{printable(word, 60)!r} maps no column"
+            parts = ", ".join(KEYS)
+            raise UserError("--columns", what, f"write part=column, a part being one of {parts}")
+        columns[part] = column
+    return columns
 
 
 def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
@@ -705,6 +724,7 @@ def check_jobs(jobs: list[Listing], where: str):
     total = 0
     for job in jobs:
         print(f"== {printable(job.name, 1000)}")
+        print(f"recognised: {job.rows.recognised}")
         bad += check(job.rows, job.spec)
         total += len(job.rows)
     if bad:
@@ -770,8 +790,9 @@ def main(argv: list[str]):
     add = parser.add_argument
     add("command", choices=["check", "inspect", "shard"])
     add("recipe", nargs="*", help="recipe.toml [section.key=value ...]; shard: rows, new folder")
-    add("--data", help="instead of a recipe: rows, a .json or .jsonl file or shards")
+    add("--data", help="instead of a recipe: rows, a file, folder, glob or Hugging Face id")
     add("--images", default="", help="folder of the pictures; default: the rows' own")
+    add("--columns", nargs="+", default=[], help="columns of other names: image=photo answer=a")
     add("--tokenizer", default="", help="its folder; else tokens are bytes and nothing is cut")
     add("--template", default="phi", help=", ".join(templates.TEMPLATES))
     add("--image-tokens", type=within(int, 1, 10**6), default=576)
@@ -787,7 +808,7 @@ def main(argv: list[str]):
         if len(args.recipe) != 2:
             parser.error("shard takes rows and a new folder")
         source, out = args.recipe
-        rows = open_rows(source, args.images)
+        rows = open_rows(source, args.images, columns_of(args.columns))
         count = shard(rows, Path(out), args.size * 10**6)
         print(f"{printable(out)}: {len(rows)} rows in {count} tar files")
         return

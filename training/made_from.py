@@ -39,7 +39,7 @@ from checkpoints.files import open_regular, resolve
 from checkpoints.identity import changed_names, digest, identities, identity
 from config import Recipe, Source, Stage, UserError
 from inputs.rows import Rows, open_rows
-from inputs.shards import Shards
+from inputs.shards import CAPTION, ROW, Shards
 from inputs.tokenizer import read_files
 
 # Kind -> name of a file -> what is known of its content.
@@ -127,7 +127,7 @@ def identity_of_shard(file: Path, entries: np.ndarray) -> str:
     """
     hashed = hashlib.blake2b(entries.tobytes(), digest_size=16)
     with open_regular(file) as tar:
-        for start, end, _ in entries[entries[:, 2] == 0].tolist():
+        for start, end, _ in entries[np.isin(entries[:, 2], (ROW, CAPTION))].tolist():
             tar.seek(start)
             hashed.update(tar.read(end - start))
         size = os.fstat(tar.fileno()).st_size
