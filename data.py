@@ -2,6 +2,7 @@
 
     python data.py check recipes/demo.toml [section.key=value ...]   # all rows, as training will
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi]
+    python data.py check recipes/demo.toml --against MMBENCH [...]   # and: is a benchmark in them?
     python data.py inspect recipes/demo.toml [--rows 3] [--page FILE.html]   # the first samples
     python data.py inspect --data rows.json --tokenizer DIR --template phi [--row 7]
     python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # tars of 1000 MB
@@ -54,6 +55,7 @@ from checkpoints.layouts import config_from_recipe
 from command_line import within
 from config import UserError, printable
 from inputs import templates
+from inputs.duplicates import Benchmark, has_imagehash, print_duplicates, print_overlaps
 from inputs.holdout import stage_rows
 from inputs.image_processor import ImageProcessor
 from inputs.measure import measure_rows
@@ -658,8 +660,15 @@ def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
     return jobs
 
 
-def check_jobs(jobs: list[Listing], where: str):
-    """Check the rows of all jobs. Raises UserError if some are bad."""
+def check_jobs(jobs: list[Listing], where: str, against: list[str]):
+    """Check the rows of all jobs, and against benchmarks. Raises UserError if some are bad."""
+    # Those first, so that a wrong path shows before hours of reading.
+    workers = os.cpu_count() or 1
+    if against and not has_imagehash():
+        print("note: pictures that were resized or saved as JPEG are not found without ImageHash")
+        print("  pip install ImageHash")
+    benchmarks = [Benchmark.of(Path(name), workers) for name in against]
+
     bad = 0
     total = 0
     for job in jobs:
@@ -667,6 +676,9 @@ def check_jobs(jobs: list[Listing], where: str):
         for note in job.notes:
             print(note)
         bad += check(job.rows, job.spec)
+        print_duplicates(job.rows, workers)
+        for benchmark in benchmarks:
+            print_overlaps(job.rows, benchmark, workers)
         total += len(job.rows)
     if bad:
         fix = "mend or remove them, or set train.on_bad_row=skip"
@@ -739,6 +751,13 @@ def main(argv: list[str]):
     add("--max-tokens", type=within(int, 1, 10**7))
     add("--rows", type=within(int, 1, 10**6), default=3, help="inspect: so many of each stage")
     add("--row", type=int, help="inspect: only this row, counted from 0")
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="BENCHMARK",
+        help="check: folders or files whose pictures should not be among the rows'",
+    )
     add("--page", help="inspect: also write a page with the pictures")
     add("--size", type=within(int, 1, 10**6), default=1000, help="shard: megabytes of a tar file")
     args = parser.parse_args(argv)
@@ -764,7 +783,7 @@ def main(argv: list[str]):
         jobs = jobs_of_recipe(args.recipe)
 
     if args.command == "check":
-        check_jobs(jobs, where)
+        check_jobs(jobs, where, args.against)
     else:
         inspect_jobs(jobs, args)
 
