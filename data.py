@@ -2,6 +2,7 @@
 
     python data.py check recipes/demo.toml [section.key=value ...]   # all rows, as training will
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi]
+    python data.py check recipes/demo.toml --against MMBENCH [...]   # and: is a benchmark in them?
     python data.py inspect recipes/demo.toml [--rows 3] [--page FILE.html]   # the first samples
     python data.py inspect --data rows.json --tokenizer DIR --template phi [--row 7]
     python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # tars of 1000 MB
@@ -59,11 +60,13 @@ from checkpoints.layouts import config_from_recipe
 from command_line import within
 from config import UserError, printable
 from inputs import templates
+from inputs.duplicates import Benchmark, has_imagehash, print_duplicates, print_overlaps
 from inputs.forms import KEYS
+from inputs.holdout import stage_rows
 from inputs.image_processor import ImageProcessor
-from inputs.index import cached_array
+from inputs.measure import measure_rows
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
-from inputs.rows import Blocks, Part, RowMixture, Rows, block_of, open_rows
+from inputs.rows import Blocks, Part, Rows, block_of, open_rows
 from inputs.sample import Sample, SampleSpec, make_sample, user_error
 from inputs.shards import shard
 from inputs.summary import Summary
@@ -528,37 +531,15 @@ def validation_batches(
 # ------------------------------------------------------------------------------------- token counts
 
 
-class Counts(Dataset):
-    """`counts[i]` measures the i-th chunk of the rows begin, ..., end - 1."""
-
-    CHUNK = 256  # rows
-
-    def __init__(self, rows: Rows, spec: SampleSpec, begin: int, end: int):
-        self.rows = rows
-        self.spec = spec
-        self.begin = begin
-        self.end = end
-
-    def __len__(self) -> int:
-        """Return how many chunks there are."""
-        return math.ceil((self.end - self.begin) / self.CHUNK)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Return (rows of the chunk, 3) int64: tokens, views and supervised tokens of each."""
-        first = self.begin + i * self.CHUNK
-        last = min(first + self.CHUNK, self.end)
-        measured = [self._measure(row) for row in range(first, last)]
-        return np.array(measured, np.int64)
-
-    def _measure(self, row: int) -> tuple[int, int, int]:
-        """Return the tokens, views and supervised tokens of a row; zeros if it is unusable."""
-        try:
-            sample = make_sample(self.rows, row, self.spec, pixels=False)
-        except UserError:
-            return 0, 0, 0  # training says why, when it makes the sample
-        views = sum(item.shape.views for item in sample.items)
-        supervised = int((sample.labels != IGNORE).sum())
-        return len(sample.ids), views, supervised
+def measure_tokens(rows: Rows, row: int, spec: SampleSpec) -> tuple[int, int, int]:
+    """Return the tokens, views and supervised tokens of a row; zeros if it is unusable."""
+    try:
+        sample = make_sample(rows, row, spec, pixels=False)
+    except UserError:
+        return 0, 0, 0  # training says why, when it makes the sample
+    views = sum(item.shape.views for item in sample.items)
+    supervised = int((sample.labels != IGNORE).sum())
+    return len(sample.ids), views, supervised
 
 
 def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
@@ -570,31 +551,14 @@ def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
     # What the counts depend on is in the name of their file.
     tokenizer_files = sorted(spec.tokenizer.files.items())
     decides = repr((spec.template, spec.max_tokens, spec.views, tokenizer_files))
-    key = hashlib.sha256(decides.encode()).hexdigest()[:12]
 
-    counts = []
-    for file, begin, end in rows.file_spans():
-        chunks = Counts(rows, spec, begin, end)
-        count = partial(count_chunks, chunks, file, workers)
-        counts.append(cached_array(file, f"{key}.counts", count))
+    def kind_of(source: Rows) -> str:
+        columns = getattr(source, "columns", None) or ""
+        key = hashlib.sha256(f"{decides}{columns}".encode()).hexdigest()[:12]
+        return f"{key}.counts"
 
-    # The counts of a single file stay a memory map, which ranks and workers share.
-    if len(counts) == 1:
-        return counts[0]
-    return np.concatenate(counts)
-
-
-def count_chunks(chunks: Counts, file: str | Path, workers: int) -> np.ndarray:
-    """Return the counts of all chunks of a file, joined, and show the progress."""
-    print(f"{printable(file, 1000)}: counting the tokens of its rows, once", flush=True)
-    loaded = DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=min(workers, len(chunks)),
-        generator=torch.Generator(),  # as in `loader`
-    )
-    progress = tqdm(loaded, unit="chunk", disable=None, leave=False)
-    return np.concatenate(list(progress))
+    measure = partial(measure_tokens, spec=spec)
+    return measure_rows(rows, kind_of, measure, workers, "counting the tokens of its rows")
 
 
 # -------------------------------------------------------------------------------- check and inspect
@@ -608,6 +572,7 @@ class Listing:
     rows: Rows
     spec: SampleSpec
     order: Order | None = None  # in which `inspect` shows them; None = that of the file
+    notes: tuple[str, ...] = ()  # how they were chosen
 
 
 # How pictures are seen without a recipe: as the square that CLIP-L/14-336 gets.
@@ -764,25 +729,38 @@ def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
     jobs = []
     for name, stage in recipe.stage.items():
         spec = stage_spec(recipe.model, stage)
-        rows = RowMixture.of(stage, f"{path}:stage.{name}")
-        jobs.append(
-            Listing(f"stage {name}", rows, spec, Order(len(rows), seed, rows.parts, rows.blocks))
-        )
-        if stage.validation:
-            rows = open_rows(stage.validation, stage.images)
+        opened = stage_rows(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
+        rows = opened.training
+        notes = tuple(f"stage {name}: {note}" for note in opened.notes)
+        order = Order(len(rows), seed, rows.parts, rows.blocks)
+        jobs.append(Listing(f"stage {name}", rows, spec, order, notes))
+        if opened.held_out is not None:
+            rows = opened.held_out
             order = Order(len(rows), seed, blocks=rows.blocks)
             jobs.append(Listing(f"stage {name}, validation", rows, spec, order))
     return jobs
 
 
-def check_jobs(jobs: list[Listing], where: str):
-    """Check the rows of all jobs. Raises UserError if some are bad."""
+def check_jobs(jobs: list[Listing], where: str, against: list[str]):
+    """Check the rows of all jobs, and against benchmarks. Raises UserError if some are bad."""
+    # Those first, so that a wrong path shows before hours of reading.
+    workers = os.cpu_count() or 1
+    if against and not has_imagehash():
+        print("note: pictures that were resized or saved as JPEG are not found without ImageHash")
+        print("  pip install ImageHash")
+    benchmarks = [Benchmark.of(Path(name), workers) for name in against]
+
     bad = 0
     total = 0
     for job in jobs:
         print(f"== {printable(job.name, 1000)}")
         print(f"recognised: {job.rows.recognised}")
+        for note in job.notes:
+            print(note)
         bad += check(job.rows, job.spec)
+        print_duplicates(job.rows, workers)
+        for benchmark in benchmarks:
+            print_overlaps(job.rows, benchmark, workers)
         total += len(job.rows)
     if bad:
         fix = "mend or remove them, or set train.on_bad_row=skip"
@@ -856,6 +834,13 @@ def main(argv: list[str]):
     add("--max-tokens", type=within(int, 1, 10**7))
     add("--rows", type=within(int, 1, 10**6), default=3, help="inspect: so many of each stage")
     add("--row", type=int, help="inspect: only this row, counted from 0")
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="BENCHMARK",
+        help="check: folders or files whose pictures should not be among the rows'",
+    )
     add("--page", help="inspect: also write a page with the pictures")
     add("--size", type=within(int, 1, 10**6), default=1000, help="shard: megabytes of a tar file")
     args = parser.parse_args(argv)
@@ -881,7 +866,7 @@ def main(argv: list[str]):
         jobs = jobs_of_recipe(args.recipe)
 
     if args.command == "check":
-        check_jobs(jobs, where)
+        check_jobs(jobs, where, args.against)
     else:
         inspect_jobs(jobs, args)
 

@@ -32,7 +32,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from config import Stage, UserError, printable
+from config import UserError, printable
 from inputs import hub
 from inputs.folder_rows import CAPTIONS, CaptionFolder, Found, look, of_files
 from inputs.forms import Row, check_columns
@@ -224,27 +224,6 @@ class RowMixture:
                 raise UserError(source.file, what, "raise it, or leave it out")
             parts.append(part)
         self.parts = tuple(parts)
-
-    @classmethod
-    def of(cls, stage: Stage, where: str) -> Rows:
-        """Open what a stage of a recipe trains on: its data, or its mixture.
-
-        `where` names the stage in messages. Raise UserError.
-        """
-        # Exactly one of the two must be set.
-        if bool(stage.data) == bool(stage.mixture):
-            what = "set beside a mixture" if stage.data else "not set"
-            fix = "name a file or folder of rows, or sources of a mixture"
-            raise UserError(f"{where}.data", what, fix)
-        if stage.data:
-            return open_rows(stage.data, stage.images, stage.columns)
-
-        opened = []
-        weights = []
-        for source in stage.mixture.values():
-            opened.append(open_rows(source.data, source.images, source.columns))
-            weights.append(source.weight)
-        return cls(opened, weights)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
