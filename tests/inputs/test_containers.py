@@ -521,7 +521,7 @@ def test_what_is_wrong_with_a_record_is_named_by_its_line(tmp_path):
     for i, what in (
         (1, "line 4: 1 cells, and the first line names 2 columns"),
         (2, "line 5: 3 cells, and the first line names 2 columns"),
-        (4, "line 7: not UTF-8 at byte 67"),
+        (4, "line 7: not UTF-8 at byte 60"),
         (5, "line 8: no record of a table: a zero byte"),
     ):
         with pytest.raises(UserError, match=f"rows.csv:{what}.*; fix: "):
