@@ -14,6 +14,9 @@ file[start:end]:
     .tar      an entry a member, sample by sample; number 0 is the row, 1, 2, ... are its media,
               -1 is a caption beside them, -2 is passed over (shards.py)
     .csv      an entry a record; number is that of its first line, from 1
+
+That of a .parquet file has an entry a row group, (end of its rows, first byte, bytes before
+compression), and depends on the file's footer alone.
 """
 
 from __future__ import annotations
@@ -52,15 +55,22 @@ def is_small(file: Path) -> bool:
     return file.stat().st_size < SMALL
 
 
-def cached_array(file: Path, kind: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+def cached_array(
+    file: Path,
+    kind: str,
+    make: Callable[[], np.ndarray],
+    read: Callable[[BinaryIO], bytes] | None = None,
+) -> np.ndarray:
     """Return the (m, 3) int64 array that `make` derives from a file, as a memory map of FILE.kind.
 
     It is made, and written, if it is not there, is damaged, or belongs to another content. Where it
     can be written nowhere, return it as it was made. Raise OSError if there is no such file.
+
+    read: returns what the array depends on, of the open file; by default it is all.
     """
     places = cache_places(file, kind)
     with open_regular(file) as opened, locked(opened) as is_alone:
-        stamp = file_stamp(opened)
+        stamp = file_stamp(opened, read or read_sample)
         found = read_cached(places, stamp)
         if found is not None:
             return found
@@ -94,25 +104,31 @@ def locked(file: BinaryIO) -> Iterator[bool]:
     yield has_lock  # closing the file releases it
 
 
-def file_stamp(file: BinaryIO) -> list[int]:
-    """Return three numbers that change with a file: its size, its time and a hash of its content.
+def file_stamp(file: BinaryIO, read: Callable[[BinaryIO], bytes]) -> list[int]:
+    """Return three numbers that change with a file: its size, its time and a hash of what is read.
 
-    The hash is of all of a small file, and of evenly spaced pieces of a large one, so that another
-    file of the same size and time is seen.
+    So another file of the same size and time is seen.
     """
     stat = os.fstat(file.fileno())
-    digest = hashlib.sha256(VERSION)
-    file.seek(0)
-    if stat.st_size < SMALL:
-        digest.update(file.read())
-    else:
-        last = max(0, stat.st_size - PIECE)
-        for i in range(PIECES):
-            file.seek(last * i // (PIECES - 1))
-            digest.update(file.read(PIECE))
+    digest = hashlib.sha256(VERSION + read(file))
 
     # Seven bytes of the hash, as they fit into a signed integer of eight.
     return [stat.st_size, stat.st_mtime_ns, int.from_bytes(digest.digest()[:7], "little")]
+
+
+def read_sample(file: BinaryIO) -> bytes:
+    """Return all of a small file, and evenly spaced pieces of a large one."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    if size < SMALL:
+        return file.read()
+
+    pieces = []
+    last = max(0, size - PIECE)
+    for i in range(PIECES):
+        file.seek(last * i // (PIECES - 1))
+        pieces.append(file.read(PIECE))
+    return b"".join(pieces)
 
 
 def cache_places(file: Path, kind: str) -> list[Path]:

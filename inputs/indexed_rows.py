@@ -33,7 +33,7 @@ def files(data: str | Path) -> list[Path]:
     The list is empty if there are none.
     """
     if Path(data).is_dir():
-        return sorted(Path(data).glob("*.tar"))
+        return sorted(Path(data).glob("*.tar")) or sorted(Path(data).rglob("*.parquet"))
     return sorted(Path(name) for name in glob.glob(str(data)))
 
 
@@ -84,6 +84,17 @@ class FileSpan(NamedTuple):
     file: Path
     begin: int
     end: int
+
+
+class Blocks(NamedTuple):
+    """Blocks of rows that are read together, as the row groups of a parquet file are.
+
+    A worker holds `at_once` of them in memory. data.Order lets a run go through all rows of so many
+    blocks before it comes to others.
+    """
+
+    ends: np.ndarray  # block k has the rows from ends[k - 1] to ends[k] - 1
+    at_once: int
 
 
 class Location(NamedTuple):

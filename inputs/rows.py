@@ -26,20 +26,24 @@ A format whose rows are texts in files derives from `indexed_rows.TextRows` and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from config import Stage, UserError, printable
+from config import UserError, printable
 from inputs import hub
 from inputs.folder_rows import CAPTIONS, CaptionFolder, Found, look, of_files
-from inputs.forms import Row
-from inputs.indexed_rows import FileSpan, files, unreadable
+from inputs.forms import Row, check_columns
+from inputs.indexed_rows import Blocks, FileSpan, files, unreadable
 from inputs.json_rows import JsonLines, JsonList
 from inputs.media import Media
+from inputs.parquet_rows import ParquetRows
 from inputs.shards import Shards
 from inputs.table_rows import Table
+
+PER_BLOCK = 16  # rows that `in_few_blocks` takes of one
 
 # By what kinds.kind_of_rows says of a file.
 FORMATS = {
@@ -47,6 +51,7 @@ FORMATS = {
     "lines": JsonLines,
     "tar": Shards,
     "table": Table,
+    "parquet": ParquetRows,
     CAPTIONS: CaptionFolder,
 }
 
@@ -79,17 +84,6 @@ class Rows(Protocol):
         """Return which rows lie in which file, in order. Token counts are kept beside the files."""
 
 
-class Blocks(NamedTuple):
-    """Blocks of rows that are read together, as the row groups of a parquet file are.
-
-    A worker holds `at_once` of them in memory. data.Order lets a run go through all rows of so many
-    blocks before it comes to others.
-    """
-
-    ends: np.ndarray  # block k has the rows from ends[k - 1] to ends[k] - 1
-    at_once: int
-
-
 def open_rows(
     data: str | Path, images: str | Path = "", columns: dict[str, str] | None = None
 ) -> Rows:
@@ -107,6 +101,7 @@ def open_rows(
     row_format = FORMATS.get(found.kind, JsonList)
     rows = row_format(data, images, columns, found.files)
     rows.recognised = describe(rows, found)
+    check_columns(rows, columns or {})
     return rows
 
 
@@ -140,6 +135,56 @@ def describe(rows: Rows, found: Found) -> str:
         if passed_over:
             what += f"; members of other types, passed over: {passed_over}"
     return what
+
+
+# ------------------------------------------------------------------------------------------- blocks
+
+
+def blocks_of_source(rows: Rows, i: int) -> tuple[int, Blocks | None]:
+    """Return the first row of the source that row i is of, and the source's blocks if it has."""
+    if not rows.parts:
+        return 0, rows.blocks
+    first = 0
+    for part in rows.parts:
+        if i < first + part.rows:
+            break
+        first += part.rows
+    return first, part.blocks
+
+
+def block_of(rows: Rows, i: int) -> range | None:
+    """Return the rows that are read together with row i; None where each is read alone."""
+    first, blocks = blocks_of_source(rows, i)
+    if blocks is None:
+        return None
+    k = int(np.searchsorted(blocks.ends, i - first, side="right"))
+    begin = 0
+    if k > 0:
+        begin = int(blocks.ends[k - 1])
+    return range(first + begin, first + int(blocks.ends[k]))
+
+
+def in_few_blocks(rows: Rows, picks: Iterable[int]) -> Iterator[int]:
+    """Yield as many rows as `picks`, which are spread through all rows, and read few blocks.
+
+    Where rows are read alone, the picks are what is yielded. Else up to PER_BLOCK that follow each
+    other become rows of one block, evenly spaced in it.
+    """
+    source = 0  # by its first row
+    block = range(0)
+    others: list[int] = []  # rows of the block
+    for pick in picks:
+        first, blocks = blocks_of_source(rows, pick)
+        if blocks is None or pick in block:
+            yield pick
+        elif others and source == first:
+            yield others.pop()
+        else:
+            source = first
+            block = block_of(rows, pick)
+            step = max(1, len(block) // PER_BLOCK)
+            others = list(block[::step])[1:PER_BLOCK]
+            yield pick
 
 
 # ----------------------------------------------------------------------------------------- mixtures
@@ -179,27 +224,6 @@ class RowMixture:
                 raise UserError(source.file, what, "raise it, or leave it out")
             parts.append(part)
         self.parts = tuple(parts)
-
-    @classmethod
-    def of(cls, stage: Stage, where: str) -> Rows:
-        """Open what a stage of a recipe trains on: its data, or its mixture.
-
-        `where` names the stage in messages. Raise UserError.
-        """
-        # Exactly one of the two must be set.
-        if bool(stage.data) == bool(stage.mixture):
-            what = "set beside a mixture" if stage.data else "not set"
-            fix = "name a file or folder of rows, or sources of a mixture"
-            raise UserError(f"{where}.data", what, fix)
-        if stage.data:
-            return open_rows(stage.data, stage.images, stage.columns)
-
-        opened = []
-        weights = []
-        for source in stage.mixture.values():
-            opened.append(open_rows(source.data, source.images, source.columns))
-            weights.append(source.weight)
-        return cls(opened, weights)
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -23,8 +23,10 @@ from config import Stage, Train, UserError
 from data import Order, Steps, token_counts
 from inputs import index, json_list
 from inputs.forms import read_row
+from inputs.holdout import stage_rows
 from inputs.image_processor import ImageProcessor
 from inputs.json_rows import JsonList
+from inputs.media import media_names
 from inputs.rows import FORMATS, Part, RowMixture, Rows, open_rows
 from inputs.sample import make_sample
 from inputs.shards import shard
@@ -327,6 +329,7 @@ def test_processes_that_start_together_scan_once_and_agree(tmp_path):
 import sys, time
 from inputs import index
 from inputs.json_rows import JsonList
+from inputs.media import media_names
 from inputs.rows import open_rows
 
 index.SMALL = 0
@@ -490,10 +493,21 @@ def test_every_format_offers_what_rows_promises_and_the_same_rows(tmp_path):
     text = "\n".join(json.dumps(each) for each in expected)
     (tmp_path / "lines.jsonl").write_text(text)
     shard(many, tmp_path / "shards", 20_000)
-    opened = [many, open_rows(tmp_path / "lines.jsonl"), open_rows(tmp_path / "shards")]
-    assert [type(rows) for rows in opened] == [FORMATS[kind] for kind in ("list", "lines", "tar")]
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    # A column has one type.
+    listed = [
+        {**row, "id": str(i), "image": media_names(row)[1] or None}
+        for i, row in enumerate(expected)
+    ]
+    table = pyarrow.Table.from_pylist(listed)
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=5)
+    names = ("lines.jsonl", "shards", "rows.parquet")
+    opened = [many, *(open_rows(tmp_path / name) for name in names)]
+    kinds = ("list", "lines", "tar", "parquet")
+    assert [type(rows) for rows in opened] == [FORMATS[kind] for kind in kinds]
     for rows in [*opened, RowMixture([many], [1.0])]:
-        assert isinstance(rows, Rows) and [rows[i] for i in range(38)] == expected
+        found = [rows[i] | {"id": expected[i]["id"]} for i in range(38)]
+        assert isinstance(rows, Rows) and found == expected
         media = rows.media(37, rows[37])
         assert [(m.kind, m.name) for m in media] == [("image", "c.JPEG"), ("image", "a.png")]
         assert rows.media(0, rows[0]) == []
@@ -658,7 +672,7 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
         f'[stage.a.mixture.rare]\ndata = "{tmp_path}/rare.json"\n'
     )
     recipe, _ = config.load([str(file), "stage.a.mixture.rare.weight=0.25"], file)
-    rows = RowMixture.of(recipe.stage["a"], "stage.a")
+    rows = stage_rows(recipe.stage["a"], "stage.a").training
     assert rows.parts == (Part(10, 20), Part(40, 10))
     file.write_text(config.dumps(recipe))
     assert config.load([str(file)], file)[0] == recipe
@@ -668,4 +682,4 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
         ("stage.a.mixture.rare.wait=1", 'unknown key; fix: did you mean "weight"?'),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            RowMixture.of(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")
+            stage_rows(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")
