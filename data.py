@@ -1,6 +1,7 @@
 """From rows to batches: the order of samples, optimizer steps, the loader; and a check beforehand.
 
     python data.py check recipes/demo.toml [section.key=value ...]   # all rows, as training will
+    python data.py check --data rows.json --images folder [--model DIR]   # as that model sees them
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi]
     python data.py inspect recipes/demo.toml [--rows 3] [--page FILE.html]   # the first samples
     python data.py inspect --data rows.json --tokenizer DIR --template phi [--row 7]
@@ -15,7 +16,7 @@ A row is what LLaVA's data sets have, with "video" in place of "image" for a vid
 "image" may be a list of files, or be absent. Rows are read by inputs/rows.py, and inputs/sample.py
 makes samples of them. This file, from top to bottom:
 
-    make_spec, stage_spec    how a row becomes a sample: tokenizer, template, limits
+    make_spec, stage_spec, model_spec    how a row becomes a sample: tokenizer, template, limits
     Order                    which row is the k-th sample of training: a permutation for each epoch
     Steps, Step              global_batch samples for each optimizer step, packed into micro-batches
     loader                   worker processes that make steps ahead
@@ -50,7 +51,7 @@ from tqdm import tqdm  # comes with tokenizers
 import command_line
 import config
 from checkpoints.files import open_regular, resolve, write_file, writing
-from checkpoints.layouts import config_from_recipe
+from checkpoints.layouts import config_from_recipe, read_config
 from command_line import within
 from config import UserError, printable
 from inputs import templates
@@ -113,6 +114,15 @@ def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
         what = f"makes ids up to {largest}, and the model has {vocabulary}"
         raise UserError(f"model.tokenizer={source}", what, "give the tokenizer of this model")
     return spec
+
+
+def model_spec(folder: Path, max_tokens: int = sys.maxsize) -> SampleSpec:
+    """Return the spec of a finished model: its tokenizer, its template, how it sees pictures.
+
+    Raises UserError for a folder without a model.
+    """
+    c = read_config(folder)
+    return make_spec(str(folder), c.template, max_tokens, tiling_of(c))
 
 
 # --------------------------------------------------------------------------------- order of samples
@@ -658,10 +668,14 @@ def jobs_of_options(args) -> list[Listing]:
     """Return the one job of --data and the options beside it."""
     if args.max_tokens:
         limit = args.max_tokens
-    elif args.tokenizer:
+    elif args.tokenizer or args.model:
         limit = 2048
     else:
         limit = sys.maxsize  # bytes are several times as many as tokens, so 2048 would cut rows
+
+    if args.model:
+        rows = open_rows(args.data, args.images)
+        return [Listing(args.data, rows, model_spec(resolve(args.model), limit))]
 
     # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes that
     # number of whatever an encoder gives.
@@ -765,6 +779,7 @@ def main(argv: list[str]):
     add("recipe", nargs="*", help="recipe.toml [section.key=value ...]; shard: rows, new folder")
     add("--data", help="instead of a recipe: rows, a .json or .jsonl file or shards")
     add("--images", default="", help="folder of the pictures; default: the rows' own")
+    add("--model", help="a finished one: its tokenizer, its template, and how it sees pictures")
     add("--tokenizer", default="", help="its folder; else tokens are bytes and nothing is cut")
     add("--template", default="phi", help=", ".join(templates.TEMPLATES))
     add("--image-tokens", type=within(int, 1, 10**6), default=576)
@@ -788,6 +803,8 @@ def main(argv: list[str]):
     # A look at rows, of one of the two.
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
+    if args.model and not args.data:
+        parser.error("--model is beside --data: a recipe names its own model")
     if args.data:
         where = args.data
         jobs = jobs_of_options(args)

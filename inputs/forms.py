@@ -124,6 +124,8 @@ def read_row(raw: dict, where: str, columns: dict[str, str] | None = None) -> Ro
     row = {key: value for key, value in raw.items() if key not in keys.values()}
     if "id" in keys:
         row["id"] = raw[keys["id"]]
+    if "answer" in keys and isinstance(raw[keys["answer"]], list):
+        row["answers"] = raw[keys["answer"]]  # all are right, which evaluation looks at
     if media:
         names = [medium.name for medium in media]
         row[media[0].kind] = names[0] if len(names) == 1 else names
@@ -335,13 +337,18 @@ def text_of(value: Any, where: str) -> str:
 
 def answer_of(value: Any, where: str) -> str:
     """Return the answer to train; of several the most frequent, and of these the first."""
+    return Counter(answers_of(value, where)).most_common(1)[0][0]
+
+
+def answers_of(value: Any, where: str) -> list[str]:
+    """Return the texts of an answer, or of several. Raise UserError if they are none."""
     values = value if isinstance(value, list) else [value]
     answers = []
     for one in values:
         if isinstance(one, dict):
             one = one.get("answer", one.get("text"))
         answers.append(text_of(one, where))
-    return Counter(answers).most_common(1)[0][0]
+    return answers
 
 
 # ---------------------------------------------------------------------------------------- marks
