@@ -803,8 +803,8 @@ def main(argv: list[str]):
     # A look at rows, of one of the two.
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
-    if args.model and not args.data:
-        parser.error("--model is beside --data: a recipe names its own model")
+    if args.model and (args.tokenizer or not args.data):
+        parser.error("--model stands beside --data, and brings its own tokenizer and template")
     if args.data:
         where = args.data
         jobs = jobs_of_options(args)

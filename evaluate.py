@@ -792,24 +792,25 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     if unread:
         print(unread)
     table = score_table(scores)
-    print(table)
 
     # The model against each of the others.
     mine, *others = answers
+    said = {"model": answers[mine]}
     differences = {}
     for name in others:
-        found = scale.compare(chosen, answers[mine], answers[name])
         than = name.removeprefix(f"{scale.name}, ")
+        said[than] = answers[name]
+        found = scale.compare(chosen, answers[mine], answers[name])
+        differences[than] = [100 * value for value in found]
         table += "\n" + own_rows.sentence(found, than, len(chosen))
-        print(table.splitlines()[-1])
-        differences[name] = [100 * value for value in found]
+    print(table)
 
     seconds = time.monotonic() - started
     more = {"metric": scale.name, "differences": differences}
     write_scores(scores, file.with_suffix(".json"), seconds, args, more)
-    page = own_rows.wrong_page(
-        f"{args.model} on {args.data}", table, scale, chosen, answers, pictures_of(args.data)
-    )
+    heading = f"{args.model} on {args.data}"
+    pictures = pictures_of(args.data)
+    page = own_rows.wrong_page(heading, table, scale, chosen, said, pictures)
     with writing(file):
         write_file(file.with_suffix(".html"), page)
     print(f"the wrong answers: {file.with_suffix('.html')}")

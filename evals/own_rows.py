@@ -278,7 +278,8 @@ def add_controls(scale: Scale, examples: list[Example]):
             totals[answer] += credit
     scale.constant = max(totals, key=totals.get)
     scale.controls["chance"] = 100 * best_constant(credits)
-    scale.controls["text_only"] = 100 * text_only(examples, credits)
+    if len(set(groups(examples))) > 1:
+        scale.controls["text_only"] = 100 * text_only(examples, credits)
 
 
 def text_only(examples: list[Example], credits: list[dict[str, float]]) -> float:
@@ -291,8 +292,8 @@ def text_only(examples: list[Example], credits: list[dict[str, float]]) -> float
     for words in (None, *FIRST_WORDS):
         same = {}
         for k in left:
-            text = examples[k]["prompt"].replace(IMAGE, "").split()
-            same.setdefault(tuple(text[:words]), []).append(k)
+            key = tuple(asked_words(examples[k])[:words])
+            same.setdefault(key, []).append(k)
 
         left = []
         for asked in same.values():
@@ -302,6 +303,11 @@ def text_only(examples: list[Example], credits: list[dict[str, float]]) -> float
             else:
                 total += best
     return total / len(examples)
+
+
+def asked_words(example: Example) -> list[str]:
+    """Return the words of a question, without those of the turns before it."""
+    return example["conversation"][-1]["value"].replace(IMAGE, "").split()
 
 
 def best_seen_twice(
@@ -387,7 +393,7 @@ article { display: flex; gap: 1.2em; padding: 1em 0; border-top: 1px solid #dde2
 .said { min-width: 0; overflow-wrap: anywhere }
 .said p { margin: 0 0 .5em; white-space: pre-wrap }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margin: 0 }
-dt, .where { color: #66707d }
+dt, .where { color: #5b6572 }
 dd { margin: 0; white-space: pre-wrap }
 .where { font-size: .85em }
 pre { background: #f4f6f8; padding: 1em; overflow-x: auto }
@@ -426,7 +432,7 @@ def wrong_page(
         for who, texts in answers.items():
             said[who] = texts[k]
         images = "".join(small_image(image) for image in pictures(example))
-        rows = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in said.items())
+        rows = "".join(f"<dt>{escape(who)}</dt><dd>{escape(a)}</dd>" for who, a in said.items())
         question = example["prompt"].replace(IMAGE, "").strip()
         body.append(
             f'<article><div class="shown">{images}</div><div class="said">'
