@@ -53,7 +53,7 @@ from checkpoints.files import resolve, write_file, writing
 from checkpoints.owned import own
 from command_line import within
 from config import UserError, printable
-from data import model_spec
+from data import columns_of, model_spec
 from evals import (
     Example,
     Task,
@@ -85,7 +85,6 @@ from evals.published import add_published
 from inference.answer import answer as answer_questions
 from inference.answer import prompt_ids
 from inference.engine import CACHE_STEP
-from inputs.forms import KEYS
 from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
 from inputs.sample import SampleSpec, load_item
@@ -735,7 +734,7 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     # The questions, checked before anything slow happens.
     started = time.monotonic()
     folder = resolve(args.model)
-    rows = open_rows(args.data, args.images or "", read_columns(args.columns))
+    rows = open_rows(args.data, args.images or "", columns_of(args.columns or []))
     spec = model_spec(folder)
     examples = own_rows.read_questions(rows, spec)
     chosen = limit_examples(examples, args.limit)
@@ -814,18 +813,6 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     with writing(file):
         write_file(file.with_suffix(".html"), page)
     print(f"the wrong answers: {file.with_suffix('.html')}")
-
-
-def read_columns(arguments: list[str] | None) -> dict[str, str]:
-    """Return {part: name} of --columns. Raise UserError for what is no part of a row."""
-    columns = {}
-    for argument in arguments or []:
-        part, _, name = argument.partition("=")
-        if part not in KEYS or not name:
-            fix = f"write PART=NAME, PART one of {', '.join(KEYS)}"
-            raise UserError("--columns", f"{printable(argument, 60)} maps nothing", fix)
-        columns[part] = name
-    return columns
 
 
 def mean_loss(

@@ -119,7 +119,7 @@ def questions_of_row(rows: Rows, i: int, spec: SampleSpec) -> list[Example]:
 
     # Several answers that are all right.
     others = []
-    if row.get("answers"):
+    if isinstance(row.get("answers"), list) and row["answers"]:
         others = answers_of(row["answers"], f"{where}: answers")
         if len(asked) > 1:
             what = f'"answers" beside {len(asked)} questions: whose they are is not known'
