@@ -14,7 +14,8 @@ the file that the benchmark's own server or script takes. A killed run continues
 when the same command is given again. Answers of another model, or about other pictures, are not
 used: they are kept under another name. Decoding is greedy.
 
-A task is a file of evals/, whose docstring says which files it reads and how its scorer judges.
+A task is a file of evals/, whose docstring says which files it reads and how its scorer judges, or
+a row of the table in evals/row_files.py.
 evals/__init__.py says what such a file offers, and how to add one.
 
 This file, from top to bottom: the table of tasks; what a question shows to the model, and the
@@ -57,6 +58,7 @@ from evals import (
     moving,
     mvbench,
     pope,
+    row_files,
     scienceqa,
     seedbench,
     textvqa,
@@ -111,6 +113,7 @@ TASKS: dict[str, Task] = {
     "mlvu": mlvu,
     "mmvu": mmvu,
     "moving": moving,
+    **row_files.TASKS,
 }
 
 # How many pictures or videos the mean of --blank is taken of.
@@ -173,6 +176,7 @@ def check_examples(examples: list[Example], data_dir):
         raise UserError(data_dir, "no questions in it", fix)
 
     ids = set()
+    checked = set()
     for example in examples:
         if example["id"] in ids:
             what = f"question {example['id']} is there twice"
@@ -181,9 +185,12 @@ def check_examples(examples: list[Example], data_dir):
 
         # Opening is slow, so files that are there are taken on trust. This raises for one that is
         # missing, and looks into pictures that are no files but bytes in the example.
+        # Questions may share a picture: it is looked into once.
         _, named = shown_files(example)
-        if not all(is_there(Path(data_dir) / name) for name in named):
+        is_known = tuple(named) in checked
+        if not is_known and not all(is_there(Path(data_dir) / name) for name in named):
             load_shown(example, data_dir, open_media)
+        checked.add(tuple(named))
 
 
 def is_there(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """The files of every benchmark, a few rows each, in LLaVA's layout and in the original one."""
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -302,16 +303,22 @@ def fake_pyarrow(monkeypatch):
 def pyarrow_for_tests():
     """Return a module that reads the files of `parquet` where pyarrow is not installed."""
 
-    def read_table(file):
-        rows = json.loads(Path(file).read_text())
-        for row in rows:
-            for value in row.values():
-                if isinstance(value, dict):
-                    value["bytes"] = base64.b64decode(value["bytes"])
-        return SimpleNamespace(to_pylist=lambda: rows)
+    class ParquetFile(contextlib.nullcontext):
+        def __init__(self, file):
+            super().__init__(self)
+            self.rows = json.loads(Path(file).read_text())
+            for row in self.rows:
+                for value in row.values():
+                    if isinstance(value, dict):
+                        value["bytes"] = base64.b64decode(value["bytes"])
+
+        def iter_batches(self, size, columns):
+            for row in self.rows:
+                kept = {key: value for key, value in row.items() if key in (columns or row)}
+                yield SimpleNamespace(to_pylist=lambda kept=kept: [kept])
 
     module = ModuleType("pyarrow")
-    module.parquet = SimpleNamespace(read_table=read_table)
+    module.parquet = SimpleNamespace(ParquetFile=ParquetFile)
     return module
 
 
