@@ -87,14 +87,20 @@ def anls(answer: str, example: Example) -> float:
 
 
 def edit_share(answer: str, truth: str) -> float:
-    """Return how many letters of the longer of two texts must be edited to get the other, 0 to 1.
+    """Return which share of the longer text is edited to get the other, 0 to 1.
 
-    Case and the number of spaces do not count as edits, but the spaces do as letters.
+    Case and the number of spaces are no edits, but all spaces count in the length.
     """
     longest = max(len(truth.upper()), len(answer.upper()))
     if longest == 0:
         return 0.0
-    return edit_distance(normal_spaces(answer), normal_spaces(truth)) / longest
+
+    # Where the lengths alone say that it is more than half, `anls` is 0, whatever it is exactly.
+    said = normal_spaces(answer)
+    true = normal_spaces(truth)
+    if 2 * abs(len(said) - len(true)) > longest:
+        return 1.0
+    return edit_distance(said, true) / longest
 
 
 def normal_spaces(text: str) -> str:

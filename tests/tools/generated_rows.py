@@ -9,7 +9,8 @@ from tests.tools.generated_answers import Draw
 
 NUMBERS = """
     14 0.57 3 62 1.216666667 0 0.0 -0 00 5% 0.05 100% % 5%% -3 +7 1,541 1541 2014 977633 .5 5. 1e3
-    1e-400 inf nan -inf infinity 1_000 ５ ½ 33% 0% 3.0238 1:2 $40 40.7M 0x10 99.99 1.05 20 0.95 105 95
+    1e-400 inf nan -inf infinity 1_000 ５ ½ 33% 0% 3.0238 1:2 $40 40.7M 0x10 99.99 1.05 20 0.95 105
+    95
 """.split()
 TEXTS = [
     "No", "Yes", "Inspired", "green line", "Over 30 mins", "Democrat (scores 60 to 100)", "U.S.",
@@ -73,7 +74,8 @@ def letters(count=3000):
     """Yield (letter, answer) as multiple choice has them."""
     draw = Draw(25)
     phrases = [
-        "{}", "{}", "{}", "{}.", "{}.", "({})", "{}:", "({}", "{})", " {}", "{}. a dog", "{}: a dog",
+        "{}", "{}", "{}", "{}.", "{}.", "({})", "{}:", "({}", "{})", " {}", "{}. a dog",
+        "{}: a dog",
         "{}. It is", "{}.\n{}", "{} dog", "{}dog", "Option {}", "option {}", "Option  {}", "[{}]",
         "OPTION {}.", "option: {}", "the answer is {}", "The answer is {}.", "The answer is ({}).",
         "Answer: {}", "The correct answer is {}", "**{}**", "A dog, so {}", "{},B", "\n{}.", "\t{}",
