@@ -22,7 +22,7 @@ Prompts are lmms-eval's, with as many tokens for an answer. Each score is the of
     mmstar    evaluate/mmstar.py of MMStar-Benchmark/MMStar
 
 Chance is 1 / number of options. For open answers it is what the best constant answer gets, among
-the twenty that are true most often.
+the ten that are true most often.
 
 The traps: "5%" is 0.05 for ChartQA, so that it is wrong where the truth is 5; and a number with a
 comma is a text. ANLS divides by the length before spaces are collapsed. An answer to OCRBench may
@@ -36,7 +36,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,107 +45,37 @@ from types import SimpleNamespace
 from checkpoints.files import write_file
 from checkpoints.identity import digest
 from config import UserError
-from evals import Example, Task
+from evals import Example, Task, metrics
 from evals.files import Row, errors_at, find_first, read_parquet, read_rows, read_tsv
 from evals.options import LETTER, WORD, list_options
 from evals.scores import OpenResult, Result, group_scores, in_order, open_scores
 
-# ---------------------------------------------------------------- metrics: what an answer earns
-
-
-def relaxed(answer: str, example: Example) -> float:
-    """Return 1 for a number within 5 % of a true one, or a true text in any case; else 0."""
-    return float(any(nearly_equal(answer, truth) for truth in example["label"]))
-
-
-def nearly_equal(answer: str, truth: str) -> bool:
-    """Return whether an answer is ChartQA's true one. A true 0 is compared as a text."""
-    said = to_number(answer)
-    value = to_number(truth)
-    if said is None or not value:
-        return answer.lower() == truth.lower()
-    return abs(said - value) / abs(value) <= 0.05
-
-
-def to_number(text: str) -> float | None:
-    """Return the number that a text is, of "5%" 0.05; None if it is none."""
-    try:
-        if text.endswith("%"):
-            return float(text.rstrip("%")) / 100
-        return float(text)
-    except ValueError:
-        return None
-
-
-def anls(answer: str, example: Example) -> float:
-    """Return the likeness to the true answer that is most alike, 0 to 1; below 0.5 it is 0."""
-    nearest = min(edit_share(answer, truth) for truth in example["label"])
-    likeness = 1 - nearest
-    if likeness < 0.5:
-        return 0.0
-    return likeness
-
-
-def edit_share(answer: str, truth: str) -> float:
-    """Return which share of the longer text is edited to get the other, 0 to 1.
-
-    Case and the number of spaces are no edits, but all spaces count in the length.
-    """
-    longest = max(len(truth.upper()), len(answer.upper()))
-    if longest == 0:
-        return 0.0
-
-    # Where the lengths alone say that it is more than half, `anls` is 0, whatever it is exactly.
-    said = normal_spaces(answer)
-    true = normal_spaces(truth)
-    if 2 * abs(len(said) - len(true)) > longest:
-        return 1.0
-    return edit_distance(said, true) / longest
-
-
-def normal_spaces(text: str) -> str:
-    """Return a text in lower case with single spaces."""
-    return " ".join(text.lower().split())
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Return how many letters have to be put in, taken out or changed (Levenshtein, 1966)."""
-    # distances[j]: from the part of `a` that has been read to the first j letters of `b`.
-    distances = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        above_left = distances[0]
-        distances[0] = i
-        for j, other in enumerate(b, 1):
-            above = distances[j]
-            if letter == other:
-                distances[j] = above_left
-            else:
-                distances[j] = 1 + min(above_left, above, distances[j - 1])
-            above_left = above
-    return distances[-1]
+# ---------------------------------------------------------- OCRBench: an answer with a true one
 
 
 FORMULA = "Handwritten Mathematical Expression Recognition"
 
 
-def contains(answer: str, example: Example) -> float:
-    """Return 1 if an answer contains a true one, else 0.
+def contains(answer: str, truths: Sequence[str]) -> float:
+    """Return 1 if an answer contains a true one, in any case, else 0."""
+    said = in_lower_case(answer)
+    return float(any(in_lower_case(truth) in said for truth in truths))
 
-    Case does not count; in a formula it does, and spaces do not.
-    """
-    normal = in_lower_case
-    if FORMULA in example["groups"]:
-        normal = without_spaces
-    said = normal(answer)
-    return float(any(normal(truth) in said for truth in example["label"]))
+
+def contains_formula(answer: str, truths: Sequence[str]) -> float:
+    """Return 1 if an answer contains a true formula, with any spaces in it, else 0."""
+    said = without_spaces(answer)
+    return float(any(without_spaces(truth) in said for truth in truths))
 
 
 def in_lower_case(text: str) -> str:
+    """Return a text in lower case, on one line."""
     return text.lower().strip().replace("\n", " ")
 
 
 def without_spaces(text: str) -> str:
-    return text.strip().replace("\n", " ").replace(" ", "")
+    """Return a text without spaces and line breaks; a tab stays, as in the official script."""
+    return text.strip().replace("\n", "").replace(" ", "")
 
 
 # ------------------------------------------------------------- options: the letter of an answer
@@ -200,7 +130,10 @@ class Benchmark:
     max_new_tokens: int
     ending: str = ""  # of a prompt, after the question and its options
 
-    credit: Callable[[str, Example], float] | None = None  # what an open answer earns, 0 to 1
+    # What an open answer earns, 0 to 1, given the true ones; and of questions of some kinds.
+    credit: Callable[[str, Sequence[str]], float] | None = None
+    credit_of: dict[str, Callable] = field(default_factory=dict)
+
     letter: Callable[[str], str] | None = None  # the letter that an answer gives
     options: str | None = None  # the column with the options; None = the question lists A to D
 
@@ -217,7 +150,7 @@ def docvqa(hub: str, *own: str, public: bool = True) -> Benchmark:
     layouts = [Layout({hub: ""}, **columns)]
     for file in own:
         layouts.append(Layout({file: ""}, folder="", part="data", **columns))
-    return Benchmark(tuple(layouts), 32, WORD, credit=anls, server=True, public=public)
+    return Benchmark(tuple(layouts), 32, WORD, credit=metrics.anls, server=True, public=public)
 
 
 def infovqa(hub: str, *own: str, public: bool = True) -> Benchmark:
@@ -228,7 +161,7 @@ def infovqa(hub: str, *own: str, public: bool = True) -> Benchmark:
     for file in own:
         of_file = {"picture": "image_local_name", "folder": "infographicsvqa_images"}
         layouts.append(Layout({file: ""}, part="data", **of_file, **columns))
-    return Benchmark(tuple(layouts), 32, WORD, credit=anls, server=True, public=public)
+    return Benchmark(tuple(layouts), 32, WORD, credit=metrics.anls, server=True, public=public)
 
 
 RECOGNITION = (
@@ -276,7 +209,7 @@ TABLE = {
         ),
         max_new_tokens=16,
         ending="\nAnswer the question with a single word.",
-        credit=relaxed,
+        credit=metrics.relaxed,
         scores_of={"human_test": ("human",), "augmented_test": ("augmented",)},
     ),
     "docvqa": docvqa("DocVQA/validation-*.parquet", "val_v1.0_withQT.json", "val_v1.0.json"),
@@ -309,6 +242,7 @@ TABLE = {
         ),
         max_new_tokens=128,
         credit=contains,
+        credit_of={FORMULA: contains_formula},
         scores_of={kind: ("Text Recognition", kind) for kind in RECOGNITION}
         | {kind: (kind,) for kind in OTHER_THAN_RECOGNITION},
         counted=True,
@@ -462,7 +396,7 @@ def read_kinds(row: Row, column: str, benchmark: Benchmark) -> list[str]:
 # ------------------------------------------------------------------------------------------- score
 
 # So many of the true answers are tried as the answer to all questions.
-MOST_CONSTANTS = 20
+MOST_CONSTANTS = 10
 
 
 def score(benchmark: Benchmark, examples: list[Example], answers: list[str]) -> dict[str, dict]:
@@ -479,9 +413,12 @@ def score(benchmark: Benchmark, examples: list[Example], answers: list[str]) -> 
     else:
         constants = frequent_answers(examples)
         for example, answer in zip(examples, answers, strict=True):
-            credit = benchmark.credit(answer, example)
-            credit_of = {text: benchmark.credit(text, example) for text in constants}
-            results.append(OpenResult(example["groups"], credit, credit_of))
+            credit = benchmark.credit
+            for name in example["groups"]:
+                credit = benchmark.credit_of.get(name, credit)
+            truths = example["label"]
+            credit_of = {text: credit(text, truths) for text in constants}
+            results.append(OpenResult(example["groups"], credit(answer, truths), credit_of))
         scores = open_scores(results)
 
     # The number of right answers in the place of percent.
