@@ -7,6 +7,7 @@ the files share:
     options.py        options with letters: how they are listed, which letter an answer means
     scores.py         a score and its chance level, for each group of questions
     vqa.py            answers compared with those of ten humans
+    words.py          words of captions, by nltk and spaCy
     video_choices.py  multiple choice about a clip
     kept.py           answers on disk: resumed after a kill, shared by ranks
     origin.py         what they were made from, and that nothing else is written over

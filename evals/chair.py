@@ -44,6 +44,7 @@ from evals.files import (
 )
 
 MAX_NEW_TOKENS = 512
+PUBLISHED = ("CHAIRs", {"LLaVA-1.5 7B, greedy, on the 500 pictures of OPERA": 45.0})
 PROMPT = "Please describe this image in detail."
 
 LARGEST_ID = 2**63 - 1

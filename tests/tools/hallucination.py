@@ -133,7 +133,22 @@ KINDS = [
     "discriminative-relation",
     "relation",
 ]
-ANSWERS = ["Yes", "Yes", "Yes", "No", "No", "No", "No", "yes", "no", "No.", "Yes.", "", " No", "Maybe"]
+ANSWERS = [
+    "Yes",
+    "Yes",
+    "Yes",
+    "No",
+    "No",
+    "No",
+    "No",
+    "yes",
+    "no",
+    "No.",
+    "Yes.",
+    "",
+    " No",
+    "Maybe",
+]
 
 
 def amber(folder, descriptions=540, questions=900):
