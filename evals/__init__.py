@@ -13,6 +13,7 @@ the files share:
     metrics.py        one answer compared with the true ones
     intervals.py      intervals of a score, and of the difference of two models
     vqa.py            answers compared with those of ten humans
+    words.py          words of captions, by nltk and spaCy
     video_choices.py  multiple choice about a clip
     kept.py           answers on disk: resumed after a kill, shared by ranks
     origin.py         what they were made from, and that nothing else is written over
