@@ -54,10 +54,11 @@ from checkpoints.layouts import config_from_recipe
 from command_line import within
 from config import UserError, printable
 from inputs import templates
+from inputs.holdout import stage_rows
 from inputs.image_processor import ImageProcessor
-from inputs.index import cached_array
+from inputs.measure import measure_rows
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
-from inputs.rows import Part, RowMixture, Rows, open_rows
+from inputs.rows import Part, Rows, open_rows
 from inputs.sample import Sample, SampleSpec, make_sample, user_error
 from inputs.shards import shard
 from inputs.summary import Summary
@@ -465,37 +466,15 @@ def validation_batches(
 # ------------------------------------------------------------------------------------- token counts
 
 
-class Counts(Dataset):
-    """`counts[i]` measures the i-th chunk of the rows begin, ..., end - 1."""
-
-    CHUNK = 256  # rows
-
-    def __init__(self, rows: Rows, spec: SampleSpec, begin: int, end: int):
-        self.rows = rows
-        self.spec = spec
-        self.begin = begin
-        self.end = end
-
-    def __len__(self) -> int:
-        """Return how many chunks there are."""
-        return math.ceil((self.end - self.begin) / self.CHUNK)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Return (rows of the chunk, 3) int64: tokens, views and supervised tokens of each."""
-        first = self.begin + i * self.CHUNK
-        last = min(first + self.CHUNK, self.end)
-        measured = [self._measure(row) for row in range(first, last)]
-        return np.array(measured, np.int64)
-
-    def _measure(self, row: int) -> tuple[int, int, int]:
-        """Return the tokens, views and supervised tokens of a row; zeros if it is unusable."""
-        try:
-            sample = make_sample(self.rows, row, self.spec, pixels=False)
-        except UserError:
-            return 0, 0, 0  # training says why, when it makes the sample
-        views = sum(item.shape.views for item in sample.items)
-        supervised = int((sample.labels != IGNORE).sum())
-        return len(sample.ids), views, supervised
+def measure_tokens(rows: Rows, row: int, spec: SampleSpec) -> tuple[int, int, int]:
+    """Return the tokens, views and supervised tokens of a row; zeros if it is unusable."""
+    try:
+        sample = make_sample(rows, row, spec, pixels=False)
+    except UserError:
+        return 0, 0, 0  # training says why, when it makes the sample
+    views = sum(item.shape.views for item in sample.items)
+    supervised = int((sample.labels != IGNORE).sum())
+    return len(sample.ids), views, supervised
 
 
 def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
@@ -507,31 +486,14 @@ def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
     # What the counts depend on is in the name of their file.
     tokenizer_files = sorted(spec.tokenizer.files.items())
     decides = repr((spec.template, spec.max_tokens, spec.views, tokenizer_files))
-    key = hashlib.sha256(decides.encode()).hexdigest()[:12]
 
-    counts = []
-    for file, begin, end in rows.file_spans():
-        chunks = Counts(rows, spec, begin, end)
-        count = partial(count_chunks, chunks, file, workers)
-        counts.append(cached_array(file, f"{key}.counts", count))
+    def kind_of(source: Rows) -> str:
+        columns = getattr(source, "columns", None) or ""
+        key = hashlib.sha256(f"{decides}{columns}".encode()).hexdigest()[:12]
+        return f"{key}.counts"
 
-    # The counts of a single file stay a memory map, which ranks and workers share.
-    if len(counts) == 1:
-        return counts[0]
-    return np.concatenate(counts)
-
-
-def count_chunks(chunks: Counts, file: str | Path, workers: int) -> np.ndarray:
-    """Return the counts of all chunks of a file, joined, and show the progress."""
-    print(f"{printable(file, 1000)}: counting the tokens of its rows, once", flush=True)
-    loaded = DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=min(workers, len(chunks)),
-        generator=torch.Generator(),  # as in `loader`
-    )
-    progress = tqdm(loaded, unit="chunk", disable=None, leave=False)
-    return np.concatenate(list(progress))
+    measure = partial(measure_tokens, spec=spec)
+    return measure_rows(rows, kind_of, measure, workers, "counting the tokens of its rows")
 
 
 # -------------------------------------------------------------------------------- check and inspect
@@ -545,6 +507,7 @@ class Listing:
     rows: Rows
     spec: SampleSpec
     order: Order | None = None  # in which `inspect` shows them; None = that of the file
+    notes: tuple[str, ...] = ()  # how they were chosen
 
 
 # How pictures are seen without a recipe: as the square that CLIP-L/14-336 gets.
@@ -684,10 +647,13 @@ def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
     jobs = []
     for name, stage in recipe.stage.items():
         spec = stage_spec(recipe.model, stage)
-        rows = RowMixture.of(stage, f"{path}:stage.{name}")
-        jobs.append(Listing(f"stage {name}", rows, spec, Order(len(rows), seed, rows.parts)))
-        if stage.validation:
-            rows = open_rows(stage.validation, stage.images)
+        opened = stage_rows(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
+        rows = opened.training
+        notes = tuple(f"stage {name}: {note}" for note in opened.notes)
+        order = Order(len(rows), seed, rows.parts)
+        jobs.append(Listing(f"stage {name}", rows, spec, order, notes))
+        if opened.held_out is not None:
+            rows = opened.held_out
             jobs.append(Listing(f"stage {name}, validation", rows, spec, Order(len(rows), seed)))
     return jobs
 
@@ -698,6 +664,8 @@ def check_jobs(jobs: list[Listing], where: str):
     total = 0
     for job in jobs:
         print(f"== {printable(job.name, 1000)}")
+        for note in job.notes:
+            print(note)
         bad += check(job.rows, job.spec)
         total += len(job.rows)
     if bad:

@@ -65,7 +65,8 @@ from checkpoints.files import write_file, writing
 from config import PARTS, Recipe, Stage, Train, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
-from inputs.rows import RowMixture, Rows, files, open_rows
+from inputs.holdout import check_validation, stage_rows, validation_file
+from inputs.rows import Rows, files
 from inputs.sample import SampleSpec
 from inputs.tiling import read_grids
 from layers import RMSNorm
@@ -475,7 +476,9 @@ def prepare(
 
     # The data. To share the tokens of a step evenly, ranks must know the length of each row.
     spec = stage_spec(recipe.model, stage)
-    rows = RowMixture.of(stage, f"stage.{name}")
+    rows, held_out, notes = stage_rows(stage, f"stage.{name}", options.workers)
+    for note in notes:
+        print0(f"{name}: {note}")
     counts = None
     if ranks.size > 1:
         counts = token_counts(rows, spec, options.workers)
@@ -483,9 +486,6 @@ def prepare(
     if start >= len(steps):
         what = f"after {start} steps of {name}, which has {len(steps)}"
         raise UserError("checkpoint", what, "give its own recipe")
-    held_out = None
-    if stage.validation:
-        held_out = open_rows(stage.validation, stage.images)
 
     # What trains.
     set_trainable(model, stage.tune)
@@ -612,7 +612,8 @@ def check_recipe(recipe: Recipe, path: Path):
     read_grids(recipe.model.image_grids)
     for name, stage in recipe.stage.items():
         sources = [source.data for source in stage.mixture.values()]
-        for file in [stage.data, stage.validation, *sources]:
+        check_validation(stage, f"{path}:stage.{name}")
+        for file in [stage.data, validation_file(stage), *sources]:
             if file and not files(file):
                 what = f"no such file {file}"
                 raise UserError(f"{path}:stage.{name}", what, "correct data or validation")

@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from config import Stage, UserError
+from config import UserError
 from inputs.forms import Row
 from inputs.indexed_rows import FileSpan, files
 from inputs.json_rows import JsonLines, JsonList
@@ -135,27 +135,6 @@ class RowMixture:
                 raise UserError(source.file, what, "raise it, or leave it out")
             parts.append(part)
         self.parts = tuple(parts)
-
-    @classmethod
-    def of(cls, stage: Stage, where: str) -> Rows:
-        """Open what a stage of a recipe trains on: its data, or its mixture.
-
-        `where` names the stage in messages. Raise UserError.
-        """
-        # Exactly one of the two must be set.
-        if bool(stage.data) == bool(stage.mixture):
-            what = "set beside a mixture" if stage.data else "not set"
-            fix = "name a .json or .jsonl file of rows, or sources of a mixture"
-            raise UserError(f"{where}.data", what, fix)
-        if stage.data:
-            return open_rows(stage.data, stage.images, stage.columns)
-
-        opened = []
-        weights = []
-        for source in stage.mixture.values():
-            opened.append(open_rows(source.data, source.images, source.columns))
-            weights.append(source.weight)
-        return cls(opened, weights)
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -38,6 +38,7 @@ import torch
 from checkpoints.files import open_regular, resolve
 from checkpoints.identity import changed_names, digest, identities, identity
 from config import Recipe, Source, Stage, UserError
+from inputs.holdout import validation_file
 from inputs.rows import Rows, open_rows
 from inputs.shards import Shards
 from inputs.tokenizer import read_files
@@ -80,11 +81,11 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
         label = f"stage.{name}"
         for source_name, source in sources_of(stage).items():
             of_source = " ".join(filter(None, (label, source_name)))
-            rows = open_rows(source.data, source.images)
+            rows = open_rows(source.data, source.images, source.columns)
             found[f"{of_source} rows"] = contents_of_rows(rows)
             found[f"{of_source} pictures"] = contents_of_pictures(rows)
-        if stage.validation:
-            rows = open_rows(stage.validation, stage.images)
+        if validation_file(stage):
+            rows = open_rows(stage.validation, stage.images, stage.columns)
             found[label + HELD_OUT] = contents_of_rows(rows) | contents_of_pictures(rows)
         if stage.lora.adapter:
             found[f"{label} adapter"] = contents_of_model(Path(stage.lora.adapter), False)
@@ -104,7 +105,7 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
 def sources_of(stage: Stage) -> dict[str, Source]:
     """Return the data sets of a stage by name; the only one of a stage without a mixture is ""."""
     if stage.data:
-        return {"": Source(stage.data, stage.images)}
+        return {"": Source(stage.data, stage.images, stage.columns)}
     return stage.mixture
 
 

@@ -27,7 +27,8 @@ from checkpoints import layouts, weights
 from checkpoints.files import read_json, write_file
 from config import Model, Recipe, Stage, UserError, load
 from data import Steps
-from inputs.rows import RowMixture, files
+from inputs.holdout import stage_rows, validation_file
+from inputs.rows import files
 from inputs.sample import SampleSpec
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import LLaVA
@@ -189,7 +190,7 @@ def _find_data(name: str, stage: Stage) -> list[Found]:
         sources = {f"mixture.{key}.": source for key, source in stage.mixture.items()}
 
     paths = {}
-    if stage.validation:
+    if validation_file(stage):
         paths["validation"] = stage.validation
     for prefix, source in sources.items():
         beside_data = str(Path(source.data).parent)
@@ -417,7 +418,7 @@ class Plan:
         rows = None
         steps = stage.steps
         if all(source.data and files(source.data) for source in sources):
-            rows = RowMixture.of(stage, f"stage.{name}")
+            rows = stage_rows(stage, f"stage.{name}", self.recipe.train.workers).training
             steps = len(Steps(rows, None, stage, self.recipe.train))
         spec = None
         if self.tokenizer is not None:

@@ -22,6 +22,7 @@ import data
 from config import Stage, Train, UserError
 from data import Order, Steps, token_counts
 from inputs import index, json_list
+from inputs.holdout import stage_rows
 from inputs.image_processor import ImageProcessor
 from inputs.json_rows import JsonList
 from inputs.rows import FORMATS, RowMixture, Rows, open_rows
@@ -659,7 +660,7 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
         f'[stage.a.mixture.rare]\ndata = "{tmp_path}/rare.json"\n'
     )
     recipe, _ = config.load([str(file), "stage.a.mixture.rare.weight=0.25"], file)
-    rows = RowMixture.of(recipe.stage["a"], "stage.a")
+    rows = stage_rows(recipe.stage["a"], "stage.a").training
     assert rows.parts == ((10, 20), (40, 10))
     file.write_text(config.dumps(recipe))
     assert config.load([str(file)], file)[0] == recipe
@@ -669,4 +670,4 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
         ("stage.a.mixture.rare.wait=1", 'unknown key; fix: did you mean "weight"?'),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            RowMixture.of(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")
+            stage_rows(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")
