@@ -16,6 +16,8 @@ from pathlib import Path
 from config import UserError, printable
 from inputs.forms import Row
 
+URL_FIX = "write the file itself to the folder, and its name into the row"
+
 
 @dataclass(frozen=True)
 class Media:
@@ -28,7 +30,7 @@ class Media:
     def __str__(self) -> str:
         """Return what messages call it: its path, or its name in the row if it comes as bytes."""
         if isinstance(self.source, bytes):
-            return f"{self.kind} {self.name}"
+            return f"{self.kind} {printable(self.name, 60)}"
         return f"{self.kind} {self.source}"
 
 
@@ -72,12 +74,14 @@ def bytes_of_url(url: str, where: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError:  # binascii.Error is one
         what = f"{printable(url, 60)} is no data: URL in base64"
-        raise UserError(where, what, "write the file itself to the folder, and its name") from None
+        raise UserError(where, what, URL_FIX) from None
 
 
 def missing_fix(media: Media) -> str:
-    """Return what to do about a picture or video that is not there, going by how it is written."""
+    """Return what to do about a picture or video that is none, going by how it is written."""
     name = media.name
+    if name.startswith("data:"):
+        return URL_FIX
     if "://" in name:
         return "download it, and write the file's name into the row"
     if "\\" in name:

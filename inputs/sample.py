@@ -212,7 +212,7 @@ def media_error(media: Media, where: str, error: ValueError) -> UserError:
         return error
 
     fix = f"fetch the {media.kind} again, or remove the row"
-    if isinstance(media.source, Path) and not os.path.exists(media.source):
+    if isinstance(media.source, bytes) or not os.path.exists(media.source):
         fix = missing_fix(media)
     return UserError(where, f"{media}: {error}", fix)
 

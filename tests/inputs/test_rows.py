@@ -22,10 +22,11 @@ import data
 from config import Stage, Train, UserError
 from data import Order, Steps, token_counts
 from inputs import index, json_list
+from inputs.forms import read_row
 from inputs.holdout import stage_rows
 from inputs.image_processor import ImageProcessor
 from inputs.json_rows import JsonList
-from inputs.rows import FORMATS, RowMixture, Rows, open_rows
+from inputs.rows import FORMATS, Part, RowMixture, Rows, open_rows
 from inputs.sample import make_sample
 from inputs.shards import shard
 from inputs.tiling import Tiling
@@ -404,7 +405,7 @@ def test_a_damaged_or_foreign_index_is_made_again(tmp_path, always):
 
 def test_an_index_does_not_outlive_a_change_in_the_middle_of_its_file(tmp_path, always):
     """The size, the time, the beginning and the end may all be the same."""
-    texts = [row(i, "x" * 5000) for i in range(20)]
+    texts = [row(i, "x" * 5000, image=None) for i in range(20)]
     rows = write(tmp_path, texts)
     stat = rows.file.stat()
     texts[9]["conversations"][0]["value"], texts[10]["id"] = "x" * 4999, 100
@@ -477,13 +478,16 @@ def test_only_regular_files_are_read(tmp_path, ending):
 
 
 @pytest.mark.parametrize("key", ["images", "Image", "IMAGES", "videos", "image_path", "image_url"])
-def test_pictures_that_nobody_would_read_are_named(tmp_path, key):
+def test_pictures_are_read_whatever_they_stand_under(tmp_path, key):
     made = row("x", "What?", image=None)
     made[key] = ["a.png"]
     rows = write(tmp_path, [made, row("y", "What?", image=None) | {key: None}])
-    with pytest.raises(UserError, match=f'row 0 .id x.: it has something under "{key}", which is'):
-        rows.media(0, rows[0])
+    (picture,) = rows.media(0, rows[0])
+    assert picture.name == "a.png" and picture.source == tmp_path / "a.png"
+    assert picture.kind == ("video" if key == "videos" else "image")
+    assert rows[0]["conversations"][0]["value"] == "<image>\nWhat?"
     assert rows.media(1, rows[1]) == []
+    assert rows[1]["conversations"][0]["value"] == "What?"
 
 
 # ---- formats
@@ -531,11 +535,11 @@ def test_a_mixture_takes_of_each_source_what_its_weight_says(tmp_path):
         for k, n in (("a", 10), ("b", 7), ("c", 4))
     )
     mixture = RowMixture([a, b, c], [0.5, 1.0, 2.5])
-    assert len(mixture) == 21 and mixture.parts == ((10, 5), (7, 7), (4, 10))
+    assert len(mixture) == 21 and mixture.parts == (Part(10, 5), Part(7, 7), Part(4, 10))
     assert (
         mixture[9]["id"] == "a9" and mixture[10]["id"] == "b0" and mixture.where(20) == c.where(3)
     )
-    (picture,) = mixture.media(11, {"image": "x.png"})
+    (picture,) = mixture.media(11, read_row({"image": "x.png"}, "here"))
     assert picture.source == tmp_path / "x.png"
     order = Order(21, 3, mixture.parts)
     epochs = [[order(k)[1] for k in range(22 * e, 22 * e + 22)] for e in range(4)]
@@ -558,7 +562,7 @@ def test_a_mixture_takes_of_each_source_what_its_weight_says(tmp_path):
     assert [Order(21, 4, mixture.parts)(k)[1] for k in range(22)] != epochs[0]
     assert set(order.candidates(5)) <= set(epochs[0]) and next(order.candidates(5)) == epochs[0][5]
     assert any(r >= 10 for r in epochs[0][:5])  # sources are mixed, not one after the other
-    twins = [Order(20, 0, ((10, 5), (10, 5)))(k)[1] for k in range(10)]
+    twins = [Order(20, 0, (Part(10, 5), Part(10, 5)))(k)[1] for k in range(10)]
     assert {r for r in twins if r < 10} != {
         r - 10 for r in twins if r >= 10
     }  # each has an order of its own
@@ -661,7 +665,7 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
     )
     recipe, _ = config.load([str(file), "stage.a.mixture.rare.weight=0.25"], file)
     rows = stage_rows(recipe.stage["a"], "stage.a").training
-    assert rows.parts == ((10, 20), (40, 10))
+    assert rows.parts == (Part(10, 20), Part(40, 10))
     file.write_text(config.dumps(recipe))
     assert config.load([str(file)], file)[0] == recipe
     for wrong, message in (
