@@ -32,9 +32,12 @@ from inputs.rows import files
 from inputs.sample import SampleSpec
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import LLaVA
+from training import small_sets
 from training.estimate import GPUS, SHARE, RowSize, hours, mean_row, operations
 from training.memory import Memory, measure, sharded
 from training.ranks import print0
+
+ASSUMED_ROWS = 100_000  # of a stage whose data is not there
 
 KNOWN = Path(__file__).parent / "known_configs.json"
 
@@ -343,6 +346,7 @@ def dry_run(
         if all(folders.values()):
             local = {part: str(folder) for part, folder in folders.items()}
             local_recipe = replace(recipe, model=replace(recipe.model, **local))
+            local_recipe = small_sets.fill(local_recipe, assumed=ASSUMED_ROWS)
             Plan(local_recipe, script, tokenizer, memory).print()
 
     # The first that is missing; if none is, the first that cannot be reached.
@@ -426,15 +430,15 @@ class Plan:
         row = mean_row(rows, stage.template, views, spec)
         model, memory = self.measure(self.recipe, name, row)
 
-        # Without steps the number of rows is not known, so the hours are for 100,000.
+        # Without steps the number of rows is not known, so the hours are for that many.
         if steps:
             size = f"{steps} steps of {stage.global_batch} rows"
-            stage_rows = steps * stage.global_batch
+            planned = steps * stage.global_batch
             per = ""
         else:
             size = "steps unknown: no data"
-            stage_rows = 100_000
-            per = " per 100,000 rows"
+            planned = ASSUMED_ROWS
+            per = f" per {ASSUMED_ROWS:,} rows"
         trained = _count(model, trained_only=True)
         total = _count(model)
         print0(f"\nstage {name}: {size}; trains {trained:,} of {total:,} parameters")
@@ -459,7 +463,7 @@ class Plan:
                 cell = "too small"
                 mark = fits(memory, model, gpus, 1e9 * gpu.memory)
                 if mark is not None:
-                    time = hours(stage_rows, work, gpu, gpus)
+                    time = hours(planned, work, gpu, gpus)
                     cell = f"{max(time, 0.01):.2f}{mark}"
                 cells.append(cell)
             _print_cells(f"    on {gpus} of them", cells)
