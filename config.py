@@ -357,7 +357,8 @@ class Stage:
     # Where the data lies decides nothing: what is in it does, which training/made_from.py compares.
     data: str = opt(
         "",
-        "LLaVA rows: a .json list, a .jsonl file, or tar shards (a folder or glob of them)",
+        "rows: JSON, JSON lines, CSV, parquet, tar shards; a folder or glob of them, pictures with"
+        " captions, or a Hugging Face id (user/dataset)",
         decides=False,
     )
     images: str = opt(

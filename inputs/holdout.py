@@ -96,7 +96,7 @@ def sources_of(stage: Stage, where: str) -> dict[str, Stage | Source]:
     """
     if bool(stage.data) == bool(stage.mixture):
         what = "set beside a mixture" if stage.data else "not set"
-        fix = "name a .json or .jsonl file of rows, or sources of a mixture"
+        fix = "name a file or folder of rows, or sources of a mixture"
         raise UserError(f"{where}.data", what, fix)
     if stage.data:
         return {"": stage}

@@ -89,7 +89,7 @@ def measure_chunks(chunks: Chunks, workers: int, doing: str = "") -> np.ndarray:
     loaded = DataLoader(
         chunks,
         batch_size=None,
-        num_workers=min(workers, len(chunks)),
+        num_workers=min(workers, len(chunks) // 4),  # each takes a moment to start
         # A DataLoader draws a seed when it starts. It must not come from dropout's generator.
         generator=torch.Generator(),
     )
