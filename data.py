@@ -62,7 +62,7 @@ from config import UserError, printable
 from inputs import templates
 from inputs.duplicates import Benchmark, has_imagehash, print_duplicates, print_overlaps
 from inputs.forms import KEYS
-from inputs.holdout import stage_rows
+from inputs.holdout import open_stage
 from inputs.image_processor import ImageProcessor
 from inputs.measure import measure_rows
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
@@ -748,7 +748,7 @@ def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
     jobs = []
     for name, stage in recipe.stage.items():
         spec = stage_spec(recipe.model, stage)
-        opened = stage_rows(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
+        opened = open_stage(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
         rows = opened.training
         notes = tuple(f"stage {name}: {note}" for note in opened.notes)
         order = Order(len(rows), seed, rows.parts, rows.blocks)

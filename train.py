@@ -67,7 +67,7 @@ from checkpoints.layouts import config_from_recipe
 from config import PARTS, Recipe, Stage, Train, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
-from inputs.holdout import check_validation, stage_rows, validation_file
+from inputs.holdout import check_validation, open_stage, validation_file
 from inputs.rows import Rows, files
 from inputs.sample import SampleSpec
 from inputs.tiling import read_grids
@@ -480,7 +480,7 @@ def prepare(
 
     # The data. To share the tokens of a step evenly, ranks must know the length of each row.
     spec = stage_spec(recipe.model, stage)
-    rows, held_out, notes = stage_rows(stage, f"stage.{name}", options.workers)
+    rows, held_out, notes = open_stage(stage, f"stage.{name}", options.workers)
     for note in notes:
         print0(f"{name}: {note}")
     counts = None

@@ -1,6 +1,6 @@
 """The rows of a stage: what it trains on, and what it holds out for the validation loss.
 
-    rows = stage_rows(recipe.stage["finetune"], "stage.finetune")
+    rows = open_stage(recipe.stage["finetune"], "stage.finetune")
     rows.training, rows.held_out    # as inputs/rows.py offers rows; held_out may be None
     rows.notes                      # ["980 rows to train on, 20 held out by content"]
 
@@ -48,7 +48,7 @@ class StageRows(NamedTuple):
     notes: list[str]  # what to say about the choice of rows, without the stage's name
 
 
-def stage_rows(stage: Stage, where: str, workers: int = 0) -> StageRows:
+def open_stage(stage: Stage, where: str, workers: int = 0) -> StageRows:
     """Open the rows of a stage of a recipe. Raise UserError.
 
     where: what messages call the stage. workers: processes that read every picture, where a share

@@ -27,7 +27,7 @@ from checkpoints import layouts, weights
 from checkpoints.files import read_json, write_file
 from config import Model, Recipe, Stage, UserError, load
 from data import Steps
-from inputs.holdout import stage_rows, validation_file
+from inputs.holdout import open_stage, validation_file
 from inputs.rows import files
 from inputs.sample import SampleSpec
 from inputs.tokenizer import Tokenizer, load_tokenizer
@@ -422,7 +422,7 @@ class Plan:
         rows = None
         steps = stage.steps
         if all(source.data and files(source.data) for source in sources):
-            rows = stage_rows(stage, f"stage.{name}", self.recipe.train.workers).training
+            rows = open_stage(stage, f"stage.{name}", self.recipe.train.workers).training
             steps = len(Steps(rows, None, stage, self.recipe.train))
         spec = None
         if self.tokenizer is not None:

@@ -43,7 +43,7 @@ import lora
 from checkpoints import layouts, weights
 from config import AUTO, Recipe, Stage, UserError
 from data import Order, template_of
-from inputs.holdout import how_many_to_hold_out, stage_rows
+from inputs.holdout import how_many_to_hold_out, open_stage
 from model import LLaVA
 from training.ranks import print0
 
@@ -230,7 +230,7 @@ def look(recipe: Recipe, name: str, stage: Stage, ranks: int, assumed: int) -> F
     width = model.language_model.config.width
 
     try:
-        opened = stage_rows(stage, f"stage.{name}", recipe.train.workers)
+        opened = open_stage(stage, f"stage.{name}", recipe.train.workers)
     except UserError:
         if not assumed:
             raise
