@@ -67,8 +67,9 @@ from checkpoints.layouts import config_from_recipe
 from config import PARTS, Recipe, Stage, Train, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
+from inputs import hub
 from inputs.holdout import check_validation, open_stage, validation_file
-from inputs.rows import Rows, files
+from inputs.rows import Rows, is_here
 from inputs.sample import SampleSpec
 from inputs.tiling import read_grids
 from layers import RMSNorm
@@ -615,7 +616,7 @@ def check_recipe(recipe: Recipe, path: Path):
         sources = [source.data for source in stage.mixture.values()]
         check_validation(stage, f"{path}:stage.{name}")
         for file in [stage.data, validation_file(stage), *sources]:
-            if file and not files(file):
+            if file and not is_here(file) and not hub.parse_id(file):
                 what = f"no such file {file}"
                 raise UserError(f"{path}:stage.{name}", what, "correct data or validation")
 

@@ -27,8 +27,9 @@ from checkpoints import layouts, weights
 from checkpoints.files import read_json, write_file
 from config import Model, Recipe, Stage, UserError, load
 from data import Steps
+from inputs import hub
 from inputs.holdout import open_stage, validation_file
-from inputs.rows import files
+from inputs.rows import is_here
 from inputs.sample import SampleSpec
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import LLaVA
@@ -196,16 +197,22 @@ def _find_data(name: str, stage: Stage) -> list[Found]:
     if validation_file(stage):
         paths["validation"] = stage.validation
     for prefix, source in sources.items():
-        beside_data = str(Path(source.data).parent)
         paths[f"{prefix}data"] = source.data
-        paths[f"{prefix}images"] = source.images or beside_data
 
-    # A path may be a glob, which `files` expands.
+        # A data set of the Hub has its pictures in it.
+        if source.images or not hub.parse_id(source.data):
+            own_folder = source.data
+            if not Path(source.data).is_dir():
+                own_folder = str(Path(source.data).parent)
+            paths[f"{prefix}images"] = source.images or own_folder
+
     found = []
     for key, path in paths.items():
         where = "MISSING"
-        if path and (Path(path).exists() or files(path)):
+        if path and is_here(path):
             where = "found"
+        elif hub.parse_id(path):
+            where = "would be downloaded"
         found.append(Found(f"stage.{name}.{key}", path, where))
     return found
 
@@ -421,7 +428,7 @@ class Plan:
         sources = list(stage.mixture.values()) or [stage]
         rows = None
         steps = stage.steps
-        if all(source.data and files(source.data) for source in sources):
+        if all(source.data and is_here(source.data) for source in sources):
             rows = open_stage(stage, f"stage.{name}", self.recipe.train.workers).training
             steps = len(Steps(rows, None, stage, self.recipe.train))
         spec = None
