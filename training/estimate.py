@@ -36,7 +36,7 @@ from config import Stage, UserError
 from encoders import VisionEncoder
 from inputs.conversation import check_turns
 from inputs.media import media_names
-from inputs.rows import RowMixture, Rows
+from inputs.rows import RowMixture, Rows, in_few_blocks
 from inputs.sample import SampleSpec, make_sample
 from inputs.tiling import Tiling
 from model import LLaVA
@@ -105,7 +105,7 @@ def mean_row(
     # Evenly spaced rows.
     step = math.ceil(len(rows) / 200)
     sizes = []
-    for i in range(0, len(rows), step):
+    for i in in_few_blocks(rows, range(0, len(rows), step)):
         size = None
         if spec is not None:
             with suppress(UserError, OSError):
@@ -322,7 +322,7 @@ def peak_share(model: LLaVA, stage: Stage, rows: Rows | RowMixture, device: torc
     return operations(model, stage, row, recompute=False) / tokens / peaks[0]
 
 
-def hours(stage_rows: int, row_operations: float, gpu: GPU, gpus: int) -> float:
+def hours(open_stage: int, row_operations: float, gpu: GPU, gpus: int) -> float:
     """Return the hours that so many GPUs take for so many rows."""
-    seconds = stage_rows * row_operations / (gpu.peak * SHARE) / gpus
+    seconds = open_stage * row_operations / (gpu.peak * SHARE) / gpus
     return seconds / 3600
