@@ -184,7 +184,11 @@ def in_few_blocks(rows: Rows, picks: Iterable[int]) -> Iterator[int]:
     others: list[int] = []  # rows of the block
     for pick in picks:
         first, blocks = blocks_of_source(rows, pick)
-        if blocks is None or pick in block:
+        if blocks is None:
+            yield pick
+        elif pick in block:
+            if pick in others:
+                others.remove(pick)
             yield pick
         elif others and source == first:
             yield others.pop()
