@@ -1,6 +1,7 @@
 """From rows to batches: the order of samples, optimizer steps, the loader; and a check beforehand.
 
     python data.py check recipes/demo.toml [section.key=value ...]   # all rows, as training will
+    python data.py check --data rows.json --images folder [--model DIR]   # as that model sees them
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi]
     python data.py check recipes/demo.toml --against MMBENCH [...]   # and: is a benchmark in them?
     python data.py inspect recipes/demo.toml [--rows 3] [--page FILE.html]   # the first samples
@@ -20,7 +21,7 @@ A row is what LLaVA's data sets have, with "video" in place of "image" for a vid
 "image" may be a list of files, or be absent. Rows are read by inputs/rows.py, and inputs/sample.py
 makes samples of them. This file, from top to bottom:
 
-    make_spec, stage_spec    how a row becomes a sample: tokenizer, template, limits
+    make_spec, stage_spec, model_spec    how a row becomes a sample: tokenizer, template, limits
     Order                    which row is the k-th sample of training: a permutation for each epoch,
                              of blocks and within them where rows are read by blocks
     Steps, Step              global_batch samples for each optimizer step, packed into micro-batches
@@ -56,13 +57,13 @@ from tqdm import tqdm  # comes with tokenizers
 import command_line
 import config
 from checkpoints.files import open_regular, resolve, write_file, writing
-from checkpoints.layouts import config_from_recipe
+from checkpoints.layouts import config_from_recipe, read_config
 from command_line import within
 from config import UserError, printable
 from inputs import templates
 from inputs.duplicates import Benchmark, has_imagehash, print_duplicates, print_overlaps
 from inputs.forms import KEYS
-from inputs.holdout import stage_rows
+from inputs.holdout import open_stage
 from inputs.image_processor import ImageProcessor
 from inputs.measure import measure_rows
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
@@ -111,17 +112,45 @@ def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     if not model.tokenizer_source:
         fix = "name a folder with tokenizer.json or tokenizer.model"
         raise UserError("model.tokenizer", "not set", fix)
-    c = config_from_recipe(model, stage.template)
+    template = template_of(model, stage, "stage")
+    c = config_from_recipe(model, template)
     source = model.tokenizer_source
-    spec = make_spec(source, stage.template, stage.max_tokens, tiling_of(c))
+    spec = make_spec(source, template, stage.max_tokens, tiling_of(c))
 
     # A GPU would say no more of such an id than that something failed.
     vocabulary = vocabulary_of(c)
-    largest = templates.largest_id(spec.tokenizer, stage.template)
+    largest = templates.largest_id(spec.tokenizer, template)
     if vocabulary is not None and largest >= vocabulary:
         what = f"makes ids up to {largest}, and the model has {vocabulary}"
         raise UserError(f"model.tokenizer={source}", what, "give the tokenizer of this model")
     return spec
+
+
+def model_spec(folder: Path, max_tokens: int = sys.maxsize) -> SampleSpec:
+    """Return the spec of a finished model: its tokenizer, its template, how it sees pictures.
+
+    Raises UserError for a folder without a model.
+    """
+    c = read_config(folder)
+    return make_spec(str(folder), c.template, max_tokens, tiling_of(c))
+
+
+def template_of(model: config.Model, stage: config.Stage, where: str) -> str:
+    """Return the name of a stage's template: its own, or that of the model that it starts from.
+
+    where: what messages call the stage. Raises UserError if neither has one.
+    """
+    if stage.template:
+        return stage.template
+    if not model.checkpoint:
+        fix = f"name one of {', '.join(templates.TEMPLATES)}"
+        raise UserError(f"{where}.template", "empty, and there is no model.checkpoint", fix)
+    folder = resolve(model.checkpoint, "model.checkpoint", small=True)
+    template = read_config(folder).template
+    if not template:
+        fix = f"name one of {', '.join(templates.TEMPLATES)}"
+        raise UserError(f"{where}.template", f"empty, and {folder} names none", fix)
+    return template
 
 
 # --------------------------------------------------------------------------------- order of samples
@@ -689,7 +718,7 @@ def jobs_of_options(args) -> list[Listing]:
     """Return the one job of --data and the options beside it."""
     if args.max_tokens:
         limit = args.max_tokens
-    elif args.tokenizer:
+    elif args.tokenizer or args.model:
         limit = 2048
     else:
         limit = sys.maxsize  # bytes are several times as many as tokens, so 2048 would cut rows
@@ -698,9 +727,11 @@ def jobs_of_options(args) -> list[Listing]:
     # number of whatever an encoder gives.
     views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
     spec = make_spec(args.tokenizer, args.template, limit, views)
+    if args.model:
+        spec = model_spec(resolve(args.model), limit)
 
     name = args.data
-    if not args.tokenizer:
+    if not args.tokenizer and not args.model:
         name += ", in bytes (no --tokenizer)"
     rows = open_rows(args.data, args.images, columns_of(args.columns))
     return [Listing(name, rows, spec)]
@@ -729,7 +760,7 @@ def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
     jobs = []
     for name, stage in recipe.stage.items():
         spec = stage_spec(recipe.model, stage)
-        opened = stage_rows(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
+        opened = open_stage(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
         rows = opened.training
         notes = tuple(f"stage {name}: {note}" for note in opened.notes)
         order = Order(len(rows), seed, rows.parts, rows.blocks)
@@ -828,6 +859,7 @@ def main(argv: list[str]):
     add("--data", help="instead of a recipe: rows, a file, folder, glob or Hugging Face id")
     add("--images", default="", help="folder of the pictures; default: the rows' own")
     add("--columns", nargs="+", default=[], help="columns of other names: image=photo answer=a")
+    add("--model", help="a finished one: its tokenizer, its template, and how it sees pictures")
     add("--tokenizer", default="", help="its folder; else tokens are bytes and nothing is cut")
     add("--template", default="phi", help=", ".join(templates.TEMPLATES))
     add("--image-tokens", type=within(int, 1, 10**6), default=576)
@@ -858,6 +890,8 @@ def main(argv: list[str]):
     # A look at rows, of one of the two.
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
+    if args.model and (args.tokenizer or not args.data):
+        parser.error("--model stands beside --data, and brings its own tokenizer and template")
     if args.data:
         where = args.data
         jobs = jobs_of_options(args)
