@@ -8,8 +8,9 @@
 there is left out.
 
 `validation` names a file of held-out rows, or says how many of the rows to hold out: a share
-(0.02), or a number of rows (500). Which ones is decided by their content and by nothing else: by a
-hash of a row's pictures, or of what the humans say where it has none (content.py). So
+(0.02), a number of rows (500), or "auto" (a tenth, 1 to 500). Which ones is decided by their
+content and by nothing else: by a hash of a row's pictures, or of what the humans say where it has
+none (content.py). So
 
     all rows of one picture stand on one side, as do duplicates
     neither the order of rows and files, nor their format, nor the seed, nor the ranks decide it
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import Source, Stage, UserError, printable
+from config import AUTO, Source, Stage, UserError, printable
 from inputs.content import FEW_ROWS, UNREADABLE, row_keys
 from inputs.measure import measure_rows
 from inputs.rows import RowMixture, Rows, open_rows
@@ -61,6 +62,7 @@ def open_stage(stage: Stage, where: str, workers: int = 0) -> StageRows:
     for name, source in sources.items():
         opened[name] = open_rows(source.data, source.images, source.columns)
     held_out = None
+    validation = stage.validation
     if validation_file(stage):
         held_out = open_rows(stage.validation, stage.images, stage.columns)
 
@@ -74,8 +76,10 @@ def open_stage(stage: Stage, where: str, workers: int = 0) -> StageRows:
             notes.append(" ".join(filter(None, (name, found))))
 
     # Rows that are held out of these.
-    if stage.validation and held_out is None:
-        opened, held_out, note = split(opened, stage.validation, where, workers)
+    if validation == AUTO:
+        validation = how_many_to_hold_out(sum(len(rows) for rows in opened.values()))
+    if validation and held_out is None:
+        opened, held_out, note = split(opened, validation, where, workers)
         notes.append(note)
 
     # A stage with `data` has one source, which is no mixture.
@@ -92,7 +96,7 @@ def sources_of(stage: Stage, where: str) -> dict[str, Stage | Source]:
     """
     if bool(stage.data) == bool(stage.mixture):
         what = "set beside a mixture" if stage.data else "not set"
-        fix = "name a .json or .jsonl file of rows, or sources of a mixture"
+        fix = "name a file or folder of rows, or sources of a mixture"
         raise UserError(f"{where}.data", what, fix)
     if stage.data:
         return {"": stage}
@@ -114,9 +118,16 @@ def place_of(where: str, name: str) -> str:
 
 def validation_file(stage: Stage) -> str:
     """Return the file of a stage's held-out rows; "" if it has none, or says how many."""
-    if isinstance(stage.validation, str):
+    if isinstance(stage.validation, str) and stage.validation != AUTO:
         return stage.validation
     return ""
+
+
+def how_many_to_hold_out(n: int) -> float | str:
+    """Return how many of n rows "auto" holds out: a tenth, 1 to 500; "" of a single row."""
+    if n < 2:
+        return ""
+    return float(min(500, max(1, round(n / 10))))
 
 
 def check_validation(stage: Stage, where: str):

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from inputs.forms import Row
-from inputs.indexed_rows import FileSpan
+from inputs.indexed_rows import Blocks, FileSpan
 from inputs.media import Media
 
 if TYPE_CHECKING:
-    from inputs.rows import Blocks, Rows
+    from inputs.rows import Rows
 
 
 class RowSubset:
@@ -34,6 +34,7 @@ class RowSubset:
         self.rows = rows
         self.chosen = chosen
         self.file = rows.file
+        self.recognised = rows.recognised
         self.blocks = blocks_of(rows.blocks, chosen)
 
     def __len__(self) -> int:
