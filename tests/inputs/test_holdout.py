@@ -406,7 +406,7 @@ def test_hashes_of_many_rows_are_kept_and_made_again_where_pictures_change(
     changed = np.delete(row_keys(open_rows(stage.data))[:, 0], 5)
     assert not np.isin(changed, again[again[:, 0] > 0, 0]).any()
     read.clear()
-    row_keys(open_rows(stage.data, columns={"answer": "a"}))
+    row_keys(open_rows(stage.data, columns={"id": "id"}))
     assert len(read) == 160
 
 
