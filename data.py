@@ -63,7 +63,7 @@ from config import UserError, printable
 from inputs import templates
 from inputs.duplicates import Benchmark, has_imagehash, print_duplicates, print_overlaps
 from inputs.forms import KEYS
-from inputs.holdout import stage_rows
+from inputs.holdout import open_stage
 from inputs.image_processor import ImageProcessor
 from inputs.measure import measure_rows
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
@@ -112,13 +112,14 @@ def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     if not model.tokenizer_source:
         fix = "name a folder with tokenizer.json or tokenizer.model"
         raise UserError("model.tokenizer", "not set", fix)
-    c = config_from_recipe(model, stage.template)
+    template = template_of(model, stage, "stage")
+    c = config_from_recipe(model, template)
     source = model.tokenizer_source
-    spec = make_spec(source, stage.template, stage.max_tokens, tiling_of(c))
+    spec = make_spec(source, template, stage.max_tokens, tiling_of(c))
 
     # A GPU would say no more of such an id than that something failed.
     vocabulary = vocabulary_of(c)
-    largest = templates.largest_id(spec.tokenizer, stage.template)
+    largest = templates.largest_id(spec.tokenizer, template)
     if vocabulary is not None and largest >= vocabulary:
         what = f"makes ids up to {largest}, and the model has {vocabulary}"
         raise UserError(f"model.tokenizer={source}", what, "give the tokenizer of this model")
@@ -132,6 +133,24 @@ def model_spec(folder: Path, max_tokens: int = sys.maxsize) -> SampleSpec:
     """
     c = read_config(folder)
     return make_spec(str(folder), c.template, max_tokens, tiling_of(c))
+
+
+def template_of(model: config.Model, stage: config.Stage, where: str) -> str:
+    """Return the name of a stage's template: its own, or that of the model that it starts from.
+
+    where: what messages call the stage. Raises UserError if neither has one.
+    """
+    if stage.template:
+        return stage.template
+    if not model.checkpoint:
+        fix = f"name one of {', '.join(templates.TEMPLATES)}"
+        raise UserError(f"{where}.template", "empty, and there is no model.checkpoint", fix)
+    folder = resolve(model.checkpoint, "model.checkpoint", small=True)
+    template = read_config(folder).template
+    if not template:
+        fix = f"name one of {', '.join(templates.TEMPLATES)}"
+        raise UserError(f"{where}.template", f"empty, and {folder} names none", fix)
+    return template
 
 
 # --------------------------------------------------------------------------------- order of samples
@@ -742,7 +761,7 @@ def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
     jobs = []
     for name, stage in recipe.stage.items():
         spec = stage_spec(recipe.model, stage)
-        opened = stage_rows(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
+        opened = open_stage(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
         rows = opened.training
         notes = tuple(f"stage {name}: {note}" for note in opened.notes)
         order = Order(len(rows), seed, rows.parts, rows.blocks)

@@ -23,7 +23,8 @@ continues where it stopped when the same command is given again. Answers of anot
 other pictures, are not used: they are kept under another name. Decoding is greedy.
 
 Another task is a file of evals/, whose docstring says which files it reads and how its scorer
-judges. evals/__init__.py says what such a file offers, and how to add one.
+judges, or a row of the table in evals/row_files.py. evals/__init__.py says what such a file offers,
+and how to add one.
 
 This file, from top to bottom: the table of tasks; what a question shows to the model, and the
 controls that hide it; how many are asked at once; scores; the command line; benchmarks; own rows.
@@ -57,6 +58,8 @@ from data import columns_of, model_spec
 from evals import (
     Example,
     Task,
+    amber,
+    chair,
     gqa,
     llava_bench,
     longvideobench,
@@ -70,6 +73,7 @@ from evals import (
     mvbench,
     own_rows,
     pope,
+    row_files,
     scienceqa,
     seedbench,
     textvqa,
@@ -112,6 +116,10 @@ TASKS: dict[str, Task] = {
     "textvqa": textvqa,
     "textvqa-plain": variant(textvqa, ocr=False),
     "pope": pope,
+    "chair": chair,
+    "amber": amber,
+    "amber-g": variant(amber, questions=False),
+    "amber-d": variant(amber, descriptions=False),
     "mme": mme,
     "mmmu": mmmu,
     "mmvet": mmvet,
@@ -126,6 +134,7 @@ TASKS: dict[str, Task] = {
     "mlvu": mlvu,
     "mmvu": mmvu,
     "moving": moving,
+    **row_files.TASKS,
 }
 
 # How many pictures or videos the mean of --blank is taken of.
@@ -192,6 +201,7 @@ def check_examples(examples: list[Example], data_dir):
         raise UserError(data_dir, "no questions in it", fix)
 
     ids = set()
+    checked = set()
     for example in examples:
         if example["id"] in ids:
             what = f"question {example['id']} is there twice"
@@ -200,8 +210,12 @@ def check_examples(examples: list[Example], data_dir):
 
         # Opening is slow, so files that are there are taken on trust. This raises for one that is
         # missing, and looks into pictures that are no files but bytes in the example.
-        if not all(is_there(source) for source in sources(example, data_dir)):
+        # Questions may share a picture: it is looked into once.
+        _, named = shown_files(example)
+        is_known = tuple(named) in checked
+        if not is_known and not all(is_there(source) for source in sources(example, data_dir)):
             load_shown(example, data_dir, open_media)
+        checked.add(tuple(named))
 
 
 def is_there(source: Path | bytes) -> bool:

@@ -1,5 +1,8 @@
 """Benchmarks, one a file: each makes questions of a benchmark's files and scores the answers.
 
+Those that are rows and a metric are entries of one table, in row_files.py: ChartQA, DocVQA,
+InfoVQA, AI2D, OCRBench, MMStar.
+
 `Task` below says what such a file offers to evaluate.py, and `Example` what a question is. What
 the files share:
 
@@ -10,6 +13,7 @@ the files share:
     metrics.py        one answer compared with the true ones
     intervals.py      intervals of a score, and of the difference of two models
     vqa.py            answers compared with those of ten humans
+    words.py          words of captions, by nltk and spaCy
     video_choices.py  multiple choice about a clip
     kept.py           answers on disk: resumed after a kill, shared by ranks
     origin.py         what they were made from, and that nothing else is written over
@@ -20,7 +24,8 @@ the files share:
 Read moving.py first, the shortest, then pope.py, which reads its questions in two layouts.
 
 To add a benchmark, write evals/NAME.py with the parts of `Task`, name it in the table TASKS of
-evaluate.py, and add its files and expected questions to the tests.
+evaluate.py, and add its files and expected questions to the tests. If it is rows and a metric, an
+entry of row_files.py's table is all that it takes.
 
 Most benchmarks are read in two layouts of their files, from one folder: the layout that LLaVA's
 eval.zip and TinyLLaVA Factory use (playground/data/eval/NAME), and the one that the benchmark

@@ -181,15 +181,14 @@ def look(folder: Path, name: str | Path = "") -> Found:
     except OSError as e:
         raise UserError(e.filename or name, reason(e), "make it readable") from None
 
-    # What describes data is none.
+    # What describes data is no data.
     objects = [each for each in kinds if kinds[each] == "object"]
-    if objects and (len(objects) < len(kinds) or not chosen.left_out):
-        for each in objects:
-            del kinds[each]
-        if not kinds:
-            rest = [each for each in names if each not in objects]
-            if choose(rest).kind == CAPTIONS:
-                chosen = choose(rest)
+    for each in objects:
+        del kinds[each]
+    if objects and not kinds:
+        others = choose([each for each in names if each not in objects])
+        if others.kind == CAPTIONS:
+            chosen = others
 
     if chosen.kind == CAPTIONS:
         check_captions(chosen.names, name)

@@ -79,6 +79,7 @@ SPEAKERS = {
 # Notes on rows.
 READ_AS = "read as "  # followed by the parts
 MARKS_FIRST = "no <image> mark, pictures stand first"
+NO_VIDEO = "<video> in a row without a video, which is a text"
 LEFT_OUT = "an answer before the first question, left out"
 
 ROW_FIX = f"write a row as {EXAMPLE}, or map its keys with columns"
@@ -115,7 +116,7 @@ class Turns(NamedTuple):
     turns: list  # as LLaVA has them
     media: list[Medium]  # those that stand among typed parts
     notes: list[str]
-    answers: list[str]  # all that the row gives to one question; mostly none
+    answers: list[str]  # all that it has of one question, where it has a list of them
 
 
 def read_row(raw: dict, where: str, columns: dict[str, str] | None = None) -> Row:
@@ -127,6 +128,9 @@ def read_row(raw: dict, where: str, columns: dict[str, str] | None = None) -> Ro
     keys = find_keys(raw, where, columns)
     media = media_of_keys(raw, keys, where)
     form = find_form(keys, columns, has_media=bool(media))
+    turns, in_parts, notes, answers = read_turns(raw, keys, form, where)
+    media = join_media(media, in_parts, keys, where)
+    turns, marked = agree(turns, media)
 
     # A picture that nothing reads would be missing. If `columns` names some, no others are meant.
     read = [keys[part] for part in ("id", *MEDIA, *form) if part in keys]
@@ -134,42 +138,23 @@ def read_row(raw: dict, where: str, columns: dict[str, str] | None = None) -> Ro
     if not any(part in columns for part in MEDIA):
         check_unread(raw, unread, where, named=not media)
 
-    # Pictures come from one place.
-    turns, in_parts, notes, answers = read_turns(raw, keys, form, where)
-    if media and in_parts and media != in_parts:
-        what = f"pictures among the parts of a turn, and others under {keys[media[0].kind]!r}"
-        raise UserError(where, what, "leave one of the two out")
-    media = media or in_parts
-    kinds = {medium.kind for medium in media}
-    if len(kinds) > 1:
-        raise UserError(where, "an image and a video in one row", "make two rows of it")
-
-    # Turns that are none are left as they are: templates.encode says what is wrong with them.
-    if isinstance(turns, list) and all(is_turn(turn) for turn in turns):
-        if kinds == {"video"}:
-            turns = read_video_marks(turns)
-        if media and not has_mark(turns):
-            turns = place_marks(turns, len(media))
-            if form == ("conversations",):
-                notes.append(MARKS_FIRST)
-        if begins_with_answer(turns):
-            notes.append(LEFT_OUT)
-
     # What the form has read gives way to what it says; the rest of the raw row stays.
     row = {key: raw[key] for key in raw if key not in read and key not in MEDIA}
+    if "conversations" in unread:
+        del row["conversations"]  # `columns` names other turns
     if "id" in keys:
         row["id"] = raw[keys["id"]]
     if media:
         names = [medium.name for medium in media]
         row[media[0].kind] = names[0] if len(names) == 1 else names
-    if form or "conversations" in raw:
+    if form:
         row["conversations"] = turns
+        notes = [read_as(keys, form), *notes]
+        if form == ("conversations",):
+            notes += marked
     if answers:
         row["answers"] = answers
-    sources = [medium.content for medium in media]
-    if form:
-        notes = [read_as(keys, form), *notes]
-    return Row(row, sources, notes, keys, unread)
+    return Row(row, [medium.content for medium in media], notes, keys, unread)
 
 
 def read_as(keys: dict[str, str], form: tuple[str, ...]) -> str:
@@ -245,7 +230,7 @@ def check_unread(values: dict, keys: list[str], where: str, named: bool, fix: st
         if kind:
             key = printable(key, 60)
             fix = fix or f'name the key of the {kind}s: columns = {{{kind} = "{key}"}}'
-            raise UserError(where, f"{key!r} holds a {kind} that nothing reads", fix)
+            raise UserError(where, f"nothing reads the {kind} under {key!r}", fix)
 
 
 def check_columns(rows: Any, columns: dict[str, str]):
@@ -309,14 +294,30 @@ def media_of_keys(raw: dict, keys: dict[str, str], where: str) -> list[Medium]:
     return media
 
 
+def join_media(
+    media: list[Medium], in_parts: list[Medium], keys: dict[str, str], where: str
+) -> list[Medium]:
+    """Return a row's pictures or videos, which stand under its keys or among parts of turns.
+
+    Raise UserError if they stand in both places and are not the same, and for two kinds.
+    """
+    if media and in_parts and media != in_parts:
+        what = f"pictures among the parts of a turn, and others under {keys[media[0].kind]!r}"
+        raise UserError(where, what, "leave one of the two out")
+    media = media or in_parts
+    if len({medium.kind for medium in media}) > 1:
+        raise UserError(where, "an image and a video in one row", "make two rows of it")
+    return media
+
+
 # ---------------------------------------------------------------------------------------- turns
 
 
 def read_turns(raw: dict, keys: dict[str, str], form: tuple[str, ...], where: str) -> Turns:
     """Return the turns of a raw row of this form. Raise UserError."""
+    # A row of no known form has no turns: making a sample of it says so (sample.encode_text).
     if not form:
-        # It has none: making a sample of it says so (sample.encode_text).
-        return Turns(raw.get("conversations"), [], [], [])
+        return Turns([], [], [], [])
 
     values = [raw[keys[part]] for part in form]
     places = [f"{where}: {keys[part]}" for part in form]
@@ -325,25 +326,29 @@ def read_turns(raw: dict, keys: dict[str, str], form: tuple[str, ...], where: st
     if form == ("texts",):
         return Turns(turns_of_texts(values[0], places[0]), [], [], [])
     if form == ("caption",):
-        captions = answers_of(values[0], places[0])
-        notes = []
-        if len(captions) > 1:
-            notes.append(f"{len(captions)} captions, the first is trained")
-        return Turns(one_question(CAPTION_PROMPT, captions[0]), [], notes, captions)
+        return turns_of_answers(CAPTION_PROMPT, answers_of(values[0], places[0]), is_caption=True)
 
     question = text_of(values[0], places[0])
     check_options(raw, question, values[1], places[1])
-    answers = answers_of(values[1], places[1])
-    notes = []
-    if len(set(answers)) > 1:
-        notes.append("several answers, the most frequent is trained")
-    answer = Counter(answers).most_common(1)[0][0]  # of equally frequent ones the first
-    return Turns(one_question(question, answer), [], notes, answers)
+    return turns_of_answers(question, answers_of(values[1], places[1]))
 
 
 def one_question(question: str, answer: str) -> list[dict]:
     """Return the turns of one question and its answer."""
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def turns_of_answers(question: str, answers: list[str], is_caption: bool = False) -> Turns:
+    """Return the turns of a question with its first caption, or its most frequent answer."""
+    answer = answers[0]
+    note = f"{len(answers)} captions, the first is trained"
+    if not is_caption:
+        answer = Counter(answers).most_common(1)[0][0]  # of equally frequent ones the first
+        note = "several answers, the most frequent is trained"
+    turns = one_question(question, answer)
+    if len(set(answers)) == 1:
+        return Turns(turns, [], [], [])
+    return Turns(turns, [], [note], answers)
 
 
 def answers_of(value: Any, where: str) -> list[str]:
@@ -476,6 +481,27 @@ def is_turn(turn: Any) -> bool:
 def has_mark(turns: list[dict]) -> bool:
     """Say whether a turn says where a picture goes."""
     return any(IMAGE in turn["value"] for turn in turns)
+
+
+def agree(turns: Any, media: list[Medium]) -> tuple[Any, list[str]]:
+    """Return turns that have a mark for each picture, if they had none, and notes on them.
+
+    Turns that are none are left as they are: templates.encode says what is wrong with them.
+    """
+    if not isinstance(turns, list) or not all(is_turn(turn) for turn in turns):
+        return turns, []
+
+    notes = []
+    if media and media[0].kind == "video":
+        turns = read_video_marks(turns)
+    if media and not has_mark(turns):
+        turns = place_marks(turns, len(media))
+        notes.append(MARKS_FIRST)
+    if not media and any(VIDEO in turn["value"] for turn in turns):
+        notes.append(NO_VIDEO)
+    if begins_with_answer(turns):
+        notes.append(LEFT_OUT)
+    return turns, notes
 
 
 def begins_with_answer(turns: list[dict]) -> bool:

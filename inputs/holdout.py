@@ -1,6 +1,6 @@
 """The rows of a stage: what it trains on, and what it holds out for the validation loss.
 
-    rows = stage_rows(recipe.stage["finetune"], "stage.finetune")
+    rows = open_stage(recipe.stage["finetune"], "stage.finetune")
     rows.training, rows.held_out    # as inputs/rows.py offers rows; held_out may be None
     rows.notes                      # ["980 rows to train on, 20 held out by content"]
 
@@ -8,8 +8,9 @@
 there is left out.
 
 `validation` names a file of held-out rows, or says how many of the rows to hold out: a share
-(0.02), or a number of rows (500). Which ones is decided by their content and by nothing else: by a
-hash of a row's pictures, or of what the humans say where it has none (content.py). So
+(0.02), a number of rows (500), or "auto" (a tenth, 1 to 500). Which ones is decided by their
+content and by nothing else: by a hash of a row's pictures, or of what the humans say where it has
+none (content.py). So
 
     all rows of one picture stand on one side, as do duplicates
     neither the order of rows and files, nor their format, nor the seed, nor the ranks decide it
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import Source, Stage, UserError, printable
+from config import AUTO, Source, Stage, UserError, printable
 from inputs.content import FEW_ROWS, UNREADABLE, row_keys
 from inputs.measure import measure_rows
 from inputs.rows import RowMixture, Rows, open_rows
@@ -47,7 +48,7 @@ class StageRows(NamedTuple):
     notes: list[str]  # what to say about the choice of rows, without the stage's name
 
 
-def stage_rows(stage: Stage, where: str, workers: int = 0) -> StageRows:
+def open_stage(stage: Stage, where: str, workers: int = 0) -> StageRows:
     """Open the rows of a stage of a recipe. Raise UserError.
 
     where: what messages call the stage. workers: processes that read every picture, where a share
@@ -61,6 +62,7 @@ def stage_rows(stage: Stage, where: str, workers: int = 0) -> StageRows:
     for name, source in sources.items():
         opened[name] = open_rows(source.data, source.images, source.columns)
     held_out = None
+    validation = stage.validation
     if validation_file(stage):
         held_out = open_rows(stage.validation, stage.images, stage.columns)
 
@@ -74,8 +76,10 @@ def stage_rows(stage: Stage, where: str, workers: int = 0) -> StageRows:
             notes.append(" ".join(filter(None, (name, found))))
 
     # Rows that are held out of these.
-    if stage.validation and held_out is None:
-        opened, held_out, note = split(opened, stage.validation, where, workers)
+    if validation == AUTO:
+        validation = how_many_to_hold_out(sum(len(rows) for rows in opened.values()))
+    if validation and held_out is None:
+        opened, held_out, note = split(opened, validation, where, workers)
         notes.append(note)
 
     # A stage with `data` has one source, which is no mixture.
@@ -114,9 +118,16 @@ def place_of(where: str, name: str) -> str:
 
 def validation_file(stage: Stage) -> str:
     """Return the file of a stage's held-out rows; "" if it has none, or says how many."""
-    if isinstance(stage.validation, str):
+    if isinstance(stage.validation, str) and stage.validation != AUTO:
         return stage.validation
     return ""
+
+
+def how_many_to_hold_out(n: int) -> float | str:
+    """Return how many of n rows "auto" holds out: a tenth, 1 to 500; "" of a single row."""
+    if n < 2:
+        return ""
+    return float(min(500, max(1, round(n / 10))))
 
 
 def check_validation(stage: Stage, where: str):

@@ -46,15 +46,15 @@ def is_empty(value: Any, levels: int = 2) -> bool:
 
     NaN is what pandas writes for null. `levels` says how deep lists and objects are looked into.
     """
+    if isinstance(value, (str, bytes)):
+        return not value
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         if levels == 0:
             return not value
         return all(is_empty(inner, levels - 1) for inner in value)
-    if isinstance(value, float):
-        return value != value
-    return value is None or value in ("", b"")
+    return value is None or value != value
 
 
 def read_medium(value: Any, kind: str, where: str) -> Medium:

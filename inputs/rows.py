@@ -26,6 +26,7 @@ A format whose rows are texts in files derives from `indexed_rows.TextRows` and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -115,6 +116,14 @@ def find(data: str | Path) -> Found:
     if hub.parse_id(data):
         return hub.find(data)
     return of_files([Path(data)], data)  # opening it says that it is missing
+
+
+def is_here(data: str | Path) -> bool:
+    """Say whether some data is on this machine: files, a folder, or an id that is in the cache."""
+    if os.path.exists(data) or files(data):
+        return True
+    name = hub.parse_id(data)
+    return name is not None and hub.cached(name.repo) is not None
 
 
 def is_kept(file: Path) -> bool:

@@ -29,10 +29,10 @@ import numpy as np
 from checkpoints.files import open_regular, writing
 from checkpoints.owned import MARK, own
 from config import UserError
-from inputs.forms import Row, find_keys
+from inputs.forms import Row, find_keys, read_row
 from inputs.index import locked
 from inputs.indexed_rows import IndexedRows, Location
-from inputs.media import Media, media_names
+from inputs.media import Media, bytes_of_url, media_names
 from inputs.sniff import HEAD, is_medium, reason
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ class Shards(IndexedRows):
         keys = find_keys(raw, location.place, self.columns or {})
         has_form = has_turns(keys)
         has_media = "image" in keys or "video" in keys
-        if has_form and has_media:
+        members = np.flatnonzero(location.entries[:, 2] > ROW)
+        if has_form and (has_media or not len(members)):
             return raw
 
-        members = np.flatnonzero(location.entries[:, 2] > ROW)
         if not has_form:
             raw |= self._caption(location)
-        if not has_media and len(members):
+        if not has_media and len(members) and not self._names_media(raw, location):
             names = [self._name(location, int(entry)) for entry in members]
             kind = "video" if ending_of(names[0]) in VIDEOS else "image"
             raw[(self.columns or {}).get(kind, kind)] = names
@@ -109,12 +109,23 @@ class Shards(IndexedRows):
         members = np.flatnonzero(location.entries[:, 2] > ROW)
         media = []
         for k, name in enumerate(names):
+            if k >= len(members) and name.startswith("data:"):
+                media.append(Media(kind, name, bytes_of_url(name, where)))
+                continue
             if k >= len(members):
                 what = f"{kind} {name}: not in the shard"
                 raise UserError(where, what, "write the shard again, or remove the row")
             content = self._read(location, int(members[k]))
             media.append(Media(kind, name, content))
         return media
+
+    def _names_media(self, raw: dict, location: Location) -> bool:
+        """Say whether a row names pictures or videos somewhere in its turns."""
+        try:
+            row = read_row(raw, location.place, self.columns)
+        except UserError:
+            return False  # with its pictures it may be one, or else says what is wrong
+        return bool(media_names(row)[1])
 
     def _caption(self, location: Location) -> dict:
         """Return what a sample's .txt says, as a part of its row; {} if it has none."""

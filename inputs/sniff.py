@@ -137,7 +137,8 @@ def check_may_be_rows(head: bytes, file: Path):
     if is_medium(head):
         raise UserError(file, "a picture or a film, no file of rows", PICTURE)
 
-    # A text has no zero byte. One within JSON is a bad row, and not a file of another kind.
-    if b"\0" in head[:HEAD] and not head.lstrip().startswith((b"[", b"{")):
+    # A text has no zero byte. One that is not in its first line is in a bad row.
+    first_line = head.split(b"\n", 1)[0]
+    if b"\0" in first_line and not head.lstrip().startswith((b"[", b"{")):
         what = "binary, and neither a tar nor a parquet file"
         raise UserError(file, what, "write rows as JSON lines, parquet, tar or a table")

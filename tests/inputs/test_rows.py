@@ -23,7 +23,7 @@ from config import Stage, Train, UserError
 from data import Order, Steps, token_counts
 from inputs import index, json_list
 from inputs.forms import read_row
-from inputs.holdout import stage_rows
+from inputs.holdout import open_stage
 from inputs.image_processor import ImageProcessor
 from inputs.json_rows import JsonList
 from inputs.media import media_names
@@ -672,7 +672,7 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
         f'[stage.a.mixture.rare]\ndata = "{tmp_path}/rare.json"\n'
     )
     recipe, _ = config.load([str(file), "stage.a.mixture.rare.weight=0.25"], file)
-    rows = stage_rows(recipe.stage["a"], "stage.a").training
+    rows = open_stage(recipe.stage["a"], "stage.a").training
     assert rows.parts == (Part(10, 20), Part(40, 10))
     file.write_text(config.dumps(recipe))
     assert config.load([str(file)], file)[0] == recipe
@@ -682,4 +682,4 @@ def test_a_recipe_mixes_sources_by_name(tmp_path):
         ("stage.a.mixture.rare.wait=1", 'unknown key; fix: did you mean "weight"?'),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            stage_rows(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")
+            open_stage(config.load([str(file), wrong], file)[0].stage["a"], "stage.a")
