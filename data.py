@@ -723,12 +723,13 @@ def jobs_of_options(args) -> list[Listing]:
     else:
         limit = sys.maxsize  # bytes are several times as many as tokens, so 2048 would cut rows
 
-    # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes that
-    # number of whatever an encoder gives.
-    views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
-    spec = make_spec(args.tokenizer, args.template, limit, views)
     if args.model:
         spec = model_spec(resolve(args.model), limit)
+    else:
+        # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes
+        # that number of whatever an encoder gives.
+        views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
+        spec = make_spec(args.tokenizer, args.template, limit, views)
 
     name = args.data
     if not args.tokenizer and not args.model:
