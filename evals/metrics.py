@@ -165,7 +165,7 @@ def choose(truths_of_each: Sequence[Sequence[str]]) -> tuple[str, str]:
         return "number", "every true answer is a number"
     different = {plain(truth) for truth in everything}
     if form_a_set(truths_of_each) and max(len(one.split()) for one in different) <= MOST_WORDS:
-        return "exact", f"the true answers are {len(different)} short ones"
+        return "exact", f"the true answers are short, with {len(different)} different ones"
     return "f1", "the true answers are free text"
 
 

@@ -11,7 +11,12 @@ file[start:end]:
 
     .json     an entry a row; number is the row's, from 0
     .jsonl    an entry a row; number is the line's, from 1
-    .tar      an entry a member, sample by sample; number 0 is the row, 1, 2, ... are its media
+    .tar      an entry a member, sample by sample; number 0 is the row, 1, 2, ... are its media,
+              -1 is a caption beside them, -2 is passed over (shards.py)
+    .csv      an entry a record; number is that of its first line, from 1
+
+That of a .parquet file has an entry a row group, (end of its rows, first byte, bytes before
+compression), and depends on the file's footer alone.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ except ImportError:  # Windows
 SMALL = 1 << 25
 
 # Raise it when the scans find something else in the same file: kept arrays are then made again.
-VERSION = b"2"
+VERSION = b"3"
 
 # Of a large file, so many pieces are read to tell whether it is the same.
 PIECES = 64
@@ -50,15 +55,22 @@ def is_small(file: Path) -> bool:
     return file.stat().st_size < SMALL
 
 
-def cached_array(file: Path, kind: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+def cached_array(
+    file: Path,
+    kind: str,
+    make: Callable[[], np.ndarray],
+    read: Callable[[BinaryIO], bytes] | None = None,
+) -> np.ndarray:
     """Return the (m, 3) int64 array that `make` derives from a file, as a memory map of FILE.kind.
 
     It is made, and written, if it is not there, is damaged, or belongs to another content. Where it
     can be written nowhere, return it as it was made. Raise OSError if there is no such file.
+
+    read: returns what the array depends on, of the open file; by default it is all.
     """
     places = cache_places(file, kind)
     with open_regular(file) as opened, locked(opened) as is_alone:
-        stamp = file_stamp(opened)
+        stamp = file_stamp(opened, read or read_sample)
         found = read_cached(places, stamp)
         if found is not None:
             return found
@@ -92,39 +104,54 @@ def locked(file: BinaryIO) -> Iterator[bool]:
     yield has_lock  # closing the file releases it
 
 
-def file_stamp(file: BinaryIO) -> list[int]:
-    """Return three numbers that change with a file: its size, its time and a hash of its content.
+def file_stamp(file: BinaryIO, read: Callable[[BinaryIO], bytes]) -> list[int]:
+    """Return three numbers that change with a file: its size, its time and a hash of what is read.
 
-    The hash is of all of a small file, and of evenly spaced pieces of a large one, so that another
-    file of the same size and time is seen.
+    So another file of the same size and time is seen.
     """
     stat = os.fstat(file.fileno())
-    digest = hashlib.sha256(VERSION)
-    file.seek(0)
-    if stat.st_size < SMALL:
-        digest.update(file.read())
-    else:
-        last = max(0, stat.st_size - PIECE)
-        for i in range(PIECES):
-            file.seek(last * i // (PIECES - 1))
-            digest.update(file.read(PIECE))
+    digest = hashlib.sha256(VERSION + read(file))
 
     # Seven bytes of the hash, as they fit into a signed integer of eight.
     return [stat.st_size, stat.st_mtime_ns, int.from_bytes(digest.digest()[:7], "little")]
+
+
+def read_sample(file: BinaryIO) -> bytes:
+    """Return all of a small file, and evenly spaced pieces of a large one."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    if size < SMALL:
+        return file.read()
+
+    pieces = []
+    last = max(0, size - PIECE)
+    for i in range(PIECES):
+        file.seek(last * i // (PIECES - 1))
+        pieces.append(file.read(PIECE))
+    return b"".join(pieces)
 
 
 def cache_places(file: Path, kind: str) -> list[Path]:
     """Return where an array of this file may be, the first choice first."""
     places = [Path(f"{file}.{kind}")]
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = cache_folder()
     except RuntimeError:
         return places  # this user has no home
 
     # Files of the same name in other folders must not meet in the cache.
     path_hash = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:16]
-    places.append(cache / "barellava" / f"{file.name}-{path_hash}.{kind}")
+    places.append(cache / f"{file.name}-{path_hash}.{kind}")
     return places
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is kept and has no place of its own.
+
+    Raise RuntimeError if this user has no home.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "barellava"
 
 
 def to_npy(array: np.ndarray, stamp: list[int]) -> bytes:

@@ -8,9 +8,14 @@ A recipe names files. What is in them decides what is trained, so a run writes i
 it whenever it goes on. Names and dates do not count: only sizes and hashes of contents do.
 
     rows          every byte of a .json or .jsonl file; of tar shards, where all members are and
-                  every byte of the rows
+                  every byte of the rows; of parquet files, every byte of up to 256 MiB in all. Of
+                  larger ones the whole footer, which says the place and size of every column of
+                  every row group, and 4 KiB at the beginning and in the middle of each row group.
+                  So a row group that was replaced is noticed, and one word of it that was changed
+                  to another of the same length may not be
     pictures      of up to 256 rows, evenly spaced through each data set: the size of each picture
-                  or video, and its first and last 64 KiB. So a set that was replaced or processed
+                  or video, and its first and last 64 KiB (of parquet, 16 rows of a row group at a
+                  time, as few row groups are read). So a set that was replaced or processed
                   anew is noticed, and a single picture among many thousands may not be
     held-out      the same of the validation rows. They decide what is reported, so a change is
                   said and not refused
@@ -26,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -38,8 +44,10 @@ import torch
 from checkpoints.files import open_regular, resolve
 from checkpoints.identity import changed_names, digest, identities, identity
 from config import Recipe, Source, Stage, UserError
-from inputs.rows import Rows, open_rows
-from inputs.shards import Shards
+from inputs.holdout import validation_file
+from inputs.parquet_rows import ParquetRows, read_footer
+from inputs.rows import Rows, in_few_blocks, open_rows
+from inputs.shards import CAPTION, ROW, Shards
 from inputs.tokenizer import read_files
 
 # Kind -> name of a file -> what is known of its content.
@@ -47,6 +55,8 @@ Contents = dict[str, dict[str, str]]
 
 PICTURE_ROWS = 256  # of each data set, whose pictures are looked at
 END = 2**16  # bytes at each end of a picture that are hashed
+WHOLE_PARQUET = 2**28  # bytes of parquet files up to which each of them is hashed
+PIECE = 2**12  # bytes of a row group, at two places
 
 # What a change of these alters is not what is trained.
 HELD_OUT = " held-out"
@@ -80,11 +90,11 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
         label = f"stage.{name}"
         for source_name, source in sources_of(stage).items():
             of_source = " ".join(filter(None, (label, source_name)))
-            rows = open_rows(source.data, source.images)
+            rows = open_rows(source.data, source.images, source.columns)
             found[f"{of_source} rows"] = contents_of_rows(rows)
             found[f"{of_source} pictures"] = contents_of_pictures(rows)
-        if stage.validation:
-            rows = open_rows(stage.validation, stage.images)
+        if validation_file(stage):
+            rows = open_rows(stage.validation, stage.images, stage.columns)
             found[label + HELD_OUT] = contents_of_rows(rows) | contents_of_pictures(rows)
         if stage.lora.adapter:
             found[f"{label} adapter"] = contents_of_model(Path(stage.lora.adapter), False)
@@ -104,16 +114,19 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
 def sources_of(stage: Stage) -> dict[str, Source]:
     """Return the data sets of a stage by name; the only one of a stage without a mixture is ""."""
     if stage.data:
-        return {"": Source(stage.data, stage.images)}
+        return {"": Source(stage.data, stage.images, stage.columns)}
     return stage.mixture
 
 
 def contents_of_rows(rows: Rows) -> dict[str, str]:
     """Return what is in the files of rows. Names begin with a number, because the order counts."""
     found = {}
+    size = sum(os.path.getsize(file) for file in rows.files)
     for k, file in enumerate(rows.files):
         if isinstance(rows, Shards):
             content = identity_of_shard(file, rows.indexes[k])
+        elif isinstance(rows, ParquetRows) and size > WHOLE_PARQUET:
+            content = identity_of_parquet(file, rows.indexes[k])
         else:
             content = as_text(identity(file, whole=True))
         found[f"{k} {file.name}"] = content
@@ -127,10 +140,29 @@ def identity_of_shard(file: Path, entries: np.ndarray) -> str:
     """
     hashed = hashlib.blake2b(entries.tobytes(), digest_size=16)
     with open_regular(file) as tar:
-        for start, end, _ in entries[entries[:, 2] == 0].tolist():
+        for start, end, _ in entries[np.isin(entries[:, 2], (ROW, CAPTION))].tolist():
             tar.seek(start)
             hashed.update(tar.read(end - start))
         size = os.fstat(tar.fileno()).st_size
+    return f"{size} bytes {hashed.hexdigest()}"
+
+
+def identity_of_parquet(file: Path, entries: np.ndarray) -> str:
+    """Return the size of a parquet file, and a hash of its footer and of pieces of its row groups.
+
+    entries: its index, an (m, 3) array of which the second column is where row groups begin.
+    """
+    with open_regular(file) as opened:
+        footer = read_footer(opened)
+        hashed = hashlib.blake2b(footer, digest_size=16)
+        size = os.fstat(opened.fileno()).st_size
+
+        starts = entries[:, 1].tolist()
+        ends = [*starts[1:], size - len(footer)]
+        for start, end in zip(starts, ends, strict=True):
+            for place in (start, (start + end) // 2):
+                opened.seek(place)
+                hashed.update(opened.read(PIECE))
     return f"{size} bytes {hashed.hexdigest()}"
 
 
@@ -140,14 +172,19 @@ def contents_of_pictures(rows: Rows) -> dict[str, str]:
         return contents_of_members(rows)
     found = {}
     count = min(len(rows), PICTURE_ROWS)
-    for k in range(count):
-        i = k * len(rows) // count
+    picks = [k * len(rows) // count for k in range(count)]
+    for i in in_few_blocks(rows, picks):
         try:
             media = rows.media(i, rows[i])
         except UserError:
             continue  # training says what is wrong with the row
-        for medium in media[:PICTURE_ROWS]:
-            found[medium.name] = identity_of_medium(medium.source)
+        for number, medium in enumerate(media[:PICTURE_ROWS]):
+            if isinstance(medium.source, bytes):
+                content = io.BytesIO(medium.source)
+                name = f"row {i} {medium.kind} {number}"
+                found[name] = identity_of_ends(content, 0, len(medium.source))
+            else:
+                found[medium.name] = identity_of_medium(medium.source)
     return found
 
 

@@ -132,8 +132,8 @@ def test_the_form_of_a_row_is_told_where_another_one_is_given(folder, spec):
     cases = [
         ({"conversations": [role]}, "conversations.0.: wrong last turn; fix: end with a gpt turn"),
         ({"conversations": [{"from": "bot", "value": "Hi"}]}, f"from 'bot', .*{form}"),
-        ({"messages": role}, "conversations: empty, or not a list; fix: give a human turn"),
-        ({"file_name": "a.png", "words": "b"}, f"the row has image, words; {row_form}"),
+        ({"messages": role}, "messages: empty, or not a list; fix: give a human turn"),
+        ({"file_name": "a.png", "words": "b"}, f"the row has file_name, words; {row_form}"),
         ({"conversation": []}, f"the row has conversation; {row_form}"),
         (
             {"conversations": [{"from": "gpt", "value": "Yo"}]},
