@@ -127,7 +127,9 @@ def is_here(data: str | Path) -> bool:
 
 def is_kept(file: Path) -> bool:
     """Say whether a file is what is kept beside another one, and a glob has found it, too."""
-    return file.suffix in (".index", ".counts") and file.with_suffix("").exists()
+    beside = file.with_suffix("")  # FILE.index, or FILE.KEY.counts
+    is_there = beside.exists() or beside.with_suffix("").exists()
+    return file.suffix in (".index", ".counts", ".content", ".numbers") and is_there
 
 
 def describe(rows: Rows, found: Found) -> str:
@@ -183,7 +185,11 @@ def in_few_blocks(rows: Rows, picks: Iterable[int]) -> Iterator[int]:
     others: list[int] = []  # rows of the block
     for pick in picks:
         first, blocks = blocks_of_source(rows, pick)
-        if blocks is None or pick in block:
+        if blocks is None:
+            yield pick
+        elif pick in block:
+            if pick in others:
+                others.remove(pick)
             yield pick
         elif others and source == first:
             yield others.pop()

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from tests.tools.fuzz import fuzz, table, tokenizers
+from tests.tools.fuzz import forms, fuzz, table, tokenizers
 
 
 def check(case, count: int, seed: int):
@@ -38,6 +38,15 @@ def test_many_wrong_rows_pictures_and_shards():
     from tests.tools.fuzz import data
 
     check(data.case, count=600, seed=1000)
+
+
+def test_a_few_changed_rows_of_each_form():
+    check(forms.case, count=24, seed=0)
+
+
+@pytest.mark.full
+def test_many_changed_rows_of_each_form():
+    check(forms.case, count=500, seed=1000)
 
 
 def test_a_few_wrong_tokenizers():
