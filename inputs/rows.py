@@ -17,8 +17,7 @@ these places change:
     inputs/kinds.py             kind_of_rows returns "arrow" for its first bytes, ENDINGS has .arrow
     inputs/folder_rows.py       NAMES has what it is called
     FORMATS, below              the entry: "arrow": ArrowRows
-    tests/inputs/test_rows.py   test_every_format_offers_what_rows_promises_and_the_same_rows fails
-                                until it opens the new format, too
+    tests/inputs/               test_containers.py fails until MATRIX opens the new format, too
 
 A format whose rows are texts in files derives from `indexed_rows.TextRows` and needs one method,
 `scan`. json_rows.JsonLines is the shortest example.
@@ -186,7 +185,11 @@ def in_few_blocks(rows: Rows, picks: Iterable[int]) -> Iterator[int]:
     others: list[int] = []  # rows of the block
     for pick in picks:
         first, blocks = blocks_of_source(rows, pick)
-        if blocks is None or pick in block:
+        if blocks is None:
+            yield pick
+        elif pick in block:
+            if pick in others:
+                others.remove(pick)
             yield pick
         elif others and source == first:
             yield others.pop()
