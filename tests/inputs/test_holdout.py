@@ -457,6 +457,19 @@ def test_at_least_leaves_the_rows_that_are_rated_so(tmp_path, packed, monkeypatc
     assert ids(open_stage(stage, "stage.a").training) == want
 
 
+def test_at_least_of_a_parquet_file_reads_its_column(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [rated(i, relevance_min=[1, 4, None, 5][i % 4]) for i in range(20)]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "fine.parquet", row_group_size=6)
+    stage = Stage(data=str(tmp_path / "fine.parquet"), at_least={"relevance_min": 4})
+    opened = open_stage(stage, "stage.a")
+    assert ids(opened.training) == [i for i in range(20) if i % 4 in (1, 3)]
+    assert opened.training.blocks.ends.tolist() == [3, 6, 9, 10]
+    with pytest.raises(UserError, match="no column 'relevanc', only id, relevance_min, source, te"):
+        open_stage(dataclasses.replace(stage, at_least={"relevanc": 4}), "stage.a")
+
+
 def test_at_least_in_a_mixture_is_said_of_each_source(tmp_path):
     write(tmp_path, [rated(i, relevance_min=i % 5) for i in range(20)], "fine.json")
     write(tmp_path, [row(f"plain{i}", image=None) for i in range(6)], "plain.json")
