@@ -241,16 +241,19 @@ def test_all_ranks_hold_out_the_same_and_train_on_the_rest(pictures, validation)
 def test_a_bad_row_is_placed_and_training_says_what_is_wrong_with_it(pictures):
     rows = many_rows(60)
     rows[7] = row(7, "<image>\nWhat?", image="none.png")
-    rows[8] = [1]
-    opened = open_stage(stage_of(pictures, rows, 0.2), "stage.a")
+    rows[8] = rows[10] = [1]
+    stage = stage_of(pictures, rows, 0.2)
+    opened = open_stage(stage, "stage.a")
     assert len(opened.training) + len(opened.held_out) == 60
     places = [rows.chosen.tolist() for rows in (opened.training, opened.held_out)]
     assert 8 in places[0] and 7 in places[0] + places[1]
+    nearly_all = open_stage(dataclasses.replace(stage, validation=59.0), "stage.a")
+    assert nearly_all.training.chosen.tolist() == [8, 10]
     everything = RowMixture([opened.training, opened.held_out], [1, 1])
     steps = Steps(
         everything, mean_colour_spec(), Stage(), Train(on_bad_row="skip"), validation=True
     )
-    assert sum("none.png" in line or "JSON list" in line for line in steps[0].skipped) == 2
+    assert sum("none.png" in line or "JSON list" in line for line in steps[0].skipped) == 3
 
 
 @pytest.mark.parametrize(
@@ -388,6 +391,7 @@ def test_hashes_of_many_rows_are_kept_and_made_again_where_pictures_change(
     first = row_keys(open_rows(stage.data), workers=2)
     assert "rows.json: reading all its pictures for a hash" in capsys.readouterr().out
     assert len(list(pictures.glob("rows.json.*.content"))) == 1
+    assert len(open_rows(f"{pictures}/rows*")) == 200  # it is no file of rows
 
     # Kept, but for the row whose picture was not there.
     read = []
@@ -451,6 +455,19 @@ def test_at_least_leaves_the_rows_that_are_rated_so(tmp_path, packed, monkeypatc
     assert ids(open_stage(stage, "stage.a").training) == want
     monkeypatch.setattr(holdout, "measure_number", lambda *_, **__: 1 / 0)
     assert ids(open_stage(stage, "stage.a").training) == want
+
+
+def test_at_least_of_a_parquet_file_reads_its_column(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [rated(i, relevance_min=[1, 4, None, 5][i % 4]) for i in range(20)]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "fine.parquet", row_group_size=6)
+    stage = Stage(data=str(tmp_path / "fine.parquet"), at_least={"relevance_min": 4})
+    opened = open_stage(stage, "stage.a")
+    assert ids(opened.training) == [i for i in range(20) if i % 4 in (1, 3)]
+    assert opened.training.blocks.ends.tolist() == [3, 6, 9, 10]
+    with pytest.raises(UserError, match="no column 'relevanc', only id, relevance_min, source, te"):
+        open_stage(dataclasses.replace(stage, at_least={"relevanc": 4}), "stage.a")
 
 
 def test_at_least_in_a_mixture_is_said_of_each_source(tmp_path):
