@@ -47,7 +47,7 @@ KEYS = {
     "id": ["id"],
     "image": (
         "image images img imgs picture pictures image_path image_paths image_file file_name"
-        " image_url image_urls"
+        " file_names image_url image_urls"
     ).split(),
     "video": "video videos video_path video_paths video_file video_url video_urls".split(),
     "conversations": ["conversations", "conversation", "messages"],
@@ -64,6 +64,7 @@ MEDIA = ("image", "video")
 
 TURN_KEYS = ("from", "role", "value", "content")
 PAIR = ("user", "assistant")
+ANSWER_KEYS = ("answer", "text")
 
 # Keys beside a question that hold what its answer may be.
 OPTIONS = ("options", "choices")
@@ -356,7 +357,9 @@ def answers_of(value: Any, where: str) -> list[str]:
     answers = []
     for one in as_list(value):
         if isinstance(one, dict):
-            one = first_of(one, ("answer", "text"))
+            others = [key for key in one if key not in ANSWER_KEYS]
+            check_unread(one, others, where, named=True, fix=INNER_FIX)
+            one = first_of(one, ANSWER_KEYS)
         if not is_empty(one):
             answers.append(text_of(one, where))
     if not answers:
