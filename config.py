@@ -82,6 +82,7 @@ def opt(
     low: float | None = None,
     high: float | None = None,
     decides: bool = True,
+    auto: bool = False,
 ):
     """Return a field of a recipe.
 
@@ -93,8 +94,11 @@ def opt(
     decides: whether it decides what is trained. A field that changes only speed, memory, safety or
     what is reported does not (sums may round differently), so a stopped run may go on with another
     value of it.
+    auto: whether a number may also be AUTO. training/small_sets.py puts a number in its place when
+    the rows are known, before anything computes with it.
     """
     metadata = {"why": why, "choices": choices, "low": low, "high": high, "decides": decides}
+    metadata["auto"] = auto
 
     # Tables are made anew for each recipe: dataclasses forbid to share a default that can change.
     if isinstance(default, type):
@@ -106,6 +110,8 @@ def opt(
 
 
 # ------------------------------------------------------------------------------- what a recipe says
+
+AUTO = "auto"  # in place of a number: as many as the rows ask for
 
 
 @dataclass(frozen=True)
@@ -291,8 +297,11 @@ class LoRA:
         "rank of the adapters (Hu et al., 2021): their size, and what they can express",
         low=1,
         high=65536,
+        auto=True,
     )
-    alpha: float = opt(256.0, "an adapter's output is multiplied by alpha / r", low=1e-6, high=1e6)
+    alpha: float = opt(
+        256.0, "an adapter's output is multiplied by alpha / r", low=1e-6, high=1e6, auto=True
+    )
     dropout: float = opt(0.05, "share of an adapter's inputs that training drops", low=0, high=0.99)
     rslora: bool = opt(
         False, "alpha / sqrt(r) in its place, so that large ranks learn too (Kalajdzievski, 2023)"
@@ -348,7 +357,8 @@ class Stage:
     # Where the data lies decides nothing: what is in it does, which training/made_from.py compares.
     data: str = opt(
         "",
-        "LLaVA rows: a .json list, a .jsonl file, or tar shards (a folder or glob of them)",
+        "rows: JSON, JSON lines, CSV, parquet, tar shards; a folder or glob of them, pictures with"
+        " captions, or a Hugging Face id (user/dataset)",
         decides=False,
     )
     images: str = opt(
@@ -360,15 +370,18 @@ class Stage:
         {}, 'what the rows call their parts: {image = "photo", question = "query", answer = "a"}'
     )
     at_least: dict = opt(
-        {}, "only rows with so much in a column: {relevance_min = 4}; none without it"
+        {},
+        "only rows that have so much in a column: {relevance_min = 4}; rows without a number there"
+        " are left out",
     )
     mixture: dict[str, Source] = opt(
         {}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data"
     )
     validation: str | float = opt(
         "",
-        "held-out rows for the validation loss: a file, or how many of the data to hold out, a"
-        " share (0.02) or a number (500); empty = none",
+        "held-out rows for the validation loss: a file, or how many of the data to hold out by a"
+        " hash of their pictures, else of their questions (inputs/holdout.py): a share (0.02) or a"
+        " number (500); empty = none",
         low=0,
         high=10**9,
         decides=False,
@@ -380,7 +393,10 @@ class Stage:
         high=10**9,
         decides=False,
     )
-    template: str = opt("pretrain", "chat template, see inputs/templates.py")
+    template: str = opt(
+        "pretrain",
+        "chat template, see inputs/templates.py; empty = that of the model of model.checkpoint",
+    )
 
     # What trains.
     tune: Tune = opt(Tune, "what trains in this stage")
@@ -388,24 +404,27 @@ class Stage:
 
     # The optimizer.
     rate: Rates = opt(Rates, "learning rate per part")
-    learning_rate: float = opt(1e-3, "peak of the warm-up + cosine schedule", low=0, high=100)
+    learning_rate: float = opt(
+        1e-3, "peak of the warm-up + cosine schedule", low=0, high=100, auto=True
+    )
     weight_decay: float = opt(0.0, "AdamW, never on biases and norms", low=0, high=100)
     beta2: float = opt(
         0.999, "AdamW's second-moment decay; short runs want less", low=0, high=0.999999
     )
-    warmup_ratio: float = opt(0.03, "share of the steps that warm up", low=0, high=1)
+    warmup_ratio: float = opt(0.03, "share of the steps that warm up", low=0, high=1, auto=True)
     max_grad_norm: float = opt(
         1.0, "the gradient of a step is clipped to this norm; 1e9 = never", low=1e-9, high=1e9
     )
 
     # How long, and in what portions.
-    epochs: float = opt(1.0, "passes over the data", low=0, high=100_000)
+    epochs: float = opt(1.0, "passes over the data", low=0, high=100_000, auto=True)
     steps: int = opt(0, "stop after this many steps instead; 0 = epochs decide", low=0, high=10**9)
     global_batch: int = opt(
         128,
         "samples per optimizer step, whatever the ranks and micro-batches",
         low=1,
         high=1_000_000,
+        auto=True,
     )
     micro_batch_tokens: int = opt(
         16384,
@@ -638,7 +657,7 @@ def _override(table: dict, text: str):
 
     # A string needs no quotes on the command line. Anything else is read as TOML.
     kind = _type_of(dotted, table)
-    if kind is str:
+    if kind is str or raw == AUTO:
         value: object = raw
     elif kind == TEXT_OR_NUMBER:
         value = _number_or_text(raw)
@@ -734,7 +753,8 @@ def _build(cls, table: dict, where: str, path: str = ""):
             values[key] = _build_named(named, value, where, full)
         else:
             about = known[key].metadata
-            value = _convert(value, kind, f"{where}:{full}")
+            if not (about["auto"] and value == AUTO):
+                value = _convert(value, kind, f"{where}:{full}")
             if about["choices"] and value not in about["choices"]:
                 what = f"{value!r} is not a choice"
                 raise UserError(f"{where}:{full}", what, _nearest(value, about["choices"]))
@@ -999,7 +1019,11 @@ def help_table() -> str:
         "stage.NAME": Stage,
         "stage.NAME.mixture.SOURCE": Source,
     }
-    lines = ["", "* = a stopped run may go on with another value; no other field may change"]
+    lines = [
+        "",
+        "* = a stopped run may go on with another value; no other field may change",
+        f'"{AUTO}" = chosen by the number of rows, and printed (training/small_sets.py)',
+    ]
     for path, cls in sections.items():
         _describe(cls, path, lines)
 
@@ -1027,7 +1051,10 @@ def _describe(cls, path: str, lines: list[str]):
         shown = f"{_name_of(kind):<7}{json.dumps(default):<13}"
         line = f" {mark}{f.name:<24}{shown} {f.metadata['why']}"
         if f.metadata["low"] is not None:
-            line += f" ({_number(f.metadata['low'])} to {_number(f.metadata['high'])})"
+            limits = f"{_number(f.metadata['low'])} to {_number(f.metadata['high'])}"
+            if f.metadata["auto"]:
+                limits += f', or "{AUTO}"'
+            line += f" ({limits})"
         lines.append(line)
 
     for kind, full in nested:

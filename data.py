@@ -1,10 +1,21 @@
 """From rows to batches: the order of samples, optimizer steps, the loader; and a check beforehand.
 
+    python data.py check --data FOLDER     # of pictures, with a metadata.csv beside them, as
+
+        file_name,question,answer
+        bella.jpg,Who is this?,Bella
+
     python data.py check recipes/demo.toml [section.key=value ...]   # all rows, as training will
+    python data.py check --data rows.json --images folder [--model DIR]   # as that model sees them
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi]
+    python data.py check recipes/demo.toml --against MMBENCH [...]   # and: is a benchmark in them?
     python data.py inspect recipes/demo.toml [--rows 3] [--page FILE.html]   # the first samples
     python data.py inspect --data rows.json --tokenizer DIR --template phi [--row 7]
     python data.py shard rows.json NEW_FOLDER [--images folder --size 1000]   # tars of 1000 MB
+
+Rows may be JSON, JSON lines, CSV, parquet or tar shards; a folder or a glob of them; a folder of
+pictures with metadata.csv or with captions; or a Hugging Face id. With --data,
+--columns image=photo question=query names columns that have other names.
 
 A row is what LLaVA's data sets have, with "video" in place of "image" for a video:
 
@@ -15,7 +26,7 @@ A row is what LLaVA's data sets have, with "video" in place of "image" for a vid
 "image" may be a list of files, or be absent. Rows are read by inputs/rows.py, and inputs/sample.py
 makes samples of them. This file, from top to bottom:
 
-    make_spec, stage_spec    how a row becomes a sample: tokenizer, template, limits
+    make_spec, stage_spec, model_spec    how a row becomes a sample: tokenizer, template, limits
     Order                    which row is the k-th sample of training: a permutation for each epoch,
                              of blocks and within them where rows are read by blocks
     Steps, Step              global_batch samples for each optimizer step, packed into micro-batches
@@ -51,14 +62,17 @@ from tqdm import tqdm  # comes with tokenizers
 import command_line
 import config
 from checkpoints.files import open_regular, resolve, write_file, writing
-from checkpoints.layouts import config_from_recipe
+from checkpoints.layouts import config_from_recipe, read_config
 from command_line import within
 from config import UserError, printable
 from inputs import templates
+from inputs.duplicates import Benchmark, has_imagehash, print_duplicates, print_overlaps
+from inputs.forms import KEYS
+from inputs.holdout import open_stage
 from inputs.image_processor import ImageProcessor
-from inputs.index import cached_array
+from inputs.measure import measure_rows
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
-from inputs.rows import Blocks, Part, RowMixture, Rows, open_rows
+from inputs.rows import Blocks, Part, Rows, open_rows
 from inputs.sample import Sample, SampleSpec, make_sample, user_error
 from inputs.shards import shard
 from inputs.summary import Summary
@@ -103,17 +117,45 @@ def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     if not model.tokenizer_source:
         fix = "name a folder with tokenizer.json or tokenizer.model"
         raise UserError("model.tokenizer", "not set", fix)
-    c = config_from_recipe(model, stage.template)
+    template = template_of(model, stage, "stage")
+    c = config_from_recipe(model, template)
     source = model.tokenizer_source
-    spec = make_spec(source, stage.template, stage.max_tokens, tiling_of(c))
+    spec = make_spec(source, template, stage.max_tokens, tiling_of(c))
 
     # A GPU would say no more of such an id than that something failed.
     vocabulary = vocabulary_of(c)
-    largest = templates.largest_id(spec.tokenizer, stage.template)
+    largest = templates.largest_id(spec.tokenizer, template)
     if vocabulary is not None and largest >= vocabulary:
         what = f"makes ids up to {largest}, and the model has {vocabulary}"
         raise UserError(f"model.tokenizer={source}", what, "give the tokenizer of this model")
     return spec
+
+
+def model_spec(folder: Path, max_tokens: int = sys.maxsize) -> SampleSpec:
+    """Return the spec of a finished model: its tokenizer, its template, how it sees pictures.
+
+    Raises UserError for a folder without a model.
+    """
+    c = read_config(folder)
+    return make_spec(str(folder), c.template, max_tokens, tiling_of(c))
+
+
+def template_of(model: config.Model, stage: config.Stage, where: str) -> str:
+    """Return the name of a stage's template: its own, or that of the model that it starts from.
+
+    where: what messages call the stage. Raises UserError if neither has one.
+    """
+    if stage.template:
+        return stage.template
+    if not model.checkpoint:
+        fix = f"name one of {', '.join(templates.TEMPLATES)}"
+        raise UserError(f"{where}.template", "empty, and there is no model.checkpoint", fix)
+    folder = resolve(model.checkpoint, "model.checkpoint", small=True)
+    template = read_config(folder).template
+    if not template:
+        fix = f"name one of {', '.join(templates.TEMPLATES)}"
+        raise UserError(f"{where}.template", f"empty, and {folder} names none", fix)
+    return template
 
 
 # --------------------------------------------------------------------------------- order of samples
@@ -272,6 +314,9 @@ class Step:
     # (row, tokens taken off its tail) of over-long rows.
     cut: list[tuple[int, int]] = field(default_factory=list)
 
+    # (row, how it was read, its keys that nothing reads) of each sample, for `check`.
+    readings: list[tuple[int, tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
+
     seconds: float = 0.0  # it took to make
 
     # Why training must stop, or "". An exception in a worker would arrive as a page of traceback.
@@ -382,6 +427,7 @@ class Steps(Dataset):
             micro_batches=micro_batches,
             skipped=skipped,
             cut=[(sample.row, sample.cut) for sample in samples if sample.cut],
+            readings=[(sample.row, sample.notes, sample.unread) for sample in samples],
             seconds=time.perf_counter() - begin,
         )
 
@@ -498,37 +544,15 @@ def validation_batches(
 # ------------------------------------------------------------------------------------- token counts
 
 
-class Counts(Dataset):
-    """`counts[i]` measures the i-th chunk of the rows begin, ..., end - 1."""
-
-    CHUNK = 256  # rows
-
-    def __init__(self, rows: Rows, spec: SampleSpec, begin: int, end: int):
-        self.rows = rows
-        self.spec = spec
-        self.begin = begin
-        self.end = end
-
-    def __len__(self) -> int:
-        """Return how many chunks there are."""
-        return math.ceil((self.end - self.begin) / self.CHUNK)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Return (rows of the chunk, 3) int64: tokens, views and supervised tokens of each."""
-        first = self.begin + i * self.CHUNK
-        last = min(first + self.CHUNK, self.end)
-        measured = [self._measure(row) for row in range(first, last)]
-        return np.array(measured, np.int64)
-
-    def _measure(self, row: int) -> tuple[int, int, int]:
-        """Return the tokens, views and supervised tokens of a row; zeros if it is unusable."""
-        try:
-            sample = make_sample(self.rows, row, self.spec, pixels=False)
-        except UserError:
-            return 0, 0, 0  # training says why, when it makes the sample
-        views = sum(item.shape.views for item in sample.items)
-        supervised = int((sample.labels != IGNORE).sum())
-        return len(sample.ids), views, supervised
+def measure_tokens(rows: Rows, row: int, spec: SampleSpec) -> tuple[int, int, int]:
+    """Return the tokens, views and supervised tokens of a row; zeros if it is unusable."""
+    try:
+        sample = make_sample(rows, row, spec, pixels=False)
+    except UserError:
+        return 0, 0, 0  # training says why, when it makes the sample
+    views = sum(item.shape.views for item in sample.items)
+    supervised = int((sample.labels != IGNORE).sum())
+    return len(sample.ids), views, supervised
 
 
 def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
@@ -540,31 +564,14 @@ def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
     # What the counts depend on is in the name of their file.
     tokenizer_files = sorted(spec.tokenizer.files.items())
     decides = repr((spec.template, spec.max_tokens, spec.views, tokenizer_files))
-    key = hashlib.sha256(decides.encode()).hexdigest()[:12]
 
-    counts = []
-    for file, begin, end in rows.file_spans():
-        chunks = Counts(rows, spec, begin, end)
-        count = partial(count_chunks, chunks, file, workers)
-        counts.append(cached_array(file, f"{key}.counts", count))
+    def kind_of(source: Rows) -> str:
+        columns = getattr(source, "columns", None) or ""
+        key = hashlib.sha256(f"{decides}{columns}".encode()).hexdigest()[:12]
+        return f"{key}.counts"
 
-    # The counts of a single file stay a memory map, which ranks and workers share.
-    if len(counts) == 1:
-        return counts[0]
-    return np.concatenate(counts)
-
-
-def count_chunks(chunks: Counts, file: str | Path, workers: int) -> np.ndarray:
-    """Return the counts of all chunks of a file, joined, and show the progress."""
-    print(f"{printable(file, 1000)}: counting the tokens of its rows, once", flush=True)
-    loaded = DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=min(workers, len(chunks)),
-        generator=torch.Generator(),  # as in `loader`
-    )
-    progress = tqdm(loaded, unit="chunk", disable=None, leave=False)
-    return np.concatenate(list(progress))
+    measure = partial(measure_tokens, spec=spec)
+    return measure_rows(rows, kind_of, measure, workers, "counting the tokens of its rows")
 
 
 # -------------------------------------------------------------------------------- check and inspect
@@ -578,6 +585,7 @@ class Listing:
     rows: Rows
     spec: SampleSpec
     order: Order | None = None  # in which `inspect` shows them; None = that of the file
+    notes: tuple[str, ...] = ()  # how they were chosen
 
 
 # How pictures are seen without a recipe: as the square that CLIP-L/14-336 gets.
@@ -611,10 +619,13 @@ def check(rows: Rows, spec: SampleSpec) -> int:
                 tokens = kept + cut_of.get(batch.rows[0], 0)
                 summary.add_sample(len(batch.shapes), tokens, kept, batch.supervised)
 
+            for row, notes, unread in step.readings:
+                summary.add_reading(row, notes, unread)
+
             summary.add_bad(len(step.skipped))
             progress.update(len(step.skipped) + len(step.micro_batches))
 
-    summary.print(printable(rows.file, 1000), spec.views.positions())
+    summary.print(printable(rows.file, 1000), spec.views.positions(), rows.where)
     return summary.bad
 
 
@@ -691,20 +702,37 @@ def jobs_of_options(args) -> list[Listing]:
     """Return the one job of --data and the options beside it."""
     if args.max_tokens:
         limit = args.max_tokens
-    elif args.tokenizer:
+    elif args.tokenizer or args.model:
         limit = 2048
     else:
         limit = sys.maxsize  # bytes are several times as many as tokens, so 2048 would cut rows
 
-    # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes that
-    # number of whatever an encoder gives.
-    views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
-    spec = make_spec(args.tokenizer, args.template, limit, views)
+    if args.model:
+        spec = model_spec(resolve(args.model), limit)
+    else:
+        # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes
+        # that number of whatever an encoder gives.
+        views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
+        spec = make_spec(args.tokenizer, args.template, limit, views)
 
     name = args.data
-    if not args.tokenizer:
+    if not args.tokenizer and not args.model:
         name += ", in bytes (no --tokenizer)"
-    return [Listing(name, open_rows(args.data, args.images), spec)]
+    rows = open_rows(args.data, args.images, columns_of(args.columns))
+    return [Listing(name, rows, spec)]
+
+
+def columns_of(words: list[str]) -> dict[str, str]:
+    """Return what --columns maps, {part: column}. Raises UserError for a word that maps nothing."""
+    columns = {}
+    for word in words:
+        part, equals, column = word.partition("=")
+        if not equals or part not in KEYS or not column:
+            what = f"{printable(word, 60)!r} maps no column"
+            parts = ", ".join(KEYS)
+            raise UserError("--columns", what, f"write part=column, a part being one of {parts}")
+        columns[part] = column
+    return columns
 
 
 def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
@@ -717,24 +745,38 @@ def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
     jobs = []
     for name, stage in recipe.stage.items():
         spec = stage_spec(recipe.model, stage)
-        rows = RowMixture.of(stage, f"{path}:stage.{name}")
-        jobs.append(
-            Listing(f"stage {name}", rows, spec, Order(len(rows), seed, rows.parts, rows.blocks))
-        )
-        if stage.validation:
-            rows = open_rows(stage.validation, stage.images)
+        opened = open_stage(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
+        rows = opened.training
+        notes = tuple(f"stage {name}: {note}" for note in opened.notes)
+        order = Order(len(rows), seed, rows.parts, rows.blocks)
+        jobs.append(Listing(f"stage {name}", rows, spec, order, notes))
+        if opened.held_out is not None:
+            rows = opened.held_out
             order = Order(len(rows), seed, blocks=rows.blocks)
             jobs.append(Listing(f"stage {name}, validation", rows, spec, order))
     return jobs
 
 
-def check_jobs(jobs: list[Listing], where: str):
-    """Check the rows of all jobs. Raises UserError if some are bad."""
+def check_jobs(jobs: list[Listing], where: str, against: list[str]):
+    """Check the rows of all jobs, and against benchmarks. Raises UserError if some are bad."""
+    # Those first, so that a wrong path shows before hours of reading.
+    workers = os.cpu_count() or 1
+    if against and not has_imagehash():
+        print("note: pictures that were resized or saved as JPEG are not found without ImageHash")
+        print("  pip install ImageHash")
+    benchmarks = [Benchmark.of(Path(name), workers) for name in against]
+
     bad = 0
     total = 0
     for job in jobs:
         print(f"== {printable(job.name, 1000)}")
+        print(f"recognised: {job.rows.recognised}")
+        for note in job.notes:
+            print(note)
         bad += check(job.rows, job.spec)
+        print_duplicates(job.rows, workers)
+        for benchmark in benchmarks:
+            print_overlaps(job.rows, benchmark, workers)
         total += len(job.rows)
     if bad:
         fix = "mend or remove them, or set train.on_bad_row=skip"
@@ -799,14 +841,23 @@ def main(argv: list[str]):
     add = parser.add_argument
     add("command", choices=["check", "inspect", "shard"])
     add("recipe", nargs="*", help="recipe.toml [section.key=value ...]; shard: rows, new folder")
-    add("--data", help="instead of a recipe: rows, a .json or .jsonl file or shards")
+    add("--data", help="instead of a recipe: rows, a file, folder, glob or Hugging Face id")
     add("--images", default="", help="folder of the pictures; default: the rows' own")
+    add("--columns", nargs="+", default=[], help="columns of other names: image=photo answer=a")
+    add("--model", help="a finished one: its tokenizer, its template, and how it sees pictures")
     add("--tokenizer", default="", help="its folder; else tokens are bytes and nothing is cut")
     add("--template", default="phi", help=", ".join(templates.TEMPLATES))
     add("--image-tokens", type=within(int, 1, 10**6), default=576)
     add("--max-tokens", type=within(int, 1, 10**7))
     add("--rows", type=within(int, 1, 10**6), default=3, help="inspect: so many of each stage")
     add("--row", type=int, help="inspect: only this row, counted from 0")
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="BENCHMARK",
+        help="check: folders or files whose pictures should not be among the rows'",
+    )
     add("--page", help="inspect: also write a page with the pictures")
     add("--size", type=within(int, 1, 10**6), default=1000, help="shard: megabytes of a tar file")
     args = parser.parse_args(argv)
@@ -816,7 +867,7 @@ def main(argv: list[str]):
         if len(args.recipe) != 2:
             parser.error("shard takes rows and a new folder")
         source, out = args.recipe
-        rows = open_rows(source, args.images)
+        rows = open_rows(source, args.images, columns_of(args.columns))
         count = shard(rows, Path(out), args.size * 10**6)
         print(f"{printable(out)}: {len(rows)} rows in {count} tar files")
         return
@@ -824,6 +875,8 @@ def main(argv: list[str]):
     # A look at rows, of one of the two.
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
+    if args.model and (args.tokenizer or not args.data):
+        parser.error("--model stands beside --data, and brings its own tokenizer and template")
     if args.data:
         where = args.data
         jobs = jobs_of_options(args)
@@ -832,7 +885,7 @@ def main(argv: list[str]):
         jobs = jobs_of_recipe(args.recipe)
 
     if args.command == "check":
-        check_jobs(jobs, where)
+        check_jobs(jobs, where, args.against)
     else:
         inspect_jobs(jobs, args)
 

@@ -1,25 +1,34 @@
-"""Measures a model on a benchmark, beside chance and the nearest recipe's published number.
+"""Measures a model on your own rows, or on a benchmark.
 
-    torchrun evaluate.py --model out/demo --task world --data out/demo/world
+    # The score on your own questions, in any form that training takes; a page with the wrong ones:
+    python evaluate.py --model out/mine --task rows --data test.jsonl
 
-    # The same, seeing nothing:
-    torchrun evaluate.py --model out/demo --task world --data out/demo/world --blank
+    # The same seeing nothing, and compared with another model:
+    python evaluate.py --model out/mine --task rows --data test.jsonl --blank --baseline out/demo
 
+    # Benchmarks, beside chance and the nearest recipe's published number:
+    python evaluate.py --model out/demo --task world --data out/demo/world [--blank]
     torchrun --nproc-per-node 8 evaluate.py --model DIR --task pope --data playground/data/eval/pope
     python evaluate.py --model DIR --task mmvet --data DIR \\
         --judge https://api.openai.com/v1 --judge-model gpt-4-0613
 
-Writes MODEL/eval/TASK.jsonl, one answer a line, MODEL/eval/TASK.json, the scores, and beside them
-the file that the benchmark's own server or script takes. A killed run continues where it stopped
-when the same command is given again. Answers of another model, or about other pictures, are not
-used: they are kept under another name. Decoding is greedy.
+Of rows, every question with a true answer is asked. evals/own_rows.py says what is printed of them,
+evals/metrics.py how answers are compared: by --metric, or by what fits the true ones. The template
+is the model's own, so none is named. `loss` is the mean over the supervised tokens of the rows, as
+training logs it; only that of a model with the same tokenizer can be compared.
 
-A task is a file of evals/, whose docstring says which files it reads and how its scorer judges.
-evals/__init__.py says what such a file offers, and how to add one.
+Writes MODEL/eval/TASK.jsonl, one answer a line, MODEL/eval/TASK.json, the scores, and beside them
+rows.html, the page, or the file that the benchmark's own server or script takes. A killed run
+continues where it stopped when the same command is given again. Answers of another model, or about
+other pictures, are not used: they are kept under another name. Decoding is greedy.
+
+Another task is a file of evals/, whose docstring says which files it reads and how its scorer
+judges, or a row of the table in evals/row_files.py. evals/__init__.py says what such a file offers,
+and how to add one.
 
 This file, from top to bottom: the table of tasks; what a question shows to the model, and the
-controls that hide it; how many are asked at once; scores; the command line. Answers on disk are in
-evals/kept.py, and what they were made from in evals/origin.py.
+controls that hide it; how many are asked at once; scores; the command line; benchmarks; own rows.
+Answers on disk are in evals/kept.py, and what they were made from in evals/origin.py.
 """
 
 from __future__ import annotations
@@ -29,22 +38,28 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import command_line
 from checkpoints.files import resolve, write_file, writing
 from checkpoints.owned import own
 from command_line import within
 from config import UserError, printable
+from data import columns_of, model_spec
 from evals import (
     Example,
     Task,
+    amber,
+    chair,
     gqa,
     llava_bench,
     longvideobench,
@@ -56,7 +71,9 @@ from evals import (
     mmvu,
     moving,
     mvbench,
+    own_rows,
     pope,
+    row_files,
     scienceqa,
     seedbench,
     textvqa,
@@ -66,16 +83,18 @@ from evals import (
 )
 from evals.judge import Judge
 from evals.kept import answer_examples, no_barrier
-from evals.origin import check_file_of_answers, go_on_or_set_aside, origin, shown_names
+from evals.metrics import METRICS
+from evals.origin import check_file_of_answers, go_on_or_set_aside, origin, shown_names, sources
 from evals.published import add_published
 from inference.answer import answer as answer_questions
 from inference.answer import prompt_ids
 from inference.engine import CACHE_STEP
 from inputs.pictures import load_image
-from inputs.sample import load_item
+from inputs.rows import Rows, open_rows
+from inputs.sample import SampleSpec, load_item
 from inputs.tiling import TILED
-from inputs.tokenizer import load_tokenizer
-from inputs.video import probe
+from inputs.tokenizer import Tokenizer, load_tokenizer
+from inputs.video import probe, stream
 from kernels import default_dtype
 from model import LLaVA
 from packing import Item, ItemShape
@@ -97,6 +116,10 @@ TASKS: dict[str, Task] = {
     "textvqa": textvqa,
     "textvqa-plain": variant(textvqa, ocr=False),
     "pope": pope,
+    "chair": chair,
+    "amber": amber,
+    "amber-g": variant(amber, questions=False),
+    "amber-d": variant(amber, descriptions=False),
     "mme": mme,
     "mmmu": mmmu,
     "mmvet": mmvet,
@@ -111,6 +134,7 @@ TASKS: dict[str, Task] = {
     "mlvu": mlvu,
     "mmvu": mmvu,
     "moving": moving,
+    **row_files.TASKS,
 }
 
 # How many pictures or videos the mean of --blank is taken of.
@@ -143,19 +167,23 @@ def load_shown(example: Example, data_dir, load: Callable) -> list:
     kind, named = shown_files(example)
 
     loaded = []
-    for i, name in enumerate(named):
-        path = Path(data_dir) / name
-        source = path
-        if "pictures" in example:
-            source = example["pictures"][i]
+    for name, source in zip(named, sources(example, data_dir), strict=True):
         try:
             loaded.append(load(source, kind, **part))
         except UserError:
             raise
         except ValueError as error:
+            path = Path(data_dir) / name
+            if isinstance(source, Path):
+                path = source
             where = example.get("where", path)
             raise UserError(where, f"{path}: {error}", "restore it") from None
     return loaded
+
+
+def question_of(example: Example) -> str | list[dict]:
+    """Return what is asked: a text, or the turns of a conversation."""
+    return example.get("conversation", example["prompt"])
 
 
 def items_of_example(example: Example, data_dir, model: LLaVA) -> list[Item]:
@@ -173,6 +201,7 @@ def check_examples(examples: list[Example], data_dir):
         raise UserError(data_dir, "no questions in it", fix)
 
     ids = set()
+    checked = set()
     for example in examples:
         if example["id"] in ids:
             what = f"question {example['id']} is there twice"
@@ -180,16 +209,23 @@ def check_examples(examples: list[Example], data_dir):
         ids.add(example["id"])
 
         # Opening is slow, so files that are there are taken on trust. This raises for one that is
-        # missing, and looks into pictures that are no files but bytes in the example.
+        # missing, and looks into pictures that are no files but bytes in the example. Questions may
+        # share a picture, which is looked into once; names are of one row, where there are rows.
         _, named = shown_files(example)
-        if not all(is_there(Path(data_dir) / name) for name in named):
+        shown = (example.get("row"), *named)
+        if shown in checked:
+            continue
+        if not all(is_there(source) for source in sources(example, data_dir)):
             load_shown(example, data_dir, open_media)
+        checked.add(shown)
 
 
-def is_there(path: Path) -> bool:
+def is_there(source: Path | bytes) -> bool:
     """Return whether there is such a file or folder; False for a name that no system takes."""
+    if isinstance(source, bytes):
+        return False
     try:
-        return path.exists()
+        return source.exists()
     except (OSError, ValueError):
         return False
 
@@ -221,7 +257,7 @@ def answerer(
             items = items_of_example(example, data_dir, model)
             if change:
                 items = [change(item) for item in items]
-            questions.append(example["prompt"])
+            questions.append(question_of(example))
             items_of_each.append(items)
         return answer_questions(
             model, tokenizer, questions, items_of_each, max_new_tokens=max_new_tokens
@@ -320,7 +356,7 @@ def longest_prompt(model: LLaVA, tokenizer, examples: list[Example]) -> int:
     by_length = sorted(examples, key=lambda example: len(example["prompt"]))
     longest_text = 0
     for example in by_length[-MOST_ROWS:]:
-        ids = prompt_ids(example["prompt"], 0, tokenizer, model.config.template)
+        ids = prompt_ids(question_of(example), 0, tokenizer, model.config.template)
         longest_text = max(longest_text, len(ids))
 
     longest_shown = 0
@@ -395,28 +431,46 @@ def compute_scores(
     return scores
 
 
+class Column(NamedTuple):
+    """A column of the table of scores."""
+
+    head: str
+    width: int
+    form: str
+
+
+COLUMNS = {
+    "score": Column("score", 11, "{:.2f}"),
+    "interval": Column("95 % interval", 17, "[{0[0]:.2f}, {0[1]:.2f}]"),
+    "chance": Column("chance", 11, "{:.2f}"),
+    "text_only": Column("text only", 11, "{:.2f}"),
+    "loss": Column("loss", 11, "{:.4f}"),
+    "published": Column("published", 11, "{:.2f}"),
+}
+
+
 def score_table(scores: dict[str, dict]) -> str:
     """Return the scores as lines of text; a column only where there is something in it."""
     columns = []
-    for column in ("score", "chance", "text_only", "published"):
-        if any(column in score for score in scores.values()):
-            columns.append(column)
+    for key in COLUMNS:
+        if any(key in score for score in scores.values()):
+            columns.append(key)
 
     # Some names are of the benchmark's files.
     names = {name: printable(name, 60) for name in scores}
     width = max(24, *(len(name) + 1 for name in names.values()))
     head = " " * width
-    for column in columns:
-        head += f"{column.replace('_', ' '):>11}"
+    for key in columns:
+        head += f"{COLUMNS[key].head:>{COLUMNS[key].width}}"
     lines = [head + f"{'n':>8}"]
 
     for name, score in scores.items():
         line = f"{names[name]:{width}}"
-        for column in columns:
+        for key in columns:
             cell = ""
-            if score.get(column) is not None:
-                cell = f"{score[column]:.2f}"
-            line += f"{cell:>11}"
+            if score.get(key) is not None:
+                cell = COLUMNS[key].form.format(score[key])
+            line += f"{cell:>{COLUMNS[key].width}}"
         lines.append(line + f"{score['n']:8}")
 
     for score in scores.values():
@@ -432,15 +486,31 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_line.parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--task", required=True, choices=TASKS, help="the benchmark")
-    parser.add_argument("--data", required=True, help="folder of the benchmark's files")
+    parser.add_argument(
+        "--task", required=True, choices=["rows", *TASKS], help="rows: your own; or a benchmark"
+    )
+    parser.add_argument(
+        "--data", required=True, help="the rows, or folder of the benchmark's files"
+    )
+    parser.add_argument("--images", help="rows: folder of their pictures; default: the rows' own")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="PART=NAME", help="rows: what they call image, question ..."
+    )
+    parser.add_argument(
+        "--metric",
+        choices=METRICS,
+        help="rows: how answers are compared; default: by the true ones",
+    )
+    parser.add_argument(
+        "--baseline", metavar="DIR", help="rows: another model that is asked the same, to compare"
+    )
     parser.add_argument(
         "--blank",
         dest="control",
         action="store_const",
         const="blank",
         default="",
-        help="replace every picture by the mean of many, as a control",
+        help="replace every picture by the mean of many, as a control; rows: beside the score",
     )
     parser.add_argument(
         "--one-frame",
@@ -471,19 +541,109 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]):
     args = arguments(argv)
-    rank = int(os.environ.get("RANK", 0))
+    check_options(args)
+    ranks = Ranks()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    barrier = no_barrier
     if world_size > 1:
         # Only to wait for each other, for as long as the slowest needs.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-        barrier = dist.barrier
+        ranks = Ranks(int(os.environ["RANK"]), world_size, dist.barrier)
 
-    # The questions, checked before anything slow happens.
-    task = TASKS[args.task]
-    if args.judge and not hasattr(task, "judge"):
+    if args.task == "rows":
+        evaluate_rows(args, ranks)
+    else:
+        evaluate_benchmark(args, ranks)
+
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def check_options(args: argparse.Namespace):
+    """Raise UserError for an option that the task does not have."""
+    if args.judge and not hasattr(TASKS.get(args.task), "judge"):
         judged = " and ".join(name for name, one in TASKS.items() if hasattr(one, "judge"))
         raise UserError("--judge", f"nothing judges {args.task}", f"leave it out; {judged} take it")
+    for option in ("images", "columns", "metric", "baseline"):
+        if args.task != "rows" and getattr(args, option) is not None:
+            raise UserError(f"--{option}", f"not for {args.task}", "leave it out; rows take it")
+
+
+class Ranks(NamedTuple):
+    """The processes that share the questions, and which of them this one is."""
+
+    rank: int = 0
+    size: int = 1
+    barrier: Callable = no_barrier
+
+
+@dataclass
+class Asking:
+    """Some questions, and how they are put to one model."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    examples: list[Example]
+    chosen: list[Example]  # those of them that --limit leaves
+    max_new_tokens: int
+    folder: Path  # the model's
+    control: str  # the name of what hides the pictures, or ""
+    file: Path  # of the answers
+    is_out: bool  # whether --out names it
+
+    def prepare(self, dtype: torch.dtype):
+        """Make room for the answers; those of anything else than this model go aside.
+
+        Raise UserError if they would go over what this program did not write.
+        """
+        if self.ranks.rank == 0:
+            claim(self.file, self.is_out)
+            options = {
+                "task": self.args.task,
+                "control": self.control,
+                "max_new_tokens": self.max_new_tokens,
+                "precision": str(dtype).removeprefix("torch."),
+            }
+            made = origin(self.folder, self.examples, self.args.data, options)
+            go_on_or_set_aside(self.file, made)
+        self.ranks.barrier()
+
+    def answers(self, model: LLaVA, tokenizer: Tokenizer, change: Callable) -> list[str] | None:
+        """Return the model's answers to those chosen; on ranks other than 0 None.
+
+        change: what control_of returns.
+        """
+        answer = answerer(model, tokenizer, self.args.data, self.max_new_tokens, change)
+        batch = self.args.batch
+        if batch is None:
+            free = free_memory(str(model.language_model.lm_head.weight.device))
+            batch = rows_that_fit(model, tokenizer, self.chosen, self.max_new_tokens, free)
+        return answer_examples(self.examples, self.chosen, answer, self.file, batch, *self.ranks)
+
+
+def device_and_dtype() -> tuple[str, torch.dtype]:
+    """Return where this rank's model is, and in which precision."""
+    if not torch.cuda.is_available():
+        return "cpu", torch.float32
+
+    # Triton launches its kernels on the current device, whatever the device of their tensors.
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    torch.cuda.set_device(device)
+    return device, default_dtype(torch.device(device))
+
+
+def load_model(folder: Path, device: str, dtype: torch.dtype) -> tuple[LLaVA, Tokenizer]:
+    """Return the model in a folder, and its tokenizer."""
+    model = LLaVA.from_pretrained(folder, dtype=dtype, device=device).eval()
+    return model, load_tokenizer(folder)
+
+
+# ------------------------------------------------------------------------------------ benchmarks
+
+
+def evaluate_benchmark(args: argparse.Namespace, ranks: Ranks):
+    """Ask a model the questions of a benchmark, and print and write what it reaches."""
+    # The questions, checked before anything slow happens.
+    task = TASKS[args.task]
     folder = resolve(args.model)
     started = time.monotonic()
     examples = task.examples(args.data)
@@ -492,101 +652,215 @@ def main(argv: list[str]):
     if hasattr(task, "text_only"):
         task.text_only(args.data)
 
-    device = "cpu"
-    dtype = torch.float32
-    if torch.cuda.is_available():
-        # Triton launches its kernels on the current device, whatever the device of their tensors.
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-        dtype = default_dtype(torch.device(device))
-
-    # Where the answers go, and whether those that are there are of the same model and pictures.
-    file = file_of_answers(args, folder)
-    if rank == 0:
-        claim(file, args)
-        options = {
-            "task": args.task,
-            "control": args.control,
-            "max_new_tokens": task.MAX_NEW_TOKENS,
-            "precision": str(dtype).removeprefix("torch."),
-        }
-        go_on_or_set_aside(file, origin(folder, examples, args.data, options))
-    barrier()
-
     # The answers.
-    model = LLaVA.from_pretrained(folder, dtype=dtype, device=device).eval()
-    tokenizer = load_tokenizer(folder)
+    device, dtype = device_and_dtype()
+    file = file_of_answers(args, folder, args.control)
+    is_out = args.out is not None
+    room = task.MAX_NEW_TOKENS
+    asking = Asking(args, ranks, examples, chosen, room, folder, args.control, file, is_out)
+    asking.prepare(dtype)
+    model, tokenizer = load_model(folder, device, dtype)
     change = control_of(args.control, examples, args.data, model)
-    answer = answerer(model, tokenizer, args.data, task.MAX_NEW_TOKENS, change)
-    batch = args.batch
-    if batch is None:
-        free = free_memory(device)
-        batch = rows_that_fit(model, tokenizer, chosen, task.MAX_NEW_TOKENS, free)
-    answers = answer_examples(examples, chosen, answer, file, batch, rank, world_size, barrier)
+    answers = asking.answers(model, tokenizer, change)
+    if ranks.rank > 0:
+        return
 
     # What follows from them.
-    if rank == 0:
-        print(f"{title(args, ', ')}: {len(answers)} answers in {file}")
-        if hasattr(task, "unread"):
-            unread = task.unread(chosen, answers)
-            print(f"{unread} of {len(answers)} answers {task.UNREAD}")
-        if hasattr(task, "write") and len(chosen) == len(examples):
-            with writing(file.parent):
-                written = task.write(chosen, answers, file.with_suffix(""), args.data)
-            print(f"in the official format: {', '.join(str(path) for path in written)}")
+    print(f"{title(args.task, args.control, ', ')}: {len(answers)} answers in {file}")
+    if hasattr(task, "unread"):
+        unread = task.unread(chosen, answers)
+        print(f"{unread} of {len(answers)} answers {task.UNREAD}")
+    if hasattr(task, "write") and len(chosen) == len(examples):
+        with writing(file.parent):
+            written = task.write(chosen, answers, file.with_suffix(""), args.data)
+        print(f"in the official format: {', '.join(str(path) for path in written)}")
 
-        scores = compute_scores(task, chosen, answers, file, args)
-        add_published(scores, task, model.config)
-        if scores:
-            seconds = time.monotonic() - started
-            write_scores(scores, file.with_suffix(".json"), seconds, args)
-            print(score_table(scores))
-        elif hasattr(task, "judge"):
-            print("no score: that takes --judge URL --judge-model NAME")
-        else:
-            print("no score: that takes the server, which has the answers")
-
-    if world_size > 1:
-        dist.destroy_process_group()
+    scores = compute_scores(task, chosen, answers, file, args)
+    add_published(scores, task, model.config)
+    if scores:
+        seconds = time.monotonic() - started
+        write_scores(scores, file.with_suffix(".json"), seconds, args)
+        print(score_table(scores))
+    elif hasattr(task, "judge"):
+        print("no score: that takes --judge URL --judge-model NAME")
+    else:
+        print("no score: that takes the server, which has the answers")
 
 
-def file_of_answers(args: argparse.Namespace, folder: Path) -> Path:
+def file_of_answers(args: argparse.Namespace, folder: Path, control: str) -> Path:
     """Return the file that --out names, or that of the task in the model's folder."""
     if args.out is not None:
         return Path(args.out)
-    return folder / "eval" / f"{title(args, '-')}.jsonl"
+    return folder / "eval" / f"{title(args.task, control, '-')}.jsonl"
 
 
-def claim(file: Path, args: argparse.Namespace):
+def claim(file: Path, is_out: bool):
     """Raise UserError if answers and scores would go over what this program did not write.
 
     MODEL/eval is ours by a mark, as all folders are that this program writes into. A file that
     --out names may lie among others, so its own name decides.
     """
-    if args.out is not None:
+    if is_out:
         check_file_of_answers(file)
     else:
         own(file.parent, "evaluation")
 
 
-def title(args: argparse.Namespace, separator: str) -> str:
+def title(task: str, control: str, separator: str) -> str:
     """Return the name of the task, and of the control if there is one."""
-    if args.control:
-        return f"{args.task}{separator}{args.control}"
-    return args.task
+    if control:
+        return f"{task}{separator}{control}"
+    return task
 
 
-def write_scores(scores: dict[str, dict], file: Path, seconds: float, args: argparse.Namespace):
-    """Write the scores, and what they are of."""
+def write_scores(
+    scores: dict[str, dict],
+    file: Path,
+    seconds: float,
+    args: argparse.Namespace,
+    more: dict | None = None,
+):
+    """Write the scores, and what they are of; `more` of them stands behind."""
     result = {
         "task": args.task,
         "data": args.data,
         "control": args.control,
         "seconds": round(seconds, 1),
         "scores": scores,
+        **(more or {}),
     }
     with writing(file):
         write_file(file, json.dumps(result, indent=2) + "\n")
+
+
+# -------------------------------------------------------------------------------------- own rows
+
+# What the table says of a control.
+HIDDEN = {"blank": "pictures blanked", "one-frame": "one frame only"}
+
+# Frames of a video on the page.
+PAGE_FRAMES = 3
+
+
+def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
+    """Ask a model the questions of one's own rows, and print and write what it reaches.
+
+    It is asked once more with a control, and so is the model of --baseline.
+    """
+    # The questions, checked before anything slow happens.
+    started = time.monotonic()
+    folder = resolve(args.model)
+    rows = open_rows(args.data, args.images or "", columns_of(args.columns or []))
+    spec = model_spec(folder)
+    examples = own_rows.read_questions(rows, spec)
+    chosen = limit_examples(examples, args.limit)
+    check_examples(chosen, args.data)
+    scale = own_rows.choose_scale(chosen, args.metric or "")
+    if args.control and not any(shown_files(example)[1] for example in chosen):
+        raise UserError(f"--{args.control}", f"no picture in {args.data}", "leave it out")
+
+    # Who is asked, and what is hidden then.
+    file = file_of_answers(args, folder, "")
+    is_out = args.out is not None
+    room = own_rows.room_for_answers(examples, spec.tokenizer)
+    asked = partial(Asking, args, ranks, examples, chosen)
+    askings = {scale.name: asked(room, folder, "", file, is_out)}
+    if args.control:
+        blank = file.with_name(title(file.stem, args.control, "-") + file.suffix)
+        name = f"{scale.name}, {HIDDEN[args.control]}"
+        askings[name] = asked(room, folder, args.control, blank, is_out)
+    if args.baseline:
+        other = resolve(args.baseline)
+        other_spec = model_spec(other)
+        own_rows.read_questions(rows, other_spec)  # its template may not take all of them
+        room = own_rows.room_for_answers(examples, other_spec.tokenizer)
+        name = f"{scale.name}, {args.baseline}"
+        askings[name] = asked(room, other, "", other / "eval" / "rows.jsonl", False)
+
+    # The losses and the answers, with one model in memory.
+    device, dtype = device_and_dtype()
+    for asking in askings.values():
+        asking.prepare(dtype)
+    losses = {}
+    answers = {}
+    model = loaded = None
+    for name, asking in askings.items():
+        if asking.folder != loaded:
+            model = None  # its memory is free now
+            model, tokenizer = load_model(asking.folder, device, dtype)
+            loaded = asking.folder
+        change = control_of(asking.control, chosen, args.data, model)
+        losses[name] = mean_loss(model, rows, chosen, model_spec(asking.folder), change, ranks)
+        answers[name] = asking.answers(model, tokenizer, change)
+    if ranks.rank > 0:
+        return
+
+    # What follows from them.
+    scores = {}
+    for name, said in answers.items():
+        scores[name] = scale.score(chosen, said) | {"loss": losses[name]}
+    print(f"rows: {len(chosen)} answers in {file}")
+    print(f"{scale.name}: {scale.metric.says} ({scale.reason})")
+    if scale.constant:
+        print(f"chance: always {printable(scale.constant, 60)!r}")
+    unread = own_rows.unread(scale, answers[scale.name])
+    if unread:
+        print(unread)
+    table = score_table(scores)
+
+    # The model against each of the others.
+    mine, *others = answers
+    said = {"model": answers[mine]}
+    differences = {}
+    for name in others:
+        than = name.removeprefix(f"{scale.name}, ")
+        said[than] = answers[name]
+        found = scale.compare(chosen, answers[mine], answers[name])
+        differences[than] = [100 * value for value in found]
+        table += "\n" + own_rows.sentence(found, than, len(chosen))
+    print(table)
+
+    seconds = time.monotonic() - started
+    more = {"metric": scale.name, "differences": differences}
+    write_scores(scores, file.with_suffix(".json"), seconds, args, more)
+    heading = f"{args.model} on {args.data}"
+    pictures = pictures_of(args.data)
+    page = own_rows.wrong_page(heading, table, scale, chosen, said, pictures)
+    with writing(file):
+        write_file(file.with_suffix(".html"), page)
+    print(f"the wrong answers: {file.with_suffix('.html')}")
+
+
+def mean_loss(
+    model: LLaVA,
+    rows: Rows,
+    chosen: list[Example],
+    spec: SampleSpec,
+    change: Callable[[Item], Item] | None,
+    ranks: Ranks,
+) -> float:
+    """Return the mean loss over the supervised tokens of the rows of some questions."""
+    numbers = list(dict.fromkeys(example["row"] for example in chosen))
+    mine = numbers[ranks.rank :: ranks.size]
+    total = torch.tensor(own_rows.sum_of_losses(model, rows, mine, spec, change)).double()
+    if ranks.size > 1:
+        dist.all_reduce(total)
+    loss, supervised = total.tolist()
+    return loss / supervised
+
+
+def pictures_of(data_dir) -> Callable[[Example], list[Image.Image]]:
+    """Return a function from an example to what a page shows of it: of a video some frames."""
+
+    def load(source, kind: str, **part) -> list[Image.Image]:
+        if kind == "image":
+            return [load_image(source)]
+        return list(stream(source, PAGE_FRAMES, **part))
+
+    def pictures(example: Example) -> list[Image.Image]:
+        return [image for shown in load_shown(example, data_dir, load) for image in shown]
+
+    return pictures
 
 
 if __name__ == "__main__":

@@ -1,5 +1,17 @@
 """Train a small multimodal model, stage by stage, as a recipe says.
 
+A finished model learns your own pictures, from about thirty on. They are a folder with a table
+metadata.csv, whose rows are
+
+    file_name,question,answer
+    bella.jpg,Who is this?,Bella
+
+    python data.py check --data FOLDER
+    torchrun train.py recipes/own.toml model.checkpoint=DIR stage.own.data=FOLDER
+
+The number of rows decides batch, epochs, warm-up, rank and rate, which are printed. Everything that
+can be trained:
+
     torchrun train.py                                           # the demo: a few minutes on a CPU
     torchrun train.py recipes/tinyllama-clip-base.toml          # one GPU
     torchrun --nproc-per-node 8 train.py recipes/qwen2-siglip-base.toml train.output=out/mine
@@ -36,6 +48,7 @@ The files around it:
     training/run_log.py        what is reported
     training/state.py          a model from a checkpoint and into one
     training/output.py         the output folder, and whether a start may go on there
+    training/small_sets.py     what a recipe leaves to the rows: batch, epochs, rank ...
     training/made_from.py      what rows, pictures and weights the run is made from
     training/planner.py        --list and --dry-run, by estimate.py and memory.py
 """
@@ -60,18 +73,21 @@ from torch import Tensor, nn
 import command_line
 import config
 import lora
-from checkpoints import peft, resume
+from checkpoints import peft, resume, weights
 from checkpoints.files import write_file, writing
+from checkpoints.layouts import config_from_recipe
 from config import PARTS, Recipe, Stage, Train, Tune, UserError
 from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
-from inputs.rows import RowMixture, Rows, files, open_rows
+from inputs import hub
+from inputs.holdout import check_validation, open_stage, validation_file
+from inputs.rows import Rows, is_here
 from inputs.sample import SampleSpec
 from inputs.tiling import read_grids
 from layers import RMSNorm
 from model import LLaVA
 from packing import Batch
-from training import estimate, output, parallel, planner, run_log, signals, state
+from training import estimate, output, parallel, planner, run_log, signals, small_sets, state
 from training.parallel import ParallelModel
 from training.ranks import Ranks, last_word, print0
 from training.recorder import Recorder
@@ -134,7 +150,7 @@ def make_optimizer(model: LLaVA, stage: Stage) -> torch.optim.AdamW:
 
     Each part of the model may have its own learning rate. `peak` of a group is its rate at the end
     of the warm-up; `update` scales it by the schedule. Biases and the parameters of norms have no
-    weight decay. Raises UserError if nothing is trainable.
+    weight decay.
     """
     of_norms = set()
     for module in model.modules():
@@ -153,16 +169,18 @@ def make_optimizer(model: LLaVA, stage: Stage) -> torch.optim.AdamW:
             else:
                 decayed.append(p)
 
-        peak = getattr(stage.rate, part) or stage.learning_rate
+        peak = learning_rate(stage, part)
         if decayed:
             groups.append({"params": decayed, "peak": peak, "weight_decay": stage.weight_decay})
         if not_decayed:
             groups.append({"params": not_decayed, "peak": peak, "weight_decay": 0.0})
 
-    if not groups:
-        raise UserError("tune", "nothing is trainable in this stage", "set one part to full")
-
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, stage.beta2), eps=1e-8, fused=True)
+
+
+def learning_rate(stage: Stage, part: str) -> float:
+    """Return the peak of the learning rate of one of PARTS."""
+    return getattr(stage.rate, part) or stage.learning_rate
 
 
 def schedule(step: int, steps: int, warmup_ratio: float) -> float:
@@ -475,7 +493,9 @@ def prepare(
 
     # The data. To share the tokens of a step evenly, ranks must know the length of each row.
     spec = stage_spec(recipe.model, stage)
-    rows = RowMixture.of(stage, f"stage.{name}")
+    rows, held_out, notes = open_stage(stage, f"stage.{name}", options.workers)
+    for note in notes:
+        print0(f"{name}: {note}")
     counts = None
     if ranks.size > 1:
         counts = token_counts(rows, spec, options.workers)
@@ -483,9 +503,6 @@ def prepare(
     if start >= len(steps):
         what = f"after {start} steps of {name}, which has {len(steps)}"
         raise UserError("checkpoint", what, "give its own recipe")
-    held_out = None
-    if stage.validation:
-        held_out = open_rows(stage.validation, stage.images)
 
     # What trains.
     set_trainable(model, stage.tune)
@@ -593,18 +610,15 @@ def count_adapters(module: nn.Module) -> int:
 
 
 def warn_of_small_stage(steps: Steps, stage: Stage, name: str):
-    """Print a warning if a stage has so few steps, or such rates, that it learns next to nothing.
+    """Print a warning if a stage has so few steps that it learns next to nothing.
 
     A step has global_batch samples, and few rows make few steps: thirty rows make one of 128. Who
     has written the number of steps knows it.
     """
-    rates = [getattr(stage.rate, part) or stage.learning_rate for part in PARTS]
     if len(steps) < FEW_STEPS and not stage.steps:
         what = f"{len(steps.rows)} rows make only {len(steps)} optimizer steps of {steps.size}"
-        fix = f"lower stage.{name}.global_batch, or raise stage.{name}.epochs"
+        fix = f"write stage.{name}.global_batch=auto and stage.{name}.epochs=auto"
         print0(f"warning: {name}: {what}, which hardly train anything; {fix}")
-    if not any(rates):
-        print0(f"warning: {name}: every learning rate is 0, so nothing will change")
 
 
 def check_recipe(recipe: Recipe, path: Path):
@@ -612,8 +626,9 @@ def check_recipe(recipe: Recipe, path: Path):
     read_grids(recipe.model.image_grids)
     for name, stage in recipe.stage.items():
         sources = [source.data for source in stage.mixture.values()]
-        for file in [stage.data, stage.validation, *sources]:
-            if file and not files(file):
+        check_validation(stage, f"{path}:stage.{name}")
+        for file in [stage.data, validation_file(stage), *sources]:
+            if file and not is_here(file) and not hub.parse_id(file):
                 what = f"no such file {file}"
                 raise UserError(f"{path}:stage.{name}", what, "correct data or validation")
 
@@ -622,6 +637,33 @@ def check_recipe(recipe: Recipe, path: Path):
     if recipe.train.keep_best and not last_stage.validation:
         what = "it needs a last stage with validation"
         raise UserError(f"{path}:train.keep_best", what, "write stage.NAME.validation")
+
+
+def fill_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """Return the recipe with a number for each "auto", the same on all ranks."""
+    filled = recipe
+    if ranks.is_first:
+        filled = small_sets.fill(recipe, output.earlier_recipe(recipe), ranks.size)
+    return ranks.broadcast(filled)
+
+
+def check_that_it_changes(recipe: Recipe):
+    """Raise UserError for a stage that would change no weight, before any stage has trained."""
+    # The model without weights shows which parameters a stage trains.
+    stages = list(recipe.stage.values())
+    with weights.empty():
+        model = LLaVA(config_from_recipe(recipe.model, stages[-1].template))
+        peft.adapt(model, stages, PARTS)
+
+    for name, stage in recipe.stage.items():
+        set_trainable(model, stage.tune)
+        trains = [part for part, tensors in trainable_parameters(model).items() if tensors]
+        if not trains:
+            fix = "set one part to full or lora"
+            raise UserError(f"stage.{name}.tune", "no part of the model would train", fix)
+        if not any(learning_rate(stage, part) for part in trains):
+            what = f"0 for all that trains ({', '.join(trains)}), so no weight would change"
+            raise UserError(f"stage.{name}.learning_rate", what, "write a rate above 0")
 
 
 class Place(NamedTuple):
@@ -677,6 +719,7 @@ def run_stages(recipe: Recipe, ranks: Ranks):
     # A template that does not fit is named now, and not when the stages before it are trained.
     for stage in stages[index:]:
         stage_spec(recipe.model, stage)
+    check_that_it_changes(recipe)
 
     while True:
         if ranks.is_first:
@@ -766,6 +809,7 @@ def main(argv: list[str]):
                 world.write(demo_data)
         ranks.barrier()
         check_recipe(recipe, path)
+        recipe = fill_recipe(recipe, ranks)
 
         if not output.claim(recipe, ranks):
             what = "this recipe's model is there; set train.output for another run"

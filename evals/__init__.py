@@ -1,12 +1,19 @@
 """Benchmarks, one a file: each makes questions of a benchmark's files and scores the answers.
 
+Those that are rows and a metric are entries of one table, in row_files.py: ChartQA, DocVQA,
+InfoVQA, AI2D, OCRBench, MMStar.
+
 `Task` below says what such a file offers to evaluate.py, and `Example` what a question is. What
 the files share:
 
     files.py          rows of the benchmark's files, and errors that name a row
     options.py        options with letters: how they are listed, which letter an answer means
     scores.py         a score and its chance level, for each group of questions
+    own_rows.py       no benchmark, but one's own rows: questions, controls, a page
+    metrics.py        one answer compared with the true ones
+    intervals.py      intervals of a score, and of the difference of two models
     vqa.py            answers compared with those of ten humans
+    words.py          words of captions, by nltk and spaCy
     video_choices.py  multiple choice about a clip
     kept.py           answers on disk: resumed after a kill, shared by ranks
     origin.py         what they were made from, and that nothing else is written over
@@ -17,7 +24,8 @@ the files share:
 Read moving.py first, the shortest, then pope.py, which reads its questions in two layouts.
 
 To add a benchmark, write evals/NAME.py with the parts of `Task`, name it in the table TASKS of
-evaluate.py, and add its files and expected questions to the tests.
+evaluate.py, and add its files and expected questions to the tests. If it is rows and a metric, an
+entry of row_files.py's table is all that it takes.
 
 Most benchmarks are read in two layouts of their files, from one folder: the layout that LLaVA's
 eval.zip and TinyLLaVA Factory use (playground/data/eval/NAME), and the one that the benchmark
@@ -26,7 +34,7 @@ itself is published in. Those about videos are read only in the latter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -40,12 +48,13 @@ class Example(TypedDict, total=False):
     id: str  # unique in the task
     where: str  # "file:row" it was read from, for error messages
     prompt: str  # may say <image> where a picture goes; otherwise pictures go before it
+    conversation: list[dict]  # the turns that are asked in place of `prompt`, <image> in its place
     label: Any  # the true answer or answers, as `score` wants them; None if they are not public
 
     # What the question is about. Paths are relative to the data folder.
     image: str | list[str] | None  # one path, several, or None for no picture
-    pictures: list[bytes]  # the pictures themselves if they are no files; "image" then names them
-    video: str  # in place of an image: a file, or a folder of frames
+    pictures: Sequence[bytes | Path]  # these themselves if not in the folder; "image" names them
+    video: str | list[str]  # in place of an image: a file, or a folder of frames
     rate: float  # frames a second of such a folder
     span: tuple[float, float]  # only this part of the video, (from, to) in seconds
 

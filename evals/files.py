@@ -13,6 +13,7 @@ that begins with the file, or with "file:row", and names the key. Rows are count
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import csv
 import json
@@ -32,6 +33,7 @@ MOST_OPTIONS = 26  # an option has a letter
 LONGEST_PATH = 4096  # characters, the most that a system opens
 LONGEST_CELL = 2**27  # characters of a cell of a table: a large picture in base64
 LONGEST_LIST = 10_000  # characters of a list that is written as Python's
+ROWS_AT_ONCE = 64  # of a parquet file, whose rows may hold pictures
 
 # ------------------------------------------------------------------------------------------- files
 
@@ -140,6 +142,20 @@ class Row(Fields):
             raise self.refuse(key, "not the name of a file")
         return value
 
+    def picture(self, key: str) -> bytes:
+        """Return a picture that is in the row: its bytes, {"bytes": them}, or base64 of them."""
+        value = self._get(key, REQUIRED)
+        if isinstance(value, dict):
+            value = value.get("bytes")
+        if isinstance(value, str):
+            try:
+                value = base64.b64decode(value, validate=True)
+            except ValueError:
+                value = None
+        if not isinstance(value, bytes) or not value:
+            raise self.refuse(key, "not a picture")
+        return value
+
     def rows(self, key: str, least: int = 0) -> list[Row]:
         """Return the rows of a list in this row."""
         values = self.list(key, dict)
@@ -180,8 +196,8 @@ def as_text(value, row: Row, key: str) -> str:
     """Return a value that is a text or a finite number as a text. Raise row.refuse(key) if not."""
     if isinstance(value, str) and is_unicode(value):
         return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and math.isfinite(value):
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if is_number or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     raise row.refuse(key, "not a text")
 
@@ -258,28 +274,31 @@ def read_tsv(file: Path) -> Iterator[Row]:
         raise _unreadable(f"{file}:{number}", error) from None
 
 
-def read_parquet(file: Path) -> list[tuple[str, Row]]:
-    """Return [("file:row", Row)] of a .parquet file.
+def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[tuple[str, Row]]:
+    """Yield ("file:row", Row) of a .parquet file, a few rows in memory at a time.
 
-    Raise UserError if it cannot be read, or if pyarrow is not installed.
+    columns: read only these; one that the file does not have is left out. None = all.
+    Raise UserError if the file cannot be read, or if pyarrow is not installed.
     """
-    # Only two benchmarks need it, so it is no requirement of the project.
+    # Only some benchmarks need it, so it is no requirement of the project.
     try:
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise UserError("pyarrow", f"reads {file}, not installed", "pip install pyarrow") from None
 
     check_file(file)
+    number = 0
     try:
-        rows = parquet.read_table(file).to_pylist()
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
+                for values in batch.to_pylist():
+                    where = f"{file}:{number}"
+                    yield where, Row(values, where)
+                    number += 1
+    except UserError:
+        raise
     except Exception as error:  # pyarrow has errors of many kinds, not all of them its own
         raise _unreadable(file, error) from None
-
-    found = []
-    for number, values in enumerate(rows):
-        where = f"{file}:{number}"
-        found.append((where, Row(values, where)))
-    return found
 
 
 def parse_list(text: str) -> list:

@@ -135,12 +135,7 @@ def original_example(where, row):
 
     there = [i for i in range(1, MOST_PICTURES + 1) if row.values.get(f"image_{i}")]
     numbers, prompt = place_pictures(prompt, there)
-    pictures = []
-    for i in numbers:
-        content = row.table(f"image_{i}").values.get("bytes")
-        if not isinstance(content, bytes):
-            raise row.refuse(f"image_{i}", "not a picture")
-        pictures.append(content)
+    pictures = [row.picture(f"image_{i}") for i in numbers]
 
     # Several answers may be right: then they are written as a list in Python, too.
     label = row.words("answer")

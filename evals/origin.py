@@ -79,17 +79,17 @@ def identity_of_shown(examples: list[Example], data_dir) -> dict:
     # Pictures that are no files are at hand. The names of the others, each once, in their order.
     named = {}
     for example in examples:
-        if "pictures" not in example:
-            named |= dict.fromkeys(shown_names(example))
-            continue
-        for picture in example["pictures"]:
-            content.update(bytes.fromhex(digest(picture)))
+        for name, source in zip(shown_names(example), sources(example, data_dir), strict=True):
+            if isinstance(source, bytes):
+                content.update(bytes.fromhex(digest(source)))
+            else:
+                named[name] = source
 
     # A file that is not there counts, too: it may be there the next time.
     there = []
     total = 0
-    for name in named:
-        for path in files_of(Path(data_dir) / name):
+    for name, source in named.items():
+        for path in files_of(source):
             size = size_of(path)
             names.update(json.dumps([name, path.name, size]).encode())
             if size is not None:
@@ -106,6 +106,15 @@ def shown_names(example: Example) -> list[str]:
     if isinstance(named, str):
         return [named]
     return named
+
+
+def sources(example: Example, data_dir) -> Iterator[Path | bytes]:
+    """Yield where each picture or video is that an example shows: its file, or its bytes."""
+    if "pictures" in example:
+        yield from example["pictures"]
+    else:
+        for name in shown_names(example):
+            yield Path(data_dir) / name
 
 
 def files_of(path: Path) -> list[Path]:
@@ -217,6 +226,7 @@ def set_aside(file: Path, paths: list[Path]) -> Path:
 # How the names of what evaluate.py and the tasks write beside STEM.jsonl end.
 WRITTEN = (
     ".json",
+    ".html",
     "-origin.json",
     "-judge.jsonl",
     "-answers.jsonl",

@@ -11,7 +11,8 @@ Scored as POPE's evaluate.py does it. The published number is the mean F1 of the
 what always saying yes gets.
 
 The trap: only the first sentence counts, and it means yes unless it has the word No, no or not.
-So "NO", "nothing" and an empty answer are a yes.
+So "NO", "nothing" and an empty answer are a yes. How many answers said neither is printed beside
+the official scores, as percent of each split: they are in "says yes", too.
 """
 
 from __future__ import annotations
@@ -127,11 +128,13 @@ def yes_or_no(answer):
 
 def unread(examples, answers):
     """Return how many answers say neither yes nor no: `yes_or_no` takes them for a yes."""
-    count = 0
-    for answer in answers:
-        words = re.findall(r"[a-z]+", answer.split(".")[0].lower())
-        count += not any(word in ("yes", "no", "not") for word in words)
-    return count
+    return sum(says_neither(answer) for answer in answers)
+
+
+def says_neither(answer):
+    """Return whether the first sentence of an answer has no yes, no or not, in any case."""
+    words = re.findall(r"[a-z]+", answer.split(".")[0].lower())
+    return not any(word in ("yes", "no", "not") for word in words)
 
 
 def counts(said, labels):
@@ -164,16 +167,21 @@ def counts(said, labels):
 
 
 def score(examples, answers):
-    """Return the mean F1, and for each split F1, accuracy, precision, recall and share of yes."""
+    """Return the mean F1, and for each split F1, accuracy, precision, recall and share of yes.
+
+    Of each split also the share of answers that say neither.
+    """
     scores = {}
     f1_scores = {}
     for split in SPLITS:
         said = []
         labels = []
+        neither = 0
         for example, answer in zip(examples, answers, strict=True):
             if example["split"] == split:
                 said.append(yes_or_no(answer))
                 labels.append(example["label"])
+                neither += says_neither(answer)
         if not labels:
             continue
 
@@ -186,5 +194,10 @@ def score(examples, answers):
                 "chance": 100 * always_yes[key],
                 "n": len(labels),
             }
+        scores[f"{split} says neither"] = {
+            "score": 100 * neither / len(labels),
+            "chance": 0.0,
+            "n": len(labels),
+        }
         f1_scores[split] = scores[f"{split} F1"]
     return {"F1": mean_score(f1_scores)} | scores

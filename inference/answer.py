@@ -21,13 +21,15 @@ from packing import Item
 def answer(
     model,
     tokenizer,
-    questions: Sequence[str],
+    questions: Sequence[str | list[dict]],
     items_of_each: Sequence[Sequence[Item]],
     template: str | None = None,
     **options,
 ) -> list[str]:
     """Return the model's answer to each question, without the space around it.
 
+    questions: each a text, or the turns of a conversation that ends with a human turn. Such turns
+    have their `<image>` placeholders where they belong.
     items_of_each: the pictures and videos that each question is about, in the order of its
     `<image>` placeholders. If a question has another number of placeholders than items, they are
     put in front of it. All questions are answered in one batch.
@@ -43,7 +45,7 @@ def answer(
 def answer_tokens(
     model,
     tokenizer,
-    questions: Sequence[str],
+    questions: Sequence[str | list[dict]],
     items_of_each: Sequence[Sequence[Item]],
     template: str | None = None,
     **options,
@@ -66,8 +68,13 @@ def answer_tokens(
     return [before_stop(tokens, stop) for tokens in padded.tolist()]
 
 
-def prompt_ids(question: str, images: int, tokenizer, template: str) -> list[int]:
-    """Return the ids of a prompt with one question and so many images, each an IMAGE_TOKEN."""
+def prompt_ids(question: str | list[dict], images: int, tokenizer, template: str) -> list[int]:
+    """Return the ids of a prompt with one question and so many images, each an IMAGE_TOKEN.
+
+    A question in the form of turns has its placeholders already.
+    """
+    if isinstance(question, list):
+        return encode_prompt(question, tokenizer, template)
     turn = {"from": "human", "value": place_images(question, images)}
     return encode_prompt([turn], tokenizer, template)
 

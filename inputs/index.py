@@ -11,7 +11,9 @@ file[start:end]:
 
     .json     an entry a row; number is the row's, from 0
     .jsonl    an entry a row; number is the line's, from 1
-    .tar      an entry a member, sample by sample; number 0 is the row, 1, 2, ... are its media
+    .tar      an entry a member, sample by sample; number 0 is the row, 1, 2, ... are its media,
+              -1 is a caption beside them, -2 is passed over (shards.py)
+    .csv      an entry a record; number is that of its first line, from 1
 
 That of a .parquet file has an entry a row group, (end of its rows, first byte, bytes before
 compression), and depends on the file's footer alone.
@@ -41,7 +43,7 @@ except ImportError:  # Windows
 SMALL = 1 << 25
 
 # Raise it when the scans find something else in the same file: kept arrays are then made again.
-VERSION = b"2"
+VERSION = b"3"
 
 # Of a large file, so many pieces are read to tell whether it is the same.
 PIECES = 64
@@ -133,14 +135,23 @@ def cache_places(file: Path, kind: str) -> list[Path]:
     """Return where an array of this file may be, the first choice first."""
     places = [Path(f"{file}.{kind}")]
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = cache_folder()
     except RuntimeError:
         return places  # this user has no home
 
     # Files of the same name in other folders must not meet in the cache.
     path_hash = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:16]
-    places.append(cache / "barellava" / f"{file.name}-{path_hash}.{kind}")
+    places.append(cache / f"{file.name}-{path_hash}.{kind}")
     return places
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is kept and has no place of its own.
+
+    Raise RuntimeError if this user has no home.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "barellava"
 
 
 def to_npy(array: np.ndarray, stamp: list[int]) -> bytes:

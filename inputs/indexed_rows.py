@@ -1,13 +1,13 @@
-"""Rows that are JSON texts in files, found by byte offsets: what the JSON and tar formats share.
+"""Rows that are texts in files, found by byte offsets: what JSON, tables and tar files share.
 
 Of large files only the offsets are held (index.py); a row is read when it is asked for. A format
-is a subclass that says how a file is scanned and where the media of a row are:
+is a subclass that says how a file is scanned, and where the media of a row are:
 
-    class JsonLines(IndexedRows):
+    class JsonLines(TextRows):
         def scan(self, file): ...       # where each row of a file is: an index, see index.py
-        def media(self, i, row): ...    # the pictures or videos of a row
 
-Read `IndexedRows` first. The functions above it find files and parse rows.
+Read `IndexedRows` first. The functions above it find files and parse rows. `TextRows` below it are
+those whose pictures lie in a folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from checkpoints.files import open_regular, parse_json
 from config import UserError, printable
 from inputs import index
 from inputs.forms import Row, read_row
-from inputs.media import Media
+from inputs.media import Media, media_of_row
 from inputs.sniff import HEAD, looks_like, reason
 
 
@@ -106,8 +106,9 @@ class Location(NamedTuple):
 
 
 class IndexedRows:
-    """The base of the JSON and tar formats; see rows.Rows for what its methods promise."""
+    """The base of these formats; see rows.Rows for what its methods promise."""
 
+    recognised = ""  # open_rows says
     parts = ()  # only a mixture has some
     blocks = None  # any row is read as fast as any other
     keeps_small_index = False  # whether small files get an index, too
@@ -117,22 +118,23 @@ class IndexedRows:
         data: str | Path,
         images: str | Path = "",
         columns: dict[str, str] | None = None,
+        found: list[Path] | None = None,
     ):
         """Open `data`, a file, a glob or a folder of shards. Raise UserError if that fails.
 
-        columns: what rows call their parts, as forms.read_row takes it.
+        columns: what rows call their parts, as forms.read_row takes it. found: the files that
+        `data` means, where somebody has looked.
         """
-        self.given = (data, images, columns)
+        self.given = (data, images, columns, found)
         self.columns = columns
         self.file = Path(data)
-        self.files = files(data) or [self.file]
+        self.files = found or files(data) or [self.file]
         try:
             self.indexes = [self._load_index(file) for file in self.files]
             self.states = {file: file_state(file.stat()) for file in self.files}
             self.content = self._read_small()
         except OSError as e:
-            fix = "name a .json or .jsonl file of rows, or shards"
-            raise UserError(e.filename or data, reason(e), fix) from None
+            raise unreadable(data, e) from None
 
         # For each file: where the entries of row j begin in its index. They end where those of row
         # j + 1 begin.
@@ -141,7 +143,7 @@ class IndexedRows:
         # File k has the rows from ends[k - 1] to ends[k] - 1.
         self.ends = np.cumsum([len(firsts) - 1 for firsts in self.firsts])
 
-    # ---- What a format defines: scan and media, and the two between if it differs there.
+    # ---- What a format defines: scan and media, and the three between if it differs there.
 
     def scan(self, file: Path) -> np.ndarray:
         """Return the index of a file, an (m, 3) int64 array. Raise UserError or OSError."""
@@ -155,6 +157,11 @@ class IndexedRows:
         """Return what messages call the row with this number in its file, without its id."""
         return f"{file}:row {number}"
 
+    def raw_row(self, location: Location) -> Any:
+        """Return what a row's text holds: a raw row for forms.py, if it is one. Raise UserError."""
+        start = int(location.entries[0, 0])
+        return parse_row(self._read(location, 0), location.place, byte=start)
+
     def media(self, i: int, row: Row) -> list[Media]:
         """Return the pictures or videos of row i, which is `row`. Raise UserError that names it."""
         raise NotImplementedError
@@ -166,9 +173,7 @@ class IndexedRows:
 
     def __getitem__(self, i: int) -> Row:
         location = self._find(i)
-        text = self._read(location, 0)
-        start = int(location.entries[0, 0])
-        row = parse_row(text, location.place, byte=start)
+        row = self.raw_row(location)
         if not isinstance(row, dict):
             what = f"a JSON {type(row).__name__}, not a row"
             raise UserError(location.place, what, "write {...}, or remove it")
@@ -252,6 +257,45 @@ class IndexedRows:
         except OSError as e:
             what = f"cannot be read: {reason(e)}"
             raise UserError(location.file, what, "make it readable, and start again") from None
+
+
+class TextRows(IndexedRows):
+    """Rows whose pictures and videos are files of a folder."""
+
+    def __init__(
+        self,
+        data: str | Path,
+        images: str | Path = "",
+        columns: dict[str, str] | None = None,
+        found: list[Path] | None = None,
+    ):
+        """Open `data`, with its media in the folder `images`, by default each file's own folder.
+
+        Raise UserError if it cannot be read or there is no such folder.
+        """
+        super().__init__(data, images, columns, found)
+        self.has_folder = bool(images)
+        if images:
+            self.images = Path(images)
+        else:
+            folders = {file.parent for file in self.files}
+            self.images = Path(os.path.commonpath(folders))
+        if not self.images.is_dir():
+            fix = "set the stage's images, or --images"
+            raise UserError(self.images, "no such folder of images", fix)
+
+    def media(self, i: int, row: Row) -> list[Media]:
+        location = self._find(i)
+        folder = self.images
+        if not self.has_folder:
+            folder = location.file.parent
+        return media_of_row(row, folder, named(location.place, row))
+
+
+def unreadable(data: str | Path, error: OSError) -> UserError:
+    """Return the error for rows that cannot be opened."""
+    fix = "name a file of rows (JSON, JSON lines, CSV, parquet, tar), a folder or a glob of them"
+    return UserError(error.filename or data, reason(error), fix)
 
 
 def named(place: str, row: dict) -> str:

@@ -29,7 +29,7 @@ TOKEN = 16  # characters; no number or word of JSON that may be cut off is as lo
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # as JSON defines it
 JSON_DECODER = json.JSONDecoder()
 
-FIX = "write [row, row, ...], or one row per line in a .jsonl file"
+FIX = "write [row, row, ...], one row a line, or a table that begins with a line image,caption"
 
 
 def scan_list(file: Path) -> np.ndarray:

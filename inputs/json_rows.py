@@ -1,4 +1,4 @@
-"""Rows of a JSON list (.json), and of one JSON text a line (.jsonl), with their media in a folder.
+"""Rows of a JSON list, and of one JSON text a line, with their media in a folder.
 
     rows.json     [{"id": 0, "image": "a.jpg", "conversations": [...]}, {...}, ...]
     rows.jsonl    {"id": 0, "image": "a.jpg", "conversations": [...]}
@@ -17,45 +17,18 @@ import numpy as np
 
 from checkpoints.files import open_regular
 from config import UserError
-from inputs.forms import Row
-from inputs.indexed_rows import IndexedRows
+from inputs.indexed_rows import TextRows
 from inputs.json_list import check_is_text, scan_list
-from inputs.media import Media, media_of_row
 
 
-class JsonRows(IndexedRows):
-    """What the two formats below share: their media are files of a folder."""
-
-    def __init__(
-        self,
-        data: str | Path,
-        images: str | Path = "",
-        columns: dict[str, str] | None = None,
-    ):
-        """Open `data`, with its media in the folder `images`, by default in its own folder.
-
-        Raise UserError if it cannot be read or there is no such folder.
-        """
-        super().__init__(data, images, columns)
-        self.images = self.file.parent
-        if images:
-            self.images = Path(images)
-        if not self.images.is_dir():
-            fix = "set the stage's images, or --images"
-            raise UserError(self.images, "no such folder of images", fix)
-
-    def media(self, i: int, row: Row) -> list[Media]:
-        return media_of_row(row, self.images, self.where(i, row))
-
-
-class JsonList(JsonRows):
+class JsonList(TextRows):
     """The rows of a JSON list: [{...}, {...}]."""
 
     def scan(self, file: Path) -> np.ndarray:
         return scan_list(file)
 
 
-class JsonLines(JsonRows):
+class JsonLines(TextRows):
     """The rows of a file with one row a line. Blank lines are passed over."""
 
     def scan(self, file: Path) -> np.ndarray:

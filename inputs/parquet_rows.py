@@ -37,8 +37,9 @@ from config import UserError, printable
 from inputs.forms import KEYS, Row, read_row
 from inputs.index import cached_array
 from inputs.indexed_rows import Blocks, FileSpan, file_state, files, named
-from inputs.media import Media, media_of_row
+from inputs.media import MEDIA, Media, media_of_row
 from inputs.sniff import HEAD, looks_like, reason
+from inputs.turns import OPTIONS
 
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray, DataType, Schema, Table
@@ -65,6 +66,7 @@ class RowGroup(NamedTuple):
 class ParquetRows:
     """The rows of a parquet file, or of several; see rows.Rows for what its methods promise."""
 
+    recognised = ""  # open_rows says
     parts = ()  # only a mixture has some
 
     def __init__(
@@ -72,18 +74,20 @@ class ParquetRows:
         data: str | Path,
         images: str | Path = "",
         columns: dict[str, str] | None = None,
+        found: list[Path] | None = None,
     ):
         """Open `data`, a file, a glob or a folder of them, in the order of their names.
 
         images: the folder of pictures that rows name, by default that of the first file.
         columns: what rows call their parts, as forms.read_row takes it.
+        found: the files that `data` stands for, if they are known.
 
         Raise UserError if there is none, one cannot be read, or pyarrow is not installed.
         """
-        self.given = (data, images, columns)
+        self.given = (data, images, columns, found)
         self.columns = columns
         self.file = Path(data)
-        self.files = files(data) or [self.file]
+        self.files = found or files(data) or [self.file]
         check_pyarrow(self.file)
 
         # Of each file, where its row groups are.
@@ -306,13 +310,23 @@ def wanted_columns(schema: Schema, columns: dict[str, str]) -> list[str]:
     """Return the names of the columns that rows need, in the order of the file.
 
     They are those that may be a part of a row (forms.KEYS, `columns`), and those of plain values.
+    Where `columns` names no pictures, also those that may hold some, so that forms.py refuses a row
+    whose pictures nothing would read.
     """
     mapped = set(columns.values())
     known = {name for part, names in KEYS.items() if part not in columns for name in names}
+    known.update(OPTIONS)
+
+    has_pictures = any(part in columns for part in MEDIA)
+    pictures = {name for part in MEDIA for name in KEYS[part]}
+    if not has_pictures and not any(name.lower() in pictures for name in schema.names):
+        return schema.names
 
     wanted = []
     for field in schema:
-        if field.name in mapped or field.name.lower() in known or is_plain(field.type):
+        is_part = field.name in mapped or field.name.lower() in known
+        has_bytes = "binary" in str(field.type) and not has_pictures
+        if is_part or has_bytes or is_plain(field.type):
             wanted.append(field.name)
     return wanted
 

@@ -1,46 +1,58 @@
 """Training rows: what every row format offers, which formats there are, and mixtures of them.
 
-    rows = open_rows("rows.json", images="pictures")   # or .jsonl, tar shards, a folder, a glob
+    rows = open_rows("rows.json", images="pictures")   # or a table, shards, a folder, a glob, an id
+    rows.recognised              # "a JSON list"
     row = rows[7]                # {"id": ..., "image": ..., "conversations": [...]}
     media = rows.media(7, row)   # its pictures or videos, each a path or bytes
     rows.where(7)                # "rows.json:row 7 (id X)", for messages
 
-To add a row format, say .parquet, three places change:
+A format finds raw rows in files, whatever they say (`forms.py` reads that). Which format a file has
+is told by its content (kinds.py). Which files of a folder are meant is told by their names
+(folder_rows.py), and a Hugging Face id stands for a folder (hub.py). To add a format, say Arrow,
+these places change:
 
-    inputs/parquet_rows.py      the new file: a class ParquetRows with the methods of `Rows`, made
-                                by ParquetRows(data, images), which raises UserError if it cannot
-    FORMATS, below              the entry: ".parquet": ParquetRows
-    tests/inputs/test_rows.py   test_every_format_offers_what_rows_promises_and_the_same_rows fails
-                                until it opens the new format, too
+    inputs/arrow_rows.py        the new file: a class ArrowRows with the methods of `Rows`, made by
+                                ArrowRows(data, images, columns, found), where `found` are the files
+                                that `data` means; it raises UserError if it cannot
+    inputs/kinds.py             kind_of_rows returns "arrow" for its first bytes, ENDINGS has .arrow
+    inputs/folder_rows.py       NAMES has what it is called
+    FORMATS, below              the entry: "arrow": ArrowRows
+    tests/inputs/               test_containers.py fails until MATRIX opens the new format, too
 
-A format whose rows are JSON texts in files derives from `indexed_rows.IndexedRows` and needs two
-methods, `scan` and `media`. json_rows.JsonLines is the shortest example.
+A format whose rows are texts in files derives from `indexed_rows.TextRows` and needs one method,
+`scan`. json_rows.JsonLines is the shortest example.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from config import Stage, UserError
-from inputs.forms import Row
-from inputs.indexed_rows import Blocks, FileSpan, files
+from config import UserError, printable
+from inputs import hub
+from inputs.folder_rows import CAPTIONS, CaptionFolder, Found, look, of_files
+from inputs.forms import Row, check_columns
+from inputs.indexed_rows import Blocks, FileSpan, files, unreadable
 from inputs.json_rows import JsonLines, JsonList
 from inputs.media import Media
 from inputs.parquet_rows import ParquetRows
 from inputs.shards import Shards
+from inputs.table_rows import Table
 
 PER_BLOCK = 16  # rows that `in_few_blocks` takes of one
 
-# By the ending of the file's name. A file with any other ending is read as a JSON list.
+# By what kinds.kind_of_rows says of a file.
 FORMATS = {
-    ".json": JsonList,
-    ".jsonl": JsonLines,
-    ".tar": Shards,
-    ".parquet": ParquetRows,
+    "list": JsonList,
+    "lines": JsonLines,
+    "tar": Shards,
+    "table": Table,
+    "parquet": ParquetRows,
+    CAPTIONS: CaptionFolder,
 }
 
 
@@ -53,6 +65,7 @@ class Rows(Protocol):
     """
 
     file: Path | str  # what messages call the rows as a whole
+    recognised: str  # what `data.py check` says they are
     parts: tuple[Part, ...]  # the sources of a mixture; () for a single source
     blocks: Blocks | None  # where reading a row costs reading its block: how rows lie in blocks
 
@@ -74,23 +87,64 @@ class Rows(Protocol):
 def open_rows(
     data: str | Path, images: str | Path = "", columns: dict[str, str] | None = None
 ) -> Rows:
-    """Open a file of rows, a folder of shards, or a glob. Raise UserError if it cannot be read.
+    """Open rows: a file, a folder, a glob or a Hugging Face id. Raise UserError if it cannot be.
 
     `images` is the folder of the rows' media, by default that of the data. Shards hold their own.
     `columns` maps parts of a row to the names that they have in these rows (forms.py).
     """
-    found = files(data)
-    if not found and Path(data).is_dir():
-        fix = "name a .json or .jsonl file of rows, or shards"
-        raise UserError(data, "a folder without .tar shards", fix)
+    try:
+        found = find(data)
+    except OSError as e:
+        raise unreadable(data, e) from None
 
-    # A file that is not there has an ending as well: its format says that it is missing.
-    endings = {file.suffix for file in found or [Path(data)]}
-    if len(endings) > 1:
-        names = ", ".join(sorted(endings))
-        raise UserError(data, f"files of several formats ({names})", "make a mixture of them")
-    row_format = FORMATS.get(endings.pop(), JsonList)
-    return row_format(data, images, columns)
+    # A file of one object is no list: that format says so.
+    row_format = FORMATS.get(found.kind, JsonList)
+    rows = row_format(data, images, columns, found.files)
+    rows.recognised = describe(rows, found)
+    check_columns(rows, columns or {})
+    return rows
+
+
+def find(data: str | Path) -> Found:
+    """Return what is meant by the name of some data. Raise UserError or OSError."""
+    if Path(data).is_dir():
+        return look(Path(data))
+    found = [file for file in files(data) if not is_kept(file)]
+    if found:
+        return of_files(found, data)
+    if hub.parse_id(data):
+        return hub.find(data)
+    return of_files([Path(data)], data)  # opening it says that it is missing
+
+
+def is_here(data: str | Path) -> bool:
+    """Say whether some data is on this machine: files, a folder, or an id that is in the cache."""
+    if os.path.exists(data) or files(data):
+        return True
+    name = hub.parse_id(data)
+    return name is not None and hub.cached(name.repo) is not None
+
+
+def is_kept(file: Path) -> bool:
+    """Say whether a file is what is kept beside another one, and a glob has found it, too."""
+    beside = file.with_suffix("")  # FILE.index, or FILE.KEY.counts
+    is_there = beside.exists() or beside.with_suffix("").exists()
+    return file.suffix in (".index", ".counts", ".content", ".numbers") and is_there
+
+
+def describe(rows: Rows, found: Found) -> str:
+    """Return what some rows are, in words, with what their format knows of them."""
+    what = found.what
+    if isinstance(rows, CaptionFolder):
+        what = rows.recognised
+    if isinstance(rows, Table) and what == "a table":
+        names = [name for name in rows.headers[rows.files[0]].names if name]
+        what = f"a table of {printable(', '.join(names), 200)}"
+    if isinstance(rows, Shards):
+        passed_over = rows.passed_over()
+        if passed_over:
+            what += f"; members of other types, passed over: {passed_over}"
+    return what
 
 
 # ------------------------------------------------------------------------------------------- blocks
@@ -171,6 +225,7 @@ class RowMixture:
         self.sources = sources
         self.blocks = None  # those of its sources are in its parts
         self.file = ", ".join(str(source.file) for source in sources)
+        self.recognised = ", and ".join(source.recognised for source in sources)
 
         # Source k has the rows from ends[k - 1] to ends[k] - 1 of the mixture.
         self.ends = np.cumsum([len(source) for source in sources])
@@ -183,27 +238,6 @@ class RowMixture:
                 raise UserError(source.file, what, "raise it, or leave it out")
             parts.append(part)
         self.parts = tuple(parts)
-
-    @classmethod
-    def of(cls, stage: Stage, where: str) -> Rows:
-        """Open what a stage of a recipe trains on: its data, or its mixture.
-
-        `where` names the stage in messages. Raise UserError.
-        """
-        # Exactly one of the two must be set.
-        if bool(stage.data) == bool(stage.mixture):
-            what = "set beside a mixture" if stage.data else "not set"
-            fix = "name a .json or .jsonl file of rows, or sources of a mixture"
-            raise UserError(f"{where}.data", what, fix)
-        if stage.data:
-            return open_rows(stage.data, stage.images, stage.columns)
-
-        opened = []
-        weights = []
-        for source in stage.mixture.values():
-            opened.append(open_rows(source.data, source.images, source.columns))
-            weights.append(source.weight)
-        return cls(opened, weights)
 
     def __len__(self) -> int:
         return int(self.ends[-1])

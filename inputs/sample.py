@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config import UserError, printable
 from inputs import templates, video
-from inputs.conversation import EXAMPLE
+from inputs.forms import ROW_FIX, Row
 from inputs.media import Media, missing_fix
 from inputs.pictures import image_size, load_image
 from inputs.rows import Rows
@@ -55,6 +55,8 @@ class Sample:
     items: list[Item]  # in the order of the row
     row: int  # which of the rows it is
     cut: int  # tokens taken off the tail
+    notes: tuple[str, ...] = ()  # how the row was read
+    unread: tuple[str, ...] = ()  # its keys that nothing reads
 
 
 def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sample:
@@ -100,10 +102,10 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
     # left belongs to another sample.
     labels[:1] = IGNORE
     check_supervised(labels, where, cut)
-    return Sample(ids, labels, items, i, cut)
+    return Sample(ids, labels, items, i, cut, row.notes, row.unread)
 
 
-def load_items(rows: Rows, i: int, spec: SampleSpec, row: dict | None = None) -> list[Item]:
+def load_items(rows: Rows, i: int, spec: SampleSpec, row: Row | None = None) -> list[Item]:
     """Return the items of row i, without its text: for questions about a row, not for training.
 
     `row` saves reading it again where it is at hand. Raise UserError that names the row.
@@ -123,19 +125,22 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: dict | None = None) ->
 # ------------------------------------------------------------------------------------------- text
 
 
-def encode_text(row: dict, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor]:
+def encode_text(row: Row, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor]:
     """Return the ids and labels of a row's conversation, one IMAGE_TOKEN for each <image>."""
-    # What other projects have in its place is named.
+    # A row of no known form has its keys named.
     conversation = row.get("conversations")
     if row and conversation is None:
-        keys = printable(", ".join(sorted(row)), 100)
-        what = f"conversations: missing, the row has {keys}"
-        raise UserError(where, what, f"write a row as {EXAMPLE}")
+        keys = {row.keys_read.get(part, part) for part in row}
+        what = f"conversations: missing, the row has {printable(', '.join(sorted(keys)), 100)}"
+        raise UserError(where, what, ROW_FIX)
 
     try:
         ids, labels = templates.encode(conversation, spec.tokenizer, spec.template)
     except ValueError as e:
-        raise user_error(where, e) from None
+        # In messages the turns have the name that they have in the file.
+        name = row.keys_read.get("conversations", "conversations")
+        what = str(e).replace("conversations", name, 1)
+        raise user_error(where, ValueError(what)) from None
     return torch.tensor(ids), torch.tensor(labels)
 
 
@@ -212,7 +217,7 @@ def media_error(media: Media, where: str, error: ValueError) -> UserError:
         return error
 
     fix = f"fetch the {media.kind} again, or remove the row"
-    if isinstance(media.source, Path) and not os.path.exists(media.source):
+    if isinstance(media.source, bytes) or not os.path.exists(media.source):
         fix = missing_fix(media)
     return UserError(where, f"{media}: {error}", fix)
 

@@ -5,6 +5,10 @@
 Shards have the WebDataset layout: tar files in which each sample is KEY.json, followed by its media
 KEY.jpg, or KEY.0.jpg, KEY.1.jpg ... where it has several. A few large files are kinder to a
 cluster's file system than a million small ones, and are read from one end to the other.
+
+Others write the same layout with less in the .json, or without one. Then KEY.txt is the caption, as
+in img2dataset's shards, the pictures are all of the sample, and its id is KEY. Members of other
+types (.cls, .npy) are passed over and counted. A key may stand in a folder and have dots.
 """
 
 from __future__ import annotations
@@ -15,31 +19,47 @@ import os
 import re
 import shutil
 import tarfile
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from checkpoints.files import open_regular, writing
 from checkpoints.owned import MARK, own
 from config import UserError
-from inputs.forms import Row
+from inputs.forms import Row, find_keys, read_row
 from inputs.index import locked
-from inputs.indexed_rows import IndexedRows
-from inputs.media import Media, media_names
-from inputs.sniff import reason
+from inputs.indexed_rows import IndexedRows, Location
+from inputs.media import Media, bytes_of_url, media_names
+from inputs.sniff import HEAD, is_medium, reason
 
 if TYPE_CHECKING:
     from inputs.rows import Rows
 
-# The number of the member with the row, which sorts it before the media.
-ROW = -1
+# What members are that are no picture and no video, as their numbers in the index.
+ROW = 0  # KEY.json, which begins a sample; it has no bytes where there is only a KEY.txt
+CAPTION = -1  # KEY.txt
+OTHER = -2  # passed over: KEY.cls, KEY.npy, ...
+
+# By the last ending of a member's name. Any other member is looked at.
+MEDIA = set(
+    "jpg jpeg jpe jfif png webp avif gif bmp tif tiff ppm pgm jp2 heic"
+    " mp4 m4v mov webm mkv avi mpg mpeg ts flv wmv ogv 3gp".split()
+)
+VIDEOS = set("mp4 m4v mov webm mkv avi mpg mpeg ts flv wmv ogv 3gp".split())
+HEADER = 512  # bytes before a member's own
 
 # ------------------------------------------------------------------------------------------ reading
 
 
 class Shards(IndexedRows):
-    """The rows of a tar file, or of several."""
+    """The rows of a tar file, or of several.
+
+    A sample's row is its .json. Where that is no row (forms.py) but says something about one, its
+    .txt is the caption. A row that names no picture has all of its sample, in their order.
+    """
 
     # A scan visits every member, which is slow on a network disk however small the file is.
     keeps_small_index = True
@@ -48,74 +68,144 @@ class Shards(IndexedRows):
         return scan_tar(file)
 
     def first_entries(self, entries: np.ndarray) -> np.ndarray:
-        rows = np.flatnonzero(entries[:, 2] == 0)  # a sample's entry 0 is its row
+        rows = np.flatnonzero(entries[:, 2] == ROW)
         return np.append(rows, len(entries))
+
+    def passed_over(self) -> int:
+        """Return how many members of the files belong to no row."""
+        return sum(int((entries[:, 2] == OTHER).sum()) for entries in self.indexes)
+
+    def raw_row(self, location: Location) -> Any:
+        start, end, _ = location.entries[0].tolist()
+        raw: Any = {}
+        if end > start:
+            raw = super().raw_row(location)
+        if not isinstance(raw, dict):
+            return raw
+
+        # Shards of our own end here: their rows say everything.
+        keys = find_keys(raw, location.place, self.columns or {})
+        has_form = has_turns(keys)
+        has_media = "image" in keys or "video" in keys
+        members = np.flatnonzero(location.entries[:, 2] > ROW)
+        if has_form and (has_media or not len(members)):
+            return raw
+
+        if not has_form:
+            raw |= self._caption(location)
+        if not has_media and len(members) and not self._names_media(raw, location):
+            names = [self._name(location, int(entry)) for entry in members]
+            kind = "video" if ending_of(names[0]) in VIDEOS else "image"
+            raw[(self.columns or {}).get(kind, kind)] = names
+            raw.setdefault("id", key_of(names))
+        return raw
 
     def media(self, i: int, row: Row) -> list[Media]:
         kind, names = media_names(row)
         location = self._find(i)
         where = location.place
 
-        # Entry 0 is the row itself, its media follow in the order of their names in the row.
+        # The media of a sample follow in the order of their names in the row.
+        members = np.flatnonzero(location.entries[:, 2] > ROW)
         media = []
-        for entry, name in enumerate(names, 1):
-            if entry >= len(location.entries):
+        for k, name in enumerate(names):
+            if k >= len(members) and name.startswith("data:"):
+                media.append(Media(kind, name, bytes_of_url(name, where)))
+                continue
+            if k >= len(members):
                 what = f"{kind} {name}: not in the shard"
                 raise UserError(where, what, "write the shard again, or remove the row")
-            content = self._read(location, entry)
+            content = self._read(location, int(members[k]))
             media.append(Media(kind, name, content))
         return media
+
+    def _names_media(self, raw: dict, location: Location) -> bool:
+        """Say whether a row names pictures or videos somewhere in its turns."""
+        try:
+            row = read_row(raw, location.place, self.columns)
+        except UserError:
+            return False  # with its pictures it may be one, or else says what is wrong
+        return bool(media_names(row)[1])
+
+    def _caption(self, location: Location) -> dict:
+        """Return what a sample's .txt says, as a part of its row; {} if it has none."""
+        entries = np.flatnonzero(location.entries[:, 2] == CAPTION)
+        if not len(entries):
+            return {}
+        text = self._read(location, int(entries[0]))
+        try:
+            return {"caption": text.decode("utf-8-sig").strip()}
+        except UnicodeDecodeError as e:
+            what = f".txt: not UTF-8 at byte {e.start}"
+            raise UserError(location.place, what, "save it as UTF-8") from None
+
+    def _name(self, location: Location, entry: int) -> str:
+        """Return the name of a member, as the header before it has it: its first 100 bytes."""
+        start = int(location.entries[entry, 0])
+        header = np.array([[start - HEADER, start, OTHER]])
+        content = self._read(location._replace(entries=header), 0)
+        return content[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def has_turns(keys: dict[str, str]) -> bool:
+    """Say whether a row of these keys has something to say (forms.read_turns)."""
+    has_answer = "question" in keys and "answer" in keys
+    return has_answer or any(part in keys for part in ("conversations", "texts", "caption"))
+
+
+def key_of(names: list[str]) -> str:
+    """Return the key of a sample from the names of its media: KEY.jpg, or KEY.0.jpg, ..."""
+    key = os.path.splitext(names[0])[0]
+    if len(names) > 1:
+        key = re.sub(r"\.[0-9]+$", "", key)
+    return key.lstrip("/")
+
+
+def ending_of(name: str) -> str:
+    """Return the last ending of a member's name, in small letters: "jpg"."""
+    return os.path.splitext(name)[1].removeprefix(".").lower()
 
 
 class Member(NamedTuple):
     """A file in a tar file: its bytes are tar[start:end]."""
 
-    number: int  # ROW, or which of the sample's media it is
+    name: str  # without its folder
     start: int
     end: int
-
-
-class TarSample(NamedTuple):
-    """The members of a tar file that stand together and have one name up to the first dot."""
-
-    key: str  # that name, with its folder
-    members: list[Member]
+    is_medium: bool
 
 
 def scan_tar(file: Path) -> np.ndarray:
     """Return (start, end, number) of each member, sample after sample, numbered in its sample.
 
-    One member of a sample is its .json. It gets number 0 and the media follow, whatever order they
-    have in the file. Raise UserError.
+    A sample begins with its .json, number 0. Its .txt and what is passed over come next, if there
+    are any, then its media as 1, 2, ..., whatever order they have in the file. Raise UserError.
     """
     fix = "write or fetch the shard again"
+    entries = array("q")
     try:
         with open_regular(file) as opened:
-            samples = list_samples(opened)
-    except FileNotFoundError:
-        raise  # whoever opens rows says so, for all formats
+            for key, members in groups(opened):
+                for sample_key, sample in samples_of(key, members):
+                    number_members(f"{file}:{sample_key}", sample, entries)
+    except (FileNotFoundError, UserError):
+        raise  # whoever opens rows says of the first, for all formats
     except OSError as e:
         raise UserError(file, f"not a tar file, or a damaged one: {reason(e)}", fix) from None
     except Exception as e:  # tarfile raises nearly anything on a damaged file
         raise UserError(file, f"not a tar file, or a damaged one: {e}", fix) from None
-    if not samples:
+    if not entries:
         raise UserError(file, "no rows", "write the shard again")
-
-    entries = []
-    for key, members in samples:
-        members.sort(key=lambda member: member.number)
-        numbers = [member.number for member in members]
-        if numbers.count(ROW) != 1:
-            what = "not exactly one .json among its members"
-            raise UserError(f"{file}:{key}", what, "write the shard again")
-        for number, member in enumerate(members):
-            entries.append((member.start, member.end, number))
-    return np.array(entries, np.int64)
+    return np.array(entries).reshape(-1, 3)
 
 
-def list_samples(file: BinaryIO) -> list[TarSample]:
-    """Return the samples of a tar file, in the order of the file. Raise nearly anything."""
-    samples: list[TarSample] = []
+def groups(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
+    """Yield the members that stand together and have one name up to the first dot, with that name.
+
+    Raise nearly anything.
+    """
+    key = None
+    members: list[Member] = []
     at = -1
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
@@ -130,25 +220,101 @@ def list_samples(file: BinaryIO) -> list[TarSample]:
             if not member.isfile() or member.issparse():
                 continue
 
-            # A member with another key than the one before begins a sample.
+            # Notes that macOS leaves beside each file.
             folder, name = os.path.split(member.name)
-            stem, _, ending = name.partition(".")
-            key = f"{folder}/{stem}"
-            if not samples or samples[-1].key != key:
-                samples.append(TarSample(key, []))
+            if name.startswith("._"):
+                continue
 
-            # KEY.json is the row, KEY.2.jpg the medium 2 of several, KEY.jpg the only one.
-            first, _, _ = ending.partition(".")
-            if ending == "json":
-                number = ROW
-            elif re.fullmatch("[0-9]{1,9}", first):
-                number = int(first)
-            else:
-                number = 0
+            # A member with another key than the one before begins a group.
+            stem, _, _ = name.partition(".")
+            if key != f"{folder}/{stem}":
+                if members:
+                    yield key, members
+                key = f"{folder}/{stem}"
+                members = []
+
             start = member.offset_data
-            end = start + member.size
-            samples[-1].members.append(Member(number, start, end))
-    return samples
+            is_medium_ = ending_of(name) in MEDIA
+            if not is_medium_ and ending_of(name) not in ("json", "txt"):
+                file.seek(start)
+                is_medium_ = is_medium(file.read(min(HEAD, member.size)))
+            members.append(Member(name, start, start + member.size, is_medium_))
+    if members:
+        yield key, members
+
+
+def samples_of(key: str, members: list[Member]) -> list[tuple[str, list[Member]]]:
+    """Return the samples of a group, each with its key: one, unless names have dots of their own.
+
+    The members photo.1.json, photo.1.jpg, photo.2.json and photo.2.jpg are two samples.
+    """
+    texts = {os.path.splitext(member.name)[0] for member in members if is_text(member)}
+    if len(texts) <= 1:
+        return [(key, members)]
+
+    # Each belongs to the text whose name is the longest beginning of its own: photo.1.0.jpg to
+    # photo.1.json.
+    samples: dict[str, list[Member]] = {}
+    for member in members:
+        stem = os.path.splitext(member.name)[0]
+        while stem not in texts and "." in stem:
+            stem = os.path.splitext(stem)[0]
+        samples.setdefault(stem, []).append(member)
+
+    # A text without media beside photo.json, as photo.meta.json, is no sample of its own.
+    own = os.path.basename(key)
+    if own in samples:
+        for stem in [stem for stem in samples if stem != own]:
+            if not any(member.is_medium for member in samples[stem]):
+                extra = samples.pop(stem)
+                samples[own] += [member._replace(name=f"{stem}.other") for member in extra]
+    folder = os.path.dirname(key)
+    return [(f"{folder}/{stem}", sample) for stem, sample in samples.items()]
+
+
+def is_text(member: Member) -> bool:
+    """Say whether a member is a row or a caption."""
+    return ending_of(member.name) in ("json", "txt")
+
+
+def number_members(where: str, members: list[Member], entries: array):
+    """Add (start, end, number) of the members of a sample to `entries`. Raise UserError."""
+    rows = [member for member in members if ending_of(member.name) == "json"]
+    captions = [member for member in members if ending_of(member.name) == "txt"]
+    if len(rows) > 1 or len(captions) > 1:
+        what = "not exactly one .json among its members, or not one .txt"
+        raise UserError(where, what, "write the shard again")
+    if not rows and not captions:
+        what = "neither a .json nor a .txt among its members"
+        raise UserError(where, what, "write the shard again, with a text for each picture")
+
+    # Without a row, the place of one.
+    first = captions[0].start if captions else 0
+    for row in rows or [Member("", first, first, False)]:
+        entries.extend((row.start, row.end, ROW))
+    for caption in captions:
+        entries.extend((caption.start, caption.end, CAPTION))
+
+    media = []
+    for member in members:
+        if member.is_medium:
+            media.append(member)
+        elif not is_text(member):
+            entries.extend((member.start, member.end, OTHER))
+
+    # Python sorts stably: those of one number stay in the order of the file.
+    media.sort(key=number_of)
+    for number, member in enumerate(media, 1):
+        entries.extend((member.start, member.end, number))
+
+
+def number_of(member: Member) -> int:
+    """Return which of several media a member is: 2 for KEY.2.jpg, 0 for KEY.jpg."""
+    _, _, ending = member.name.partition(".")
+    first, _, _ = ending.partition(".")
+    if re.fullmatch("[0-9]{1,9}", first):
+        return int(first)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -209,13 +375,25 @@ def check_inside(media: Media, images: Path, where: str):
     """Raise UserError unless a file lies in the folder of images, where all links end."""
     try:
         real = media.source.resolve()
-        is_inside = real.is_relative_to(images.resolve())
+        is_inside = real.is_relative_to(home_of(images))
     except (OSError, ValueError, RuntimeError):
         return  # it is no name of a file: opening it says so
     if not is_inside and real.exists():
         what = f"{media}: lies outside of {images}, and a shard is handed on"
         fix = "copy it there, or name with --images a folder that holds all of them"
         raise UserError(where, what, fix)
+
+
+def home_of(images: Path) -> Path:
+    """Return the folder that may be handed on: that of images, where all links end.
+
+    In the Hugging Face cache, files are links to the blobs of their data set.
+    """
+    real = images.resolve()
+    for folder in (real, *real.parents):
+        if folder.name.startswith("datasets--") and (folder / "blobs").is_dir():
+            return folder
+    return real
 
 
 def open_media(media: Media, where: str) -> BinaryIO:

@@ -1,13 +1,17 @@
-"""What `python data.py check` prints below the bad rows: how many there are, and how long.
+"""What `python data.py check` prints below the bad rows: how many there are, how read, how long.
 
     summary = Summary()
     summary.add_sample(images=1, tokens=700, kept=700, supervised=40)
+    summary.add_reading(7, ("read as conversations = messages", MARKS_FIRST), ("width",))
     summary.add_bad(2)
-    summary.print("rows.json", positions=576)
+    summary.print("rows.json", positions=576, where=rows.where)
 
 It prints
 
     rows.json: 3 rows, 2 bad; the good ones: 0 text-only, 1 with one image or video, 0 with several
+      1 row: read as conversations = messages
+      1 row: no <image> mark, pictures stand first (first: rows.json:row 7)
+      not read: width
       tokens: 700 shortest, 700 median, 700 longest; 576 per image
       ...a bar for each range of lengths
       supervised: 5.7 % of 700 tokens
@@ -18,8 +22,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
+
+from config import printable
+from inputs.forms import READ_AS
 
 BARS = 16  # at most
 WIDTH = 40  # characters of the longest bar
@@ -36,6 +44,9 @@ class Summary:
         self.supervised = 0  # of these
         self.over_long = 0  # samples that are cut
         self.cut = 0  # tokens that they lose
+        self.notes = Counter()  # how many samples were read how (forms.Row.notes)
+        self.first = {}  # the first row of each note
+        self.unread = Counter()  # how many samples have a key that nothing reads
 
     def add_bad(self, count: int):
         """Count rows that make no sample."""
@@ -51,8 +62,18 @@ class Summary:
             self.over_long += 1
             self.cut += tokens - kept
 
-    def print(self, name: str, positions: int):
-        """Print it all under the name of the rows; `positions` are the tokens of one picture."""
+    def add_reading(self, row: int, notes: tuple[str, ...], unread: tuple[str, ...]):
+        """Count how a row was read, and its keys that nothing reads."""
+        self.notes.update(notes)
+        self.unread.update(unread)
+        for note in notes:
+            self.first.setdefault(note, row)
+
+    def print(self, name: str, positions: int, where: Callable[[int], str]):
+        """Print it all under the name of the rows.
+
+        `positions` are the tokens of one picture; `where` says what messages call a row.
+        """
         total = self.bad + len(self.lengths)
         text_only = f"{self.images[0]} text-only"
         one = f"{self.images[1]} with one image or video"
@@ -64,6 +85,8 @@ class Summary:
         if not self.lengths:
             return
 
+        self.print_readings(where)
+
         low, median, high = np.percentile(self.lengths, [0, 50, 100])
         lengths = f"{low:.0f} shortest, {median:.0f} median, {high:.0f} longest"
         print(f"  tokens: {lengths}; {positions} per image")
@@ -72,6 +95,31 @@ class Summary:
         share = 100 * self.supervised / self.kept
         print(f"  supervised: {share:.1f} % of {self.kept} tokens")
         print(f"  over-long: {self.over_long} rows lose {self.cut} tokens of their tails")
+
+    def print_readings(self, where: Callable[[int], str]):
+        """Print how rows were read, what is to be known of some, and which keys nothing reads."""
+        common = self.notes.most_common()
+        ways = [note for note, _ in common if note.startswith(READ_AS)]
+        others = [note for note, _ in common if note not in ways]
+        for note in ways:
+            print(f"  {count_rows(self.notes[note])}: {note}")
+        for note in others:
+            first = printable(where(self.first[note]), 1000)
+            print(f"  {count_rows(self.notes[note])}: {note} (first: {first})")
+
+        if self.unread:
+            keys = [printable(key, 60) for key, _ in self.unread.most_common(20)]
+            more = len(self.unread) - len(keys)
+            if more:
+                keys.append(f"and {more} others")
+            print(f"  not read: {', '.join(keys)}")
+
+
+def count_rows(count: int) -> str:
+    """Return "1 row", "2 rows"."""
+    if count == 1:
+        return "1 row"
+    return f"{count} rows"
 
 
 def histogram(lengths: list[int]) -> str:

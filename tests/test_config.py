@@ -315,7 +315,7 @@ def test_a_recipe_states_what_it_is_and_only_what_differs(file):
     }  # these say the important things even where they are defaults
 
 
-WHOLE = [f for f in RECIPES if f.stem not in GROUND | {"demo", "moving", "custom-lora"}]
+WHOLE = [f for f in RECIPES if f.stem not in GROUND | {"demo", "moving", "custom-lora", "own"}]
 
 
 @pytest.mark.parametrize("file", WHOLE, ids=lambda p: p.stem)
@@ -412,7 +412,7 @@ def test_every_number_has_a_range_that_its_default_is_in():
     for name, f in NUMBERS:
         assert f.metadata["low"] <= f.default <= f.metadata["high"], name
     helped = config.help_table()
-    assert "peak of the warm-up + cosine schedule (0 to 100)\n" in helped
+    assert 'peak of the warm-up + cosine schedule (0 to 100, or "auto")\n' in helped
     assert (
         " *log_every               int    10            steps between progress lines (1 to"
         in helped
@@ -435,6 +435,28 @@ def test_a_number_out_of_its_range_is_refused(tmp_path, name, field):
     # The limits themselves are allowed.
     for value in (low, high):
         config.load([file, f"{name}={value}", "stage.one.steps=1", f"{name}={value}"], "x")
+
+
+AUTO = {
+    "stage.one.global_batch",
+    "stage.one.epochs",
+    "stage.one.warmup_ratio",
+    "stage.one.learning_rate",
+    "stage.one.lora.r",
+    "stage.one.lora.alpha",
+}
+
+
+def test_some_numbers_may_be_left_to_the_rows(tmp_path):
+    (file,) = write(tmp_path, file=TWO)
+    for name, _ in NUMBERS:
+        if name in AUTO:
+            recipe, _ = config.load([file, f"{name}=auto"], "x")
+            (tmp_path / "again.toml").write_text(config.dumps(recipe))
+            assert config.load([str(tmp_path / "again.toml")], "x")[0] == recipe
+        else:
+            with pytest.raises(UserError, match=f"{name}: 'auto' is not a .*; fix: "):
+                config.load([file, f"{name}=auto"], "x")
 
 
 @pytest.mark.parametrize(

@@ -505,7 +505,7 @@ def test_check_refuses_what_training_refuses(folder, spec, capsys, monkeypatch, 
     Image.new("RGB", (9, 40)).save(folder / "tall.png")
     rows = [bad for bad, _ in BAD.values()]
     rows += [row("good"), row("tall", image="tall.png"), row("text", "Hi", image=None)]
-    rows += [{"id": "m", "messages": []}, row("r", "a") | {"images": ["a.png"]}]
+    rows += [{"id": "m", "messages": []}, row("r", "a") | {"images": ["b.png"]}]
     rows = write(folder, rows)
     views = Tiling(9, processor=ImageProcessor(8), mode=mode, grids=((1, 2), (2, 1)))
     small = dataclasses.replace(spec, views=views)

@@ -34,6 +34,7 @@ from torch import nn
 
 from config import Stage, UserError
 from encoders import VisionEncoder
+from inputs.conversation import check_turns
 from inputs.media import media_names
 from inputs.rows import RowMixture, Rows, in_few_blocks
 from inputs.sample import SampleSpec, make_sample
@@ -110,8 +111,14 @@ def mean_row(
             with suppress(UserError, OSError):
                 size = measure_row(rows, i, spec)
         if size is None:
-            size = guess_row(rows[i], template, views)
-        sizes.append(size)
+            with suppress(UserError):
+                size = guess_row(rows[i], template, views)
+        if size is not None:
+            sizes.append(size)
+
+    # Where no row is one, training says so.
+    if not sizes:
+        return mean_row(None, template, views)
 
     # The items of all rows count as equal ones of the most frequent shape.
     shape = Counter(size.shape for size in sizes).most_common(1)[0][0]
@@ -144,7 +151,8 @@ def measure_row(rows: Rows | RowMixture, i: int, spec: SampleSpec) -> RowSize:
 
 
 def guess_row(row: dict, template: str, views: Tiling) -> RowSize:
-    """Return what a row has, by its characters."""
+    """Return what a row has, by its characters. Raises UserError if it has no turns."""
+    check_turns(row.get("conversations"), prompt=False)
     kind, names = media_names(row)
     shape = views.shape(PICTURE)
     if kind == "video":
@@ -314,7 +322,7 @@ def peak_share(model: LLaVA, stage: Stage, rows: Rows | RowMixture, device: torc
     return operations(model, stage, row, recompute=False) / tokens / peaks[0]
 
 
-def hours(stage_rows: int, row_operations: float, gpu: GPU, gpus: int) -> float:
+def hours(open_stage: int, row_operations: float, gpu: GPU, gpus: int) -> float:
     """Return the hours that so many GPUs take for so many rows."""
-    seconds = stage_rows * row_operations / (gpu.peak * SHARE) / gpus
+    seconds = open_stage * row_operations / (gpu.peak * SHARE) / gpus
     return seconds / 3600

@@ -44,9 +44,10 @@ import torch
 from checkpoints.files import open_regular, resolve
 from checkpoints.identity import changed_names, digest, identities, identity
 from config import Recipe, Source, Stage, UserError
+from inputs.holdout import validation_file
 from inputs.parquet_rows import ParquetRows, read_footer
 from inputs.rows import Rows, in_few_blocks, open_rows
-from inputs.shards import Shards
+from inputs.shards import CAPTION, ROW, Shards
 from inputs.tokenizer import read_files
 
 # Kind -> name of a file -> what is known of its content.
@@ -89,11 +90,11 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
         label = f"stage.{name}"
         for source_name, source in sources_of(stage).items():
             of_source = " ".join(filter(None, (label, source_name)))
-            rows = open_rows(source.data, source.images)
+            rows = open_rows(source.data, source.images, source.columns)
             found[f"{of_source} rows"] = contents_of_rows(rows)
             found[f"{of_source} pictures"] = contents_of_pictures(rows)
-        if stage.validation:
-            rows = open_rows(stage.validation, stage.images)
+        if validation_file(stage):
+            rows = open_rows(stage.validation, stage.images, stage.columns)
             found[label + HELD_OUT] = contents_of_rows(rows) | contents_of_pictures(rows)
         if stage.lora.adapter:
             found[f"{label} adapter"] = contents_of_model(Path(stage.lora.adapter), False)
@@ -113,7 +114,7 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
 def sources_of(stage: Stage) -> dict[str, Source]:
     """Return the data sets of a stage by name; the only one of a stage without a mixture is ""."""
     if stage.data:
-        return {"": Source(stage.data, stage.images)}
+        return {"": Source(stage.data, stage.images, stage.columns)}
     return stage.mixture
 
 
@@ -139,7 +140,7 @@ def identity_of_shard(file: Path, entries: np.ndarray) -> str:
     """
     hashed = hashlib.blake2b(entries.tobytes(), digest_size=16)
     with open_regular(file) as tar:
-        for start, end, _ in entries[entries[:, 2] == 0].tolist():
+        for start, end, _ in entries[np.isin(entries[:, 2], (ROW, CAPTION))].tolist():
             tar.seek(start)
             hashed.update(tar.read(end - start))
         size = os.fstat(tar.fileno()).st_size

@@ -99,6 +99,22 @@ def read_saved_recipe(output: Path) -> str:
         raise UserError(file, f"{what}, so nobody knows which recipe was trained", fix) from None
 
 
+def earlier_recipe(recipe: Recipe) -> str:
+    """Return the recipe.toml of a run that has begun in the output folder; "" if none has.
+
+    A run without a checkpoint can still become any other. A file that cannot be read is `claim`'s
+    and `begin`'s to speak of.
+    """
+    output = Path(recipe.train.output)
+    is_finished = (output / "config.json").exists()
+    if not is_finished and not seal.listed(output / "checkpoints"):
+        return ""
+    try:
+        return (output / "recipe.toml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
 def compare_recipes(output: Path, saved: str, recipe: Recipe) -> list[config.Difference]:
     """Return what differs from the recipe of a run and does not decide what is trained.
 

@@ -27,13 +27,18 @@ from checkpoints import layouts, weights
 from checkpoints.files import read_json, write_file
 from config import Model, Recipe, Stage, UserError, load
 from data import Steps
-from inputs.rows import RowMixture, files
+from inputs import hub
+from inputs.holdout import open_stage, validation_file
+from inputs.rows import is_here
 from inputs.sample import SampleSpec
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import LLaVA
+from training import small_sets
 from training.estimate import GPUS, SHARE, RowSize, hours, mean_row, operations
 from training.memory import Memory, measure, sharded
 from training.ranks import print0
+
+ASSUMED_ROWS = 100_000  # of a stage whose data is not there
 
 KNOWN = Path(__file__).parent / "known_configs.json"
 
@@ -189,19 +194,25 @@ def _find_data(name: str, stage: Stage) -> list[Found]:
         sources = {f"mixture.{key}.": source for key, source in stage.mixture.items()}
 
     paths = {}
-    if stage.validation:
+    if validation_file(stage):
         paths["validation"] = stage.validation
     for prefix, source in sources.items():
-        beside_data = str(Path(source.data).parent)
         paths[f"{prefix}data"] = source.data
-        paths[f"{prefix}images"] = source.images or beside_data
 
-    # A path may be a glob, which `files` expands.
+        # A data set of the Hub has its pictures in it.
+        if source.images or not hub.parse_id(source.data):
+            own_folder = source.data
+            if not Path(source.data).is_dir():
+                own_folder = str(Path(source.data).parent)
+            paths[f"{prefix}images"] = source.images or own_folder
+
     found = []
     for key, path in paths.items():
         where = "MISSING"
-        if path and (Path(path).exists() or files(path)):
+        if path and is_here(path):
             where = "found"
+        elif hub.parse_id(path):
+            where = "would be downloaded"
         found.append(Found(f"stage.{name}.{key}", path, where))
     return found
 
@@ -342,6 +353,7 @@ def dry_run(
         if all(folders.values()):
             local = {part: str(folder) for part, folder in folders.items()}
             local_recipe = replace(recipe, model=replace(recipe.model, **local))
+            local_recipe = small_sets.fill(local_recipe, assumed=ASSUMED_ROWS)
             Plan(local_recipe, script, tokenizer, memory).print()
 
     # The first that is missing; if none is, the first that cannot be reached.
@@ -416,8 +428,8 @@ class Plan:
         sources = list(stage.mixture.values()) or [stage]
         rows = None
         steps = stage.steps
-        if all(source.data and files(source.data) for source in sources):
-            rows = RowMixture.of(stage, f"stage.{name}")
+        if all(source.data and is_here(source.data) for source in sources):
+            rows = open_stage(stage, f"stage.{name}", self.recipe.train.workers).training
             steps = len(Steps(rows, None, stage, self.recipe.train))
         spec = None
         if self.tokenizer is not None:
@@ -425,15 +437,15 @@ class Plan:
         row = mean_row(rows, stage.template, views, spec)
         model, memory = self.measure(self.recipe, name, row)
 
-        # Without steps the number of rows is not known, so the hours are for 100,000.
+        # Without steps the number of rows is not known, so the hours are for that many.
         if steps:
             size = f"{steps} steps of {stage.global_batch} rows"
-            stage_rows = steps * stage.global_batch
+            planned = steps * stage.global_batch
             per = ""
         else:
             size = "steps unknown: no data"
-            stage_rows = 100_000
-            per = " per 100,000 rows"
+            planned = ASSUMED_ROWS
+            per = f" per {ASSUMED_ROWS:,} rows"
         trained = _count(model, trained_only=True)
         total = _count(model)
         print0(f"\nstage {name}: {size}; trains {trained:,} of {total:,} parameters")
@@ -458,7 +470,7 @@ class Plan:
                 cell = "too small"
                 mark = fits(memory, model, gpus, 1e9 * gpu.memory)
                 if mark is not None:
-                    time = hours(stage_rows, work, gpu, gpus)
+                    time = hours(planned, work, gpu, gpus)
                     cell = f"{max(time, 0.01):.2f}{mark}"
                 cells.append(cell)
             _print_cells(f"    on {gpus} of them", cells)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 from config import UserError
-from evals import published
+from evals import published, row_files
 from evals.published import nearest
 from inputs.pictures import load_image
 from inputs.templates import encode_prompt
@@ -76,6 +76,15 @@ GROUPS = {
     "mmvet": ("capability", [["math", "ocr"], ["ocr"]]),
     "mmbench": ("group", [0, 1, 0]),
     "seedbench": ("kind", ["Scene Understanding"] * 2),
+    "chartqa": ("groups", [["all", "human"]] * 2 + [["all", "augmented"]]),
+    "docvqa": ("groups", [["all", "handwritten", "form"]] * 3),
+    "infovqa": ("groups", [["all", "multi-span"]] * 3),
+    "ocrbench": ("groups", [["all", "Text Recognition", "Regular Text Recognition"],
+                            ["all", "Handwritten Mathematical Expression Recognition"],
+                            ["all", "Doc-oriented VQA"]]),
+    "mmstar": ("groups", [["all", "fine-grained perception", "recognition"],
+                          ["all", "math", "geometry"],
+                          ["all", "logical reasoning", "common reasoning"]]),
 }  # fmt: skip
 
 
@@ -122,8 +131,12 @@ def test_a_run_from_files_to_scores_killed_and_resumed(
     evaluated(model, task, tmp_path, tmp_path / "killed")
     assert (tmp_path / "killed/a.jsonl").read_bytes() == whole
 
-    if task in ("vqav2", "mmvet", "llava_bench"):
+    if task in ("vqav2", "mmvet", "llava_bench", "docvqa-test", "infovqa-test"):
         assert "no score: that takes" in printed and not (tmp_path / "whole/a.json").exists()
+    elif task in row_files.TABLE:
+        scores = json.loads((tmp_path / "whole/a.json").read_text())["scores"]
+        assert next(iter(scores)) == "all" and scores["all"]["n"] == len(expected)
+        assert all(0 <= s["score"] <= 100 and 0 <= s["chance"] <= 100 for s in scores.values())
     else:
         scores = json.loads((tmp_path / "whole/a.json").read_text())["scores"]
         name, _ = evaluate.TASKS[task].PUBLISHED
@@ -154,6 +167,9 @@ def test_a_run_from_files_to_scores_killed_and_resumed(
             "Yes",
             " ".join(said["count/0001/0"].split()),
         ]
+    if task.startswith(("docvqa", "infovqa")):
+        made = [{"questionId": int(row["id"]), "answer": row["answer"]} for row in rows]
+        assert json.loads(text_of("a-server.json")) == made
     if task == "mmvet":
         assert json.loads(text_of("a-results.json")) == said
     if task == "llava_bench":
@@ -191,7 +207,11 @@ def break_row(file):
     rows = next((value[key] for key in ("questions", "data") if key in value), value)
     at = list(rows)[1] if isinstance(rows, dict) else 1
     del rows[at][
-        next(key for key in ("image_id", "question", "prompt", "conversations") if key in rows[at])
+        next(
+            key
+            for key in ("image_id", "question", "prompt", "conversations", "query")
+            if key in rows[at]
+        )
     ]
     put(file, value)
     return at
@@ -208,7 +228,8 @@ def test_a_broken_row_is_named_before_any_model_is_loaded(task, llava, tmp_path)
     assert "\n" not in str(failure.value)
 
 
-EMBEDDED = ("mmbench", "mmmu-original")  # their pictures are in the file of questions
+# Their pictures are in the file of questions.
+EMBEDDED = ("mmbench", "mmmu-original", "mmstar", *(f"{task}-llava" for task in row_files.TABLE))
 
 
 @pytest.mark.parametrize(
@@ -474,6 +495,8 @@ def test_free_memory_of_a_gpu_and_of_this_machine(monkeypatch):
         ("mme", ["yes", "No", "It's no", "?"], 2),
         ("scienceqa", ["B", "The answer is A"], 1),
         ("mmbench", ["A", "it", "Z"], 2),
+        ("ai2d", ["(b)", "D", "a cat"], 2),
+        ("mmstar", ["a dog", "Option B", "it"], 1),
         ("mmmu", ["neither", "4", "(B)"], 2),
     ],
 )

@@ -125,15 +125,15 @@ def test_counting_measures_what_training_loads(folder, spec):
 
 
 def test_the_form_of_a_row_is_told_where_another_one_is_given(folder, spec):
-    """What other projects write: none of it is silently nothing."""
+    """What no form is: none of it is silently nothing."""
     role = {"role": "user", "content": "Hi"}
     form = re.escape('fix: write turns as {"from": "human", "value": "..."}, {"from": "gpt", ')
     row_form = re.escape('fix: write a row as {"image": "a.jpg", "conversations": [{"from": "hum')
     cases = [
-        ({"conversations": [role]}, 'conversations.0.: it has "role" and "content", .*' + form),
-        ({"conversations": [{"from": "user", "value": "Hi"}]}, f"from 'user', .*{form}"),
-        ({"messages": [role]}, f"conversations: missing, the row has messages; {row_form}"),
-        ({"file_name": "a.png", "text": "b"}, f"the row has file_name, text; {row_form}"),
+        ({"conversations": [role]}, "conversations.0.: wrong last turn; fix: end with a gpt turn"),
+        ({"conversations": [{"from": "bot", "value": "Hi"}]}, f"from 'bot', .*{form}"),
+        ({"messages": role}, "messages: empty, or not a list; fix: give a human turn"),
+        ({"file_name": "a.png", "words": "b"}, f"the row has file_name, words; {row_form}"),
         ({"conversation": []}, f"the row has conversation; {row_form}"),
         (
             {"conversations": [{"from": "gpt", "value": "Yo"}]},
@@ -153,6 +153,7 @@ def test_the_form_of_a_row_is_told_where_another_one_is_given(folder, spec):
         ("http://a.org/a.png", "download it, and write the file's name into the row"),
         ("data:image/png;base64,iVBORw0KGgo=", "write the file itself to the folder"),
         ("data:image/png;base64," + "A" * 10_000, "write the file itself to the folder"),
+        ("data:image/png,iVBORw0KGgo=", "write the file itself to the folder"),
         ("sub\\a.png", "write / between folders and file"),
         ("e\u0301.png", "write the name in Unicode's form NFC"),
         ("none.png", "fetch the image again, or remove the row"),

@@ -90,12 +90,12 @@ def test_what_is_wrong_with_shards_is_one_line(many, tmp_path, spec):
     ):
         make_sample(broken, 0, spec)
     for bad, what in (
-        (tar("none.tar", ("k.png", a)), "none.tar:/k: not exactly one .json"),
+        (tar("none.tar", ("k.png", a)), "none.tar:/k: neither a .json nor a .txt"),
         (tar("two.tar", ("k.json", text), ("k.json", text)), "two.tar:/k: not exactly one .json"),
         (tar("empty.tar"), "empty.tar: no rows"),
         (tmp_path / "gone.tar", "gone.tar: no such file or directory"),
         (tmp_path / "cut.tar", "cut.tar: not a tar file, or a damaged one"),
-        (tmp_path, "a folder without .tar shards"),
+        (tmp_path, "an empty folder"),
     ):
         (tmp_path / "cut.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:700])
         if bad == tmp_path:

@@ -1,6 +1,10 @@
-"""The files of every benchmark, a few rows each, in LLaVA's layout and in the original one."""
+"""The files of every benchmark, a few rows each, in LLaVA's layout and in the original one.
+
+Of the benchmarks in evals/row_files.py, Hugging Face's layout stands in the place of LLaVA's.
+"""
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -302,16 +306,22 @@ def fake_pyarrow(monkeypatch):
 def pyarrow_for_tests():
     """Return a module that reads the files of `parquet` where pyarrow is not installed."""
 
-    def read_table(file):
-        rows = json.loads(Path(file).read_text())
-        for row in rows:
-            for value in row.values():
-                if isinstance(value, dict):
-                    value["bytes"] = base64.b64decode(value["bytes"])
-        return SimpleNamespace(to_pylist=lambda: rows)
+    class ParquetFile(contextlib.nullcontext):
+        def __init__(self, file):
+            super().__init__(self)
+            self.rows = json.loads(Path(file).read_text())
+            for row in self.rows:
+                for value in row.values():
+                    if isinstance(value, dict):
+                        value["bytes"] = base64.b64decode(value["bytes"])
+
+        def iter_batches(self, size, columns):
+            for row in self.rows:
+                kept = {key: value for key, value in row.items() if key in (columns or row)}
+                yield SimpleNamespace(to_pylist=lambda kept=kept: [kept])
 
     module = ModuleType("pyarrow")
-    module.parquet = SimpleNamespace(read_table=read_table)
+    module.parquet = SimpleNamespace(ParquetFile=ParquetFile)
     return module
 
 
@@ -407,6 +417,155 @@ def seedbench(d, llava):
     return [(n, prompts[n], "B") for n in ("101", "103")]
 
 
+def embedded(shade):
+    return {"bytes": png(shade), "path": f"{shade}.png"}
+
+
+def chartqa(d, hub):
+    end = "\nAnswer the question with a single word."
+    rows = [("How many bars?", "14", 0), ("Which line?", "No", 1), ("What share?", "0.57", 0)]
+    if hub:
+        kinds = ("human_test", "human_test", "augmented_test")
+        table = [
+            {"type": kind, "question": q, "answer": a, "image": embedded(i)}
+            for kind, (q, a, i) in zip(kinds, rows, strict=True)
+        ]
+        parquet(d / "data/test-00000-of-00001-e2cd0b7a0f9eb20d.parquet", table)
+    else:
+        pictures(d / "png", "0.png", "1.png")
+        table = [{"imgname": f"{i}.png", "query": q, "label": a} for q, a, i in rows]
+        put(d / "test_human.json", table[:2])
+        put(d / "test_augmented.json", table[2:])
+    return [(str(n), q + end, [a]) for n, (q, a, _) in enumerate(rows)]
+
+
+def documents(d, hub, split, folder, picture, file, kinds):
+    """DocVQA, or InfographicVQA with other names. The rows of a test split have no answers."""
+    rows = [
+        {
+            "questionId": 49153 + i,
+            "question": f"What is {i}?",
+            "answers": ["1/8/93", f" The {i} "],
+            "data_split": split,
+            **kinds,
+        }
+        for i in range(3)
+    ]
+    for row in rows:
+        if split == "test":
+            row["answers"] = None
+    expected = [(str(r["questionId"]), r["question"] + WORD, r["answers"]) for r in rows]
+    if hub:
+        for i, row in enumerate(rows):
+            row |= {"questionId": str(row["questionId"]), "image": embedded(i % 2)}
+        name = {"val": "validation", "test": "test"}[split]
+        parquet(d / f"{folder}/{name}-00000-of-00002.parquet", rows[:1])
+        parquet(d / f"{folder}/{name}-00001-of-00002.parquet", rows[1:])
+        return expected
+    for i, row in enumerate(rows):
+        if split == "test":
+            del row["answers"]
+        row[picture] = f"documents/{i % 2}.png" if folder == "DocVQA" else f"{i % 2}.png"
+    pictures(d / picture_folder(folder), "0.png", "1.png")
+    put(d / file, {"dataset_name": "x", "dataset_split": split, "data": rows})
+    return expected
+
+
+def picture_folder(folder):
+    return {"DocVQA": "documents", "InfographicVQA": "infographicsvqa_images"}[folder]
+
+
+DOCVQA_KINDS = {"question_types": ["handwritten", "form"]}
+INFOVQA_KINDS = {"answer_type": ["multi-span"], "operation/reasoning": []}
+
+
+def docvqa(d, hub, split="val", file="val_v1.0_withQT.json"):
+    return documents(d, hub, split, "DocVQA", "image", file, DOCVQA_KINDS)
+
+
+def docvqa_test(d, hub):
+    return docvqa(d, hub, "test", "test_v1.0.json")
+
+
+def infovqa(d, hub, split="val", file="infographicsVQA_val_v1.0_withQT.json"):
+    return documents(d, hub, split, "InfographicVQA", "image_local_name", file, INFOVQA_KINDS)
+
+
+def infovqa_test(d, hub):
+    return infovqa(d, hub, "test", "infographicsVQA_test_v1.0.json")
+
+
+def ai2d(d, hub):
+    rows = [
+        {
+            "question": f"Which {i}?",
+            "options": ["a cat", "b", "3", "d"][: 4 - i],
+            "answer": "011"[i],
+        }
+        | {"image": embedded(i)}
+        for i in range(3)
+    ]
+    parquet(d / "data/test-00000-of-00001.parquet", rows)
+    options = ("A. a cat\nB. b\nC. 3\nD. d", "A. a cat\nB. b\nC. 3", "A. a cat\nB. b")
+    return [
+        (str(i), f"Which {i}?\n{text}{LETTER}", label)
+        for i, (text, label) in enumerate(zip(options, "ABB", strict=True))
+    ]
+
+
+def ocrbench(d, hub):
+    formula = "Handwritten Mathematical Expression Recognition"
+    rows = [
+        ("what is written in the image?", ["CENTRE"], "Regular Text Recognition"),
+        ("Write the formula.", ["x _ 1\n", "x_1\n"], formula),
+        ("what is the brand?", ["12"], "Doc-oriented VQA"),
+    ]
+    if hub:
+        table = [
+            {"dataset": "x", "question": q, "question_type": kind, "answer": a}
+            | {"image": embedded(i)}
+            for i, (q, a, kind) in enumerate(rows)
+        ]
+        parquet(d / "data/test-00000-of-00001.parquet", table)
+    else:
+        pictures(d / "OCRBench_Images/set", "0.png", "1.png", "2.png")
+        answers = ["CENTRE", ["x _ 1\n", "x_1\n"], 12]
+        table = [
+            {
+                "dataset_name": "x",
+                "id": 7,
+                "image_path": f"set/{i}.png",
+                "question": q,
+                "type": kind,
+            }
+            | {"answers": answers[i]}
+            for i, (q, _, kind) in enumerate(rows)
+        ]
+        put(d / "OCRBench.json", table)
+    return [(str(i), q, a) for i, (q, a, _) in enumerate(rows)]
+
+
+def mmstar(d, hub):
+    details = ("recognition", "geometry", "common reasoning")
+    cores = ("fine-grained perception", "math", "logical reasoning")
+    rows = [
+        {"index": i, "question": f"Which {i}?\nOptions: A: x, B: y, C: z, D: w", "answer": "BCA"[i]}
+        | {"category": cores[i], "l2_category": details[i], "image": embedded(i)}
+        for i in range(3)
+    ]
+    if hub:
+        parquet(d / "mmstar.parquet", rows)
+    else:
+        for i, row in enumerate(rows):
+            row["image"] = base64.b64encode(png(i)).decode()
+        with open(d / "MMStar.tsv", "w", newline="") as lines:
+            table = csv.DictWriter(lines, rows[0], delimiter="\t")
+            table.writeheader()
+            table.writerows(rows)
+    end = "\nAnswer with the option's letter from the given choices directly"
+    return [(str(row["index"]), row["question"] + end, row["answer"]) for row in rows]
+
+
 # task: (writes its files, the file of questions in LLaVA's layout and in the original one)
 FILES = {
     "vqav2": (
@@ -434,6 +593,22 @@ FILES = {
     "llava_bench": (llava_bench_files, "questions.jsonl", None),
     "mmbench": (mmbench, "mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv"),
     "seedbench": (seedbench, "llava-seed-bench.jsonl", "SEED-Bench.json"),
+    "chartqa": (chartqa, "data/test-00000-of-00001-e2cd0b7a0f9eb20d.parquet", "test_human.json"),
+    "docvqa": (docvqa, "DocVQA/validation-00000-of-00002.parquet", "val_v1.0_withQT.json"),
+    "docvqa-test": (docvqa_test, "DocVQA/test-00000-of-00002.parquet", "test_v1.0.json"),
+    "infovqa": (
+        infovqa,
+        "InfographicVQA/validation-00000-of-00002.parquet",
+        "infographicsVQA_val_v1.0_withQT.json",
+    ),
+    "infovqa-test": (
+        infovqa_test,
+        "InfographicVQA/test-00000-of-00002.parquet",
+        "infographicsVQA_test_v1.0.json",
+    ),
+    "ai2d": (ai2d, "data/test-00000-of-00001.parquet", None),
+    "ocrbench": (ocrbench, "data/test-00000-of-00001.parquet", "OCRBench.json"),
+    "mmstar": (mmstar, "mmstar.parquet", "MMStar.tsv"),
 }
 CASES = [
     pytest.param(task, i == 1, id=f"{task}-{'llava' if i == 1 else 'original'}")

@@ -30,14 +30,17 @@ def row(name, text="<image>\nWhat?", answer="A dog.", image="a.png"):
 BAD = {
     "missing": (row("m", image="none.png"), "none.png: no such file or directory"),
     "marks": (row("n", "<image><image>"), "2 <image> in what the humans say but 1 images"),
-    "no mark": (row("o", "What?"), "0 <image> in what the humans say but 1 images"),
+    "a mark too few": (
+        row("o", "<image> What?", image=["a.png", "a.png"]),
+        "1 <image> in what the humans say but 2 images",
+    ),
     "mark in a text": (row("p", image=None), "1 <image> in what the humans say but 0 images"),
     "roles": ({"id": "r", "conversations": turns("a", "b", "c")}, "conversations[2]: "),
     "role": ({"id": "q", "conversations": [{"from": "user", "value": "a"}]}, "conversations[0]: "),
     "nothing": ({"id": "s", "conversations": turns("a", " ")}, "nothing is supervised"),
     "no turns": ({"id": "t"}, "conversations: "),
     "video": (
-        {"id": "v", "video": "a.mp4", "conversations": turns("a", "b")},
+        {"id": "v", "video": "a.mp4", "conversations": turns("<image><image>a", "b")},
         "but 1 videos in the row",
     ),
     "no video": (

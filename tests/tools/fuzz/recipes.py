@@ -22,7 +22,7 @@ import command_line
 import config
 import train
 from data import Order
-from inputs.rows import RowMixture
+from inputs.holdout import open_stage
 from tests.tools.environment import ROOT
 from tests.tools.fuzz import Case, Violation, main, mutate_bytes
 
@@ -215,7 +215,7 @@ def load_and_check(argv: list[str]):
         if not math.isfinite(number):
             raise Violation(f"{name} is {number}")
     for name, stage in recipe.stage.items():
-        rows = RowMixture.of(stage, f"stage.{name}")
+        rows = open_stage(stage, f"stage.{name}").training
         Order(len(rows), recipe.train.seed, rows.parts)(0)
         update(stage)
 

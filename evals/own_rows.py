@@ -1,0 +1,449 @@
+"""One's own rows as a test: every question in them that has a true answer.
+
+    examples = read_questions(open_rows("mine.jsonl"), spec)  # spec: the model's SampleSpec
+    scale = choose_scale(examples)                            # Scale("exact", "the true ...", ...)
+    scale.score(examples, answers)   # {"score": 81.3, "interval": [74.1, 86.8], "chance": 33.5 ...}
+
+A question is a human turn with an answer behind it. The turns before it stand before it as the row
+has them, with the true answers; an answer before the first question is left out, as training does.
+If the row has a list "answers", all of them are right.
+
+What is printed of the answers, in percent:
+
+    score      what they earn on average (metrics.py), and its 95 % interval (intervals.py)
+    chance     what the best constant answer earns: the same one to all questions
+    text only  what the best answer to the words alone earns. It is that which is right most often
+               for the same question about other pictures. For this, one question of each answer is
+               left out: if only the one that is tested were, then in a balanced set the right
+               answer would always be the rarer one. A question that nobody asks of another picture
+               is taken together with those that have the same first words.
+
+The last two need answers that form a set, so that the same ones are given again and again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from config import Stage, UserError, printable
+from evals import Example, pope
+from evals.intervals import Difference, difference, interval
+from evals.metrics import METRICS, Metric, choose, form_a_set, is_number, is_yes_or_no, plain
+from evals.scores import best_constant
+from inputs.conversation import IMAGE
+from inputs.media import Media
+from inputs.preview import html_page, image_tag
+from inputs.rows import Rows
+from inputs.sample import SampleSpec, check_image_count, encode_text, make_sample
+from inputs.turns import answers_of
+from model import LLaVA
+from packing import Item, bin_pack, pack_samples
+
+# How many wrong answers the page shows, and how wide a picture is there.
+MOST_SHOWN = 100
+PAGE_WIDTH = 240
+
+# Questions that nobody asks of another picture are taken for the same if so many of their first
+# words are.
+FIRST_WORDS = (3, 1, 0)
+
+# Room for the answer: so many times the tokens of the longest true one.
+ROOM = 2
+LEAST_ROOM = 16
+MOST_ROOM = 1024
+
+
+# ------------------------------------------------------------------------------------- questions
+
+
+class RowPictures(Sequence):
+    """The pictures or videos of a row, read when they are asked for: not all fit in memory."""
+
+    def __init__(self, rows: Rows, i: int, count: int):
+        self.rows = rows
+        self.i = i
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, k: int) -> Path | bytes:
+        if not 0 <= k < self.count:
+            raise IndexError(k)
+        return self.rows.media(self.i, self.rows[self.i])[k].source
+
+
+def read_questions(rows: Rows, spec: SampleSpec) -> list[Example]:
+    """Return the questions of all rows in their order. Own key: "row", its number.
+
+    "label" is the list of true answers. "group" is the same for all questions about the same
+    pictures. Raise UserError for the first row that training would not take either, and for rows
+    without a question.
+    """
+    found = []
+    for i in range(len(rows)):
+        found += questions_of_row(rows, i, spec)
+    if not found:
+        fix = "write an answer behind each question"
+        raise UserError(rows.file, "no question with an answer in it", fix)
+    return found
+
+
+def questions_of_row(rows: Rows, i: int, spec: SampleSpec) -> list[Example]:
+    """Return the questions of row i. Raise UserError that names it."""
+    row = rows[i]
+    where = rows.where(i, row)
+    media = rows.media(i, row)
+
+    # What training asks of a row: turns that alternate, a mark for each picture.
+    ids, _ = encode_text(row, where, spec)
+    check_image_count(ids, media, where)
+
+    # The turns that are asked, and the answer to each question.
+    given = []
+    asked = []
+    for turn in row["conversations"]:
+        if turn["from"] == "gpt":
+            if not given or given[-1]["from"] != "human":
+                continue  # nobody has asked
+            if turn["value"].strip():
+                asked.append((list(given), turn["value"].strip()))
+        given.append(turn)
+
+    # Several answers that are all right.
+    others = []
+    if isinstance(row.get("answers"), list) and row["answers"]:
+        others = answers_of(row["answers"], f"{where}: answers")
+        if len(asked) > 1:
+            what = f'"answers" beside {len(asked)} questions: whose they are is not known'
+            raise UserError(where, what, "make rows of one question each")
+
+    examples = []
+    for k, (conversation, answer) in enumerate(asked):
+        # Pictures of later turns are not seen yet.
+        seen = media[: sum(turn["value"].count(IMAGE) for turn in conversation if not_gpt(turn))]
+        truths = dict.fromkeys([answer, *(other.strip() for other in others if other.strip())])
+        example = {
+            "id": f"{i:06d}" if len(asked) == 1 else f"{i:06d}.{k}",
+            "row": i,
+            "where": where,
+            "prompt": as_text(conversation),
+            "conversation": conversation,
+            "label": list(truths),
+            "image": None,
+            "group": group_of(media, i),
+        }
+        if seen:
+            names = [one.name for one in seen]
+            example[seen[0].kind] = names[0] if len(names) == 1 else names
+            example["pictures"] = [one.source for one in seen]
+            if any(isinstance(one.source, bytes) for one in seen):
+                example["pictures"] = RowPictures(rows, i, len(seen))
+        examples.append(example)
+    return examples
+
+
+def not_gpt(turn: dict) -> bool:
+    """Say whether a turn is one in which <image> stands for a picture."""
+    return turn["from"] != "gpt"
+
+
+def as_text(conversation: list[dict]) -> str:
+    """Return a question as one text, with the turns before it if there are any."""
+    if len(conversation) == 1:
+        return conversation[0]["value"]
+    return "\n".join(f"{turn['from']}: {turn['value']}" for turn in conversation)
+
+
+def group_of(media: list[Media], i: int) -> tuple:
+    """Return the same for all rows with the same pictures or videos; row i without any is alone."""
+    if not media:
+        return (i,)
+    found = []
+    for one in media:
+        if isinstance(one.source, bytes):
+            found.append(hashlib.blake2b(one.source, digest_size=16).hexdigest())
+        else:
+            found.append(str(one.source))
+    return tuple(found)
+
+
+def room_for_answers(examples: list[Example], tokenizer) -> int:
+    """Return how many tokens an answer may have: a power of two, by the longest true one.
+
+    A few rows more then seldom change it, and with it whether older answers count.
+    """
+    longest = 0
+    for truth in {truth for example in examples for truth in example["label"]}:
+        longest = max(longest, len(tokenizer.encode(truth)[0]))
+    room = LEAST_ROOM
+    while room < min(ROOM * longest, MOST_ROOM):
+        room *= 2
+    return room
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+@dataclass
+class Scale:
+    """The metric for some questions, and what it gives without a look at the pictures."""
+
+    name: str
+    reason: str  # why this one
+    metric: Metric
+    controls: dict[str, float]  # "chance" and "text_only", percent, where answers form a set
+    constant: str = ""  # the best constant answer
+
+    def credits(self, examples: list[Example], answers: list[str]) -> list[float]:
+        """Return what each answer earns, 0 to 1."""
+        credits = []
+        for example, answer in zip(examples, answers, strict=True):
+            credits.append(self.metric.credit(answer, example["label"]))
+        return credits
+
+    def score(self, examples: list[Example], answers: list[str]) -> dict:
+        """Return the score of answers with its interval, in percent, beside the controls."""
+        credits = self.credits(examples, answers)
+        low, high = interval(credits, groups(examples))
+        return {
+            "score": 100 * sum(credits) / len(credits),
+            "interval": [100 * low, 100 * high],
+            **self.controls,
+            "n": len(credits),
+        }
+
+    def compare(self, examples: list[Example], answers: list[str], others: list[str]) -> Difference:
+        """Return how much more some answers earn than others to the same questions, 0 to 1."""
+        mine = self.credits(examples, answers)
+        theirs = self.credits(examples, others)
+        return difference(mine, theirs, groups(examples))
+
+
+def groups(examples: list[Example]) -> list:
+    """Return what each question belongs to: its pictures."""
+    return [example["group"] for example in examples]
+
+
+def choose_scale(examples: list[Example], metric: str = "") -> Scale:
+    """Return the scale for some questions: with this metric, or with what fits their answers.
+
+    Raise UserError for a metric that cannot compare with a true answer of theirs.
+    """
+    truths = [example["label"] for example in examples]
+    reason = "--metric says so"
+    if not metric:
+        metric, reason = choose(truths)
+
+    can_be_true = {"yesno": is_yes_or_no, "number": is_number}.get(metric)
+    if can_be_true:
+        for example in examples:
+            for truth in example["label"]:
+                if not can_be_true(truth):
+                    what = f"the true answer {printable(truth, 60)!r} is none for {metric}"
+                    raise UserError(example["where"], what, "--metric: exact, contains, f1 or anls")
+
+    scale = Scale(metric, reason, METRICS[metric], {})
+    if form_a_set(truths):
+        add_controls(scale, examples)
+    return scale
+
+
+def add_controls(scale: Scale, examples: list[Example]):
+    """Put into a scale what answers earn that do not depend on the pictures."""
+    different = {}
+    for example in examples:
+        different |= dict.fromkeys(plain(truth) for truth in example["label"])
+
+    # What each of them would earn for each question; many questions have the same true answers.
+    known = {}
+    credits = []
+    for example in examples:
+        truths = tuple(example["label"])
+        if truths not in known:
+            earned = {one: scale.metric.credit(one, truths) for one in different}
+            known[truths] = {one: credit for one, credit in earned.items() if credit > 0}
+        credits.append(known[truths])
+
+    totals = dict.fromkeys(different, 0.0)
+    for credit_of in credits:
+        for answer, credit in credit_of.items():
+            totals[answer] += credit
+    scale.constant = max(totals, key=totals.get)
+    scale.controls["chance"] = 100 * best_constant(credits)
+    if len(set(groups(examples))) > 1:
+        scale.controls["text_only"] = 100 * text_only(examples, credits)
+
+
+def text_only(examples: list[Example], credits: list[dict[str, float]]) -> float:
+    """Return what the best answer to each question's words earns, 0 to 1, as said at the top.
+
+    credits: for each question {answer: its credit}.
+    """
+    total = 0.0
+    left = range(len(examples))
+    for words in (None, *FIRST_WORDS):
+        same = {}
+        for k in left:
+            key = tuple(asked_words(examples[k])[:words])
+            same.setdefault(key, []).append(k)
+
+        left = []
+        for asked in same.values():
+            best = best_seen_twice(examples, credits, asked)
+            if best is None:
+                left += asked
+            else:
+                total += best
+    return total / len(examples)
+
+
+def asked_words(example: Example) -> list[str]:
+    """Return the words of a question, without those of the turns before it."""
+    return example["conversation"][-1]["value"].replace(IMAGE, "").split()
+
+
+def best_seen_twice(
+    examples: list[Example], credits: list[dict[str, float]], asked: list[int]
+) -> float | None:
+    """Return the total that the best single answer to the questions `asked` earns.
+
+    It is one that is right for at least two pictures. None if there is none.
+    """
+    totals = {}
+    pictures = {}
+    for k in asked:
+        for answer, credit in credits[k].items():
+            totals[answer] = totals.get(answer, 0.0) + credit
+            pictures.setdefault(answer, set()).add(examples[k]["group"])
+    seen = [totals[answer] for answer in totals if len(pictures[answer]) > 1]
+    return max(seen, default=None)
+
+
+def unread(scale: Scale, answers: list[str]) -> str:
+    """Return in a line how many answers are neither yes nor no; "" with another metric."""
+    if scale.name != "yesno":
+        return ""
+    count = pope.unread([], answers)
+    return f"{count} of {len(answers)} answers {pope.UNREAD}"
+
+
+def sentence(found: Difference, than: str, n: int) -> str:
+    """Return a difference in words; than: what the model is compared with."""
+    points = f"{abs(100 * found.mean):.1f} points"
+    if found.low > 0:
+        return f"better than {than} by {points} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    if found.high < 0:
+        low, high = -100 * found.high, -100 * found.low
+        return f"worse than {than} by {points} [{low:.1f}, {high:.1f}]"
+    seen = f"{100 * found.mean:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    return f"no difference from {than} that {n} questions could show: {seen}"
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+
+@torch.no_grad()
+def sum_of_losses(
+    model: LLaVA,
+    rows: Rows,
+    numbers: Sequence[int],
+    spec: SampleSpec,
+    change: Callable[[Item], Item] | None = None,
+) -> tuple[float, int]:
+    """Return the sum of the token losses of some rows, and how many tokens are supervised.
+
+    That is what training's validation makes a mean of, packed as it does it. change: returns what
+    is shown in place of an item. Raise UserError for a row that training would not take.
+    """
+    stage = Stage()
+    device = model.language_model.lm_head.weight.device
+    loss = 0.0
+    supervised = 0
+    for begin in range(0, len(numbers), stage.global_batch):
+        samples = []
+        for i in numbers[begin : begin + stage.global_batch]:
+            sample = make_sample(rows, i, spec)
+            if change:
+                sample.items = [change(item) for item in sample.items]
+            samples.append(sample)
+        lengths = [len(sample.ids) for sample in samples]
+        for places in bin_pack(lengths, stage.micro_batch_tokens):
+            batch = pack_samples([samples[place] for place in places])
+            loss += model.loss(batch.to(device)).item()
+            supervised += batch.supervised
+    return loss, supervised
+
+
+# ------------------------------------------------------------------------------------------ page
+
+STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
+  color: #1c2430 }
+article { display: flex; gap: 1.2em; padding: 1em 0; border-top: 1px solid #dde2e8 }
+.shown { flex: 0 0 250px }
+.shown img { display: block; margin-bottom: 4px; border: 1px solid #dde2e8 }
+.said { min-width: 0; overflow-wrap: anywhere }
+.said p { margin: 0 0 .5em; white-space: pre-wrap }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margin: 0 }
+dt, .where { color: #5b6572 }
+dd { margin: 0; white-space: pre-wrap }
+.where { font-size: .85em }
+pre { background: #f4f6f8; padding: 1em; overflow-x: auto }
+"""
+
+
+def wrong_page(
+    title: str,
+    table: str,
+    scale: Scale,
+    examples: list[Example],
+    answers: dict[str, list[str]],
+    pictures: Callable[[Example], list[Image.Image]],
+) -> str:
+    """Return a page with the answers that do not earn all: evenly of them, at most MOST_SHOWN.
+
+    answers: {who says it: the answers}, first those that the page is about.
+    pictures: returns what an example shows, videos as some of their frames.
+    """
+    credits = scale.credits(examples, next(iter(answers.values())))
+    wrong = [k for k, credit in enumerate(credits) if credit < 1]
+    count = min(len(wrong), MOST_SHOWN)
+    shown = [wrong[i * len(wrong) // count] for i in range(count)]
+
+    body = [f"<h1>{escape(title)}</h1>", f"<pre>{escape(table)}</pre>"]
+    of_all = f"{len(wrong)} of {len(examples)} answers are wrong"
+    if scale.name in ("f1", "anls"):
+        of_all = f"{len(wrong)} of {len(examples)} answers are not wholly right"
+    if count < len(wrong):
+        of_all += f"; {count} of them, spread evenly, are shown"
+    body.append(f"<p>{of_all}.</p>")
+
+    for k in shown:
+        example = examples[k]
+        said = {"true": " | ".join(example["label"])}
+        for who, texts in answers.items():
+            said[who] = texts[k]
+        images = "".join(small_image(image) for image in pictures(example))
+        rows = "".join(f"<dt>{escape(who)}</dt><dd>{escape(a)}</dd>" for who, a in said.items())
+        question = example["prompt"].replace(IMAGE, "").strip()
+        body.append(
+            f'<article><div class="shown">{images}</div><div class="said">'
+            f"<p>{escape(question)}</p><dl>{rows}</dl>"
+            f'<p class="where">{escape(printable(example["where"], 1000))}</p></div></article>'
+        )
+    return html_page(title, "\n".join(body), STYLE)
+
+
+def small_image(image: Image.Image) -> str:
+    """Return a picture as HTML, no larger than the page shows it."""
+    small = image.copy()
+    small.thumbnail((2 * PAGE_WIDTH, 2 * PAGE_WIDTH))
+    return image_tag(small, min(PAGE_WIDTH, image.width * 2))
