@@ -1,5 +1,10 @@
 """From rows to batches: the order of samples, optimizer steps, the loader; and a check beforehand.
 
+    python data.py check --data FOLDER     # of pictures, with a metadata.csv beside them, as
+
+        file_name,question,answer
+        bella.jpg,Who is this?,Bella
+
     python data.py check recipes/demo.toml [section.key=value ...]   # all rows, as training will
     python data.py check --data rows.json --images folder [--model DIR]   # as that model sees them
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi]
@@ -723,12 +728,13 @@ def jobs_of_options(args) -> list[Listing]:
     else:
         limit = sys.maxsize  # bytes are several times as many as tokens, so 2048 would cut rows
 
-    # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes that
-    # number of whatever an encoder gives.
-    views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
-    spec = make_spec(args.tokenizer, args.template, limit, views)
     if args.model:
         spec = model_spec(resolve(args.model), limit)
+    else:
+        # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes
+        # that number of whatever an encoder gives.
+        views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
+        spec = make_spec(args.tokenizer, args.template, limit, views)
 
     name = args.data
     if not args.tokenizer and not args.model:

@@ -161,7 +161,7 @@ def choose(truths_of_each: Sequence[Sequence[str]]) -> tuple[str, str]:
     everything = [truth for truths in truths_of_each for truth in truths]
     if all(is_yes_or_no(truth) for truth in everything):
         return "yesno", "every true answer is yes or no"
-    if all(whole_number(truth) is not None for truth in everything):
+    if all(is_number(truth) for truth in everything):
         return "number", "every true answer is a number"
     different = {plain(truth) for truth in everything}
     if form_a_set(truths_of_each) and max(len(one.split()) for one in different) <= MOST_WORDS:
@@ -187,6 +187,11 @@ def plain(text: str) -> str:
 def is_yes_or_no(truth: str) -> bool:
     """Say whether a true answer is yes or no, in any case."""
     return plain(truth) in ("yes", "no")
+
+
+def is_number(truth: str) -> bool:
+    """Say whether a true answer is a number, maybe with a currency or % beside it."""
+    return whole_number(truth) is not None
 
 
 def squad_words(text: str) -> list[str]:

@@ -35,7 +35,7 @@ from PIL import Image
 from config import Stage, UserError, printable
 from evals import Example, pope
 from evals.intervals import Difference, difference, interval
-from evals.metrics import METRICS, Metric, choose, form_a_set, is_yes_or_no, plain, whole_number
+from evals.metrics import METRICS, Metric, choose, form_a_set, is_number, is_yes_or_no, plain
 from evals.scores import best_constant
 from inputs.conversation import IMAGE
 from inputs.media import Media
@@ -242,11 +242,11 @@ def choose_scale(examples: list[Example], metric: str = "") -> Scale:
     if not metric:
         metric, reason = choose(truths)
 
-    readable = {"yesno": is_yes_or_no, "number": whole_number}.get(metric)
-    if readable:
+    can_be_true = {"yesno": is_yes_or_no, "number": is_number}.get(metric)
+    if can_be_true:
         for example in examples:
             for truth in example["label"]:
-                if readable(truth) in (False, None):
+                if not can_be_true(truth):
                     what = f"the true answer {printable(truth, 60)!r} is none for {metric}"
                     raise UserError(example["where"], what, "--metric: exact, contains, f1 or anls")
 

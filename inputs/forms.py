@@ -54,7 +54,7 @@ KEYS = {
     "id": ["id"],
     "image": (
         "image images img imgs picture pictures image_path image_paths image_file file_name"
-        " image_url image_urls"
+        " file_names image_url image_urls"
     ).split(),
     "video": "video videos video_path video_paths video_file video_url video_urls".split(),
     "conversations": ["conversations", "conversation", "messages"],

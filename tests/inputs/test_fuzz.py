@@ -1,5 +1,7 @@
 """What comes in may be anything: it makes samples, or is refused with one line."""
 
+from functools import partial
+
 import pytest
 
 from tests.tools.fuzz import forms, fuzz, table, tokenizers
@@ -16,6 +18,18 @@ def test_a_few_wrong_rows_pictures_and_shards():
     from tests.tools.fuzz import data
 
     check(data.case, count=40, seed=0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "kind", ["csv", "metadata.csv", "metadata.jsonl", "captions", "tar", "parquet"]
+)
+def test_many_wrong_containers(kind):
+    pytest.importorskip("av")
+    pytest.importorskip("pyarrow")
+    from tests.tools.fuzz import data
+
+    check(partial(data.case_of_container, kind=kind), count=200, seed=2000)
 
 
 @pytest.mark.full
