@@ -34,7 +34,8 @@ from tests.tools.training_runs import on_ranks
         ("contains", "It is a Red ball.", ["red"], 1),
         ("contains", "reddish", ["red"], 0),
         ("contains", "c++ (new)", ["c++"], 1),
-        ("contains", "anything", [""], 0),
+        ("contains", "infrared", ["red"], 0),
+        ("contains", "a, b", ["."], 0),
         ("f1", "a big red ball", ["the red ball"], 0.8),
         ("f1", "the", ["a"], 1),
         ("f1", "", ["red"], 0),
@@ -119,7 +120,7 @@ def test_an_interval_has_a_width_and_stays_inside():
     for credits in ([1.0] * 50, [0.0] * 50, [1.0], [0.5, 0.5], [1.0, 0.0]):
         for clusters in (list(range(len(credits))), [0] * len(credits)):
             low, high = interval(credits, clusters)
-            assert 0 <= low < high <= 1
+            assert 0 <= low < high <= 1 and high - low > 0.05
             assert low <= np.mean(credits) <= high
             found = difference(credits, credits, clusters)
             assert -1 <= found.low < found.mean == 0 < found.high <= 1
@@ -153,7 +154,8 @@ def test_a_difference_is_the_paired_one():
     """Of 200 questions that both models fail or pass together but for 10, which one wins."""
     shared = [1.0] * 95 + [0.0] * 95
     found = difference(shared + [1.0] * 10, shared + [0.0] * 10, range(200))
-    assert found.mean == pytest.approx(0.05) and 0.01 < found.low < 0.05 < found.high < 0.1
+    half = student(199) * ((12 / 202 - (10 / 202) ** 2) / 202) ** 0.5
+    assert found == pytest.approx((0.05, 10 / 202 - half, 10 / 202 + half))
     back = difference(shared + [0.0] * 10, shared + [1.0] * 10, range(200))
     assert back == pytest.approx((-found.mean, -found.high, -found.low))
 
@@ -287,6 +289,7 @@ def test_pictures_in_the_rows_are_read_when_they_are_asked_for(tmp_path, model, 
     reads = []
     monkeypatch.setattr(own_rows.RowPictures, "__getitem__", lambda self, k: reads.append(k))
     assert [len(one["pictures"]) for one in found] == [1, 1, 1] and not reads
+    assert all(isinstance(one["pictures"], own_rows.RowPictures) for one in found)
 
 
 # --------------------------------------------------------------------------------------- controls
@@ -456,6 +459,7 @@ def test_the_table_the_page_and_another_model(trained, tiny_world, tmp_path, cap
         assert score["n"] == 40 and score["chance"] >= 50 and score["loss"] > 0
         assert score["interval"][0] < score["score"] < score["interval"][1]
     assert result["scores"][names[2]]["loss"] > result["scores"]["yesno"]["loss"]
+    assert result["scores"][names[1]]["loss"] != result["scores"]["yesno"]["loss"]
     assert "95 % interval" in printed and "text only" in printed
     assert "yesno: yes or no, as POPE reads it" in printed
     assert re.search(r"\d+ of 40 answers say neither yes nor no", printed)

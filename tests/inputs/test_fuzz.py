@@ -41,11 +41,13 @@ def test_many_wrong_rows_pictures_and_shards():
 
 
 def test_a_few_changed_rows_of_each_form():
+    pytest.importorskip("pyarrow")
     check(forms.case, count=24, seed=0)
 
 
 @pytest.mark.full
 def test_many_changed_rows_of_each_form():
+    pytest.importorskip("pyarrow")
     check(forms.case, count=500, seed=1000)
 
 

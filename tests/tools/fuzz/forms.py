@@ -3,8 +3,8 @@
     python -m tests.tools.fuzz.forms --count 500 --seed 0
 
 A case is ten rows of a form, each with a few changes: values replaced, removed, doubled, nested or
-exchanged, keys of another name. They stand in a JSON list, in JSON lines, or are values of Python
-with the bytes of their pictures, as a parquet file gives them.
+exchanged, keys of another name. They stand in a JSON list, in JSON lines, or, with bytes as
+pictures, in parquet files or as values of Python.
 
 The fuzzer finds the pictures and videos that a row has, wherever they stand. A row that is accepted
 must have made an item of each: none may be missing in silence. A row that is refused has its file,
@@ -198,6 +198,26 @@ def read(file: Path, raws: list):
     use(open_rows(file), raws)
 
 
+def read_parquet(folder: Path, raws: list):
+    """Use rows as parquet files of one row: together they would have to be of one type."""
+    import pyarrow
+    from pyarrow import parquet
+
+    refused = None
+    for i, raw in enumerate(raws):
+        file = folder / f"{i}.parquet"
+        try:
+            parquet.write_table(pyarrow.Table.from_pylist([raw]), file)
+        except (pyarrow.ArrowException, OverflowError, UnicodeError):
+            continue  # no table holds it
+        try:
+            use(open_rows(file), [raw])
+        except UserError as e:
+            refused = e
+    if refused:
+        raise refused
+
+
 def change(raw: Any, rng: random.Random) -> tuple[Any, str]:
     """Return a row with one or more changes, and the changes in words."""
     changes = []
@@ -219,11 +239,14 @@ def case(rng: random.Random, folder: Path) -> Case:
     raws = [raw for raw, _ in changed]
     what = "; ".join(what for _, what in changed)
 
-    ending = rng.choice(("json", "jsonl", "values"))
+    ending = rng.choice(("json", "jsonl", "values", "parquet"))
     file = folder / f"rows.{ending}"
-    if ending == "values":
+    if ending in ("values", "parquet"):
         raws = [with_bytes(raw, rng) for raw in raws if isinstance(raw, dict)]
-        return Case(name, f"{ending}: {what[:300]}", partial(use, Values(raws, folder), raws))
+        run = partial(use, Values(raws, folder), raws)
+        if ending == "parquet":
+            run = partial(read_parquet, folder, raws)
+        return Case(name, f"{ending}: {what[:300]}", run)
     if ending == "json":
         file.write_text(json.dumps(raws))
     else:
