@@ -370,15 +370,18 @@ class Stage:
         {}, 'what the rows call their parts: {image = "photo", question = "query", answer = "a"}'
     )
     at_least: dict = opt(
-        {}, "only rows with so much in a column: {relevance_min = 4}; none without it"
+        {},
+        "only rows that have so much in a column: {relevance_min = 4}; rows without a number there"
+        " are left out",
     )
     mixture: dict[str, Source] = opt(
         {}, "[stage.NAME.mixture.SOURCE] tables: several sources instead of data"
     )
     validation: str | float = opt(
         "",
-        "held-out rows for the validation loss: a file, or how many of the data to hold out, a"
-        " share (0.02) or a number (500); empty = none",
+        "held-out rows for the validation loss: a file, or how many of the data to hold out by a"
+        " hash of their pictures, else of their questions (inputs/holdout.py): a share (0.02) or a"
+        " number (500); empty = none",
         low=0,
         high=10**9,
         decides=False,

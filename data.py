@@ -1,5 +1,10 @@
 """From rows to batches: the order of samples, optimizer steps, the loader; and a check beforehand.
 
+    python data.py check --data FOLDER     # of pictures, with a metadata.csv beside them, as
+
+        file_name,question,answer
+        bella.jpg,Who is this?,Bella
+
     python data.py check recipes/demo.toml [section.key=value ...]   # all rows, as training will
     python data.py check --data rows.json --images folder [--model DIR]   # as that model sees them
     python data.py check --data rows.json --images folder [--tokenizer DIR --template phi]

@@ -209,13 +209,15 @@ def check_examples(examples: list[Example], data_dir):
         ids.add(example["id"])
 
         # Opening is slow, so files that are there are taken on trust. This raises for one that is
-        # missing, and looks into pictures that are no files but bytes in the example.
-        # Questions may share a picture: it is looked into once.
+        # missing, and looks into pictures that are no files but bytes in the example. Questions may
+        # share a picture, which is looked into once; names are of one row, where there are rows.
         _, named = shown_files(example)
-        is_known = tuple(named) in checked
-        if not is_known and not all(is_there(source) for source in sources(example, data_dir)):
+        shown = (example.get("row"), *named)
+        if shown in checked:
+            continue
+        if not all(is_there(source) for source in sources(example, data_dir)):
             load_shown(example, data_dir, open_media)
-        checked.add(tuple(named))
+        checked.add(shown)
 
 
 def is_there(source: Path | bytes) -> bool:

@@ -1,5 +1,17 @@
 """Train a small multimodal model, stage by stage, as a recipe says.
 
+A finished model learns your own pictures, from about thirty on. They are a folder with a table
+metadata.csv, whose rows are
+
+    file_name,question,answer
+    bella.jpg,Who is this?,Bella
+
+    python data.py check --data FOLDER
+    torchrun train.py recipes/own.toml model.checkpoint=DIR stage.own.data=FOLDER
+
+The number of rows decides batch, epochs, warm-up, rank and rate, which are printed. Everything that
+can be trained:
+
     torchrun train.py                                           # the demo: a few minutes on a CPU
     torchrun train.py recipes/tinyllama-clip-base.toml          # one GPU
     torchrun --nproc-per-node 8 train.py recipes/qwen2-siglip-base.toml train.output=out/mine

@@ -1,6 +1,6 @@
-"""Data at scale: the index of a large JSON file, how full packing makes micro-batches, pictures/s.
+"""Data at scale: the index of a large JSON file, full micro-batches, pictures/s, parquet files.
 
-    python bench/data.py                                    # all; 1.6 GB in a temporary folder
+    python bench/data.py                                    # all; 6 GB in a temporary folder
     python bench/data.py --rows 20000 --repeats 1           # a small one, to try the script
     python bench/data.py --only images --json out/data.json # other parts keep what the file has
 
@@ -16,9 +16,13 @@ packing   fill is tokens / (micro-batches x budget). Balance is the mean of the 
 images    JPEG files to batches of normalized pixels (images.py), in the main process and through a
           DataLoader, beside transformers' processor (its Pillow version). Both must give the same
           pixels.
+parquet   the same rows as 200 files of 20 columns (parquet.py): seconds of a start, first and
+          later, and the memory of a worker.
+decoded   rows/s from parquet to pixels and ids, beside the library `datasets` (parquet.py).
 
 Targets: first start <= 60 s, later <= 2 s, <= 300 MB a worker; fill >= 97 %; >= 1.5 x the
-processor's pictures/s.
+processor's pictures/s; of parquet, later start <= 10 s, <= 400 MB a worker, >= 1.5 x the rows/s of
+`datasets`.
 
 The file in order: for each part what its own process does, then its table; at last the command.
 """
@@ -48,6 +52,16 @@ from bench.common import (  # noqa: E402
     write_json,
 )
 from bench.images import images, images_lines  # noqa: E402
+from bench.parquet import (  # noqa: E402
+    PEERS,
+    PHOTOGRAPHS,
+    decoded,
+    decoded_lines,
+    parquet_lines,
+    start,
+    write_many,
+    write_photographs,
+)
 from bench.rows import write  # noqa: E402
 
 BUDGET = 8192  # tokens of a micro-batch
@@ -100,7 +114,7 @@ def memory_of(pid: int) -> dict[str, float]:
     return {"rss_mb": int(kib["Rss"]) / 1024, "pss_mb": int(kib["Pss"]) / 1024}
 
 
-def workers(folder: str):
+def workers(folder: str, name: str):
     """Print the most memory that one of two workers has while they make 60 steps of 16 rows."""
     import multiprocessing
 
@@ -112,7 +126,7 @@ def workers(folder: str):
 
     tiling = Tiling(IMAGE_TOKENS, processor=ImageProcessor(336, 336))
     spec = make_spec("", "phi", max_tokens=100_000, views=tiling)
-    opened = open_rows(Path(folder, "rows.json"))
+    opened = open_rows(Path(folder, name))
     steps = Steps(opened, spec, Stage(global_batch=16, steps=60), Train())
 
     worst = {"rss_mb": 0.0}
@@ -133,7 +147,11 @@ def index_part(folder: Path, repeats: int) -> dict:
         Path(f"{file}.index").unlink(missing_ok=True)
         runs["first start"].append(child("rows", folder))
         runs["later start"].append(child("rows", folder))
-    return {"bytes": file.stat().st_size, "runs": runs, "worker": child("workers", folder)}
+    return {
+        "bytes": file.stat().st_size,
+        "runs": runs,
+        "worker": child("workers", folder, file.name),
+    }
 
 
 def index_lines(found: dict) -> list[str]:
@@ -273,10 +291,45 @@ def images_part(folder: Path, repeats: int) -> dict:
     return results
 
 
+# ---------------------------------------------------------------------- parquet
+
+
+def parquet_part(folder: Path, repeats: int) -> dict:
+    """Return the parts of each start of a million rows in parquet, and the memory of a worker."""
+    many = folder / "many"
+    starts = {"first": [], "later": []}
+    for _ in range(repeats):
+        for index in many.glob("*.index"):
+            index.unlink()
+        for name in starts:
+            one = child("start", folder)
+            starts[name].append(one["seconds"])
+    return {
+        "rows": one["rows"],
+        "bytes": sum(file.stat().st_size for file in many.glob("*.parquet")),
+        "starts": starts,
+        "worker": child("workers", folder, many.name),
+    }
+
+
+def decoded_part(folder: Path, repeats: int) -> dict:
+    """Return rows/s of every run of this code and of `datasets`, in turn."""
+    runs = {"ours": [], **{name: [] for name in PEERS}}
+    for _ in range(repeats):
+        runs["ours"].append(child("decoded", folder, "ours", ""))
+        for name, (way, processor) in PEERS.items():
+            runs[name].append(child("decoded", folder, way, processor))
+    return runs
+
+
 # ---------------------------------------------------------------------- the command
 
 CHILDREN = {
     "write": write,
+    "write_many": write_many,
+    "write_photographs": write_photographs,
+    "start": start,
+    "decoded": decoded,
     "json_load": json_load,
     "rows": rows,
     "workers": workers,
@@ -288,6 +341,8 @@ PARTS = {
     "index": (index_part, index_lines),
     "packing": (packing_part, packing_lines),
     "images": (images_part, images_lines),
+    "parquet": (parquet_part, parquet_lines),
+    "decoded": (decoded_part, decoded_lines),
 }
 
 
@@ -328,11 +383,18 @@ def main(argv: list[str]):
         result = json.loads(args.json.read_text())
     facts = {
         "date": datetime.date.today().isoformat(),
-        "versions": installed("torch", "pillow", "transformers"),
+        "versions": installed("torch", "pillow", "transformers", "pyarrow", "datasets"),
     }
+    names = [args.only] if args.only else list(PARTS)
     with tempfile.TemporaryDirectory() as folder:
-        child("write", folder, args.rows if args.only != "images" else 1024)
-        for name in [args.only] if args.only else PARTS:
+        reads_json = "index" in names or "packing" in names
+        child("write", folder, args.rows if reads_json else 1024)
+        if "parquet" in names:
+            child("write_many", folder, args.rows)
+        if "decoded" in names:
+            child("write_photographs", folder, min(args.rows, PHOTOGRAPHS))
+
+        for name in names:
             measure_part, _ = PARTS[name]
             result[name] = {**facts, "results": measure_part(Path(folder), args.repeats)}
             print(table({name: result[name]}), flush=True)

@@ -12,9 +12,8 @@ from bench.common import verdict
 
 
 def their_processor(processor) -> Callable:
-    """Return transformers' processor of the same options, as a function of a file."""
+    """Return transformers' processor of the same options, as a function of a picture in RGB."""
     import transformers
-    from PIL import Image
 
     options = processor.to_hf()
     name = options.pop("image_processor_type")
@@ -22,11 +21,7 @@ def their_processor(processor) -> Callable:
         name = f"{name}Pil"
     theirs = getattr(transformers, name)(**options)
 
-    def load(file: Path):
-        image = Image.open(file).convert("RGB")
-        return theirs(image, return_tensors="pt")["pixel_values"][0]
-
-    return load
+    return lambda image: theirs(image, return_tensors="pt")["pixel_values"][0]
 
 
 def cpu_seconds() -> float:
@@ -41,6 +36,7 @@ def cpu_seconds() -> float:
 def images(folder: str, who: str, kind: str, processes: str):
     """Print pictures per second and a sum over pixels, of a CLIP-336 or a SigLIP-384."""
     import torch
+    from PIL import Image
     from torch.utils.data import DataLoader
 
     from inputs.image_processor import ImageProcessor
@@ -54,7 +50,10 @@ def images(folder: str, who: str, kind: str, processes: str):
     else:
         processor = ImageProcessor(384)
     if who == "theirs":
-        load = their_processor(processor)
+        theirs = their_processor(processor)
+
+        def load(file: Path):
+            return theirs(Image.open(file).convert("RGB"))
     else:
 
         def load(file: Path):

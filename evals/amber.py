@@ -42,7 +42,7 @@ UNREAD = "are not just Yes or No, and are wrong"
 LARGEST_ID = 2**63 - 1
 NEAR = 0.8  # the cosine above which two words mean the same
 
-# The kinds of questions, by the name of their scores. Two dimensions have their own published sums.
+# The kinds of questions, by the name of their scores: attributes together, then each alone.
 STATE = ("discriminative-attribute-state",)
 NUMBER = ("discriminative-attribute-number",)
 ACTION = ("discriminative-attribute-action",)

@@ -60,7 +60,7 @@ LONGEST_INDEX = 64
 def examples(data_dir):
     """Return the questions in the order of the file, all rotations.
 
-    Own keys: "choices": {letter: text}; "group": the question; "row": its cells.
+    Own keys: "choices": {letter: text}; "group": the question; "cells": of its row.
     """
     file = find_first(data_dir, *FILES)
 
@@ -94,7 +94,7 @@ def examples(data_dir):
                     "label": cells.get("answer") or None,
                     "choices": choices,
                     "group": index % ROTATION,
-                    "row": cells,
+                    "cells": cells,
                     "where": row.where,
                 }
             )
@@ -164,8 +164,8 @@ def score(examples, answers):
         all_right = all(right for _, right in rotations)
         chance = 1 / len(first["choices"])
         groups = ["circular"]
-        if first["row"].get("category"):
-            groups.append(first["row"]["category"])
+        if first["cells"].get("category"):
+            groups.append(first["cells"]["category"])
         results.append(Result(groups, all_right, chance ** len(rotations)))
         results.append(Result(("vanilla",), first_right, chance))
 
@@ -180,12 +180,12 @@ def score(examples, answers):
 
 def write(examples, answers, stem, data_dir):
     """Write the server's file: LLaVA's columns, of which the seventh is the prediction."""
-    columns = [name for name in examples[0]["row"] if name not in DROPPED]
+    columns = [name for name in examples[0]["cells"] if name not in DROPPED]
     table = [columns[:6] + ["prediction"] + columns[6:]]
     for example, answer in zip(examples, answers, strict=True):
         cells = []
         for name in columns:
-            cell = example["row"][name]
+            cell = example["cells"][name]
             if cell in EMPTY:
                 cell = ""
             cells.append(cell)

@@ -38,11 +38,11 @@ from evals.intervals import Difference, difference, interval
 from evals.metrics import METRICS, Metric, choose, form_a_set, is_number, is_yes_or_no, plain
 from evals.scores import best_constant
 from inputs.conversation import IMAGE
-from inputs.forms import answers_of
 from inputs.media import Media
 from inputs.preview import html_page, image_tag
 from inputs.rows import Rows
 from inputs.sample import SampleSpec, check_image_count, encode_text, make_sample
+from inputs.turns import answers_of
 from model import LLaVA
 from packing import Item, bin_pack, pack_samples
 

@@ -15,6 +15,13 @@ To add a row format, read rows.py; its docstring names the three places. The for
     shards.py           .tar, media inside; also writes such files
     media.py            the pictures and videos that a row names
 
+Which rows a stage trains on, and which it holds out:
+
+    holdout.py          a share or a number of rows is held out, and rows rated low are left out
+    subset.py           rows chosen of others by number
+    content.py          hashes of what a row shows, asks and answers; measure.py keeps such numbers
+    duplicates.py       rows that occur twice, or in a benchmark
+
 What templates.py stands on:
 
     conversation.py     turns that alternate, with images in their places

@@ -108,7 +108,7 @@ def print_overlaps(rows: Rows, benchmark: Benchmark, workers: int = 0):
     loaded = DataLoader(
         Overlaps(rows, benchmark),
         batch_size=None,
-        num_workers=workers,
+        num_workers=min(workers, len(rows) // 64),  # each takes a moment to start
         generator=torch.Generator(),  # as in data.loader
     )
     found = 0

@@ -23,6 +23,8 @@ from config import UserError, printable
 if TYPE_CHECKING:
     from inputs.forms import Row
 
+MEDIA = ("image", "video")  # the kinds
+
 PICTURE_ENDINGS = tuple(".jpg .jpeg .png .webp .avif .gif .bmp .tif .tiff .ppm .jp2".split())
 VIDEO_ENDINGS = tuple(".mp4 .mkv .avi .webm .mov .m4v .mpg .mpeg .ts .flv .wmv".split())
 
@@ -55,6 +57,11 @@ def is_empty(value: Any, levels: int = 2) -> bool:
             return not value
         return all(is_empty(inner, levels - 1) for inner in value)
     return value is None or value != value
+
+
+def as_list(value: Any) -> list:
+    """Return a list as it is, and anything else as a list of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def read_medium(value: Any, kind: str, where: str) -> Medium:
@@ -103,6 +110,19 @@ def picture_in(value: Any, named: bool, levels: int = 2) -> str:
             if found:
                 return found
     return ""
+
+
+def check_unread(values: dict, keys: list[str], where: str, named: bool, fix: str = ""):
+    """Raise UserError if one of these keys, which nothing reads, plainly holds a picture or video.
+
+    named: a text that ends as the name of such a file is one.
+    """
+    for key in keys:
+        kind = picture_in(values[key], named)
+        if kind:
+            key = printable(key, 60)
+            fix = fix or f'name the key of the {kind}s: columns = {{{kind} = "{key}"}}'
+            raise UserError(where, f"nothing reads the {kind} under {key!r}", fix)
 
 
 # -------------------------------------------------------------------------------------- of a row

@@ -36,8 +36,9 @@ from config import UserError, printable
 from inputs.forms import KEYS, Row, read_row
 from inputs.index import cached_array
 from inputs.indexed_rows import Blocks, FileSpan, file_state, files, named
-from inputs.media import Media, media_of_row
+from inputs.media import MEDIA, Media, media_of_row
 from inputs.sniff import HEAD, looks_like, reason
+from inputs.turns import OPTIONS
 
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray, DataType, Schema, Table
@@ -64,6 +65,7 @@ class RowGroup(NamedTuple):
 class ParquetRows:
     """The rows of a parquet file, or of several; see rows.Rows for what its methods promise."""
 
+    recognised = "parquet"  # open_rows says more
     parts = ()  # only a mixture has some
 
     def __init__(
@@ -307,13 +309,23 @@ def wanted_columns(schema: Schema, columns: dict[str, str]) -> list[str]:
     """Return the names of the columns that rows need, in the order of the file.
 
     They are those that may be a part of a row (forms.KEYS, `columns`), and those of plain values.
+    Where `columns` names no pictures, also those that may hold some, so that forms.py refuses a row
+    whose pictures nothing would read.
     """
     mapped = set(columns.values())
     known = {name for part, names in KEYS.items() if part not in columns for name in names}
+    known.update(OPTIONS)
+
+    has_pictures = any(part in columns for part in MEDIA)
+    pictures = {name for part in MEDIA for name in KEYS[part]}
+    if not has_pictures and not any(name.lower() in pictures for name in schema.names):
+        return schema.names
 
     wanted = []
     for field in schema:
-        if field.name in mapped or field.name.lower() in known or is_plain(field.type):
+        is_part = field.name in mapped or field.name.lower() in known
+        has_bytes = "binary" in str(field.type) and not has_pictures
+        if is_part or has_bytes or is_plain(field.type):
             wanted.append(field.name)
     return wanted
 

@@ -17,8 +17,7 @@ these places change:
     inputs/kinds.py             kind_of_rows returns "arrow" for its first bytes, ENDINGS has .arrow
     inputs/folder_rows.py       NAMES has what it is called
     FORMATS, below              the entry: "arrow": ArrowRows
-    tests/inputs/test_rows.py   test_every_format_offers_what_rows_promises_and_the_same_rows fails
-                                until it opens the new format, too
+    tests/inputs/               test_containers.py fails until MATRIX opens the new format, too
 
 A format whose rows are texts in files derives from `indexed_rows.TextRows` and needs one method,
 `scan`. json_rows.JsonLines is the shortest example.
@@ -128,7 +127,9 @@ def is_here(data: str | Path) -> bool:
 
 def is_kept(file: Path) -> bool:
     """Say whether a file is what is kept beside another one, and a glob has found it, too."""
-    return file.suffix in (".index", ".counts") and file.with_suffix("").exists()
+    beside = file.with_suffix("")  # FILE.index, or FILE.KEY.counts
+    is_there = beside.exists() or beside.with_suffix("").exists()
+    return file.suffix in (".index", ".counts", ".content", ".numbers") and is_there
 
 
 def describe(rows: Rows, found: Found) -> str:
@@ -184,7 +185,11 @@ def in_few_blocks(rows: Rows, picks: Iterable[int]) -> Iterator[int]:
     others: list[int] = []  # rows of the block
     for pick in picks:
         first, blocks = blocks_of_source(rows, pick)
-        if blocks is None or pick in block:
+        if blocks is None:
+            yield pick
+        elif pick in block:
+            if pick in others:
+                others.remove(pick)
             yield pick
         elif others and source == first:
             yield others.pop()

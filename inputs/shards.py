@@ -375,13 +375,25 @@ def check_inside(media: Media, images: Path, where: str):
     """Raise UserError unless a file lies in the folder of images, where all links end."""
     try:
         real = media.source.resolve()
-        is_inside = real.is_relative_to(images.resolve())
+        is_inside = real.is_relative_to(home_of(images))
     except (OSError, ValueError, RuntimeError):
         return  # it is no name of a file: opening it says so
     if not is_inside and real.exists():
         what = f"{media}: lies outside of {images}, and a shard is handed on"
         fix = "copy it there, or name with --images a folder that holds all of them"
         raise UserError(where, what, fix)
+
+
+def home_of(images: Path) -> Path:
+    """Return the folder that may be handed on: that of images, where all links end.
+
+    In the Hugging Face cache, files are links to the blobs of their data set.
+    """
+    real = images.resolve()
+    for folder in (real, *real.parents):
+        if folder.name.startswith("datasets--") and (folder / "blobs").is_dir():
+            return folder
+    return real
 
 
 def open_media(media: Media, where: str) -> BinaryIO:

@@ -282,6 +282,13 @@ def test_a_parquet_file_that_is_none(tmp_path):
     assert files("mmmu", False).endswith(".parquet")
 
 
+def test_a_number_in_the_place_of_a_text_may_have_any_length():
+    row = Row({"long": 10**400, "inf": float("inf")}, "questions.json:2")
+    assert row.words("long") == "1" + "0" * 400
+    with pytest.raises(UserError, match="its inf, inf, is not a text"):
+        row.words("inf")
+
+
 def test_an_identifier_can_be_written():
     """Half a surrogate pair is no name of a question: answers could not be saved under it."""
     row = Row({"good": "häuser", "bad": "\ud83d"}, "questions.json:2")

@@ -27,9 +27,9 @@ def parquet_can_be_read(monkeypatch):
 
 # Of what each of 2,000 to 3,000 answers earns, as the official code says.
 OFFICIAL = {
-    "relaxed": "84b32d18 d62c85ca 27e84a53 f83b2f11 26d320cd 048562c8",
-    "anls": "f1494a25 8eecf81b 822dccab 1956b110 b864304a f8c9532c",
-    "contains": "76bd06da e8bcf273 077b3551 9a75fa53",
+    "relaxed": "ea502aa8 811199c0 2bc22408 bd7f495b 8d9465d3 488ed712",
+    "anls": "73e52b9d 7ae9b2b9 6e036e9f 01dc506c 759eea1f 948cf278",
+    "contains": "867507c4 a792e816 d4dbac11 c185c89a",
     "ai2d": "4be8bd83 3158bccd bff3033d 571f06a5 d543bf3a f7356015",
     "mmstar": "fc069cd4 e7688d4d 1f21f397 b8594f0d 0a7b72e5 8e796c12",
 }
@@ -87,7 +87,7 @@ def test_scores_of_chartqa_are_the_official_ones():
     asked = numbers_and_texts()
     groups = [["human" if i % 3 else "augmented"] for i in range(len(asked))]
     scores = scores_of("chartqa", asked, groups, 10)
-    assert scores == {"all": 31.1333333333, "human": 32.1, "augmented": 29.2}
+    assert scores == {"all": 29.0666666667, "human": 29.95, "augmented": 27.3}
 
 
 def test_scores_of_infovqa_are_the_official_ones():
@@ -103,14 +103,14 @@ def test_scores_of_infovqa_are_the_official_ones():
             of_row.append(operations[i % 3])
         groups.append(of_row)
     scores = scores_of("infovqa", asked, groups, 2)
-    assert scores.pop("all") == 66.49
-    printed = (65.94, 68.47, 66.81, 64.74, 65.87, 66.85, 67.03, 66.26, 66.45, 64.07, 72.13, 63.62)
+    assert scores.pop("all") == 66.78
+    printed = (70.24, 67.34, 65.42, 64.12, 66.48, 66.98, 66.06, 67.10, 67.28, 66.08, 65.74, 65.36)
     assert scores == dict(zip((*answer_types, *evidence, *operations), printed, strict=True))
 
 
 def test_scores_of_ocrbench_are_the_official_ones():
     """The numbers are those that example.py of MultimodalOCR 794c36d prints of 1,000 answers."""
-    printed = [35, 42, 39, 32, 33, 34, 138, 137, 144, 63]
+    printed = [38, 39, 36, 34, 33, 32, 146, 135, 138, 61]
     totals = [50] * 6 + [200] * 3 + [100]
     of_kind = row_files.TABLE["ocrbench"].scores_of
     asked = written(False)[:900] + written(True)[:100]
@@ -119,7 +119,7 @@ def test_scores_of_ocrbench_are_the_official_ones():
         groups += [of_kind[kind]] * total
     scores = scores_of("ocrbench", asked, groups, 10)
     assert list(scores)[:3] == ["all", "Text Recognition", "Regular Text Recognition"]
-    assert (scores.pop("all"), scores.pop("Text Recognition")) == (697, 215)
+    assert (scores.pop("all"), scores.pop("Text Recognition")) == (692, 212)
     assert list(scores.values()) == printed
 
 

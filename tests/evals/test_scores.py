@@ -432,7 +432,7 @@ def test_mmbench_scores_all_rotations_of_a_question():
             "label": label,
             "choices": choices,
             "group": index % 10**6,
-            "row": {"category": "colour"},
+            "cells": {"category": "colour"},
         }
 
     examples = [

@@ -5,9 +5,11 @@ import csv
 import io
 import json
 import os
+import pickle
 import random
 import sys
 import tarfile
+import time
 import types
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from inputs import hub, index
 from inputs.folder_rows import choose
 from inputs.forms import CAPTION_PROMPT
 from inputs.pictures import load_image
-from inputs.rows import RowMixture, open_rows
+from inputs.rows import FORMATS, RowMixture, open_rows
 from inputs.sample import make_sample
 from inputs.shards import scan_tar, shard
 from inputs.table_rows import ends_in_quotes
@@ -252,8 +254,11 @@ def test_rows_are_the_same_in_every_container(pictures, tmp_path, spec, make_row
     folder = pictures if pictures.exists() else tmp_path / "splits/train"
     ordered = by_id(llava(make_rows()), opened)
     (tmp_path / "llava.json").write_text(json.dumps(ordered))
-    same_samples(opened, open_rows(tmp_path / "llava.json", folder), spec)
     assert opened.recognised and len(opened) == len(NAMES)
+
+    # A worker that is spawned opens them again.
+    worker = pickle.loads(pickle.dumps(opened))
+    same_samples(worker, open_rows(tmp_path / "llava.json", folder), spec)
 
 
 def test_containers_in_one_mixture_make_the_same_steps_on_any_number_of_ranks(tmp_path, spec):
@@ -269,6 +274,7 @@ def test_containers_in_one_mixture_make_the_same_steps_on_any_number_of_ranks(tm
         sources.append(open_rows(make(folder, make_rows())))
         ordered = by_id(llava(make_rows()), sources[-1])
         expected.append(write(folder, ordered, f"llava{k}.json"))
+    assert {type(rows) for rows in (*sources, *expected)} == set(FORMATS.values())
     weights = [1.0 + k % 2 for k in range(len(sources))]
     stage = Stage(global_batch=16, micro_batch_tokens=300)
     mixture = RowMixture(sources, weights)
@@ -631,7 +637,10 @@ def test_captions_and_pictures_that_stand_alone_are_left_out_and_counted(picture
 
 def test_token_counts_of_a_folder_of_captions_are_kept(pictures, spec):
     as_captions(pictures, captions())
-    first, again = open_rows(pictures), open_rows(pictures)
+    first = open_rows(pictures)
+    time.sleep(0.01)
+    first.files[0].unlink()  # another rank that starts at the same time writes it, too
+    again = open_rows(pictures)
     assert data.token_counts(first, spec).tolist() == data.token_counts(again, spec).tolist()
     assert first.files == again.files and first.states == again.states
 
@@ -653,6 +662,12 @@ def test_pictures_without_any_text_are_no_rows(pictures, tmp_path):
         UserError, match=r"empty: no rows but those of other splits: test \(1\); fix"
     ):
         open_rows(tmp_path / "empty")
+
+
+def test_a_row_of_an_imagefolder_may_have_several_pictures(pictures, spec):
+    write_lines(pictures / "metadata.jsonl", [{"file_names": ["a.png", "b.jpg"], "text": "two"}])
+    rows = open_rows(pictures)
+    assert rows[0]["image"] == ["a.png", "b.jpg"] and len(make_sample(rows, 0, spec).items) == 2
 
 
 def test_links_that_go_round_are_followed_once(pictures):
@@ -785,7 +800,7 @@ def test_an_id_is_found_in_the_local_cache(tmp_path, monkeypatch, no_network):
     (tmp_path / "user/set").mkdir(parents=True)
     write(tmp_path / "user/set", [row("here", image=None)])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "0"))
-    assert ids(open_rows("user/set")) == ["here"]
+    assert ids(open_rows("user/set")) == ["here"] and hub.parse_id("user/typo") is None
 
 
 def test_an_imagefolder_in_the_cache_has_its_pictures(pictures, tmp_path, monkeypatch, spec):
@@ -797,6 +812,14 @@ def test_an_imagefolder_in_the_cache_has_its_pictures(pictures, tmp_path, monkey
     rows = open_rows("user/set")
     assert rows.recognised == "an imagefolder with metadata.jsonl"
     assert len(make_sample(rows, 0, spec).items) == 1
+
+    # Its files are links to blobs, which may be handed on; links to elsewhere may not.
+    assert shard(rows, tmp_path / "out", 10**6) == 1
+    link = Path(rows.images / "a.png")
+    link.unlink()
+    link.symlink_to(pictures / "b.jpg")
+    with pytest.raises(UserError, match="lies outside of"):
+        shard(rows, tmp_path / "again", 10**6)
 
 
 def test_configurations_of_a_data_set_are_named_and_chosen(tmp_path, monkeypatch, no_network):

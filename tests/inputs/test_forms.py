@@ -10,9 +10,10 @@ from PIL import Image
 
 import data
 from config import UserError
-from inputs.forms import CAPTION_PROMPT, MARKS_FIRST, read_row
+from inputs.forms import CAPTION_PROMPT, read_row
 from inputs.rows import open_rows
 from inputs.sample import make_sample
+from inputs.turns import MARKS_FIRST
 from tests.tools.environment import shared
 from tests.tools.sample_rows import mean_colour_spec, row, turns, write
 
@@ -104,6 +105,10 @@ FORMS = {
         TEXT,
     ),
     "a null among pictures": ({"images": ["a.png", None], "conversations": UNMARKED}, ONE),
+    "NaN, as pandas writes null": (
+        {"image": float("nan"), "conversations": UNMARKED},
+        TEXT,
+    ),
     "a struct": ({"image": {"bytes": None, "path": "a.png"}, "conversations": UNMARKED}, ONE),
     "merged turns": (
         {
@@ -232,6 +237,8 @@ def test_bytes_and_data_urls_are_the_files_they_hold(folder, spec):
     for value in (content, [content], {"bytes": content, "path": None}, [{"bytes": content}]):
         made = read_row({"image": value, "question": "Colour?", "answer": "red"}, "here")
         assert made.sources == [content] and made["image"] == "image"
+    named = read_row({"image": {"bytes": b"", "path": "x.png"}, "text": "red"}, "here")
+    assert named["image"] == "x.png" and named.sources == [None]
     named = read_row({"image": {"bytes": content, "path": "x.png"}, "text": "red"}, "here")
     assert named["image"] == "x.png" and named.sources == [content]
 
@@ -275,6 +282,9 @@ def test_columns_map_what_has_other_names(folder, spec):
     assert rows[0].notes == ("read as question = q, answer = a, image = photo",)
 
     # What is mapped is looked for nowhere else.
+    write(folder, [raw | {"video": "a.mp4"}])
+    rows = open_rows(folder / "rows.json", columns=columns)
+    assert_same(make_sample(rows, 0, spec), expected)
     write(folder, [raw | {"photo": None}, raw])
     rows = open_rows(folder / "rows.json", columns=columns)
     assert make_sample(rows, 0, spec).items == []
@@ -459,6 +469,24 @@ def test_unread_bytes_are_an_error_unless_columns_say_which_are_meant(folder):
     with pytest.raises(UserError, match="here: nothing reads the image under 'small'"):
         read_row(raw, "here")
     assert read_row(raw, "here", {"image": "image"})["image"] == "a.png"
+
+
+@pytest.mark.parametrize(
+    "raw, what",
+    [
+        (QUESTION | {"photo": b"x"}, "nothing reads the image under 'photo'"),
+        (PICTURED | {"photo": {"bytes": b"x", "path": "b.png"}}, "the image under 'photo'"),
+        (QUESTION | {"photos": ["b.png"]}, "nothing reads the image under 'photos'"),
+        (PICTURED | {"answer": 1, "options": ["x", "y"]}, "1 stands for one of options"),
+    ],
+)
+def test_columns_of_parquet_that_are_not_read_hide_nothing(folder, spec, raw, what):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist([raw]), folder / "rows.parquet")
+    with pytest.raises(UserError, match=f"rows.parquet:row 0: .*{what}"):
+        make_sample(open_rows(folder / "rows.parquet"), 0, spec)
 
 
 # ---- what check says

@@ -14,7 +14,9 @@ NUMBERS = """
 """.split()
 TEXTS = [
     "No", "Yes", "Inspired", "green line", "Over 30 mins", "Democrat (scores 60 to 100)", "U.S.",
-    "[Yes, No]", "Rep/Lean Rep", "ITC Limited", "Straße", "İstanbul", "ΣΊΣΥΦΟΣ", "naïve café",
+    "[Yes, No]", "Rep/Lean Rep", "18 to 24 years", "the\nred line", "South Korea (2014)",
+    "Poll workers in your community", "more than 6 tablets\na day", "ITC Limited",
+    "Straße", "İstanbul", "ΣΊΣΥΦΟΣ", "naïve café",
     "1/8/93", "$40.7 million", "T.F. Riehl", "東京タワー", "R. J. Reynolds  Tobacco", "a", "the",
     "Ｆｕｌｌ　Ｗｉｄｔｈ", "CENTRE", "ﬁnal", "line\nbreak", "x" * 60, "18,000 meters",
     "B", "b.", "...",
@@ -99,8 +101,8 @@ def varied(draw, text):
         text = draw([text.upper(), text.lower(), text.title(), text.swapcase()])
     if draw.random() < 0.3:
         text = misspelt(draw, text)
-    if draw.random() < 0.2:
-        text = text.replace(" ", draw(["", "  ", "\n", "\t", "\u00a0"]))
+    if draw.random() < 0.35:
+        text = text.replace(draw(" \n"), draw(["", " ", "  ", "\n", "\n", "\t", "\u00a0"]))
     if draw.random() < 0.25:
         text = draw(SENTENCES).format(text, text)
     if draw.random() < 0.15:

@@ -133,25 +133,10 @@ KINDS = [
     "discriminative-relation",
     "relation",
 ]
-ANSWERS = [
-    "Yes",
-    "Yes",
-    "Yes",
-    "No",
-    "No",
-    "No",
-    "No",
-    "yes",
-    "no",
-    "No.",
-    "Yes.",
-    "",
-    " No",
-    "Maybe",
-]
+ANSWERS = 3 * ["Yes"] + 4 * ["No"] + ["yes", "no", "No.", "Yes.", "", " No", "Maybe"]
 
 
-def amber(folder, descriptions=540, questions=900):
+def amber(folder, descriptions=540, questions=915):
     """Write AMBER's files; return an answer to each description and question."""
     draw = Draw(41)
     objects = list(RELATION)

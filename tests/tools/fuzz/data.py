@@ -1,4 +1,4 @@
-"""Fuzz what comes in as data: rows, pictures, videos, shards and the indexes beside them.
+"""Fuzz what comes in as data: rows in all containers, pictures, videos, and indexes beside them.
 
     python -m tests.tools.fuzz.data --count 500 --seed 0
 
@@ -9,6 +9,7 @@ have the shapes that the tiling promises.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -289,6 +290,126 @@ def change_header(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     return content[:at] + bytes(header) + content[at + 512 :], f"{field} {value!r} at {at}"
 
 
+CONTAINERS = ("csv", "tsv", "metadata.csv", "metadata.jsonl", "captions", "tar", "parquet")
+
+
+def case_of_container(rng: random.Random, folder: Path, kind: str = "") -> Case:
+    """Write captioned pictures in a container, of which some values, names or bytes are wrong.
+
+    Every row has a picture, so a sample without one has lost it.
+    """
+    kind = kind or rng.choice(CONTAINERS)
+    home = folder / "rows"
+    home.mkdir()
+    rows = []
+    for i in range(3):
+        (home / f"{i}.jpg").write_bytes(picture("JPEG", 1 + i))
+        rows.append({"file_name": f"{i}.jpg", "text": f'a "dog", {i};\n'})
+    what = ""
+    if rng.random() < 0.6:
+        rows, what = mutate(
+            rows, rng, (*ODD, "../a.jpg", '"', "a,b", "a\0b", "\r", "\t", "x" * 10**6)
+        )
+    given = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    file = write_container(kind, home, given)
+
+    # Then the bytes of what was written, or what lies beside it.
+    way = rng.choice(("none", "none", "bytes", "bytes", "header", "gone", "other"))
+    if way == "bytes":
+        content, change = mutate_bytes(file.read_bytes(), rng)
+        file.write_bytes(content)
+        what += f"; {change}"
+    elif way == "header":
+        content = file.read_bytes()
+        line = rng.choice((b"", b'"', b"a,b\n", b"\xef\xbb\xbf", b"\n\n", b"sep=;\n", b",", b"\0"))
+        file.write_bytes(line + content[rng.choice((0, 0, 1, 10)) :])
+        what += f"; begins with {line!r}"
+    elif way == "gone":
+        (home / f"{rng.randrange(3)}.jpg").unlink(missing_ok=True)
+    elif way == "other":
+        name = rng.choice(("x.json", "more.jsonl", "train.csv", "test.tsv", "z.parquet", "z.tar"))
+        (home / name).write_bytes(
+            rng.choice((b"", b"{}", b"[]", b"image,text\n0.jpg,x\n", b"PAR1"))
+        )
+        what += f"; {name} beside it"
+    is_folder = kind.startswith(("metadata", "captions")) or rng.random() < 0.3
+    run = partial(use_pictures, home if is_folder else file)
+    return Case(f"container, {kind}", f"{way} {what[:200]}", run)
+
+
+def write_container(kind: str, home: Path, rows: list[dict]) -> Path:
+    """Write rows of file_name and text in a container, and return a file of it."""
+    texts = [str(row.get("text", "")).encode("utf-8", "replace") for row in rows]
+    if kind in ("csv", "tsv", "metadata.csv"):
+        file = home / (kind if "." in kind else f"rows.{kind}")
+        with open(file, "w", encoding="utf-8", errors="replace", newline="") as lines:
+            table = csv.writer(lines, "excel-tab" if kind == "tsv" else "excel")
+            table.writerow(rows[0] if rows else ["file_name", "text"])
+            table.writerows(row.values() for row in rows)
+        return file
+
+    if kind == "metadata.jsonl":
+        (home / kind).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return home / kind
+
+    if kind == "captions":
+        for i, text in enumerate(texts):
+            (home / f"{i}.txt").write_bytes(text)
+        (home / "0.txt").touch()
+        return home / "0.txt"
+
+    if kind == "parquet":
+        return write_parquet(home, rows)
+
+    with tarfile.open(home / "rows.tar", "w") as tar:
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            said = {name: value for name, value in row.items() if name != "file_name"}
+            for name, content in (
+                (f"{i}.jpg", picture("JPEG", 1)),
+                (f"{i}.json", json.dumps(said).encode()),
+                (f"{i}.txt", text),
+                (f"{i}.cls", b"7"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return home / "rows.tar"
+
+
+def write_parquet(home: Path, rows: list[dict]) -> Path:
+    """Write rows with the bytes of their pictures; as JSON lines where they fit no columns."""
+    import pyarrow
+    from pyarrow import parquet
+
+    made = []
+    for i, one in enumerate(rows):
+        shown = {"bytes": picture("JPEG", 1 + i), "path": one.get("file_name")}
+        others = {name: value for name, value in one.items() if name != "file_name"}
+        made.append({**others, "image": shown})
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist(made), home / "rows.parquet")
+    except Exception:
+        return write_container("metadata.jsonl", home, rows)
+    return home / "rows.parquet"
+
+
+def use_pictures(path: Path):
+    """Make every sample, and look for one that has lost its picture."""
+    rows = open_rows(path)
+    print(rows.recognised)
+    refused = None
+    for i in range(min(len(rows), 8)):
+        try:
+            sample = make_sample(rows, i, spec("square", False))
+        except UserError as e:
+            refused = e
+            continue
+        if not sample.items:
+            raise Violation(f"row {i} is trained without a picture: {dict(rows[i])}"[:300])
+    if refused:
+        raise refused
+
+
 def case_of_index(rng: random.Random, folder: Path) -> Case:
     """Make an index that is damaged or another file's: the rows must be those of their file."""
     rows = [row(i, "x" * rng.randint(1, 50), image=None) for i in range(6)]
@@ -362,6 +483,8 @@ CASES = (
     case_of_picture,
     case_of_film,
     case_of_shard,
+    case_of_container,
+    case_of_container,
     case_of_index,
     case_of_links,
 )

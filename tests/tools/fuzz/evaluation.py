@@ -74,6 +74,8 @@ def change(file: Path, rng: random.Random) -> str:
         changed, what = mutate_bytes(content, rng)
     elif file.suffix == ".tsv":
         changed, what = change_table(content, rng)
+    elif file.suffix == ".parquet" and PYARROW:
+        changed, what = mutate_bytes(content, rng)
     elif file.suffix in (".json", ".jsonl", ".parquet"):
         changed, what = change_json(content, rng)
     else:
@@ -176,7 +178,7 @@ def benchmark_case(rng: random.Random, folder: Path) -> Case:
     data = folder / "data"
     data.mkdir()
     write_files(task, data, rng)
-    kinds = {".json", ".jsonl", ".tsv", ".txt", *({".parquet"} if not PYARROW else ())}
+    kinds = {".json", ".jsonl", ".tsv", ".txt", ".parquet"}
     files = sorted(path for path in data.rglob("*") if path.suffix in kinds)
     file = rng.choice(files)
     what = f"{task}/{file.relative_to(data)}: {change(file, rng)}"
