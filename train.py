@@ -97,6 +97,7 @@ ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "recipes" / "demo.toml"
 TO_SAVE_MEMORY = "lower stage.NAME.micro_batch_tokens, or set train.gradient_checkpointing=true"
 
+LOOKED_AT = 256  # rows of a stage, for whether they have pictures
 FEW_STEPS = 10  # a stage of fewer optimizer steps is most likely a mistake
 
 
@@ -647,15 +648,18 @@ def fill_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
     return ranks.broadcast(filled)
 
 
-def check_that_it_changes(recipe: Recipe):
-    """Raise UserError for a stage that would change no weight, before any stage has trained."""
+def check_that_it_changes(recipe: Recipe, index: int = 0):
+    """Raise UserError for a stage that would change no weight, before any of them has trained.
+
+    index: the first of the stages that are still to train.
+    """
     # The model without weights shows which parameters a stage trains.
     stages = list(recipe.stage.values())
     with weights.empty():
         model = LLaVA(config_from_recipe(recipe.model, stages[-1].template))
         peft.adapt(model, stages, PARTS)
 
-    for name, stage in recipe.stage.items():
+    for name, stage in list(recipe.stage.items())[index:]:
         set_trainable(model, stage.tune)
         trains = [part for part, tensors in trainable_parameters(model).items() if tensors]
         if not trains:
@@ -664,6 +668,23 @@ def check_that_it_changes(recipe: Recipe):
         if not any(learning_rate(stage, part) for part in trains):
             what = f"0 for all that trains ({', '.join(trains)}), so no weight would change"
             raise UserError(f"stage.{name}.learning_rate", what, "write a rate above 0")
+        if "llm" not in trains and not has_pictures(stage, name):
+            what = "no row has a picture, and nothing else would train"
+            raise UserError(f"stage.{name}.tune", what, "train the llm, or name rows with pictures")
+
+
+def has_pictures(stage: Stage, name: str) -> bool:
+    """Say whether some of a stage's rows have pictures or videos, by up to LOOKED_AT of them."""
+    rows = open_stage(stage, f"stage.{name}").training
+    count = min(len(rows), LOOKED_AT)
+    for k in range(count):
+        try:
+            row = rows[k * len(rows) // count]
+        except UserError:
+            return True  # training says what is wrong with it
+        if row.get("image") or row.get("video"):
+            return True
+    return False
 
 
 class Place(NamedTuple):
@@ -719,7 +740,7 @@ def run_stages(recipe: Recipe, ranks: Ranks):
     # A template that does not fit is named now, and not when the stages before it are trained.
     for stage in stages[index:]:
         stage_spec(recipe.model, stage)
-    check_that_it_changes(recipe)
+    check_that_it_changes(recipe, index)
 
     while True:
         if ranks.is_first:

@@ -66,7 +66,7 @@ class RowGroup(NamedTuple):
 class ParquetRows:
     """The rows of a parquet file, or of several; see rows.Rows for what its methods promise."""
 
-    recognised = ""  # open_rows says
+    recognised = "parquet"  # open_rows says more
     parts = ()  # only a mixture has some
 
     def __init__(

@@ -161,7 +161,10 @@ def test_only_columns_that_a_row_needs_are_read(tmp_path):
         {**one, "n": i, "emb": [0.5] * 9, "thumb": one["image"], "raw": b"x", "nothing": None}
         for i, one in enumerate(captions(6))
     ]
-    rows = open_rows(put(tmp_path / "rows.parquet", many), columns={"image": "image"})
+    file = put(tmp_path / "rows.parquet", many)
+    with pytest.raises(UserError, match="row 5 .*nothing reads the image under 'thumb'"):
+        open_rows(file)[5]
+    rows = open_rows(file, columns={"image": "image"})
     assert set(rows[5]) == {"id", "image", "conversations", "n"} and rows[5]["n"] == 5
     assert set(rows._row_group(1).table.column_names) == {"id", "image", "caption", "n"}
     mapped = open_rows(tmp_path / "rows.parquet", columns={"image": "thumb"})

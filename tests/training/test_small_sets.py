@@ -186,6 +186,17 @@ def test_a_run_that_would_change_nothing_is_refused(arguments, overrides, messag
     assert "; fix: " in str(raised.value)
 
 
+def test_what_sees_pictures_learns_from_rows_with_some(arguments, thirty):
+    connector = "stage.own.tune={llm='frozen'}"
+    check(arguments, connector)
+    rows = [row for row in json.loads(thirty.read_text()) if "image" not in row]
+    assert rows
+    thirty.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="own.tune: no row has a picture, and nothing else would"):
+        check(arguments, connector)
+    check(arguments)
+
+
 def test_one_rate_is_enough(arguments):
     check(arguments)
     check(arguments, "stage.own.learning_rate=0", "stage.own.rate.connector=1e-3")
