@@ -72,7 +72,7 @@ from inputs.holdout import open_stage
 from inputs.image_processor import ImageProcessor
 from inputs.measure import measure_rows
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
-from inputs.rows import Blocks, Part, Rows, block_of, open_rows
+from inputs.rows import Blocks, Part, Rows, open_rows
 from inputs.sample import Sample, SampleSpec, make_sample, user_error
 from inputs.shards import shard
 from inputs.summary import Summary
@@ -168,7 +168,8 @@ class Order:
 
     Where rows lie in `blocks`, a permutation has two levels: the blocks are permuted, and then the
     rows within each window of `at_once` blocks that come to follow each other. So whoever holds
-    that many blocks reads each of them once in an epoch.
+    that many blocks reads each of them once in an epoch. Every worker of every rank does: a step
+    has rows of the whole window, whoever makes it.
 
     In a mixture, `parts` says for each source how many rows it has and how many of them an epoch
     takes. Rows are numbered through all sources. Each source has an endless stream of its own rows,
@@ -395,8 +396,8 @@ class Steps(Dataset):
         samples = []
         skipped = []
         try:
-            for sample, messages in self._samples(self._share(i)):
-                skipped += messages
+            for k in self._share(i):
+                sample = self._sample(k, skipped)
                 if sample is not None:
                     samples.append(sample)
         except UserError as e:
@@ -450,33 +451,11 @@ class Steps(Dataset):
         places = places_of_ranks[self.rank]
         return [begin + place for place in places]
 
-    def _samples(self, share: list[int]) -> list[tuple[Sample | None, list[str]]]:
-        """Return the samples of these numbers in their order, each as `_sample` returns it.
-
-        Where rows lie in blocks they are made block by block, so that each block is read once.
-        Raises UserError where an unusable row stops training.
-        """
-        made = {}
-        for k in sorted(share, key=self._block):
-            made[k] = self._sample(k)
-        return [made[k] for k in share]
-
-    def _block(self, k: int) -> tuple[int, int]:
-        """Return the epoch of sample k and the first row of its block, 0 where rows have none."""
-        epoch, row = 0, k
-        if not self.validation:
-            epoch, row = self.order(k)
-        block = block_of(self.rows, row)
-        if block is None:
-            return epoch, 0
-        return epoch, block.start
-
-    def _sample(self, k: int) -> tuple[Sample | None, list[str]]:
+    def _sample(self, k: int, skipped: list[str]) -> Sample | None:
         """Return the k-th sample, or its first usable stand-in; None if validation has none.
 
-        Return with it a message for each unusable row. Raises UserError where one stops training.
+        Add a message to `skipped` for each unusable row. Raises UserError where one stops training.
         """
-        skipped: list[str] = []
         if self.validation:
             candidates = [k]
         else:
@@ -484,14 +463,14 @@ class Steps(Dataset):
 
         for row in candidates:
             try:
-                return make_sample(self.rows, row, self.spec), skipped
+                return make_sample(self.rows, row, self.spec)
             except UserError as e:
                 if self.stop_at_bad:
                     raise
                 skipped.append(str(e))
 
         if self.validation:
-            return None, skipped
+            return None
         tried = min(len(self.rows), GIVE_UP)
         last, _, _ = skipped[-1].partition("; fix:")
         what = f"no usable row among {tried}, the last one: {last}"

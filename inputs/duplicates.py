@@ -158,7 +158,7 @@ class Benchmark:
             fix = "name a folder of pictures, a parquet or tar file, or rows"
             raise UserError(where, "no pictures in it", fix)
 
-        found.sort()
+        found.sort(key=lambda pair: pair[0])  # workers find them in another order
         return cls(where, [name for name, _ in found], [looks for _, looks in found])
 
     def find(self, looks: Looks) -> str:

@@ -78,7 +78,7 @@ class Row(dict):
 
     sources: of each picture or video its bytes, or None where its name leads to a file.
     notes: what was done to read it.
-    keys: {part: key}, what was read, and under which key of the raw row it stood.
+    keys_read: {part: key}, what was read, and under which key of the raw row it stood.
     unread: the other keys that have a value. They are in the row as well.
     """
 
@@ -87,13 +87,13 @@ class Row(dict):
         values: dict,
         sources: Iterable[bytes | None] = (),
         notes: Iterable[str] = (),
-        keys: dict[str, str] | None = None,
+        keys_read: dict[str, str] | None = None,
         unread: Iterable[str] = (),
     ):
         super().__init__(values)
         self.sources = list(sources)
         self.notes = tuple(notes)
-        self.keys_read = keys or {}
+        self.keys_read = keys_read or {}
         self.unread = tuple(unread)
 
 

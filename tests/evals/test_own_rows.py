@@ -416,7 +416,9 @@ def test_drawn_answers_score_as_in_the_world(tiny_world, trained, tmp_path):
         put(tmp_path / f"{split}.json", world_rows(tiny_world, [split]))
         mine = own_rows.read_questions(open_rows(tmp_path / f"{split}.json"), spec)
         words = ["Yes.", "no", "No, none", "red", "Two", "three.", "circle", "left", ""]
-        answers = [rng.choice([*words, one["label"]]) for one in there]
+        answers = []
+        for one in there:
+            answers.append(rng.choice([*words, one["label"], f"it is {one['label']}"]))
         scale = own_rows.choose_scale(mine)
         assert scale.name == metric
         score = scale.score(mine, answers)
@@ -449,7 +451,8 @@ def test_the_table_the_page_and_another_model(trained, tiny_world, tmp_path, cap
     save_file(weights, other / "model.safetensors", {"format": "pt"})
 
     rows = world_rows(tiny_world, ["existence_random"])[:40]
-    rows[0]["conversations"][0]["value"] = "<image>\nIs <b>this</b> there?"
+    for one in rows:
+        one["conversations"][0]["value"] += " <b>"
     put(tmp_path / "mine.json", rows)
     result = evaluated(trained, tmp_path / "mine.json", "--blank", "--baseline", other)
     printed = capsys.readouterr().out
@@ -478,12 +481,10 @@ def test_the_table_the_page_and_another_model(trained, tiny_world, tmp_path, cap
     wrong = round(40 - 0.4 * score)
     assert f"{wrong} of 40 answers are wrong." in page.texts and page.images == wrong
     assert page.texts.count("true") == page.texts.count("model") == wrong > 0
-    for i, one in enumerate(json.loads(x) for x in open(trained / "eval" / "rows.jsonl")):
-        question = one["question"].removeprefix("<image>\n")
-        is_wrong = world.yes_or_no(one["answer"]) not in one["label"]
-        if i == 0:
-            assert question == "Is <b>this</b> there?"
-        assert not is_wrong or question in page.texts
+    for line in (trained / "eval" / "rows.jsonl").read_text().splitlines():
+        one = json.loads(line)
+        if world.yes_or_no(one["answer"]) not in one["label"]:
+            assert one["question"].removeprefix("<image>\n") in page.texts
 
 
 def test_a_long_list_of_wrong_answers_is_thinned_evenly(monkeypatch):

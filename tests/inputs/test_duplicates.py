@@ -183,6 +183,8 @@ def test_photos_are_told_apart_and_their_copies_found(tmp_path):
 def test_many_pictures_are_read_by_several_workers_each_once(tmp_path):
     for i in range(40):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    for i in range(9):
+        (tmp_path / f"{2 * i:02}.txt").write_text("no picture")
     for workers in (0, 2):
         benchmark = Benchmark.of(tmp_path, workers)
         assert benchmark.names == [f"{tmp_path}/{i:02}.png" for i in range(40)]

@@ -161,22 +161,19 @@ def test_only_columns_that_a_row_needs_are_read(tmp_path):
         {**one, "n": i, "emb": [0.5] * 9, "thumb": one["image"], "raw": b"x", "nothing": None}
         for i, one in enumerate(captions(6))
     ]
-    rows = open_rows(put(tmp_path / "rows.parquet", many))
+    file = put(tmp_path / "rows.parquet", many)
+    with pytest.raises(UserError, match="row 5 .*nothing reads the image under 'thumb'"):
+        open_rows(file)[5]
+    rows = open_rows(file, columns={"image": "image"})
     assert set(rows[5]) == {"id", "image", "conversations", "n"} and rows[5]["n"] == 5
     assert set(rows._row_group(1).table.column_names) == {"id", "image", "caption", "n"}
     mapped = open_rows(tmp_path / "rows.parquet", columns={"image": "thumb"})
-    assert set(mapped._row_group(1).table.column_names) == {
-        "id",
-        "thumb",
-        "caption",
-        "n",
-        "nothing",
-    }
+    assert set(mapped._row_group(1).table.column_names) == {"id", "thumb", "caption", "n"}
 
     # Of a row in no known form, all columns are named.
     for one in many:
         del one["caption"]
-    rows = open_rows(put(tmp_path / "unknown.parquet", many))
+    rows = open_rows(put(tmp_path / "unknown.parquet", many), columns={"image": "image"})
     with pytest.raises(UserError, match="the row has emb, id, image, n, nothing, raw, thumb"):
         make_sample(rows, 0, mean_colour_spec())
 
@@ -251,6 +248,15 @@ def test_what_is_no_parquet_file_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="pyarrow: reads .*, not installed; fix: pip install pya"):
         open_rows(tmp_path / "rows.parquet")
+
+
+def test_a_picture_that_does_not_fit_its_check_sum_is_an_error(tmp_path):
+    file = put(tmp_path / "rows.parquet", captions(4), compression="none", write_page_checksum=True)
+    content = bytearray(file.read_bytes())
+    content[content.index(png(2)) + 50] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="rows.parquet: .*CRC"):
+        open_rows(file)[0]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -347,28 +353,31 @@ def test_steps_are_the_same_on_any_ranks_and_a_function_of_their_number(tmp_path
             assert sorted(rows_of([rank[i] for rank in ranks])) == sorted(rows_of([one[i]]))
 
 
-def test_a_step_reads_each_row_group_once_and_stand_ins_lie_in_the_window(
-    tmp_path, spec, monkeypatch
-):
+def test_a_step_reads_each_row_group_once(tmp_path, spec, monkeypatch):
     rows = shards(tmp_path)
     rows.blocks = Blocks(rows.blocks.ends, 1)
     found = reads(rows, monkeypatch)
+    stage = Stage(global_batch=24, steps=1, micro_batch_tokens=0)
+    counts = np.random.default_rng(0).integers(20, 90, (24, 3))  # shared by tokens: in any order
     for steps in (
-        Steps(rows, spec, Stage(global_batch=24, steps=1), Train()),
-        Steps(rows, spec, Stage(global_batch=24), Train(), validation=True),
+        Steps(rows, spec, stage, Train()),
+        Steps(rows, spec, stage, Train(), counts=counts),
+        Steps(rows, spec, stage, Train(), validation=True),
     ):
         rows.held.clear()
         found.clear()
-        assert len(rows_of([steps[0]])) == 24
+        made = rows_of([steps[0]])
         assert sorted(found) == [(k, group) for k in range(3) for group in range(2)]
+        if not steps.validation:
+            assert made == [steps.order(k)[1] for k in steps._share(0)]
 
-    stage, train = Stage(global_batch=4, steps=6), Train(on_bad_row="skip")
+
+def test_stand_ins_lie_in_the_window(tmp_path, spec, monkeypatch):
     bad = [{**one, "caption": "" if i % 4 else "x"} for i, one in enumerate(captions(24))]
     rows = ParquetRows(put(tmp_path / "bad.parquet", bad))
     rows.blocks = Blocks(rows.blocks.ends, 1)
     found = reads(rows, monkeypatch)
-    steps = Steps(rows, spec, stage, train)
-    step = steps[0]
+    step = Steps(rows, spec, Stage(global_batch=4, steps=6), Train(on_bad_row="skip"))[0]
     assert len(rows_of([step])) == 4 and step.skipped and len(found) <= 2 * 4
 
 
@@ -386,18 +395,22 @@ def test_a_few_blocks_stand_for_all_rows(tmp_path):
     assert list(in_few_blocks(mixture, [0, 3, 7])) == [0, 3, 7] and block_of(mixture, 5).start == 5
 
 
-@pytest.mark.parametrize("whole", (True, False))
-def test_a_run_notices_that_a_row_group_was_replaced(tmp_path, monkeypatch, whole):
-    if not whole:
+@pytest.mark.parametrize("seen", ("whole", "footer", "pieces"))
+def test_a_run_notices_that_a_row_group_was_replaced(tmp_path, monkeypatch, seen):
+    # Values of the same length: the pieces of row groups show it, or the footer's statistics do.
+    options = {"compression": "none", "write_statistics": seen == "footer"}
+    if seen != "whole":
         monkeypatch.setattr("training.made_from.WHOLE_PARQUET", 0)
-    file = put(tmp_path / "rows.parquet", captions(12), compression="none")
+    if seen == "footer":
+        monkeypatch.setattr("training.made_from.PIECE", 0)
+    file = put(tmp_path / "rows.parquet", captions(12), **options)
     before, pictures = contents_of_rows(open_rows(file)), contents_of_pictures(open_rows(file))
     assert len(pictures) == 12 and contents_of_rows(open_rows(file)) == before
 
     changed = captions(12)
-    changed[5]["caption"] = "colour x"  # as long as it was
-    put(file, changed, compression="none")
+    changed[5]["caption"] = "colour x"
+    put(file, changed, **options)
     assert contents_of_rows(open_rows(file)) != before
     changed[5]["image"]["bytes"] = png(99)
-    put(file, changed, compression="none")
+    put(file, changed, **options)
     assert contents_of_pictures(open_rows(file)) != pictures

@@ -23,6 +23,7 @@ from config import PARTS, Stage, Tune, UserError
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
+from inputs.tiling import Tiling
 from model import LLaVA
 from packing import IMAGE_TOKEN, ONE_VIEW, Batch
 from tests.tools.environment import GPU, ROOT, run, shared
@@ -625,3 +626,18 @@ def test_the_largest_run_that_was_reported():
     assert 40 < needs.total / 1e9 < 80
     assert planner.fits(needs, model, 1, 40e9) is None
     assert planner.fits(needs, model, 8, 40e9) == "*"
+
+
+def test_rows_that_are_none_do_not_stop_an_estimate(tmp_path):
+    """Training names them, or leaves them out."""
+    turns = [{"from": "human", "value": "<image>Who?"}, {"from": "gpt", "value": "A dog."}]
+    good = {"image": "a.png", "conversations": turns}
+    bad = [[1], {"id": 1}, {"messages": [{"role": "user"}, 7]}, {"image": 3, "caption": "x"}]
+    views = Tiling(9)
+    sizes = []
+    for name, rows in (("good", [good]), ("some", [*bad, good]), ("none", bad)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        opened = open_rows(tmp_path / f"{name}.json")
+        sizes.append(estimate.mean_row(opened, "plain", views))
+    assert sizes[0] == sizes[1] and sizes[0].positions == 9
+    assert sizes[2] == estimate.mean_row(None, "plain", views)
