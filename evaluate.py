@@ -54,7 +54,7 @@ from checkpoints.files import resolve, write_file, writing
 from checkpoints.owned import own
 from command_line import within
 from config import UserError, printable
-from data import columns_of, model_spec
+from data import model_spec
 from evals import (
     Example,
     Task,
@@ -89,6 +89,7 @@ from evals.published import add_published
 from inference.answer import answer as answer_questions
 from inference.answer import prompt_ids
 from inference.engine import CACHE_STEP
+from inputs.forms import columns_of
 from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
 from inputs.sample import SampleSpec, load_item
