@@ -211,7 +211,8 @@ class RowMixture:
         self.sources = sources
         self.blocks = None  # those of its sources are in its parts
         self.file = ", ".join(str(source.file) for source in sources)
-        self.recognised = ", and ".join(source.recognised for source in sources)
+        recognised = [f"{source.recognised} ({source.file})" for source in sources]
+        self.recognised = ", and ".join(recognised)
 
         # Source k has the rows from ends[k - 1] to ends[k] - 1 of the mixture.
         self.ends = np.cumsum([len(source) for source in sources])

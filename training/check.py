@@ -124,7 +124,7 @@ def check_row_sets(row_sets: list[RowSet], where: str, against: list[str]):
     total = 0
     for row_set in row_sets:
         print(f"== {printable(row_set.name, 1000)}")
-        print(f"recognised: {row_set.rows.recognised}")
+        print(f"recognised: {printable(row_set.rows.recognised, 1000)}")
         for note in row_set.notes:
             print(note)
         bad += check_rows(row_set.rows, row_set.spec)
