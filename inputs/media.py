@@ -25,12 +25,31 @@ if TYPE_CHECKING:
 
 MEDIA = ("image", "video")  # the kinds
 
-PICTURE_ENDINGS = tuple(".jpg .jpeg .png .webp .avif .gif .bmp .tif .tiff .ppm .jp2".split())
-VIDEO_ENDINGS = tuple(".mp4 .mkv .avi .webm .mov .m4v .mpg .mpeg .ts .flv .wmv".split())
+# How names of files end that are pictures and videos.
+PICTURE_ENDINGS = (
+    ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .jp2 .heic"
+).split()
+VIDEO_ENDINGS = ".mp4 .m4v .mov .webm .mkv .avi .mpg .mpeg .ts .flv .wmv .ogv .3gp".split()
 
 URL_FIX = "write the file itself to the folder, and its name into the row"
 
 LONGEST_NAME = 4096  # characters; a longer text is no file's name
+
+
+def ending_of(name: str) -> str:
+    """Return the last ending of a file's name, with its dot and in small letters: ".jpg"."""
+    return os.path.splitext(name)[1].lower()
+
+
+def kind_by_ending(name: str) -> str:
+    """Return "image" or "video" if a file's name ends as that of one; "" if not."""
+    ending = ending_of(name)
+    if ending in PICTURE_ENDINGS:
+        return "image"
+    if ending in VIDEO_ENDINGS:
+        return "video"
+    return ""
+
 
 # ------------------------------------------------------------------------------------- in raw rows
 
@@ -96,10 +115,7 @@ def picture_in(value: Any, named: bool, levels: int = 2) -> str:
         if value.startswith(("data:image/", "data:video/")):
             return value[5:10]
         if named and len(value) <= LONGEST_NAME:
-            if value.lower().endswith(PICTURE_ENDINGS):
-                return "image"
-            if value.lower().endswith(VIDEO_ENDINGS):
-                return "video"
+            return kind_by_ending(value)
         return ""
 
     if isinstance(value, dict):
