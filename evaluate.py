@@ -51,7 +51,7 @@ import command_line
 from checkpoints.files import resolve, write_file, writing
 from command_line import within
 from config import UserError
-from data import columns_of, model_spec
+from data import model_spec
 from evals import (
     Example,
     Task,
@@ -90,6 +90,7 @@ from inference.answer import answer as answer_questions
 from inference.answer import prompt_ids
 from inference.cache import free_memory
 from inference.engine import CACHE_STEP
+from inputs.forms import columns_of
 from inputs.rows import Rows, open_rows
 from inputs.sample import load_item
 from inputs.tiling import TILED

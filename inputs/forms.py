@@ -222,6 +222,19 @@ def check_columns(rows: Any, columns: dict[str, str]):
         raise UserError(f"{rows.file}: columns.{part}", what, "name a key of the rows")
 
 
+def columns_of(words: list[str]) -> dict[str, str]:
+    """Return what --columns maps, {part: column}. Raise UserError for a word that maps nothing."""
+    columns = {}
+    for word in words:
+        part, equals, column = word.partition("=")
+        if not equals or part not in KEYS or not column:
+            what = f"{printable(word, 60)!r} maps no column"
+            parts = ", ".join(KEYS)
+            raise UserError("--columns", what, f"write part=column, a part being one of {parts}")
+        columns[part] = column
+    return columns
+
+
 # -------------------------------------------------------------------------- values of a raw row
 
 

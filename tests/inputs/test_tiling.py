@@ -15,7 +15,7 @@ from PIL import Image
 from checkpoints.layouts import read_config
 from config import LLaVAConfig, Model, Stage, Train, UserError
 from connectors import anyres_order, join_views
-from data import Steps, check, loader, token_counts
+from data import Steps, loader, token_counts
 from inputs import image_processor
 from inputs import tiling as tiling_module
 from inputs.image_processor import ImageProcessor
@@ -30,6 +30,7 @@ from tests.tools.environment import shared
 from tests.tools.fuzz import run_case
 from tests.tools.no_cache import generate_without_cache
 from tests.tools.sample_rows import row, write
+from training.check import check
 
 TEXT = {
     "model_type": "llama",
