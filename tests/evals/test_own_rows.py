@@ -141,6 +141,15 @@ def test_ten_questions_that_fail_together_are_one():
     assert alone[1] - alone[0] < 0.5 * (high - low)
 
 
+def test_pictures_that_are_all_alike_are_no_less_than_independent_questions():
+    """Of each picture one answer is right and one wrong: between pictures there is no variance."""
+    clusters = np.repeat(range(20), 2).tolist()
+    low, high = interval([1, 0] * 20, clusters)
+    t = student(19)
+    for end in (low, high):
+        assert abs(0.5 - end) == pytest.approx(t * (end * (1 - end) / 40) ** 0.5)
+
+
 @pytest.mark.parametrize(
     "freedom, t", [(2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1e9, 1.960)]
 )
