@@ -113,8 +113,10 @@ def read_row(raw: dict, where: str, columns: dict[str, str] | None = None) -> Ro
     # A picture that nothing reads would be missing. If `columns` names some, no others are meant.
     read = [keys[part] for part in ("id", *MEDIA, *form) if part in keys]
     unread = [key for key in raw if key not in read and not is_empty(raw[key])]
+    # Those under two of its usual keys are the same (check_same).
     if not any(part in columns for part in MEDIA):
-        check_unread(raw, unread, where, named=not media)
+        others = [key for key in unread if PART_OF.get(key.lower()) not in MEDIA]
+        check_unread(raw, others, where, named=not media)
 
     # What the form has read gives way to what it says; the rest of the raw row stays.
     row = {key: raw[key] for key in raw if key not in read and key not in MEDIA}
