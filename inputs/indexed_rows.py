@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoints.files import open_regular, parse_json
-from config import UserError
+from config import UserError, printable
 from inputs import index
 from inputs.file_rows import FileRows, file_state, named
 from inputs.forms import Row, read_row

@@ -107,7 +107,8 @@ def picture_in(value: Any, named: bool, levels: int = 4) -> str:
     """Return "image" or "video" if a value plainly holds one; "" if not.
 
     Bytes and data: URLs are one. With `named` a text that ends as the name of such a file is one,
-    too. Of a list the first items are looked at, `levels` deep. (A map of parquet is one of tuples.)
+    too. Of a list the first items are looked at, `levels` deep. A map of parquet is a list of
+    tuples.
     """
     if isinstance(value, bytes) and value:
         return "image"
