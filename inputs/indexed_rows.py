@@ -49,7 +49,9 @@ def json_error(error: ValueError, raw: bytes, where: str, byte: int) -> UserErro
     other = looks_like(raw[:HEAD])
     if other:
         what = other
-        fix = "save it as UTF-8" if "UTF-16" in other else "mend it there"
+        fix = "mend it there"
+        if "UTF-16" in other:
+            fix = "save it as UTF-8"
     elif isinstance(error, UnicodeDecodeError):
         what = f"not UTF-8 at byte {byte + error.start}"
         fix = "save it as UTF-8"

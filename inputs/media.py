@@ -218,4 +218,8 @@ def missing_fix(media: Media) -> str:
         other = unicodedata.normalize(form, str(media.source))
         if other != str(media.source) and os.path.exists(other):
             return f"write the name in Unicode's form {form}, as the file's own"
-    return f"fetch the {media.kind} again, or remove the row"
+
+    fix = f"fetch the {media.kind} again, or remove the row"
+    if isinstance(media.source, Path):
+        fix += ", or name the folder that it lies in as images (--images)"
+    return fix
