@@ -61,9 +61,9 @@ GENERATIVE = "generative"
 # The official code counts from here, so that a ratio of nothing is 0.
 COUNT_FROM = 0.001
 
-# And it adds this to precision + recall for the same reason, and more to that of existence.
-MORE = 0.0001
-MORE_OF = {"existence": 0.001}
+# And it adds this to precision + recall for the same reason, ten times as much for existence.
+EPSILON = 0.0001
+EPSILON_OF = {"existence": 0.001}
 
 
 def examples(data_dir, descriptions=True, questions=True):
@@ -277,19 +277,19 @@ def place_near(noun, names):
 
 def question_scores(asked):
     """Return the scores of [(example, answer)]: of all questions, then of each kind."""
-    scores = rates(asked, "", MORE)
+    scores = rates(asked, "", EPSILON)
     for name, kinds in KINDS.items():
         of_kind = [(example, answer) for example, answer in asked if example["kind"] in kinds]
         if of_kind:
-            scores |= rates(of_kind, f"{name} ", MORE_OF.get(name, MORE))
+            scores |= rates(of_kind, f"{name} ", EPSILON_OF.get(name, EPSILON))
     return scores
 
 
-def rates(asked, prefix, more):
+def rates(asked, prefix, epsilon):
     """Return accuracy, precision, recall and F1; a positive is the answer No."""
     labels = [example["label"] for example, _ in asked]
-    reached = confusion(labels, [answer for _, answer in asked], more)
-    always_no = confusion(labels, ["No"] * len(labels), more)
+    reached = confusion(labels, [answer for _, answer in asked], epsilon)
+    always_no = confusion(labels, ["No"] * len(labels), epsilon)
 
     scores = {}
     for name, value in reached.items():
@@ -297,7 +297,7 @@ def rates(asked, prefix, more):
     return scores
 
 
-def confusion(labels, said, more):
+def confusion(labels, said, epsilon):
     """Return the four numbers as the official code rounds them, F1 from the rounded two."""
     pairs = list(zip(labels, said, strict=True))
     right_no = pairs.count(("no", "No"))
@@ -311,7 +311,7 @@ def confusion(labels, said, more):
         "accuracy": percent(right, len(pairs)),
         "precision": precision,
         "recall": recall,
-        "F1": round(2 * p * r / (p + r + more) * 100, 1),
+        "F1": round(2 * p * r / (p + r + epsilon) * 100, 1),
     }
 
 
