@@ -32,7 +32,7 @@ from pathlib import Path
 from checkpoints.files import write_file
 from config import UserError
 from evals import words
-from evals.files import Row, errors_at, find_first, read_rows, read_text, read_values
+from evals.files import LARGEST_ID, Row, errors_at, find_first, read_rows, read_text, read_values
 from evals.options import WORD
 
 MAX_NEW_TOKENS = 512
@@ -40,7 +40,6 @@ QUESTION_TOKENS = 16  # of amber-d: any answer but a bare Yes or No is wrong, so
 PUBLISHED = ("AMBER", {"LLaVA-1.5": 83.5})
 UNREAD = "are not just Yes or No, and are wrong"
 
-LARGEST_ID = 2**63 - 1
 NEAR = 0.8  # the cosine above which two words mean the same
 
 # The kinds of questions, by the name of their scores: attributes together, then each alone.

@@ -296,12 +296,15 @@ def find_files(benchmark: Benchmark, data_dir) -> tuple[Layout, list[tuple[Path,
     """Return the first layout whose files are all there, and (file, kind of its rows) of each."""
     for layout in benchmark.layouts:
         files = []
+        complete = True
         for pattern, kind in layout.files.items():
             of_pattern = sorted(Path(data_dir).glob(pattern))
             check_shards(of_pattern)
-            files.append([(file, kind) for file in of_pattern])
-        if all(files):
-            return layout, sum(files, [])
+            files += [(file, kind) for file in of_pattern]
+            if not of_pattern:
+                complete = False
+        if complete:
+            return layout, files
 
     # Say what is missing: this raises.
     names = [name for layout in benchmark.layouts for name in layout.files]
