@@ -615,15 +615,15 @@ def main(argv: list[str]):
         parser.error("--model stands beside --data, and brings its own tokenizer and template")
     if args.data:
         where = args.data
-        jobs = check.jobs_of_options(args)
+        row_sets = check.row_sets_of_options(args)
     else:
         where = args.recipe[0]
-        jobs = check.jobs_of_recipe(args.recipe)
+        row_sets = check.row_sets_of_recipe(args.recipe)
 
     if args.command == "check":
-        check.check_jobs(jobs, where, args.against)
+        check.check_row_sets(row_sets, where, args.against)
     else:
-        check.inspect_jobs(jobs, args)
+        check.inspect_row_sets(row_sets, args)
 
 
 if __name__ == "__main__":

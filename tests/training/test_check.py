@@ -21,7 +21,7 @@ from inputs.tiling import Tiling
 from packing import IGNORE, pack_samples
 from tests.tools.environment import run, shared
 from tests.tools.sample_rows import BAD, MeanColour, mean_colour_spec, row, write
-from training.check import check
+from training.check import check_rows
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_check_refuses_what_training_refuses(folder, spec, capsys, monkeypatch, 
                 make_sample(rows, i, small)
             except UserError as e:
                 refused.append(str(e))
-        assert check(rows, small) == len(refused)
+        assert check_rows(rows, small) == len(refused)
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if "; fix: " in line] == refused
         assert len(refused) > len(BAD) + 1
