@@ -88,7 +88,8 @@ def picture_in(value: Any, named: bool, levels: int = 4) -> str:
     """Return "image" or "video" if a value plainly holds one; "" if not.
 
     Bytes and data: URLs are one. With `named` a text that ends as the name of such a file is one,
-    too. Of a list the first items are looked at, `levels` deep. (A map of parquet is one of tuples.)
+    too. Of a list the first items are looked at, `levels` deep. A parquet file's map is one of
+    tuples.
     """
     if isinstance(value, bytes) and value:
         return "image"
