@@ -39,8 +39,8 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from math import isqrt
+from functools import cache, partial
+from math import inf, isqrt, log, pi, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +98,49 @@ class Layer:
     heads: int
     kv_heads: int
     intermediate: int
+    rotary: bool = True  # whether queries and keys turn with their positions
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """What divides the frequencies of the rotation, one number for each pair, in longer contexts.
+
+    LongRoPE has two sets: `short` for samples of at most `switch` tokens, `long` for longer ones.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...] = ()
+    switch: int | None = None  # None: `short` is for all samples
+    amplitude: float = 1.0  # multiplies cos and sin
+
+    def divisors(self, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Return the divisors of each token's frequencies, (T, 1, r/2), or (r/2,) for all tokens.
+
+        positions (T,) and cu_seqlens: see Decoder.forward.
+        """
+        short = constant(self.short, positions.device)
+        if self.switch is None:
+            return short
+        is_long = sample_lengths(positions, cu_seqlens) > self.switch  # (T,)
+        long = constant(self.long, positions.device)
+        return torch.where(is_long[:, None, None], long, short)
+
+
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as a float32 tensor. It is kept: a captured step cannot copy from the CPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def sample_lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return for each token how many tokens its sample has up to here, (T,), cached ones too."""
+    if cu_seqlens is None:
+        return positions + 1
+    ends = cu_seqlens[1:].long()
+    tokens = torch.arange(len(positions), device=positions.device)
+    sample = torch.searchsorted(ends, tokens, right=True)
+    lengths = positions[ends - 1] + 1  # (S,), by the position of each sample's last token
+    return lengths[sample]
 
 
 @dataclass(frozen=True)
@@ -113,6 +156,7 @@ class LMConfig:
     block: Callable[[LMConfig, int], nn.Module]  # (config, index of the block)
     rope_theta: float
     rotary_dim: int  # how many numbers of each head are rotated, from the front
+    rope_scaling: RopeScaling | None = None
     head_norm: Callable[[int, int], nn.Module] = nn.Identity  # (heads, d), on q and on k
     qkv_bias: bool = False
     out_bias: bool = False
@@ -120,6 +164,13 @@ class LMConfig:
     tied: bool = False  # lm_head.weight is the embedding table
     embed_scale: float = 1.0  # multiplies all inputs, image features too
     init_std: float = 0.02
+
+    @property
+    def rope_switch(self) -> float:
+        """Return the number of tokens beyond which a sample has other keys; infinity if none is."""
+        if self.rope_scaling is None or self.rope_scaling.switch is None:
+            return inf
+        return self.rope_scaling.switch
 
 
 class Scale(nn.Module):
@@ -135,17 +186,34 @@ class Scale(nn.Module):
         return x * factor
 
 
-def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor,
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return cos and sin (T, 1, dim) of rotary embeddings (Su et al., 2021), in float32.
 
     Numbers i and i + dim/2 of a head form a pair (Llama's half-split layout), which turns by
-    position * theta^(-2i/dim). So both halves of the table are the same.
+    position * theta^(-2i/dim). So both halves of the table are the same. scaling: what divides the
+    frequencies. cu_seqlens: see Decoder.forward.
     """
     even = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
     frequency = theta ** (-even / dim)
+    if scaling is not None:
+        frequency = frequency / scaling.divisors(positions, cu_seqlens)
+
     angle = positions[:, None, None].float() * frequency  # (T, 1, dim/2)
     angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
+    if scaling is None:
+        return angle.cos(), angle.sin()
+    return angle.cos() * scaling.amplitude, angle.sin() * scaling.amplitude
+
+
+def without_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k as they are, in a layer that leaves positions to the others."""
+    return q, k
 
 
 class Attention(nn.Module):
@@ -164,6 +232,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, c.width, bias=c.out_bias)
         self.q_norm = c.head_norm(layer.heads, c.head_dim)
         self.k_norm = c.head_norm(layer.kv_heads, c.head_dim)
+        self.rotate = rotate
+        if not layer.rotary:
+            self.rotate = without_rotation
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """x (T, D), rope as rope_table returns it -> what to add to the residual stream, (T, D)."""
@@ -173,7 +244,7 @@ class Attention(nn.Module):
 
         # Queries and keys turn with their position, so q . k depends on the distance of two tokens.
         cos, sin = rope
-        q, k = rotate(self.q_norm(q), self.k_norm(k), cos, sin)
+        q, k = self.rotate(self.q_norm(q), self.k_norm(k), cos, sin)
 
         # A cache only needs self.index, but `attend` gets the module: the number would be a
         # constant of the graph, and torch.compile would make one graph for every block. As it is,
@@ -225,6 +296,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.rotary_dim = c.rotary_dim
         self.rope_theta = c.rope_theta
+        self.rope_scaling = c.rope_scaling
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         if c.embed_scale == 1:
             self.scale = nn.Identity()
@@ -241,9 +313,18 @@ class Decoder(nn.Module):
         """
         return self.embed_tokens(ids).to(self.norm.weight.dtype)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Embeddings x (T, D) and positions (T,) of a packed row -> hidden states (T, D)."""
-        rope = rope_table(positions, self.rotary_dim, self.rope_theta)  # the same for all blocks
+    def forward(
+        self, x: Tensor, positions: Tensor, attend: Attend, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings x (T, D) and positions (T,) of a packed row -> hidden states (T, D).
+
+        cu_seqlens (S+1,): where its S samples begin. Without them each token is the last one of a
+        sample of its own, as in a step of decoding.
+        """
+        # The same for all blocks.
+        rope = rope_table(
+            positions, self.rotary_dim, self.rope_theta, self.rope_scaling, cu_seqlens
+        )
         x = self.scale(x)
 
         # With gradient checkpointing only the input of a block is kept for the backward pass, which
@@ -296,7 +377,7 @@ class LanguageModel(nn.Module):
         attend = packed_attention(row.cu_seqlens, row.max_seqlen)
 
         x = self.model.embed(row.input_ids)  # (B T, D)
-        hidden = self.model(x, row.positions, attend)  # (B T, D)
+        hidden = self.model(x, row.positions, attend, row.cu_seqlens)  # (B T, D)
         logits = self.lm_head(hidden)  # (B T, V)
         return logits.view(B, T, -1)
 
@@ -351,12 +432,20 @@ class Family(NamedTuple):
     neutral: dict = {}
 
 
-def llama(c: Fields, rotary: float = 1.0, tied: bool = False, **differences) -> LMConfig:
-    """Llama and SmolLM2, and the start of all that is built like them.
+def llama(
+    c: Fields,
+    rotary: float = 1.0,
+    tied: bool = False,
+    ropes: Mapping[str, ScalingReader] | None = None,
+    **differences,
+) -> LMConfig:
+    """Llama, SmolLM2 and Falcon3, and the start of all that is built like them.
 
-    rotary and tied hold where config.json says nothing. `differences` take the place of Llama's own
-    parts and numbers.
+    rotary and tied hold where config.json says nothing. ropes: the kinds of scaled rotation, ROPES
+    by default. `differences` take the place of Llama's own parts and numbers.
     """
+    if ropes is None:
+        ropes = ROPES
     width = c.integer("hidden_size", 1, WIDTH)
     heads = c.integer("num_attention_heads", 1, HEADS)
     kv_heads = c.integer("num_key_value_heads", 1, HEADS, default=heads)
@@ -371,16 +460,18 @@ def llama(c: Fields, rotary: float = 1.0, tied: bool = False, **differences) -> 
 
     layer = Layer(heads, kv_heads, c.integer("intermediate_size", 1, INTERMEDIATE))
     attention_bias = c.flag("attention_bias", default=False)
+    rotated = rotary_dim(c, head_dim, rotary)
     parts = {
         "vocab": c.integer("vocab_size", 1, VOCABULARY),
         "width": width,
         "head_dim": head_dim,
         "layers": (layer,) * c.integer("num_hidden_layers", 1, LAYERS),
         "norm": partial(RMSNorm, eps=rms_eps(c)),
-        "mlp": GLU,
+        "mlp": partial(GLU, bias=c.flag("mlp_bias", default=False)),
         "block": Block,
         "rope_theta": rope_number(c, "rope_theta", *THETA, default=10000.0),
-        "rotary_dim": rotary_dim(c, head_dim, rotary),
+        "rotary_dim": rotated,
+        "rope_scaling": rope_scaling(c, rotated, ropes),
         "qkv_bias": attention_bias,
         "out_bias": attention_bias,
         "tied": c.flag("tie_word_embeddings", default=tied),
@@ -398,9 +489,20 @@ def rms_eps(c: Fields) -> float:
     return c.number("rms_norm_eps", *EPS, default=1e-6)
 
 
+def rope_fields(c: Fields) -> Fields:
+    """Return the table of the rotation: transformers 5 writes another one than older versions.
+
+    In transformers, too, an older one that is not empty goes first.
+    """
+    older = c.table("rope_scaling", optional=True)
+    if older.values:
+        return older
+    return c.table("rope_parameters", optional=True)
+
+
 def rope_number(c: Fields, key: str, low: float, high: float, default: float) -> float:
-    """Return a number of the rotation; transformers 5 keeps them in a table of their own."""
-    rope = c.table("rope_parameters", optional=True)
+    """Return a number of the rotation, from its table or, in older files, beside it."""
+    rope = rope_fields(c)
     if key in rope:
         return rope.number(key, low, high)
     return c.number(key, low, high, default=default)
@@ -416,6 +518,105 @@ def rotary_dim(c: Fields, head_dim: int, default: float) -> int:
     return dim
 
 
+# Reads config.json and its table of the rotation, for so many pairs of numbers.
+ScalingReader = Callable[[Fields, Fields, int], RopeScaling | None]
+
+FACTOR = (1e-3, 1e6)  # of a frequency or a context
+POSITIONS = (2, 2**31 - 1)  # of a context
+
+
+def rope_scaling(c: Fields, dim: int, ropes: Mapping[str, ScalingReader]) -> RopeScaling | None:
+    """Return how the rotation of `dim` numbers is scaled. Raises UserError for an unknown kind."""
+    rope = rope_fields(c)
+    key = "rope_type"
+    if key not in rope:
+        key = "type"  # its older name
+    kind = rope.text(key, default="default")
+    if kind not in ropes:
+        what = f"{kind!r} is not supported for {c.text('model_type')}"
+        raise UserError(rope.name(key), what, "use another model")
+    return ropes[kind](c, rope, dim // 2)
+
+
+def unscaled(c: Fields, rope: Fields, pairs: int) -> None:
+    """Return what stands for the rotation as Su et al. have it."""
+
+
+def linear_rope(c: Fields, rope: Fields, pairs: int) -> RopeScaling:
+    """Return position interpolation (Chen et al., 2023): all pairs turn slower by a factor."""
+    return RopeScaling(short=(rope.number("factor", *FACTOR),) * pairs)
+
+
+def llama3_rope(c: Fields, rope: Fields, pairs: int) -> RopeScaling:
+    """Return Llama-3.1's scaling: slow pairs turn slower by a factor, fast ones as before.
+
+    Between the two limits, which are wavelengths as shares of the original context, the change of
+    the frequency is linear in the number of turns.
+    """
+    factor = rope.number("factor", *FACTOR)
+    low = rope.number("low_freq_factor", *FACTOR)
+    high = rope.number("high_freq_factor", *FACTOR)
+    if low >= high:
+        raise rope.refuse("high_freq_factor", f"not above low_freq_factor {low:g}")
+    context = original_context(c, rope)
+    theta = rope_number(c, "rope_theta", *THETA, default=10000.0)
+
+    divisors = []
+    for pair in range(pairs):
+        wavelength = 2 * pi * theta ** (pair / pairs)
+        turns = context / wavelength  # in the original context
+        share = (turns - low) / (high - low)
+        share = min(1.0, max(0.0, share))
+        divisors.append(1 / ((1 - share) / factor + share))
+    return RopeScaling(short=tuple(divisors))
+
+
+def long_rope(c: Fields, rope: Fields, pairs: int, original: int | None = None) -> RopeScaling:
+    """Return LongRoPE (Ding et al., 2024): searched divisors, others in short and long contexts.
+
+    original: the original context where config.json does not say it at its top level.
+    """
+    context = original_context(c, rope, original)
+    lists = {}
+    for key in ("short_factor", "long_factor"):
+        lists[key] = tuple(rope.numbers(key, *FACTOR, most=HEAD_DIM))
+        if len(lists[key]) != pairs:
+            raise rope.refuse(key, f"a list of {len(lists[key])}, and {pairs} pairs are rotated")
+
+    # Scores grow with the logarithm of the context.
+    factor = rope.number("factor", *FACTOR, default=None)
+    if factor is None:
+        factor = c.integer("max_position_embeddings", *POSITIONS) / context
+    amplitude = 1.0
+    if factor > 1:
+        amplitude = sqrt(1 + log(factor) / log(context))
+    amplitude = rope.number("attention_factor", *FACTOR, default=amplitude)
+    return RopeScaling(lists["short_factor"], lists["long_factor"], context, amplitude)
+
+
+def original_context(c: Fields, rope: Fields, default: int | None = None) -> int:
+    """Return how many positions a model saw before its rotation was scaled.
+
+    As in transformers, the top level goes first, also a default of it.
+    """
+    key = "original_max_position_embeddings"
+    if key in c:
+        return c.integer(key, *POSITIONS)
+    if default is not None:
+        return default
+    if key in rope:
+        return rope.integer(key, *POSITIONS)
+    return c.integer("max_position_embeddings", *POSITIONS)
+
+
+ROPES: dict[str, ScalingReader] = {
+    "default": unscaled,
+    "linear": linear_rope,
+    "llama3": llama3_rope,
+    "longrope": long_rope,
+}
+
+
 def same_for_all_heads(norm: Callable[[int], nn.Module]) -> Callable[[int, int], nn.Module]:
     """Return a head_norm with one weight (d,), which all heads share."""
 
@@ -423,6 +624,98 @@ def same_for_all_heads(norm: Callable[[int], nn.Module]) -> Callable[[int, int],
         return norm(head_dim)
 
     return build
+
+
+def refuse_window(c: Fields):
+    """Raise UserError for a sliding window that is shorter than the model's longest context."""
+    window = c.integer("sliding_window", 1, POSITIONS[1], default=None)
+    if window is not None and window < c.integer("max_position_embeddings", *POSITIONS):
+        what = f"{window} is not supported: attention here sees all positions"
+        raise UserError(c.name("sliding_window"), what, "use another model")
+
+
+def mistral(c: Fields) -> LMConfig:
+    """Mistral without a sliding window (version 0.2 and later): a Llama without biases."""
+    # A file without the field is one of version 0.1. The others have null.
+    refuse_window(Fields(MISTRAL_DEFAULTS | c.values, c.where, c.path, c.fix))
+    return llama(
+        c,
+        qkv_bias=False,
+        out_bias=False,
+    )
+
+
+MISTRAL_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
+def smollm3(c: Fields) -> LMConfig:
+    """SmolLM3: every fourth layer has no rotation (Yang et al., 2025), by default."""
+    c = Fields({"rope_theta": 2e6} | c.values, c.where, c.path, c.fix)
+    config = llama(c, tied=True)
+    depth = len(config.layers)
+
+    # 1 for a layer with rotation, 0 for one without.
+    if "no_rope_layers" in c:
+        flags = c.integers("no_rope_layers", 0, 1)
+        if len(flags) < depth:
+            raise c.refuse("no_rope_layers", f"a list of {len(flags)} for {depth} layers")
+    else:
+        interval = c.integer("no_rope_layer_interval", 1, POSITIONS[1], default=4)
+        flags = [(index + 1) % interval for index in range(depth)]
+
+    layers = []
+    for layer, flag in zip(config.layers, flags[:depth], strict=True):
+        layers.append(replace(layer, rotary=flag != 0))
+    return replace(config, layers=tuple(layers))
+
+
+def phi3(c: Fields) -> LMConfig:
+    """Phi-3 and Phi-4-mini: a Llama without biases whose files fuse projections (PHI3_NAMES).
+
+    Phi-4-mini rotates three quarters of each head. Both have LongRoPE for long contexts.
+    """
+    refuse_window(c)
+
+    # Its older names are two.
+    scaled = partial(long_rope, original=PHI3_CONTEXT)
+    return llama(
+        c,
+        ropes={"default": unscaled, "longrope": scaled, "su": scaled, "yarn": scaled},
+        norm=partial(RMSNorm, eps=c.number("rms_norm_eps", *EPS, default=1e-5)),
+        qkv_bias=False,
+        out_bias=False,
+    )
+
+
+PHI3_CONTEXT = 4096  # original_max_position_embeddings of a file that does not say it
+
+# One of theirs holds several of ours, stacked along dimension 0.
+PHI3_NAMES: Table = (
+    (
+        "**.self_attn.qkv_proj.weight",
+        (
+            "**.self_attn.q_proj.weight",
+            "**.self_attn.k_proj.weight",
+            "**.self_attn.v_proj.weight",
+        ),
+    ),
+    (
+        "**.mlp.gate_up_proj.weight",
+        (
+            "**.mlp.gate_proj.weight",
+            "**.mlp.up_proj.weight",
+        ),
+    ),
+)
 
 
 def qwen2(c: Fields) -> LMConfig:
@@ -536,6 +829,7 @@ def openelm(c: Fields) -> LMConfig:
         block=Block,
         rope_theta=c.number("rope_freq_constant", *THETA),
         rotary_dim=rotary_dim(c, head_dim, 1.0),
+        rope_scaling=rope_scaling(c, head_dim, {"default": unscaled}),
         tied=c.flag("share_input_output_layers"),
         init_std=c.number("initializer_range", 0.0, 100.0, default=0.02),
     )
@@ -590,6 +884,37 @@ FAMILIES: dict[str, Family] = {
             "intermediate_size": 11008,
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+        },
+        neutral={"mlp_bias": (False, True)},
+    ),
+    "mistral": Family(
+        config=mistral,
+        defaults=MISTRAL_DEFAULTS,
+    ),
+    "smollm3": Family(
+        config=smollm3,
+        defaults={
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+        },
+        neutral={"mlp_bias": (False, True)},
+    ),
+    "phi3": Family(
+        config=phi3,
+        rename=PHI3_NAMES,
+        defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 4096,
         },
     ),
     "qwen2": Family(
@@ -680,7 +1005,6 @@ FAMILIES: dict[str, Family] = {
 NEUTRAL = {
     "hidden_act": ("silu",),
     "hidden_activation": (None, "gelu_pytorch_tanh"),
-    "rope_scaling": (None,),
     "quantization_config": (None,),
     "mlp_bias": (False,),
     "use_sliding_window": (None, False),
@@ -688,7 +1012,6 @@ NEUTRAL = {
     "rope_interleaved": (False,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
-    "rope_parameters.rope_type": ("default",),
     "layer_types": (["full_attention"],),
 }
 
@@ -714,13 +1037,9 @@ def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
         raise UserError(f"{where}:model_type", what, f"one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
 
-    # Two fields are made comparable first: one is nested, the other lists all layers.
-    rope = c.table("rope_parameters", optional=True)
+    # One field is made comparable first: it lists all layers.
     layer_types = c.list("layer_types", str, default=[]) or ["full_attention"]
-    given = hf | {
-        "rope_parameters.rope_type": rope.text("rope_type", default="default"),
-        "layer_types": sorted(set(layer_types)),
-    }
+    given = hf | {"layer_types": sorted(set(layer_types))}
     for key, values in (NEUTRAL | family.neutral).items():
         if key in given and given[key] not in values:
             what = f"{given[key]!r} is not supported for {kind}"
@@ -1096,7 +1415,7 @@ class LLaVA(nn.Module):
             joined = torch.cat(features)
         x = self.embed(row.input_ids, joined, row.image_at)
         attend = packed_attention(row.cu_seqlens, row.max_seqlen)
-        return self.language_model.model(x, row.positions, attend)
+        return self.language_model.model(x, row.positions, attend, row.cu_seqlens)
 
     # -- loss and logits ---------------------------------------------------------------------------
 

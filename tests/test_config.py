@@ -270,6 +270,7 @@ TEMPLATE = {
     "phi2": "phi",
     "stablelm": "phi",
     "tinyllama": "llama",
+    "llama3.2-1b": "chat",
     "openelm": "llama",
     "gemma": "gemma",
     "qwen2": "qwen2_base",

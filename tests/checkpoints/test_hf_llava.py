@@ -64,7 +64,9 @@ def test_transformers_loads_what_we_write(version, tmp_path):
     """Nothing missing, nothing unexpected, our logits, our greedy tokens."""
     models = {}
     for i, (family, tower) in enumerate(
-        (f, t) for f in ("llama", "qwen2", "gemma") for t in ("clip", "siglip")
+        (f, t)
+        for f in ("llama", "qwen2", "gemma", "mistral", "smollm3", "phi3")
+        for t in ("clip", "siglip")
     ):
         model = small(family, tower, feature_select="patch" if i % 2 else "cls_patch")
         folder = tmp_path / f"{family}-{tower}"
@@ -317,6 +319,16 @@ def test_what_hugging_face_cannot_express_is_refused(model, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         export(model(), None, "hf-llava", tmp_path / "out")
     assert "; fix: " in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_what_transformers_4_cannot_express_of_phi3_is_refused(tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    change = {"rope_scaling": None, "rope_parameters": rope | {"attention_factor": 1.2}}
+    model = small("phi3", sizes=change)
+    with pytest.raises(ValueError, match="^--transformers 4: attention_factor of .*; fix: "):
+        export(model, None, "hf-llava", tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+    export(model, None, "hf-llava", tmp_path / "out", 5)
 
 
 @pytest.mark.parametrize("text_flag", [None, False], ids=["absent", "false"])
