@@ -93,11 +93,13 @@ from packing import (
 
 @dataclass(frozen=True)
 class Layer:
-    """The sizes of one block. All blocks of a model have the same, except in OpenELM."""
+    """The numbers of one block. All blocks of a model have the same, except in OpenELM and Gemma-3."""
 
     heads: int
     kv_heads: int
     intermediate: int
+    window: int | None = None  # a query sees so many keys, its own and those before; None: all
+    rope_theta: float | None = None  # its own base of the rotation; None: the model's
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class LMConfig:
     out_bias: bool = False
     lm_head_bias: bool = False
     tied: bool = False  # lm_head.weight is the embedding table
+    score_scale: float | None = None  # multiplies q . k; None: 1 / sqrt(head_dim)
     embed_scale: float = 1.0  # multiplies all inputs, image features too
     init_std: float = 0.02
 
@@ -158,6 +161,8 @@ class Attention(nn.Module):
         keys = layer.kv_heads * c.head_dim
         self.index = index
         self.head_dim = c.head_dim
+        self.scale = c.score_scale
+        self.window = layer.window
         self.q_proj = nn.Linear(c.width, queries, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.width, keys, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, keys, bias=c.qkv_bias)
@@ -203,6 +208,28 @@ class Block(nn.Module):
         return x + self.mlp(normed)
 
 
+class SandwichBlock(nn.Module):
+    """Gemma-2's and Gemma-3's block: a norm before and a norm behind attention and MLP, each."""
+
+    def __init__(self, c: LMConfig, index: int):
+        super().__init__()
+        self.input_layernorm = c.norm(c.width)
+        self.post_attention_layernorm = c.norm(c.width)
+        self.pre_feedforward_layernorm = c.norm(c.width)
+        self.post_feedforward_layernorm = c.norm(c.width)
+        self.self_attn = Attention(c, index)
+        self.mlp = c.mlp(c.width, c.layers[index].intermediate)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """x (T, D), the residual stream -> the residual stream behind this block."""
+        attended = self.self_attn(self.input_layernorm(x), rope, attend)
+        attended = self.post_attention_layernorm(attended)
+
+        # x = x + attended, and the norm of the sum, in one kernel.
+        normed, x = self.pre_feedforward_layernorm.add(attended, x)
+        return x + self.post_feedforward_layernorm(self.mlp(normed))
+
+
 class ParallelBlock(nn.Module):
     """Attention and MLP read the same norm and are added together (GPT-J; Wang and Komatsuzaki)."""
 
@@ -224,7 +251,7 @@ class Decoder(nn.Module):
     def __init__(self, c: LMConfig):
         super().__init__()
         self.rotary_dim = c.rotary_dim
-        self.rope_theta = c.rope_theta
+        self.rope_thetas = [layer.rope_theta or c.rope_theta for layer in c.layers]
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         if c.embed_scale == 1:
             self.scale = nn.Identity()
@@ -243,17 +270,20 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embeddings x (T, D) and positions (T,) of a packed row -> hidden states (T, D)."""
-        rope = rope_table(positions, self.rotary_dim, self.rope_theta)  # the same for all blocks
+        # One table for each base; most models have one base for all blocks.
+        ropes = {}
+        for theta in set(self.rope_thetas):
+            ropes[theta] = rope_table(positions, self.rotary_dim, theta)
         x = self.scale(x)
 
         # With gradient checkpointing only the input of a block is kept for the backward pass, which
         # then runs the block's forward a second time: less memory, about a third more time.
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.layers:
+        for block, theta in zip(self.layers, self.rope_thetas, strict=True):
             if recompute:
-                x = checkpoint(block, x, rope, attend, use_reentrant=False)
+                x = checkpoint(block, x, ropes[theta], attend, use_reentrant=False)
             else:
-                x = block(x, rope, attend)
+                x = block(x, ropes[theta], attend)
         return self.norm(x)
 
 
