@@ -111,13 +111,13 @@ class GELU(nn.Module):
 class GLU(nn.Module):
     """A gated MLP (Shazeer, 2020): SwiGLU with act "silu", GeGLU with "gelu_tanh"."""
 
-    def __init__(self, width: int, intermediate: int, act: str = "silu"):
+    def __init__(self, width: int, intermediate: int, act: str = "silu", bias: bool = False):
         super().__init__()
         self.act = act
 
-        self.gate_proj = nn.Linear(width, intermediate, bias=False)
-        self.up_proj = nn.Linear(width, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, width, bias=False)
+        self.gate_proj = nn.Linear(width, intermediate, bias=bias)
+        self.up_proj = nn.Linear(width, intermediate, bias=bias)
+        self.down_proj = nn.Linear(intermediate, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return down(act(gate(x)) * up(x)), (..., D) -> (..., D)."""

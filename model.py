@@ -39,8 +39,8 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from math import isqrt
+from functools import cache, partial
+from math import inf, isqrt, log, pi, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,13 +93,56 @@ from packing import (
 
 @dataclass(frozen=True)
 class Layer:
-    """The numbers of one block. All blocks of a model have the same, except in OpenELM and Gemma-3."""
+    """The numbers of one block. In most models all blocks have the same."""
 
     heads: int
     kv_heads: int
     intermediate: int
+    rotary: bool = True  # whether queries and keys turn with their positions
+    rope_theta: float | None = None  # its own base, not scaled; None: the model's, as it is scaled
     window: int | None = None  # a query sees so many keys, its own and those before; None: all
-    rope_theta: float | None = None  # its own base of the rotation; None: the model's
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """What divides the frequencies of the rotation, one number for each pair, in longer contexts.
+
+    LongRoPE has two sets: `short` for samples of at most `switch` tokens, `long` for longer ones.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...] = ()
+    switch: int | None = None  # None: `short` is for all samples
+    amplitude: float = 1.0  # multiplies cos and sin
+
+    def divisors(self, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Return the divisors of each token's frequencies, (T, 1, r/2), or (r/2,) for all tokens.
+
+        positions (T,) and cu_seqlens: see Decoder.forward.
+        """
+        short = constant(self.short, positions.device)
+        if self.switch is None:
+            return short
+        is_long = sample_lengths(positions, cu_seqlens) > self.switch  # (T,)
+        long = constant(self.long, positions.device)
+        return torch.where(is_long[:, None, None], long, short)
+
+
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as a float32 tensor. It is kept: a captured step cannot copy from the CPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def sample_lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return for each token how many tokens its sample has up to here, (T,), cached ones too."""
+    if cu_seqlens is None:
+        return positions + 1
+    ends = cu_seqlens[1:].long()
+    tokens = torch.arange(len(positions), device=positions.device)
+    sample = torch.searchsorted(ends, tokens, right=True)
+    lengths = positions[ends - 1] + 1  # (S,), by the position of each sample's last token
+    return lengths[sample]
 
 
 @dataclass(frozen=True)
@@ -115,6 +158,7 @@ class LMConfig:
     block: Callable[[LMConfig, int], nn.Module]  # (config, index of the block)
     rope_theta: float
     rotary_dim: int  # how many numbers of each head are rotated, from the front
+    rope_scaling: RopeScaling | None = None
     head_norm: Callable[[int, int], nn.Module] = nn.Identity  # (heads, d), on q and on k
     qkv_bias: bool = False
     out_bias: bool = False
@@ -123,6 +167,19 @@ class LMConfig:
     score_scale: float | None = None  # multiplies q . k; None: 1 / sqrt(head_dim)
     embed_scale: float = 1.0  # multiplies all inputs, image features too
     init_std: float = 0.02
+
+    def rotation(self, layer: Layer) -> tuple[float, RopeScaling | None]:
+        """Return the base of a layer's rotation, and how it is scaled."""
+        if layer.rope_theta is None:
+            return self.rope_theta, self.rope_scaling
+        return layer.rope_theta, None
+
+    @property
+    def rope_switch(self) -> float:
+        """Return the number of tokens beyond which a sample has other keys; infinity if none is."""
+        if self.rope_scaling is None or self.rope_scaling.switch is None:
+            return inf
+        return self.rope_scaling.switch
 
 
 class Scale(nn.Module):
@@ -138,17 +195,34 @@ class Scale(nn.Module):
         return x * factor
 
 
-def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor,
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return cos and sin (T, 1, dim) of rotary embeddings (Su et al., 2021), in float32.
 
     Numbers i and i + dim/2 of a head form a pair (Llama's half-split layout), which turns by
-    position * theta^(-2i/dim). So both halves of the table are the same.
+    position * theta^(-2i/dim). So both halves of the table are the same. scaling: what divides the
+    frequencies. cu_seqlens: see Decoder.forward.
     """
     even = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
     frequency = theta ** (-even / dim)
+    if scaling is not None:
+        frequency = frequency / scaling.divisors(positions, cu_seqlens)
+
     angle = positions[:, None, None].float() * frequency  # (T, 1, dim/2)
     angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
+    if scaling is None:
+        return angle.cos(), angle.sin()
+    return angle.cos() * scaling.amplitude, angle.sin() * scaling.amplitude
+
+
+def without_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k as they are, in a layer that leaves positions to the others."""
+    return q, k
 
 
 class Attention(nn.Module):
@@ -169,6 +243,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, c.width, bias=c.out_bias)
         self.q_norm = c.head_norm(layer.heads, c.head_dim)
         self.k_norm = c.head_norm(layer.kv_heads, c.head_dim)
+        self.rotate = rotate
+        if not layer.rotary:
+            self.rotate = without_rotation
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """x (T, D), rope as rope_table returns it -> what to add to the residual stream, (T, D)."""
@@ -178,7 +255,7 @@ class Attention(nn.Module):
 
         # Queries and keys turn with their position, so q . k depends on the distance of two tokens.
         cos, sin = rope
-        q, k = rotate(self.q_norm(q), self.k_norm(k), cos, sin)
+        q, k = self.rotate(self.q_norm(q), self.k_norm(k), cos, sin)
 
         # A cache only needs self.index, but `attend` gets the module: the number would be a
         # constant of the graph, and torch.compile would make one graph for every block. As it is,
@@ -251,7 +328,12 @@ class Decoder(nn.Module):
     def __init__(self, c: LMConfig):
         super().__init__()
         self.rotary_dim = c.rotary_dim
-        self.rope_thetas = [layer.rope_theta or c.rope_theta for layer in c.layers]
+
+        # The rotations, and for each block which of them it has: in most models all have the same.
+        rotations = [c.rotation(layer) for layer in c.layers]
+        self.rotations = list(dict.fromkeys(rotations))
+        self.rotation_of_block = [self.rotations.index(rotation) for rotation in rotations]
+
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         if c.embed_scale == 1:
             self.scale = nn.Identity()
@@ -268,22 +350,28 @@ class Decoder(nn.Module):
         """
         return self.embed_tokens(ids).to(self.norm.weight.dtype)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Embeddings x (T, D) and positions (T,) of a packed row -> hidden states (T, D)."""
-        # One table for each base; most models have one base for all blocks.
-        ropes = {}
-        for theta in set(self.rope_thetas):
-            ropes[theta] = rope_table(positions, self.rotary_dim, theta)
+    def forward(
+        self, x: Tensor, positions: Tensor, attend: Attend, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings x (T, D) and positions (T,) of a packed row -> hidden states (T, D).
+
+        cu_seqlens (S+1,): where its S samples begin. Without them each token is the last one of a
+        sample of its own, as in a step of decoding.
+        """
+        tables = []
+        for theta, scaling in self.rotations:
+            tables.append(rope_table(positions, self.rotary_dim, theta, scaling, cu_seqlens))
         x = self.scale(x)
 
         # With gradient checkpointing only the input of a block is kept for the backward pass, which
         # then runs the block's forward a second time: less memory, about a third more time.
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block, theta in zip(self.layers, self.rope_thetas, strict=True):
+        for block, rotation in zip(self.layers, self.rotation_of_block, strict=True):
+            rope = tables[rotation]
             if recompute:
-                x = checkpoint(block, x, ropes[theta], attend, use_reentrant=False)
+                x = checkpoint(block, x, rope, attend, use_reentrant=False)
             else:
-                x = block(x, ropes[theta], attend)
+                x = block(x, rope, attend)
         return self.norm(x)
 
 
@@ -326,7 +414,7 @@ class LanguageModel(nn.Module):
         attend = packed_attention(row.cu_seqlens, row.max_seqlen)
 
         x = self.model.embed(row.input_ids)  # (B T, D)
-        hidden = self.model(x, row.positions, attend)  # (B T, D)
+        hidden = self.model(x, row.positions, attend, row.cu_seqlens)  # (B T, D)
         logits = self.lm_head(hidden)  # (B T, V)
         return logits.view(B, T, -1)
 
@@ -381,12 +469,22 @@ class Family(NamedTuple):
     neutral: dict = {}
 
 
-def llama(c: Fields, rotary: float = 1.0, tied: bool = False, **differences) -> LMConfig:
-    """Llama and SmolLM2, and the start of all that is built like them.
+def llama(
+    c: Fields,
+    rotary: float = 1.0,
+    tied: bool = False,
+    ropes: Mapping[str, ScalingReader] | None = None,
+    window: int | None = None,
+    **differences,
+) -> LMConfig:
+    """Llama, SmolLM2 and Falcon3, and the start of all that is built like them.
 
-    rotary and tied hold where config.json says nothing. `differences` take the place of Llama's own
-    parts and numbers.
+    rotary and tied hold where config.json says nothing. ropes: the kinds of scaled rotation, ROPES
+    by default. window: that of all layers. `differences` take the place of Llama's own parts and
+    numbers.
     """
+    if ropes is None:
+        ropes = ROPES
     width = c.integer("hidden_size", 1, WIDTH)
     heads = c.integer("num_attention_heads", 1, HEADS)
     kv_heads = c.integer("num_key_value_heads", 1, HEADS, default=heads)
@@ -399,18 +497,20 @@ def llama(c: Fields, rotary: float = 1.0, tied: bool = False, **differences) -> 
             raise c.refuse("num_attention_heads", f"no divisor of hidden_size {width}")
         head_dim = width // heads
 
-    layer = Layer(heads, kv_heads, c.integer("intermediate_size", 1, INTERMEDIATE))
+    layer = Layer(heads, kv_heads, c.integer("intermediate_size", 1, INTERMEDIATE), window=window)
     attention_bias = c.flag("attention_bias", default=False)
+    rotated = rotary_dim(c, head_dim, rotary)
     parts = {
         "vocab": c.integer("vocab_size", 1, VOCABULARY),
         "width": width,
         "head_dim": head_dim,
         "layers": (layer,) * c.integer("num_hidden_layers", 1, LAYERS),
         "norm": partial(RMSNorm, eps=rms_eps(c)),
-        "mlp": GLU,
+        "mlp": partial(GLU, bias=c.flag("mlp_bias", default=False)),
         "block": Block,
         "rope_theta": rope_number(c, "rope_theta", *THETA, default=10000.0),
-        "rotary_dim": rotary_dim(c, head_dim, rotary),
+        "rotary_dim": rotated,
+        "rope_scaling": rope_scaling(c, rotated, ropes),
         "qkv_bias": attention_bias,
         "out_bias": attention_bias,
         "tied": c.flag("tie_word_embeddings", default=tied),
@@ -428,9 +528,20 @@ def rms_eps(c: Fields) -> float:
     return c.number("rms_norm_eps", *EPS, default=1e-6)
 
 
+def rope_fields(c: Fields) -> Fields:
+    """Return the table of the rotation: transformers 5 writes another one than older versions.
+
+    In transformers, too, an older one that is not empty goes first.
+    """
+    older = c.table("rope_scaling", optional=True)
+    if older.values:
+        return older
+    return c.table("rope_parameters", optional=True)
+
+
 def rope_number(c: Fields, key: str, low: float, high: float, default: float) -> float:
-    """Return a number of the rotation; transformers 5 keeps them in a table of their own."""
-    rope = c.table("rope_parameters", optional=True)
+    """Return a number of the rotation, from its table or, in older files, beside it."""
+    rope = rope_fields(c)
     if key in rope:
         return rope.number(key, low, high)
     return c.number(key, low, high, default=default)
@@ -446,6 +557,111 @@ def rotary_dim(c: Fields, head_dim: int, default: float) -> int:
     return dim
 
 
+# Reads config.json and its table of the rotation, for so many pairs of numbers.
+ScalingReader = Callable[[Fields, Fields, int], RopeScaling | None]
+
+FACTOR = (1e-3, 1e6)  # of a frequency or a context
+POSITIONS = (2, 2**31 - 1)  # of a context
+
+
+def rope_scaling(c: Fields, dim: int, ropes: Mapping[str, ScalingReader]) -> RopeScaling | None:
+    """Return how the rotation of `dim` numbers is scaled. Raises UserError for an unknown kind."""
+    return scaling_of(c, rope_fields(c), dim, ropes)
+
+
+def scaling_of(
+    c: Fields, rope: Fields, dim: int, ropes: Mapping[str, ScalingReader]
+) -> RopeScaling | None:
+    """Return what `rope_scaling` does, of the table `rope`."""
+    key = "rope_type"
+    if key not in rope:
+        key = "type"  # its older name
+    kind = rope.text(key, default="default")
+    if kind not in ropes:
+        what = f"{kind!r} is not supported for {c.text('model_type')}"
+        raise UserError(rope.name(key), what, "use another model")
+    return ropes[kind](c, rope, dim // 2)
+
+
+def unscaled(c: Fields, rope: Fields, pairs: int) -> None:
+    """Return what stands for the rotation as Su et al. have it."""
+
+
+def linear_rope(c: Fields, rope: Fields, pairs: int) -> RopeScaling:
+    """Return position interpolation (Chen et al., 2023): all pairs turn slower by a factor."""
+    return RopeScaling(short=(rope.number("factor", *FACTOR),) * pairs)
+
+
+def llama3_rope(c: Fields, rope: Fields, pairs: int) -> RopeScaling:
+    """Return Llama-3.1's scaling: slow pairs turn slower by a factor, fast ones as before.
+
+    Between the two limits, which are wavelengths as shares of the original context, the change of
+    the frequency is linear in the number of turns.
+    """
+    factor = rope.number("factor", *FACTOR)
+    low = rope.number("low_freq_factor", *FACTOR)
+    high = rope.number("high_freq_factor", *FACTOR)
+    if low >= high:
+        raise rope.refuse("high_freq_factor", f"not above low_freq_factor {low:g}")
+    context = original_context(c, rope)
+    theta = rope_number(c, "rope_theta", *THETA, default=10000.0)
+
+    divisors = []
+    for pair in range(pairs):
+        wavelength = 2 * pi * theta ** (pair / pairs)
+        turns = context / wavelength  # in the original context
+        share = (turns - low) / (high - low)
+        share = min(1.0, max(0.0, share))
+        divisors.append(1 / ((1 - share) / factor + share))
+    return RopeScaling(short=tuple(divisors))
+
+
+def long_rope(c: Fields, rope: Fields, pairs: int, original: int | None = None) -> RopeScaling:
+    """Return LongRoPE (Ding et al., 2024): searched divisors, others in short and long contexts.
+
+    original: the original context where config.json does not say it at its top level.
+    """
+    context = original_context(c, rope, original)
+    lists = {}
+    for key in ("short_factor", "long_factor"):
+        lists[key] = tuple(rope.numbers(key, *FACTOR, most=HEAD_DIM))
+        if len(lists[key]) != pairs:
+            raise rope.refuse(key, f"a list of {len(lists[key])}, and {pairs} pairs are rotated")
+
+    # Scores grow with the logarithm of the context.
+    factor = rope.number("factor", *FACTOR, default=None)
+    if factor is None:
+        factor = c.integer("max_position_embeddings", *POSITIONS) / context
+    amplitude = 1.0
+    if factor > 1:
+        amplitude = sqrt(1 + log(factor) / log(context))
+    amplitude = rope.number("attention_factor", *FACTOR, default=amplitude)
+    return RopeScaling(lists["short_factor"], lists["long_factor"], context, amplitude)
+
+
+def original_context(c: Fields, rope: Fields, default: int | None = None) -> int:
+    """Return how many positions a model saw before its rotation was scaled.
+
+    As in transformers, the top level goes first, also a default of it.
+    """
+    key = "original_max_position_embeddings"
+    if key in c:
+        return c.integer(key, *POSITIONS)
+    if default is not None:
+        return default
+    if key in rope:
+        return rope.integer(key, *POSITIONS)
+    return c.integer("max_position_embeddings", *POSITIONS)
+
+
+ROPES: dict[str, ScalingReader] = {
+    "default": unscaled,
+    "linear": linear_rope,
+    "llama3": llama3_rope,
+    "longrope": long_rope,
+}
+
+
 def same_for_all_heads(norm: Callable[[int], nn.Module]) -> Callable[[int, int], nn.Module]:
     """Return a head_norm with one weight (d,), which all heads share."""
 
@@ -453,6 +669,99 @@ def same_for_all_heads(norm: Callable[[int], nn.Module]) -> Callable[[int, int],
         return norm(head_dim)
 
     return build
+
+
+def sliding_window(c: Fields, default: int | None = None) -> int | None:
+    """Return how many keys a query sees; None where a file says null: all of them.
+
+    default: what it is in a file that does not say it.
+    """
+    if "sliding_window" not in c.values:
+        return default
+    return c.integer("sliding_window", 1, POSITIONS[1], default=None)
+
+
+def mistral(c: Fields) -> LMConfig:
+    """Mistral: a Llama without biases. Version 0.1 has a sliding window in all layers."""
+    return llama(
+        c,
+        window=sliding_window(c, MISTRAL_DEFAULTS["sliding_window"]),
+        qkv_bias=False,
+        out_bias=False,
+    )
+
+
+MISTRAL_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
+def smollm3(c: Fields) -> LMConfig:
+    """SmolLM3: every fourth layer has no rotation (Yang et al., 2025), by default."""
+    c = Fields({"rope_theta": 2e6} | c.values, c.where, c.path, c.fix)
+    config = llama(c, tied=True)
+    depth = len(config.layers)
+
+    # 1 for a layer with rotation, 0 for one without.
+    if "no_rope_layers" in c:
+        flags = c.integers("no_rope_layers", 0, 1)
+        if len(flags) < depth:
+            raise c.refuse("no_rope_layers", f"a list of {len(flags)} for {depth} layers")
+    else:
+        interval = c.integer("no_rope_layer_interval", 1, POSITIONS[1], default=4)
+        flags = [(index + 1) % interval for index in range(depth)]
+
+    layers = []
+    for layer, flag in zip(config.layers, flags[:depth], strict=True):
+        layers.append(replace(layer, rotary=flag != 0))
+    return replace(config, layers=tuple(layers))
+
+
+def phi3(c: Fields) -> LMConfig:
+    """Phi-3 and Phi-4-mini: a Llama without biases whose files fuse projections (PHI3_NAMES).
+
+    Phi-4-mini rotates three quarters of each head. Both have LongRoPE for long contexts. Some have
+    a sliding window, which is the same in all layers.
+    """
+    # Its older names are two.
+    scaled = partial(long_rope, original=PHI3_CONTEXT)
+    return llama(
+        c,
+        ropes={"default": unscaled, "longrope": scaled, "su": scaled, "yarn": scaled},
+        window=sliding_window(c),
+        norm=partial(RMSNorm, eps=c.number("rms_norm_eps", *EPS, default=1e-5)),
+        qkv_bias=False,
+        out_bias=False,
+    )
+
+
+PHI3_CONTEXT = 4096  # original_max_position_embeddings of a file that does not say it
+
+# One of theirs holds several of ours, stacked along dimension 0.
+PHI3_NAMES: Table = (
+    (
+        "**.self_attn.qkv_proj.weight",
+        (
+            "**.self_attn.q_proj.weight",
+            "**.self_attn.k_proj.weight",
+            "**.self_attn.v_proj.weight",
+        ),
+    ),
+    (
+        "**.mlp.gate_up_proj.weight",
+        (
+            "**.mlp.gate_proj.weight",
+            "**.mlp.up_proj.weight",
+        ),
+    ),
+)
 
 
 def qwen2(c: Fields) -> LMConfig:
@@ -482,6 +791,91 @@ def gemma(c: Fields) -> LMConfig:
         tied=True,
         embed_scale=c.integer("hidden_size", 1, WIDTH) ** 0.5,
     )
+
+
+def gemma3(c: Fields) -> LMConfig:
+    """Gemma-3's language models: Gemma with four norms a block, and a norm on each head of q and k.
+
+    Five of six layers have a sliding window and a rotation of their own; scores have a scale that
+    config.json states.
+    """
+    c = Fields({"head_dim": GEMMA3_DEFAULTS["head_dim"]} | c.values, c.where, c.path, c.fix)
+    norm = partial(OffsetRMSNorm, eps=rms_eps(c))
+
+    # transformers 5 has a table of the rotation for each kind of layer. The table of older versions
+    # is for the layers without a window.
+    by_kind = c.table("rope_parameters", optional=True)
+    rope = c.table("rope_scaling", optional=True)
+    if by_kind.values and rope.values:
+        raise c.refuse("rope_scaling", "beside rope_parameters: one of them is enough")
+    for key in by_kind.values:
+        if key not in GEMMA3_LAYERS:
+            raise by_kind.refuse(key, f"for no kind of layer: {' or '.join(GEMMA3_LAYERS)}")
+    if by_kind.values:
+        rope = by_kind.table("full_attention", optional=True)
+    local_rope = by_kind.table("sliding_attention", optional=True)
+
+    thetas = []
+    for table, key, default in (
+        (rope, "rope_theta", 1e6),
+        (local_rope, "rope_local_base_freq", 1e4),
+    ):
+        if table.number("partial_rotary_factor", 0.0, 1.0, default=1.0) != 1:
+            raise table.refuse("partial_rotary_factor", "not 1, and all of a head is rotated here")
+        theta = c.number(key, *THETA, default=default)
+        thetas.append(table.number("rope_theta", *THETA, default=theta))
+
+    config = llama(
+        c,
+        norm=norm,
+        head_norm=same_for_all_heads(norm),
+        mlp=partial(GLU, act="gelu_tanh"),
+        block=SandwichBlock,
+        tied=True,
+        rope_theta=thetas[0],
+        score_scale=c.number("query_pre_attn_scalar", 1e-6, 1e6, default=256.0) ** -0.5,
+        embed_scale=c.integer("hidden_size", 1, WIDTH) ** 0.5,
+    )
+    scaling_of(c, local_rope, config.head_dim, {"default": unscaled})  # refuses all other kinds
+    scaling = scaling_of(c, rope, config.head_dim, {"default": unscaled, "linear": linear_rope})
+
+    layers = []
+    for layer, kind in zip(config.layers, gemma3_layers(c, len(config.layers)), strict=True):
+        if kind == "sliding_attention":
+            window = sliding_window(c, GEMMA3_DEFAULTS["sliding_window"])
+            if window is None:
+                raise c.refuse("sliding_window", "no window, and some layers have one")
+            layer = replace(layer, rope_theta=thetas[1], window=window)
+        layers.append(layer)
+    return replace(config, layers=tuple(layers), rope_scaling=scaling)
+
+
+def gemma3_layers(c: Fields, depth: int) -> list[str]:
+    """Return the kind of each layer. Where no list says it, every sixth one has no window."""
+    if "layer_types" not in c:
+        pattern = c.integer("sliding_window_pattern", 1, LAYERS, default=6)
+        kinds = ["sliding_attention"] * depth
+        kinds[pattern - 1 :: pattern] = ["full_attention"] * (depth // pattern)
+        return kinds
+
+    kinds = c.list("layer_types", str)
+    if len(kinds) != depth:
+        raise c.refuse("layer_types", f"a list of {len(kinds)} for {depth} layers")
+    return kinds
+
+
+GEMMA3_LAYERS = ("full_attention", "sliding_attention")
+
+GEMMA3_DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+}
 
 
 def stablelm(c: Fields) -> LMConfig:
@@ -566,6 +960,7 @@ def openelm(c: Fields) -> LMConfig:
         block=Block,
         rope_theta=c.number("rope_freq_constant", *THETA),
         rotary_dim=rotary_dim(c, head_dim, 1.0),
+        rope_scaling=rope_scaling(c, head_dim, {"default": unscaled}),
         tied=c.flag("share_input_output_layers"),
         init_std=c.number("initializer_range", 0.0, 100.0, default=0.02),
     )
@@ -620,6 +1015,37 @@ FAMILIES: dict[str, Family] = {
             "intermediate_size": 11008,
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+        },
+        neutral={"mlp_bias": (False, True)},
+    ),
+    "mistral": Family(
+        config=mistral,
+        defaults=MISTRAL_DEFAULTS,
+    ),
+    "smollm3": Family(
+        config=smollm3,
+        defaults={
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+        },
+        neutral={"mlp_bias": (False, True)},
+    ),
+    "phi3": Family(
+        config=phi3,
+        rename=PHI3_NAMES,
+        defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 4096,
         },
     ),
     "qwen2": Family(
@@ -659,6 +1085,21 @@ FAMILIES: dict[str, Family] = {
         neutral={
             # Gemma's files say `gelu`, but Hugging Face has always computed it with tanh.
             "hidden_act": ("gelu", *GELU_TANH),
+            "use_bidirectional_attention": (None, False),
+        },
+    ),
+    "gemma3_text": Family(
+        config=gemma3,
+        defaults=GEMMA3_DEFAULTS,
+        neutral={
+            "hidden_act": GELU_TANH,
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "layer_types": (
+                ["full_attention"],
+                ["sliding_attention"],
+                ["full_attention", "sliding_attention"],
+            ),
+            "partial_rotary_factor": (None, 1),
             "use_bidirectional_attention": (None, False),
         },
     ),
@@ -710,7 +1151,6 @@ FAMILIES: dict[str, Family] = {
 NEUTRAL = {
     "hidden_act": ("silu",),
     "hidden_activation": (None, "gelu_pytorch_tanh"),
-    "rope_scaling": (None,),
     "quantization_config": (None,),
     "mlp_bias": (False,),
     "use_sliding_window": (None, False),
@@ -718,14 +1158,12 @@ NEUTRAL = {
     "rope_interleaved": (False,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
-    "rope_parameters.rope_type": ("default",),
     "layer_types": (["full_attention"],),
 }
 
 # Known families that are not built here, and why.
 REFUSED = {
-    "gemma2": "soft-capped scores and sliding windows",
-    "gemma3_text": "sliding windows of two rotary bases",
+    "gemma2": "soft-capped scores",
 }
 
 
@@ -744,13 +1182,9 @@ def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
         raise UserError(f"{where}:model_type", what, f"one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
 
-    # Two fields are made comparable first: one is nested, the other lists all layers.
-    rope = c.table("rope_parameters", optional=True)
+    # One field is made comparable first: it lists all layers.
     layer_types = c.list("layer_types", str, default=[]) or ["full_attention"]
-    given = hf | {
-        "rope_parameters.rope_type": rope.text("rope_type", default="default"),
-        "layer_types": sorted(set(layer_types)),
-    }
+    given = hf | {"layer_types": sorted(set(layer_types))}
     for key, values in (NEUTRAL | family.neutral).items():
         if key in given and given[key] not in values:
             what = f"{given[key]!r} is not supported for {kind}"
@@ -1126,7 +1560,7 @@ class LLaVA(nn.Module):
             joined = torch.cat(features)
         x = self.embed(row.input_ids, joined, row.image_at)
         attend = packed_attention(row.cu_seqlens, row.max_seqlen)
-        return self.language_model.model(x, row.positions, attend)
+        return self.language_model.model(x, row.positions, attend, row.cu_seqlens)
 
     # -- loss and logits ---------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from config import UserError
 from inference.cache import Cache
 from packing import PackedRow
 
@@ -43,12 +44,20 @@ class Beams:
         self.num_beams = num_beams
         self.prompts = len(packed.cu_seqlens) - 1
 
+        # Beyond the switch of LongRoPE all keys of a sequence are others.
+        switch = self.lm.config.rope_switch
+        for length in packed.cu_seqlens.diff().tolist():
+            if length <= switch < length + max_new_tokens - 1:
+                what = f"{max_new_tokens} tokens behind {length} cross {switch}, beyond which"
+                what += " the model rotates all keys differently"
+                raise UserError("max_new_tokens", what, "use fewer, or num_beams 1")
+
         # Each prompt is computed once, in one row of the cache.
         x = model.embed(packed.input_ids, features)  # (T, D)
         slots = packed.max_seqlen + max_new_tokens
         self.cache = Cache(self.lm.config, self.prompts, slots, like=x)
         attend = self.cache.prefill(packed)
-        hidden_states = self.lm.model(x, packed.positions, attend)
+        hidden_states = self.lm.model(x, packed.positions, attend, packed.cu_seqlens)
 
         # In float32, because beam search adds up many log-probabilities.
         last = packed.cu_seqlens[1:].long() - 1

@@ -56,7 +56,8 @@ class NewTokens(NamedTuple):
 class Cache:
     """Keys and values of every layer, and the number of slots that each sequence has filled.
 
-    k[i] and v[i] (B, K, L, d) are those of layer i. Layers may differ in K, and in L: see `slots_of`.
+    k[i] and v[i] (B, K, L, d) are those of layer i. Layers may differ in K and, where some have a
+    window, in L.
     """
 
     def __init__(self, config, rows: int, slots: int, like: Tensor):

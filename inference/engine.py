@@ -164,6 +164,9 @@ class Engine:
 
         self.cache = Cache(self.lm.config, rows, slots, like=self.embedding)
 
+        # Sequences of more slots than this have other keys, from their first token on (LongRoPE).
+        self.switch = self.lm.config.rope_switch
+
         # A captured step reads its inputs from here: each row's last token, and how many of its
         # slots are filled.
         self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)
@@ -278,9 +281,17 @@ class Engine:
             inputs = send(torch.tensor([tokens, filled]), self.device)
             self.logits = self._forward(inputs)
 
-        for row, token in zip(active, tokens, strict=True):
+        for i, (row, token) in enumerate(zip(active, tokens, strict=True)):
             row.cached_ids.append(token)
             row.filled += 1
+            if row.filled == self.switch + 1:
+                self._compute_again(i)
+
+    def _compute_again(self, i: int):
+        """Compute an active row from its first token on, and its next logits."""
+        images = self._read(self.rows[i].request).images
+        whole = Placement(row=i, source=i, reused=0)
+        self.logits[i] = self._prefill([whole], self._encode(images))[0]
 
     def _forward(self, inputs: Tensor) -> Tensor:
         """Return the logits (B, V) behind inputs (2, B): tokens, and the slots filled before."""
@@ -457,6 +468,12 @@ class Engine:
             if start < MIN_PREFIX or not self.cache.can_continue(self.rows[source].filled, start):
                 reused = 0
 
+            # On the other side of the switch the same tokens have other keys.
+            was_long = self.rows[source].filled > self.switch
+            is_long = self._slots(prompt.ids) > self.switch
+            if was_long != is_long:
+                reused = 0
+
             # A prompt that reuses no free row takes the one whose loss costs least.
             if reused and source in free:
                 row = source
@@ -536,7 +553,7 @@ class Engine:
         if images:
             features_of_tails = torch.cat(images)
         x = self.model.embed(packed.input_ids, features_of_tails, packed.image_at)  # (T, D)
-        hidden_states = self.lm.model(x, packed.positions, attend)
+        hidden_states = self.lm.model(x, packed.positions, attend, packed.cu_seqlens)
         last = packed.cu_seqlens[1:].long() - 1
         return self.lm.lm_head(hidden_states[last])
 

@@ -89,7 +89,7 @@ def reference(
 
 
 def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Return which of `keys` each of `queries` sees, (queries, keys): the last `window` up to its own.
+    """Return which keys each query sees, (queries, keys): `window` of them, its own the last.
 
     The queries belong to the last keys.
     """
@@ -431,9 +431,10 @@ def key_kernel(
     """Compute dk (if KEYS) and dv (if VALUES) of BN keys of one key head.
 
     It loops over the G query heads of the key head and the blocks of BM queries of each: first the
-    blocks that see all the keys, without masks, then those at the edge: the diagonal, and the last,
-    partial one, or those from whose windows some keys are gone. p and ds are transposed, (BN, BM), so that they are left operands of a matrix
-    product: these may stay in registers, right ones must go to shared memory.
+    blocks that see all the keys, without masks, then those at the edge: the diagonal, those whose
+    windows have lost some of the keys, and the last, partial one. p and ds are transposed, (BN,
+    BM), so that they are left operands of a matrix product: these may stay in registers, right ones
+    must go to shared memory.
 
     Queries beyond the end need no mask: their q, do and delta are loaded as zeros, so they add
     nothing. Keys beyond the end are computed and not stored.
@@ -464,8 +465,8 @@ def key_kernel(
     PAIRS += 2 * (head * G * T + begin_q)
 
     # The queries in order. Causal: none before `near` sees a key of the block, and the `diagonal`
-    # blocks from there on see some of them. From `far` on `whole` blocks see all keys. The `partial`
-    # blocks from `last` on see some, or have only some queries.
+    # blocks from there on see some of them. From `far` on `whole` blocks see all keys, and the
+    # `partial` blocks from `last` on see some, or have only some queries.
     if CAUSAL:
         near = first // BM * BM
         diagonal = tl.cdiv(tl.maximum(tl.minimum(first + BN, queries) - near, 0), BM)

@@ -1,4 +1,4 @@
-"""Small random language models: two configurations of every family, and models to put adapters on.
+"""Small random language models: configurations of every family, and models to put adapters on.
 
 `filled` makes parameters random where a fresh model has zeros and ones, which would hide mistakes.
 """
@@ -18,7 +18,7 @@ SIZES = {
     "num_hidden_layers": 3,
     "initializer_range": 0.1,
 }
-# model_type -> two configurations; each differs from SIZES in what it names.
+# model_type -> two configurations or more; each differs from SIZES in what it names.
 CONFIGS = {
     "llama": (
         {
@@ -28,6 +28,99 @@ CONFIGS = {
             "tie_word_embeddings": True,
         },
         {"num_attention_heads": 3, "head_dim": 18, "rope_theta": 1234.5, "attention_bias": True},
+        # Llama-3.1 and 3.2. Some pairs are fast, some slow and some between.
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        {
+            "num_attention_heads": 5,
+            "head_dim": 14,
+            "mlp_bias": True,
+            "rope_scaling": {
+                "type": "llama3",
+                "factor": 32.5,
+                "low_freq_factor": 0.7,
+                "high_freq_factor": 3.5,
+                "original_max_position_embeddings": 41,
+            },
+            "rope_theta": 777.7,
+        },
+    ),
+    "mistral": (
+        {"num_attention_heads": 5, "num_key_value_heads": 1, "sliding_window": None},
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "head_dim": 18,
+            "sliding_window": 4,
+            "max_position_embeddings": 77,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 3e5, "factor": 2.5},
+        },
+    ),
+    "smollm3": (
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 5,
+            "pad_token_id": None,
+        },
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "no_rope_layers": [0, 1, 0, 1],
+            "rope_theta": 5e6,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+    ),
+    # Fused projections and LongRoPE. The first switches to other divisors behind 12 tokens.
+    "phi3": (
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 96,
+            "original_max_position_embeddings": 12,
+            "sliding_window": 96,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3, 1.2, 1.5, 1.7],
+                "long_factor": [1.0, 2.1, 3.3, 4.2, 7.5, 9.7],
+            },
+            "pad_token_id": None,
+        },
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": 0.6,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 432.1,
+                "attention_factor": 1.19,
+                "short_factor": [1.0, 2.5, 3],
+                "long_factor": [5.0, 6.5, 7],
+            },
+            "pad_token_id": None,
+        },
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "sliding_window": 7,
+            "pad_token_id": None,
+        },
     ),
     "qwen2": (
         {
@@ -50,6 +143,36 @@ CONFIGS = {
     "gemma": (
         {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 26},
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "hidden_size": 50},
+    ),
+    # Windows of which 17 tokens are several. The second is in the fields of older files.
+    "gemma3_text": (
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 26,
+            "query_pre_attn_scalar": 11,
+            "sliding_window": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 3e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 123.4},
+            },
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "hidden_size": 52,
+            "num_hidden_layers": 5,
+            "query_pre_attn_scalar": 30,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "rope_theta": 5e4,
+            "rope_local_base_freq": 321.5,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.5},
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
     ),
     "stablelm": (
         {

@@ -134,7 +134,7 @@ def _builds(
     return builds
 
 
-# Head width, packed, grouped heads, window. Those with windows are Phi-3's, Mistral's and Gemma-3's.
+# Head width, packed, grouped heads, window. The windows are Phi-3's, Mistral's and Gemma-3's.
 _SHAPES = [
     (64, False, False, 0),
     (64, True, False, 0),
