@@ -162,6 +162,8 @@ for _d, _window in ((64, 0), (96, 0), (128, 0), (256, 0), (64, 512), (256, 512))
         _build = in_dtype(_build, "fp32")
         BUILDS.append(_build._replace(targets=(80,), spills=_SPILLS.get(_d, 0)))
 
+_SMALL = "a small window"
+_BLOCKS = "a window of blocks and a bit"
 MUTATIONS = [
     Mutation("(key <= query[:, None])", "(key <= query[:, None] + 1)", "causal"),
     Mutation("key[:, None] <= (start + row)", "key[:, None] < (start + row)", "causal"),
@@ -170,7 +172,16 @@ MUTATIONS = [
     Mutation("(i // count)", "(i // count * 0)", "few queries, grouped heads, scale"),
     Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
     Mutation("dq1 * scale, dq2 * scale", "dq1 * scale, dq2", "packed, empty samples"),
-    Mutation("diagonal + tl.where(last < queries, 1, 0)", "diagonal", "not causal"),
+    Mutation("diagonal + partial", "diagonal", "not causal"),
+    Mutation("(key > query[:, None] - WINDOW)", "(key >= query[:, None] - WINDOW)", _SMALL),
+    Mutation("(key[:, None] > query - WINDOW)", "(key[:, None] >= query - WINDOW)", _SMALL),
+    Mutation("tl.full((BM,), -1e30", 'tl.full((BM,), float("-inf")', _SMALL),
+    Mutation("first + BM - WINDOW, 0), BN)", "first - WINDOW, 0), BN)", _BLOCKS),
+    Mutation("tl.maximum(first - WINDOW + 1, 0)", "first", _BLOCKS),
+    Mutation("start -= tl.where(i < edge", "start -= tl.where(i < begin", _BLOCKS),
+    Mutation("tl.minimum(first + WINDOW, queries)", "queries", _BLOCKS),
+    Mutation("first + BN - 1 + WINDOW, queries)", "first + WINDOW, queries)", _BLOCKS),
+    Mutation("near, last - diagonal * BM)", "near, last)", _BLOCKS),
     Mutation(" - delta[None, :]", "", "packed, empty samples"),
     Mutation("delta += tl.sum(o2", "delta -= tl.sum(o2", "packed, empty samples"),
 ]
