@@ -19,7 +19,7 @@ and attends to what is in it. They differ in what is new:
 
 Read `step` first: it is the shortest path through the cache. `prefill` and `extend` do the same
 for many tokens at once. Below them are the operations on rows that the engine's prefix cache and
-beam search need.
+beam search need. `free_memory` says how much room there is for a cache.
 
 B sequences, S prompts, T tokens of a packed row, H heads, K key-value heads, d head width,
 L cache slots.
@@ -27,6 +27,7 @@ L cache slots.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -353,3 +354,27 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | No
     """Return the attention (T, H, d) of q (T, H, d) to k and v (K, L, d) where the mask is true."""
     out = _attend(q.transpose(0, 1)[None], k[None], v[None], mask, scale)
     return out[0].transpose(0, 1)
+
+
+def free_memory(device: str) -> int:
+    """Return how many bytes of a device's memory can be had."""
+    if device != "cpu":
+        free, _ = torch.cuda.mem_get_info(device)
+
+        # What torch has taken from the device and does not use is free, too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+    # As Linux counts it, caches of files included. A container may be allowed less.
+    bounds = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                bounds.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        bounds.append(int(limit.read_text()) - int((group / "memory.current").read_text()))
+
+    # Other systems do not say; the default number of rows was always taken there.
+    return min(bounds, default=2**60)
