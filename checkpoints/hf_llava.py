@@ -53,7 +53,17 @@ NEWER = (
 TABLE = PROJECTOR + NEWER
 
 # The families that transformers has a class for. Its LLaVA gives each of them a head without bias.
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "stablelm", "phi")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "smollm3",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "stablelm",
+    "phi",
+    "phi3",
+)
 ENCODERS = ("clip_vision_model", "siglip_vision_model")
 SELECT = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> ours
 MOST_PIXELS = 2**14  # along an edge of a grid
@@ -193,7 +203,8 @@ def contents(
     files["config.json"] = {
         "model_type": {"Llava": "llava", "LlavaNext": "llava_next"}[architecture],
         "architectures": [f"{architecture}ForConditionalGeneration"],
-        "text_config": c.text | {"vocab_size": vocab, "tie_word_embeddings": lm.config.tied},
+        "text_config": _text_config(c.text, transformers)
+        | {"vocab_size": vocab, "tie_word_embeddings": lm.config.tied},
         "vision_config": vision,
         "image_token_index": token,
         "image_seq_length": model.image_tokens,
@@ -255,6 +266,36 @@ def check_expressible(model):
     if c.image_mode in TILED:
         fix = "export to barellava"
     raise UserError("--to hf-llava", reason, fix)
+
+
+def _text_config(text: dict, transformers: int) -> dict:
+    """Return the language model's config for a version of transformers.
+
+    Version 5 reads the table rope_parameters, and also what version 4 reads: rope_scaling without
+    what stands beside it there. Raises UserError for what version 4 has no place for.
+    """
+    rope = text.get("rope_parameters")
+    if transformers >= 5 or not rope:
+        return text
+
+    older = {key: value for key, value in text.items() if key != "rope_parameters"}
+    scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in scaling:
+            older[key] = scaling.pop(key)
+
+    # Its Phi-3 wants exactly three fields there; the original context is one of the top level.
+    if text["model_type"] == "phi3":
+        scaling.pop("original_max_position_embeddings", None)
+        for key in ("attention_factor", "factor"):
+            if scaling.get(key) is not None:
+                what = f"{key} of Phi-3's rotation: transformers 4 has no place for it"
+                raise UserError("--transformers 4", what, "export for transformers 5")
+            scaling.pop(key, None)
+
+    if scaling.get("type", "default") != "default":
+        older.setdefault("rope_scaling", scaling)
+    return older
 
 
 def _scale_image_features(tensors: dict[str, Tensor], model, transformers: int):

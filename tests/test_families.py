@@ -15,6 +15,7 @@ from packing import pack_rows, packed_attention
 from tests.tools.environment import ROOT, shared
 from tests.tools.fuzz import ODD
 from tests.tools.small_language_models import CONFIGS, OPENELM, SIZES, filled
+from training import planner
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle is a development dependency: pip install .[dev]"
@@ -125,6 +126,21 @@ def test_real_configurations_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = LanguageModel.from_hf(hf)
     assert sum(p.numel() for p in model.parameters()) == REAL[name]
+
+
+KNOWN = {
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_configurations_have_the_published_number_of_parameters(name):
+    hf = read_json(planner.KNOWN)[name]
+    with torch.device("meta"):
+        model = LanguageModel.from_hf(hf)
+    assert sum(p.numel() for p in model.parameters()) == KNOWN[name]
 
 
 SMALL = SIZES | {"num_attention_heads": 6, "num_key_value_heads": 2}

@@ -64,7 +64,9 @@ def test_transformers_loads_what_we_write(version, tmp_path):
     """Nothing missing, nothing unexpected, our logits, our greedy tokens."""
     models = {}
     for i, (family, tower) in enumerate(
-        (f, t) for f in ("llama", "qwen2", "gemma") for t in ("clip", "siglip")
+        (f, t)
+        for f in ("llama", "qwen2", "gemma", "mistral", "smollm3", "phi3")
+        for t in ("clip", "siglip")
     ):
         model = small(family, tower, feature_select="patch" if i % 2 else "cls_patch")
         folder = tmp_path / f"{family}-{tower}"

@@ -30,6 +30,18 @@ FAMILIES = {
         "sliding_window_pattern": 2,
     },
     "phi": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    # It switches behind 20 tokens: some prompts are longer, some answers cross.
+    "phi3": {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 20,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.2, 1.5, 1.3, 1.7, 2.0, 2.0, 3.0],
+            "long_factor": [1.5, 4.2, 3.5, 5.3, 7.7, 9.0, 8.0, 8.0],
+        },
+    },
     "stablelm": {"use_parallel_residual": True},
     "openelm": {
         "model_dim": 64,

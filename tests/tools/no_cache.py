@@ -57,7 +57,7 @@ class Uncached:
         positions = torch.cat([torch.arange(len(s), device=x.device) for s in self.sequences])
 
         attend = packed_attention(cu_seqlens, int(lengths.max()))
-        hidden_states = self.lm.model(x, positions, attend)
+        hidden_states = self.lm.model(x, positions, attend, cu_seqlens)
         last = cu_seqlens[1:].long() - 1
         self.logits = self.lm.lm_head(hidden_states[last]).float()
 

@@ -21,6 +21,26 @@ TEXT = {
     "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "gemma": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14},
     "phi": {"num_attention_heads": 4, "partial_rotary_factor": 0.5},
+    "mistral": {"num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": None},
+    "smollm3": {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "no_rope_layers": [0, 1],
+        "pad_token_id": None,
+    },
+    "phi3": {
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 8,  # all prompts are longer
+        "pad_token_id": None,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1234.5,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.2, 1.5],
+            "long_factor": [1.5, 4.2, 3.5],
+        },
+    },
 }
 VISION = {
     "hidden_size": 32,
