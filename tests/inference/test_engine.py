@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
+from config import UserError
 from inference import engine as engine_module
 from inference.engine import Engine, Request
 from model import LLaVA
@@ -85,6 +86,18 @@ def test_static_shapes_decode_the_same(family):
     want = generate_without_cache(model, [full[0].ids], max_new_tokens=206)[0].tolist()
     assert answers(engine, full) == {206: want, 3: want[:3]}
     assert engine.cache.slots == 256
+
+
+def test_beams_do_not_cross_the_switch_of_a_longrope():
+    """Before and behind it they are what no cache gives; across it they are refused."""
+    model = build("phi3")  # switches behind 20 tokens
+    for length, new in ((5, 9), (12, 9), (25, 9)):
+        ids = [torch.arange(3, 3 + length)]
+        want = generate_without_cache(model, ids, max_new_tokens=new, num_beams=3)
+        assert torch.equal(model.generate(ids, max_new_tokens=new, num_beams=3), want)
+    for length, new in ((5, 17), (13, 9), (20, 2)):
+        with pytest.raises(UserError, match=f"^max_new_tokens: {new} tokens .* cross 20, .*; fix"):
+            model.generate([torch.arange(3, 3 + length)], max_new_tokens=new, num_beams=3)
 
 
 def test_a_place_is_taken_as_soon_as_it_is_free():
