@@ -17,14 +17,7 @@ Rows may be JSON, JSON lines, CSV, parquet or tar shards; a folder or a glob of 
 pictures with metadata.csv or with captions; or a Hugging Face id. With --data,
 --columns image=photo question=query names columns that have other names.
 
-A row is what LLaVA's data sets have, with "video" in place of "image" for a video:
-
-    {"id": ..., "image": "a.jpg", "conversations": [
-        {"from": "human", "value": "<image>\\nWhat is this?"},
-        {"from": "gpt", "value": "A cat."}]}
-
-"image" may be a list of files, or be absent. Rows are read by inputs/rows.py, and inputs/sample.py
-makes samples of them. This file, from top to bottom:
+inputs/rows.py reads rows, and inputs/sample.py makes samples of them. From top to bottom:
 
     make_spec, stage_spec, model_spec    how a row becomes a sample: tokenizer, template, limits
     Order                    which row is the k-th sample of training: a permutation for each epoch,
@@ -605,25 +598,16 @@ def main(argv: list[str]):
         print(f"{printable(out)}: {len(rows)} rows in {count} tar files")
         return
 
-    # Rows before training, from one of the two. What reads them uses this file, so it is imported
-    # here, where this file is complete.
-    from training import check
-
+    # Rows before training, from one of the two.
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
     if args.model and (args.tokenizer or not args.data):
         parser.error("--model stands beside --data, and brings its own tokenizer and template")
-    if args.data:
-        where = args.data
-        row_sets = check.row_sets_of_options(args)
-    else:
-        where = args.recipe[0]
-        row_sets = check.row_sets_of_recipe(args.recipe)
 
-    if args.command == "check":
-        check.check_row_sets(row_sets, where, args.against)
-    else:
-        check.inspect_row_sets(row_sets, args)
+    # This file's script stands on a higher floor than the file itself: training/check.py uses it.
+    from training import check
+
+    check.check_or_inspect(args)
 
 
 if __name__ == "__main__":

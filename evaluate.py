@@ -588,7 +588,6 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     # What follows from them.
     file = askings["model"].file
     print(f"rows: {len(chosen)} answers in {file}")
-    print(own_rows_report.introduction(scale, answers["model"]))
     report = own_rows_report.make_report(scale, chosen, answers, losses)
     print(report.text)
 
@@ -637,7 +636,10 @@ def askings_of_rows(
         spec = model_spec(other)
         own_rows.read_questions(rows, spec)  # its template may not take all of them
         room = own_rows.room_for_answers(examples, spec.tokenizer)
-        askings[args.baseline] = asked(room, other, "", other / "eval" / "rows.jsonl", False)
+        who = args.baseline
+        if who in askings:
+            who = f"{who}/"  # a folder that is named "model", say
+        askings[who] = asked(room, other, "", other / "eval" / "rows.jsonl", False)
     return askings
 
 

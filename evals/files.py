@@ -30,6 +30,7 @@ MEND_FILE = "mend it, or fetch it again"
 MEND_ROW = "mend the row, or fetch the file again"
 
 MOST_OPTIONS = 26  # an option has a letter
+LARGEST_ID = 2**63 - 1  # of a question or a picture
 LONGEST_PATH = 4096  # characters, the most that a system opens
 LONGEST_CELL = 2**27  # characters of a cell of a table: a large picture in base64
 LONGEST_LIST = 10_000  # characters of a list that is written as Python's
@@ -109,7 +110,7 @@ class Row(Fields):
         if isinstance(value, str) and 0 < len(value) <= LONGEST_PATH and is_unicode(value):
             return value
         is_number = isinstance(value, int) and not isinstance(value, bool)
-        if is_number and abs(value) < 2**63:
+        if is_number and abs(value) <= LARGEST_ID:
             return value
         raise self.refuse(key, "not a text or a whole number")
 

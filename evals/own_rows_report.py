@@ -1,7 +1,6 @@
 """What is told of the answers to one's own rows: a few lines, a table, a page with the wrong ones.
 
     answers = {"model": [...], "pictures blanked": [...], "out/other": [...]}
-    print(introduction(scale, answers["model"]))
     report = make_report(scale, examples, answers, losses)
     print(report.text)
     page = wrong_page("out/mine on mine.jsonl", report.text, scale, examples, answers, pictures)
@@ -47,7 +46,7 @@ class Report:
 
     scores: dict[str, dict]  # {name: a score as evals/scores.py has it}
     differences: dict[str, list[float]]  # {who: [mean, low, high] in percent, of the first to it}
-    text: str  # the table, and a sentence for each difference
+    text: str  # what the scores are of, their table, and a sentence for each difference
 
 
 def make_report(
@@ -67,7 +66,7 @@ def make_report(
         scores[name] = scale.score(examples, said) | {"loss": losses[who]}
 
     differences = {}
-    lines = [score_table(scores)]
+    lines = [*introduction(scale, answers[model]), score_table(scores)]
     for who in others:
         found = scale.compare(examples, answers[model], answers[who])
         differences[who] = [100 * value for value in found]
@@ -75,7 +74,7 @@ def make_report(
     return Report(scores, differences, "\n".join(lines))
 
 
-def introduction(scale: Scale, answers: list[str]) -> str:
+def introduction(scale: Scale, answers: list[str]) -> list[str]:
     """Return the lines before the table: what the metric and its controls are of these answers."""
     lines = [f"{scale.name}: {scale.metric.says} ({scale.reason})"]
     if scale.constant:
@@ -83,7 +82,7 @@ def introduction(scale: Scale, answers: list[str]) -> str:
     if scale.name == "yesno":
         count = pope.unread([], answers)
         lines.append(f"{count} of {len(answers)} answers {pope.UNREAD}")
-    return "\n".join(lines)
+    return lines
 
 
 def sentence(found: Difference, than: str, n: int) -> str:
@@ -95,7 +94,10 @@ def sentence(found: Difference, than: str, n: int) -> str:
         low, high = -100 * found.high, -100 * found.low
         return f"worse than {than} by {points} [{low:.1f}, {high:.1f}]"
     seen = f"{100 * found.mean:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f"no difference from {than} that {n} questions could show: {seen}"
+    shown_by = "1 question"
+    if n > 1:
+        shown_by = f"{n} questions"
+    return f"no difference from {than} that {shown_by} could show: {seen}"
 
 
 # ------------------------------------------------------------------------------------------ page
@@ -103,22 +105,25 @@ def sentence(found: Difference, than: str, n: int) -> str:
 STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
   color: #1c2430 }
-article { display: flex; gap: 1.2em; padding: 1em 0; border-top: 1px solid #dde2e8 }
-.shown { flex: 0 0 250px }
+h1 { font-size: 1.5em; overflow-wrap: anywhere }
+pre { background: #f4f6f8; padding: 1em; overflow-x: auto }
+article { display: flex; flex-wrap: wrap; gap: 1.2em; padding: 1em 0;
+  border-top: 1px solid #dde2e8 }
+.shown { flex: 0 0 240px }
 .shown img { display: block; margin-bottom: 4px; border: 1px solid #dde2e8 }
-.said { min-width: 0; overflow-wrap: anywhere }
-.said p { margin: 0 0 .5em; white-space: pre-wrap }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margin: 0 }
-dt, .where { color: #5b6572 }
+.said { flex: 1 1 20em; min-width: 0; overflow-wrap: anywhere }
+.said p { margin: 0; white-space: pre-wrap }
+.said .asked { font-weight: bold; margin-bottom: .5em }
+dl { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: .1em 1em; margin: 0 }
+dt, .before, .where { color: #5b6572 }
 dd { margin: 0; white-space: pre-wrap }
 .where { font-size: .85em }
-pre { background: #f4f6f8; padding: 1em; overflow-x: auto }
 """
 
 
 def wrong_page(
     title: str,
-    table: str,
+    text: str,
     scale: Scale,
     examples: list[Example],
     answers: dict[str, list[str]],
@@ -126,7 +131,7 @@ def wrong_page(
 ) -> str:
     """Return a page with the answers that do not earn all: evenly of them, at most MOST_SHOWN.
 
-    answers: {who says it: the answers}, first those that the page is about.
+    text: what stands above them. answers: {who: what it says}, first whom the page is about.
     pictures: returns what an example shows, videos as some of their frames.
     """
     credits = scale.credits(examples, next(iter(answers.values())))
@@ -134,35 +139,51 @@ def wrong_page(
     count = min(len(wrong), MOST_SHOWN)
     shown = [wrong[i * len(wrong) // count] for i in range(count)]
 
-    body = [f"<h1>{escape(title)}</h1>", f"<pre>{escape(table)}</pre>"]
-    of_all = f"{len(wrong)} of {len(examples)} answers are wrong"
+    how = "wrong"
     if scale.name in ("f1", "anls"):
-        of_all = f"{len(wrong)} of {len(examples)} answers are not wholly right"
+        how = "not wholly right"
+    said = f"{len(wrong)} of {len(examples)} answers are {how}"
     if count < len(wrong):
-        of_all += f"; {count} of them, spread evenly, are shown"
-    body.append(f"<p>{of_all}.</p>")
+        said += f"; {count} of them, spread evenly, are shown"
 
+    body = [f"<h1>{escape(title)}</h1>", f"<pre>{escape(text)}</pre>", f"<p>{said}.</p>"]
     for k in shown:
-        example = examples[k]
-        said = {"true": " | ".join(example["label"])}
-        for who, texts in answers.items():
-            said[who] = texts[k]
-        images = "".join(small_image(image) for image in pictures(example))
-        rows = "".join(f"<dt>{escape(who)}</dt><dd>{escape(a)}</dd>" for who, a in said.items())
-        question = example["prompt"].replace(IMAGE, "").strip()
-        body.append(
-            f'<article><div class="shown">{images}</div><div class="said">'
-            f"<p>{escape(question)}</p><dl>{rows}</dl>"
-            f'<p class="where">{escape(printable(example["where"], 1000))}</p></div></article>'
-        )
+        of_each = {who: texts[k] for who, texts in answers.items()}
+        body.append(article(examples[k], of_each, pictures(examples[k])))
     return html_page(title, "\n".join(body), STYLE)
+
+
+def article(example: Example, answers: dict[str, str], images: list[Image.Image]) -> str:
+    """Return a question as HTML: what it shows, the turns before it, the true and other answers."""
+    *before, asked = example["conversation"]
+    said = ""
+    if before:
+        turns = "\n".join(f"{turn['from']}: {without_marks(turn)}" for turn in before)
+        said += f'<p class="before">{escape(turns)}</p>'
+    said += f'<p class="asked">{escape(without_marks(asked))}</p>'
+
+    said += "<dl>"
+    for who, answer in [("true", " | ".join(example["label"])), *answers.items()]:
+        said += f"<dt>{escape(who)}</dt><dd>{escape(answer)}</dd>"
+    said += "</dl>"
+    said += f'<p class="where">{escape(printable(example["where"], 1000))}</p>'
+
+    shown = ""
+    if images:
+        shown = f'<div class="shown">{"".join(small_image(image) for image in images)}</div>'
+    return f'<article>{shown}<div class="said">{said}</div></article>'
+
+
+def without_marks(turn: dict) -> str:
+    """Return the text of a turn without <image>: the pictures stand beside it."""
+    return turn["value"].replace(IMAGE, "").strip()
 
 
 def small_image(image: Image.Image) -> str:
     """Return a picture as HTML, no larger than the page shows it."""
     small = image.copy()
     small.thumbnail((2 * PAGE_WIDTH, 2 * PAGE_WIDTH))
-    return image_tag(small, min(PAGE_WIDTH, image.width * 2))
+    return image_tag(small, min(PAGE_WIDTH, ENLARGED * image.width))
 
 
 def pictures_of(data_dir) -> Callable[[Example], list[Image.Image]]:

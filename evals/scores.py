@@ -63,12 +63,13 @@ def open_scores(results: Sequence[OpenResult]) -> dict[str, dict]:
             credits.setdefault(name, []).append(result.credit_of)
 
     for name, score in scores.items():
-        score["chance"] = 100 * best_constant(credits[name])
+        _, credit = best_constant(credits[name])
+        score["chance"] = 100 * credit
     return scores
 
 
-def best_constant(credits: Sequence[dict[str, float]]) -> float:
-    """Return what the best single answer to all questions earns, 0 to 1.
+def best_constant(credits: Sequence[dict[str, float]]) -> tuple[str, float]:
+    """Return the best single answer to all questions and what it earns, 0 to 1; ("", 0) if none.
 
     credits: for each question {answer: its credit}.
     """
@@ -76,7 +77,10 @@ def best_constant(credits: Sequence[dict[str, float]]) -> float:
     for credit_of in credits:
         for answer, credit in credit_of.items():
             totals[answer] = totals.get(answer, 0) + credit
-    return max(totals.values(), default=0) / len(credits)
+    if not totals:
+        return "", 0.0
+    best = max(totals, key=totals.get)
+    return best, totals[best] / len(credits)
 
 
 def in_order(scores: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:

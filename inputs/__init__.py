@@ -2,17 +2,32 @@
 
 The path of a training row, in reading order:
 
-    rows.py             what every row format offers, the table of formats, mixtures of them
+    rows.py             opens rows: what every format offers, the table of formats, mixtures
+    forms.py            a raw row, whatever its keys, to a row as LLaVA's are
     templates.py        the row's conversation to one text, the text to ids and labels
     sample.py           one row to one sample: the whole path in one function
     tiling.py           a picture or a video to the views that the encoder sees
 
-To add a row format, read rows.py; its docstring names the three places. The formats there are:
+From a name to files, and which format they have:
 
-    indexed_rows.py     their base: rows that are JSON texts in files, found by byte offsets
-    index.py            keeps those offsets beside the file
-    json_rows.py        .json and .jsonl, media in a folder; json_list.py scans a .json
+    folders.py          what a folder holds: files of rows, or pictures with a table or captions
+    hub.py              the same of a Hugging Face id, cached or downloaded
+    kinds.py            which format a file has, by its content; sniff.py knows what is no rows
+
+The formats find raw rows in files. To add one, read rows.py; its docstring names the places:
+
+    file_rows.py        the base of all: rows in files, one file after the other
+    indexed_rows.py     rows that are texts, found by byte offsets; index.py keeps these offsets
+    json_rows.py        .json and .jsonl; json_list.py scans a .json
+    table_rows.py       .csv and .tsv
     shards.py           .tar, media inside; also writes such files
+    parquet_rows.py     .parquet, read by row groups
+    caption_rows.py     a folder of pictures with captions
+
+What a raw row says:
+
+    forms.py            which form it has, by its keys: a row as LLaVA's are, with its pictures
+    turns.py            the turns of each form, and where pictures stand in them
     media.py            the pictures and videos that a row names
 
 Which rows a stage trains on, and which it holds out:
@@ -20,7 +35,7 @@ Which rows a stage trains on, and which it holds out:
     holdout.py          a share or a number of rows is held out, and rows rated low are left out
     subset.py           rows chosen of others by number
     content.py          hashes of what a row shows, asks and answers; measure.py keeps such numbers
-    duplicates.py       rows that occur twice, or in a benchmark
+    duplicates.py       rows that occur twice; overlaps.py: rows that occur in a benchmark
 
 What templates.py stands on:
 
@@ -36,9 +51,9 @@ What tiling.py and sample.py stand on:
     image_processor.py  resize, crop and normalize as the published encoders do
     pictures.py         any picture file to upright RGB, or one line of what is wrong with it
     video.py            the frames of a video that are wanted, and no others
-    sniff.py            tells a file that is no picture or video at all: error pages, zeros
+    sniff.py            tells a file that is something else: error pages, zeros
 
-For people to look at, with data.py and visualize.py:
+For people to look at, with training/check.py and visualize.py:
 
     preview.py          what is supervised, marked in a text; pictures in a page
     summary.py          counts and lengths of many samples

@@ -201,19 +201,25 @@ def pairs_of(names: list[str]) -> Pairs:
 
     names: of pictures and texts.
     """
-    pictures = [name for name in names if is_picture(name)]
-    captions = {stem_of(name): name for name in names if not is_picture(name)}
+    pictures = []
+    captions = {}
+    for name in names:
+        if is_picture(name):
+            pictures.append(name)
+        else:
+            captions[stem_of(name)] = name
 
     pairs = []
     alone = []
+    unused = dict(captions)
     for picture in pictures:
-        caption = captions.get(stem_of(picture))
-        if caption:
-            pairs.append((picture, caption))
+        stem = stem_of(picture)
+        if stem in captions:
+            pairs.append((picture, captions[stem]))
+            unused.pop(stem, None)  # two pictures may share a caption
         else:
             alone.append(picture)
-    shown = {stem_of(picture) for picture in pictures}
-    return Pairs(pairs, alone, [captions[stem] for stem in captions if stem not in shown])
+    return Pairs(pairs, alone, list(unused.values()))
 
 
 # -------------------------------------------------------------------------------------- on the disk
@@ -270,7 +276,7 @@ def the_kind(kinds: dict[str, str], name: str | Path) -> str:
     if len(examples) > 1:
         formats = [f"{NAMES[kind].several} ({examples[kind]})" for kind in sorted(examples)]
         what = f"files of several formats: {printable(', '.join(formats), 300)}"
-        raise UserError(name, what, "name those of one, or make a mixture of them")
+        raise UserError(name, what, "name those of one with a glob (DIR/*.csv), or make a mixture")
     [kind] = examples
     return kind
 
@@ -286,7 +292,8 @@ def no_rows(name: str | Path, names: list[str], chosen: Chosen, objects: list[st
     """Return the error for a folder without rows."""
     if chosen.left_out:
         what = f"no rows but those of other splits: {chosen.left_out}"
-        return UserError(name, what, "name the files themselves, with a glob such as FOLDER/*.json")
+        example = next(file for file in files_of_rows(names) if file not in chosen.names)
+        return UserError(name, what, f"name files of one, such as {name}/{example}")
     if objects:
         what = f"no rows: {printable(objects[0], 100)} is one JSON object"
         return UserError(name, what, "write a JSON list of rows, or one row a line")

@@ -70,7 +70,9 @@ FORMS = (("conversations",), ("texts",), ("question", "answer"), ("caption",))
 
 READ_AS = "read as "  # how the note on a row's form begins
 
-ROW_FIX = f"write a row as {EXAMPLE}, or map its keys with columns"
+ROW_FIX = (
+    f'write a row as {EXAMPLE}, or map its keys with columns = {{question = "KEY", answer = "KEY"}}'
+)
 
 
 class Row(dict):
@@ -216,6 +218,17 @@ def find_form(keys: dict[str, str], columns: dict[str, str], has_media: bool) ->
     return ()
 
 
+def form_fix(row: Row) -> str:
+    """Return what to do about a row of no form, by the parts of a form that it has."""
+    if "question" in row.keys_read:
+        return 'write its answer, or map it: columns = {answer = "KEY"}'
+    if "answer" in row.keys_read:
+        return 'write its question, or map it: columns = {question = "KEY"}'
+    if "caption" in row.keys_read:
+        return 'name its picture under "image", or map it: columns = {image = "KEY"}'
+    return ROW_FIX
+
+
 def check_same(raw: dict, keys: list[str], part: str, where: str):
     """Raise UserError if a row has different pictures under several keys."""
     first = as_list(raw[keys[0]])
@@ -246,7 +259,19 @@ def check_columns(rows: Any, columns: dict[str, str]):
                 missing.pop(part, None)
     for part, key in missing.items():
         what = f"no row that can be read has anything under {key!r}"
-        raise UserError(f"{rows.file}: columns.{part}", what, "name a key of the rows")
+        fix = f"name a key of the rows: {names_of_keys(rows)}"
+        raise UserError(f"{rows.file}: columns.{part}", what, fix)
+
+
+def names_of_keys(rows: Any) -> str:
+    """Return the keys that the first rows have, for a message."""
+    names: dict[str, None] = {}
+    for i in range(min(len(rows), 20)):
+        with suppress(UserError):
+            row = rows[i]
+            names.update(dict.fromkeys(row.keys_read.values()))
+            names.update(dict.fromkeys(row.unread))
+    return printable(", ".join(names), 300)
 
 
 def columns_of(words: list[str]) -> dict[str, str]:
@@ -257,7 +282,8 @@ def columns_of(words: list[str]) -> dict[str, str]:
         if not equals or part not in KEYS or not column:
             what = f"{printable(word, 60)!r} maps no column"
             parts = ", ".join(KEYS)
-            raise UserError("--columns", what, f"write part=column, a part being one of {parts}")
+            fix = f"write part=column, as image=photo; a part is one of {parts}"
+            raise UserError("--columns", what, fix)
         columns[part] = column
     return columns
 

@@ -31,6 +31,7 @@ import numpy as np
 
 from config import AUTO, Source, Stage, UserError, printable
 from inputs.content import FEW_ROWS, UNREADABLE, row_keys
+from inputs.forms import names_of_keys
 from inputs.measure import measure_rows
 from inputs.rows import RowMixture, Rows, open_rows
 from inputs.subset import RowSubset
@@ -72,8 +73,10 @@ def open_stage(stage: Stage, where: str, workers: int = 0) -> StageRows:
         if source.at_least:
             rows = opened[name]
             opened[name] = rated_rows(rows, source.at_least, place_of(where, name), workers)
-            found = f"at_least: {len(opened[name])} of {len(rows)} rows"
-            notes.append(" ".join(filter(None, (name, found))))
+            note = f"at_least: {len(opened[name])} of {len(rows)} rows"
+            if name:
+                note = f"{name} {note}"
+            notes.append(note)
 
     # Rows that are held out of these.
     if validation == AUTO:
@@ -269,7 +272,7 @@ def numbers_of(rows: Rows, column: str, where: str, workers: int) -> np.ndarray:
         what = f"{printable(column, 100)} is {printable(repr(row[column]), 60)}, and no number"
         raise UserError(rows.where(i, row), what, "write a number or null, or mend at_least")
     if not (found == NUMBER).any():
-        what = f"no row has a number there, they have {names_of_columns(rows)}"
+        what = f"no row has a number there, they have {names_of_keys(rows)}"
         raise UserError(where, what, "name a column of numbers")
     return numbers
 
@@ -292,14 +295,3 @@ def measure_number(rows: Rows, i: int, column: str) -> tuple[int, int, int]:
     except (ValueError, OverflowError):
         found = OTHER
     return found, int(np.float64(number).view(np.int64)), 0
-
-
-def names_of_columns(rows: Rows) -> str:
-    """Return the keys that some rows have, for a message."""
-    names: dict[str, None] = {}
-    for i in range(min(len(rows), 20)):
-        try:
-            names.update(dict.fromkeys(rows[i]))
-        except UserError:
-            continue
-    return printable(", ".join(names), 300)

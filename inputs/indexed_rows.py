@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoints.files import open_regular, parse_json
-from config import UserError
+from config import UserError, printable
 from inputs import index
 from inputs.file_rows import FileRows, file_state, named
 from inputs.forms import Row, read_row
@@ -49,7 +49,9 @@ def json_error(error: ValueError, raw: bytes, where: str, byte: int) -> UserErro
     other = looks_like(raw[:HEAD])
     if other:
         what = other
-        fix = "save it as UTF-8" if "UTF-16" in other else "mend it there"
+        fix = "mend it there"
+        if "UTF-16" in other:
+            fix = "save it as UTF-8"
     elif isinstance(error, UnicodeDecodeError):
         what = f"not UTF-8 at byte {byte + error.start}"
         fix = "save it as UTF-8"

@@ -107,7 +107,8 @@ def picture_in(value: Any, named: bool, levels: int = 4) -> str:
     """Return "image" or "video" if a value plainly holds one; "" if not.
 
     Bytes and data: URLs are one. With `named` a text that ends as the name of such a file is one,
-    too. Of a list the first items are looked at, `levels` deep. (A map of parquet is one of tuples.)
+    too. Of a list the first items are looked at, `levels` deep. A map of parquet is a list of
+    tuples.
     """
     if isinstance(value, bytes) and value:
         return "image"
@@ -217,4 +218,8 @@ def missing_fix(media: Media) -> str:
         other = unicodedata.normalize(form, str(media.source))
         if other != str(media.source) and os.path.exists(other):
             return f"write the name in Unicode's form {form}, as the file's own"
-    return f"fetch the {media.kind} again, or remove the row"
+
+    fix = f"fetch the {media.kind} again, or remove the row"
+    if isinstance(media.source, Path):
+        fix += ", or name the folder that it lies in as images (--images)"
+    return fix

@@ -42,6 +42,8 @@ from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
 from inputs.sniff import reason
 
+FIX = "name a folder of pictures, a parquet or tar file, or rows"
+
 # Bits of two perceptual hashes, of 64, that may differ.
 LOOKS_SAME = 4
 
@@ -100,8 +102,7 @@ class Benchmark:
                 raise UserError.__new__(UserError, name)
             found.append((name, looks))
         if not found:
-            fix = "name a folder of pictures, a parquet or tar file, or rows"
-            raise UserError(where, "no pictures in it", fix)
+            raise UserError(where, "no pictures in it", FIX)
 
         found.sort(key=lambda pair: pair[0])  # workers find them in another order
         return cls(where, [name for name, _ in found], [looks for _, looks in found])
@@ -250,7 +251,7 @@ def pictures_of(where: Path) -> Iterator[tuple[str, Path | bytes]]:
             if path.is_file():
                 yield from pictures_of_file(path, is_alone=False)
     except OSError as e:
-        raise UserError(e.filename or where, reason(e), "make it readable") from None
+        raise UserError(e.filename or where, reason(e), FIX) from None
 
 
 def pictures_of_file(path: Path, is_alone: bool) -> Iterator[tuple[str, Path | bytes]]:

@@ -38,7 +38,7 @@ from inputs.file_rows import Blocks, FileRows, file_state, named
 from inputs.forms import PART_OF, Row, maps_media, read_row
 from inputs.index import cached_array
 from inputs.media import MEDIA
-from inputs.sniff import HEAD, looks_like, reason
+from inputs.sniff import HEAD, fix_for, looks_like, reason
 from inputs.turns import OPTIONS
 
 if TYPE_CHECKING:
@@ -344,16 +344,17 @@ def readable(file: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:  # pyarrow has errors of many kinds, not all of them its own
-        raise UserError(file, damage(file, e), FIX) from None
+        raise damaged(file, e) from None
 
 
-def damage(file: Path, error: Exception) -> str:
-    """Return what is wrong with a file, by what reading it raised."""
+def damaged(file: Path, error: Exception) -> UserError:
+    """Return what to raise for a file, by what reading it raised."""
     with suppress(OSError), open_regular(file) as opened:
         other = looks_like(opened.read(HEAD))
         if other:
-            return f"no parquet file but {other}"
-    return f"not a parquet file, or a damaged one: {one_line(error)}"
+            return UserError(file, f"no parquet file but {other}", fix_for(other))
+    what = f"not a parquet file, or a damaged one: {one_line(error)}"
+    return UserError(file, what, FIX)
 
 
 def one_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config import UserError, printable
 from inputs import templates, video
-from inputs.forms import ROW_FIX, Row
+from inputs.forms import Row, form_fix
 from inputs.media import Media, missing_fix
 from inputs.pictures import image_size, load_image
 from inputs.rows import Rows
@@ -132,7 +132,7 @@ def encode_text(row: Row, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor]
     if row and conversation is None:
         keys = {row.keys_read.get(part, part) for part in row}
         what = f"conversations: missing, the row has {printable(', '.join(sorted(keys)), 100)}"
-        raise UserError(where, what, ROW_FIX)
+        raise UserError(where, what, form_fix(row))
 
     try:
         ids, labels = templates.encode(conversation, spec.tokenizer, spec.template)

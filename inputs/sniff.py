@@ -76,6 +76,15 @@ def looks_like(head: bytes) -> str:
     return ""
 
 
+def fix_for(other: str) -> str:
+    """Return what to do about a file of rows that `looks_like` something else."""
+    if "UTF-16" in other:
+        return "save it as UTF-8"
+    if "Git LFS" in other:
+        return "run git lfs pull, or fetch it again"
+    return "fetch or write it again"
+
+
 def is_utf16(head: bytes) -> bool:
     """Say whether a file begins with a byte order mark of UTF-16, or two of its ASCII letters."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -125,12 +134,7 @@ def check_may_be_rows(head: bytes, file: Path):
         return  # an empty file, which each format names
     other = looks_like(head[:HEAD])
     if other:
-        fix = "fetch or write it again"
-        if "UTF-16" in other:
-            fix = "save it as UTF-8"
-        if "Git LFS" in other:
-            fix = "run git lfs pull, or fetch it again"
-        raise UserError(file, other, fix)
+        raise UserError(file, other, fix_for(other))
     for magic, what, fix in NO_ROWS:
         if head.startswith(magic):
             raise UserError(file, f"{what}, no file of rows", fix)

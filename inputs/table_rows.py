@@ -28,12 +28,14 @@ from checkpoints.files import open_regular
 from config import UserError, printable
 from inputs.forms import is_known
 from inputs.indexed_rows import IndexedRows, Location
+from inputs.media import kind_by_ending
 
 SEPARATORS = ",\t;"
 BOM = b"\xef\xbb\xbf"
 LONGEST_CELL = 1 << 30  # characters; the csv module's own limit is below that of a small picture
 
 HEADER_FIX = "begin it with a line such as image,caption or image,question,answer"
+MAP_FIX = "--columns image=NAME caption=NAME, or in a recipe the stage's columns"
 
 
 class Header(NamedTuple):
@@ -54,7 +56,10 @@ class Table(IndexedRows):
             if not any(is_known(name) or name in mapped for name in header.names):
                 named = printable(", ".join(header.names), 80)
                 what = f"a table of {named}: none of these columns is known"
-                raise UserError(file, what, f"{HEADER_FIX}, or map its columns")
+                fix = HEADER_FIX
+                if not any(kind_by_ending(name) for name in header.names):
+                    fix += f", or map them: {MAP_FIX}"
+                raise UserError(file, what, fix)
         return super().open_files()
 
     def details(self) -> str:

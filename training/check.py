@@ -62,6 +62,21 @@ class RowSet:
     notes: tuple[str, ...] = ()  # how they were chosen
 
 
+def check_or_inspect(args):
+    """Do what the command line of data.py says, with the rows of --data or of a recipe."""
+    if args.data:
+        where = args.data
+        row_sets = row_sets_of_options(args)
+    else:
+        where = args.recipe[0]
+        row_sets = row_sets_of_recipe(args.recipe)
+
+    if args.command == "check":
+        check_row_sets(row_sets, where, args.against)
+    else:
+        inspect_row_sets(row_sets, args)
+
+
 def row_sets_of_options(args) -> list[RowSet]:
     """Return the rows of --data, as the options beside it say."""
     if args.max_tokens:

@@ -354,6 +354,7 @@ def test_differences_in_words():
     found = Difference(0.01, -0.03, 0.05)
     text = "no difference from out/a that 90 questions could show: +1.0 points [-3.0, +5.0]"
     assert own_rows_report.sentence(found, "out/a", 90) == text
+    assert "that 1 question could show" in own_rows_report.sentence(found, "out/a", 1)
 
 
 # ----------------------------------------------------------------------------------- whole command
@@ -514,6 +515,30 @@ def test_a_long_list_of_wrong_answers_is_thinned_evenly(monkeypatch):
     assert "50 of 100 answers are wrong; 10 of them, spread evenly, are shown." in page.texts
 
 
+def test_the_page_has_the_turns_before_a_question_and_its_text():
+    (example,) = asked((0, "What <i>now</i>?", "x"))
+    example["conversation"] = [
+        {"from": "human", "value": "<image>\nWho?"},
+        {"from": "gpt", "value": "A & B."},
+        *example["conversation"],
+    ]
+    answers = {"model": "true", "out/<b>": "y"}
+    image = Image.new("RGB", (9, 9))
+    html = own_rows_report.article(example, answers, [image, image])
+    page = Page(html)
+    texts = ["human: Who?\ngpt: A & B.", "What <i>now</i>?", "true", "x", "model", "true"]
+    assert page.texts == [*texts, "out/<b>", "y", "rows:1"] and page.images == 2
+    assert html.count('width="36"') == 2
+
+
+def test_a_baseline_may_have_any_name(trained, tiny_world, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "model")
+    put(tmp_path / "mine.json", world_rows(tiny_world, ["attributes"])[:4])
+    monkeypatch.chdir(tmp_path)
+    result = evaluated(trained, tmp_path / "mine.json", "--baseline", "model")
+    assert len(result["scores"]) == 2 and list(result["differences"]) == ["model/"]
+
+
 @pytest.mark.parametrize(
     "options, why",
     [
@@ -521,6 +546,7 @@ def test_a_long_list_of_wrong_answers_is_thinned_evenly(monkeypatch):
         (["--task", "world", "--baseline", "x"], "--baseline: not for world"),
         (["--task", "rows", "--columns", "colour=c"], "--columns: 'colour=c' maps no column"),
         (["--task", "rows", "--blank"], "--blank: no picture in .*; fix: leave it out"),
+        (["--task", "rows", "--one-frame"], "--one-frame: no video in .*; fix: leave it out"),
     ],
 )
 def test_options_that_do_not_go_together(options, why, tmp_path, model):
@@ -534,7 +560,7 @@ def test_a_picture_that_is_missing_is_named_before_a_model_is_loaded(tmp_path, m
     monkeypatch.delattr(evaluate, "load_model")
     put(tmp_path / "rows.json", [row("<image>\nA?", "b", image="none.png")])
     arguments = ["--model", model, "--task", "rows", "--data", tmp_path / "rows.json"]
-    with pytest.raises(UserError, match="rows.json:row 0: .*none.png: no such file"):
+    with pytest.raises(UserError, match="row 0: .*none.png: no such file.*; fix: .*--images"):
         evaluate.main([str(argument) for argument in arguments])
 
 
