@@ -321,6 +321,16 @@ def test_what_hugging_face_cannot_express_is_refused(model, message, tmp_path):
     assert "; fix: " in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_what_transformers_4_cannot_express_of_phi3_is_refused(tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    change = {"rope_scaling": None, "rope_parameters": rope | {"attention_factor": 1.2}}
+    model = small("phi3", sizes=change)
+    with pytest.raises(ValueError, match="^--transformers 4: attention_factor of .*; fix: "):
+        export(model, None, "hf-llava", tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+    export(model, None, "hf-llava", tmp_path / "out", 5)
+
+
 @pytest.mark.parametrize("text_flag", [None, False], ids=["absent", "false"])
 def test_a_tie_flag_at_the_top_alone_is_read_as_transformers_reads_it(text_flag, tmp_path):
     """Its version 5 ties if either place says so, and leaves the head out of the file."""
