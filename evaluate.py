@@ -88,7 +88,7 @@ from evals.scores import score_table
 from evals.shown import check_examples, load_shown, shown_kind, shown_names
 from inference.answer import answer as answer_questions
 from inference.answer import prompt_ids
-from inference.cache import free_memory
+from inference.cache import free_memory, slots_of
 from inference.engine import CACHE_STEP
 from inputs.forms import columns_of
 from inputs.rows import Rows, open_rows
@@ -266,8 +266,10 @@ def rows_that_fit(
     bytes_of_number = 4
     if lm.lm_head.weight.is_cuda:
         bytes_of_number = lm.lm_head.weight.element_size()
-    heads = sum(layer.kv_heads for layer in lm.config.layers)
-    bytes_of_row = 2 * heads * lm.config.head_dim * slots * bytes_of_number
+    vectors = 0  # keys and values
+    for layer in lm.config.layers:
+        vectors += 2 * layer.kv_heads * slots_of(layer.window, slots)
+    bytes_of_row = vectors * lm.config.head_dim * bytes_of_number
     rows = int(free * CACHE_SHARE) // bytes_of_row
     return max(1, min(MOST_ROWS, rows))
 

@@ -93,12 +93,14 @@ from packing import (
 
 @dataclass(frozen=True)
 class Layer:
-    """The sizes of one block. All blocks of a model have the same, except in OpenELM."""
+    """The numbers of one block. In most models all blocks have the same."""
 
     heads: int
     kv_heads: int
     intermediate: int
     rotary: bool = True  # whether queries and keys turn with their positions
+    rope_theta: float | None = None  # its own base, not scaled; None: the model's, as it is scaled
+    window: int | None = None  # a query sees so many keys, its own and those before; None: all
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,15 @@ class LMConfig:
     out_bias: bool = False
     lm_head_bias: bool = False
     tied: bool = False  # lm_head.weight is the embedding table
+    score_scale: float | None = None  # multiplies q . k; None: 1 / sqrt(head_dim)
     embed_scale: float = 1.0  # multiplies all inputs, image features too
     init_std: float = 0.02
+
+    def rotation(self, layer: Layer) -> tuple[float, RopeScaling | None]:
+        """Return the base of a layer's rotation, and how it is scaled."""
+        if layer.rope_theta is None:
+            return self.rope_theta, self.rope_scaling
+        return layer.rope_theta, None
 
     @property
     def rope_switch(self) -> float:
@@ -226,6 +235,8 @@ class Attention(nn.Module):
         keys = layer.kv_heads * c.head_dim
         self.index = index
         self.head_dim = c.head_dim
+        self.scale = c.score_scale
+        self.window = layer.window
         self.q_proj = nn.Linear(c.width, queries, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.width, keys, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, keys, bias=c.qkv_bias)
@@ -274,6 +285,28 @@ class Block(nn.Module):
         return x + self.mlp(normed)
 
 
+class SandwichBlock(nn.Module):
+    """Gemma-2's and Gemma-3's block: a norm before and a norm behind attention and MLP, each."""
+
+    def __init__(self, c: LMConfig, index: int):
+        super().__init__()
+        self.input_layernorm = c.norm(c.width)
+        self.post_attention_layernorm = c.norm(c.width)
+        self.pre_feedforward_layernorm = c.norm(c.width)
+        self.post_feedforward_layernorm = c.norm(c.width)
+        self.self_attn = Attention(c, index)
+        self.mlp = c.mlp(c.width, c.layers[index].intermediate)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """x (T, D), the residual stream -> the residual stream behind this block."""
+        attended = self.self_attn(self.input_layernorm(x), rope, attend)
+        attended = self.post_attention_layernorm(attended)
+
+        # x = x + attended, and the norm of the sum, in one kernel.
+        normed, x = self.pre_feedforward_layernorm.add(attended, x)
+        return x + self.post_feedforward_layernorm(self.mlp(normed))
+
+
 class ParallelBlock(nn.Module):
     """Attention and MLP read the same norm and are added together (GPT-J; Wang and Komatsuzaki)."""
 
@@ -295,8 +328,12 @@ class Decoder(nn.Module):
     def __init__(self, c: LMConfig):
         super().__init__()
         self.rotary_dim = c.rotary_dim
-        self.rope_theta = c.rope_theta
-        self.rope_scaling = c.rope_scaling
+
+        # The rotations, and for each block which of them it has: in most models all have the same.
+        rotations = [c.rotation(layer) for layer in c.layers]
+        self.rotations = list(dict.fromkeys(rotations))
+        self.rotation_of_block = [self.rotations.index(rotation) for rotation in rotations]
+
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         if c.embed_scale == 1:
             self.scale = nn.Identity()
@@ -321,16 +358,16 @@ class Decoder(nn.Module):
         cu_seqlens (S+1,): where its S samples begin. Without them each token is the last one of a
         sample of its own, as in a step of decoding.
         """
-        # The same for all blocks.
-        rope = rope_table(
-            positions, self.rotary_dim, self.rope_theta, self.rope_scaling, cu_seqlens
-        )
+        tables = []
+        for theta, scaling in self.rotations:
+            tables.append(rope_table(positions, self.rotary_dim, theta, scaling, cu_seqlens))
         x = self.scale(x)
 
         # With gradient checkpointing only the input of a block is kept for the backward pass, which
         # then runs the block's forward a second time: less memory, about a third more time.
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.layers:
+        for block, rotation in zip(self.layers, self.rotation_of_block, strict=True):
+            rope = tables[rotation]
             if recompute:
                 x = checkpoint(block, x, rope, attend, use_reentrant=False)
             else:
@@ -437,12 +474,14 @@ def llama(
     rotary: float = 1.0,
     tied: bool = False,
     ropes: Mapping[str, ScalingReader] | None = None,
+    window: int | None = None,
     **differences,
 ) -> LMConfig:
     """Llama, SmolLM2 and Falcon3, and the start of all that is built like them.
 
     rotary and tied hold where config.json says nothing. ropes: the kinds of scaled rotation, ROPES
-    by default. `differences` take the place of Llama's own parts and numbers.
+    by default. window: that of all layers. `differences` take the place of Llama's own parts and
+    numbers.
     """
     if ropes is None:
         ropes = ROPES
@@ -458,7 +497,7 @@ def llama(
             raise c.refuse("num_attention_heads", f"no divisor of hidden_size {width}")
         head_dim = width // heads
 
-    layer = Layer(heads, kv_heads, c.integer("intermediate_size", 1, INTERMEDIATE))
+    layer = Layer(heads, kv_heads, c.integer("intermediate_size", 1, INTERMEDIATE), window=window)
     attention_bias = c.flag("attention_bias", default=False)
     rotated = rotary_dim(c, head_dim, rotary)
     parts = {
@@ -527,7 +566,13 @@ POSITIONS = (2, 2**31 - 1)  # of a context
 
 def rope_scaling(c: Fields, dim: int, ropes: Mapping[str, ScalingReader]) -> RopeScaling | None:
     """Return how the rotation of `dim` numbers is scaled. Raises UserError for an unknown kind."""
-    rope = rope_fields(c)
+    return scaling_of(c, rope_fields(c), dim, ropes)
+
+
+def scaling_of(
+    c: Fields, rope: Fields, dim: int, ropes: Mapping[str, ScalingReader]
+) -> RopeScaling | None:
+    """Return what `rope_scaling` does, of the table `rope`."""
     key = "rope_type"
     if key not in rope:
         key = "type"  # its older name
@@ -626,20 +671,21 @@ def same_for_all_heads(norm: Callable[[int], nn.Module]) -> Callable[[int, int],
     return build
 
 
-def refuse_window(c: Fields):
-    """Raise UserError for a sliding window that is shorter than the model's longest context."""
-    window = c.integer("sliding_window", 1, POSITIONS[1], default=None)
-    if window is not None and window < c.integer("max_position_embeddings", *POSITIONS):
-        what = f"{window} is not supported: attention here sees all positions"
-        raise UserError(c.name("sliding_window"), what, "use another model")
+def sliding_window(c: Fields, default: int | None = None) -> int | None:
+    """Return how many keys a query sees; None where a file says null: all of them.
+
+    default: what it is in a file that does not say it.
+    """
+    if "sliding_window" not in c.values:
+        return default
+    return c.integer("sliding_window", 1, POSITIONS[1], default=None)
 
 
 def mistral(c: Fields) -> LMConfig:
-    """Mistral without a sliding window (version 0.2 and later): a Llama without biases."""
-    # A file without the field is one of version 0.1. The others have null.
-    refuse_window(Fields(MISTRAL_DEFAULTS | c.values, c.where, c.path, c.fix))
+    """Mistral: a Llama without biases. Version 0.1 has a sliding window in all layers."""
     return llama(
         c,
+        window=sliding_window(c, MISTRAL_DEFAULTS["sliding_window"]),
         qkv_bias=False,
         out_bias=False,
     )
@@ -681,15 +727,15 @@ def smollm3(c: Fields) -> LMConfig:
 def phi3(c: Fields) -> LMConfig:
     """Phi-3 and Phi-4-mini: a Llama without biases whose files fuse projections (PHI3_NAMES).
 
-    Phi-4-mini rotates three quarters of each head. Both have LongRoPE for long contexts.
+    Phi-4-mini rotates three quarters of each head. Both have LongRoPE for long contexts. Some have
+    a sliding window, which is the same in all layers.
     """
-    refuse_window(c)
-
     # Its older names are two.
     scaled = partial(long_rope, original=PHI3_CONTEXT)
     return llama(
         c,
         ropes={"default": unscaled, "longrope": scaled, "su": scaled, "yarn": scaled},
+        window=sliding_window(c),
         norm=partial(RMSNorm, eps=c.number("rms_norm_eps", *EPS, default=1e-5)),
         qkv_bias=False,
         out_bias=False,
@@ -745,6 +791,91 @@ def gemma(c: Fields) -> LMConfig:
         tied=True,
         embed_scale=c.integer("hidden_size", 1, WIDTH) ** 0.5,
     )
+
+
+def gemma3(c: Fields) -> LMConfig:
+    """Gemma-3's language models: Gemma with four norms a block, and a norm on each head of q and k.
+
+    Five of six layers have a sliding window and a rotation of their own; scores have a scale that
+    config.json states.
+    """
+    c = Fields({"head_dim": GEMMA3_DEFAULTS["head_dim"]} | c.values, c.where, c.path, c.fix)
+    norm = partial(OffsetRMSNorm, eps=rms_eps(c))
+
+    # transformers 5 has a table of the rotation for each kind of layer. The table of older versions
+    # is for the layers without a window.
+    by_kind = c.table("rope_parameters", optional=True)
+    rope = c.table("rope_scaling", optional=True)
+    if by_kind.values and rope.values:
+        raise c.refuse("rope_scaling", "beside rope_parameters: one of them is enough")
+    for key in by_kind.values:
+        if key not in GEMMA3_LAYERS:
+            raise by_kind.refuse(key, f"for no kind of layer: {' or '.join(GEMMA3_LAYERS)}")
+    if by_kind.values:
+        rope = by_kind.table("full_attention", optional=True)
+    local_rope = by_kind.table("sliding_attention", optional=True)
+
+    thetas = []
+    for table, key, default in (
+        (rope, "rope_theta", 1e6),
+        (local_rope, "rope_local_base_freq", 1e4),
+    ):
+        if table.number("partial_rotary_factor", 0.0, 1.0, default=1.0) != 1:
+            raise table.refuse("partial_rotary_factor", "not 1, and all of a head is rotated here")
+        theta = c.number(key, *THETA, default=default)
+        thetas.append(table.number("rope_theta", *THETA, default=theta))
+
+    config = llama(
+        c,
+        norm=norm,
+        head_norm=same_for_all_heads(norm),
+        mlp=partial(GLU, act="gelu_tanh"),
+        block=SandwichBlock,
+        tied=True,
+        rope_theta=thetas[0],
+        score_scale=c.number("query_pre_attn_scalar", 1e-6, 1e6, default=256.0) ** -0.5,
+        embed_scale=c.integer("hidden_size", 1, WIDTH) ** 0.5,
+    )
+    scaling_of(c, local_rope, config.head_dim, {"default": unscaled})  # refuses all other kinds
+    scaling = scaling_of(c, rope, config.head_dim, {"default": unscaled, "linear": linear_rope})
+
+    layers = []
+    for layer, kind in zip(config.layers, gemma3_layers(c, len(config.layers)), strict=True):
+        if kind == "sliding_attention":
+            window = sliding_window(c, GEMMA3_DEFAULTS["sliding_window"])
+            if window is None:
+                raise c.refuse("sliding_window", "no window, and some layers have one")
+            layer = replace(layer, rope_theta=thetas[1], window=window)
+        layers.append(layer)
+    return replace(config, layers=tuple(layers), rope_scaling=scaling)
+
+
+def gemma3_layers(c: Fields, depth: int) -> list[str]:
+    """Return the kind of each layer. Where no list says it, every sixth one has no window."""
+    if "layer_types" not in c:
+        pattern = c.integer("sliding_window_pattern", 1, LAYERS, default=6)
+        kinds = ["sliding_attention"] * depth
+        kinds[pattern - 1 :: pattern] = ["full_attention"] * (depth // pattern)
+        return kinds
+
+    kinds = c.list("layer_types", str)
+    if len(kinds) != depth:
+        raise c.refuse("layer_types", f"a list of {len(kinds)} for {depth} layers")
+    return kinds
+
+
+GEMMA3_LAYERS = ("full_attention", "sliding_attention")
+
+GEMMA3_DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+}
 
 
 def stablelm(c: Fields) -> LMConfig:
@@ -957,6 +1088,21 @@ FAMILIES: dict[str, Family] = {
             "use_bidirectional_attention": (None, False),
         },
     ),
+    "gemma3_text": Family(
+        config=gemma3,
+        defaults=GEMMA3_DEFAULTS,
+        neutral={
+            "hidden_act": GELU_TANH,
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "layer_types": (
+                ["full_attention"],
+                ["sliding_attention"],
+                ["full_attention", "sliding_attention"],
+            ),
+            "partial_rotary_factor": (None, 1),
+            "use_bidirectional_attention": (None, False),
+        },
+    ),
     "stablelm": Family(
         config=stablelm,
         rename=(
@@ -1017,8 +1163,7 @@ NEUTRAL = {
 
 # Known families that are not built here, and why.
 REFUSED = {
-    "gemma2": "soft-capped scores and sliding windows",
-    "gemma3_text": "sliding windows of two rotary bases",
+    "gemma2": "soft-capped scores",
 }
 
 

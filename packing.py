@@ -202,6 +202,8 @@ def without_padding(padded: Tensor, attention_mask: Tensor | None = None) -> lis
 # keys and values (T, K, d), q and k already rotated, and returns (T, H, d). A model gets it with
 # every row, so that the same forward pass serves training, which attends inside the packed row, and
 # decoding, where inference/cache.py keeps k and v under layer.index and attends to older ones too.
+# The layer also says by what its scores are scaled (layer.scale) and how many keys a query sees
+# (layer.window).
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -209,7 +211,7 @@ def packed_attention(cu_seqlens: Tensor, max_seqlen: int) -> Attend:
     """Return the causal attention of a packed row, in which no sample sees another one."""
 
     def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_packed(q, k, v, cu_seqlens, max_seqlen)
+        return attention_packed(q, k, v, cu_seqlens, max_seqlen, layer.scale, layer.window)
 
     return attend
 

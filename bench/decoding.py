@@ -20,6 +20,7 @@ import lora
 from bench.common import OURS, PEER, missing_peer
 from config import Model
 from export import export
+from inference.cache import slots_of
 from inference.engine import Engine, Request
 from model import LLaVA
 from packing import IMAGE_TOKEN
@@ -145,7 +146,8 @@ def step_bytes(model: LLaVA, batch: int, filled: int) -> int:
     itemsize = lm.model.norm.weight.itemsize
     cache = 0
     for layer in config.layers:
-        cache += 2 * layer.kv_heads * config.head_dim * batch * filled * itemsize
+        slots = slots_of(layer.window, filled)
+        cache += 2 * layer.kv_heads * config.head_dim * batch * slots * itemsize
     return weights + cache
 
 

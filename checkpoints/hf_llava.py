@@ -9,7 +9,7 @@ over, and on which their chat pipelines work; hf_tokenizer.py makes tokenizer an
 
 Read `read`, then `contents`. Three things in there are more than other names:
 - Version 5 multiplies Gemma's token embeddings by sqrt(D) and leaves image features alone. Version
-  4 multiplied both, as we do.
+  4 multiplied both, as we do. Gemma-3's image features are left alone by both versions.
 - Version 4.57 puts SigLIP's final norm on the last hidden state, so the feature layer must not be
   the last one.
 - An `<image>` needs an id of its own, and the embedding may have no row free for it.
@@ -96,12 +96,14 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
     if config.flag("tie_word_embeddings", default=False):
         text["tie_word_embeddings"] = True
 
-    # See the top of the file: a Gemma of transformers 5 wants its image features smaller than ours.
+    # See the top of the file: some image features should be smaller than ours.
     version = config.text("transformers_version", default="4", most=100)
     major = version.partition(".")[0]
     image_scale = 1.0
     if major.isdecimal() and int(major) >= 5 and text["model_type"] == "gemma":
         image_scale = stated.integer("hidden_size", 1, WIDTH, default=3072) ** -0.5
+    if text["model_type"] == "gemma3_text":
+        image_scale = stated.integer("hidden_size", 1, WIDTH, default=2304) ** -0.5
 
     images, image_mode = _read_images(folder)
     return LLaVAConfig(

@@ -464,7 +464,8 @@ class Engine:
             # At least the last token is computed, for its logits are the answer's first.
             beginning = prompt.ids[:-1]
             source, reused = self._longest_prefix(sources, beginning)
-            if self._slots(beginning[:reused]) < MIN_PREFIX:
+            start = self._slots(beginning[:reused])
+            if start < MIN_PREFIX or not self.cache.can_continue(self.rows[source].filled, start):
                 reused = 0
 
             # On the other side of the switch the same tokens have other keys.

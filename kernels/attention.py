@@ -3,8 +3,8 @@
     s_ij = scale q_i . k_j             lse_i = log sum_j exp(s_ij)
     p_ij = exp(s_ij - lse_i)           o_i = sum_j p_ij v_j
 
-over the keys j that query i may see: j <= i where causal, j in the same sample where packed. The
-backward pass needs only lse of the softmax:
+over the keys j that query i may see: j <= i where causal, j in the same sample where packed, and
+j > i - window where there is a window. The backward pass needs only lse of the softmax:
 
     delta_i = do_i . o_i               ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j       dk_j = scale sum_i ds_ij q_i       dv_j = sum_i p_ij do_i
@@ -22,13 +22,14 @@ The scores stay on the chip, block by block. Bytes moved, forward: q, k, v in, o
 blocks of queries makes delta and dq, one over blocks of keys makes dk and dv and sums the query
 heads of its key head itself. So the scores are computed twice (on sm_90 three times above d = 128:
 dk, then dv), but no sum depends on which program comes first: gradients are deterministic. Blocks
-that the causal mask empties are never visited.
+that the causal mask or the window empties are never visited.
 
 The file in order: references, `forward_kernel`, `query_kernel`, `key_kernel`, block sizes, launch,
 the operation, and the public `attention` and `attention_packed`. One new token against a cache is
 kernels/decode.py.
 
-Dao et al., FlashAttention, 2022; Dao, FlashAttention-2, 2023.
+Dao et al., FlashAttention, 2022; Dao, FlashAttention-2, 2023; Beltagy et al., Longformer, 2020, for
+windows.
 """
 
 from __future__ import annotations
@@ -60,24 +61,57 @@ __all__ = ["attention", "attention_decode", "attention_packed"]
 # ------------------------------------------------------------------ plain torch
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
-    """Return attention of a dense batch: q (B, T, H, d), k and v (B, M, K, d) -> (B, T, H, d)."""
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Return attention of a dense batch: q (B, T, H, d), k and v (B, M, K, d) -> (B, T, H, d).
+
+    A window is for causal attention of as many queries as keys.
+    """
     q = q.transpose(1, 2)  # (B, H, T, d)
     k = k.transpose(1, 2)  # (B, K, M, d)
     v = v.transpose(1, 2)
     grouped = q.size(1) != k.size(1)
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+    mask = None
+    if window is not None:
+        mask = window_mask(q.size(2), k.size(2), window, q.device)
+        causal = False  # the mask says it
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
     return o.transpose(1, 2)
 
 
+def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Return which keys each query sees, (queries, keys): `window` of them, its own the last.
+
+    The queries belong to the last keys.
+    """
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    own = keys - queries  # the key of the first query
+    return ones.tril(own).triu(own - window + 1)
+
+
 def reference_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Return causal attention inside each sample of a row; shapes as in `attention_packed`."""
     tokens = q.size(0)
     samples = cu_seqlens.numel() - 1
     if samples == 1:
-        return reference(q[None], k[None], v[None], True, scale)[0]
+        return reference(q[None], k[None], v[None], True, scale, window)[0]
 
     # On a CPU, and for very unequal lengths, padding costs more than a loop over the samples. A
     # trace of torch.compile cannot loop: how many samples there are is not known to it.
@@ -87,11 +121,12 @@ def reference_packed(
         sizes = lengths.tolist()
         outputs = []
         for one_q, one_k, one_v in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-            outputs.append(reference(one_q[None], one_k[None], one_v[None], True, scale)[0])
+            one = reference(one_q[None], one_k[None], one_v[None], True, scale, window)
+            outputs.append(one[0])
         return torch.cat(outputs)
 
-    # Pad on the right. Under a causal mask no real token sees the padding behind it, so no mask is
-    # needed. `slot` is where each token of the row goes.
+    # Pad on the right. Under a causal mask no real token sees the padding behind it, so it needs no
+    # mask of its own. `slot` is where each token of the row goes.
     shift = torch.arange(samples, device=q.device) * max_seqlen - cu_seqlens[:-1]
     shift_of_token = shift.repeat_interleave(lengths, output_size=tokens)
     slot = torch.arange(tokens, device=q.device) + shift_of_token
@@ -100,7 +135,7 @@ def reference_packed(
         padded = x.new_zeros(samples * max_seqlen, *x.shape[1:]).index_copy(0, slot, x)
         return padded.view(samples, max_seqlen, *x.shape[1:])
 
-    o = reference(pad(q), pad(k), pad(v), True, scale)  # (S, longest, H, d)
+    o = reference(pad(q), pad(k), pad(v), True, scale, window)  # (S, longest, H, d)
     return o.flatten(0, 1).index_select(0, slot)
 
 
@@ -131,10 +166,39 @@ def find_place(CU, max_q, max_k, heads, blocks, PACKED: tl.constexpr, LONGEST_FI
 
 
 @triton.jit
-def visible(query, first_key, keys, CAUSAL: tl.constexpr, BN: tl.constexpr):
+def key_blocks(
+    first, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Return which blocks of BN keys the BM queries from `first` on see.
+
+    -> begin, whole, edge, end: the blocks from `begin` on are partly before the windows of some
+    queries, those from `whole` to `edge` are seen whole by all queries, and those from `edge` to
+    `end` are at the diagonal, or the last.
+    """
+    # Causal: the last query sees keys up to its own, and the first query all keys before `first`.
+    if CAUSAL:
+        edge = tl.minimum(first, keys) // BN
+        end = tl.cdiv(tl.minimum(first + BM, keys), BN)
+    else:
+        edge = keys // BN
+        end = tl.cdiv(keys, BN)
+
+    # The window of the first query begins first. That of the last one ends what is not seen whole.
+    begin = 0
+    whole = 0
+    if WINDOW:
+        begin = tl.maximum(first - WINDOW + 1, 0) // BN
+        whole = tl.minimum(tl.cdiv(tl.maximum(first + BM - WINDOW, 0), BN), edge)
+    return begin, whole, edge, end
+
+
+@triton.jit
+def visible(query, first_key, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr):
     """Return which of BN keys exist, (1, BN), and are seen by each query, (BM, BN) where causal."""
     key = first_key + tl.arange(0, BN)[None, :]
-    if CAUSAL:
+    if WINDOW:
+        return (key < keys) & (key <= query[:, None]) & (key > query[:, None] - WINDOW)
+    elif CAUSAL:
         return (key < keys) & (key <= query[:, None])
     else:
         return key < keys
@@ -163,6 +227,7 @@ def forward_kernel(
     scale,
     PACKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,  # keys that a causal query sees; 0: all of them
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -172,7 +237,8 @@ def forward_kernel(
     """Compute o and lse of BM queries of one head, in a loop over blocks of BN keys.
 
     Masks cost as much as the softmax, so the loop is written twice: over the blocks that all the
-    queries see whole, without masks, then over those at the edge (the diagonal, the last keys).
+    queries see whole, without masks, then over those at the edge (where windows begin, the
+    diagonal, the last keys).
     Each loop counts blocks. Where it counted keys in steps of BN, ptxas could see that a loop runs
     only once, and would then wait for each matrix product of the kernel.
     """
@@ -192,34 +258,30 @@ def forward_kernel(
     query = first + tl.arange(0, BM)
     scale_log2 = scale * 1.4426950408889634  # times log2(e)
 
-    # The softmax so far, in float32.
-    row_max = tl.full((BM,), float("-inf"), tl.float32)
+    # The softmax so far, in float32. The largest score starts finite: in a block at the edge of the
+    # windows a query may see nothing, and the difference of two infinities would be NaN.
+    row_max = tl.full((BM,), -1e30, tl.float32)
     row_sum = tl.zeros((BM,), tl.float32)
     acc1, acc2 = zero_rows(BM, D1, D2)
 
-    # Causal: the last query of the block sees keys up to its own, and its first query sees all keys
-    # of the `whole` blocks before it.
-    if CAUSAL:
-        end = tl.minimum(first + BM, keys)
-        whole = tl.minimum(first, keys) // BN
-    else:
-        end = keys
-        whole = keys // BN
-
+    begin, whole, edge, end = key_blocks(first, keys, CAUSAL, WINDOW, BM, BN)
     for EDGE in tl.static_range(2):
         if EDGE:
-            begin_block = whole
-            end_block = tl.cdiv(end, BN)
+            # Of the two edges, the blocks before `whole` are counted down to `edge`.
+            begin_block = edge - (whole - begin)
+            end_block = end
         else:
-            begin_block = 0
-            end_block = whole
+            begin_block = whole
+            end_block = edge
 
         for i in range(begin_block, end_block):
             start = i * BN
+            if EDGE and WINDOW:
+                start -= tl.where(i < edge, edge - whole, 0) * BN
             k1, k2 = load_rows(K, start, keys, k_token * D, BN, D, D1, D2, EDGE)
             s = dot_transposed(q1, q2, k1, k2, D2)  # (BM, BN)
             if EDGE:
-                s = tl.where(visible(query, start, keys, CAUSAL, BN), s, float("-inf"))
+                s = tl.where(visible(query, start, keys, CAUSAL, WINDOW, BN), s, float("-inf"))
             v1, v2 = load_rows(V, start, keys, v_token * D, BN, D, D1, D2, EDGE)
             row_max, row_sum, acc1, acc2 = online_softmax(
                 s, scale_log2, row_max, row_sum, acc1, acc2, v1, v2, D2
@@ -265,6 +327,7 @@ def query_kernel(
     scale,
     PACKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -306,28 +369,24 @@ def query_kernel(
     q1, q2 = load_rows(Q, first, queries, q_token * D, BM, D, D1, D2)
     dq1, dq2 = zero_rows(BM, D1, D2)
 
-    # The two loops of the forward pass: blocks that all queries see whole, then the edge.
-    if CAUSAL:
-        end = tl.minimum(first + BM, keys)
-        whole = tl.minimum(first, keys) // BN
-    else:
-        end = keys
-        whole = keys // BN
-
+    # The two loops of the forward pass: blocks that all queries see whole, then the edges.
+    begin, whole, edge, end = key_blocks(first, keys, CAUSAL, WINDOW, BM, BN)
     for EDGE in tl.static_range(2):
         if EDGE:
-            begin_block = whole
-            end_block = tl.cdiv(end, BN)
+            begin_block = edge - (whole - begin)
+            end_block = end
         else:
-            begin_block = 0
-            end_block = whole
+            begin_block = whole
+            end_block = edge
 
         for i in range(begin_block, end_block):
             start = i * BN
+            if EDGE and WINDOW:
+                start -= tl.where(i < edge, edge - whole, 0) * BN
             k1, k2 = load_rows(K, start, keys, k_token * D, BN, D, D1, D2, EDGE)
             p = tl.exp2(dot_transposed(q1, q2, k1, k2, D2) * scale_log2 - lse[:, None])  # (BM, BN)
             if EDGE:
-                p = tl.where(visible(query, start, keys, CAUSAL, BN), p, 0.0)
+                p = tl.where(visible(query, start, keys, CAUSAL, WINDOW, BN), p, 0.0)
             v1, v2 = load_rows(V, start, keys, v_token * D, BN, D, D1, D2, EDGE)
             ds = p * (dot_transposed(do1, do2, v1, v2, D2) - delta[:, None])
             dq1, dq2 = dot_add(dq1, dq2, ds, k1, k2, D2)
@@ -360,6 +419,7 @@ def key_kernel(
     scale,
     PACKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     D: tl.constexpr,
@@ -371,9 +431,10 @@ def key_kernel(
     """Compute dk (if KEYS) and dv (if VALUES) of BN keys of one key head.
 
     It loops over the G query heads of the key head and the blocks of BM queries of each: first the
-    blocks that see all the keys, without masks, then those at the edge: the diagonal, and the last,
-    partial one. p and ds are transposed, (BN, BM), so that they are left operands of a matrix
-    product: these may stay in registers, right ones must go to shared memory.
+    blocks that see all the keys, without masks, then those at the edge: the diagonal, those whose
+    windows have lost some of the keys, and the last, partial one. p and ds are transposed, (BN,
+    BM), so that they are left operands of a matrix product: these may stay in registers, right ones
+    must go to shared memory.
 
     Queries beyond the end need no mask: their q, do and delta are loaded as zeros, so they add
     nothing. Keys beyond the end are computed and not stored.
@@ -404,22 +465,28 @@ def key_kernel(
     PAIRS += 2 * (head * G * T + begin_q)
 
     # The queries in order. Causal: none before `near` sees a key of the block, and the `diagonal`
-    # blocks from there on see some of them. From `far` on `whole` blocks see all keys, and at
-    # `last` there may be a partial block.
+    # blocks from there on see some of them. From `far` on `whole` blocks see all keys, and the
+    # `partial` blocks from `last` on see some, or have only some queries.
     if CAUSAL:
         near = first // BM * BM
         diagonal = tl.cdiv(tl.maximum(tl.minimum(first + BN, queries) - near, 0), BM)
     else:
         near = 0
         diagonal = 0
-    whole = tl.maximum(tl.maximum(queries - near, 0) // BM - diagonal, 0)
+    if WINDOW:
+        seen_whole = tl.minimum(first + WINDOW, queries)  # until the window loses the first key
+        seen = tl.minimum(first + BN - 1 + WINDOW, queries)  # until it loses the last one
+    else:
+        seen_whole = queries
+        seen = queries
+    whole = tl.maximum(tl.maximum(seen_whole - near, 0) // BM - diagonal, 0)
     far = near + diagonal * BM
     last = near + (diagonal + whole) * BM
+    partial = tl.cdiv(tl.maximum(seen - last, 0), BM)
 
     for EDGE in tl.static_range(2):
         if EDGE:
-            # The blocks at the diagonal, and the last, partial one if there is one.
-            count = diagonal + tl.where(last < queries, 1, 0)
+            count = diagonal + partial
         else:
             count = whole
 
@@ -428,7 +495,7 @@ def key_kernel(
             h = (i // count).to(tl.int64)
             start = i % count * BM
             if EDGE:
-                start = tl.where(start < diagonal * BM, near + start, last)
+                start += tl.where(start < diagonal * BM, near, last - diagonal * BM)
             else:
                 start = far + start
 
@@ -440,7 +507,10 @@ def key_kernel(
 
             q1, q2 = load_rows(Q + h * q_head * D, start, queries, q_token * D, BM, D, D1, D2, EDGE)
             p = tl.exp2(dot_transposed(k1, k2, q1, q2, D2) * scale_log2 - lse[None, :])  # (BN, BM)
-            if EDGE and CAUSAL:
+            if EDGE and WINDOW:
+                query = (start + row)[None, :]
+                p = tl.where((key[:, None] <= query) & (key[:, None] > query - WINDOW), p, 0.0)
+            elif EDGE and CAUSAL:
                 p = tl.where(key[:, None] <= (start + row)[None, :], p, 0.0)
 
             do1, do2 = load_rows(DO + h * D, start, queries, H * D, BM, D, D1, D2, EDGE)
@@ -534,6 +604,7 @@ class Layout(NamedTuple):
     max_k: int  # keys of the longest sample
     causal: bool
     scale: float | None
+    window: int | None
 
 
 def _launch(
@@ -579,6 +650,7 @@ def _launch(
         d**-0.5 if layout.scale is None else layout.scale,
         PACKED=packed,
         CAUSAL=layout.causal,
+        WINDOW=layout.window or 0,
         **split_width(d),
         **sizes._asdict(),
         **flags,
@@ -599,12 +671,13 @@ def _attention(
     max_k: int,
     causal: bool,
     scale: float | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """q (T, H, d), k and v (keys, K, d), all samples one behind another -> o, lse (H, T) in base 2.
 
     cu (S + 1,) says where samples begin; without it all of them have max_q queries and max_k keys.
     """
-    layout = Layout(cu, samples, max_q, max_k, causal, scale)
+    layout = Layout(cu, samples, max_q, max_k, causal, scale, window)
     o = q.new_empty(q.shape)
     lse = q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
     _launch(forward_kernel, "forward", q, k, v, (o, lse), layout)
@@ -630,9 +703,10 @@ def _attention_backward(
     max_k: int,
     causal: bool,
     scale: float | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv in the shapes of q, k and v."""
-    layout = Layout(cu, samples, max_q, max_k, causal, scale)
+    layout = Layout(cu, samples, max_q, max_k, causal, scale, window)
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
@@ -658,7 +732,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(compute, ctx, do, _):
     dq, dk, dv = compute(do, *ctx.saved_tensors, *ctx.numbers)
-    return dq, dk, dv, None, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None, None
 
 
 _attention.register_gradient(_save, _gradients, _attention_backward)
@@ -682,18 +756,25 @@ def triton_attention(
         k.size(1),
         causal,
         scale,
+        None,
     )
     return o.view(q.shape)
 
 
 def triton_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Return what `attention_packed` does, by Triton on any device."""
     q = q.to(v.dtype)
     k = k.to(v.dtype)
     samples = len(cu_seqlens) - 1
-    o, _ = _attention(q, k, v, cu_seqlens, samples, max_seqlen, max_seqlen, True, scale)
+    o, _ = _attention(q, k, v, cu_seqlens, samples, max_seqlen, max_seqlen, True, scale, window)
     return o
 
 
@@ -708,13 +789,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
 
 
 def attention_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Return causal attention inside each sample of a packed row; no token sees another sample.
 
     q (T, H, d), k and v (T, K, d), cu_seqlens (S + 1,) int32 with sample s at [cu_seqlens[s],
-    cu_seqlens[s + 1]), max_seqlen the longest sample -> (T, H, d). With gradients.
+    cu_seqlens[s + 1]), max_seqlen the longest sample -> (T, H, d). With a window, from 1 on, each
+    query sees the last `window` keys only, its own included. With gradients.
     """
     if fits_tiles(q):
-        return triton_packed(q, k, v, cu_seqlens, max_seqlen, scale)
-    return reference_packed(q, k, v, cu_seqlens, max_seqlen, scale)
+        return triton_packed(q, k, v, cu_seqlens, max_seqlen, scale, window)
+    return reference_packed(q, k, v, cu_seqlens, max_seqlen, scale, window)

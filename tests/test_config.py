@@ -273,6 +273,7 @@ TEMPLATE = {
     "llama3.2-1b": "chat",
     "openelm": "llama",
     "gemma": "gemma",
+    "gemma3-1b": "chat",
     "qwen2": "qwen2_base",
     "qwen2.5-0.5b": "qwen2_base",
     "qwen2.5-3b": "qwen2_base",

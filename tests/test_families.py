@@ -9,9 +9,10 @@ from checkpoints import weights
 from checkpoints.files import read_json
 from checkpoints.names import as_tuple, rename
 from config import UserError
+from inference.cache import Cache
 from model import FAMILIES, LanguageModel, lm_config, rope_table
 from packing import pack_rows, packed_attention
-from tests.tools.environment import shared
+from tests.tools.environment import ROOT, shared
 from tests.tools.fuzz import ODD
 from tests.tools.small_language_models import CONFIGS, OPENELM, SIZES, filled
 from training import planner
@@ -76,9 +77,6 @@ def test_every_gradient_equals_transformers(pair):
 
 
 def test_cached_decoding_equals_the_full_forward(pair):
-    from inference.cache import Cache
-    from packing import pack_rows
-
     _, ours, _ = pair
     ids = torch.randint(0, 131, (1, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -170,9 +168,19 @@ SMALL = SIZES | {"num_attention_heads": 6, "num_key_value_heads": 2}
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_scaling.rope_type"),
         ("openelm", OPENELM | {"rope_scaling": {"type": "linear"}}, "'linear' is not supported"),
         ("phi3", {"rope_scaling": {"type": "llama3"}}, "'llama3' is not supported for phi3"),
-        ("mistral", {}, "sliding_window: 4096"),
-        ("mistral", {"sliding_window": 31, "max_position_embeddings": 32}, "sliding_window: 31"),
-        ("phi3", {"sliding_window": 2047, "max_position_embeddings": 4096}, "sliding_window: 2047"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation: 'silu'"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ("gemma3_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.rope_type: 'yarn'"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.rope_theta: "),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
+            "rope_parameters.sliding_attention.rope_type: 'linear'",
+        ),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window"),
     ],
 )
@@ -195,6 +203,12 @@ def test_a_field_of_a_wrong_kind_or_size_is_named(kind):
     good |= {"no_rope_layers": [1, 0, 1], "no_rope_layer_interval": 3, "mlp_bias": False}
     if kind == "openelm":
         good = OPENELM
+    if kind == "gemma3_text":
+        kinds = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+        kinds["sliding_attention"] = {"rope_type": "default", "rope_theta": 1e4}
+        good |= {"rope_parameters": kinds, "rope_local_base_freq": 1e4, "sliding_window": 5}
+        good |= {"query_pre_attn_scalar": 256, "sliding_window_pattern": 6, "rope_scaling": None}
+        good |= {"layer_types": ["sliding_attention"] * 3, "partial_rotary_factor": 1.0}
     lm_config(good)
 
     for key in good:
@@ -344,6 +358,109 @@ def test_each_sample_of_a_packed_row_turns_by_its_own_length(tmp_path):
     assert (got[1][:12] - first).abs().max() > 0.01  # the switch changes what is before it, too
 
 
+@pytest.mark.parametrize("kind, i", [("gemma3_text", 0), ("gemma3_text", 1), ("mistral", 1)])
+def test_windows_end_where_a_sample_of_a_packed_row_begins(kind, i):
+    """Each sample as it is alone, logits and gradients, and no window without effect."""
+    lm = filled(LanguageModel.from_hf({"model_type": kind} | SIZES | CONFIGS[kind][i]))
+    rows = [torch.arange(n) + n for n in (1, 13, 2, 30, 5)]
+    packed = pack_rows(rows)
+    attend = packed_attention(packed.cu_seqlens, packed.max_seqlen)
+    hidden = lm.model(lm.model.embed(packed.input_ids), packed.positions, attend)
+    got = lm.lm_head(hidden).split([len(row) for row in rows])
+    sum(logits.square().sum() for logits in got).backward()
+    gradients = [p.grad for p in lm.parameters()]
+
+    lm.zero_grad()
+    for row, logits in zip(rows, got, strict=True):
+        want = lm(row[None])[0]
+        want.square().sum().backward()
+        assert (logits - want).abs().max() <= 1e-5
+    for p, gradient in zip(lm.parameters(), gradients, strict=True):
+        assert (p.grad - gradient).norm() <= 1e-5 * gradient.norm()
+
+    for block in lm.blocks:
+        block.self_attn.window = None
+    assert (lm(rows[3][None])[0] - got[3]).abs().max() > 0.01
+
+
+def test_prompts_that_continue_beyond_a_window():
+    """A cache that is filled in pieces of all lengths, in several rows, is the full forward."""
+    lm = filled(LanguageModel.from_hf({"model_type": "gemma3_text"} | SIZES | GEMMA3))
+    rows = [torch.randint(1, 131, (n,)) for n in (31, 26)]
+    for starts in ((1, 2), (5, 3), (4, 12), (17, 11)):
+        with torch.no_grad():
+            cache = Cache(lm.config, 3, 40, lm.model.embed(rows[0]))
+            assert cache.k[0].size(2) == 5 and cache.k[1].size(2) == 40
+            first = pack_rows([row[:start] for row, start in zip(rows, starts, strict=True)])
+            attend = cache.prefill(first, torch.tensor([2, 0]))
+            lm.model(lm.model.embed(first.input_ids), first.positions, attend)
+            for new in ((1, 3), (7, 2), (2, 9)):
+                ends = [start + n for start, n in zip(starts, new, strict=True)]
+                ids = [row[a:b] for row, a, b in zip(rows, starts, ends, strict=True)]
+                positions = torch.cat(
+                    [torch.arange(a, b) for a, b in zip(starts, ends, strict=True)]
+                )
+                attend = cache.extend([2, 0], list(starts), list(new), positions)
+                x = lm.model.embed(torch.cat(ids))
+                got = lm.lm_head(lm.model(x, positions, attend)).split(new)
+                for row, a, b, logits in zip(rows, starts, ends, got, strict=True):
+                    assert (lm(row[None, :b])[0, a:] - logits).abs().max() <= 1e-5
+                starts = ends
+
+
+GEMMA3 = CONFIGS["gemma3_text"][1]
+
+
+def test_older_and_newer_files_of_gemma3_say_the_same():
+    """The fields of older transformers, and what version 5 makes of them."""
+    older = {"model_type": "gemma3_text", "pad_token_id": 0} | SIZES | GEMMA3
+    newer = transformers.AutoConfig.for_model(**older).to_dict()
+    assert "rope_local_base_freq" not in newer and "layer_types" in newer
+    numbers = []
+    for file in (older, newer):
+        config = lm_config(file)
+        numbers.append((config.layers, config.rope_theta, config.rope_scaling, config.score_scale))
+    assert numbers[0] == numbers[1]
+    layers, theta, scaling, scale = numbers[0]
+    assert [layer.window for layer in layers] == [5, None, 5, None, 5]
+    assert [layer.rope_theta for layer in layers] == [321.5, None, 321.5, None, 321.5]
+    assert (theta, scaling.short, scale) == (5e4, (2.5,) * 5, 30**-0.5)
+
+
+def test_gemma3_1b_has_the_published_number_of_parameters():
+    """999,885,952 (its safetensors index). 22 of 26 layers have a window."""
+    known = read_json(ROOT / "training" / "known_configs.json")["google/gemma-3-1b-it"]
+    with torch.device("meta"):
+        model = LanguageModel.from_hf(known)
+    assert sum(p.numel() for p in model.parameters()) == 999_885_952
+    windows = [layer.window for layer in model.config.layers]
+    assert windows == ([512] * 5 + [None]) * 4 + [512] * 2
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "mistral"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_window_is_as_long_as_that_of_transformers(kind, implementation):
+    """Which keys the last token sees: those by which its logits change."""
+    change = {"num_hidden_layers": 1, "sliding_window": 4}
+    if kind == "gemma3_text":
+        change["layer_types"] = ["sliding_attention"]
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | CONFIGS[kind][1] | change))
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=implementation
+    ).eval()
+    ours = filled(LanguageModel.from_hf(config.to_dict()))
+    ids = torch.arange(1, 10)[None]
+    for model in (lambda ids: theirs(ids).logits, ours):
+        with torch.no_grad():
+            want = model(ids)[0, -1]
+            seen = []
+            for i in range(9):
+                other = ids.clone()
+                other[0, i] = 77
+                seen.append(not torch.equal(model(other)[0, -1], want))
+        assert seen == [False] * 5 + [True] * 4
+
+
 @pytest.mark.parametrize(
     "kind, change, message",
     [
@@ -360,6 +477,14 @@ def test_each_sample_of_a_packed_row_turns_by_its_own_length(tmp_path):
         ("qwen3", {"num_hidden_layers": 2**40}, "num_hidden_layers: 1099511627776 is not"),
         ("llama", {"vocab_size": "32000"}, "vocab_size: '32000' is not a whole number"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: .* a list of 2 for 3 layers"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types: .* list of 1 for 3"),
+        ("gemma3_text", {"sliding_window": 0}, "sliding_window: 0 is not a whole number"),
+        ("mistral", {"sliding_window": 2.5}, "sliding_window: 2.5 is not a whole number"),
+        (
+            "gemma3_text",
+            {"rope_scaling": {"factor": 8.0}, "rope_parameters": {"full_attention": {}}},
+            "rope_scaling: .* is beside rope_parameters",
+        ),
         (
             "llama",
             {"rope_scaling": LLAMA3 | {"low_freq_factor": 4}},

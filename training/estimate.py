@@ -239,6 +239,16 @@ def part_operations(
 # ------------------------------------------------------------------------------ what a stage costs
 
 
+def share_of_keys(window: int | None, tokens: float) -> float:
+    """Return the share of the keys of a causal mask that a layer's window leaves."""
+    if window is None or window >= tokens:
+        return 1.0
+
+    # Of T tokens the first w see as many as before, w^2 / 2, the others w each; of T^2 / 2.
+    share = window / tokens
+    return share**2 + 2 * share * (1 - share)
+
+
 def rows_of_micro_batch(stage: Stage, row: RowSize) -> int:
     """Return how many average rows a micro-batch has: at least one, at most those of the step."""
     tokens = min(row.tokens, stage.max_tokens)
@@ -283,12 +293,15 @@ def operations(model: LLaVA, stage: Stage, row: RowSize, recompute: bool) -> flo
     )
 
     connector_trains = any(p.requires_grad for p in connector.parameters())
-    heads = sum(layer.heads for layer in lm.config.layers)
+    tokens = min(row.tokens, stage.max_tokens)
+    heads = 0.0
+    for layer in lm.config.layers:
+        heads += layer.heads * share_of_keys(layer.window, tokens)
     total += part_operations(
         lm.model,
         lm.blocks,
         heads=heads * lm.config.head_dim,
-        tokens=min(row.tokens, stage.max_tokens),
+        tokens=tokens,
         upstream=tower_trains or connector_trains,
         recompute=recompute,
         causal=True,

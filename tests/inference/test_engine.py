@@ -65,7 +65,7 @@ def test_an_answer_is_the_same_in_any_company(family, device, monkeypatch):
     assert answers(Engine(model, 3), asked) == want
 
 
-@pytest.mark.parametrize("family", ["llama", "openelm"])
+@pytest.mark.parametrize("family", ["llama", "openelm", "gemma3_text"])
 def test_static_shapes_decode_the_same(family):
     """What a CUDA graph would replay: all rows at every step, not only those being decoded."""
     model, asked = build(family), requests()
@@ -149,6 +149,21 @@ def test_a_row_that_has_moved_left_behind_what_it_held_then():
         for i in (4, 5)
     ]
     assert answers(engine, asked) == {r.tag: alone(model, r) for r in asked}
+
+
+def test_a_row_is_continued_only_where_its_windows_still_hold_what_is_seen(monkeypatch):
+    """The next turn of a chat reuses all of it; what leaves it earlier is computed anew."""
+    model = build("gemma3_text")
+    first = Request(torch.arange(3, 33), max_new_tokens=5, tag=0)
+    engine = Engine(model, 2)
+    said = answers(engine, [first])[0]
+    turn = Request(torch.cat([first.ids, torch.tensor([*said, 8, 9])]), max_new_tokens=3, tag=1)
+    other = Request(torch.cat([first.ids, torch.tensor([50, 51])]), max_new_tokens=3, tag=2)
+    want = {1: alone(model, turn), 2: alone(model, other)}
+    seen = spied(model, monkeypatch)
+    assert answers(engine, [turn]) == {1: want[1]} and seen["tokens"] == 3 + 2
+    assert answers(engine, [other]) == {2: want[2]} and seen["tokens"] == 5 + 32 + 2
+    assert [k.size(2) for k in engine.cache.k] == [11, 256]
 
 
 def test_what_rows_hold_outlives_a_larger_cache(monkeypatch):

@@ -115,3 +115,25 @@ def test_what_has_no_gradient_refuses_to_give_one():
     (dx,) = torch.autograd.grad(y, x, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         dx.sum().backward()
+
+
+def test_blocks_outside_of_a_window_are_not_read():
+    """Far keys of NaN and infinity reach no query, and far queries no key."""
+    window, far, tokens = 40, 200, 460
+    q, k, v = randn(tokens, 1, 16), randn(tokens, 1, 16), randn(tokens, 1, 16)
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
+    near = slice(tokens - 60, tokens)  # no block of these queries begins before key 256
+
+    with torch.no_grad():
+        k[:far] = float("nan")
+        v[:far] = float("inf")
+    o = attention.triton_packed(q, k, v, cu_seqlens, tokens, window=window)
+    expected = attention.reference(
+        q[None, far:], k[None, far:], v[None, far:], True, window=window
+    )[0]
+    torch.testing.assert_close(o[near], expected[near.start - far :], rtol=1e-5, atol=1e-5)
+
+    found = torch.autograd.grad(o[near].sum(), (q, k, v))
+    exact = torch.autograd.grad(expected[near.start - far :].sum(), (q, k, v))
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a[near], b[near], rtol=1e-5, atol=1e-5)

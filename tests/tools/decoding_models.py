@@ -21,6 +21,14 @@ FAMILIES = {
     "llama": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 1, "head_dim": 16},
     "gemma": {"head_dim": 16},
+    # Most sequences are longer than the window; every other layer has one.
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 11,
+        "sliding_window_pattern": 2,
+    },
     "phi": {},
     "smollm3": {"no_rope_layers": [1, 0]},
     # It switches behind 20 tokens: some prompts are longer, some answers cross.

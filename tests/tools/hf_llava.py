@@ -22,7 +22,7 @@ from transformers import (
 )
 
 IMAGE, PATCH, SIDE = 90, 4, 12  # the image token's id, and the encoder's pixels
-MODELS = (("clip", "llama"), ("siglip", "qwen2"), ("siglip", "gemma"))
+MODELS = (("clip", "llama"), ("siglip", "qwen2"), ("siglip", "gemma"), ("clip", "gemma3_text"))
 
 
 @torch.no_grad()
@@ -39,7 +39,10 @@ def answer(model, folder: Path):
 
 def write(folder: Path, tower: str, family: str):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
-    tied = family == "gemma"
+    tied = family in ("gemma", "gemma3_text")
+    windows = {}
+    if family == "gemma3_text":
+        windows = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
     text = AutoConfig.for_model(
         family,
         vocab_size=97,
@@ -49,6 +52,7 @@ def write(folder: Path, tower: str, family: str):
         initializer_range=0.2,
         tie_word_embeddings=tied,
         **heads,
+        **windows,
     )
     vision = AutoConfig.for_model(
         f"{tower}_vision_model",

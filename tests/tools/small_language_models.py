@@ -63,7 +63,7 @@ CONFIGS = {
             "num_attention_heads": 3,
             "num_key_value_heads": 3,
             "head_dim": 18,
-            "sliding_window": 77,
+            "sliding_window": 4,
             "max_position_embeddings": 77,
             "rope_parameters": {"rope_type": "linear", "rope_theta": 3e5, "factor": 2.5},
         },
@@ -115,7 +115,12 @@ CONFIGS = {
             },
             "pad_token_id": None,
         },
-        {"num_attention_heads": 5, "num_key_value_heads": 5, "pad_token_id": None},
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "sliding_window": 7,
+            "pad_token_id": None,
+        },
     ),
     "qwen2": (
         {
@@ -138,6 +143,36 @@ CONFIGS = {
     "gemma": (
         {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 26},
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "hidden_size": 50},
+    ),
+    # Windows of which 17 tokens are several. The second is in the fields of older files.
+    "gemma3_text": (
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 26,
+            "query_pre_attn_scalar": 11,
+            "sliding_window": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 3e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 123.4},
+            },
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "hidden_size": 52,
+            "num_hidden_layers": 5,
+            "query_pre_attn_scalar": 30,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "rope_theta": 5e4,
+            "rope_local_base_freq": 321.5,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.5},
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
     ),
     "stablelm": (
         {

@@ -374,6 +374,7 @@ def test_dry_run_says_what_to_lower(recipe):
 # Models whose sizes are known, but whose config.json is not among the shared files.
 LOOKED_UP = {
     "HuggingFaceTB/SmolLM3-3B",
+    "google/gemma-3-1b-it",
     "google/siglip2-so400m-patch14-384",
     "meta-llama/Llama-3.2-1B-Instruct",
     "microsoft/Phi-4-mini-instruct",
@@ -593,6 +594,14 @@ def test_attention_grows_with_the_square_and_backward_is_two_and_a_half():
     assert work(100, causal=True) == 4 * 100**2 * heads * 3.5 / 2
     assert work(100, causal=True, recompute=True) == 4 * 100**2 * heads * 4.5 / 2
     assert work(200, causal=True) == 4 * work(100, causal=True)
+
+
+def test_a_window_saves_what_its_layers_do_not_see():
+    """The share of the causal pairs that are in the window, but for the diagonal."""
+    for window in (1, 50, 300, 999, 1000, None):
+        mask = torch.ones(1000, 1000).tril()
+        pairs = mask.triu(1 - (window or 1000)).sum() / mask.sum()
+        assert estimate.share_of_keys(window, 1000) == pytest.approx(float(pairs), abs=2e-3)
 
 
 def test_both_encoders_of_a_mixture_are_counted():

@@ -23,7 +23,9 @@ def _dense(
     return Case(name, attention.triton_attention, attention.reference, inputs, (0, 1, 2))
 
 
-def _packed(name: str, lengths: tuple[int, ...], H: int, K: int, d: int) -> Case:
+def _packed(
+    name: str, lengths: tuple[int, ...], H: int, K: int, d: int, window: int | None = None
+) -> Case:
     """Samples of these lengths in one row."""
 
     def inputs(g):
@@ -32,7 +34,7 @@ def _packed(name: str, lengths: tuple[int, ...], H: int, K: int, d: int) -> Case
         q = randn(g, T, H, d)
         k = randn(g, T, K, d)
         v = randn(g, T, K, d)
-        return q, k, v, cu_seqlens, max(lengths)
+        return q, k, v, cu_seqlens, max(lengths), None, window
 
     return Case(name, attention.triton_packed, attention.reference_packed, inputs, (0, 1, 2))
 
@@ -76,6 +78,13 @@ CASES = [
     _packed("packed, empty samples", (0, 5, 0, 1, 3, 0), 6, 2, 80),
     _packed("packed, no token", (0, 0), 2, 1, 16),
     _packed("packed, wide", (7, 66), 2, 1, 256),
+    # Windows smaller than a block, as large, and larger; the last one sees all of a sample.
+    _packed("a window of one key", (5, 33, 1), 2, 1, 16, 1)._replace(grads=(2,)),
+    _packed("a small window", (0, 13, 141, 1), 2, 1, 64, 7),
+    _packed("a window of one block", (261, 3), 1, 1, 16, 128),
+    _packed("a window of blocks and a bit", (17, 430), 1, 1, 16, 291),
+    _packed("a window larger than a sample", (7, 129), 2, 1, 80, 129),
+    _packed("a window, wide", (7, 70), 2, 1, 256, 21),
 ]
 
 _TYPES = {
@@ -89,14 +98,20 @@ _TYPES = {
 
 
 def _builds(
-    d: int, packed: bool, grouped: bool, hopper: bool, dtype: torch.dtype = torch.bfloat16
+    d: int,
+    packed: bool,
+    grouped: bool,
+    window: int,
+    hopper: bool,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[Build]:
     """All kernels for a head of d columns; packed rows are causal, dense batches are encoders'."""
     # Triton compiles an argument that is 1 in as a constant.
     ones = ["q_head", "k_head", "v_head"]
     if not grouped:
         ones.append("G")
-    constants = {"PACKED": packed, "CAUSAL": packed, **dict.fromkeys(ones, 1), **split_width(d)}
+    constants = {"PACKED": packed, "CAUSAL": packed, "WINDOW": window}
+    constants |= dict.fromkeys(ones, 1) | split_width(d)
 
     launches = [("forward", attention.forward_kernel, {}), ("query", attention.query_kernel, {})]
     for computed in attention.key_passes(d, hopper):
@@ -119,17 +134,20 @@ def _builds(
     return builds
 
 
-# Head width, packed, grouped heads.
+# Head width, packed, grouped heads, window. The windows are Phi-3's, Mistral's and Gemma-3's.
 _SHAPES = [
-    (64, False, False),
-    (64, True, False),
-    (64, True, True),
-    (72, False, False),
-    (80, True, False),
-    (96, True, False),
-    (128, True, False),
-    (128, True, True),
-    (256, True, True),
+    (64, False, False, 0),
+    (64, True, False, 0),
+    (64, True, True, 0),
+    (72, False, False, 0),
+    (80, True, False, 0),
+    (96, True, False, 0),
+    (128, True, False, 0),
+    (128, True, True, 0),
+    (256, True, True, 0),
+    (96, True, False, 2047),
+    (128, True, True, 4096),
+    (256, True, True, 512),
 ]
 BUILDS = []
 for _hopper in (False, True):
@@ -139,11 +157,13 @@ for _hopper in (False, True):
 # In float32, with the bytes of a thread that kernels/attention.py says are in memory. An sm_90 has
 # the same blocks; they are compiled for sm_80 only, as it takes a minute.
 _SPILLS = {96: 8, 128: 24, 256: 296}
-for _d in (64, 96, 128, 256):
-    for _build in _builds(_d, True, False, False, torch.float32):
+for _d, _window in ((64, 0), (96, 0), (128, 0), (256, 0), (64, 512), (256, 512)):
+    for _build in _builds(_d, True, False, _window, False, torch.float32):
         _build = in_dtype(_build, "fp32")
         BUILDS.append(_build._replace(targets=(80,), spills=_SPILLS.get(_d, 0)))
 
+_SMALL = "a small window"
+_BLOCKS = "a window of blocks and a bit"
 MUTATIONS = [
     Mutation("(key <= query[:, None])", "(key <= query[:, None] + 1)", "causal"),
     Mutation("key[:, None] <= (start + row)", "key[:, None] < (start + row)", "causal"),
@@ -152,7 +172,16 @@ MUTATIONS = [
     Mutation("(i // count)", "(i // count * 0)", "few queries, grouped heads, scale"),
     Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
     Mutation("dq1 * scale, dq2 * scale", "dq1 * scale, dq2", "packed, empty samples"),
-    Mutation("diagonal + tl.where(last < queries, 1, 0)", "diagonal", "not causal"),
+    Mutation("diagonal + partial", "diagonal", "not causal"),
+    Mutation("(key > query[:, None] - WINDOW)", "(key >= query[:, None] - WINDOW)", _SMALL),
+    Mutation("(key[:, None] > query - WINDOW)", "(key[:, None] >= query - WINDOW)", _SMALL),
+    Mutation("tl.full((BM,), -1e30", 'tl.full((BM,), float("-inf")', _SMALL),
+    Mutation("first + BM - WINDOW, 0), BN)", "first - WINDOW, 0), BN)", _BLOCKS),
+    Mutation("tl.maximum(first - WINDOW + 1, 0)", "first", _BLOCKS),
+    Mutation("start -= tl.where(i < edge", "start -= tl.where(i < begin", _BLOCKS),
+    Mutation("tl.minimum(first + WINDOW, queries)", "queries", _BLOCKS),
+    Mutation("first + BN - 1 + WINDOW, queries)", "first + WINDOW, queries)", _BLOCKS),
+    Mutation("near, last - diagonal * BM)", "near, last)", _BLOCKS),
     Mutation(" - delta[None, :]", "", "packed, empty samples"),
     Mutation("delta += tl.sum(o2", "delta -= tl.sum(o2", "packed, empty samples"),
 ]
