@@ -32,8 +32,7 @@ makes samples of them. This file, from top to bottom:
     Steps, Step              global_batch samples for each optimizer step, packed into micro-batches
     loader                   worker processes that make steps ahead
     token_counts             the length of every row, so that ranks can share tokens evenly
-    check, inspect           a look at the rows before training
-    main                     the command
+    main                     the command; training/check.py does what `check` and `inspect` ask for
 
 What training sees at step i is a function of (seed, i) and of nothing else: it is the same on any
 number of ranks and workers, and after any restart.
@@ -49,33 +48,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm  # comes with tokenizers
 
 import command_line
 import config
-from checkpoints.files import open_regular, resolve, write_file, writing
+from checkpoints.files import resolve
 from checkpoints.layouts import config_from_recipe, read_config
 from command_line import within
 from config import UserError, printable
 from inputs import templates
-from inputs.duplicates import Benchmark, has_imagehash, print_duplicates, print_overlaps
-from inputs.forms import KEYS
-from inputs.holdout import open_stage
-from inputs.image_processor import ImageProcessor
+from inputs.forms import columns_of
 from inputs.measure import measure_rows
-from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
 from inputs.rows import Blocks, Part, Rows, open_rows
 from inputs.sample import Sample, SampleSpec, make_sample, user_error
 from inputs.shards import shard
-from inputs.summary import Summary
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
 from inputs.tokenizer import load_tokenizer
@@ -574,265 +565,7 @@ def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
     return measure_rows(rows, kind_of, measure, workers, "counting the tokens of its rows")
 
 
-# -------------------------------------------------------------------------------- check and inspect
-
-
-@dataclass
-class Listing:
-    """A set of rows for `check` or `inspect`."""
-
-    name: str
-    rows: Rows
-    spec: SampleSpec
-    order: Order | None = None  # in which `inspect` shows them; None = that of the file
-    notes: tuple[str, ...] = ()  # how they were chosen
-
-
-# How pictures are seen without a recipe: as the square that CLIP-L/14-336 gets.
-WITHOUT_RECIPE = ImageProcessor(336)
-
-
-def check(rows: Rows, spec: SampleSpec) -> int:
-    """Read every row as training does, and return how many are bad.
-
-    Print a line for each that is bad or cut, then a summary.
-    """
-    # A micro-batch for each sample, so that each can be counted.
-    stage = config.Stage(global_batch=16, micro_batch_tokens=0)
-    steps = Steps(rows, spec, stage, config.Train(on_bad_row="skip"), validation=True)
-    workers = min(os.cpu_count() or 1, len(steps) // 4)
-
-    summary = Summary()
-    with tqdm(total=len(rows), unit="row", disable=None, leave=False) as progress:
-        for step, _ in loader(steps, workers=workers):
-            for line in step.skipped:
-                tqdm.write(line)
-
-            for row, cut in step.cut:
-                note = f"note: over-long, loses {cut} tokens of its tail"
-                where = printable(rows.where(row), 1000)
-                tqdm.write(f"{where}: {note}; fix: raise max_tokens, or leave it so")
-
-            cut_of = dict(step.cut)
-            for batch in step.batches:
-                kept = len(batch.labels)
-                tokens = kept + cut_of.get(batch.rows[0], 0)
-                summary.add_sample(len(batch.shapes), tokens, kept, batch.supervised)
-
-            for row, notes, unread in step.readings:
-                summary.add_reading(row, notes, unread)
-
-            summary.add_bad(len(step.skipped))
-            progress.update(len(step.skipped) + len(step.micro_batches))
-
-    summary.print(printable(rows.file, 1000), spec.views.positions(), rows.where)
-    return summary.bad
-
-
-def inspect(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool = True) -> str:
-    """Print rows as training sees them, with the supervised text marked, and return them as HTML.
-
-    With pixels=False, pictures are neither read nor in the HTML. Raises UserError for a bad row.
-    """
-    template = templates.choose_template(spec.template, spec.tokenizer)
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    html = []
-    total = 0
-    total_supervised = 0
-
-    for i in numbers:
-        row = rows[i]
-        sample = make_sample(rows, i, spec, pixels)
-        supervised = int((sample.labels != IGNORE).sum())
-        total += len(sample.ids)
-        total_supervised += supervised
-
-        # The line above the text: how many tokens, and which views the encoder gets.
-        where = printable(rows.where(i, row), 1000)
-        head = f"{where}: {len(sample.ids)} tokens, {supervised} supervised"
-        head += f", views: {describe_views(sample, pixels)}"
-        if sample.cut:
-            head += f", {sample.cut} tokens cut off"
-
-        # The text, from the functions that made the sample's ids.
-        text, spans, marks = templates.render(row["conversations"], template)
-        _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
-        print(f"--- {head}")
-        print(show_supervised(text, labels, offsets, colour), file=command_line.colours())
-
-        # The same for the page, with the pictures.
-        html.append(f"<h2>{escape(head)}</h2>")
-        if pixels:
-            for item in sample.items:
-                for view in item.pixels:  # (3, H, W) uint8
-                    image = Image.fromarray(view.permute(1, 2, 0).numpy())
-                    html.append(image_tag(image, width=240))
-        html.append(f"<pre>{mark_supervised(text, labels, offsets)}</pre>")
-
-    print(f"=== {len(numbers)} rows: {total} tokens, {total_supervised} supervised")
-    return "\n".join(html)
-
-
-def describe_views(sample: Sample, pixels: bool) -> str:
-    """Return how many views each item of a sample has, and of what size if pixels were read."""
-    described = []
-    for item in sample.items:
-        if pixels:
-            height, width = item.pixels.shape[2:]
-            described.append(f"{item.shape.views} of {height} x {width}")
-        else:
-            described.append(str(item.shape.views))
-    return ", ".join(described) or "none"
-
-
 # -------------------------------------------------------------------------------------- the command
-
-STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #1c2430 }
-h2 { font-size: 1em; margin: 2em 0 .5em }
-img { margin-right: 8px; border: 1px solid #dde2e8 }
-pre { white-space: pre-wrap; background: #f4f6f8; padding: 1em }
-mark { background: #bfe8c5 }
-"""
-LEGEND = """<p>Pictures as the encoder gets them, before normalisation. What is <mark>marked</mark>
-is supervised.</p>"""
-
-
-def jobs_of_options(args) -> list[Listing]:
-    """Return the one job of --data and the options beside it."""
-    if args.max_tokens:
-        limit = args.max_tokens
-    elif args.tokenizer or args.model:
-        limit = 2048
-    else:
-        limit = sys.maxsize  # bytes are several times as many as tokens, so 2048 would cut rows
-
-    if args.model:
-        spec = model_spec(resolve(args.model), limit)
-    else:
-        # Without a model, the tiling knows only how many tokens a picture takes. A resampler makes
-        # that number of whatever an encoder gives.
-        views = Tiling(0, "resampler", {"num_queries": args.image_tokens}, WITHOUT_RECIPE)
-        spec = make_spec(args.tokenizer, args.template, limit, views)
-
-    name = args.data
-    if not args.tokenizer and not args.model:
-        name += ", in bytes (no --tokenizer)"
-    rows = open_rows(args.data, args.images, columns_of(args.columns))
-    return [Listing(name, rows, spec)]
-
-
-def columns_of(words: list[str]) -> dict[str, str]:
-    """Return what --columns maps, {part: column}. Raises UserError for a word that maps nothing."""
-    columns = {}
-    for word in words:
-        part, equals, column = word.partition("=")
-        if not equals or part not in KEYS or not column:
-            what = f"{printable(word, 60)!r} maps no column"
-            parts = ", ".join(KEYS)
-            raise UserError("--columns", what, f"write part=column, a part being one of {parts}")
-        columns[part] = column
-    return columns
-
-
-def jobs_of_recipe(arguments: list[str]) -> list[Listing]:
-    """Return a job for the rows of each stage of a recipe, and one for its held-out rows.
-
-    All are opened before any is read to the end, so that a wrong path shows at once.
-    """
-    recipe, path = config.load(arguments, arguments[0])
-    seed = recipe.train.seed
-    jobs = []
-    for name, stage in recipe.stage.items():
-        spec = stage_spec(recipe.model, stage)
-        opened = open_stage(stage, f"{path}:stage.{name}", workers=os.cpu_count() or 1)
-        rows = opened.training
-        notes = tuple(f"stage {name}: {note}" for note in opened.notes)
-        order = Order(len(rows), seed, rows.parts, rows.blocks)
-        jobs.append(Listing(f"stage {name}", rows, spec, order, notes))
-        if opened.held_out is not None:
-            rows = opened.held_out
-            order = Order(len(rows), seed, blocks=rows.blocks)
-            jobs.append(Listing(f"stage {name}, validation", rows, spec, order))
-    return jobs
-
-
-def check_jobs(jobs: list[Listing], where: str, against: list[str]):
-    """Check the rows of all jobs, and against benchmarks. Raises UserError if some are bad."""
-    # Those first, so that a wrong path shows before hours of reading.
-    workers = os.cpu_count() or 1
-    if against and not has_imagehash():
-        print("note: pictures that were resized or saved as JPEG are not found without ImageHash")
-        print("  pip install ImageHash")
-    benchmarks = [Benchmark.of(Path(name), workers) for name in against]
-
-    bad = 0
-    total = 0
-    for job in jobs:
-        print(f"== {printable(job.name, 1000)}")
-        print(f"recognised: {job.rows.recognised}")
-        for note in job.notes:
-            print(note)
-        bad += check(job.rows, job.spec)
-        print_duplicates(job.rows, workers)
-        for benchmark in benchmarks:
-            print_overlaps(job.rows, benchmark, workers)
-        total += len(job.rows)
-    if bad:
-        fix = "mend or remove them, or set train.on_bad_row=skip"
-        raise UserError(where, f"{bad} of {total} rows are bad", fix)
-
-
-def check_page(path: Path):
-    """Raise UserError if something is at `path` that is no page: rows, or somebody's notes."""
-    fix = "name another file for the page"
-    with writing(path, fix):
-        if not path.exists():
-            return
-        with open_regular(path) as file:
-            if not file.read(20).lower().startswith(b"<!doctype html>"):
-                raise UserError(path, "is there, and is no page", fix)
-
-
-def inspect_jobs(jobs: list[Listing], args):
-    """Show some rows of each job, and write the page if one is asked for."""
-    if args.page:
-        check_page(Path(args.page))
-
-    # Without a recipe, the text is what matters. Pictures may be missing, unless a page shows them.
-    pixels = bool(args.recipe or args.page)
-    body = [LEGEND]
-    for job in jobs:
-        print(f"== {printable(job.name, 1000)}")
-        html = inspect(job.rows, job.spec, rows_to_show(job, args), pixels)
-        body += [f"<h1>{escape(job.name)}</h1>", html]
-
-    if args.page:
-        page = html_page("Samples", "\n".join(body), STYLE)
-        with writing(Path(args.page)):
-            write_file(Path(args.page), page)
-        print(f"{printable(args.page)} written")
-
-
-def rows_to_show(job: Listing, args) -> list[int]:
-    """Return the row of --row, or the first --rows of training or of the file.
-
-    Raises UserError for a --row that is not there.
-    """
-    n = len(job.rows)
-    if args.row is not None:
-        if not 0 <= args.row < n:
-            what = f"there is no row {args.row}, only {n} rows"
-            raise UserError(job.rows.file, what, f"a --row from 0 to {n - 1}")
-        return [args.row]
-
-    if job.order is None:
-        return list(range(min(args.rows, n)))
-    shown = []
-    for k in range(min(args.rows, job.order.n)):
-        _, row = job.order(k)
-        shown.append(row)
-    return shown
 
 
 def main(argv: list[str]):
@@ -872,22 +605,25 @@ def main(argv: list[str]):
         print(f"{printable(out)}: {len(rows)} rows in {count} tar files")
         return
 
-    # A look at rows, of one of the two.
+    # Rows before training, from one of the two. What reads them uses this file, so it is imported
+    # here, where this file is complete.
+    from training import check
+
     if bool(args.data) == bool(args.recipe):
         parser.error("name a recipe, or rows with --data")
     if args.model and (args.tokenizer or not args.data):
         parser.error("--model stands beside --data, and brings its own tokenizer and template")
     if args.data:
         where = args.data
-        jobs = jobs_of_options(args)
+        row_sets = check.row_sets_of_options(args)
     else:
         where = args.recipe[0]
-        jobs = jobs_of_recipe(args.recipe)
+        row_sets = check.row_sets_of_recipe(args.recipe)
 
     if args.command == "check":
-        check_jobs(jobs, where, args.against)
+        check.check_row_sets(row_sets, where, args.against)
     else:
-        inspect_jobs(jobs, args)
+        check.inspect_row_sets(row_sets, args)
 
 
 if __name__ == "__main__":

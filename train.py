@@ -76,11 +76,11 @@ import lora
 from checkpoints import peft, resume, weights
 from checkpoints.files import write_file, writing
 from checkpoints.layouts import config_from_recipe
-from config import PARTS, Recipe, Stage, Train, Tune, UserError
+from config import PARTS, Recipe, Stage, Train, Tune, UserError, printable
 from data import Steps, loader, stage_spec, token_counts, validation_batches
 from demo import world
 from inputs import hub
-from inputs.holdout import check_validation, open_stage, validation_file
+from inputs.holdout import StageRows, check_validation, open_stage, validation_file
 from inputs.rows import Rows, is_here
 from inputs.sample import SampleSpec
 from inputs.tiling import read_grids
@@ -494,9 +494,9 @@ def prepare(
 
     # The data. To share the tokens of a step evenly, ranks must know the length of each row.
     spec = stage_spec(recipe.model, stage)
-    rows, held_out, notes = open_stage(stage, f"stage.{name}", options.workers)
-    for note in notes:
-        print0(f"{name}: {note}")
+    opened = open_stage(stage, f"stage.{name}", options.workers)
+    rows = opened.training
+    print0(f"{name}: {printable(describe_rows(opened, stage), 1000)}")
     counts = None
     if ranks.size > 1:
         counts = token_counts(rows, spec, options.workers)
@@ -543,7 +543,7 @@ def prepare(
         ranks=ranks,
         steps=steps,
         spec=spec,
-        held_out=held_out,
+        held_out=opened.held_out,
         model=model,
         parallel=parallel_model,
         optimizer=optimizer,
@@ -552,6 +552,14 @@ def prepare(
         begun_with=tensors,
         origin=origin,
     )
+
+
+def describe_rows(opened: StageRows, stage: Stage) -> str:
+    """Return what the rows of a stage were recognised as, which are left out, which held out."""
+    said = [opened.training.recognised, *opened.notes]
+    if validation_file(stage):
+        said.append(f"validation: {opened.held_out.recognised}")
+    return "; ".join(said)
 
 
 def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str, stages: list[Stage]):

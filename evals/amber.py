@@ -36,6 +36,7 @@ from evals.files import Row, errors_at, find_first, read_rows, read_text, read_v
 from evals.options import WORD
 
 MAX_NEW_TOKENS = 512
+QUESTION_TOKENS = 16  # of amber-d: any answer but a bare Yes or No is wrong, so a short one will do
 PUBLISHED = ("AMBER", {"LLaVA-1.5": 83.5})
 UNREAD = "are not just Yes or No, and are wrong"
 

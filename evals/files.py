@@ -45,7 +45,7 @@ def find_first(data_dir: str | Path, *names: str) -> Path:
     """
     for name in names:
         path = Path(data_dir) / name
-        if _exists(path):
+        if exists(path):
             return path
 
     missing = Path(data_dir) / names[0]
@@ -53,7 +53,7 @@ def find_first(data_dir: str | Path, *names: str) -> Path:
     raise UserError(missing, "no such file or folder", fix)
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
     """Return whether there is such a file or folder; False for a name that no system takes."""
     try:
         return path.exists()

@@ -26,29 +26,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import torch
-from PIL import Image
+import torch.distributed as dist
 
 from config import Stage, UserError, printable
-from evals import Example, pope
+from evals import Example
 from evals.intervals import Difference, difference, interval
+from evals.kept import Ranks
 from evals.metrics import METRICS, Metric, choose, form_a_set, is_number, is_yes_or_no, plain
 from evals.scores import best_constant
 from inputs.conversation import IMAGE
 from inputs.media import Media
-from inputs.preview import html_page, image_tag
 from inputs.rows import Rows
 from inputs.sample import SampleSpec, check_image_count, encode_text, make_sample
 from inputs.turns import answers_of
 from model import LLaVA
 from packing import Item, bin_pack, pack_samples
-
-# How many wrong answers the page shows, and how wide a picture is there.
-MOST_SHOWN = 100
-PAGE_WIDTH = 240
 
 # Questions that nobody asks of another picture are taken for the same if so many of their first
 # words are.
@@ -327,27 +322,28 @@ def best_seen_twice(
     return max(seen, default=None)
 
 
-def unread(scale: Scale, answers: list[str]) -> str:
-    """Return in a line how many answers are neither yes nor no; "" with another metric."""
-    if scale.name != "yesno":
-        return ""
-    count = pope.unread([], answers)
-    return f"{count} of {len(answers)} answers {pope.UNREAD}"
-
-
-def sentence(found: Difference, than: str, n: int) -> str:
-    """Return a difference in words; than: what the model is compared with."""
-    points = f"{abs(100 * found.mean):.1f} points"
-    if found.low > 0:
-        return f"better than {than} by {points} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-    if found.high < 0:
-        low, high = -100 * found.high, -100 * found.low
-        return f"worse than {than} by {points} [{low:.1f}, {high:.1f}]"
-    seen = f"{100 * found.mean:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f"no difference from {than} that {n} questions could show: {seen}"
-
-
 # ------------------------------------------------------------------------------------------ loss
+
+
+def mean_loss(
+    model: LLaVA,
+    rows: Rows,
+    examples: list[Example],
+    spec: SampleSpec,
+    change: Callable[[Item], Item] | None,
+    ranks: Ranks,
+) -> float:
+    """Return the mean loss over the supervised tokens of the rows that the examples are of.
+
+    change: returns what is shown in place of an item. Every rank takes a part of the rows.
+    """
+    numbers = list(dict.fromkeys(example["row"] for example in examples))
+    mine = numbers[ranks.rank :: ranks.size]
+    total = torch.tensor(sum_of_losses(model, rows, mine, spec, change)).double()
+    if ranks.size > 1:
+        dist.all_reduce(total)
+    loss, supervised = total.tolist()
+    return loss / supervised
 
 
 @torch.no_grad()
@@ -356,12 +352,12 @@ def sum_of_losses(
     rows: Rows,
     numbers: Sequence[int],
     spec: SampleSpec,
-    change: Callable[[Item], Item] | None = None,
+    change: Callable[[Item], Item] | None,
 ) -> tuple[float, int]:
-    """Return the sum of the token losses of some rows, and how many tokens are supervised.
+    """Return the sum of the token losses of the rows of these numbers, and of how many tokens.
 
-    That is what training's validation makes a mean of, packed as it does it. change: returns what
-    is shown in place of an item. Raise UserError for a row that training would not take.
+    That is what training's validation makes a mean of, packed as it does it. Raise UserError for a
+    row that training would not take.
     """
     stage = Stage()
     device = model.language_model.lm_head.weight.device
@@ -380,70 +376,3 @@ def sum_of_losses(
             loss += model.loss(batch.to(device)).item()
             supervised += batch.supervised
     return loss, supervised
-
-
-# ------------------------------------------------------------------------------------------ page
-
-STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
-  color: #1c2430 }
-article { display: flex; gap: 1.2em; padding: 1em 0; border-top: 1px solid #dde2e8 }
-.shown { flex: 0 0 250px }
-.shown img { display: block; margin-bottom: 4px; border: 1px solid #dde2e8 }
-.said { min-width: 0; overflow-wrap: anywhere }
-.said p { margin: 0 0 .5em; white-space: pre-wrap }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margin: 0 }
-dt, .where { color: #5b6572 }
-dd { margin: 0; white-space: pre-wrap }
-.where { font-size: .85em }
-pre { background: #f4f6f8; padding: 1em; overflow-x: auto }
-"""
-
-
-def wrong_page(
-    title: str,
-    table: str,
-    scale: Scale,
-    examples: list[Example],
-    answers: dict[str, list[str]],
-    pictures: Callable[[Example], list[Image.Image]],
-) -> str:
-    """Return a page with the answers that do not earn all: evenly of them, at most MOST_SHOWN.
-
-    answers: {who says it: the answers}, first those that the page is about.
-    pictures: returns what an example shows, videos as some of their frames.
-    """
-    credits = scale.credits(examples, next(iter(answers.values())))
-    wrong = [k for k, credit in enumerate(credits) if credit < 1]
-    count = min(len(wrong), MOST_SHOWN)
-    shown = [wrong[i * len(wrong) // count] for i in range(count)]
-
-    body = [f"<h1>{escape(title)}</h1>", f"<pre>{escape(table)}</pre>"]
-    of_all = f"{len(wrong)} of {len(examples)} answers are wrong"
-    if scale.name in ("f1", "anls"):
-        of_all = f"{len(wrong)} of {len(examples)} answers are not wholly right"
-    if count < len(wrong):
-        of_all += f"; {count} of them, spread evenly, are shown"
-    body.append(f"<p>{of_all}.</p>")
-
-    for k in shown:
-        example = examples[k]
-        said = {"true": " | ".join(example["label"])}
-        for who, texts in answers.items():
-            said[who] = texts[k]
-        images = "".join(small_image(image) for image in pictures(example))
-        rows = "".join(f"<dt>{escape(who)}</dt><dd>{escape(a)}</dd>" for who, a in said.items())
-        question = example["prompt"].replace(IMAGE, "").strip()
-        body.append(
-            f'<article><div class="shown">{images}</div><div class="said">'
-            f"<p>{escape(question)}</p><dl>{rows}</dl>"
-            f'<p class="where">{escape(printable(example["where"], 1000))}</p></div></article>'
-        )
-    return html_page(title, "\n".join(body), STYLE)
-
-
-def small_image(image: Image.Image) -> str:
-    """Return a picture as HTML, no larger than the page shows it."""
-    small = image.copy()
-    small.thumbnail((2 * PAGE_WIDTH, 2 * PAGE_WIDTH))
-    return image_tag(small, min(PAGE_WIDTH, image.width * 2))

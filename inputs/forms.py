@@ -28,7 +28,7 @@ else is an error, as is a row of no known form, and a row that has a picture whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -110,21 +110,32 @@ def read_row(raw: dict, where: str, columns: dict[str, str] | None = None) -> Ro
     media = join_media(media, in_parts, keys, where)
     turns, marked = agree(turns, media)
 
-    # A picture that nothing reads would be missing. If `columns` names some, no others are meant.
-    read = [keys[part] for part in ("id", *MEDIA, *form) if part in keys]
-    unread = [key for key in raw if key not in read and not is_empty(raw[key])]
-    if not any(part in columns for part in MEDIA):
-        check_unread(raw, unread, where, named=not media)
-
     # What the form has read gives way to what it says; the rest of the raw row stays.
-    row = {key: raw[key] for key in raw if key not in read and key not in MEDIA}
-    if "conversations" in unread:
-        del row["conversations"]  # `columns` names other turns
+    read = [keys.get(part) for part in ("id", *MEDIA, *form)]
+    row = {}
+    unread = []
+    for key, value in raw.items():
+        if key in read:
+            continue
+        if not is_empty(value):
+            unread.append(key)
+        is_replaced = key in MEDIA or (key == "conversations" and key in unread)
+        if not is_replaced:
+            row[key] = value
+
+    # A picture that nothing reads would be missing. If `columns` names some, no others are meant.
+    # Those under two of its usual keys are the same (check_same).
+    if not maps_media(columns):
+        others = [key for key in unread if PART_OF.get(key.lower()) not in MEDIA]
+        check_unread(raw, others, where, named=not media)
+
     if "id" in keys:
         row["id"] = raw[keys["id"]]
-    if media:
-        names = [medium.name for medium in media]
-        row[media[0].kind] = names[0] if len(names) == 1 else names
+    names = [medium.name for medium in media]
+    if len(names) == 1:
+        row[media[0].kind] = names[0]
+    elif names:
+        row[media[0].kind] = names
     if form:
         row["conversations"] = turns
         notes = [read_as(keys, form), *notes]
@@ -150,6 +161,16 @@ def read_as(keys: dict[str, str], form: tuple[str, ...]) -> str:
 # ----------------------------------------------------------------------------------------- keys
 
 
+def is_known(key: str) -> bool:
+    """Say whether a key is one of KEYS."""
+    return key.lower() in PART_OF
+
+
+def has_form(keys: Iterable[str]) -> bool:
+    """Say whether a row with these parts says something: whether it has one of FORMS."""
+    return any(all(part in keys for part in form) for form in FORMS)
+
+
 def find_keys(raw: dict, where: str, columns: dict[str, str]) -> dict[str, str]:
     """Return {part: key of the raw row} for the parts of KEYS that the row has a value of.
 
@@ -160,7 +181,7 @@ def find_keys(raw: dict, where: str, columns: dict[str, str]) -> dict[str, str]:
         part = PART_OF.get(key.lower())
         if part and not is_empty(value):
             present.setdefault(part, []).append(key)
-    if any(part in columns for part in MEDIA):
+    if maps_media(columns):
         for part in MEDIA:
             present.pop(part, None)
 
@@ -179,10 +200,16 @@ def find_keys(raw: dict, where: str, columns: dict[str, str]) -> dict[str, str]:
     return keys
 
 
+def maps_media(columns: dict[str, str]) -> bool:
+    """Say whether `columns` names the pictures or the videos."""
+    return any(part in columns for part in MEDIA)
+
+
 def find_form(keys: dict[str, str], columns: dict[str, str], has_media: bool) -> tuple[str, ...]:
     """Return the entry of FORMS that a row with these parts has; () if none."""
-    forms = [form for form in FORMS if any(part in columns for part in form)] or FORMS
-    for form in forms:
+    # If `columns` maps a part of a form, no other form is meant.
+    mapped = [form for form in FORMS if any(part in columns for part in form)]
+    for form in mapped or FORMS:
         has_all = all(part in keys for part in form)
         if has_all and (has_media or form != ("caption",)):
             return form
@@ -191,8 +218,8 @@ def find_form(keys: dict[str, str], columns: dict[str, str], has_media: bool) ->
 
 def check_same(raw: dict, keys: list[str], part: str, where: str):
     """Raise UserError if a row has different pictures under several keys."""
-    listed = [as_list(raw[key]) for key in keys]
-    if any(value != listed[0] for value in listed[1:]):
+    first = as_list(raw[keys[0]])
+    if any(as_list(raw[key]) != first for key in keys):
         named = " and ".join(repr(key) for key in keys)
         fix = f'name the key to read: columns = {{{part} = "{keys[0]}"}}'
         raise UserError(where, f"pictures under {named}, and not the same ones", fix)
@@ -222,6 +249,19 @@ def check_columns(rows: Any, columns: dict[str, str]):
         raise UserError(f"{rows.file}: columns.{part}", what, "name a key of the rows")
 
 
+def columns_of(words: list[str]) -> dict[str, str]:
+    """Return what --columns maps, {part: column}. Raise UserError for a word that maps nothing."""
+    columns = {}
+    for word in words:
+        part, equals, column = word.partition("=")
+        if not equals or part not in KEYS or not column:
+            what = f"{printable(word, 60)!r} maps no column"
+            parts = ", ".join(KEYS)
+            raise UserError("--columns", what, f"write part=column, a part being one of {parts}")
+        columns[part] = column
+    return columns
+
+
 # -------------------------------------------------------------------------- values of a raw row
 
 
@@ -229,16 +269,17 @@ def media_of_keys(raw: dict, keys: dict[str, str], where: str) -> list[Medium]:
     """Return the pictures and videos under the row's own keys."""
     media = []
     for kind in MEDIA:
-        if kind in keys:
-            key = keys[kind]
-            for value in as_list(raw[key]):
-                if not is_empty(value):
-                    media.append(read_medium(value, kind, f"{where}: {key}"))
+        if kind not in keys:
+            continue
+        key = keys[kind]
+        for value in as_list(raw[key]):
+            if not is_empty(value):
+                media.append(read_medium(value, kind, f"{where}: {key}"))
     return media
 
 
 def join_media(
-    media: list[Medium], in_parts: list[Medium], keys: dict[str, str], where: str
+    media: list[Medium], in_parts: Sequence[Medium], keys: dict[str, str], where: str
 ) -> list[Medium]:
     """Return a row's pictures or videos, which stand under its keys or among parts of turns.
 
@@ -247,7 +288,8 @@ def join_media(
     if media and in_parts and media != in_parts:
         what = f"pictures among the parts of a turn, and others under {keys[media[0].kind]!r}"
         raise UserError(where, what, "leave one of the two out")
-    media = media or in_parts
+    if not media:
+        media = list(in_parts)
     if len({medium.kind for medium in media}) > 1:
         raise UserError(where, "an image and a video in one row", "make two rows of it")
     return media
@@ -257,17 +299,20 @@ def read_turns(raw: dict, keys: dict[str, str], form: tuple[str, ...], where: st
     """Return the turns of a raw row of this form. Raise UserError."""
     # A row of no known form has no turns: making a sample of it says so (sample.encode_text).
     if not form:
-        return Turns([], [], [], [])
+        return Turns([])
 
-    values = [raw[keys[part]] for part in form]
-    places = [f"{where}: {keys[part]}" for part in form]
+    # The part that a form has alone, or its last one: the answer.
+    key = keys[form[-1]]
+    value = raw[key]
+    place = f"{where}: {key}"
     if form == ("conversations",):
-        return turns_of_conversation(values[0], places[0])
+        return turns_of_conversation(value, place)
     if form == ("texts",):
-        return Turns(turns_of_texts(values[0], places[0]), [], [], [])
+        return Turns(turns_of_texts(value, place))
     if form == ("caption",):
-        return turns_of_answers(CAPTION_PROMPT, answers_of(values[0], places[0]), is_caption=True)
+        return turns_of_answers(CAPTION_PROMPT, answers_of(value, place), is_caption=True)
 
-    question = text_of(values[0], places[0])
-    check_options(raw, question, values[1], places[1])
-    return turns_of_answers(question, answers_of(values[1], places[1]))
+    question_key = keys["question"]
+    question = text_of(raw[question_key], f"{where}: {question_key}")
+    check_options(raw, question, value, place)
+    return turns_of_answers(question, answers_of(value, place))

@@ -150,7 +150,7 @@ def split(
     Raise UserError if nothing is held out, or everything of a source.
     """
     keys = np.concatenate([row_keys(rows, workers) for rows in sources.values()])
-    is_held = choose(keys, validation, f"{where}.validation")
+    is_held = choose_held_out(keys, validation, f"{where}.validation")
 
     left = {}
     held = []
@@ -177,7 +177,7 @@ def split(
     return left, held_out, note
 
 
-def choose(keys: np.ndarray, validation: float, where: str) -> np.ndarray:
+def choose_held_out(keys: np.ndarray, validation: float, where: str) -> np.ndarray:
     """Return (n,) bool: which rows are held out.
 
     keys: (n, 3) of content.row_keys. validation: a share below 1, or a number of rows.

@@ -5,12 +5,13 @@
     find("user/dataset/data/val-*.json")   # files of it
 
 The cache is searched as huggingface_hub keeps it, and without that package. What is not in it is
-downloaded with huggingface_hub, and only the files of rows that folder_rows.py chooses. They are
+downloaded with huggingface_hub, and only the files of rows that folders.py chooses. They are
 read as files on the disk are: no code of a data set is ever run.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from fnmatch import fnmatchcase
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError, printable
-from inputs import folder_rows
-from inputs.folder_rows import Found, choose, list_folder
+from inputs import folders
+from inputs.folders import Found, choose_files, list_folder
 from inputs.kinds import ENDINGS
 
 NAME = r"[A-Za-z0-9][\w.-]*"
@@ -55,28 +56,29 @@ def find(data: str | Path) -> Found:
     """Return what an id means. Raise UserError if it is neither cached nor to be downloaded."""
     name = parse_id(data)
     folder = cached(name.repo)
+    what = "neither a file or folder here, nor in the Hugging Face cache, nor to be downloaded"
     if folder is not None:
         missing = missing_in(folder, name)
         if not missing:
-            return look(folder, name, data)
+            return find_in(folder, name, data)
+        what = f"the Hugging Face cache lacks {missing} of it, and it cannot be downloaded"
+
     try:
         folder = download(name, data)
     except UserError:
         raise
     except Exception as e:  # no network, no such id, a gated data set: each fails in many ways
-        what = "neither a file or folder here, nor in the Hugging Face cache, nor to be downloaded"
-        if folder is not None:
-            what = f"the Hugging Face cache lacks {missing} of it, and it cannot be downloaded"
-        raise UserError(
-            data, f"{what} ({why(e)})", f"check the name, or run {command(name)}"
-        ) from None
-    return look(folder, name, data)
+        fix = f"check the name, or run {command(name)}"
+        raise UserError(data, f"{what} ({why(e)})", fix) from None
+    return find_in(folder, name, data)
 
 
 def command(name: HubId) -> str:
     """Return the command that downloads a data set."""
-    include = f' --include "{name.inside}*"' if name.inside else ""
-    return f"hf download --repo-type dataset {name.repo}{include}"
+    said = f"hf download --repo-type dataset {name.repo}"
+    if name.inside:
+        said += f' --include "{name.inside}*"'
+    return said
 
 
 def why(error: Exception) -> str:
@@ -91,15 +93,13 @@ def why(error: Exception) -> str:
 
 def cache_folder() -> Path:
     """Return where huggingface_hub keeps what it downloads."""
-    for variable, below in (
-        ("HF_HUB_CACHE", ""),
-        ("HUGGINGFACE_HUB_CACHE", ""),
-        ("HF_HOME", "hub"),
-    ):
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser() / below
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "huggingface" / "hub"
+            return Path(os.environ[variable]).expanduser()
+
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(home).expanduser() / "hub"
 
 
 def cached(repo: str) -> Path | None:
@@ -131,44 +131,51 @@ def missing_in(folder: Path, name: HubId) -> str:
     if not names:
         return name.inside or "all files of rows"
 
-    # Some have a hash behind the count.
-    numbers = {each[: match.end()] for each in there if (match := SHARD_OF.search(each))}
-    for each in names:
-        match = SHARD_OF.search(each)
+    # Some have a hash behind the count: data/train-00000-of-00004-ab12.parquet.
+    counted = set()
+    for file in there:
+        match = SHARD_OF.search(file)
+        if match:
+            counted.add(file[: match.end()])
+
+    for file in names:
+        match = SHARD_OF.search(file)
         if match:
             for number in range(int(match[2])):
-                other = f"{each[: match.start()]}-{number:05d}-of-{match[2]}"
-                if other not in numbers:
+                other = f"{file[: match.start()]}-{number:05d}-of-{match[2]}"
+                if other not in counted:
                     return other
     return ""
 
 
 def meant_by(name: HubId, names: list[str]) -> list[str]:
     """Return which of all files of a data set hold the rows that are meant."""
-    prefix = ""
-    if name.inside:
-        prefix = f"{name.inside}/"
-        if not any(each.startswith(prefix) for each in names):
-            return [each for each in names if fnmatchcase(each, name.inside)]
-    inside = [each.removeprefix(prefix) for each in names if each.startswith(prefix)]
-    return [prefix + each for each in choose(inside).names]
+    if not name.inside:
+        return choose_files(names).names
+
+    # A folder of it, or else files.
+    prefix = f"{name.inside}/"
+    inside = [file.removeprefix(prefix) for file in names if file.startswith(prefix)]
+    if inside:
+        return [prefix + file for file in choose_files(inside).names]
+    return [file for file in names if fnmatchcase(file, name.inside)]
 
 
-def look(folder: Path, name: HubId, data: str | Path) -> Found:
+def find_in(folder: Path, name: HubId, data: str | Path) -> Found:
     """Return what a downloaded data set holds. Raise UserError."""
     meant = meant_by(name, list_folder(folder))
     if name.inside and not (folder / name.inside).is_dir():
-        return folder_rows.of_files([folder / each for each in sorted(meant)], data)
+        return folders.of_files([folder / file for file in sorted(meant)], data)
     check_one_config(meant, name, data)
-    return folder_rows.look(folder / name.inside, data)
+    return folders.find(folder / name.inside, data)
 
 
 def check_one_config(names: list[str], name: HubId, data: str | Path):
     """Raise UserError if rows lie in folders that are data sets of their own."""
-    if name.inside or any(folder_rows.is_picture(each) for each in names):
+    if name.inside or folders.has_pictures(names):
         return
-    tops = {each.split("/")[0] for each in names if "/" in each}
-    configs = sorted(top for top in tops if not folder_rows.split_of(top) and top != "data")
+    tops = {file.split("/")[0] for file in names if "/" in file}
+    configs = sorted(top for top in tops if not folders.split_of(top) and top != "data")
     if len(configs) > 1:
         listed = printable(", ".join(configs), 200)
         what = f"{len(configs)} data sets: {listed}"
@@ -192,7 +199,7 @@ def download(name: HubId, data: str | Path) -> Path:
     check_one_config(wanted, name, data)
 
     # A metadata file names pictures, which may lie anywhere beside it.
-    if any(os.path.basename(each) in folder_rows.METADATA for each in wanted):
+    if any(os.path.basename(file) in folders.METADATA for file in wanted):
         wanted = names
-    wanted = [re.sub(r"([*?\[])", r"[\1]", each) for each in wanted]
-    return Path(snapshot_download(name.repo, repo_type="dataset", allow_patterns=wanted))
+    patterns = [glob.escape(file) for file in wanted]
+    return Path(snapshot_download(name.repo, repo_type="dataset", allow_patterns=patterns))

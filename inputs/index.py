@@ -50,6 +50,17 @@ PIECES = 64
 PIECE = 4096  # bytes
 
 
+# What is kept beside files, by the last ending of its name.
+KINDS = (".index", ".counts", ".content", ".numbers")
+
+
+def is_kept(file: Path) -> bool:
+    """Say whether a file is one that is kept beside another: FILE.index, or FILE.KEY.counts."""
+    beside = file.with_suffix("")
+    is_there = beside.exists() or beside.with_suffix("").exists()
+    return file.suffix in KINDS and is_there
+
+
 def is_small(file: Path) -> bool:
     """Say whether a file is scanned faster than an index is worth keeping. Raise OSError."""
     return file.stat().st_size < SMALL

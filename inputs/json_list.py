@@ -21,7 +21,6 @@ import numpy as np
 from checkpoints.files import open_regular
 from config import UserError
 from inputs.indexed_rows import json_fix, parse_row, too_much
-from inputs.sniff import HEAD, looks_like
 
 CHUNK = 1 << 24  # bytes of the file that are read at a time
 TOKEN = 16  # characters; no number or word of JSON that may be cut off is as long
@@ -37,7 +36,6 @@ def scan_list(file: Path) -> np.ndarray:
     # One flat array of integers: a tuple for each row would take several times the memory.
     entries = array("q")
     with open_regular(file) as raw:
-        check_is_text(raw, file)
         text = TextWindow(raw, file)
         try:
             open_list(text, file)
@@ -51,17 +49,6 @@ def scan_list(file: Path) -> np.ndarray:
             where = f"row {len(entries) // 3}, byte {text.byte}"
             raise UserError(file, f"{what} ({where})", "mend or remove the row") from None
     return np.array(entries).reshape(-1, 3)
-
-
-def check_is_text(raw: BinaryIO, file: Path):
-    """Raise UserError for a file of rows that is something else, from its first bytes."""
-    head = raw.read(HEAD)
-    raw.seek(0)
-    if head:
-        other = looks_like(head)
-        if other:
-            fix = "save it as UTF-8" if "UTF-16" in other else "fetch or write it again"
-            raise UserError(file, other, fix)
 
 
 def open_list(text: TextWindow, file: Path):

@@ -17,18 +17,18 @@ import numpy as np
 
 from checkpoints.files import open_regular
 from config import UserError
-from inputs.indexed_rows import TextRows
-from inputs.json_list import check_is_text, scan_list
+from inputs.indexed_rows import IndexedRows
+from inputs.json_list import scan_list
 
 
-class JsonList(TextRows):
+class JsonList(IndexedRows):
     """The rows of a JSON list: [{...}, {...}]."""
 
     def scan(self, file: Path) -> np.ndarray:
         return scan_list(file)
 
 
-class JsonLines(TextRows):
+class JsonLines(IndexedRows):
     """The rows of a file with one row a line. Blank lines are passed over."""
 
     def scan(self, file: Path) -> np.ndarray:
@@ -37,7 +37,6 @@ class JsonLines(TextRows):
         entries = array("q")
         end = 0
         with open_regular(file) as lines:
-            check_is_text(lines, file)
             for number, line in enumerate(lines, 1):
                 start = end
                 end += len(line)
@@ -48,6 +47,6 @@ class JsonLines(TextRows):
             raise UserError(file, "empty file", "write the rows again")
         return np.array(entries).reshape(-1, 3)
 
-    def place(self, file: Path, number: int, entries: np.ndarray) -> str:
-        line = entries[0, 2]
-        return f"{file}:line {line}"
+    def place(self, k: int, number: int) -> str:
+        line = self.indexes[k][number, 2]
+        return f"{self.files[k]}:line {line}"

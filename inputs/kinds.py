@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from checkpoints.files import open_regular, parse_json
-from inputs.forms import KEYS
+from inputs.forms import is_known
 from inputs.sniff import check_may_be_rows
-from inputs.table_rows import header_of
+from inputs.table_rows import BOM, header_of
 
 HEAD = 1 << 16  # bytes of a file that are enough to tell lines from an object of many lines
 LONGEST_LINE = 1 << 26  # bytes of the first line that are looked at: rows may hold pictures
 TAR_HEADER = 512  # bytes
-BOM = b"\xef\xbb\xbf"
+PARQUET = b"PAR1"  # how such a file begins
 
 # By the ending of a file's name, where the content does not tell.
 ENDINGS = {
@@ -47,7 +47,7 @@ def kind_of_rows(file: Path) -> str:
     """
     with open_regular(file) as opened:
         head = opened.read(HEAD)
-        if head.startswith(b"PAR1"):
+        if head.startswith(PARQUET):
             return "parquet"
         if is_tar(head):
             return "tar"
@@ -60,7 +60,9 @@ def kind_of_rows(file: Path) -> str:
         if text.startswith(b"["):
             # In lines, a row that is a list is one bad row.
             is_list = text[1:].lstrip().startswith((b"{", b"]"))
-            return "lines" if by_name == "lines" and not is_list else "list"
+            if by_name == "lines" and not is_list:
+                return "lines"
+            return "list"
         if text.startswith(b"{"):
             return kind_of_objects(opened, by_name)
 
@@ -110,5 +112,4 @@ def is_table(head: bytes) -> bool:
         names, _ = header_of(head)
     except ValueError:
         return False
-    known = {name for names_of_part in KEYS.values() for name in names_of_part}
-    return len(names) > 1 and any(name.lower() in known for name in names)
+    return len(names) > 1 and any(is_known(name) for name in names)

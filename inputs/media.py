@@ -25,12 +25,31 @@ if TYPE_CHECKING:
 
 MEDIA = ("image", "video")  # the kinds
 
-PICTURE_ENDINGS = tuple(".jpg .jpeg .png .webp .avif .gif .bmp .tif .tiff .ppm .jp2".split())
-VIDEO_ENDINGS = tuple(".mp4 .mkv .avi .webm .mov .m4v .mpg .mpeg .ts .flv .wmv".split())
+# How names of files end that are pictures and videos.
+PICTURE_ENDINGS = (
+    ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .jp2 .heic"
+).split()
+VIDEO_ENDINGS = ".mp4 .m4v .mov .webm .mkv .avi .mpg .mpeg .ts .flv .wmv .ogv .3gp".split()
 
 URL_FIX = "write the file itself to the folder, and its name into the row"
 
 LONGEST_NAME = 4096  # characters; a longer text is no file's name
+
+
+def ending_of(name: str) -> str:
+    """Return the last ending of a file's name, with its dot and in small letters: ".jpg"."""
+    return os.path.splitext(name)[1].lower()
+
+
+def kind_by_ending(name: str) -> str:
+    """Return "image" or "video" if a file's name ends as that of one; "" if not."""
+    ending = ending_of(name)
+    if ending in PICTURE_ENDINGS:
+        return "image"
+    if ending in VIDEO_ENDINGS:
+        return "video"
+    return ""
+
 
 # ------------------------------------------------------------------------------------- in raw rows
 
@@ -84,11 +103,12 @@ def read_medium(value: Any, kind: str, where: str) -> Medium:
     raise UserError(where, what, "write a file name, or a list of file names")
 
 
-def picture_in(value: Any, named: bool, levels: int = 2) -> str:
+def picture_in(value: Any, named: bool, levels: int = 4) -> str:
     """Return "image" or "video" if a value plainly holds one; "" if not.
 
     Bytes and data: URLs are one. With `named` a text that ends as the name of such a file is one,
-    too. Of a list the first items are looked at, `levels` deep.
+    too. Of a list the first items are looked at, `levels` deep. A map of parquet is a list of
+    tuples.
     """
     if isinstance(value, bytes) and value:
         return "image"
@@ -96,15 +116,12 @@ def picture_in(value: Any, named: bool, levels: int = 2) -> str:
         if value.startswith(("data:image/", "data:video/")):
             return value[5:10]
         if named and len(value) <= LONGEST_NAME:
-            if value.lower().endswith(PICTURE_ENDINGS):
-                return "image"
-            if value.lower().endswith(VIDEO_ENDINGS):
-                return "video"
+            return kind_by_ending(value)
         return ""
 
     if isinstance(value, dict):
         value = list(value.values())
-    if isinstance(value, list) and levels > 0:
+    if isinstance(value, list | tuple) and levels > 0:
         for inner in value[:20]:
             found = picture_in(inner, named, levels - 1)
             if found:

@@ -1,6 +1,6 @@
 """Rows of parquet files: one file, or the many shards of a data set, with pictures as bytes.
 
-    rows = ParquetRows("data/*.parquet")     # or a folder of them, or one file
+    rows = open_rows("data/*.parquet")       # or a folder of them, or one file
     rows[7], rows.media(7, rows[7])          # as every format has them (rows.py)
     rows.blocks                              # how rows lie in row groups
     rows.numbers("relevance_min")            # (n,) float64: one column of all rows
@@ -34,10 +34,10 @@ import numpy as np
 
 from checkpoints.files import open_regular
 from config import UserError, printable
-from inputs.forms import KEYS, Row, read_row
+from inputs.file_rows import Blocks, FileRows, file_state, named
+from inputs.forms import PART_OF, Row, maps_media, read_row
 from inputs.index import cached_array
-from inputs.indexed_rows import Blocks, FileSpan, file_state, files, named
-from inputs.media import MEDIA, Media, media_of_row
+from inputs.media import MEDIA
 from inputs.sniff import HEAD, looks_like, reason
 from inputs.turns import OPTIONS
 
@@ -63,73 +63,37 @@ class RowGroup(NamedTuple):
     table: Table  # of those that rows need
 
 
-class ParquetRows:
+class ParquetRows(FileRows):
     """The rows of a parquet file, or of several; see rows.Rows for what its methods promise."""
 
-    recognised = "parquet"  # open_rows says more
-    parts = ()  # only a mixture has some
-
-    def __init__(
-        self,
-        data: str | Path,
-        images: str | Path = "",
-        columns: dict[str, str] | None = None,
-        found: list[Path] | None = None,
-    ):
-        """Open `data`, a file, a glob or a folder of them, in the order of their names.
-
-        images: the folder of pictures that rows name, by default that of the first file.
-        columns: what rows call their parts, as forms.read_row takes it.
-        found: the files that `data` stands for, if they are known.
-
-        Raise UserError if there is none, one cannot be read, or pyarrow is not installed.
-        """
-        self.given = (data, images, columns, found)
-        self.columns = columns
-        self.file = Path(data)
-        self.files = found or files(data) or [self.file]
+    def open_files(self) -> list[int]:
+        """Raise UserError, also if pyarrow is not installed."""
         check_pyarrow(self.file)
-
-        # Of each file, where its row groups are.
-        try:
-            self.indexes = [load_index(file) for file in self.files]
-            self.states = [file_state(file.stat()) for file in self.files]
-        except OSError as e:
-            fix = "name a .parquet file, a folder of them, or a glob"
-            raise UserError(e.filename or data, reason(e), fix) from None
-
-        # The same for all files: file_ends[k] is the end of file k, group_ends[g] of row group g,
-        # which is one of the file group_files[g].
+        self.indexes = [load_index(file) for file in self.files]
         rows_of_files = [number_of_rows(index) for index in self.indexes]
-        self.file_ends = np.cumsum(rows_of_files)
-        ends = []
-        for begin, index in zip(self.file_ends - rows_of_files, self.indexes, strict=True):
-            ends.append(begin + index[:, 0])
-        self.group_ends = np.concatenate(ends)
-        self.group_files = np.repeat(
-            np.arange(len(self.files)), [len(index) for index in self.indexes]
-        )
-        if not len(self):
+        if not sum(rows_of_files):
             raise UserError(self.file, "no rows", "write the rows again")
 
-        self.images = self.files[0].parent
-        if images:
-            self.images = Path(images)
-        if not self.images.is_dir():
-            fix = "set the stage's images, or --images"
-            raise UserError(self.images, "no such folder of images", fix)
+        # The same for all files: group_ends[g] is the end of row group g, which is one of the file
+        # group_files[g].
+        ends = []
+        begin = 0
+        for index, rows in zip(self.indexes, rows_of_files, strict=True):
+            ends.append(begin + index[:, 0])
+            begin += rows
+        self.group_ends = np.concatenate(ends)
+        groups_of_files = [len(index) for index in self.indexes]
+        self.group_files = np.repeat(np.arange(len(self.files)), groups_of_files)
 
         # The largest row group decides, so that memory is bounded whichever are read.
         largest = max(int(index[:, 2].max(initial=1)) for index in self.indexes)
         self.blocks = Blocks(self.group_ends, max(1, HELD // max(1, largest)))
         self.held: OrderedDict[int, RowGroup] = OrderedDict()
-
-    def __len__(self) -> int:
-        return int(self.file_ends[-1])
+        return rows_of_files
 
     def __getitem__(self, i: int) -> Row:
         i = range(len(self))[i]
-        place = self._place(i)
+        place = self.place(*self.find_row(i))
         group = int(np.searchsorted(self.group_ends, i, side="right"))
         names, table = self._row_group(group)
 
@@ -153,22 +117,6 @@ class ParquetRows:
                 row.setdefault(name)
         return row
 
-    def where(self, i: int, row: Row | None = None) -> str:
-        if row is None:
-            row = self[i]
-        return named(self._place(i), row)
-
-    def media(self, i: int, row: Row) -> list[Media]:
-        return media_of_row(row, self.images, self.where(i, row))
-
-    def file_spans(self) -> list[FileSpan]:
-        spans = []
-        begin = 0
-        for file, end in zip(self.files, self.file_ends.tolist(), strict=True):
-            spans.append(FileSpan(file, begin, end))
-            begin = end
-        return spans
-
     def numbers(self, column: str) -> np.ndarray:
         """Return a column of all rows, (n,) float64, without reading the others.
 
@@ -191,18 +139,6 @@ class ParquetRows:
             what = f"no column {column!r}, only {printable(', '.join(sorted(names)), 200)}"
             raise UserError(self.file, what, "name one of them")
         return np.concatenate(found)
-
-    def __reduce__(self):
-        """Pickle what was given: a spawned worker opens the files again, by the kept indexes."""
-        return type(self), self.given
-
-    def _place(self, i: int) -> str:
-        """Return what messages call row i, without its id: FILE:row N, from 0 in its file."""
-        i = range(len(self))[i]
-        k = int(np.searchsorted(self.file_ends, i, side="right"))
-        if k > 0:
-            i -= int(self.file_ends[k - 1])
-        return f"{self.files[k]}:row {i}"
 
     def _row_group(self, group: int) -> RowGroup:
         """Return a row group, read unless it is held. Raise UserError."""
@@ -233,7 +169,7 @@ class ParquetRows:
 
         file = self.files[k]
         with readable(file), open_regular(file) as opened:
-            if file_state(os.fstat(opened.fileno())) != self.states[k]:
+            if file_state(os.fstat(opened.fileno())) != self.states[file]:
                 raise UserError(file, "has changed since it was opened", "start again")
             footer = parquet.read_metadata(opened)
             shared = []
@@ -313,22 +249,33 @@ def wanted_columns(schema: Schema, columns: dict[str, str]) -> list[str]:
     Where `columns` names no pictures, also those that may hold some, so that forms.py refuses a row
     whose pictures nothing would read.
     """
-    mapped = set(columns.values())
-    known = {name for part, names in KEYS.items() if part not in columns for name in names}
-    known.update(OPTIONS)
-
-    has_pictures = any(part in columns for part in MEDIA)
-    pictures = {name for part in MEDIA for name in KEYS[part]}
-    if not has_pictures and not any(name.lower() in pictures for name in schema.names):
-        return schema.names
+    has_pictures = maps_media(columns)
+    if not has_pictures and not any(PART_OF.get(name.lower()) in MEDIA for name in schema.names):
+        return schema.names  # forms.py looks for pictures in all of them
 
     wanted = []
     for field in schema:
-        is_part = field.name in mapped or field.name.lower() in known
-        has_bytes = "binary" in str(field.type) and not has_pictures
-        if is_part or has_bytes or is_plain(field.type):
+        name = field.name.lower()
+        part = PART_OF.get(name)
+        is_part = part is not None and part not in columns
+        is_asked = is_part or name in OPTIONS or field.name in columns.values()
+        may_be_picture = not has_pictures and has_bytes(field.type)
+        if is_asked or may_be_picture or is_plain(field.type):
             wanted.append(field.name)
     return wanted
+
+
+def has_bytes(kind: DataType) -> bool:
+    """Say whether a type holds bytes, also inside of lists and structs."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return has_bytes(kind.value_type)
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return True
+    if types.is_binary_view(kind) or types.is_fixed_size_binary(kind):
+        return True
+    return any(has_bytes(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def is_plain(kind: DataType) -> bool:

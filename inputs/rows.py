@@ -8,23 +8,22 @@
 
 A format finds raw rows in files, whatever they say (`forms.py` reads that). Which format a file has
 is told by its content (kinds.py). Which files of a folder are meant is told by their names
-(folder_rows.py), and a Hugging Face id stands for a folder (hub.py). To add a format, say Arrow,
+(folders.py), and a Hugging Face id stands for a folder (hub.py). To add a format, say Arrow,
 these places change:
 
-    inputs/arrow_rows.py        the new file: a class ArrowRows with the methods of `Rows`, made by
-                                ArrowRows(data, images, columns, found), where `found` are the files
-                                that `data` means; it raises UserError if it cannot
+    inputs/arrow_rows.py        the new file: a class ArrowRows(FileRows), see file_rows.py
     inputs/kinds.py             kind_of_rows returns "arrow" for its first bytes, ENDINGS has .arrow
-    inputs/folder_rows.py       NAMES has what it is called
+    inputs/folders.py           NAMES has what it is called
     FORMATS, below              the entry: "arrow": ArrowRows
     tests/inputs/               test_containers.py fails until MATRIX opens the new format, too
 
-A format whose rows are texts in files derives from `indexed_rows.TextRows` and needs one method,
+A format whose rows are texts in files derives from `indexed_rows.IndexedRows` and needs one method,
 `scan`. json_rows.JsonLines is the shortest example.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,11 +31,13 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from config import UserError, printable
-from inputs import hub
-from inputs.folder_rows import CAPTIONS, CaptionFolder, Found, look, of_files
+from config import UserError
+from inputs import folders, hub
+from inputs.caption_rows import CaptionRows
+from inputs.file_rows import Blocks, FileSpan, unreadable
+from inputs.folders import CAPTIONS, Found
 from inputs.forms import Row, check_columns
-from inputs.indexed_rows import Blocks, FileSpan, files, unreadable
+from inputs.index import is_kept
 from inputs.json_rows import JsonLines, JsonList
 from inputs.media import Media
 from inputs.parquet_rows import ParquetRows
@@ -52,7 +53,7 @@ FORMATS = {
     "tar": Shards,
     "table": Table,
     "parquet": ParquetRows,
-    CAPTIONS: CaptionFolder,
+    CAPTIONS: CaptionRows,
 }
 
 
@@ -99,8 +100,10 @@ def open_rows(
 
     # A file of one object is no list: that format says so.
     row_format = FORMATS.get(found.kind, JsonList)
-    rows = row_format(data, images, columns, found.files)
-    rows.recognised = describe(rows, found)
+    rows = row_format(data, found.files, images, columns)
+    rows.recognised = found.what + rows.details()
+    if found.left_out:
+        rows.recognised += f"; splits left out: {found.left_out}"
     check_columns(rows, columns or {})
     return rows
 
@@ -108,43 +111,26 @@ def open_rows(
 def find(data: str | Path) -> Found:
     """Return what is meant by the name of some data. Raise UserError or OSError."""
     if Path(data).is_dir():
-        return look(Path(data))
-    found = [file for file in files(data) if not is_kept(file)]
-    if found:
-        return of_files(found, data)
+        return folders.find(Path(data))
+    files = [file for file in files_named(data) if not is_kept(file)]
+    if files:
+        return folders.of_files(files, data)
     if hub.parse_id(data):
         return hub.find(data)
-    return of_files([Path(data)], data)  # opening it says that it is missing
+    return folders.of_files([Path(data)], data)  # opening it says that it is missing
+
+
+def files_named(data: str | Path) -> list[Path]:
+    """Return the files of a name or a glob, in order; none if there are none."""
+    return sorted(Path(name) for name in glob.glob(str(data)))
 
 
 def is_here(data: str | Path) -> bool:
     """Say whether some data is on this machine: files, a folder, or an id that is in the cache."""
-    if os.path.exists(data) or files(data):
+    if os.path.exists(data) or files_named(data):
         return True
     name = hub.parse_id(data)
     return name is not None and hub.cached(name.repo) is not None
-
-
-def is_kept(file: Path) -> bool:
-    """Say whether a file is what is kept beside another one, and a glob has found it, too."""
-    beside = file.with_suffix("")  # FILE.index, or FILE.KEY.counts
-    is_there = beside.exists() or beside.with_suffix("").exists()
-    return file.suffix in (".index", ".counts", ".content", ".numbers") and is_there
-
-
-def describe(rows: Rows, found: Found) -> str:
-    """Return what some rows are, in words, with what their format knows of them."""
-    what = found.what
-    if isinstance(rows, CaptionFolder):
-        what = rows.recognised
-    if isinstance(rows, Table) and what == "a table":
-        names = [name for name in rows.headers[rows.files[0]].names if name]
-        what = f"a table of {printable(', '.join(names), 200)}"
-    if isinstance(rows, Shards):
-        passed_over = rows.passed_over()
-        if passed_over:
-            what += f"; members of other types, passed over: {passed_over}"
-    return what
 
 
 # ------------------------------------------------------------------------------------------- blocks
@@ -225,7 +211,8 @@ class RowMixture:
         self.sources = sources
         self.blocks = None  # those of its sources are in its parts
         self.file = ", ".join(str(source.file) for source in sources)
-        self.recognised = ", and ".join(source.recognised for source in sources)
+        recognised = [f"{source.recognised} ({source.file})" for source in sources]
+        self.recognised = ", and ".join(recognised)
 
         # Source k has the rows from ends[k - 1] to ends[k] - 1 of the mixture.
         self.ends = np.cumsum([len(source) for source in sources])

@@ -21,6 +21,7 @@ import shutil
 import tarfile
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -29,11 +30,11 @@ import numpy as np
 from checkpoints.files import open_regular, writing
 from checkpoints.owned import MARK, own
 from config import UserError
-from inputs.forms import Row, find_keys, read_row
+from inputs.forms import Row, find_keys, has_form, read_row
 from inputs.index import locked
 from inputs.indexed_rows import IndexedRows, Location
-from inputs.media import Media, bytes_of_url, media_names
-from inputs.sniff import HEAD, is_medium, reason
+from inputs.media import Media, bytes_of_url, ending_of, kind_by_ending, media_names
+from inputs.sniff import HEAD, begins_as_medium, reason
 
 if TYPE_CHECKING:
     from inputs.rows import Rows
@@ -43,13 +44,9 @@ ROW = 0  # KEY.json, which begins a sample; it has no bytes where there is only 
 CAPTION = -1  # KEY.txt
 OTHER = -2  # passed over: KEY.cls, KEY.npy, ...
 
-# By the last ending of a member's name. Any other member is looked at.
-MEDIA = set(
-    "jpg jpeg jpe jfif png webp avif gif bmp tif tiff ppm pgm jp2 heic"
-    " mp4 m4v mov webm mkv avi mpg mpeg ts flv wmv ogv 3gp".split()
-)
-VIDEOS = set("mp4 m4v mov webm mkv avi mpg mpeg ts flv wmv ogv 3gp".split())
-HEADER = 512  # bytes before a member's own
+TEXTS = (".json", ".txt")  # endings of a row and of a caption
+BLOCK = 512  # bytes; a member's header is one, and stands before its own bytes
+HEADERS = 32 * BLOCK  # with the long or foreign name that may stand before it
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -63,6 +60,7 @@ class Shards(IndexedRows):
 
     # A scan visits every member, which is slow on a network disk however small the file is.
     keeps_small_index = True
+    holds_media = True
 
     def scan(self, file: Path) -> np.ndarray:
         return scan_tar(file)
@@ -71,9 +69,11 @@ class Shards(IndexedRows):
         rows = np.flatnonzero(entries[:, 2] == ROW)
         return np.append(rows, len(entries))
 
-    def passed_over(self) -> int:
-        """Return how many members of the files belong to no row."""
-        return sum(int((entries[:, 2] == OTHER).sum()) for entries in self.indexes)
+    def details(self) -> str:
+        passed_over = sum(int((entries[:, 2] == OTHER).sum()) for entries in self.indexes)
+        if not passed_over:
+            return ""
+        return f"; members of other types, passed over: {passed_over}"
 
     def raw_row(self, location: Location) -> Any:
         start, end, _ = location.entries[0].tolist()
@@ -85,17 +85,19 @@ class Shards(IndexedRows):
 
         # Shards of our own end here: their rows say everything.
         keys = find_keys(raw, location.place, self.columns or {})
-        has_form = has_turns(keys)
+        is_whole = has_form(keys)
         has_media = "image" in keys or "video" in keys
         members = np.flatnonzero(location.entries[:, 2] > ROW)
-        if has_form and (has_media or not len(members)):
+        if is_whole and (has_media or not len(members)):
             return raw
 
-        if not has_form:
+        if not is_whole:
             raw |= self._caption(location)
         if not has_media and len(members) and not self._names_media(raw, location):
             names = [self._name(location, int(entry)) for entry in members]
-            kind = "video" if ending_of(names[0]) in VIDEOS else "image"
+            kind = "image"
+            if kind_by_ending(names[0]) == "video":
+                kind = "video"
             raw[(self.columns or {}).get(kind, kind)] = names
             raw.setdefault("id", key_of(names))
         return raw
@@ -140,17 +142,35 @@ class Shards(IndexedRows):
             raise UserError(location.place, what, "save it as UTF-8") from None
 
     def _name(self, location: Location, entry: int) -> str:
-        """Return the name of a member, as the header before it has it: its first 100 bytes."""
+        """Return the name of a member, as the headers before it have it."""
         start = int(location.entries[entry, 0])
-        header = np.array([[start - HEADER, start, OTHER]])
-        content = self._read(location._replace(entries=header), 0)
-        return content[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+        headers = np.array([[max(0, start - HEADERS), start, OTHER]])
+        return name_in(self._read(location._replace(entries=headers), 0))
 
 
-def has_turns(keys: dict[str, str]) -> bool:
-    """Say whether a row of these keys has something to say (forms.read_turns)."""
-    has_answer = "question" in keys and "answer" in keys
-    return has_answer or any(part in keys for part in ("conversations", "texts", "caption"))
+def name_in(headers: bytes) -> str:
+    """Return the name of a member from what stands before its bytes and ends with its header.
+
+    A name that is long or not ASCII stands in blocks of its own, and a header of theirs, before it.
+    """
+    begin = len(headers) - BLOCK
+    name = headers[begin:][:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+    if headers[begin + 257 : begin + 262] != b"ustar":
+        return name  # of before POSIX
+
+    for first in range(begin - 2 * BLOCK, -1, -BLOCK):
+        with suppress(tarfile.HeaderError):
+            info = tarfile.TarInfo.frombuf(headers[first:][:BLOCK], "utf-8", "replace")
+            blocks = -(-info.size // BLOCK)
+            is_name = info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+            if is_name and first + BLOCK * (1 + blocks) == begin:
+                begin = first
+                break
+    try:
+        with tarfile.open(fileobj=io.BytesIO(headers[begin:]), errors="replace") as tar:
+            return tar.next().name
+    except Exception:  # it was no header, but the end of another member
+        return name
 
 
 def key_of(names: list[str]) -> str:
@@ -159,11 +179,6 @@ def key_of(names: list[str]) -> str:
     if len(names) > 1:
         key = re.sub(r"\.[0-9]+$", "", key)
     return key.lstrip("/")
-
-
-def ending_of(name: str) -> str:
-    """Return the last ending of a member's name, in small letters: "jpg"."""
-    return os.path.splitext(name)[1].removeprefix(".").lower()
 
 
 class Member(NamedTuple):
@@ -234,11 +249,13 @@ def groups(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
                 members = []
 
             start = member.offset_data
-            is_medium_ = ending_of(name) in MEDIA
-            if not is_medium_ and ending_of(name) not in ("json", "txt"):
+
+            # A name that does not tell: the file is looked at.
+            is_medium = kind_by_ending(name) != ""
+            if not is_medium and ending_of(name) not in TEXTS:
                 file.seek(start)
-                is_medium_ = is_medium(file.read(min(HEAD, member.size)))
-            members.append(Member(name, start, start + member.size, is_medium_))
+                is_medium = begins_as_medium(file.read(min(HEAD, member.size)))
+            members.append(Member(name, start, start + member.size, is_medium))
     if members:
         yield key, members
 
@@ -262,25 +279,26 @@ def samples_of(key: str, members: list[Member]) -> list[tuple[str, list[Member]]
         samples.setdefault(stem, []).append(member)
 
     # A text without media beside photo.json, as photo.meta.json, is no sample of its own.
-    own = os.path.basename(key)
-    if own in samples:
-        for stem in [stem for stem in samples if stem != own]:
-            if not any(member.is_medium for member in samples[stem]):
-                extra = samples.pop(stem)
-                samples[own] += [member._replace(name=f"{stem}.other") for member in extra]
+    main = os.path.basename(key)
+    if main in samples:
+        for stem in list(samples):
+            has_media = any(member.is_medium for member in samples[stem])
+            if stem != main and not has_media:
+                for member in samples.pop(stem):
+                    samples[main].append(member._replace(name=f"{stem}.other"))
     folder = os.path.dirname(key)
     return [(f"{folder}/{stem}", sample) for stem, sample in samples.items()]
 
 
 def is_text(member: Member) -> bool:
     """Say whether a member is a row or a caption."""
-    return ending_of(member.name) in ("json", "txt")
+    return ending_of(member.name) in TEXTS
 
 
 def number_members(where: str, members: list[Member], entries: array):
     """Add (start, end, number) of the members of a sample to `entries`. Raise UserError."""
-    rows = [member for member in members if ending_of(member.name) == "json"]
-    captions = [member for member in members if ending_of(member.name) == "txt"]
+    rows = [member for member in members if ending_of(member.name) == ".json"]
+    captions = [member for member in members if ending_of(member.name) == ".txt"]
     if len(rows) > 1 or len(captions) > 1:
         what = "not exactly one .json among its members, or not one .txt"
         raise UserError(where, what, "write the shard again")
@@ -343,7 +361,8 @@ def shard(rows: Rows, out: Path, size: int) -> int:
                 raise UserError(out, "exists already", "name another folder, or remove it")
             remove_shards(temporary)
             count = write_shards(rows, temporary, size)
-            Shards(temporary)  # read them back, which also leaves the index beside each
+            # Read them back, which also leaves the index beside each.
+            Shards(temporary, sorted(temporary.glob("*.tar")))
             temporary.rename(out)
     except OSError:
         with writing(out):

@@ -39,8 +39,8 @@ NO_ROWS = (
 )
 PICTURE = "name the folder that it is in, or a file of rows"
 
-# The first bytes of pictures and films, as regular expressions: what rows show.
-MEDIA = re.compile(
+# How pictures and films begin: what rows show.
+MEDIUM = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|BM....\0\0|II\*\0|MM\0\*|RIFF....(WEBP|AVI )|P[3-6]\s"
     rb"|\0\0\0\x0cjP  |....ftyp|\x1aE\xdf\xa3|\0\0\x01\xba|FLV\x01|OggS",
     re.DOTALL,
@@ -114,9 +114,9 @@ def open_checked(source: str | Path | bytes) -> BinaryIO:
     return file
 
 
-def is_medium(head: bytes) -> bool:
+def begins_as_medium(head: bytes) -> bool:
     """Say whether a file begins as a picture or a film does."""
-    return MEDIA.match(head) is not None
+    return MEDIUM.match(head) is not None
 
 
 def check_may_be_rows(head: bytes, file: Path):
@@ -134,7 +134,7 @@ def check_may_be_rows(head: bytes, file: Path):
     for magic, what, fix in NO_ROWS:
         if head.startswith(magic):
             raise UserError(file, f"{what}, no file of rows", fix)
-    if is_medium(head):
+    if begins_as_medium(head):
         raise UserError(file, "a picture or a film, no file of rows", PICTURE)
 
     # A text has no zero byte. One that is not in its first line is in a bad row.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from inputs.file_rows import Blocks, FileSpan
 from inputs.forms import Row
-from inputs.indexed_rows import Blocks, FileSpan
 from inputs.media import Media
 
 if TYPE_CHECKING:

@@ -26,14 +26,12 @@ import numpy as np
 
 from checkpoints.files import open_regular
 from config import UserError, printable
-from inputs.forms import KEYS
-from inputs.indexed_rows import Location, TextRows
-from inputs.sniff import HEAD, check_may_be_rows
+from inputs.forms import is_known
+from inputs.indexed_rows import IndexedRows, Location
 
 SEPARATORS = ",\t;"
 BOM = b"\xef\xbb\xbf"
 LONGEST_CELL = 1 << 30  # characters; the csv module's own limit is below that of a small picture
-KNOWN = {name for names in KEYS.values() for name in names}
 
 HEADER_FIX = "begin it with a line such as image,caption or image,question,answer"
 
@@ -45,29 +43,27 @@ class Header(NamedTuple):
     separator: str
 
 
-class Table(TextRows):
+class Table(IndexedRows):
     """The rows of a table, or of several, each with a first line of its own."""
 
-    def __init__(
-        self,
-        data: str | Path,
-        images: str | Path = "",
-        columns: dict[str, str] | None = None,
-        found: list[Path] | None = None,
-    ):
-        """Raise UserError if it cannot be read, or if no column is known or mapped."""
-        super().__init__(data, images, columns, found)
+    def open_files(self) -> list[int]:
+        """Raise UserError, also if no column of a table is known or mapped."""
         self.headers = {file: read_header(file) for file in self.files}
-        mapped = set((columns or {}).values())
+        mapped = (self.columns or {}).values()
         for file, header in self.headers.items():
-            if not any(name.lower() in KNOWN or name in mapped for name in header.names):
+            if not any(is_known(name) or name in mapped for name in header.names):
                 named = printable(", ".join(header.names), 80)
                 what = f"a table of {named}: none of these columns is known"
                 raise UserError(file, what, f"{HEADER_FIX}, or map its columns")
+        return super().open_files()
+
+    def details(self) -> str:
+        names = [name for name in self.headers[self.files[0]].names if name]
+        return f" of {printable(', '.join(names), 200)}"
 
     def scan(self, file: Path) -> np.ndarray:
         """Return (start, end, line) of each record but the first; blank lines are passed over."""
-        separator = read_header(file).separator.encode()
+        separator = self.headers[file].separator.encode()
         blank = b" \t\r\n" + separator  # a spreadsheet writes lines of separators only
         entries = array("q")
         start = end = 0
@@ -94,8 +90,9 @@ class Table(TextRows):
             raise UserError(file, "no rows below the names of the columns", "write the rows again")
         return np.array(entries).reshape(-1, 3)[1:]
 
-    def place(self, file: Path, number: int, entries: np.ndarray) -> str:
-        return f"{file}:line {entries[0, 2]}"
+    def place(self, k: int, number: int) -> str:
+        line = self.indexes[k][number, 2]
+        return f"{self.files[k]}:line {line}"
 
     def raw_row(self, location: Location) -> dict:
         """Return a record as {column: text}. Raise UserError if it has other cells than columns."""
@@ -125,11 +122,8 @@ class Table(TextRows):
 
 def read_header(file: Path) -> Header:
     """Return the first line of a table. Raise UserError if it names no columns."""
+    first = b""
     with open_regular(file) as lines:
-        head = lines.read(HEAD)
-        check_may_be_rows(head, file)
-        lines.seek(0)
-        first = b""
         for line in lines:
             first += line
             if first.removeprefix(BOM).strip() and first.count(b'"') % 2 == 0:
@@ -162,7 +156,7 @@ def header_of(text: bytes) -> Header:
             names = [name.strip() for name in read_record(text[:end], separator)]
         except ValueError:
             continue
-        known = [name for name in names if name.lower() in KNOWN]
+        known = [name for name in names if is_known(name)]
         score = (len(known), len(names))
         if score > best_score:
             best, best_score = Header(names, separator), score

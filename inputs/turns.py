@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from config import UserError, printable
@@ -50,9 +50,9 @@ class Turns(NamedTuple):
     """What a form makes of a raw row."""
 
     turns: list  # as LLaVA has them
-    media: list[Medium]  # those that stand among typed parts
-    notes: list[str]
-    answers: list[str]  # all that it has of one question, where it has a list of them
+    media: Sequence[Medium] = ()  # those that stand among typed parts
+    notes: Sequence[str] = ()
+    answers: Sequence[str] = ()  # all that it has of one question, where it has a list of them
 
 
 def first_of(values: dict, keys: Iterable[str]) -> Any:
@@ -63,11 +63,19 @@ def first_of(values: dict, keys: Iterable[str]) -> Any:
     return None
 
 
+def other_keys(values: dict, read: Iterable[str], where: str) -> list[str]:
+    """Return the keys that have a value and are not read. Raise UserError if it is a picture."""
+    others = [key for key in values if key not in read and not is_empty(values[key])]
+    check_unread(values, others, where, named=True, fix=INNER_FIX)
+    return others
+
+
 def text_of(value: Any, where: str) -> str:
     """Return a text, and a number as one. Raise UserError for anything else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     raise UserError(where, f"{printable(repr(value), 60)} is no text", "write a text")
 
@@ -78,7 +86,7 @@ def text_of(value: Any, where: str) -> str:
 def turns_of_conversation(given: Any, where: str) -> Turns:
     """Return the turns of a list of {"from", "value"} or {"role", "content"}."""
     if not isinstance(given, list):
-        return Turns(given, [], [], [])
+        return Turns(given)
     turns = []
     media = []
     for i, turn in enumerate(given):
@@ -86,15 +94,14 @@ def turns_of_conversation(given: Any, where: str) -> Turns:
             turn, found = read_turn(turn, f"{where}[{i}]")
             media += found
         turns.append(turn)
-    return Turns(turns, media, [], [])
+    return Turns(turns, media)
 
 
 def read_turn(turn: dict, where: str) -> tuple[dict, list[Medium]]:
     """Return a turn as {"from", "value"}, and the pictures that stand among its parts."""
     speaker = first_of(turn, ("from", "role"))
     value = first_of(turn, ("value", "content"))
-    others = [key for key in turn if key not in TURN_KEYS and not is_empty(turn[key])]
-    check_unread(turn, others, where, named=True, fix=INNER_FIX)
+    others = other_keys(turn, TURN_KEYS, where)
 
     # An empty turn is one. A turn whose words have another name is none.
     if speaker is None or (value is None and others):
@@ -137,8 +144,7 @@ def text_of_parts(parts: list, where: str) -> tuple[str, list[Medium]]:
             raise UserError(place, what, "write text, image, image_url or video")
 
         found = first_of(part, names)
-        others = [key for key in part if key not in (*names, "type") and not is_empty(part[key])]
-        check_unread(part, others, place, named=True, fix=INNER_FIX)
+        others = other_keys(part, (*names, "type"), place)
         if found is None and others not in ([], ["index"]):
             what = f"no {kind}, it has {printable(', '.join(others), 100)}"
             raise UserError(place, what, f'write {{"type": "{kind}", "{kind}": ...}}')
@@ -163,9 +169,9 @@ def turns_of_texts(texts: Any, where: str) -> list[dict]:
         if not isinstance(pair, dict) or any(is_empty(pair.get(key)) for key in PAIR):
             what = f"{printable(repr(pair), 60)} has no user and assistant"
             raise UserError(place, what, 'write {"user": ..., "assistant": ...}')
-        others = [key for key in pair if key not in PAIR]
-        check_unread(pair, others, place, named=True, fix=INNER_FIX)
-        question, answer = (text_of(pair[key], f"{place}.{key}") for key in PAIR)
+        other_keys(pair, PAIR, place)
+        question = text_of(pair["user"], f"{place}.user")
+        answer = text_of(pair["assistant"], f"{place}.assistant")
         turns += one_question(question, answer)
     return turns
 
@@ -179,8 +185,8 @@ def turns_of_answers(question: str, answers: list[str], is_caption: bool = False
         note = "several answers, the most frequent is trained"
     turns = one_question(question, answer)
     if len(set(answers)) == 1:
-        return Turns(turns, [], [], [])
-    return Turns(turns, [], [note], answers)
+        return Turns(turns)
+    return Turns(turns, notes=[note], answers=answers)
 
 
 def one_question(question: str, answer: str) -> list[dict]:
@@ -193,8 +199,7 @@ def answers_of(value: Any, where: str) -> list[str]:
     answers = []
     for one in as_list(value):
         if isinstance(one, dict):
-            others = [key for key in one if key not in ANSWER_KEYS]
-            check_unread(one, others, where, named=True, fix=INNER_FIX)
+            other_keys(one, ANSWER_KEYS, where)
             one = first_of(one, ANSWER_KEYS)
         if not is_empty(one):
             answers.append(text_of(one, where))

@@ -12,6 +12,7 @@
     estimate.py     what a row of a stage costs: operations and hours
     memory.py       what a stage takes of a GPU's memory, by a simulation
     planner.py      --list and --dry-run
+    check.py        what `data.py check` and `data.py inspect` do with rows before training
 
 Read train.py first, which uses them all. For --dry-run read estimate.py, memory.py and planner.py.
 What makes a run safe to kill is in checkpoints/seal.py and resume.py.

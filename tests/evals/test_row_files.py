@@ -184,7 +184,7 @@ def test_questions_about_one_document_share_its_bytes(tmp_path, monkeypatch):
 
     # It is decoded once by the check before the model is loaded.
     opened = []
-    monkeypatch.setattr(evaluate, "open_media", lambda source, kind: opened.append(source))
+    monkeypatch.setattr("evals.shown.open_media", lambda source, kind: opened.append(source))
     evaluate.check_examples([first, second, third], tmp_path)
     assert opened == [first["pictures"][0], second["pictures"][0]]
 

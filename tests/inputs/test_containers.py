@@ -1,4 +1,4 @@
-"""The same rows in every container, and how a container is recognised: kinds.py, folder_rows.py,
+"""The same rows in every container, and how a container is recognised: kinds.py, folders.py,
 table_rows.py, hub.py and the tars of others."""
 
 import csv
@@ -21,7 +21,7 @@ import data
 from config import Stage, Train, UserError
 from data import Steps
 from inputs import hub, index
-from inputs.folder_rows import choose
+from inputs.folders import choose_files
 from inputs.forms import CAPTION_PROMPT
 from inputs.pictures import load_image
 from inputs.rows import FORMATS, RowMixture, open_rows
@@ -613,7 +613,7 @@ def test_a_folder_of_tars_has_what_img2dataset_writes_beside_them(pictures, tmp_
     ],
 )
 def test_which_files_of_a_folder_are_for_training(names, chosen, left_out):
-    found = choose(names)
+    found = choose_files(names)
     assert found.names == sorted(names[i] for i in chosen) and found.left_out == left_out
 
 
@@ -715,7 +715,20 @@ def test_a_json_that_is_a_row_stands_before_a_text(pictures, tmp_path):
     for i in range(4):
         [medium] = rows.media(i, rows[i])
         assert medium.kind == "image" and medium.source == picture
-    assert rows.passed_over() == 1
+    assert rows.recognised == "a tar file; members of other types, passed over: 1"
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["\u5199\u771f \u00e9", "d/" * 30 + "x" * 60, "sub/" + "y" * 300])
+def test_a_name_of_a_tar_may_be_long_and_in_any_letters(tmp_path, kind, name):
+    if kind == tarfile.USTAR_FORMAT and len(name) > 255:
+        pytest.skip("no such name in a tar file of this format")
+    members = []
+    for i in range(3):
+        members += [(f"{name}{i}.mp4", b"film" * 999), (f"{name}{i}.txt", "moves")]
+    rows = open_rows(write_tar(tmp_path / "a.tar", members, format=kind))
+    assert [rows[i]["id"] for i in range(3)] == [f"{name}{i}" for i in range(3)]
+    assert [rows[i]["video"] for i in range(3)] == [f"{name}{i}.mp4" for i in range(3)]
 
 
 def test_a_video_of_a_tar_is_one(tmp_path):

@@ -1,4 +1,4 @@
-"""duplicates.py: what `check` says of rows that occur twice, and of benchmarks' pictures."""
+"""duplicates.py and overlaps.py: rows that occur twice, and rows with a benchmark's pictures."""
 
 import io
 import json
@@ -11,8 +11,9 @@ from PIL import Image
 
 import data
 from config import UserError
-from inputs import duplicates
-from inputs.duplicates import Benchmark, print_duplicates
+from inputs import overlaps
+from inputs.duplicates import print_duplicates
+from inputs.overlaps import Benchmark
 from inputs.pictures import load_image
 from inputs.rows import open_rows
 from inputs.shards import shard
@@ -168,16 +169,16 @@ def test_photos_are_told_apart_and_their_copies_found(tmp_path):
     """The distances that the docstring states."""
     pytest.importorskip("imagehash")
     images = [load_image(p) for p in sorted(shared("assets/images/photos").iterdir())]
-    hashes = [duplicates.perceptual_hash(image) for image in images]
+    hashes = [overlaps.perceptual_hash(image) for image in images]
     for i, image in enumerate(images):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=50)
-        copy = duplicates.perceptual_hash(load_image(buffer.getvalue()))
-        assert (copy ^ hashes[i]).bit_count() <= duplicates.LOOKS_SAME
+        copy = overlaps.perceptual_hash(load_image(buffer.getvalue()))
+        assert (copy ^ hashes[i]).bit_count() <= overlaps.LOOKS_SAME
         others = [(other ^ hashes[i]).bit_count() for other in hashes if other != hashes[i]]
         assert min(others) >= 22 and len(others) == len(images) - 1
     for colour in ("black", "white", "red"):
-        assert duplicates.perceptual_hash(Image.new("RGB", (40, 30), colour)) is None
+        assert overlaps.perceptual_hash(Image.new("RGB", (40, 30), colour)) is None
 
 
 def test_many_pictures_are_read_by_several_workers_each_once(tmp_path):
@@ -214,5 +215,5 @@ def test_a_row_that_cannot_be_read_is_left_to_check(photos, tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(photos[0].read_bytes())
     rows = write(tmp_path, [row("a"), row("b", image="none.png"), [1]])
     benchmark = Benchmark.of(tmp_path / "a.png")
-    duplicates.print_overlaps(open_rows(rows.file), benchmark)
+    overlaps.print_overlaps(open_rows(rows.file), benchmark)
     assert "against: 1 of 3 rows have one of the 1 pictures" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from data import Steps, token_counts
 from inputs import content, holdout, measure
 from inputs.content import row_keys
 from inputs.duplicates import find_duplicates
-from inputs.holdout import choose, open_stage
+from inputs.holdout import choose_held_out, open_stage
 from inputs.rows import Blocks, RowMixture, open_rows
 from inputs.shards import shard
 from inputs.subset import RowSubset
@@ -156,10 +156,10 @@ def test_a_share_is_a_share_of_the_rows_and_a_number_is_exact(tmp_path):
     """Rows of different content: as many as a fair coin would hold out; a number exactly."""
     keys = row_keys(write(tmp_path, [row(i, f"What is {i}?", image=None) for i in range(3000)]))
     for share in (0.02, 0.3, 0.9):
-        found = choose(keys, share, "").sum()
+        found = choose_held_out(keys, share, "").sum()
         assert abs(found - 3000 * share) < 4 * math.sqrt(3000 * share * (1 - share))
     for number in (1, 17, 2999):
-        assert choose(keys, float(number), "").sum() == number
+        assert choose_held_out(keys, float(number), "").sum() == number
 
 
 def test_a_number_takes_all_rows_of_a_picture_and_says_how_many_it_became(pictures):
@@ -207,7 +207,7 @@ def test_duplicates_never_stand_on_both_sides(pictures):
         numbers = drawn.sample(range(400), drawn.randrange(8, 60))
         validation = drawn.choice([0.3, 0.5, float(drawn.randrange(1, len(numbers)))])
         try:
-            is_held = choose(keys[numbers], validation, "")
+            is_held = choose_held_out(keys[numbers], validation, "")
         except UserError as e:
             assert "holds out none" in str(e) or "holds out all" in str(e)
             continue

@@ -15,7 +15,7 @@ from PIL import Image
 from checkpoints.layouts import read_config
 from config import LLaVAConfig, Model, Stage, Train, UserError
 from connectors import anyres_order, join_views
-from data import Steps, check, loader, token_counts
+from data import Steps, loader, token_counts
 from inputs import image_processor
 from inputs import tiling as tiling_module
 from inputs.image_processor import ImageProcessor
@@ -30,6 +30,7 @@ from tests.tools.environment import shared
 from tests.tools.fuzz import run_case
 from tests.tools.no_cache import generate_without_cache
 from tests.tools.sample_rows import row, write
+from training.check import check_rows
 
 TEXT = {
     "model_type": "llama",
@@ -360,7 +361,7 @@ def test_check_names_a_damaged_clip(kinds, capsys):
     file = kinds.images / "clip.gif"
     file.write_bytes(file.read_bytes()[:300])
     spec = SampleSpec(byte_tokenizer(), "plain", 5000, build(frames=16).views)
-    assert check(kinds, spec) == 1
+    assert check_rows(kinds, spec) == 1
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if "; fix: " in line]
     assert (
@@ -464,7 +465,7 @@ def test_the_corrupted_clip_is_one_line_from_check_and_from_training(tmp_path, c
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     rows = open_rows(tmp_path / "rows.json", clips)
     spec = SampleSpec(byte_tokenizer(), "plain", 5000, build(frames=4).views)
-    assert check(rows, spec) == 1
+    assert check_rows(rows, spec) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "; fix: " in line]
     assert line.startswith(
         f"{rows.file}:row 0 (id corrupted.mp4): video {clips / 'corrupted.mp4'}: "

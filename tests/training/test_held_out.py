@@ -6,10 +6,14 @@ import signal
 
 import pytest
 
+from config import Source, Stage
+from inputs.holdout import open_stage
 from inputs.rows import open_rows
 from tests.tools.forked_runs import largest_difference, launch, losses, said
+from tests.tools.sample_rows import row
 from tests.tools.stopped_runs import KILLED_AT, STEPS, die_in_step
 from tests.tools.training_runs import RECIPE
+from train import describe_rows
 
 HELD_OUT = ("stage.finetune.validation=30", "stage.finetune.validation_every=2")
 
@@ -28,6 +32,24 @@ def train(tiny_world, tmp_path):
     return start
 
 
+def test_a_start_says_what_is_left_out_of_folders(tmp_path):
+    """Of the data, of each source of a mixture, and of the file of held-out rows."""
+    for name, splits in (("a", ("train", "test")), ("b", ("x", "dev")), ("c", ("y",))):
+        (tmp_path / name).mkdir()
+        for split in splits:
+            (tmp_path / name / f"{split}.jsonl").write_text(json.dumps(row(split)) + "\n")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    said = "JSON lines; splits left out: test (1)"
+
+    stage = Stage(data=a, validation=b)
+    opened = open_stage(stage, "stage")
+    expected = f"{said}; validation: JSON lines; splits left out: validation (1)"
+    assert describe_rows(opened, stage) == expected
+
+    stage = Stage(mixture={"one": Source(data=a), "two": Source(data=c)})
+    assert describe_rows(open_stage(stage, "stage"), stage) == f"{said} ({a}), and JSON lines ({c})"
+
+
 def validations(out) -> list[tuple[int, float]]:
     """Return (step, loss) of each validation in the log of a run."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -41,7 +63,8 @@ def test_a_run_that_holds_out_rows_resumes_with_the_same_and_refuses_other_numbe
     assert code == 0, text
     total = len(open_rows(tiny_world / "finetune.json", tiny_world / "images"))
     note = [line for line in text.splitlines() if "held out by content" in line]
-    assert len(note) == 1 and note[0].startswith("finetune: ")
+    assert len(note) == 1 and note[0].startswith("finetune: a JSON list; ")
+    assert "pretrain: a JSON list\n" in text
     trained, held = [int(word) for word in note[0].split() if word.isdigit()][:2]
     assert trained + held == total and held >= 30
     assert [step for step, _ in validations(whole)] == [2, 4] and (whole / "best").is_dir()

@@ -35,6 +35,7 @@ from inputs.tiling import Tiling
 from packing import IMAGE_TOKEN
 from tests.tools.fuzz import ODD, Case, Violation, main, mutate, mutate_bytes, odd_json
 from tests.tools.sample_rows import row
+from training.check import check_rows
 
 PICTURES = {
     "JPEG": "jpg",
@@ -146,7 +147,7 @@ def check(file: Path):
     """Check a file as the command does, in this process, and train a step on it."""
     rows = open_rows(file)
     chosen = spec("square", False)
-    bad = data.check(rows, chosen)
+    bad = check_rows(rows, chosen)
     steps = data.Steps(rows, chosen, Stage(global_batch=len(rows)), Train(on_bad_row="skip"))
     step = steps[0]
     if bad != len(set(step.skipped)) and bad < len(rows):
