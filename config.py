@@ -131,7 +131,7 @@ class Model:
         "a DINOv2 beside a CLIP in `vision`: their mixture of features, for the connector mof_mlp",
     )
     connector: str = opt("mlp2x_gelu", "identity, linear, mlpNx_gelu, ..., see connectors.py")
-    connector_options: dict = opt({}, "sizes of a resampler or qformer, see connectors.py")
+    connector_options: dict = opt({}, "sizes of a connector, see connectors.py")
     tokenizer: str = opt("", "folder with tokenizer.json or tokenizer.model; empty = the llm's")
     llm_config: dict = opt(
         {}, "build the llm from these config.json fields with random weights, load nothing"

@@ -21,6 +21,10 @@ else in the project changes: training, inference, checkpoints and tests look the
 
 A recipe then says connector = "average" and, for another size, connector_options = {every = 2}.
 
+An entry with spatial=True knows how the tokens of an item lie. It is built with the grid of a view,
+(rows, columns), behind the two widths, and reads (N, v, h, w, C). Its `tokens` is called with
+(views, grid, **options). Class token and registers are left out.
+
 In the order of the file:
 
     identity, mlp, MixtureMLP            a token in, a token out
@@ -28,20 +32,24 @@ In the order of the file:
     Resampler, NaiveResampler,           learnt latents read the tokens, however many there are
         GroupResampler
     QFormer                              learnt queries read the tokens, in a BERT
+    PixelShuffle, AvgPool, Fourier       the grid of each view made smaller, then an MLP
+    CAbstractor                          convolutions and pooling on the grid of each view
+    CrossAttention                       learnt queries read each view, with positions, once
     Connector, CONNECTORS                the menu: name -> module, options, number of tokens
     build_connector, connector_tokens    what the rest of the code calls
     join_views                           the views of one item, as its connector reads them
 
 N images, n tokens in and m tokens out per image, C vision width, D text width, W width inside a
-Q-Former, v views, d width of a head, s stretches of a group resampler. Parameters have TinyLLaVA's
-names.
+Q-Former, v views, d width of a head, s stretches of a group resampler; h x w tokens of a view, M
+views of all images, r side of a square of tokens that becomes one. Parameters have TinyLLaVA's
+names, those of a C-Abstractor Honeybee's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import isqrt
+from math import isqrt, pi
 from typing import NamedTuple
 
 import torch
@@ -479,6 +487,330 @@ class QFormer(nn.Module):
         return self.projector(x)
 
 
+# ------------------------------------------------------------------------------- grids of tokens
+
+Grid = tuple[int, int]  # rows and columns of the tokens of a view
+
+
+class EachView(nn.Module):
+    """A spatial connector that reads each view of an item alone, in its method `read`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, v * m, D) of (N, v, h, w, C): the tokens of one view behind those before."""
+        tokens = self.read(x.flatten(0, 1))  # (N * v, m, D)
+        return tokens.unflatten(0, x.shape[:2]).flatten(1, 2)
+
+
+def squares(grid: Grid, factor: int) -> Grid:
+    """Return rows and columns of the squares of factor x factor tokens that a grid consists of.
+
+    Raises UserError where some would be left over. Idefics3, InternVL and nanoVLM stop there too:
+    none of them pads.
+    """
+    rows, columns = grid
+    if rows % factor or columns % factor:
+        where = "model.connector_options.factor"
+        what = f"{factor} does not divide the {rows} x {columns} tokens of a view"
+        divisors = [i for i in range(2, rows + 1) if rows % i == 0 and columns % i == 0]
+        fix = f"one of {', '.join(map(str, divisors))}"
+        if not divisors:
+            fix = "take an encoder with another size of picture or patch"
+        raise UserError(where, what, fix)
+    return rows // factor, columns // factor
+
+
+def cut_squares(x: Tensor, factor: int) -> Tensor:
+    """Return the squares (M, h / r, w / r, r, r, C) of tokens x (M, h, w, C), with r = factor."""
+    x = x.unflatten(2, (-1, factor))  # (M, h, w / r, r, C)
+    x = x.unflatten(1, (-1, factor))  # (M, h / r, r, w / r, r, C)
+    return x.transpose(2, 3)
+
+
+class PixelShuffle(EachView):
+    """Each square of r x r tokens as one token of r * r * C channels, then linears.
+
+    Channel (i * r + j) * C + c of the token of a square is channel c of the token in row i and
+    column j of the square. This is the order of Idefics3 and SmolVLM (Laurencon et al., 2024), of
+    nanoVLM, and of InternVL (Chen et al., 2024) with ps_version v2. Its v1 has the same channels,
+    but returns the squares column by column; it is not offered.
+
+    mlp_depth 1 is the linear without bias of Idefics3, SmolVLM and nanoVLM. 2 is InternVL's: a
+    LayerNorm, then an MLP. Raises UserError as `squares` does.
+    """
+
+    def __init__(self, vision_dim: int, text_dim: int, grid: Grid, factor: int, mlp_depth: int):
+        super().__init__()
+        squares(grid, factor)
+        self.factor = factor
+
+        width = vision_dim * factor**2
+        if mlp_depth == 1:
+            self.proj = nn.Linear(width, text_dim, bias=False)
+        else:
+            self.proj = nn.Sequential(LayerNorm(width), *mlp(width, text_dim, mlp_depth))
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return (M, h * w / r^2, D) of (M, h, w, C)."""
+        tokens = cut_squares(x, self.factor).flatten(3)  # (M, h / r, w / r, r * r * C)
+        return self.proj(tokens.flatten(1, 2))
+
+
+class AvgPool(EachView):
+    """The mean of each square of r x r tokens, then an MLP.
+
+    The pooling has no parameters, so this is what others compare with (DeCo; Yao et al., 2024).
+    Raises UserError as `squares` does.
+    """
+
+    def __init__(self, vision_dim: int, text_dim: int, grid: Grid, factor: int, mlp_depth: int):
+        super().__init__()
+        squares(grid, factor)
+        self.factor = factor
+        self.proj = mlp(vision_dim, text_dim, mlp_depth)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return (M, h * w / r^2, D) of (M, h, w, C)."""
+        pooled = cut_squares(x, self.factor).mean((3, 4))  # (M, h / r, w / r, C)
+        return self.proj(pooled.flatten(1, 2))
+
+
+def low_frequencies(n: int, k: int, like: Tensor) -> Tensor:
+    """Return the k lowest rows of the orthonormal DCT-II of n numbers, (k, n).
+
+    Row f is sqrt(2 / n) cos(pi f (2 i + 1) / 2n), and row 0 is divided by sqrt(2).
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    place = torch.arange(n, device=like.device, dtype=dtype)
+    frequency = torch.arange(k, device=like.device, dtype=dtype)
+    waves = (pi / (2 * n) * frequency[:, None] * (2 * place + 1)).cos()  # (k, n)
+
+    # The constant has twice the energy of a wave.
+    scale = torch.full_like(frequency, 2 / n).sqrt()
+    scale[0] = n**-0.5
+    return scale[:, None] * waves
+
+
+def low_pass(n: int, k: int, like: Tensor) -> Tensor:
+    """Return the matrix (k, n) that takes n numbers to their k lowest frequencies and back to k."""
+    back = low_frequencies(k, k, like).T  # of an orthonormal transform the inverse
+    return back @ low_frequencies(n, k, like)
+
+
+def lowest_square(grid: Grid, side: int) -> int:
+    """Return how many tokens side x side frequencies are. Raises UserError if a grid has fewer."""
+    if side > min(grid):
+        rows, columns = grid
+        what = f"{side} is more than the {rows} x {columns} tokens of a view have"
+        raise UserError("model.connector_options.side", what, f"at most {min(grid)}")
+    return side**2
+
+
+class Fourier(EachView):
+    """The lowest frequencies of a view, as a smaller grid, then an MLP (Wang et al., 2025).
+
+    Fourier-VLM takes the two-dimensional DCT-II of the grid, channel by channel, keeps the corner
+    of side x side lowest frequencies, and takes the inverse DCT of that size. Both are orthonormal
+    and nothing is rescaled, as in the authors' code: a view of equal tokens x becomes tokens
+    x * sqrt(h * w) / side. All of this is linear, so it is computed as one small matrix for rows
+    and one for columns. In bf16 the authors transform in float32; here autocast rounds these
+    products as it rounds those of linears. Raises UserError as `lowest_square` does.
+    """
+
+    def __init__(self, vision_dim: int, text_dim: int, grid: Grid, side: int, mlp_depth: int):
+        super().__init__()
+        lowest_square(grid, side)
+        self.side = side
+        self.proj = mlp(vision_dim, text_dim, mlp_depth)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return (M, side * side, D) of (M, h, w, C)."""
+        down = low_pass(x.size(1), self.side, x)  # (side, h)
+        across = low_pass(x.size(2), self.side, x)  # (side, w)
+
+        small = across @ x.to(across.dtype)  # (M, h, side, C)
+        small = torch.einsum("kh,mhjc->mkjc", down, small)  # (M, side, side, C)
+        return self.proj(small.flatten(1, 2).to(x.dtype))
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, then a LayerNorm over the channels of each token."""
+
+    def __init__(self, width: int, out: int, size: int = 1, groups: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(width, out, size, padding=size // 2, groups=groups, bias=False)
+        self.bn = LayerNorm(out)  # called like this in Honeybee's files
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (M, out, h, w) of (M, width, h, w)."""
+        x = self.conv(x).permute(0, 2, 3, 1)  # (M, h, w, out)
+        return self.bn(x).permute(0, 3, 1, 2)
+
+
+class SqueezeExcite(nn.Module):
+    """A factor per channel, from the mean over all tokens (Hu et al., 2018)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(width, inner, 1)
+        self.fc2 = nn.Conv2d(inner, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (M, C, h, w) times its factors."""
+        mean = x.mean((2, 3), keepdim=True)  # (M, C, 1, 1)
+        factors = self.fc2(F.silu(self.fc1(mean)))
+        return x * factors.sigmoid()
+
+
+class RegNetBlock(nn.Module):
+    """A RegNet-Y block (Radosavovic et al., 2020), with LayerNorm and SiLU as in Honeybee.
+
+    Its 3 x 3 convolution is depthwise.
+    """
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.conv1 = ConvNorm(width, out)
+        self.conv2 = ConvNorm(out, out, size=3, groups=out)
+        self.se = SqueezeExcite(out, max(1, round(width / 4)))
+        self.conv3 = ConvNorm(out, out)
+
+        self.downsample = nn.Identity()  # called like this in Honeybee's files
+        if width != out:
+            self.downsample = ConvNorm(width, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (M, out, h, w) of (M, width, h, w)."""
+        inner = F.silu(self.conv1(x))
+        inner = F.silu(self.conv2(inner))
+        inner = self.conv3(self.se(inner))
+        return F.silu(inner + self.downsample(x))
+
+
+def regnet_stage(depth: int, width: int, out: int) -> nn.Sequential:
+    """Return `depth` blocks, the first of which changes the width."""
+    stage = nn.Sequential()
+    for i in range(1, depth + 1):
+        stage.add_module(f"b{i}", RegNetBlock(width, out))
+        width = out
+    return stage
+
+
+def side_of(num_queries: int) -> int:
+    """Return the side of a square of so many tokens. Raises UserError if they form none."""
+    side = isqrt(num_queries)
+    if side**2 != num_queries:
+        where = "model.connector_options.num_queries"
+        fix = f"a square, as {side**2} or {(side + 1) ** 2}"
+        raise UserError(where, f"{num_queries} tokens form no square", fix)
+    return side
+
+
+class CAbstractor(EachView):
+    """Honeybee's C-Abstractor (Cha et al., 2024): convolutions keep what is near to each other.
+
+    Tokens get learnt positions. `depth` RegNet blocks, adaptive average pooling to num_queries
+    tokens, `depth` more blocks, then linears with SiLU between them. This is the published module
+    with its settings (pos_emb, no prenorm, no eos_tokens), where the class token is never read.
+    Raises UserError as `side_of` does.
+    """
+
+    def __init__(
+        self,
+        vision_dim: int,
+        text_dim: int,
+        grid: Grid,
+        num_queries: int,
+        hidden_size: int,
+        depth: int,
+        mlp_depth: int,
+    ):
+        super().__init__()
+        side = side_of(num_queries)
+        rows, columns = grid
+        positions = nn.init.normal_(torch.empty(1, rows * columns, vision_dim), std=0.02)
+        self.pos_emb = nn.Parameter(positions)
+
+        self.net = nn.Sequential(
+            regnet_stage(depth, vision_dim, hidden_size),
+            nn.AdaptiveAvgPool2d(side),
+            regnet_stage(depth, hidden_size, hidden_size),
+        )
+        self.readout = nn.Sequential(nn.Linear(hidden_size, text_dim))
+        for _ in range(mlp_depth - 1):
+            self.readout.append(nn.SiLU())
+            self.readout.append(nn.Linear(text_dim, text_dim))
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return (M, m, D) of (M, h, w, C)."""
+        x = x + self.pos_emb.view(x.shape[1:])
+        x = self.net(x.permute(0, 3, 1, 2))  # (M, W, side, side)
+        tokens = x.flatten(2).transpose(1, 2)  # (M, m, W)
+        return self.readout(tokens)
+
+
+def grid_sinusoids(x: Tensor) -> Tensor:
+    """Return the positions (h, w, W) of tokens x (M, h, w, W): of the row, then of the column."""
+    h, w, width = x.shape[1:]
+    half = width // 2
+    down = sinusoids(x[:, :, 0, :half])  # (h, W / 2)
+    across = sinusoids(x[:, 0, :, half:])  # (w, W / 2)
+
+    down = down[:, None].expand(-1, w, -1)
+    across = across[None].expand(h, -1, -1)
+    return torch.cat([down, across], dim=-1)
+
+
+class CrossAttention(EachView):
+    """Learnt queries that read the tokens of a view once, as in Qwen-VL (Bai et al., 2023).
+
+    There is no self-attention among the queries and no second layer. Keys get sinusoids of the
+    token's row and column. Qwen-VL's queries have such positions too; here what they learn must do,
+    so that they need not form a square.
+    """
+
+    def __init__(
+        self,
+        vision_dim: int,
+        text_dim: int,
+        grid: Grid,
+        num_queries: int,
+        num_attention_heads: int,
+        head_width: int = 64,
+    ):
+        super().__init__()
+        self.heads = num_attention_heads
+        inner = num_attention_heads * head_width
+
+        queries = nn.init.normal_(torch.empty(num_queries, text_dim), std=0.02)
+        self.queries = nn.Parameter(queries)
+        self.linear = nn.Linear(vision_dim, text_dim, bias=False)
+        self.norm_queries = LayerNorm(text_dim)
+        self.norm_tokens = LayerNorm(text_dim)
+
+        self.to_q = nn.Linear(text_dim, inner, bias=False)
+        self.to_k = nn.Linear(text_dim, inner, bias=False)
+        self.to_v = nn.Linear(text_dim, inner, bias=False)
+        self.to_out = nn.Linear(inner, text_dim, bias=False)
+        self.norm = LayerNorm(text_dim)
+        self.proj = nn.Linear(text_dim, text_dim)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return (M, m, D) of (M, h, w, C)."""
+        x = self.norm_tokens(self.linear(x))  # (M, h, w, D)
+        placed = x + grid_sinusoids(x)
+        queries = self.norm_queries(self.queries)  # (m, D), the same for every view
+
+        q = self.to_q(queries).expand(len(x), -1, -1)  # (M, m, inner)
+        k = self.to_k(placed.flatten(1, 2))  # (M, h * w, inner)
+        v = self.to_v(x.flatten(1, 2))
+
+        q = q.unflatten(-1, (self.heads, -1))  # (M, m, heads, d)
+        k = k.unflatten(-1, (self.heads, -1))  # (M, h * w, heads, d)
+        v = v.unflatten(-1, (self.heads, -1))
+        attended = attention(q, k, v, causal=False)  # (M, m, heads, d)
+        return self.proj(self.norm(self.to_out(attended.flatten(2))))
+
+
 # --------------------------------------------------------------------------------------- the menu
 
 # How many tokens a connector makes of n: the functions for Connector.tokens. Each is called with
@@ -500,6 +832,30 @@ def as_many_as_queries(n: int, num_queries: int, **options: int) -> int:
     return num_queries
 
 
+# Those of spatial entries.
+
+
+def one_of_a_square(views: int, grid: Grid, factor: int, **options: int) -> int:
+    """Return the number of tokens out of a connector that makes one of each square of tokens."""
+    rows, columns = squares(grid, factor)
+    return views * rows * columns
+
+
+def low_frequencies_of_each(views: int, grid: Grid, side: int, **options: int) -> int:
+    """Return the number of tokens out of a connector that keeps side x side of each view."""
+    return views * lowest_square(grid, side)
+
+
+def a_square_of_each(views: int, grid: Grid, num_queries: int, **options: int) -> int:
+    """Return the number of tokens out of a connector that pools each view to a square of them."""
+    return views * side_of(num_queries) ** 2
+
+
+def queries_of_each(views: int, grid: Grid, num_queries: int, **options: int) -> int:
+    """Return the number of tokens out of a connector whose learnt queries read each view."""
+    return views * num_queries
+
+
 class Connector(NamedTuple):
     """An entry of the menu: how a connector is built, and how many tokens it makes."""
 
@@ -516,9 +872,12 @@ class Connector(NamedTuple):
     # Whether it reads the mean of an item's views instead of the tokens of all of them.
     mean: bool = False
 
+    # Whether it knows how tokens lie: the first part of this file says what is different then.
+    spatial: bool = False
+
 
 # The largest values of options: that of an option with this name, and that of all others.
-LARGEST = {"num_resampler_layers": 512, "num_hidden_layers": 512}
+LARGEST = {"num_resampler_layers": 512, "num_hidden_layers": 512, "depth": 512, "mlp_depth": 8}
 LARGEST_SIZE = 2**16
 
 MLPS = {f"mlp{depth}x_gelu": Connector(partial(mlp, depth=depth)) for depth in range(1, 9)}
@@ -550,6 +909,37 @@ CONNECTORS = {
         QFormer,
         options={"num_queries": 128, **BERT_BASE},
         tokens=as_many_as_queries,
+    ),
+    # Spatial: fewer tokens of each view.
+    "pixel_shuffle": Connector(
+        PixelShuffle,
+        options={"factor": 2, "mlp_depth": 1},
+        tokens=one_of_a_square,
+        spatial=True,
+    ),
+    "avg_pool": Connector(
+        AvgPool,
+        options={"factor": 2, "mlp_depth": 2},
+        tokens=one_of_a_square,
+        spatial=True,
+    ),
+    "fourier": Connector(
+        Fourier,
+        options={"side": 12, "mlp_depth": 2},
+        tokens=low_frequencies_of_each,
+        spatial=True,
+    ),
+    "c_abstractor": Connector(
+        CAbstractor,
+        options={"num_queries": 144, "hidden_size": 1024, "depth": 3, "mlp_depth": 2},
+        tokens=a_square_of_each,
+        spatial=True,
+    ),
+    "cross_attention": Connector(
+        CrossAttention,
+        options={"num_queries": 64, "num_attention_heads": 8},
+        tokens=queries_of_each,
+        spatial=True,
     ),
 }
 
@@ -583,23 +973,46 @@ def _choose(spec: str, options: dict[str, int]) -> tuple[Connector, dict[str, in
     return connector, connector.options | options
 
 
-def build_connector(spec: str, vision_dim: int, text_dim: int, **options: int) -> nn.Module:
-    """Return a module (N, n, C) -> (N, m, D); mof_mlp takes (N, 2, n, C).
+def _check_one_grid(spec: str, grid: Grid | None):
+    """Raise UserError if there is no grid for a spatial connector to read."""
+    if grid is None:
+        what = f"{spec} reads the grid of one encoder, and a mixture has two"
+        raise UserError("model.connector", what, "use mof_mlp")
 
-    spec: an exact name of CONNECTORS. Raises UserError for another name, for an unknown option,
-    and for a value that is no positive integer.
+
+def build_connector(
+    spec: str, vision_dim: int, text_dim: int, grid: Grid | None = None, **options: int
+) -> nn.Module:
+    """Return a module that takes what join_views returns, and makes (N, m, D) of it.
+
+    spec: an exact name of CONNECTORS. grid: rows and columns of a view's patches, which a spatial
+    connector needs. Raises UserError for another name, for an unknown option, for a value that is
+    no positive integer, and for options that do not fit the grid.
     """
     connector, options = _choose(spec, options)
-    return connector.build(vision_dim, text_dim, **options)
+    if not connector.spatial:
+        return connector.build(vision_dim, text_dim, **options)
+    _check_one_grid(spec, grid)
+    return connector.build(vision_dim, text_dim, grid, **options)
 
 
-def connector_tokens(spec: str, tokens: int, views: int = 1, **options: int) -> int:
+def connector_tokens(
+    spec: str, tokens: int, views: int = 1, grid: Grid | None = None, **options: int
+) -> int:
     """Return how many positions an item takes in the text.
 
-    It has `views` views of `tokens` encoder tokens each; in a mixture, of each encoder. Raises
-    UserError as build_connector does.
+    It has `views` views of `tokens` encoder tokens each; in a mixture, of each encoder. grid: as in
+    build_connector. Raises UserError as build_connector does, and where tokens of the grid are
+    missing.
     """
     connector, options = _choose(spec, options)
+    if connector.spatial:
+        _check_one_grid(spec, grid)
+        rows, columns = grid
+        if tokens < rows * columns:
+            what = f"patch drops the first of the {rows} x {columns} patches that {spec} reads"
+            raise UserError("model.feature_select", what, "use cls_patch")
+        return connector.tokens(views, grid, **options)
 
     # As in join_views: the mean of the views has the tokens of one view.
     if connector.mean:
@@ -609,13 +1022,19 @@ def connector_tokens(spec: str, tokens: int, views: int = 1, **options: int) -> 
     return connector.tokens(n, **options)
 
 
-def join_views(spec: str, x: Tensor) -> Tensor:
+def join_views(spec: str, x: Tensor, grid: Grid | None = None) -> Tensor:
     """Return the views of items as their connector reads them.
 
     x (N, v, n, C) becomes (N, v * n, C), or (N, n, C) where the connector takes the mean; x of a
-    mixture (N, v, 2, n, C) becomes (N, 2, v * n, C).
+    mixture (N, v, 2, n, C) becomes (N, 2, v * n, C). For a spatial connector x becomes
+    (N, v, h, w, C), with h x w = grid.
     """
-    if CONNECTORS[spec].mean:
+    connector = CONNECTORS[spec]
+    if connector.spatial:
+        # Class token and registers come first.
+        rows, columns = grid
+        return x[:, :, -rows * columns :].unflatten(2, grid)
+    if connector.mean:
         return x.mean(1)
 
     # In a mixture, the views of one encoder come together.

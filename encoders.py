@@ -108,6 +108,14 @@ class VisionConfig:
             count += 1
         return count
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Return rows and columns of the patches of a picture; None for a mixture of encoders."""
+        if self.beside is not None:
+            return None
+        side = self.processor.side // self.patch_size
+        return side, side
+
     def tokens(self, select: str) -> int:
         """Return the number of tokens per image, of each encoder in a mixture.
 

@@ -1260,7 +1260,7 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         what = f"{c.frames} frames, {c.fps} a second"
         raise UserError("model.frames", what, "write 1 or more, and fps 0 or more")
 
-    return Tiling(
+    views = Tiling(
         tokens,
         c.connector,
         c.connector_options,
@@ -1269,7 +1269,10 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         read_grids(c.image_grids),
         c.frames,
         c.fps,
+        vision.grid,
     )
+    views.positions()  # raises UserError where connector and encoder do not fit
+    return views
 
 
 def check_memory(c: LLaVAConfig, pretrained: Collection[str]):
@@ -1335,7 +1338,9 @@ class LLaVA(nn.Module):
             self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
 
         width = self.language_model.config.width
-        self.connector = build_connector(c.connector, vision.width, width, **c.connector_options)
+        self.connector = build_connector(
+            c.connector, vision.width, width, vision.grid, **c.connector_options
+        )
         if c.image_mode == "anyres":
             self.connector = MLPWithNewline(self.connector)  # adds the separator of rows of tokens
         self.views = tiling_of(c)
@@ -1470,7 +1475,7 @@ class LLaVA(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Pixels (N, 3, height, width), normalised or uint8 -> the connector's output (N, n, D)."""
-        return self.connector(self._encode_views(images))
+        return self.connector(self._join_views(self._encode_views(images)[:, None]))
 
     def encode_items(self, items: Sequence[Item]) -> list[Tensor]:
         """Return the features of each item, (n, D) with an n of its own, in the order of the text.
@@ -1500,7 +1505,7 @@ class LLaVA(nn.Module):
                 batch = views.unflatten(0, (-1, size))  # the usual case, without a copy
             else:
                 batch = torch.stack([views_of_each[i] for i in same])  # (items, size, n, C)
-            outputs = self.connector(join_views(self.config.connector, batch))  # (items, n, D)
+            outputs = self.connector(self._join_views(batch))  # (items, n, D)
             for i, output in zip(same, outputs, strict=True):
                 features[i] = self._in_order(output, shapes[i])
         return features
@@ -1537,6 +1542,10 @@ class LLaVA(nn.Module):
                 tokens = encoded.new_empty(len(views), *encoded.shape[1:])
             tokens[chunk] = encoded
         return tokens
+
+    def _join_views(self, views: Tensor) -> Tensor:
+        """Views of items (N, v, n, C) -> what the connector reads."""
+        return join_views(self.config.connector, views, self.views.grid)
 
     def _in_order(self, output: Tensor, shape: ItemShape) -> Tensor:
         """What the connector makes of an item -> its features (n, D), in the order of the text."""

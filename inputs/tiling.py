@@ -85,10 +85,15 @@ class Tiling:
     frames: int = 16  # at most so many where fps is set, else always so many, evenly spread
     fps: float = 0.0  # frames a second; 0: as many as `frames` says
 
+    # Rows and columns of a view's patches, for connectors that know them; None in a mixture.
+    grid: tuple[int, int] | None = None
+
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
         """Return how many tokens an item takes in the text."""
         if not shape.rows:
-            return connector_tokens(self.connector, self.tokens, shape.views, **self.options)
+            return connector_tokens(
+                self.connector, self.tokens, shape.views, self.grid, **self.options
+            )
 
         # anyres: the whole picture, then its tiles as one large picture of tokens, without its
         # borders and with a separator behind each row.

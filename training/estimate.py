@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from config import Stage, UserError
+from connectors import CONNECTORS
 from encoders import VisionEncoder
 from inputs.conversation import check_turns
 from inputs.media import media_names
@@ -281,13 +282,17 @@ def operations(model: LLaVA, stage: Stage, row: RowSize, recompute: bool) -> flo
             recompute=recompute,
         )
 
-    # The connector is one block without attention. It is never recomputed.
+    # The connector is one block without attention. It is never recomputed. In a spatial one, most
+    # linears stand behind what makes the tokens fewer.
+    connector_tokens = view_tokens
+    if CONNECTORS[model.config.connector].spatial:
+        connector_tokens = model.image_tokens
     tower_trains = any(p.requires_grad for p in tower.parameters())
     total += row.views * part_operations(
         connector,
         [connector],
         heads=0,
-        tokens=view_tokens,
+        tokens=connector_tokens,
         upstream=tower_trains,
         recompute=False,
     )

@@ -289,6 +289,8 @@ def kinds(tmp_path):
         ("mlp2x_gelu", "square", {}),
         ("mean_mlp2x_gelu", "pad", {}),
         ("groupresampler", "tiles", SMALL | {"group": 2}),
+        ("pixel_shuffle", "tiles", {}),
+        ("c_abstractor", "pad", {"num_queries": 4, "hidden_size": 20, "depth": 1}),
     ],
 )
 def test_a_packed_batch_of_all_kinds_is_each_row_alone(kinds, connector, mode, options):

@@ -378,6 +378,9 @@ LOOKED_UP = {
     "google/siglip2-so400m-patch14-384",
     "meta-llama/Llama-3.2-1B-Instruct",
     "microsoft/Phi-4-mini-instruct",
+    # Of nanoVLM's models/config.py.
+    "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "google/siglip2-base-patch16-512",
 }
 
 
