@@ -269,8 +269,8 @@ def names_of_keys(rows: Any) -> str:
     for i in range(min(len(rows), 20)):
         with suppress(UserError):
             row = rows[i]
-            names.update(dict.fromkeys(row.keys_read.values()))
             names.update(dict.fromkeys(row.unread))
+            names.update(dict.fromkeys(row.keys_read.values()))
     return printable(", ".join(names), 300)
 
 

@@ -301,7 +301,7 @@ def test_columns_map_what_has_other_names(folder, spec):
         ({"image": 3}, "columns.image: 3 is no key; fix: write it in quotes"),
         (
             {"image": "x", "answer": "A"},
-            "columns.image: no row that can be read has anything under 'x'",
+            "columns.image: no row .* anything under 'x'; fix: name a key of the rows: image, ans",
         ),
     ],
 )
@@ -320,8 +320,15 @@ WRONG = {
         {"file": "x", "words": "y"},
         "the row has file, id, words; fix: .* with columns",
     ),
-    "no answer": ({"image": "a.png", "question": "q"}, "the row has id, image, question; fix"),
-    "no picture": ({"text": "y"}, "the row has id, text; fix"),
+    "no answer": (
+        {"image": "a.png", "question": "q"},
+        "the row has id, image, question; fix: write its answer",
+    ),
+    "no picture": ({"text": "y"}, "the row has id, text; fix: name its picture under"),
+    "no question": (
+        {"image": "a.png", "answer": "y"},
+        "answer, id, image; fix: write its question",
+    ),
     "other pictures": (
         PICTURED | {"images": ["b.png"]},
         "pictures under 'image' and 'images', and not the same ones; fix: name the key",
