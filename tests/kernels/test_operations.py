@@ -117,23 +117,44 @@ def test_what_has_no_gradient_refuses_to_give_one():
         dx.sum().backward()
 
 
-def test_blocks_outside_of_a_window_are_not_read():
-    """Far keys of NaN and infinity reach no query, and far queries no key."""
-    window, far, tokens = 40, 200, 460
-    q, k, v = randn(tokens, 1, 16), randn(tokens, 1, 16), randn(tokens, 1, 16)
-    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
-    near = slice(tokens - 60, tokens)  # no block of these queries begins before key 256
+WINDOW, TOKENS = 40, 460
 
+
+def windowed():
+    """Return q, k and v of one sample, and attention of it with a window."""
+    cu_seqlens = torch.tensor([0, TOKENS], dtype=torch.int32, device=DEVICE)
+
+    def attend(q, k, v):
+        return attention.triton_packed(q, k, v, cu_seqlens, TOKENS, window=WINDOW)
+
+    return randn(TOKENS, 1, 16), randn(TOKENS, 1, 16), randn(TOKENS, 1, 16), attend
+
+
+def test_keys_before_a_window_are_not_read():
+    """NaN and infinity in far keys and values reach no query, forward and backward."""
+    q, k, v, attend = windowed()
     with torch.no_grad():
-        k[:far] = float("nan")
-        v[:far] = float("inf")
-    o = attention.triton_packed(q, k, v, cu_seqlens, tokens, window=window)
-    expected = attention.reference(
-        q[None, far:], k[None, far:], v[None, far:], True, window=window
-    )[0]
-    torch.testing.assert_close(o[near], expected[near.start - far :], rtol=1e-5, atol=1e-5)
+        k[:200] = float("nan")
+        v[:200] = float("inf")
+    near = slice(400, TOKENS)  # no block of these queries begins before key 256
+    o = attend(q, k, v)[near]
+    expected = attention.reference(q[None, 200:], k[None, 200:], v[None, 200:], True, None, WINDOW)
+    expected = expected[0, 200:]
+    torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
 
-    found = torch.autograd.grad(o[near].sum(), (q, k, v))
-    exact = torch.autograd.grad(expected[near.start - far :].sum(), (q, k, v))
+    found = torch.autograd.grad(o.sum(), (q, k, v))
+    exact = torch.autograd.grad(expected.sum(), (q, k, v))
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a[near], b[near], rtol=1e-5, atol=1e-5)
+
+
+def test_queries_behind_a_window_are_not_read():
+    """NaN in far queries' gradients reaches no key."""
+    q, k, v, attend = windowed()
+    do = torch.randn(TOKENS, 1, 16, device=DEVICE)
+    do[330:] = float("nan")
+    found = torch.autograd.grad(attend(q, k, v), (q, k, v), do)
+    expected = attention.reference(q[None, :200], k[None, :200], v[None, :200], True, None, WINDOW)
+    exact = torch.autograd.grad(expected[0], (q, k, v), do[:200])
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a[:128], b[:128], rtol=1e-5, atol=1e-5)
