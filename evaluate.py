@@ -3,7 +3,7 @@
     # The score on your own questions, in any form that training takes; a page with the wrong ones:
     python evaluate.py --model out/mine --task rows --data test.jsonl
 
-    # The same seeing nothing, and compared with another model:
+    # The same with the pictures hidden, and compared with another model:
     python evaluate.py --model out/mine --task rows --data test.jsonl --blank --baseline out/demo
 
     # Benchmarks, beside chance and the nearest recipe's published number:
@@ -12,10 +12,10 @@
     python evaluate.py --model DIR --task mmvet --data DIR \\
         --judge https://api.openai.com/v1 --judge-model gpt-4-0613
 
-Of rows, every question with a true answer is asked. evals/own_rows.py says what is printed of them,
-evals/metrics.py how answers are compared: by --metric, or by what fits the true ones. The template
-is the model's own, so none is named. `loss` is the mean over the supervised tokens of the rows, as
-training logs it; only that of a model with the same tokenizer can be compared.
+Of rows, every question with a true answer is asked, in the model's own template. evals/own_rows.py
+says what is printed of them, and evals/metrics.py how answers are compared: by --metric, or by what
+fits the true ones. `loss` is the mean over the supervised tokens of the rows, as training logs it;
+it can be compared only with that of a model with the same tokenizer.
 
 Writes MODEL/eval/TASK.jsonl, one answer a line, MODEL/eval/TASK.json, the scores, and beside them
 rows.html, the page, or the file that the benchmark's own server or script takes. A killed run
@@ -26,9 +26,8 @@ Another task is a file of evals/, whose docstring says which files it reads and 
 judges, or a row of the table in evals/row_files.py. evals/__init__.py says what such a file offers,
 and how to add one.
 
-This file, from top to bottom: the table of tasks; what a question shows to the model, and the
-controls that hide it; how many are asked at once; scores; the command line; benchmarks; own rows.
-Answers on disk are in evals/kept.py, and what they were made from in evals/origin.py.
+This file, from top to bottom: the table of tasks; what is asked and shown, and the controls that
+hide it; how many are asked at once; the command line; how a model is asked; benchmarks; own rows.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,17 +43,14 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 import command_line
 from checkpoints.files import resolve, write_file, writing
-from checkpoints.owned import own
 from command_line import within
-from config import UserError, printable
+from config import UserError
 from data import model_spec
 from evals import (
     Example,
@@ -72,6 +69,7 @@ from evals import (
     moving,
     mvbench,
     own_rows,
+    own_rows_report,
     pope,
     row_files,
     scienceqa,
@@ -82,29 +80,32 @@ from evals import (
     world,
 )
 from evals.judge import Judge
-from evals.kept import answer_examples, no_barrier
+from evals.kept import Ranks, answer_examples
 from evals.metrics import METRICS
-from evals.origin import check_file_of_answers, go_on_or_set_aside, origin, shown_names, sources
+from evals.origin import claim, go_on_or_set_aside, origin
 from evals.published import add_published
+from evals.scores import score_table
+from evals.shown import check_examples, load_shown, shown_kind, shown_names
 from inference.answer import answer as answer_questions
 from inference.answer import prompt_ids
+from inference.cache import free_memory
 from inference.engine import CACHE_STEP
 from inputs.forms import columns_of
-from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
-from inputs.sample import SampleSpec, load_item
+from inputs.sample import load_item
 from inputs.tiling import TILED
 from inputs.tokenizer import Tokenizer, load_tokenizer
-from inputs.video import probe, stream
 from kernels import default_dtype
 from model import LLaVA
 from packing import Item, ItemShape
 
 
-def variant(task: Task, **options) -> Task:
-    """Return a task whose examples are read with options."""
+def variant(task: Task, max_new_tokens: int | None = None, **options) -> Task:
+    """Return a task whose examples are read with options, maybe with a length of its own."""
     parts = dict(vars(task))
     parts["examples"] = partial(task.examples, **options)
+    if max_new_tokens is not None:
+        parts["MAX_NEW_TOKENS"] = max_new_tokens
     return SimpleNamespace(**parts)
 
 
@@ -120,7 +121,7 @@ TASKS: dict[str, Task] = {
     "chair": chair,
     "amber": amber,
     "amber-g": variant(amber, questions=False),
-    "amber-d": variant(amber, descriptions=False),
+    "amber-d": variant(amber, amber.QUESTION_TOKENS, descriptions=False),
     "mme": mme,
     "mmmu": mmmu,
     "mmvet": mmvet,
@@ -149,37 +150,7 @@ MOST_ROWS = 64
 CACHE_SHARE = 0.5
 
 
-# ------------------------------------------------------------------------- what a question shows
-
-
-def shown_files(example: Example) -> tuple[str, list[str]]:
-    """Return "image" or "video", and the names of all that an example shows."""
-    kind = "video" if example.get("video") else "image"
-    return kind, shown_names(example)
-
-
-def load_shown(example: Example, data_dir, load: Callable) -> list:
-    """Return load(source, kind, **part) of each of an example's pictures or videos.
-
-    `source` is a path or the bytes of a picture; `part` has the span and rate of a video.
-    Raise UserError that names the example's row and the file, where `load` raises ValueError.
-    """
-    part = {key: example[key] for key in ("span", "rate") if key in example}
-    kind, named = shown_files(example)
-
-    loaded = []
-    for name, source in zip(named, sources(example, data_dir), strict=True):
-        try:
-            loaded.append(load(source, kind, **part))
-        except UserError:
-            raise
-        except ValueError as error:
-            path = Path(data_dir) / name
-            if isinstance(source, Path):
-                path = source
-            where = example.get("where", path)
-            raise UserError(where, f"{path}: {error}", "restore it") from None
-    return loaded
+# ----------------------------------------------------------------------- what is asked and shown
 
 
 def question_of(example: Example) -> str | list[dict]:
@@ -190,53 +161,6 @@ def question_of(example: Example) -> str | list[dict]:
 def items_of_example(example: Example, data_dir, model: LLaVA) -> list[Item]:
     """Return what an example shows as the model sees it."""
     return load_shown(example, data_dir, partial(load_item, tiling=model.views))
-
-
-def check_examples(examples: list[Example], data_dir):
-    """Raise UserError for two examples of one id, or a picture or video that is not there.
-
-    This is done before a model is loaded.
-    """
-    if not examples:
-        fix = "--data: name a folder with the benchmark's files, or fetch them again"
-        raise UserError(data_dir, "no questions in it", fix)
-
-    ids = set()
-    checked = set()
-    for example in examples:
-        if example["id"] in ids:
-            what = f"question {example['id']} is there twice"
-            raise UserError(example["where"], what, "fetch the file again")
-        ids.add(example["id"])
-
-        # Opening is slow, so files that are there are taken on trust. This raises for one that is
-        # missing, and looks into pictures that are no files but bytes in the example. Questions may
-        # share a picture, which is looked into once; names are of one row, where there are rows.
-        _, named = shown_files(example)
-        shown = (example.get("row"), *named)
-        if shown in checked:
-            continue
-        if not all(is_there(source) for source in sources(example, data_dir)):
-            load_shown(example, data_dir, open_media)
-        checked.add(shown)
-
-
-def is_there(source: Path | bytes) -> bool:
-    """Return whether there is such a file or folder; False for a name that no system takes."""
-    if isinstance(source, bytes):
-        return False
-    try:
-        return source.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def open_media(source, kind: str, **part):
-    """Open a picture or a video without a model. Raise ValueError(what is wrong with it)."""
-    if kind == "image":
-        load_image(source)
-    else:
-        probe(source)
 
 
 def answerer(
@@ -276,7 +200,7 @@ def blank_with_mean(examples: list[Example], data_dir, model: LLaVA) -> Callable
     The mean is the same for all, so it tells nothing. One plain colour would not do: that is a
     picture of an empty scene, and a model that sees it rightly answers "zero".
     """
-    shown = [example for example in examples if shown_files(example)[1]]
+    shown = [example for example in examples if shown_names(example)]
     step = max(1, len(shown) // MEAN_OF)
     means = []
     for example in shown[::step][:MEAN_OF]:
@@ -362,8 +286,8 @@ def longest_prompt(model: LLaVA, tokenizer, examples: list[Example]) -> int:
 
     longest_shown = 0
     for example in examples:
-        kind, named = shown_files(example)
-        longest_shown = max(longest_shown, len(named) * most_tokens(model, kind))
+        most = most_tokens(model, shown_kind(example))
+        longest_shown = max(longest_shown, len(shown_names(example)) * most)
     return longest_text + longest_shown
 
 
@@ -382,130 +306,19 @@ def most_tokens(model: LLaVA, kind: str) -> int:
     return most
 
 
-def free_memory(device: str) -> int:
-    """Return how many bytes of a device's memory can be had."""
-    if device != "cpu":
-        free, _ = torch.cuda.mem_get_info(device)
-
-        # What torch has taken from the device and does not use is free, too.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-    # As Linux counts it, caches of files included. A container may be allowed less.
-    bounds = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                bounds.append(int(line.split()[1]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if limit.exists() and limit.read_text().strip() != "max":
-        bounds.append(int(limit.read_text()) - int((group / "memory.current").read_text()))
-
-    # Other systems do not say; the default number of rows was always taken there.
-    return min(bounds, default=2**60)
-
-
-# --------------------------------------------------------------------------------------- scores
-
-
-def compute_scores(
-    task: Task, examples: list[Example], answers: list[str], file: Path, args: argparse.Namespace
-) -> dict[str, dict]:
-    """Return the scores; {} where the true answers are not public, or no judge is named.
-
-    file: that of the answers, beside which the judge's replies are kept.
-    """
-    if not hasattr(task, "judge"):
-        scores = task.score(examples, answers)
-    elif args.judge:
-        print(f"asking {args.judge_model} at {args.judge}", flush=True)
-        ask = Judge(args.judge, args.judge_model, file.with_name(f"{file.stem}-judge.jsonl"))
-        scores = task.judge(examples, answers, ask, file.with_suffix(""), args.data)
-    else:
-        scores = {}
-
-    if hasattr(task, "text_only"):
-        for name, percent in task.text_only(args.data).items():
-            if name in scores:
-                scores[name]["text_only"] = percent
-    return scores
-
-
-class Column(NamedTuple):
-    """A column of the table of scores."""
-
-    head: str
-    width: int
-    form: str
-
-
-COLUMNS = {
-    "score": Column("score", 11, "{:.2f}"),
-    "interval": Column("95 % interval", 17, "[{0[0]:.2f}, {0[1]:.2f}]"),
-    "chance": Column("chance", 11, "{:.2f}"),
-    "text_only": Column("text only", 11, "{:.2f}"),
-    "loss": Column("loss", 11, "{:.4f}"),
-    "published": Column("published", 11, "{:.2f}"),
-}
-
-
-def score_table(scores: dict[str, dict]) -> str:
-    """Return the scores as lines of text; a column only where there is something in it."""
-    columns = []
-    for key in COLUMNS:
-        if any(key in score for score in scores.values()):
-            columns.append(key)
-
-    # Some names are of the benchmark's files.
-    names = {name: printable(name, 60) for name in scores}
-    width = max(24, *(len(name) + 1 for name in names.values()))
-    head = " " * width
-    for key in columns:
-        head += f"{COLUMNS[key].head:>{COLUMNS[key].width}}"
-    lines = [head + f"{'n':>8}"]
-
-    for name, score in scores.items():
-        line = f"{names[name]:{width}}"
-        for key in columns:
-            cell = ""
-            if score.get(key) is not None:
-                cell = COLUMNS[key].form.format(score[key])
-            line += f"{cell:>{COLUMNS[key].width}}"
-        lines.append(line + f"{score['n']:8}")
-
-    for score in scores.values():
-        if "published" in score:
-            lines.append(f"published: {score['published_of']}")
-    return "\n".join(lines)
-
-
 # --------------------------------------------------------------------------------- command line
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_line.parser(__doc__)
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument(
-        "--task", required=True, choices=["rows", *TASKS], help="rows: your own; or a benchmark"
-    )
-    parser.add_argument(
-        "--data", required=True, help="the rows, or folder of the benchmark's files"
-    )
-    parser.add_argument("--images", help="rows: folder of their pictures; default: the rows' own")
-    parser.add_argument(
-        "--columns", nargs="+", metavar="PART=NAME", help="rows: what they call image, question ..."
-    )
-    parser.add_argument(
-        "--metric",
-        choices=METRICS,
-        help="rows: how answers are compared; default: by the true ones",
-    )
-    parser.add_argument(
-        "--baseline", metavar="DIR", help="rows: another model that is asked the same, to compare"
-    )
-    parser.add_argument(
+    option = parser.add_argument
+    names = textwrap.fill(", ".join(TASKS), 76, break_on_hyphens=False)
+    of_task = {"choices": ["rows", *TASKS], "metavar": "TASK"}
+    option("--model", required=True, metavar="DIR", help="folder of the model")
+    option("--task", required=True, **of_task, help=f"rows: your own; or a benchmark:\n{names}")
+    option("--data", required=True, help="the rows, or folder of the benchmark's files")
+    option(
         "--blank",
         dest="control",
         action="store_const",
@@ -513,30 +326,32 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         default="",
         help="replace every picture by the mean of many, as a control; rows: beside the score",
     )
-    parser.add_argument(
+    option(
         "--one-frame",
         dest="control",
         action="store_const",
         const="one-frame",
         help="replace every frame of a video by its middle one, as a control",
     )
-    parser.add_argument(
-        "--limit",
-        type=within(int, 1, 10**9),
-        help="only about so many examples, spread evenly over all",
+    count = within(int, 1, 10**9)
+    option("--limit", type=count, help="only about so many examples, spread evenly over all")
+    at_once = f"questions answered at once (default: as memory allows, at most {MOST_ROWS})"
+    option("--batch", type=within(int, 1, 10**5), help=at_once)
+    named = "file of the answers (default MODEL/eval/TASK.jsonl, or TASK-CONTROL.jsonl)"
+    option("--out", metavar="FILE", help=named)
+
+    option = parser.add_argument_group("--task rows").add_argument
+    option("--images", metavar="DIR", help="folder of the pictures; default: the rows' own")
+    option("--columns", nargs="+", metavar="PART=NAME", help="what they call image, question ...")
+    metrics = f"{', '.join(METRICS)}; default: what fits the true answers"
+    option("--metric", choices=METRICS, metavar="NAME", help=metrics)
+    option("--baseline", metavar="DIR", help="another model that is asked the same, to compare")
+
+    option = parser.add_argument_group("--task mmvet, llava_bench").add_argument
+    option("--judge", metavar="URL", help="OpenAI-compatible, of the language model that judges")
+    option(
+        "--judge-model", default="gpt-4-0613", metavar="NAME", help="its name (default gpt-4-0613)"
     )
-    parser.add_argument(
-        "--batch",
-        type=within(int, 1, 10**5),
-        help=f"questions answered at once (default: as memory allows, at most {MOST_ROWS})",
-    )
-    parser.add_argument(
-        "--out", help="file of the answers (default MODEL/eval/TASK.jsonl, or TASK-CONTROL.jsonl)"
-    )
-    parser.add_argument(
-        "--judge", help="OpenAI-compatible URL of the language model that judges mmvet, llava_bench"
-    )
-    parser.add_argument("--judge-model", default="gpt-4-0613", help="its name (default gpt-4-0613)")
     return parser.parse_args(argv)
 
 
@@ -546,7 +361,7 @@ def main(argv: list[str]):
     ranks = Ranks()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        # Only to wait for each other, for as long as the slowest needs.
+        # To wait for each other, for as long as the slowest needs, and to add up losses.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
         ranks = Ranks(int(os.environ["RANK"]), world_size, dist.barrier)
 
@@ -569,12 +384,7 @@ def check_options(args: argparse.Namespace):
             raise UserError(f"--{option}", f"not for {args.task}", "leave it out; rows take it")
 
 
-class Ranks(NamedTuple):
-    """The processes that share the questions, and which of them this one is."""
-
-    rank: int = 0
-    size: int = 1
-    barrier: Callable = no_barrier
+# ------------------------------------------------------------------------ how a model is asked
 
 
 @dataclass
@@ -619,6 +429,20 @@ class Asking:
             free = free_memory(str(model.language_model.lm_head.weight.device))
             batch = rows_that_fit(model, tokenizer, self.chosen, self.max_new_tokens, free)
         return answer_examples(self.examples, self.chosen, answer, self.file, batch, *self.ranks)
+
+
+def file_of_answers(args: argparse.Namespace, folder: Path, control: str) -> Path:
+    """Return the file that --out names, or that of the task in the model's folder."""
+    if args.out is not None:
+        return Path(args.out)
+    return folder / "eval" / f"{title(args.task, control, '-')}.jsonl"
+
+
+def title(task: str, control: str, separator: str) -> str:
+    """Return the name of the task, and of the control if there is one."""
+    if control:
+        return f"{task}{separator}{control}"
+    return task
 
 
 def device_and_dtype() -> tuple[str, torch.dtype]:
@@ -679,8 +503,7 @@ def evaluate_benchmark(args: argparse.Namespace, ranks: Ranks):
     scores = compute_scores(task, chosen, answers, file, args)
     add_published(scores, task, model.config)
     if scores:
-        seconds = time.monotonic() - started
-        write_scores(scores, file.with_suffix(".json"), seconds, args)
+        write_scores(args, file.with_suffix(".json"), started, scores=scores)
         print(score_table(scores))
     elif hasattr(task, "judge"):
         print("no score: that takes --judge URL --judge-model NAME")
@@ -688,59 +511,41 @@ def evaluate_benchmark(args: argparse.Namespace, ranks: Ranks):
         print("no score: that takes the server, which has the answers")
 
 
-def file_of_answers(args: argparse.Namespace, folder: Path, control: str) -> Path:
-    """Return the file that --out names, or that of the task in the model's folder."""
-    if args.out is not None:
-        return Path(args.out)
-    return folder / "eval" / f"{title(args.task, control, '-')}.jsonl"
+def compute_scores(
+    task: Task, examples: list[Example], answers: list[str], file: Path, args: argparse.Namespace
+) -> dict[str, dict]:
+    """Return the scores; {} where the true answers are not public, or no judge is named.
 
-
-def claim(file: Path, is_out: bool):
-    """Raise UserError if answers and scores would go over what this program did not write.
-
-    MODEL/eval is ours by a mark, as all folders are that this program writes into. A file that
-    --out names may lie among others, so its own name decides.
+    file: that of the answers, beside which the judge's replies are kept.
     """
-    if is_out:
-        check_file_of_answers(file)
+    if not hasattr(task, "judge"):
+        scores = task.score(examples, answers)
+    elif args.judge:
+        print(f"asking {args.judge_model} at {args.judge}", flush=True)
+        ask = Judge(args.judge, args.judge_model, file.with_name(f"{file.stem}-judge.jsonl"))
+        scores = task.judge(examples, answers, ask, file.with_suffix(""), args.data)
     else:
-        own(file.parent, "evaluation")
+        scores = {}
+
+    if hasattr(task, "text_only"):
+        for name, percent in task.text_only(args.data).items():
+            if name in scores:
+                scores[name]["text_only"] = percent
+    return scores
 
 
-def title(task: str, control: str, separator: str) -> str:
-    """Return the name of the task, and of the control if there is one."""
-    if control:
-        return f"{task}{separator}{control}"
-    return task
-
-
-def write_scores(
-    scores: dict[str, dict],
-    file: Path,
-    seconds: float,
-    args: argparse.Namespace,
-    more: dict | None = None,
-):
-    """Write the scores, and what they are of; `more` of them stands behind."""
-    result = {
-        "task": args.task,
-        "data": args.data,
-        "control": args.control,
-        "seconds": round(seconds, 1),
-        "scores": scores,
-        **(more or {}),
-    }
+def write_scores(args: argparse.Namespace, file: Path, started: float, **found):
+    """Write what was asked, the seconds since the monotonic time `started`, and what was found."""
+    asked = {"task": args.task, "data": args.data, "control": args.control}
+    asked["seconds"] = round(time.monotonic() - started, 1)
     with writing(file):
-        write_file(file, json.dumps(result, indent=2) + "\n")
+        write_file(file, json.dumps(asked | found, indent=2) + "\n")
 
 
 # -------------------------------------------------------------------------------------- own rows
 
 # What the table says of a control.
 HIDDEN = {"blank": "pictures blanked", "one-frame": "one frame only"}
-
-# Frames of a video on the page.
-PAGE_FRAMES = 3
 
 
 def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
@@ -750,118 +555,90 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     """
     # The questions, checked before anything slow happens.
     started = time.monotonic()
-    folder = resolve(args.model)
     rows = open_rows(args.data, args.images or "", columns_of(args.columns or []))
-    spec = model_spec(folder)
+    spec = model_spec(resolve(args.model))
     examples = own_rows.read_questions(rows, spec)
     chosen = limit_examples(examples, args.limit)
-    check_examples(chosen, args.data)
+    check_examples(chosen, args.data, "restore it, or --images: name the folder of the pictures")
+    check_control(args.control, chosen, args.data)
     scale = own_rows.choose_scale(chosen, args.metric or "")
-    if args.control and not any(shown_files(example)[1] for example in chosen):
-        raise UserError(f"--{args.control}", f"no picture in {args.data}", "leave it out")
-
-    # Who is asked, and what is hidden then.
-    file = file_of_answers(args, folder, "")
-    is_out = args.out is not None
-    room = own_rows.room_for_answers(examples, spec.tokenizer)
-    asked = partial(Asking, args, ranks, examples, chosen)
-    askings = {scale.name: asked(room, folder, "", file, is_out)}
-    if args.control:
-        blank = file.with_name(title(file.stem, args.control, "-") + file.suffix)
-        name = f"{scale.name}, {HIDDEN[args.control]}"
-        askings[name] = asked(room, folder, args.control, blank, is_out)
-    if args.baseline:
-        other = resolve(args.baseline)
-        other_spec = model_spec(other)
-        own_rows.read_questions(rows, other_spec)  # its template may not take all of them
-        room = own_rows.room_for_answers(examples, other_spec.tokenizer)
-        name = f"{scale.name}, {args.baseline}"
-        askings[name] = asked(room, other, "", other / "eval" / "rows.jsonl", False)
 
     # The losses and the answers, with one model in memory.
+    askings = askings_of_rows(args, ranks, rows, examples, chosen)
     device, dtype = device_and_dtype()
     for asking in askings.values():
         asking.prepare(dtype)
     losses = {}
     answers = {}
     model = loaded = None
-    for name, asking in askings.items():
+    for who, asking in askings.items():
         if asking.folder != loaded:
             model = None  # its memory is free now
             model, tokenizer = load_model(asking.folder, device, dtype)
             loaded = asking.folder
         change = control_of(asking.control, chosen, args.data, model)
-        losses[name] = mean_loss(model, rows, chosen, model_spec(asking.folder), change, ranks)
-        answers[name] = asking.answers(model, tokenizer, change)
+        spec = model_spec(asking.folder)
+        losses[who] = own_rows.mean_loss(model, rows, chosen, spec, change, ranks)
+        answers[who] = asking.answers(model, tokenizer, change)
     if ranks.rank > 0:
         return
 
     # What follows from them.
-    scores = {}
-    for name, said in answers.items():
-        scores[name] = scale.score(chosen, said) | {"loss": losses[name]}
+    file = askings["model"].file
     print(f"rows: {len(chosen)} answers in {file}")
-    print(f"{scale.name}: {scale.metric.says} ({scale.reason})")
-    if scale.constant:
-        print(f"chance: always {printable(scale.constant, 60)!r}")
-    unread = own_rows.unread(scale, answers[scale.name])
-    if unread:
-        print(unread)
-    table = score_table(scores)
+    report = own_rows_report.make_report(scale, chosen, answers, losses)
+    print(report.text)
 
-    # The model against each of the others.
-    mine, *others = answers
-    said = {"model": answers[mine]}
-    differences = {}
-    for name in others:
-        than = name.removeprefix(f"{scale.name}, ")
-        said[than] = answers[name]
-        found = scale.compare(chosen, answers[mine], answers[name])
-        differences[than] = [100 * value for value in found]
-        table += "\n" + own_rows.sentence(found, than, len(chosen))
-    print(table)
-
-    seconds = time.monotonic() - started
-    more = {"metric": scale.name, "differences": differences}
-    write_scores(scores, file.with_suffix(".json"), seconds, args, more)
+    found = {"scores": report.scores, "metric": scale.name, "differences": report.differences}
+    write_scores(args, file.with_suffix(".json"), started, **found)
     heading = f"{args.model} on {args.data}"
-    pictures = pictures_of(args.data)
-    page = own_rows.wrong_page(heading, table, scale, chosen, said, pictures)
+    pictures = own_rows_report.pictures_of(args.data)
+    page = own_rows_report.wrong_page(heading, report.text, scale, chosen, answers, pictures)
     with writing(file):
         write_file(file.with_suffix(".html"), page)
     print(f"the wrong answers: {file.with_suffix('.html')}")
 
 
-def mean_loss(
-    model: LLaVA,
-    rows: Rows,
-    chosen: list[Example],
-    spec: SampleSpec,
-    change: Callable[[Item], Item] | None,
+def check_control(control: str, examples: list[Example], data: str):
+    """Raise UserError for a control that would hide nothing."""
+    hidden = "picture"
+    shown = [example for example in examples if shown_names(example)]
+    if control == "one-frame":
+        hidden = "video"
+        shown = [example for example in shown if shown_kind(example) == "video"]
+    if control and not shown:
+        raise UserError(f"--{control}", f"no {hidden} in {data}", "leave it out")
+
+
+def askings_of_rows(
+    args: argparse.Namespace,
     ranks: Ranks,
-) -> float:
-    """Return the mean loss over the supervised tokens of the rows of some questions."""
-    numbers = list(dict.fromkeys(example["row"] for example in chosen))
-    mine = numbers[ranks.rank :: ranks.size]
-    total = torch.tensor(own_rows.sum_of_losses(model, rows, mine, spec, change)).double()
-    if ranks.size > 1:
-        dist.all_reduce(total)
-    loss, supervised = total.tolist()
-    return loss / supervised
+    rows: Rows,
+    examples: list[Example],
+    chosen: list[Example],
+) -> dict[str, Asking]:
+    """Return {who: how it is asked}: the model, the same with a control, the one of --baseline."""
+    asked = partial(Asking, args, ranks, examples, chosen)
 
+    folder = resolve(args.model)
+    file = file_of_answers(args, folder, "")
+    is_out = args.out is not None
+    room = own_rows.room_for_answers(examples, model_spec(folder).tokenizer)
+    askings = {"model": asked(room, folder, "", file, is_out)}
+    if args.control:
+        hidden = file.with_name(title(file.stem, args.control, "-") + file.suffix)
+        askings[HIDDEN[args.control]] = asked(room, folder, args.control, hidden, is_out)
 
-def pictures_of(data_dir) -> Callable[[Example], list[Image.Image]]:
-    """Return a function from an example to what a page shows of it: of a video some frames."""
-
-    def load(source, kind: str, **part) -> list[Image.Image]:
-        if kind == "image":
-            return [load_image(source)]
-        return list(stream(source, PAGE_FRAMES, **part))
-
-    def pictures(example: Example) -> list[Image.Image]:
-        return [image for shown in load_shown(example, data_dir, load) for image in shown]
-
-    return pictures
+    if args.baseline:
+        other = resolve(args.baseline)
+        spec = model_spec(other)
+        own_rows.read_questions(rows, spec)  # its template may not take all of them
+        room = own_rows.room_for_answers(examples, spec.tokenizer)
+        who = args.baseline
+        if who in askings:
+            who = f"{who}/"  # a folder that is named "model", say
+        askings[who] = asked(room, other, "", other / "eval" / "rows.jsonl", False)
+    return askings
 
 
 if __name__ == "__main__":

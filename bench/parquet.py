@@ -70,7 +70,7 @@ def write_many(folder: str, count: str):
             "answer": r.choices(texts, k=rows),
             "id": names,
             "embedding": list(noise.standard_normal((rows, 16), np.float32)),
-            "thumbnail": r.choices(pictures, k=rows),
+            "histogram": list(noise.integers(0, 99, (rows, 16))),
         }
         for k in range(5):
             columns[f"text_{k}"] = r.choices(texts, k=rows)

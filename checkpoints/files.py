@@ -142,17 +142,20 @@ def check_regular(path: Path):
         raise UserError(path, "no regular file", "put the file itself there")
 
 
-def parse_json(text: str | bytes):
+def parse_json(text: str | bytes, make_object: Callable[[list], dict] | None = None):
     """Return the value of a JSON text. Raises ValueError, and nothing else, if it is none.
 
     All JSON that comes from outside is read here. Python's reader raises RecursionError for deep
     nesting. It takes NaN and Infinity, as pandas writes them: whoever uses a number checks that it
     is finite (fields.py does).
+
+    make_object: from the pairs (key, value) of an object to its dict; of one key twice the last
+    counts by default.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")  # UnicodeDecodeError is a ValueError
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -8,8 +8,8 @@ the files share:
 
     files.py          rows of the benchmark's files, and errors that name a row
     options.py        options with letters: how they are listed, which letter an answer means
-    scores.py         a score and its chance level, for each group of questions
-    own_rows.py       no benchmark, but one's own rows: questions, controls, a page
+    shown.py          the pictures and videos of a question, and whether they are there
+    scores.py         a score and its chance level, for each group of questions; their table
     metrics.py        one answer compared with the true ones
     intervals.py      intervals of a score, and of the difference of two models
     vqa.py            answers compared with those of ten humans
@@ -20,6 +20,9 @@ the files share:
     judge.py          a language model that judges answers
     published.py      the published number beside a score
     lmms_eval.py      the way in for lmms-eval, which has many more benchmarks
+
+Two files are no benchmark, but make one of a user's rows: own_rows.py has the questions, their
+scores and the loss, own_rows_report.py what is printed, and the page with the wrong answers.
 
 Read moving.py first, the shortest, then pope.py, which reads its questions in two layouts.
 
@@ -53,12 +56,20 @@ class Example(TypedDict, total=False):
 
     # What the question is about. Paths are relative to the data folder.
     image: str | list[str] | None  # one path, several, or None for no picture
-    pictures: Sequence[bytes | Path]  # these themselves if not in the folder; "image" names them
     video: str | list[str]  # in place of an image: a file, or a folder of frames
     rate: float  # frames a second of such a folder
     span: tuple[float, float]  # only this part of the video, (from, to) in seconds
 
-    group: Hashable  # --limit keeps examples of one group together
+    # Pictures or videos that are no files of the data folder: their bytes, or their paths. All may
+    # be too many for the memory, so some tasks read one when it is asked for. "image" or "video"
+    # has names for them; in a file of rows a name is unique in its row only.
+    pictures: Sequence[bytes | Path]
+    row: int  # the number of that row
+
+    # What belongs together, such as all questions about a picture. --limit takes all of a group or
+    # none, and an interval counts it as one draw.
+    group: Hashable
+    groups: Sequence[str]  # the names of the scores that it counts in, where tasks use this key
 
 
 class Task(Protocol):

@@ -32,14 +32,14 @@ from pathlib import Path
 from checkpoints.files import write_file
 from config import UserError
 from evals import words
-from evals.files import Row, errors_at, find_first, read_rows, read_text, read_values
+from evals.files import LARGEST_ID, Row, errors_at, find_first, read_rows, read_text, read_values
 from evals.options import WORD
 
 MAX_NEW_TOKENS = 512
+QUESTION_TOKENS = 16  # of amber-d: any answer but a bare Yes or No is wrong, so a short one will do
 PUBLISHED = ("AMBER", {"LLaVA-1.5": 83.5})
 UNREAD = "are not just Yes or No, and are wrong"
 
-LARGEST_ID = 2**63 - 1
 NEAR = 0.8  # the cosine above which two words mean the same
 
 # The kinds of questions, by the name of their scores: attributes together, then each alone.
@@ -60,9 +60,9 @@ GENERATIVE = "generative"
 # The official code counts from here, so that a ratio of nothing is 0.
 COUNT_FROM = 0.001
 
-# And it adds this to precision + recall for the same reason, and more to that of existence.
-MORE = 0.0001
-MORE_OF = {"existence": 0.001}
+# And it adds this to precision + recall for the same reason, ten times as much for existence.
+EPSILON = 0.0001
+EPSILON_OF = {"existence": 0.001}
 
 
 def examples(data_dir, descriptions=True, questions=True):
@@ -276,19 +276,19 @@ def place_near(noun, names):
 
 def question_scores(asked):
     """Return the scores of [(example, answer)]: of all questions, then of each kind."""
-    scores = rates(asked, "", MORE)
+    scores = rates(asked, "", EPSILON)
     for name, kinds in KINDS.items():
         of_kind = [(example, answer) for example, answer in asked if example["kind"] in kinds]
         if of_kind:
-            scores |= rates(of_kind, f"{name} ", MORE_OF.get(name, MORE))
+            scores |= rates(of_kind, f"{name} ", EPSILON_OF.get(name, EPSILON))
     return scores
 
 
-def rates(asked, prefix, more):
+def rates(asked, prefix, epsilon):
     """Return accuracy, precision, recall and F1; a positive is the answer No."""
     labels = [example["label"] for example, _ in asked]
-    reached = confusion(labels, [answer for _, answer in asked], more)
-    always_no = confusion(labels, ["No"] * len(labels), more)
+    reached = confusion(labels, [answer for _, answer in asked], epsilon)
+    always_no = confusion(labels, ["No"] * len(labels), epsilon)
 
     scores = {}
     for name, value in reached.items():
@@ -296,7 +296,7 @@ def rates(asked, prefix, more):
     return scores
 
 
-def confusion(labels, said, more):
+def confusion(labels, said, epsilon):
     """Return the four numbers as the official code rounds them, F1 from the rounded two."""
     pairs = list(zip(labels, said, strict=True))
     right_no = pairs.count(("no", "No"))
@@ -310,7 +310,7 @@ def confusion(labels, said, more):
         "accuracy": percent(right, len(pairs)),
         "precision": precision,
         "recall": recall,
-        "F1": round(2 * p * r / (p + r + more) * 100, 1),
+        "F1": round(2 * p * r / (p + r + epsilon) * 100, 1),
     }
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from config import UserError
 from evals import words
 from evals.files import (
+    LARGEST_ID,
     MEND_FILE,
     Row,
     errors_at,
@@ -46,8 +47,6 @@ from evals.files import (
 MAX_NEW_TOKENS = 512
 PUBLISHED = ("CHAIRs", {"LLaVA-1.5 7B, greedy, on the 500 pictures of OPERA": 45.0})
 PROMPT = "Please describe this image in detail."
-
-LARGEST_ID = 2**63 - 1
 
 PICTURES = 500
 SEED = 2014

@@ -30,6 +30,7 @@ MEND_FILE = "mend it, or fetch it again"
 MEND_ROW = "mend the row, or fetch the file again"
 
 MOST_OPTIONS = 26  # an option has a letter
+LARGEST_ID = 2**63 - 1  # of a question or a picture
 LONGEST_PATH = 4096  # characters, the most that a system opens
 LONGEST_CELL = 2**27  # characters of a cell of a table: a large picture in base64
 LONGEST_LIST = 10_000  # characters of a list that is written as Python's
@@ -45,7 +46,7 @@ def find_first(data_dir: str | Path, *names: str) -> Path:
     """
     for name in names:
         path = Path(data_dir) / name
-        if _exists(path):
+        if exists(path):
             return path
 
     missing = Path(data_dir) / names[0]
@@ -53,7 +54,7 @@ def find_first(data_dir: str | Path, *names: str) -> Path:
     raise UserError(missing, "no such file or folder", fix)
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
     """Return whether there is such a file or folder; False for a name that no system takes."""
     try:
         return path.exists()
@@ -109,7 +110,7 @@ class Row(Fields):
         if isinstance(value, str) and 0 < len(value) <= LONGEST_PATH and is_unicode(value):
             return value
         is_number = isinstance(value, int) and not isinstance(value, bool)
-        if is_number and abs(value) < 2**63:
+        if is_number and abs(value) <= LARGEST_ID:
             return value
         raise self.refuse(key, "not a text or a whole number")
 

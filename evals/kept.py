@@ -19,11 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoints.files import write_file, writing
 from checkpoints.json_lines import parse_row, read_lines
 from evals import Example
 from evals.origin import parts_of
+from evals.shown import shown_name
 
 # Seconds between two lines of progress where there is no terminal.
 QUIET_SECONDS = 30
@@ -31,6 +33,14 @@ QUIET_SECONDS = 30
 
 def no_barrier():
     """Wait for nobody: there is one rank."""
+
+
+class Ranks(NamedTuple):
+    """The processes that share the questions, and which of them this one is."""
+
+    rank: int = 0
+    size: int = 1
+    barrier: Callable = no_barrier
 
 
 def answer_examples(
@@ -122,11 +132,6 @@ def leave_out_damage(file: Path):
         write_file(kept, file.read_bytes())
         write_file(file, b"".join(good))
     print(f"{file.name}: {damaged} damaged lines left out, the file as it was is {kept.name}")
-
-
-def shown_name(example: Example):
-    """Return what a row of answers says that its question was about."""
-    return example.get("video") or example["image"]
 
 
 def append_answers(

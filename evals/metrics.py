@@ -163,10 +163,15 @@ def choose(truths_of_each: Sequence[Sequence[str]]) -> tuple[str, str]:
         return "yesno", "every true answer is yes or no"
     if all(is_number(truth) for truth in everything):
         return "number", "every true answer is a number"
+
     different = {plain(truth) for truth in everything}
-    if form_a_set(truths_of_each) and max(len(one.split()) for one in different) <= MOST_WORDS:
-        return "exact", f"the true answers are short, with {len(different)} different ones"
-    return "f1", "the true answers are free text"
+    if max(len(one.split()) for one in different) > MOST_WORDS:
+        return "f1", "the true answers are free text"
+    if not form_a_set(truths_of_each):
+        return "f1", "the true answers are no set that is given again and again"
+    if len(different) == 1:
+        return "exact", "the true answer is always the same, a short one"
+    return "exact", f"the true answers are a set of {len(different)} short ones"
 
 
 def form_a_set(truths_of_each: Sequence[Sequence[str]]) -> bool:

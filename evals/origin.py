@@ -22,8 +22,10 @@ from pathlib import Path
 
 from checkpoints.files import PICKLES, SAFETENSORS, read_json, write_file, writing
 from checkpoints.identity import changed_names, digest, identities, identity
+from checkpoints.owned import own
 from config import UserError, printable
 from evals import Example
+from evals.shown import shown_names, sources
 from inputs.tokenizer import OWN_FILES
 
 # The files of a model that decide what it answers.
@@ -98,23 +100,6 @@ def identity_of_shown(examples: list[Example], data_dir) -> dict:
     for path in sample(there, total):
         content.update(identity(path)["blake2b"].encode())
     return {"files": len(there), "names": names.hexdigest(), "content": content.hexdigest()}
-
-
-def shown_names(example: Example) -> list[str]:
-    """Return the names of all that an example shows."""
-    named = example.get("video") or example["image"] or []
-    if isinstance(named, str):
-        return [named]
-    return named
-
-
-def sources(example: Example, data_dir) -> Iterator[Path | bytes]:
-    """Yield where each picture or video is that an example shows: its file, or its bytes."""
-    if "pictures" in example:
-        yield from example["pictures"]
-    else:
-        for name in shown_names(example):
-            yield Path(data_dir) / name
 
 
 def files_of(path: Path) -> list[Path]:
@@ -230,7 +215,9 @@ WRITTEN = (
     "-origin.json",
     "-judge.jsonl",
     "-answers.jsonl",
+    "-captions.jsonl",
     "-predictions.jsonl",
+    "-responses.json",
     "-results",
     "-results.json",
     "-reviews.jsonl",
@@ -260,3 +247,15 @@ def check_file_of_answers(file: Path):
                 raise UserError(path, "is there, and no earlier start of this wrote it", fix)
     except OSError as error:
         raise UserError(file, f"cannot be written: {error.strerror}", fix) from None
+
+
+def claim(file: Path, is_out: bool):
+    """Raise UserError if answers and scores would go over what this program did not write.
+
+    MODEL/eval is ours by a mark, as all folders are that this program writes into. A file that
+    --out names may lie among others, so its own name decides.
+    """
+    if is_out:
+        check_file_of_answers(file)
+    else:
+        own(file.parent, "evaluation")

@@ -12,13 +12,16 @@ What is printed of the answers, in percent:
 
     score      what they earn on average (metrics.py), and its 95 % interval (intervals.py)
     chance     what the best constant answer earns: the same one to all questions
-    text only  what the best answer to the words alone earns. It is that which is right most often
-               for the same question about other pictures. For this, one question of each answer is
-               left out: if only the one that is tested were, then in a balanced set the right
-               answer would always be the rarer one. A question that nobody asks of another picture
-               is taken together with those that have the same first words.
+    text only  what the words of a question give away: it gets the answer that is right most often
+               where the same words are asked, of two pictures at least. Words that are asked of one
+               picture only are taken together with all that begin with the same three words, or
+               with the same one, or else with all such questions.
+    loss       the mean over the supervised tokens of the rows, as training logs it
 
-The last two need answers that form a set, so that the same ones are given again and again.
+Chance and text only need answers that form a set, so that the same ones are true again and again.
+own_rows_report.py makes lines, a table and a page of all that.
+
+From top to bottom: questions; the scale on which answers are scored; its controls; the loss.
 """
 
 from __future__ import annotations
@@ -26,32 +29,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import torch
-from PIL import Image
+import torch.distributed as dist
 
 from config import Stage, UserError, printable
-from evals import Example, pope
+from evals import Example
 from evals.intervals import Difference, difference, interval
+from evals.kept import Ranks
 from evals.metrics import METRICS, Metric, choose, form_a_set, is_number, is_yes_or_no, plain
 from evals.scores import best_constant
 from inputs.conversation import IMAGE
 from inputs.media import Media
-from inputs.preview import html_page, image_tag
 from inputs.rows import Rows
 from inputs.sample import SampleSpec, check_image_count, encode_text, make_sample
 from inputs.turns import answers_of
 from model import LLaVA
 from packing import Item, bin_pack, pack_samples
 
-# How many wrong answers the page shows, and how wide a picture is there.
-MOST_SHOWN = 100
-PAGE_WIDTH = 240
-
-# Questions that nobody asks of another picture are taken for the same if so many of their first
-# words are.
+# Text only: words that are asked of one picture are compared by so many of their first instead.
 FIRST_WORDS = (3, 1, 0)
 
 # Room for the answer: so many times the tokens of the longest true one.
@@ -106,40 +103,27 @@ def questions_of_row(rows: Rows, i: int, spec: SampleSpec) -> list[Example]:
     ids, _ = encode_text(row, where, spec)
     check_image_count(ids, media, where)
 
-    # The turns that are asked, and the answer to each question.
-    given = []
-    asked = []
-    for turn in row["conversations"]:
-        if turn["from"] == "gpt":
-            if not given or given[-1]["from"] != "human":
-                continue  # nobody has asked
-            if turn["value"].strip():
-                asked.append((list(given), turn["value"].strip()))
-        given.append(turn)
-
-    # Several answers that are all right.
-    others = []
-    if isinstance(row.get("answers"), list) and row["answers"]:
-        others = answers_of(row["answers"], f"{where}: answers")
-        if len(asked) > 1:
-            what = f'"answers" beside {len(asked)} questions: whose they are is not known'
-            raise UserError(where, what, "make rows of one question each")
+    asked = asked_turns(row["conversations"])
+    others = other_answers(row, where, len(asked))
 
     examples = []
     for k, (conversation, answer) in enumerate(asked):
-        # Pictures of later turns are not seen yet.
-        seen = media[: sum(turn["value"].count(IMAGE) for turn in conversation if not_gpt(turn))]
-        truths = dict.fromkeys([answer, *(other.strip() for other in others if other.strip())])
+        name = f"{i:06d}"
+        if len(asked) > 1:
+            name += f".{k}"
         example = {
-            "id": f"{i:06d}" if len(asked) == 1 else f"{i:06d}.{k}",
+            "id": name,
             "row": i,
             "where": where,
             "prompt": as_text(conversation),
             "conversation": conversation,
-            "label": list(truths),
+            "label": list(dict.fromkeys([answer, *others])),
             "image": None,
             "group": group_of(media, i),
         }
+
+        # Pictures of later turns are not seen yet.
+        seen = media[: count_marks(conversation)]
         if seen:
             names = [one.name for one in seen]
             example[seen[0].kind] = names[0] if len(names) == 1 else names
@@ -150,9 +134,35 @@ def questions_of_row(rows: Rows, i: int, spec: SampleSpec) -> list[Example]:
     return examples
 
 
-def not_gpt(turn: dict) -> bool:
-    """Say whether a turn is one in which <image> stands for a picture."""
-    return turn["from"] != "gpt"
+def asked_turns(turns: list[dict]) -> list[tuple[list[dict], str]]:
+    """Return (the turns up to a question, its answer) for each question of a conversation."""
+    given = []
+    asked = []
+    for turn in turns:
+        if turn["from"] == "gpt":
+            if not given or given[-1]["from"] != "human":
+                continue  # nobody has asked
+            answer = turn["value"].strip()
+            if answer:
+                asked.append((list(given), answer))
+        given.append(turn)
+    return asked
+
+
+def other_answers(row: dict, where: str, questions: int) -> list[str]:
+    """Return the list "answers" of a row with so many questions; an empty one if it has none."""
+    if not isinstance(row.get("answers"), list) or not row["answers"]:
+        return []
+    if questions > 1:
+        what = f'"answers" beside {questions} questions: whose they are is not known'
+        raise UserError(where, what, "make rows of one question each")
+    answers = [one.strip() for one in answers_of(row["answers"], f"{where}: answers")]
+    return [one for one in answers if one]
+
+
+def count_marks(conversation: list[dict]) -> int:
+    """Return how many <image> stand in turns for a picture; in an answer it is a text."""
+    return sum(turn["value"].count(IMAGE) for turn in conversation if turn["from"] != "gpt")
 
 
 def as_text(conversation: list[dict]) -> str:
@@ -163,7 +173,10 @@ def as_text(conversation: list[dict]) -> str:
 
 
 def group_of(media: list[Media], i: int) -> tuple:
-    """Return the same for all rows with the same pictures or videos; row i without any is alone."""
+    """Return the same for all rows with the same pictures or videos; row i without any is alone.
+
+    It is the hash of a picture in the row, or else the path of its file.
+    """
     if not media:
         return (i,)
     found = []
@@ -242,18 +255,27 @@ def choose_scale(examples: list[Example], metric: str = "") -> Scale:
     if not metric:
         metric, reason = choose(truths)
 
-    can_be_true = {"yesno": is_yes_or_no, "number": is_number}.get(metric)
-    if can_be_true:
-        for example in examples:
-            for truth in example["label"]:
-                if not can_be_true(truth):
-                    what = f"the true answer {printable(truth, 60)!r} is none for {metric}"
-                    raise UserError(example["where"], what, "--metric: exact, contains, f1 or anls")
+    if metric == "yesno":
+        check_truths(examples, is_yes_or_no, metric)
+    if metric == "number":
+        check_truths(examples, is_number, metric)
 
     scale = Scale(metric, reason, METRICS[metric], {})
     if form_a_set(truths):
         add_controls(scale, examples)
     return scale
+
+
+def check_truths(examples: list[Example], can_be_true: Callable[[str], bool], metric: str):
+    """Raise UserError for a true answer that a metric cannot read."""
+    for example in examples:
+        for truth in example["label"]:
+            if not can_be_true(truth):
+                what = f"the true answer {printable(truth, 60)!r} is none for {metric}"
+                raise UserError(example["where"], what, "--metric: exact, contains, f1 or anls")
+
+
+# -------------------------------------------------------------------------------------- controls
 
 
 def add_controls(scale: Scale, examples: list[Example]):
@@ -272,12 +294,8 @@ def add_controls(scale: Scale, examples: list[Example]):
             known[truths] = {one: credit for one, credit in earned.items() if credit > 0}
         credits.append(known[truths])
 
-    totals = dict.fromkeys(different, 0.0)
-    for credit_of in credits:
-        for answer, credit in credit_of.items():
-            totals[answer] += credit
-    scale.constant = max(totals, key=totals.get)
-    scale.controls["chance"] = 100 * best_constant(credits)
+    scale.constant, credit = best_constant(credits)
+    scale.controls["chance"] = 100 * credit
     if len(set(groups(examples))) > 1:
         scale.controls["text_only"] = 100 * text_only(examples, credits)
 
@@ -289,14 +307,16 @@ def text_only(examples: list[Example], credits: list[dict[str, float]]) -> float
     """
     total = 0.0
     left = range(len(examples))
-    for words in (None, *FIRST_WORDS):
-        same = {}
+    for words in (None, *FIRST_WORDS):  # None: by all of them
+        # The questions that begin with the same words.
+        alike = {}
         for k in left:
             key = tuple(asked_words(examples[k])[:words])
-            same.setdefault(key, []).append(k)
+            alike.setdefault(key, []).append(k)
 
+        # Those whose answer no other picture has go on, to be compared by fewer words.
         left = []
-        for asked in same.values():
+        for asked in alike.values():
             best = best_seen_twice(examples, credits, asked)
             if best is None:
                 left += asked
@@ -327,27 +347,28 @@ def best_seen_twice(
     return max(seen, default=None)
 
 
-def unread(scale: Scale, answers: list[str]) -> str:
-    """Return in a line how many answers are neither yes nor no; "" with another metric."""
-    if scale.name != "yesno":
-        return ""
-    count = pope.unread([], answers)
-    return f"{count} of {len(answers)} answers {pope.UNREAD}"
-
-
-def sentence(found: Difference, than: str, n: int) -> str:
-    """Return a difference in words; than: what the model is compared with."""
-    points = f"{abs(100 * found.mean):.1f} points"
-    if found.low > 0:
-        return f"better than {than} by {points} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-    if found.high < 0:
-        low, high = -100 * found.high, -100 * found.low
-        return f"worse than {than} by {points} [{low:.1f}, {high:.1f}]"
-    seen = f"{100 * found.mean:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f"no difference from {than} that {n} questions could show: {seen}"
-
-
 # ------------------------------------------------------------------------------------------ loss
+
+
+def mean_loss(
+    model: LLaVA,
+    rows: Rows,
+    examples: list[Example],
+    spec: SampleSpec,
+    change: Callable[[Item], Item] | None,
+    ranks: Ranks,
+) -> float:
+    """Return the mean loss over the supervised tokens of the rows that the examples are of.
+
+    change: returns what is shown in place of an item. Every rank takes a part of the rows.
+    """
+    numbers = list(dict.fromkeys(example["row"] for example in examples))
+    mine = numbers[ranks.rank :: ranks.size]
+    total = torch.tensor(sum_of_losses(model, rows, mine, spec, change)).double()
+    if ranks.size > 1:
+        dist.all_reduce(total)
+    loss, supervised = total.tolist()
+    return loss / supervised
 
 
 @torch.no_grad()
@@ -356,12 +377,12 @@ def sum_of_losses(
     rows: Rows,
     numbers: Sequence[int],
     spec: SampleSpec,
-    change: Callable[[Item], Item] | None = None,
+    change: Callable[[Item], Item] | None,
 ) -> tuple[float, int]:
-    """Return the sum of the token losses of some rows, and how many tokens are supervised.
+    """Return the sum of the token losses of the rows of these numbers, and of how many tokens.
 
-    That is what training's validation makes a mean of, packed as it does it. change: returns what
-    is shown in place of an item. Raise UserError for a row that training would not take.
+    That is what training's validation makes a mean of, packed as it does it. Raise UserError for a
+    row that training would not take.
     """
     stage = Stage()
     device = model.language_model.lm_head.weight.device
@@ -380,70 +401,3 @@ def sum_of_losses(
             loss += model.loss(batch.to(device)).item()
             supervised += batch.supervised
     return loss, supervised
-
-
-# ------------------------------------------------------------------------------------------ page
-
-STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
-  color: #1c2430 }
-article { display: flex; gap: 1.2em; padding: 1em 0; border-top: 1px solid #dde2e8 }
-.shown { flex: 0 0 250px }
-.shown img { display: block; margin-bottom: 4px; border: 1px solid #dde2e8 }
-.said { min-width: 0; overflow-wrap: anywhere }
-.said p { margin: 0 0 .5em; white-space: pre-wrap }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margin: 0 }
-dt, .where { color: #5b6572 }
-dd { margin: 0; white-space: pre-wrap }
-.where { font-size: .85em }
-pre { background: #f4f6f8; padding: 1em; overflow-x: auto }
-"""
-
-
-def wrong_page(
-    title: str,
-    table: str,
-    scale: Scale,
-    examples: list[Example],
-    answers: dict[str, list[str]],
-    pictures: Callable[[Example], list[Image.Image]],
-) -> str:
-    """Return a page with the answers that do not earn all: evenly of them, at most MOST_SHOWN.
-
-    answers: {who says it: the answers}, first those that the page is about.
-    pictures: returns what an example shows, videos as some of their frames.
-    """
-    credits = scale.credits(examples, next(iter(answers.values())))
-    wrong = [k for k, credit in enumerate(credits) if credit < 1]
-    count = min(len(wrong), MOST_SHOWN)
-    shown = [wrong[i * len(wrong) // count] for i in range(count)]
-
-    body = [f"<h1>{escape(title)}</h1>", f"<pre>{escape(table)}</pre>"]
-    of_all = f"{len(wrong)} of {len(examples)} answers are wrong"
-    if scale.name in ("f1", "anls"):
-        of_all = f"{len(wrong)} of {len(examples)} answers are not wholly right"
-    if count < len(wrong):
-        of_all += f"; {count} of them, spread evenly, are shown"
-    body.append(f"<p>{of_all}.</p>")
-
-    for k in shown:
-        example = examples[k]
-        said = {"true": " | ".join(example["label"])}
-        for who, texts in answers.items():
-            said[who] = texts[k]
-        images = "".join(small_image(image) for image in pictures(example))
-        rows = "".join(f"<dt>{escape(who)}</dt><dd>{escape(a)}</dd>" for who, a in said.items())
-        question = example["prompt"].replace(IMAGE, "").strip()
-        body.append(
-            f'<article><div class="shown">{images}</div><div class="said">'
-            f"<p>{escape(question)}</p><dl>{rows}</dl>"
-            f'<p class="where">{escape(printable(example["where"], 1000))}</p></div></article>'
-        )
-    return html_page(title, "\n".join(body), STYLE)
-
-
-def small_image(image: Image.Image) -> str:
-    """Return a picture as HTML, no larger than the page shows it."""
-    small = image.copy()
-    small.thumbnail((2 * PAGE_WIDTH, 2 * PAGE_WIDTH))
-    return image_tag(small, min(PAGE_WIDTH, image.width * 2))

@@ -56,13 +56,13 @@ from evals.scores import OpenResult, Result, group_scores, in_order, open_scores
 FORMULA = "Handwritten Mathematical Expression Recognition"
 
 
-def contains(answer: str, truths: Sequence[str]) -> float:
+def has_true_answer(answer: str, truths: Sequence[str]) -> float:
     """Return 1 if an answer contains a true one, in any case, else 0."""
     said = in_lower_case(answer)
     return float(any(in_lower_case(truth) in said for truth in truths))
 
 
-def contains_formula(answer: str, truths: Sequence[str]) -> float:
+def has_true_formula(answer: str, truths: Sequence[str]) -> float:
     """Return 1 if an answer contains a true formula, with any spaces in it, else 0."""
     said = without_spaces(answer)
     return float(any(without_spaces(truth) in said for truth in truths))
@@ -241,8 +241,8 @@ TABLE = {
             ),
         ),
         max_new_tokens=128,
-        credit=contains,
-        credit_of={FORMULA: contains_formula},
+        credit=has_true_answer,
+        credit_of={FORMULA: has_true_formula},
         scores_of={kind: ("Text Recognition", kind) for kind in RECOGNITION}
         | {kind: (kind,) for kind in OTHER_THAN_RECOGNITION},
         counted=True,
@@ -296,12 +296,15 @@ def find_files(benchmark: Benchmark, data_dir) -> tuple[Layout, list[tuple[Path,
     """Return the first layout whose files are all there, and (file, kind of its rows) of each."""
     for layout in benchmark.layouts:
         files = []
+        complete = True
         for pattern, kind in layout.files.items():
             of_pattern = sorted(Path(data_dir).glob(pattern))
             check_shards(of_pattern)
-            files.append([(file, kind) for file in of_pattern])
-        if all(files):
-            return layout, sum(files, [])
+            files += [(file, kind) for file in of_pattern]
+            if not of_pattern:
+                complete = False
+        if complete:
+            return layout, files
 
     # Say what is missing: this raises.
     names = [name for layout in benchmark.layouts for name in layout.files]

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from config import printable
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ def open_scores(results: Sequence[OpenResult]) -> dict[str, dict]:
             credits.setdefault(name, []).append(result.credit_of)
 
     for name, score in scores.items():
-        score["chance"] = 100 * best_constant(credits[name])
+        _, credit = best_constant(credits[name])
+        score["chance"] = 100 * credit
     return scores
 
 
-def best_constant(credits: Sequence[dict[str, float]]) -> float:
-    """Return what the best single answer to all questions earns, 0 to 1.
+def best_constant(credits: Sequence[dict[str, float]]) -> tuple[str, float]:
+    """Return the best single answer to all questions and what it earns, 0 to 1; ("", 0) if none.
 
     credits: for each question {answer: its credit}.
     """
@@ -73,7 +77,10 @@ def best_constant(credits: Sequence[dict[str, float]]) -> float:
     for credit_of in credits:
         for answer, credit in credit_of.items():
             totals[answer] = totals.get(answer, 0) + credit
-    return max(totals.values(), default=0) / len(credits)
+    if not totals:
+        return "", 0.0
+    best = max(totals, key=totals.get)
+    return best, totals[best] / len(credits)
 
 
 def in_order(scores: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
@@ -89,3 +96,54 @@ def mean_score(scores: dict[str, dict]) -> dict:
         mean[key] = sum(part[key] for part in parts) / len(parts)
     mean["n"] = sum(part["n"] for part in parts)
     return mean
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+class Column(NamedTuple):
+    """A column of the table of scores."""
+
+    head: str
+    width: int
+    form: str
+
+
+COLUMNS = {
+    "score": Column("score", 11, "{:.2f}"),
+    "interval": Column("95 % interval", 17, "[{0[0]:.2f}, {0[1]:.2f}]"),
+    "chance": Column("chance", 11, "{:.2f}"),
+    "text_only": Column("text only", 11, "{:.2f}"),
+    "loss": Column("loss", 11, "{:.4f}"),
+    "published": Column("published", 11, "{:.2f}"),
+}
+
+
+def score_table(scores: dict[str, dict]) -> str:
+    """Return the scores as lines of text; a column only where there is something in it."""
+    columns = []
+    for key in COLUMNS:
+        if any(key in score for score in scores.values()):
+            columns.append(key)
+
+    # Some names are of the benchmark's files.
+    names = {name: printable(name, 60) for name in scores}
+    width = max(24, *(len(name) + 1 for name in names.values()))
+    head = " " * width
+    for key in columns:
+        head += f"{COLUMNS[key].head:>{COLUMNS[key].width}}"
+    lines = [head + f"{'n':>8}"]
+
+    for name, score in scores.items():
+        line = f"{names[name]:{width}}"
+        for key in columns:
+            cell = ""
+            if score.get(key) is not None:
+                cell = COLUMNS[key].form.format(score[key])
+            line += f"{cell:>{COLUMNS[key].width}}"
+        lines.append(line + f"{score['n']:8}")
+
+    for score in scores.values():
+        if "published" in score:
+            lines.append(f"published: {score['published_of']}")
+    return "\n".join(lines)

@@ -16,13 +16,15 @@ and attends to what is in it. They differ in what is new:
 
 Read `step` first: it is the shortest path through the cache. `prefill` and `extend` do the same
 for many tokens at once. Below them are the operations on rows that the engine's prefix cache and
-beam search need.
+beam search need. `free_memory` says how much room there is for a cache.
 
 B sequences, S prompts, T tokens of a packed row, H heads, K key-value heads, d head width,
 L cache slots.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -208,3 +210,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Return the attention of q (B, H, T, d) to k and v (B, K, L, d) where the mask is true."""
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+def free_memory(device: str) -> int:
+    """Return how many bytes of a device's memory can be had."""
+    if device != "cpu":
+        free, _ = torch.cuda.mem_get_info(device)
+
+        # What torch has taken from the device and does not use is free, too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+    # As Linux counts it, caches of files included. A container may be allowed less.
+    bounds = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                bounds.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        bounds.append(int(limit.read_text()) - int((group / "memory.current").read_text()))
+
+    # Other systems do not say; the default number of rows was always taken there.
+    return min(bounds, default=2**60)

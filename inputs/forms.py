@@ -126,8 +126,10 @@ def read_row(raw: dict, where: str, columns: dict[str, str] | None = None) -> Ro
             row[key] = value
 
     # A picture that nothing reads would be missing. If `columns` names some, no others are meant.
+    # Those under two of its usual keys are the same (check_same).
     if not maps_media(columns):
-        check_unread(raw, unread, where, named=not media)
+        others = [key for key in unread if PART_OF.get(key.lower()) not in MEDIA]
+        check_unread(raw, others, where, named=not media)
 
     if "id" in keys:
         row["id"] = raw[keys["id"]]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoints.files import open_regular, parse_json
-from config import UserError
+from config import UserError, printable
 from inputs import index
 from inputs.file_rows import FileRows, file_state, named
 from inputs.forms import Row, read_row
@@ -29,9 +29,19 @@ from inputs.sniff import HEAD, looks_like, reason
 def parse_row(raw: bytes, where: str, byte: int = 0) -> Any:
     """Return the value of a JSON text, which starts at this byte of its file. Raise UserError."""
     try:
-        return parse_json(raw)
+        return parse_json(raw, one_of_each)
     except ValueError as e:
         raise json_error(e, raw, where, byte) from None
+
+
+def one_of_each(pairs: list[tuple[str, Any]]) -> dict:
+    """Return the pairs of a JSON object as a dict. Raise ValueError if one would hide another."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if values[key] != value:
+                raise ValueError(f"two values under {printable(key, 60)!r}")
+    return values
 
 
 def json_error(error: ValueError, raw: bytes, where: str, byte: int) -> UserError:

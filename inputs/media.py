@@ -103,11 +103,12 @@ def read_medium(value: Any, kind: str, where: str) -> Medium:
     raise UserError(where, what, "write a file name, or a list of file names")
 
 
-def picture_in(value: Any, named: bool, levels: int = 2) -> str:
+def picture_in(value: Any, named: bool, levels: int = 4) -> str:
     """Return "image" or "video" if a value plainly holds one; "" if not.
 
     Bytes and data: URLs are one. With `named` a text that ends as the name of such a file is one,
-    too. Of a list the first items are looked at, `levels` deep.
+    too. Of a list the first items are looked at, `levels` deep. A map of parquet is a list of
+    tuples.
     """
     if isinstance(value, bytes) and value:
         return "image"
@@ -120,7 +121,7 @@ def picture_in(value: Any, named: bool, levels: int = 2) -> str:
 
     if isinstance(value, dict):
         value = list(value.values())
-    if isinstance(value, list) and levels > 0:
+    if isinstance(value, list | tuple) and levels > 0:
         for inner in value[:20]:
             found = picture_in(inner, named, levels - 1)
             if found:

@@ -21,6 +21,7 @@ import shutil
 import tarfile
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -44,7 +45,8 @@ CAPTION = -1  # KEY.txt
 OTHER = -2  # passed over: KEY.cls, KEY.npy, ...
 
 TEXTS = (".json", ".txt")  # endings of a row and of a caption
-HEADER = 512  # bytes before a member's own
+BLOCK = 512  # bytes; a member's header is one, and stands before its own bytes
+HEADERS = 32 * BLOCK  # with the long or foreign name that may stand before it
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -140,11 +142,35 @@ class Shards(IndexedRows):
             raise UserError(location.place, what, "save it as UTF-8") from None
 
     def _name(self, location: Location, entry: int) -> str:
-        """Return the name of a member, as the header before it has it: its first 100 bytes."""
+        """Return the name of a member, as the headers before it have it."""
         start = int(location.entries[entry, 0])
-        header = np.array([[start - HEADER, start, OTHER]])
-        content = self._read(location._replace(entries=header), 0)
-        return content[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+        headers = np.array([[max(0, start - HEADERS), start, OTHER]])
+        return name_in(self._read(location._replace(entries=headers), 0))
+
+
+def name_in(headers: bytes) -> str:
+    """Return the name of a member from what stands before its bytes and ends with its header.
+
+    A name that is long or not ASCII stands in blocks of its own, and a header of theirs, before it.
+    """
+    begin = len(headers) - BLOCK
+    name = headers[begin:][:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+    if headers[begin + 257 : begin + 262] != b"ustar":
+        return name  # of before POSIX
+
+    for first in range(begin - 2 * BLOCK, -1, -BLOCK):
+        with suppress(tarfile.HeaderError):
+            info = tarfile.TarInfo.frombuf(headers[first:][:BLOCK], "utf-8", "replace")
+            blocks = -(-info.size // BLOCK)
+            is_name = info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+            if is_name and first + BLOCK * (1 + blocks) == begin:
+                begin = first
+                break
+    try:
+        with tarfile.open(fileobj=io.BytesIO(headers[begin:]), errors="replace") as tar:
+            return tar.next().name
+    except Exception:  # it was no header, but the end of another member
+        return name
 
 
 def key_of(names: list[str]) -> str:

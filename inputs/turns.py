@@ -74,7 +74,8 @@ def text_of(value: Any, where: str) -> str:
     """Return a text, and a number as one. Raise UserError for anything else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     raise UserError(where, f"{printable(repr(value), 60)} is no text", "write a text")
 

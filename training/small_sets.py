@@ -83,6 +83,8 @@ class Choice(NamedTuple):
 
 def choose_validation(stage: Stage, facts: Facts) -> Choice:
     value = how_many_to_hold_out(facts.rows)
+    if not value:
+        return Choice(value, "")
     return Choice(value, f"a tenth of {facts.rows} rows, at most 500")
 
 
@@ -208,18 +210,26 @@ def fill(recipe: Recipe, earlier: str = "", ranks: int = 1, assumed: int = 0) ->
 
 def fill_stage(recipe: Recipe, name: str, stage: Stage, ranks: int, assumed: int) -> Stage:
     """Return a stage with a number for each "auto", and print what was chosen and why."""
-    waiting = [field for field in RULES if get(stage, field) == AUTO]
-    if not waiting:
+    if not any(get(stage, field) == AUTO for field in RULES):
         return stage
-
-    facts = look(recipe, name, stage, ranks, assumed)
+    stage, said = choose(stage, look(recipe, name, stage, ranks, assumed))
     print0(f"{name}: chosen by the rows (training/small_sets.py)")
-    for field in waiting:
-        value, why = RULES[field](stage, facts)
+    for line in said:
+        print0(f"  {line}")
+    return stage
+
+
+def choose(stage: Stage, facts: Facts) -> tuple[Stage, list[str]]:
+    """Return a stage with a number for each "auto", and a line for each that it makes use of."""
+    said = []
+    for field, rule in RULES.items():
+        if get(stage, field) != AUTO:
+            continue
+        value, why = rule(stage, facts)
         stage = put(stage, field, value)
         if why:
-            print0(f"  {field:<14} {value:<8g} {why}")
-    return stage
+            said.append(f"{field:<14} {value:<8g} {why}")
+    return stage, said
 
 
 def look(recipe: Recipe, name: str, stage: Stage, ranks: int, assumed: int) -> Facts:

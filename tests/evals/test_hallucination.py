@@ -229,6 +229,10 @@ def test_questions_need_neither_nltk_nor_the_words_of_descriptions(monkeypatch, 
     assert len(found) == 20 and found[0]["image"] == "image/AMBER_1.jpg"
     assert found[0]["id"] == "4" and found[0]["prompt"].endswith("\n" + amber.WORD.strip())
 
+    # A yes or no needs no room for a description, so more questions are answered at once.
+    lengths = [evaluate.TASKS[name].MAX_NEW_TOKENS for name in ("amber", "amber-g", "amber-d")]
+    assert lengths == [512, 512, 16]
+
 
 @pytest.mark.parametrize(
     "file, change, said",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from config import UserError
 from evals import kept, origin
 from evals.judge import read_replies
 from tests.tools.benchmark_files import evaluated, pictures, png, pope, put, tiny_model
+from tests.tools.environment import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +294,16 @@ def test_what_is_written_is_known(tmp_path, model):
     evaluated(model, "pope", _pope(tmp_path), tmp_path / "out")
     for path in (tmp_path / "out").iterdir():
         assert path.name == "a.jsonl" or path.name.removeprefix("a") in origin.WRITTEN
+
+
+def test_what_the_tasks_write_is_known():
+    """Their sources name the files as f"{stem}-server.json"."""
+    found = set()
+    for path in (ROOT / "evals").glob("*.py"):
+        if path.name != "origin.py":
+            found.update(re.findall(r"\{stem\}(-[\w.-]+)", path.read_text()))
+    assert "-server.json" in found and "-captions.jsonl" in found
+    assert found <= set(origin.WRITTEN)
 
 
 def _pope(tmp_path):

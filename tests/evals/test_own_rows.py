@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import data
 import evaluate
 from config import UserError
-from evals import metrics, own_rows, world
-from evals.intervals import difference, interval, student
+from evals import metrics, own_rows, own_rows_report, world
+from evals.intervals import Difference, difference, interval, student
 from inputs.rows import open_rows
 from tests.tools.benchmark_files import png, put, tiny_model
 from tests.tools.training_runs import on_ranks
@@ -139,6 +139,15 @@ def test_ten_questions_that_fail_together_are_one():
     assert (low, high) == pytest.approx(interval([1, 0, 1, 0, 1], range(5)), abs=0.03)
     alone = interval(together, range(50))
     assert alone[1] - alone[0] < 0.5 * (high - low)
+
+
+def test_pictures_that_are_all_alike_are_no_less_than_independent_questions():
+    """Of each picture one answer is right and one wrong: between pictures there is no variance."""
+    clusters = np.repeat(range(20), 2).tolist()
+    low, high = interval([1, 0] * 20, clusters)
+    t = student(19)
+    for end in (low, high):
+        assert abs(0.5 - end) == pytest.approx(t * (end * (1 - end) / 40) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -334,14 +343,18 @@ def test_a_metric_that_cannot_read_a_true_answer():
 
 
 def test_differences_in_words():
-    found = own_rows.Difference(0.123, 0.041, 0.202)
-    text = own_rows.sentence(found, "out/a", 90)
+    found = Difference(0.123, 0.041, 0.202)
+    text = own_rows_report.sentence(found, "out/a", 90)
     assert text == "better than out/a by 12.3 points [4.1, 20.2]"
-    found = own_rows.Difference(-0.123, -0.202, -0.041)
-    assert own_rows.sentence(found, "out/a", 90) == "worse than out/a by 12.3 points [4.1, 20.2]"
-    found = own_rows.Difference(0.01, -0.03, 0.05)
+    found = Difference(-0.123, -0.202, -0.041)
+    assert (
+        own_rows_report.sentence(found, "out/a", 90)
+        == "worse than out/a by 12.3 points [4.1, 20.2]"
+    )
+    found = Difference(0.01, -0.03, 0.05)
     text = "no difference from out/a that 90 questions could show: +1.0 points [-3.0, +5.0]"
-    assert own_rows.sentence(found, "out/a", 90) == text
+    assert own_rows_report.sentence(found, "out/a", 90) == text
+    assert "that 1 question could show" in own_rows_report.sentence(found, "out/a", 1)
 
 
 # ----------------------------------------------------------------------------------- whole command
@@ -488,7 +501,7 @@ def test_the_table_the_page_and_another_model(trained, tiny_world, tmp_path, cap
 
 
 def test_a_long_list_of_wrong_answers_is_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(own_rows, "MOST_SHOWN", 10)
+    monkeypatch.setattr(own_rows_report, "MOST_SHOWN", 10)
     examples = asked(*[(i, f"Number {i}?", "x" if i % 2 else "y") for i in range(100)])
     scale = own_rows.choose_scale(examples)
     answers = {"model": ["y"] * 100}
@@ -496,10 +509,34 @@ def test_a_long_list_of_wrong_answers_is_thinned_evenly(monkeypatch):
     def picture(example):
         return [Image.new("RGB", (9, 9))]
 
-    page = Page(own_rows.wrong_page("T", "table", scale, examples, answers, picture))
+    page = Page(own_rows_report.wrong_page("T", "table", scale, examples, answers, picture))
     shown = [text for text in page.texts if text.startswith("Number")]
     assert shown == [f"Number {i}?" for i in range(1, 100, 10)]
     assert "50 of 100 answers are wrong; 10 of them, spread evenly, are shown." in page.texts
+
+
+def test_the_page_has_the_turns_before_a_question_and_its_text():
+    (example,) = asked((0, "What <i>now</i>?", "x"))
+    example["conversation"] = [
+        {"from": "human", "value": "<image>\nWho?"},
+        {"from": "gpt", "value": "A & B."},
+        *example["conversation"],
+    ]
+    answers = {"model": "true", "out/<b>": "y"}
+    image = Image.new("RGB", (9, 9))
+    html = own_rows_report.article(example, answers, [image, image])
+    page = Page(html)
+    texts = ["human: Who?\ngpt: A & B.", "What <i>now</i>?", "true", "x", "model", "true"]
+    assert page.texts == [*texts, "out/<b>", "y", "rows:1"] and page.images == 2
+    assert html.count('width="36"') == 2
+
+
+def test_a_baseline_may_have_any_name(trained, tiny_world, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "model")
+    put(tmp_path / "mine.json", world_rows(tiny_world, ["attributes"])[:4])
+    monkeypatch.chdir(tmp_path)
+    result = evaluated(trained, tmp_path / "mine.json", "--baseline", "model")
+    assert len(result["scores"]) == 2 and list(result["differences"]) == ["model/"]
 
 
 @pytest.mark.parametrize(
@@ -509,6 +546,7 @@ def test_a_long_list_of_wrong_answers_is_thinned_evenly(monkeypatch):
         (["--task", "world", "--baseline", "x"], "--baseline: not for world"),
         (["--task", "rows", "--columns", "colour=c"], "--columns: 'colour=c' maps no column"),
         (["--task", "rows", "--blank"], "--blank: no picture in .*; fix: leave it out"),
+        (["--task", "rows", "--one-frame"], "--one-frame: no video in .*; fix: leave it out"),
     ],
 )
 def test_options_that_do_not_go_together(options, why, tmp_path, model):
@@ -522,7 +560,7 @@ def test_a_picture_that_is_missing_is_named_before_a_model_is_loaded(tmp_path, m
     monkeypatch.delattr(evaluate, "load_model")
     put(tmp_path / "rows.json", [row("<image>\nA?", "b", image="none.png")])
     arguments = ["--model", model, "--task", "rows", "--data", tmp_path / "rows.json"]
-    with pytest.raises(UserError, match="rows.json:row 0: .*none.png: no such file"):
+    with pytest.raises(UserError, match="row 0: .*none.png: no such file.*; fix: .*--images"):
         evaluate.main([str(argument) for argument in arguments])
 
 

@@ -48,8 +48,8 @@ def test_generated_answers_earn_what_the_official_code_gives_them():
     earned = [float(metrics.anls(answer, truths)) for truths, answer in texts()]
     assert digests(earned) == OFFICIAL["anls"].split()
 
-    earned = [row_files.contains(answer, truths) for truths, answer in written(False)]
-    earned += [row_files.contains_formula(answer, truths) for truths, answer in written(True)]
+    earned = [row_files.has_true_answer(answer, truths) for truths, answer in written(False)]
+    earned += [row_files.has_true_formula(answer, truths) for truths, answer in written(True)]
     assert digests(earned) == OFFICIAL["contains"].split()
 
     for name, letter_of in (("ai2d", row_files.bare_letter), ("mmstar", row_files.first_letter)):
@@ -184,7 +184,7 @@ def test_questions_about_one_document_share_its_bytes(tmp_path, monkeypatch):
 
     # It is decoded once by the check before the model is loaded.
     opened = []
-    monkeypatch.setattr(evaluate, "open_media", lambda source, kind: opened.append(source))
+    monkeypatch.setattr("evals.shown.open_media", lambda source, kind: opened.append(source))
     evaluate.check_examples([first, second, third], tmp_path)
     assert opened == [first["pictures"][0], second["pictures"][0]]
 

@@ -170,7 +170,7 @@ def test_scores_of_short_answers():
 
 def test_chance_of_open_answers_is_the_best_constant_answer():
     credits = [{"yes": 1, "no": 0.5}, {"no": 0.75}, {"red": 1}]
-    assert best_constant(credits) == 1.25 / 3
+    assert best_constant(credits) == ("no", 1.25 / 3) and best_constant([{}]) == ("", 0)
     names = [("all", "a"), ("all", "b"), ("all", "b")]
     results = []
     for groups, credit, credit_of in zip(names, (1, 0, 0.5), credits, strict=True):

@@ -720,6 +720,19 @@ def test_a_json_that_is_a_row_stands_before_a_text(pictures, tmp_path):
     assert rows.recognised == "a tar file; members of other types, passed over: 1"
 
 
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["\u5199\u771f \u00e9", "d/" * 30 + "x" * 60, "sub/" + "y" * 300])
+def test_a_name_of_a_tar_may_be_long_and_in_any_letters(tmp_path, kind, name):
+    if kind == tarfile.USTAR_FORMAT and len(name) > 255:
+        pytest.skip("no such name in a tar file of this format")
+    members = []
+    for i in range(3):
+        members += [(f"{name}{i}.mp4", b"film" * 999), (f"{name}{i}.txt", "moves")]
+    rows = open_rows(write_tar(tmp_path / "a.tar", members, format=kind))
+    assert [rows[i]["id"] for i in range(3)] == [f"{name}{i}" for i in range(3)]
+    assert [rows[i]["video"] for i in range(3)] == [f"{name}{i}.mp4" for i in range(3)]
+
+
 def test_a_video_of_a_tar_is_one(tmp_path):
     members = [("a.json", '{"caption": "moves"}'), ("a.mp4", b"film")]
     rows = open_rows(write_tar(tmp_path / "a.tar", members))

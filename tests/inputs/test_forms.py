@@ -350,6 +350,10 @@ WRONG = {
         PICTURED | {"photo": "data:image/png;base64,AA"},
         "nothing reads the image under 'photo'",
     ),
+    "a picture in an object": (
+        QUESTION | {"input": {"pictures": [{"file": {"path": "a.png"}}]}},
+        "nothing reads the image under 'input'",
+    ),
     "a picture of a turn": (
         {"messages": [message("user", "q") | {"images": ["a.png"]}, message("assistant", "a")]},
         r"messages\[0\]: nothing reads the image under 'images'; fix: name it under",
@@ -471,6 +475,27 @@ def test_what_is_no_row_is_one_line_with_file_row_key_and_fix(folder, spec, name
     assert "; fix: " in str(e.value) and "\n" not in str(e.value)
 
 
+def test_one_of_two_values_of_a_key_is_not_lost_in_silence(folder, spec):
+    twice = '{"id": 1, "image": "a.png", "image": null, "question": "q", "answer": "a"}'
+    (folder / "rows.jsonl").write_text(twice)
+    with pytest.raises(UserError, match=r"rows.jsonl:line 1: .*two values under 'image'; fix: "):
+        open_rows(folder / "rows.jsonl")[0]
+    (folder / "rows.jsonl").write_text(twice.replace("null", '"a.png"'))
+    assert len(make_sample(open_rows(folder / "rows.jsonl"), 0, spec).items) == 1
+
+
+def test_a_number_of_any_length_is_an_answer(folder):
+    assert (
+        read_row(QUESTION | {"answer": 10**400}, "here")["conversations"][1]["value"]
+        == "1" + 400 * "0"
+    )
+
+
+def test_the_same_bytes_under_two_keys_are_one_picture():
+    row = read_row(QUESTION | {"image": b"x", "Image": b"x"}, "here")
+    assert row["image"] == "image" and row.sources == [b"x"]
+
+
 def test_unread_bytes_are_an_error_unless_columns_say_which_are_meant(folder):
     raw = {"image": "a.png", "question": "q", "answer": "a", "small": {"bytes": b"x", "path": None}}
     with pytest.raises(UserError, match="here: nothing reads the image under 'small'"):
@@ -494,6 +519,21 @@ def test_columns_of_parquet_that_are_not_read_hide_nothing(folder, spec, raw, wh
     parquet.write_table(pyarrow.Table.from_pylist([raw]), folder / "rows.parquet")
     with pytest.raises(UserError, match=f"rows.parquet:row 0: .*{what}"):
         make_sample(open_rows(folder / "rows.parquet"), 0, spec)
+
+
+def test_pictures_in_a_map_of_parquet_hide_nothing(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    maps = pyarrow.map_(pyarrow.string(), pyarrow.binary())
+    columns = {
+        "shown": pyarrow.array([[("first", b"x")]], maps),
+        "question": ["q"],
+        "answer": ["a"],
+    }
+    parquet.write_table(pyarrow.table(columns), folder / "rows.parquet")
+    with pytest.raises(UserError, match="row 0: nothing reads the image under 'shown'"):
+        open_rows(folder / "rows.parquet")[0]
 
 
 # ---- what check says

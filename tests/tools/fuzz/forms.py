@@ -118,9 +118,10 @@ def find_pictures(value: Any, key: str = "") -> tuple[list, list]:
         found = [find_pictures(inner, k) for k, inner in value.items() if k not in ignored]
     elif isinstance(value, bytes):
         return [value], []
+    elif isinstance(value, str) and key.lower() in (*KEYS["image"], *KEYS["video"]) and value:
+        return [value], []
     elif isinstance(value, str) and (value in NAMES or value.startswith("data:image/")):
-        is_named = key.lower() in (*KEYS["image"], *KEYS["video"], "url", "path")
-        return ([value], []) if is_named else ([], [value])
+        return ([value], []) if key.lower() in ("url", "path") else ([], [value])
     else:
         return [], []
     return sum((sure for sure, _ in found), []), sum((maybe for _, maybe in found), [])
@@ -188,7 +189,7 @@ def check_message(message: str, file: Path, i: int, raw: Any):
     if not message.startswith((f"{file}:row {i}", f"{file}:line {i + 1}")):
         raise Violation(f"the row is not named: {message[:200]}")
     keys = [str(path[-1]) for path in places(raw) if path]
-    words = ("conversations", "not a row", "<image>", "image ", "video ", "Unicode")
+    words = ("conversations", "not a row", "<image>", "image ", "video ", "Unicode", "supervised")
     if not any(word in message for word in (*keys, *words)):
         raise Violation(f"no key is named: {message[:200]}")
 

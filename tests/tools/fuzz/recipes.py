@@ -25,6 +25,7 @@ from data import Order
 from inputs.holdout import open_stage
 from tests.tools.environment import ROOT
 from tests.tools.fuzz import Case, Violation, main, mutate_bytes
+from training import small_sets
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 
@@ -217,7 +218,8 @@ def load_and_check(argv: list[str]):
     for name, stage in recipe.stage.items():
         rows = open_stage(stage, f"stage.{name}").training
         Order(len(rows), recipe.train.seed, rows.parts)(0)
-        update(stage)
+        facts = small_sets.Facts(len(rows), len(rows), width=2560, ranks=1)
+        update(small_sets.choose(stage, facts)[0])
 
 
 def numbers_of(part, path: str = "") -> list[tuple[str, float]]:
