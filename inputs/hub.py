@@ -39,7 +39,7 @@ def parse_id(data: str | Path) -> HubId | None:
 
     The name of what is there locally is asked for nowhere else.
     """
-    text = str(data)
+    text = str(data).rstrip("/")
     match = re.fullmatch(rf"({NAME}/{NAME})(?:/(.+))?", text)
     if not match or os.path.isdir(text.split("/")[0]):
         return None

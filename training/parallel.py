@@ -146,10 +146,28 @@ class ParallelModel:
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # they are quantized weights, which never change
             )
+            if ranks.size > 2:
+                self._settle_buckets(bf16)
 
         elif mode == "fsdp":
             _gather_in_order(model)
             self.module = _shard(self.whole, ranks, bf16, dtypes)
+
+    def _settle_buckets(self, bf16: bool):
+        """Make a backward pass of one token that teaches nothing, and forget it.
+
+        DDP sums gradients in buckets, and puts them into other buckets after its first pass, in
+        the order in which they came. Sums over three ranks or more depend on that in their last
+        bit. So the first step of a resumed run must find the buckets that a whole run has by then.
+        """
+        device = self.ranks.device
+        generators = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(generators):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = self.loss(EMPTY.to(device))
+            self.backward(loss)
+        for parameter in self.whole.parameters():
+            parameter.grad = None
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the sum of the token losses of a micro-batch, ready for `backward`."""

@@ -796,6 +796,7 @@ def test_an_id_is_found_in_the_local_cache(tmp_path, monkeypatch, no_network):
             context.setenv(variable, str(home))
             rows = open_rows("user/set")
             assert ids(rows) == ["a", "b", "c"]
+            assert ids(open_rows("user/set/")) == ["a", "b", "c"]
             assert rows.recognised == "2 files of JSON lines; splits left out: test (1)"
             assert ids(open_rows("user/set/data/test-*.jsonl")) == ["t"]
             assert ids(open_rows("user/set/data/train-00001-of-00002.jsonl")) == ["c"]

@@ -104,24 +104,31 @@ class Values:
         return media_of_row(row, self.file.parent, self.where(i))
 
 
-def find_pictures(value: Any, key: str = "") -> tuple[list, list]:
+def find_pictures(value: Any, key: str = "", level: int = 0) -> tuple[list, list]:
     """Return the pictures and videos of a raw row, and texts elsewhere that would name some.
 
-    The first are bytes, and names and URLs under a key of pictures. `key` is that of the value.
+    The first are bytes, and names and URLs under a key of pictures. `key` is that of the value, and
+    `level` how many objects it stands in: any text under such a key of the row itself is a name.
     """
     if isinstance(value, list):
-        found = [find_pictures(inner, key) for inner in value]
+        found = [find_pictures(inner, key, level) for inner in value]
     elif isinstance(value, dict):
         # A path beside bytes is what the same picture is called.
         has_bytes = isinstance(value.get("bytes"), bytes)
         ignored = ("id", "path") if has_bytes else ("id",)
-        found = [find_pictures(inner, k) for k, inner in value.items() if k not in ignored]
+        found = [
+            find_pictures(inner, k, level + 1) for k, inner in value.items() if k not in ignored
+        ]
     elif isinstance(value, bytes):
         return [value], []
-    elif isinstance(value, str) and key.lower() in (*KEYS["image"], *KEYS["video"]) and value:
-        return [value], []
-    elif isinstance(value, str) and (value in NAMES or value.startswith("data:image/")):
-        return ([value], []) if key.lower() in ("url", "path") else ([], [value])
+    elif isinstance(value, str):
+        is_file = value in NAMES or value.startswith("data:image/")
+        is_key = key.lower() in (*KEYS["image"], *KEYS["video"])
+        if value and is_key and (is_file or level == 1):
+            return [value], []
+        if is_file:
+            return ([value], []) if key.lower() in ("url", "path") else ([], [value])
+        return [], []
     else:
         return [], []
     return sum((sure for sure, _ in found), []), sum((maybe for _, maybe in found), [])
