@@ -96,5 +96,5 @@ def test_the_planner_counts_the_rows_that_are_left(train):
     assert code == 0 and not os.path.exists(out / "model.safetensors")
     _, code, trained = train("plan", "stage.finetune.steps=1", "stage.pretrain.steps=1")
     note = [line for line in trained.splitlines() if "held out by content" in line]
-    left = note[0].split()[1]
+    left = note[0].partition("; ")[2].split()[0]
     assert code == 0 and f"data: {left} rows" in text
