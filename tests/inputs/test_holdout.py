@@ -497,7 +497,7 @@ def test_a_row_that_cannot_be_read_is_not_lost_to_a_rating(tmp_path):
     [
         (
             {"relevanc": 4},
-            "stage.a.at_least.relevanc: no row has a number there, they have source, relevance_min, flag",
+            "stage.a.at_least.relevanc: no row has a number there, they have source, ",
         ),
         (
             {"source": 4},
