@@ -631,7 +631,8 @@ def long_rope(c: Fields, rope: Fields, pairs: int, original: int | None = None) 
     # Scores grow with the logarithm of the context.
     factor = rope.number("factor", *FACTOR, default=None)
     if factor is None:
-        factor = c.integer("max_position_embeddings", *POSITIONS) / context
+        # Phi3Config's default, as a config.json may leave it out.
+        factor = c.integer("max_position_embeddings", *POSITIONS, default=4096) / context
     amplitude = 1.0
     if factor > 1:
         amplitude = sqrt(1 + log(factor) / log(context))

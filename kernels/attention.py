@@ -478,11 +478,13 @@ def key_kernel(
         seen = tl.minimum(first + BN - 1 + WINDOW, queries)  # until it loses the last one
     else:
         seen_whole = queries
-        seen = queries
     whole = tl.maximum(tl.maximum(seen_whole - near, 0) // BM - diagonal, 0)
     far = near + diagonal * BM
     last = near + (diagonal + whole) * BM
-    partial = tl.cdiv(tl.maximum(seen - last, 0), BM)
+    if WINDOW:
+        partial = tl.cdiv(tl.maximum(seen - last, 0), BM)
+    else:
+        partial = tl.where(last < queries, 1, 0)
 
     for EDGE in tl.static_range(2):
         if EDGE:
@@ -495,7 +497,11 @@ def key_kernel(
             h = (i // count).to(tl.int64)
             start = i % count * BM
             if EDGE:
-                start += tl.where(start < diagonal * BM, near, last - diagonal * BM)
+                # Without a window one partial block needs no distance from `last`, nor registers.
+                behind = last
+                if WINDOW:
+                    behind = start + last - diagonal * BM
+                start = tl.where(start < diagonal * BM, near + start, behind)
             else:
                 start = far + start
 

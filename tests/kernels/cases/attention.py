@@ -181,7 +181,7 @@ MUTATIONS = [
     Mutation("start -= tl.where(i < edge", "start -= tl.where(i < begin", _BLOCKS),
     Mutation("tl.minimum(first + WINDOW, queries)", "queries", _BLOCKS),
     Mutation("first + BN - 1 + WINDOW, queries)", "first + WINDOW, queries)", _BLOCKS),
-    Mutation("near, last - diagonal * BM)", "near, last)", _BLOCKS),
+    Mutation("behind = start + last - diagonal * BM", "behind = last", _BLOCKS),
     Mutation(" - delta[None, :]", "", "packed, empty samples"),
     Mutation("delta += tl.sum(o2", "delta -= tl.sum(o2", "packed, empty samples"),
 ]
