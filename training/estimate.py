@@ -340,7 +340,7 @@ def peak_share(model: LLaVA, stage: Stage, rows: Rows | RowMixture, device: torc
     return operations(model, stage, row, recompute=False) / tokens / peaks[0]
 
 
-def hours(open_stage: int, row_operations: float, gpu: GPU, gpus: int) -> float:
+def hours(stage_rows: int, row_operations: float, gpu: GPU, gpus: int) -> float:
     """Return the hours that so many GPUs take for so many rows."""
-    seconds = open_stage * row_operations / (gpu.peak * SHARE) / gpus
+    seconds = stage_rows * row_operations / (gpu.peak * SHARE) / gpus
     return seconds / 3600
