@@ -93,7 +93,6 @@ from inference.engine import CACHE_STEP
 from inputs.forms import columns_of
 from inputs.rows import Rows, open_rows
 from inputs.sample import load_item
-from inputs.tiling import TILED
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from kernels import default_dtype
 from model import LLaVA
@@ -298,14 +297,7 @@ def most_tokens(model: LLaVA, kind: str) -> int:
     views = model.views
     if kind == "video":
         return views.positions(ItemShape(views.frames))
-    most = views.positions()
-    if views.mode in TILED:
-        for rows, columns in views.grids:
-            shape = ItemShape(1 + rows * columns)
-            if views.mode == "anyres":
-                shape = ItemShape(1 + rows * columns, rows, columns)
-            most = max(most, views.positions(shape))
-    return most
+    return max(views.positions(shape) for shape in views.largest())
 
 
 # --------------------------------------------------------------------------------- command line
