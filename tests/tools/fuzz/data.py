@@ -498,4 +498,5 @@ def case(rng: random.Random, folder: Path) -> Case:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(case, __doc__)
+    containers = {kind: partial(case_of_container, kind=kind) for kind in CONTAINERS}
+    main(case, __doc__, containers)
