@@ -157,12 +157,12 @@ class Model:
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres: high resolution, "
+        "square resizes; pad makes a square first; tiles, anyres, anyres_max_9: high resolution, "
         "see inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres"),
+        ("square", "pad", "tiles", "anyres", "anyres_max_9"),
     )
     image_grids: str = opt(
-        "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
+        "1x2 2x1 2x2 3x1 1x3", "tiles, anyres, anyres_max_9: the grids to choose from, rows x columns"
     )
     frames: int = opt(
         16,

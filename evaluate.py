@@ -159,7 +159,9 @@ def question_of(example: Example) -> str | list[dict]:
 
 def items_of_example(example: Example, data_dir, model: LLaVA) -> list[Item]:
     """Return what an example shows as the model sees it."""
-    return load_shown(example, data_dir, partial(load_item, tiling=model.views))
+    among = len(shown_names(example))
+    load = partial(load_item, tiling=model.views, among=among)
+    return load_shown(example, data_dir, load)
 
 
 def answerer(

@@ -22,7 +22,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from checkpoints import barellava, hf_llava, tinyllava, tinyllava_bench, weights
+from checkpoints import (
+    barellava,
+    hf_llava,
+    llava_onevision,
+    tinyllava,
+    tinyllava_bench,
+    weights,
+)
 from checkpoints.fields import Fields
 from checkpoints.files import read_json, resolve
 from checkpoints.folder import MERGED, Renamed
@@ -81,6 +88,12 @@ LAYOUTS: dict[str, Layout] = {
         export_name="hf-llava",
     ),
     "llava_next": Layout(hf_llava.read_next, hf_llava.TABLE),
+    "llava_onevision": Layout(
+        llava_onevision.read,
+        llava_onevision.TABLE,
+        write=llava_onevision.write,
+        export_name="llava-onevision",
+    ),
 }
 
 

@@ -97,9 +97,10 @@ class Barellava(lmms):
         shown = doc_to_visual(self.task_dict[task][split][number])
 
         items = []
+        pictures = sum(isinstance(visual, Image.Image) for visual in shown or [])
         for visual in shown or []:
             if isinstance(visual, Image.Image):
-                items.append(self.llava.views.picture(visual.convert("RGB")))
+                items.append(self.llava.views.picture(visual.convert("RGB"), pictures))
             elif isinstance(visual, str):
                 items.append(self.video(visual, task))
             else:

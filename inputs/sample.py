@@ -79,9 +79,9 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
     views = 0
     for one in media:
         if pixels:
-            item = load_medium(one, where, spec.views)
+            item = load_medium(one, where, spec.views, len(media))
         else:
-            item = measure_media(one, where, spec.views)
+            item = measure_media(one, where, spec.views, len(media))
         items.append(item)
         views += item.shape.views
         check_views(views, where, spec.views)
@@ -115,8 +115,9 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: Row | None = None) -> 
     where = rows.where(i, row)
     items = []
     views = 0
-    for media in rows.media(i, row):
-        items.append(load_medium(media, where, spec.views))
+    media = rows.media(i, row)
+    for one in media:
+        items.append(load_medium(one, where, spec.views, len(media)))
         views += items[-1].shape.views
         check_views(views, where, spec.views)
     return items
@@ -153,28 +154,33 @@ def user_error(where: str | Path, error: ValueError) -> UserError:
 # ---------------------------------------------------------------------------- pictures and videos
 
 
-def load_item(source: str | Path | bytes, kind: str, tiling: Tiling, **part) -> Item:
+def load_item(
+    source: str | Path | bytes, kind: str, tiling: Tiling, among: int = 1, **part
+) -> Item:
     """Return a picture or video as the encoder sees it.
 
-    `kind` is "image" or "video"; `part` are the span and rate of video.stream. Raise ValueError
-    (what is wrong with it), or UserError if what reads videos is not installed.
+    `kind` is "image" or "video"; `among` is how many pictures its row or conversation has; `part`
+    are the span and rate of video.stream. Raise ValueError (what is wrong with it), or UserError if
+    what reads videos is not installed.
     """
     if kind == "image":
         image = load_image(source, tiling.check_size)
-        return tiling.picture(image)
+        return tiling.picture(image, among)
 
     frames = video.stream(source, tiling.frames, tiling.fps, **part)
     return tiling.clip(frames)
 
 
-def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemShape:
+def item_shape(
+    source: str | Path | bytes, kind: str, tiling: Tiling, among: int = 1
+) -> ItemShape:
     """Return the shape of the item that `load_item` returns, and read no more than that takes.
 
     Raise as `load_item` does, for a file that has to be read.
     """
     if kind == "image":
         if tiling.tiled:
-            return tiling.shape(image_size(source))
+            return tiling.shape(image_size(source), among)
         return ItemShape()
 
     # Without fps every video has the same number of frames, so none is opened.
@@ -185,18 +191,18 @@ def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemSha
     return ItemShape(tiling.frames)
 
 
-def load_medium(media: Media, where: str, tiling: Tiling) -> Item:
+def load_medium(media: Media, where: str, tiling: Tiling, among: int) -> Item:
     """Return the item of a row's picture or video. Raise UserError at `where`."""
     try:
-        return load_item(media.source, media.kind, tiling)
+        return load_item(media.source, media.kind, tiling, among)
     except ValueError as e:
         raise media_error(media, where, e) from None
 
 
-def measure_media(media: Media, where: str, tiling: Tiling) -> Item:
+def measure_media(media: Media, where: str, tiling: Tiling, among: int) -> Item:
     """Return the item of a row's picture or video without pixels. Raise UserError at `where`."""
     try:
-        shape = item_shape(media.source, media.kind, tiling)
+        shape = item_shape(media.source, media.kind, tiling, among)
     except ValueError as e:
         raise media_error(media, where, e) from None
     return Item(torch.empty(0), shape)

@@ -16,9 +16,14 @@ The image modes, each a class below and an entry of MODES:
     anyres     LLaVA-NeXT's (Liu et al., 2024): resized into the best of `grids` in its own
                proportions, with black borders. The borders' tokens are taken out again, and a
                learnt separator ends each row of tokens (connectors.py)
+    anyres_max_9
+               LLaVA-OneVision's (Li et al., 2024): anyres, made smaller where the tiles' tokens are
+               more than those of 9 views. Several pictures of a row are padded and have one view
+               each; frames of a video have a quarter of the tokens
 
-For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, its rounding
-included: a model that was trained with them would misread a picture that is one row shorter.
+For anyres and anyres_max_9, pixels and numbers of tokens are those of transformers' LlavaNext and
+LlavaOnevision, their rounding included: a model that was trained with them would misread a picture
+that is one row shorter.
 
 n tokens of a view, v views of an item, S x S pixels of a view.
 """
@@ -28,10 +33,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import ceil, isqrt
+from math import ceil, isqrt, sqrt
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -80,6 +86,9 @@ class Tiling:
     tiled: ClassVar[bool] = False
     newline: ClassVar[bool] = False
 
+    # Whether a picture becomes something else where its row has several.
+    counts_pictures: ClassVar[bool] = False
+
     # How many tokens a view becomes.
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
     connector: str = "identity"
@@ -96,8 +105,11 @@ class Tiling:
     # Rows and columns of a view's patches, for connectors that know them; None in a mixture.
     grid: tuple[int, int] | None = None
 
-    def shape(self, size: tuple[int, int]) -> ItemShape:
-        """Return the shape of the item that a picture of this width and height becomes."""
+    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
+        """Return the shape of the item that a picture of this width and height becomes.
+
+        among: how many pictures its row or conversation has.
+        """
         return ONE_VIEW
 
     def largest(self) -> list[ItemShape]:
@@ -148,8 +160,11 @@ class Tiling:
         if made > MOST_PIXELS:
             raise ValueError(f"{views} views of {made} pixels, more than {MOST_PIXELS}")
 
-    def picture(self, image: Image.Image) -> Item:
-        """Return the item of a picture in RGB, in uint8. Raise ValueError if it is too large."""
+    def picture(self, image: Image.Image, among: int = 1) -> Item:
+        """Return the item of a picture in RGB, in uint8. Raise ValueError if it is too large.
+
+        among: how many pictures its row or conversation has.
+        """
         self.check_size(image.size)
         return Item(self.frame(image))
 
@@ -189,7 +204,7 @@ class TilesTiling(Tiling):
     mode = "tiles"
     tiled = True
 
-    def shape(self, size: tuple[int, int]) -> ItemShape:
+    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
         rows, columns = self.best_grid(size)
         return ItemShape(1 + rows * columns)
 
@@ -201,7 +216,7 @@ class TilesTiling(Tiling):
         rows, columns = self.best_grid(size)
         return 3 * (1 + rows * columns) * self.processor.side**2
 
-    def picture(self, image: Image.Image) -> Item:
+    def picture(self, image: Image.Image, among: int = 1) -> Item:
         self.check_size(image.size)
         side = self.processor.side
         rows, columns = self.best_grid(image.size)
@@ -256,7 +271,7 @@ class AnyresTiling(TilesTiling):
     mode = "anyres"
     newline = True
 
-    def shape(self, size: tuple[int, int]) -> ItemShape:
+    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
         rows, columns = self.best_grid(size)
         top, left = self._border(size, rows, columns)
         return ItemShape(1 + rows * columns, rows, columns, top, left)
@@ -273,10 +288,15 @@ class AnyresTiling(TilesTiling):
 
         # The whole picture, then its tiles as one large picture of tokens, without its borders and
         # with a separator behind each row.
-        side = isqrt(self.tokens)  # of a view, in tokens
+        height, width = self.size_in_tokens(shape)
+        return self.tokens + height * (width + 1)
+
+    def size_in_tokens(self, shape: ItemShape) -> tuple[int, int]:
+        """Return height and width of the picture that all tiles are, without its borders."""
+        side = isqrt(self.tokens)  # of a view
         height = shape.rows * side - 2 * shape.top
         width = shape.columns * side - 2 * shape.left
-        return self.tokens + height * (width + 1)
+        return height, width
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
         # Only tiled pictures have rows to separate.
@@ -326,10 +346,104 @@ class AnyresTiling(TilesTiling):
         return canvas
 
 
+class AnyresMaxTiling(AnyresTiling):
+    """Image mode anyres_max_9: LLaVA-OneVision's, at most about `most` views of tokens for the tiles.
+
+    An item without rows is a video. A picture among others is one view that is a grid by itself.
+    """
+
+    mode = "anyres_max_9"
+    counts_pictures = True
+    most: ClassVar[int] = 9
+
+    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
+        if among > 1:
+            return ItemShape(1, 1, 1)
+        return super().shape(size)
+
+    def largest(self) -> list[ItemShape]:
+        # The largest grid is made smaller, so a picture with borders can have more tokens.
+        shapes = [ItemShape(1, 1, 1)]
+        side = isqrt(self.tokens)
+        for rows, columns in self.grids:
+            views = 1 + rows * columns
+            for top in range(rows * side // 2):
+                shapes.append(ItemShape(views, rows, columns, top, 0))
+            for left in range(columns * side // 2):
+                shapes.append(ItemShape(views, rows, columns, 0, left))
+        return shapes
+
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        side = isqrt(self.tokens)
+        if not shape.rows:
+            return shape.views * ceil(side / 2) ** 2 + 1
+        if shape.views == 1:
+            return self.tokens + 1
+
+        height, width = self.made_smaller(*self.size_in_tokens(shape))
+        return self.tokens + height * (width + 1)
+
+    def made_smaller(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width, in tokens, to which the large picture is interpolated.
+
+        The arithmetic is that of transformers' pack_image_features.
+        """
+        ratio = sqrt(height * width / (self.most * self.tokens))
+        if ratio > 1.1:
+            return int(height // ratio), int(width // ratio)
+        return height, width
+
+    def picture(self, image: Image.Image, among: int = 1) -> Item:
+        if among == 1:
+            return super().picture(image)
+
+        # LLaVA-OneVision tiles a picture only if it is the only one.
+        if isinstance(self.processor, ImageProcessor):
+            self._check_made(image.size, self.processor.pixels_made(image.size, "pad"))
+        pixels = self.processor.pixels(image, "pad")
+        return Item(pixels[None], self.shape(image.size, among))
+
+    def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
+        tokens = output[:-1]
+        newline = output[-1:]
+
+        # The frames of a video, each a quarter as large, then one separator.
+        side = isqrt(len(tokens) // shape.views)
+        if not shape.rows:
+            frames = tokens.unflatten(0, (shape.views, side, side))
+            half = ceil(side / 2)
+            return torch.cat([interpolate(frames, half, half).flatten(0, 2), newline])
+
+        # A picture among others, then one separator.
+        if shape.views == 1:
+            return output
+
+        order = anyres_order(shape, side**2, output.device)
+        size = self.size_in_tokens(shape)
+        height, width = self.made_smaller(*size)
+        if (height, width) == size:
+            return output[order]
+
+        # The whole picture stays. That of all tiles is made smaller, and then gets its separators.
+        large = order[side**2 :].view(size[0], size[1] + 1)[:, :-1]
+        large = interpolate(output[large][None], height, width)[0]  # (height, width, D)
+        separators = newline.expand(height, 1, -1)
+        rows = torch.cat([large, separators], dim=1)  # (height, width + 1, D)
+        return torch.cat([tokens[: side**2], rows.flatten(0, 1)])
+
+
+def interpolate(x: Tensor, height: int, width: int) -> Tensor:
+    """Return grids of tokens (N, h, w, D) as (N, height, width, D), bilinearly."""
+    x = x.permute(0, 3, 1, 2).contiguous()
+    x = F.interpolate(x, (height, width), mode="bilinear")
+    return x.permute(0, 2, 3, 1)
+
+
 # Keyed by the mode's name in a recipe and in config.json.
 MODES: dict[str, type[Tiling]] = {
     "square": Tiling,
     "pad": PaddedTiling,
     "tiles": TilesTiling,
     "anyres": AnyresTiling,
+    "anyres_max_9": AnyresMaxTiling,
 }
