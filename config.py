@@ -162,7 +162,8 @@ class Model:
         ("square", "pad", "tiles", "anyres", "anyres_max_9"),
     )
     image_grids: str = opt(
-        "1x2 2x1 2x2 3x1 1x3", "tiles, anyres, anyres_max_9: the grids to choose from, rows x columns"
+        "1x2 2x1 2x2 3x1 1x3",
+        "tiles, anyres, anyres_max_9: the grids to choose from, rows x columns",
     )
     frames: int = opt(
         16,

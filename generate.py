@@ -66,6 +66,7 @@ class Chat:
         if self.system:
             self.turns.append({"from": "system", "value": self.system})
         self.items: list[Item] = []
+        self.files: list[tuple[str, str]] = []  # the file and the kind of each item
         self.waiting = 0  # items that no question has been asked about yet
 
     def show(self, file: str, kind: str = "image"):
@@ -73,14 +74,24 @@ class Chat:
 
         Raises UserError if it cannot be read.
         """
+        views = self.model.views
+        files = [*self.files, (file, kind)]
+        pictures = sum(of == "image" for _, of in files)
         try:
-            item = load_item(file, kind, self.model.views)
+            item = load_item(file, kind, views, max(1, pictures))
+
+            # The first picture was the only one so far.
+            if views.counts_pictures and kind == "image" and pictures == 2:
+                for i, (earlier, of) in enumerate(self.files):
+                    if of == "image":
+                        self.items[i] = load_item(earlier, of, views, pictures)
         except UserError:
             raise
         except ValueError as e:
             # What is wrong with a damaged file, without what to do about it.
             raise UserError(file, str(e), f"give another {kind} file") from None
         self.items.append(item)
+        self.files = files
         self.waiting += 1
 
     def ask(self, text: str, show: Callable[[str], None] = print_piece) -> str:

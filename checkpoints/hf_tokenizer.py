@@ -36,9 +36,7 @@ def image_token(tokenizer, vocab: int) -> int:
     return known
 
 
-def tokenizer_files(
-    tokenizer, token: int, video: int | None = None
-) -> dict[str, dict | str]:
+def tokenizer_files(tokenizer, token: int, video: int | None = None) -> dict[str, dict | str]:
     """Return tokenizer.json and tokenizer_config.json, with `<image>` as a control token.
 
     token: the id that it must get. video: that of `<video>`, for a layout that has one. The class
@@ -66,7 +64,9 @@ def tokenizer_files(
         fast.add_special_tokens([tokenizers.AddedToken(mark, special=True, normalized=False)])
         got = fast.token_to_id(mark)
         if got != index:
-            raise UserError("tokenizer.json", f"{mark} became {got}, not {index}", "report this file")
+            raise UserError(
+                "tokenizer.json", f"{mark} became {got}, not {index}", "report this file"
+            )
 
     settings = {}
     for key in ("model_max_length", "clean_up_tokenization_spaces"):
@@ -208,7 +208,8 @@ def chat_template(template, tokenizer) -> str:
         # A Llama vocabulary starts the text behind an image with a word mark of its own, as LLaVA's
         # training rows have it. transformers puts one at the very front only, so the template has a
         # blank, which gives the other.
-        flatten = flatten.replace("ns.text}", "ns.text | replace('<image>', '<image> ') | replace('<video>', '<video> ')}")
+        spaced = "ns.text | replace('<image>', '<image> ') | replace('<video>', '<video> ')}"
+        flatten = flatten.replace("ns.text}", spaced)
 
     if isinstance(template, templates.ChatTemplate):
         if template.lists:  # it takes lists of parts itself

@@ -171,9 +171,7 @@ def load_item(
     return tiling.clip(frames)
 
 
-def item_shape(
-    source: str | Path | bytes, kind: str, tiling: Tiling, among: int = 1
-) -> ItemShape:
+def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling, among: int = 1) -> ItemShape:
     """Return the shape of the item that `load_item` returns, and read no more than that takes.
 
     Raise as `load_item` does, for a file that has to be read.

@@ -347,7 +347,7 @@ class AnyresTiling(TilesTiling):
 
 
 class AnyresMaxTiling(AnyresTiling):
-    """Image mode anyres_max_9: LLaVA-OneVision's, at most about `most` views of tokens for the tiles.
+    """Image mode anyres_max_9: LLaVA-OneVision's, the tiles' tokens at most about `most` views'.
 
     An item without rows is a video. A picture among others is one view that is a grid by itself.
     """
