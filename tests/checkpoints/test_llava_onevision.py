@@ -29,7 +29,7 @@ LlavaOnevisionImageProcessorPil = pytest.importorskip(
     "transformers.models.llava_onevision.image_processing_pil_llava_onevision"
 ).LlavaOnevisionImageProcessorPil
 
-# As the published template: pictures first, then videos, then the text. That one also writes a blank
+# As the published template: pictures first, then videos, then the text. That one also has a blank
 # behind every role but that of a prompt, and marks answers with a `generation` block.
 TEMPLATE = """\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] }}\
