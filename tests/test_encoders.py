@@ -229,6 +229,24 @@ KINDS = {
             FIVE | dict(mlp_ratio=2, num_register_tokens=1),
         ],
     ),
+    "dinov3_vit": (
+        "DINOv3ViTModel",
+        [
+            ODD | dict(hidden_size=36, intermediate_size=50, num_register_tokens=3),
+            # As the 7B model has it, and more.
+            FIVE
+            | dict(
+                intermediate_size=31,
+                use_gated_mlp=True,
+                hidden_act="silu",
+                query_bias=False,
+                value_bias=False,
+                key_bias=True,
+                rope_theta=17.5,
+                layer_norm_eps=1e-3,
+            ),
+        ],
+    ),
 }
 CASES = [(name, c) for name, (_, configs) in KINDS.items() for c in configs]
 
@@ -250,7 +268,7 @@ def oracle(name: str, config: dict, folder):
 def test_features_equal_those_of_transformers(tmp_path, name, config):
     model = oracle(name, config, tmp_path)
     sides = [config["image_size"]]
-    if name.startswith("dinov2"):  # larger, smaller, and not a multiple of the patch
+    if name.startswith("dino"):  # larger, smaller, and not a multiple of the patch
         sides += [config["image_size"] + 2 * config["patch_size"], 2 * config["patch_size"] + 1]
     for side in sides:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(ImageProcessor(side).to_hf()))
