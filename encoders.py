@@ -553,6 +553,12 @@ DINOV3_DEFAULTS = DEFAULTS | {
     "layerscale_value": 1.0,
     "num_register_tokens": 0,
     "rope_theta": 100.0,
+    "query_bias": True,
+    "key_bias": False,
+    "value_bias": True,
+    "proj_bias": True,
+    "mlp_bias": True,
+    "use_gated_mlp": False,
 }
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -680,7 +686,7 @@ def dinov3_config(c: Fields) -> VisionConfig:
     1 of 255. Raises UserError for a model without biases in its MLPs or outputs.
     """
     for key in ("proj_bias", "mlp_bias"):
-        if not c.flag(key, default=True):
+        if not c.flag(key):
             raise c.refuse(key, "not supported: outputs and MLPs have a bias")
 
     width = c.integer("hidden_size", 1, WIDTH)
@@ -690,7 +696,7 @@ def dinov3_config(c: Fields) -> VisionConfig:
         raise c.refuse("num_attention_heads", what)
 
     # vit_config knows SWIGLU, and not the silu that the file calls a gated MLP's activation.
-    is_gated = c.flag("use_gated_mlp", default=False)
+    is_gated = c.flag("use_gated_mlp")
     derived = {}
     names = DINOV3_MLP_NAMES
     if is_gated:
@@ -707,9 +713,9 @@ def dinov3_config(c: Fields) -> VisionConfig:
         registers=c.integer("num_register_tokens", 0, 1024),
         any_size=True,
         rope_theta=c.number("rope_theta", 1e-3, 1e12),
-        query_bias=c.flag("query_bias", default=True),
-        key_bias=c.flag("key_bias", default=False),
-        value_bias=c.flag("value_bias", default=True),
+        query_bias=c.flag("query_bias"),
+        key_bias=c.flag("key_bias"),
+        value_bias=c.flag("value_bias"),
         rename=DINOV3_NAMES + names + DINOV3_OTHER_NAMES,
     )
     if is_gated:
@@ -800,7 +806,11 @@ def vision_config(
     need(kind in FAMILIES, f"{where}:model_type", kind, known)
     family = FAMILIES[kind]
 
-    given = {key: value for key, value in hf.items() if value is not None}
+    # A null that has no default stays, as it may not be what transformers fills in.
+    given = {}
+    for key, value in hf.items():
+        if value is not None or key not in family.defaults:
+            given[key] = value
     filled = Fields(family.defaults | given | {"model_type": kind}, where)
     check_fields(filled)
     config = family.config(filled)
