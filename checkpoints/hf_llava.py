@@ -105,6 +105,10 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
     if config.flag("tie_word_embeddings", default=False):
         text["tie_word_embeddings"] = True
 
+    # Phi's head has a bias, but not in a LLaVA of today.
+    if text["model_type"] == "phi":
+        text["lm_head_bias"] = _stores(folder, "lm_head.bias")
+
     # See the top of the file: some image features should be smaller than ours.
     version = config.text("transformers_version", default="4", most=100)
     major = version.partition(".")[0]
@@ -141,12 +145,15 @@ def _read_layer(config: Fields) -> int:
     return layers[0]
 
 
-def _stores_head(folder: Path) -> bool:
-    """Say whether the safetensors of a folder have a head. Pickled files are not opened for it."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    if not any((folder / name).exists() for name in names):
+def _stores(folder: Path, name: str) -> bool:
+    """Say whether a folder's safetensors have a tensor whose name ends like this.
+
+    Pickled weights are not opened for it.
+    """
+    files = ("model.safetensors", "model.safetensors.index.json")
+    if not any((folder / file).exists() for file in files):
         return False
-    return any(key.endswith("lm_head.weight") for key in weights.Checkpoint(folder))
+    return any(key.endswith(name) for key in weights.Checkpoint(folder))
 
 
 def _read_images(folder: Path) -> tuple[dict, str]:
@@ -180,7 +187,8 @@ def read_next(config: Fields, folder: Path) -> LLaVAConfig:
 
     # Version 5 looks at the top level alone here, so a head may be stored beside a text_config that
     # ties it. Without one the file is of version 4, which looked at text_config.
-    if not config.flag("tie_word_embeddings", default=False) and _stores_head(folder):
+    is_tied = config.flag("tie_word_embeddings", default=False)
+    if not is_tied and _stores(folder, "lm_head.weight"):
         base = replace(base, text=base.text | {"tie_word_embeddings": False})
 
     places = (config.name("vision_config"), preprocessor_place(folder))
