@@ -64,10 +64,10 @@ from checkpoints.fields import (
 from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
-from connectors import CONNECTORS, MLPWithNewline, anyres_order, build_connector, join_views
+from connectors import CONNECTORS, MLPWithNewline, build_connector, join_views
 from encoders import VisionConfig, VisionEncoder, build_encoder, vision_config
 from inference import generation
-from inputs.tiling import Tiling, read_grids
+from inputs.tiling import MODES, Tiling, read_grids
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
@@ -1248,12 +1248,13 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         raise UserError("model.feature_select", what, "use cls_patch")
 
     # anyres arranges the tokens of all tiles as one large picture, so each tile must be a square.
-    if c.image_mode == "anyres":
+    mode = MODES[c.image_mode]
+    if mode.newline:
         if CONNECTORS[c.connector].mean:
-            what = f"anyres with {c.connector}, the mean of all views"
+            what = f"{c.image_mode} with {c.connector}, the mean of all views"
             raise UserError("model.image_mode", what, "use mlp2x_gelu")
         if isqrt(tokens) ** 2 != tokens:
-            what = f"anyres, with {tokens} tokens of a view that are no square"
+            what = f"{c.image_mode}, with {tokens} tokens of a view that are no square"
             fix = "set model.feature_select so that only patches are left, or use tiles"
             raise UserError("model.image_mode", what, fix)
 
@@ -1261,12 +1262,11 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         what = f"{c.frames} frames, {c.fps} a second"
         raise UserError("model.frames", what, "write 1 or more, and fps 0 or more")
 
-    views = Tiling(
+    views = mode(
         tokens,
         c.connector,
         c.connector_options,
         vision.processor,
-        c.image_mode,
         read_grids(c.image_grids),
         c.frames,
         c.fps,
@@ -1338,13 +1338,13 @@ class LLaVA(nn.Module):
         with storage("vision_tower"):
             self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
 
+        self.views = tiling_of(c)
         width = self.language_model.config.width
         self.connector = build_connector(
             c.connector, vision.width, width, vision.grid, **c.connector_options
         )
-        if c.image_mode == "anyres":
+        if self.views.newline:
             self.connector = MLPWithNewline(self.connector)  # adds the separator of rows of tokens
-        self.views = tiling_of(c)
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -1508,7 +1508,7 @@ class LLaVA(nn.Module):
                 batch = torch.stack([views_of_each[i] for i in same])  # (items, size, n, C)
             outputs = self.connector(self._join_views(batch))  # (items, n, D)
             for i, output in zip(same, outputs, strict=True):
-                features[i] = self._in_order(output, shapes[i])
+                features[i] = self.views.arrange(output, shapes[i])
         return features
 
     def embed(
@@ -1547,18 +1547,6 @@ class LLaVA(nn.Module):
     def _join_views(self, views: Tensor) -> Tensor:
         """Views of items (N, v, n, C) -> what the connector reads."""
         return join_views(self.config.connector, views, self.views.grid)
-
-    def _in_order(self, output: Tensor, shape: ItemShape) -> Tensor:
-        """What the connector makes of an item -> its features (n, D), in the order of the text."""
-        if not isinstance(self.connector, MLPWithNewline):
-            return output
-
-        # In anyres the last one is the separator. Only tiled pictures have rows to separate.
-        tokens = len(output) - 1
-        if not shape.rows:
-            return output[:tokens]
-        order = anyres_order(shape, tokens // shape.views, output.device)
-        return output[order]
 
     def _decode(self, row: PackedRow | Batch, features: list[Tensor]) -> Tensor:
         """Return the hidden states (T, D) of a packed row with these features of its items.

@@ -31,7 +31,7 @@ from config import LLaVAConfig, UserError
 from encoders import vision_config
 from inputs import templates
 from inputs.image_processor import preprocessor_place, read_preprocessor
-from inputs.tiling import TILED
+from inputs.tiling import MODES
 
 OPENED_BY = "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`"
 
@@ -310,7 +310,7 @@ def check_expressible(model):
         return
 
     fix = "export to barellava or tinyllava"
-    if c.image_mode in TILED:
+    if MODES[c.image_mode].tiled:
         fix = "export to barellava"
     raise UserError("--to hf-llava", reason, fix)
 

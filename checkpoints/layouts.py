@@ -30,6 +30,7 @@ from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
 from inputs.image_processor import preprocessor_place, read_preprocessor
+from inputs.tiling import MODES
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ def read_config(folder: Path) -> LLaVAConfig:
     if config.connector not in CONNECTORS:
         what = f"{config.connector!r} is no connector known here"
         raise UserError(f"{where}:connector", what, f"one of {', '.join(CONNECTORS)}")
+    if config.image_mode not in MODES:
+        what = f"image mode {config.image_mode!r} is not known here"
+        raise UserError(where, what, f"one of {', '.join(MODES)}")
 
     places = {
         "text": f"{where}:text_config",

@@ -8,7 +8,7 @@
 A still picture is the case with one view: nothing behind this file knows which kind an item is. The
 encoder sees the views of a whole batch in one call, the connector those of an item together.
 
-The image modes:
+The image modes, each a class below and an entry of MODES:
 
     square     the picture resized to one view (CLIP: its centre)
     pad        made square with the mean colour first (LLaVA-1.5)
@@ -27,18 +27,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil, isqrt
+from typing import ClassVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from config import UserError
-from connectors import connector_tokens
+from connectors import anyres_order, connector_tokens
 from inputs.image_processor import ImageProcessor
 from packing import ONE_VIEW, Item, ItemShape
-
-TILED = ("tiles", "anyres")
 
 # So many pixels may be made of one picture or video, and of all of a row together. They take 1.6 GB
 # and ten seconds. A file of a few kB could else take all the memory there is.
@@ -69,7 +69,16 @@ def read_grids(text: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a model sees pictures and videos. Small and picklable: data workers need no weights."""
+    """How a model sees pictures and videos. Small and picklable: data workers need no weights.
+
+    This is image mode square, in which a picture is one view. The other modes are its subclasses.
+    """
+
+    # The name of the mode, whether it cuts pictures into tiles, and whether a learnt separator
+    # stands behind what the connector makes of an item (connectors.MLPWithNewline).
+    mode: ClassVar[str] = "square"
+    tiled: ClassVar[bool] = False
+    newline: ClassVar[bool] = False
 
     # How many tokens a view becomes.
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
@@ -78,8 +87,7 @@ class Tiling:
 
     # What becomes of a picture.
     processor: ImageProcessor | None = None  # None: only numbers of tokens are asked for
-    mode: str = "square"
-    grids: tuple[tuple[int, int], ...] = ()  # (rows, columns) to choose from, for TILED modes
+    grids: tuple[tuple[int, int], ...] = ()  # (rows, columns) to choose from, for tiled modes
 
     # What is taken of a video.
     frames: int = 16  # at most so many where fps is set, else always so many, evenly spread
@@ -88,32 +96,33 @@ class Tiling:
     # Rows and columns of a view's patches, for connectors that know them; None in a mixture.
     grid: tuple[int, int] | None = None
 
-    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
-        """Return how many tokens an item takes in the text."""
-        if not shape.rows:
-            return connector_tokens(
-                self.connector, self.tokens, shape.views, self.grid, **self.options
-            )
-
-        # anyres: the whole picture, then its tiles as one large picture of tokens, without its
-        # borders and with a separator behind each row.
-        side = isqrt(self.tokens)  # of a view, in tokens
-        height = shape.rows * side - 2 * shape.top
-        width = shape.columns * side - 2 * shape.left
-        return self.tokens + height * (width + 1)
-
     def shape(self, size: tuple[int, int]) -> ItemShape:
         """Return the shape of the item that a picture of this width and height becomes."""
-        if self.mode not in TILED:
-            return ONE_VIEW
+        return ONE_VIEW
 
-        rows, columns = self.best_grid(size)
-        views = 1 + rows * columns
-        if self.mode == "tiles":
-            return ItemShape(views)
+    def largest(self) -> list[ItemShape]:
+        """Return shapes of pictures of which one takes the most tokens."""
+        return [ONE_VIEW]
 
-        top, left = self._border(size, rows, columns)
-        return ItemShape(views, rows, columns, top, left)
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        """Return how many tokens an item takes in the text."""
+        return connector_tokens(self.connector, self.tokens, shape.views, self.grid, **self.options)
+
+    def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
+        """Return an item's features (m, D) in the order of the text; m is positions(shape).
+
+        output (n, D) is what the connector made of the item's views; where the mode has a newline,
+        that is the last one.
+        """
+        return output
+
+    def pixels_of_frame(self, size: tuple[int, int]) -> int:
+        """Return how many pixels `frame` makes of a picture of this width and height, at most."""
+        return self.processor.pixels_made(size)
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        """Return how many pixels `picture` makes of one of this width and height, at most."""
+        return self.pixels_of_frame(size)
 
     def check_size(self, size: tuple[int, int]):
         """Raise ValueError if too much would be made of a picture of this width and height.
@@ -121,14 +130,11 @@ class Tiling:
         It is asked before anything is decoded: what comes in may be small.
         """
         # Without a published processor, nothing is known and nothing large is made.
-        if not isinstance(self.processor, ImageProcessor):
-            return
-        if self.mode in TILED:
-            # The resized picture, its tiles, and these once more in one tensor.
-            rows, columns = self.best_grid(size)
-            made = 3 * (1 + rows * columns) * self.processor.side**2
-        else:
-            made = self.processor.pixels_made(size, self.mode)
+        if isinstance(self.processor, ImageProcessor):
+            self._check_made(size, self.pixels_made(size))
+
+    def _check_made(self, size: tuple[int, int], made: int):
+        """Raise ValueError if so many pixels of a picture of this width and height are too many."""
         if made > MOST_PIXELS:
             width, height = size
             what = f"{width} x {height} pixels, of which {self.mode!r} makes {made}"
@@ -145,20 +151,64 @@ class Tiling:
     def picture(self, image: Image.Image) -> Item:
         """Return the item of a picture in RGB, in uint8. Raise ValueError if it is too large."""
         self.check_size(image.size)
-        if self.mode not in TILED:
-            pixels = self.processor.pixels(image, self.mode)
-            return Item(pixels[None])
+        return Item(self.frame(image))
 
+    def frame(self, image: Image.Image) -> Tensor:
+        """Return a picture in RGB as one view (1, 3, S, S), in uint8."""
+        return self.processor.pixels(image, "square")[None]
+
+    def clip(self, frames: Iterable[Image.Image]) -> Item:
+        """Return the item of a video's frames, in uint8. A tiled model sees each frame whole.
+
+        Raise ValueError if they are too many or too large.
+        """
+        views = []
+        for frame in frames:
+            if isinstance(self.processor, ImageProcessor):
+                self._check_made(frame.size, self.pixels_of_frame(frame.size))
+            views.append(self.frame(frame))
+            self.check_views(len(views))
+        return Item(torch.cat(views), ItemShape(len(views)))
+
+
+class PaddedTiling(Tiling):
+    """Image mode pad: a picture is made square with the mean colour (LLaVA-1.5)."""
+
+    mode = "pad"
+
+    def pixels_of_frame(self, size: tuple[int, int]) -> int:
+        return self.processor.pixels_made(size, "pad")
+
+    def frame(self, image: Image.Image) -> Tensor:
+        return self.processor.pixels(image, "pad")[None]
+
+
+class TilesTiling(Tiling):
+    """Image mode tiles: the whole picture, then the picture stretched to a grid of tiles."""
+
+    mode = "tiles"
+    tiled = True
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        rows, columns = self.best_grid(size)
+        return ItemShape(1 + rows * columns)
+
+    def largest(self) -> list[ItemShape]:
+        return [ONE_VIEW, *(ItemShape(1 + rows * columns) for rows, columns in self.grids)]
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        # The resized picture, its tiles, and these once more in one tensor.
+        rows, columns = self.best_grid(size)
+        return 3 * (1 + rows * columns) * self.processor.side**2
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
         side = self.processor.side
-        resample = self.processor.resample
         rows, columns = self.best_grid(image.size)
-        if self.mode == "tiles":
-            large = image.resize((columns * side, rows * side), resample)
-        else:
-            large = self._resize_into(image, columns * side, rows * side)
+        large = self.resize(image, columns * side, rows * side)
 
         # The whole picture as the first view, then the tiles row by row.
-        whole = image.resize((side, side), resample)
+        whole = image.resize((side, side), self.processor.resample)
         views = [self.processor.tensor(whole)]
         for row in range(rows):
             for column in range(columns):
@@ -169,20 +219,9 @@ class Tiling:
         pixels = torch.stack(views)  # (v, 3, S, S)
         return Item(pixels, self.shape(image.size))
 
-    def clip(self, frames: Iterable[Image.Image]) -> Item:
-        """Return the item of a video's frames, in uint8. A tiled model sees each frame whole.
-
-        Raise ValueError if they are too many or too large.
-        """
-        whole = self
-        if self.mode in TILED:
-            whole = replace(self, mode="square")
-
-        views = []
-        for frame in frames:
-            views.append(whole.picture(frame).pixels)
-            self.check_views(len(views))
-        return Item(torch.cat(views), ItemShape(len(views)))
+    def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Return the picture that is cut into tiles, of width x height pixels."""
+        return image.resize((width, height), self.processor.resample)
 
     def best_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the grid, as (rows, columns), for a picture of this width and height.
@@ -210,6 +249,42 @@ class Tiling:
                 best_score = score
         return best
 
+
+class AnyresTiling(TilesTiling):
+    """Image mode anyres: LLaVA-NeXT's, the tiles as one large picture without its borders."""
+
+    mode = "anyres"
+    newline = True
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        rows, columns = self.best_grid(size)
+        top, left = self._border(size, rows, columns)
+        return ItemShape(1 + rows * columns, rows, columns, top, left)
+
+    def largest(self) -> list[ItemShape]:
+        shapes = [ONE_VIEW]
+        for rows, columns in self.grids:
+            shapes.append(ItemShape(1 + rows * columns, rows, columns))
+        return shapes
+
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        if not shape.rows:
+            return super().positions(shape)
+
+        # The whole picture, then its tiles as one large picture of tokens, without its borders and
+        # with a separator behind each row.
+        side = isqrt(self.tokens)  # of a view, in tokens
+        height = shape.rows * side - 2 * shape.top
+        width = shape.columns * side - 2 * shape.left
+        return self.tokens + height * (width + 1)
+
+    def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
+        # Only tiled pictures have rows to separate.
+        tokens = len(output) - 1
+        if not shape.rows:
+            return output[:tokens]
+        return output[anyres_order(shape, tokens // shape.views, output.device)]
+
     def _border(self, size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
         """Return the rows of tokens above and below, and columns left and right, that see black.
 
@@ -229,7 +304,7 @@ class Tiling:
         filled = int(round(width * (grid_height / height), 7))
         return 0, (grid_width - filled) // 2
 
-    def _resize_into(self, image: Image.Image, width: int, height: int) -> Image.Image:
+    def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Return the picture as large as fits, in the middle of width x height black pixels.
 
         The shorter side is rounded up, as in transformers' get_patch_output_size.
@@ -249,3 +324,12 @@ class Tiling:
         canvas = Image.new("RGB", (width, height))
         canvas.paste(resized, (left, top))
         return canvas
+
+
+# Keyed by the mode's name in a recipe and in config.json.
+MODES: dict[str, type[Tiling]] = {
+    "square": Tiling,
+    "pad": PaddedTiling,
+    "tiles": TilesTiling,
+    "anyres": AnyresTiling,
+}
