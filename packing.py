@@ -51,8 +51,8 @@ class ItemShape(NamedTuple):
     rows: int = 0
     columns: int = 0
 
-    # The border around the picture in anyres: how many rows of tokens show it above and again below,
-    # and how many columns left and again right.
+    # The border around the picture in anyres: how many rows of tokens show it above and again
+    # below, and how many columns left and again right.
     top: int = 0
     left: int = 0
 

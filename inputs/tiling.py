@@ -119,7 +119,7 @@ class Tiling:
         return connector_tokens(self.connector, self.tokens, shape.views, self.grid, **self.options)
 
     def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
-        """Return what stands in the text for an item, (positions,): IMAGE_TOKEN and ids of marks."""
+        """Return an item's text (positions,): ids of marks, and IMAGE_TOKEN for each feature."""
         return torch.full((self.positions(shape),), IMAGE_TOKEN)
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
