@@ -21,7 +21,8 @@ The image modes, each a class below and an entry of MODES:
                say their row and column; the whole picture comes last
 
 For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, for split those of
-its Idefics3ImageProcessorPil, their rounding included: a model that was trained with them would misread a picture that is one row shorter.
+its Idefics3ImageProcessorPil, their rounding included: a model that was trained with them would
+misread a picture that is one row shorter.
 
 n tokens of a view, v views of an item, S x S pixels of a view.
 """
