@@ -112,12 +112,13 @@ def check_positions(patches: int, vision: Fields):
     Its encoder finds the position of a patch as a fraction of the edge in float32. For some numbers
     of patches, 19 and 25 are the smallest, that rounds into the place of a neighbour.
     """
-    boundaries = torch.arange(1 / patches, 1.0, 1 / patches)
-    step = 1.0 / torch.tensor([patches])
-    places = torch.arange(patches, dtype=torch.float32) * step
+    cpu = torch.device("cpu")  # also where a model is being built without storage
+    boundaries = torch.arange(1 / patches, 1.0, 1 / patches, device=cpu)
+    step = 1.0 / torch.tensor([patches], device=cpu)
+    places = torch.arange(patches, dtype=torch.float32, device=cpu) * step
     places = places.clamp(max=1.0 - 1e-6)
     found = torch.bucketize(places, boundaries, right=True)
-    if not torch.equal(found, torch.arange(patches)):
+    if not torch.equal(found, torch.arange(patches, device=cpu)):
         why = (
             f"{patches} patches along an edge: the published encoder gives two of them one position"
         )

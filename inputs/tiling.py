@@ -404,7 +404,7 @@ class SplitTiling(Tiling):
         return len(self._ids(shape))
 
     def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
-        return torch.tensor(self._ids(shape))
+        return torch.tensor(self._ids(shape), device="cpu")
 
     def pixels_made(self, size: tuple[int, int]) -> int:
         # Both resized pictures, the tiles, and these once more in one tensor.

@@ -17,7 +17,7 @@ from inputs.pictures import load_image
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
 from packing import IMAGE_TOKEN, ItemShape
-from tests.tools.environment import shared
+from tests.tools.environment import ROOT, run, shared
 from tests.tools.small_llava import small
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install .[dev]")
@@ -350,3 +350,34 @@ def test_a_video_is_refused(made):
         views.clip([drawn((9, 9))])
     with pytest.raises(UserError, match="SmolVLM2"):
         views.positions(ItemShape(4))
+
+
+def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path):
+    """LoRA on own rows, an answer, and the export to transformers."""
+    kind, folder, _, _ = made
+    rows = []
+    for i in range(12):
+        drawn((40 + i, 60)).save(tmp_path / f"{i}.png")
+        turns = [human("<image>\nWhat is this?"), {"from": "gpt", "value": "A horse."}]
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    run(
+        "train.py",
+        ROOT / "recipes" / "smolvlm-256m-finetune.toml",
+        f"model.checkpoint={folder}",
+        f"train.output={out}",
+        "train.workers=0",
+        f"stage.own.data={tmp_path / 'rows.json'}",
+        f"stage.own.images={tmp_path}",
+    )
+    answer = run("generate.py", "--model", out, "--image", tmp_path / "3.png", "--prompt", "Who?")
+    assert answer.returncode == 0
+    run("export.py", "--model", out, "--to", kind.lower(), tmp_path / "hf")
+    cls = getattr(transformers, f"{kind}ForConditionalGeneration")
+    _, info = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in info), info
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
