@@ -320,10 +320,6 @@ def test_a_recipe_states_what_it_is_and_only_what_differs(file):
 
 APART = {"demo", "moving", "custom-lora", "own", "smolvlm-256m-finetune"}
 WHOLE = [f for f in RECIPES if f.stem not in GROUND | APART]
-    f
-    for f in RECIPES
-    if f.stem not in GROUND | {"demo", "moving", "custom-lora", "own", "smolvlm-256m-finetune"}
-]
 
 
 @pytest.mark.parametrize("file", WHOLE, ids=lambda p: p.stem)
