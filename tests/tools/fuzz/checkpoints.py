@@ -518,7 +518,7 @@ def case(rng: random.Random, folder: Path) -> Case:
     if file.suffix == ".safetensors":
         kind = f"{spoil.__name__.removeprefix('spoil_')} of weights"
 
-    layout = rng.choice(("barellava", "tinyllava", "hf-llava"))
+    layout = rng.choice(("barellava", "tinyllava", "hf-llava", "smolvlm"))
     return Case(kind, f"{name}/{file.relative_to(copy)}: {what}", partial(use, copy, layout))
 
 
