@@ -26,6 +26,7 @@ from checkpoints import (
     barellava,
     hf_llava,
     llava_onevision,
+    smolvlm,
     tinyllava,
     tinyllava_bench,
     weights,
@@ -93,6 +94,18 @@ LAYOUTS: dict[str, Layout] = {
         llava_onevision.TABLE,
         write=llava_onevision.write,
         export_name="llava-onevision",
+    ),
+    "smolvlm": Layout(
+        smolvlm.read,
+        smolvlm.TABLE,
+        write=smolvlm.write,
+        export_name="smolvlm",
+    ),
+    "idefics3": Layout(
+        smolvlm.read,
+        smolvlm.TABLE,
+        write=smolvlm.write_idefics3,
+        export_name="idefics3",
     ),
 }
 
@@ -193,6 +206,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         connector_options=c.connector_options,
         feature_layer=c.feature_layer,
         feature_select=c.feature_select,
+        feature_norm=c.feature_norm,
         image_mode=c.image_mode,
         template=template,
         sources={"llm": c.llm, "vision": c.vision, "vision2": c.vision2},
