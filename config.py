@@ -160,13 +160,19 @@ class Model:
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres, anyres_max_9: high resolution, "
+        "square resizes; pad makes a square first; tiles, anyres, anyres_max: high resolution, "
         "split: that of a SmolVLM, see inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres", "anyres_max_9", "split"),
+        ("square", "pad", "tiles", "anyres", "anyres_max", "split"),
     )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3",
-        "tiles, anyres, anyres_max_9: the grids to choose from, rows x columns",
+        "tiles, anyres, anyres_max: the grids to choose from, rows x columns",
+    )
+    max_views: int = opt(
+        9,
+        "anyres_max: the tiles' tokens are at most about those of so many views",
+        low=1,
+        high=1000,
     )
     frames: int = opt(
         16,
@@ -494,6 +500,9 @@ class LLaVAConfig:
     # string that stands between an item's features, as "\n" and "<row_1_col_2>".
     image_edge: int = 0
     image_marks: dict = field(default_factory=dict)
+
+    # As in Model.
+    max_views: int = Model.max_views
 
     # SHA-256 of the adapters that are merged into the weights: none may be merged twice.
     merged_adapters: tuple[str, ...] = ()

@@ -66,7 +66,8 @@ class Chat:
         if self.system:
             self.turns.append({"from": "system", "value": self.system})
         self.items: list[Item] = []
-        self.files: list[tuple[str, str]] = []  # the file and the kind of each item
+        self.shown: list[tuple[str, str]] = []  # the file and the kind of each item
+        self.views = self.model.views  # how pictures are seen while there are so many
         self.waiting = 0  # items that no question has been asked about yet
 
     def show(self, file: str, kind: str = "image"):
@@ -74,24 +75,25 @@ class Chat:
 
         Raises UserError if it cannot be read.
         """
-        views = self.model.views
-        files = [*self.files, (file, kind)]
-        pictures = sum(of == "image" for _, of in files)
-        try:
-            item = load_item(file, kind, views, max(1, pictures))
+        shown = [*self.shown, (file, kind)]
+        pictures = sum(kind_of == "image" for _, kind_of in shown)
+        views = self.model.views.for_images(pictures)
 
-            # The first picture was the only one so far.
-            if views.counts_pictures and kind == "image" and pictures == 2:
-                for i, (earlier, of) in enumerate(self.files):
-                    if of == "image":
-                        self.items[i] = load_item(earlier, of, views, pictures)
+        # Earlier pictures stay as they are, unless one more changes how each is seen.
+        items = list(self.items)
+        if views != self.views:
+            items = []
+        try:
+            for name, kind_of in shown[len(items) :]:
+                items.append(load_item(name, kind_of, views))
         except UserError:
             raise
         except ValueError as e:
             # What is wrong with a damaged file, without what to do about it.
-            raise UserError(file, str(e), f"give another {kind} file") from None
-        self.items.append(item)
-        self.files = files
+            raise UserError(name, str(e), f"give another {kind_of} file") from None
+        self.items = items
+        self.shown = shown
+        self.views = views
         self.waiting += 1
 
     def ask(self, text: str, show: Callable[[str], None] = print_piece) -> str:

@@ -41,8 +41,8 @@ IMAGE_TOKEN = -200
 class ItemShape(NamedTuple):
     """How many views an item has and how they lie. It decides how many tokens the item takes.
 
-    Rows and columns are for image modes anyres and split, where the tiles together show one large
-    picture.
+    Rows and columns are for image modes anyres, anyres_max and split, where the tiles together show
+    one large picture.
     """
 
     views: int = 1

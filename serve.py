@@ -144,8 +144,8 @@ def read_request(request, jobs: JobQueue, allow_urls: bool) -> Job:
         raise Refused(400, str(e), "invalid_value", field) from None
 
     # The conversation comes last: only a request that is right so far makes us fetch pictures.
-    def read_picture(url: str, among: int) -> Item:
-        return jobs.picture(fetch(url, allow_urls, jobs.limits.body), among)
+    def read_picture(url: str, count: int) -> Item:
+        return jobs.picture(fetch(url, allow_urls, jobs.limits.body), count)
 
     # Each turn takes at least one token.
     messages = request.get("messages")

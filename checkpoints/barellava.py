@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from checkpoints import weights
-from checkpoints.fields import LAYERS, SIDE, VOCABULARY, Fields
+from checkpoints.fields import LAYERS, SIDE, VIEWS, VOCABULARY, Fields
 from checkpoints.files import write_file
 from checkpoints.folder import folder_readme, named_tensors, write_folder
 from config import LLaVAConfig, Model
@@ -53,6 +53,7 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         fps=config.number("fps", 0.0, 1e3, defaults["fps"]),
         image_edge=config.integer("image_edge", 0, SIDE, 0),
         image_marks={key: marks.integers(key, 0, VOCABULARY) for key in marks.values},
+        max_views=config.integer("max_views", 1, VIEWS, defaults["max_views"]),
     )
 
 
@@ -66,6 +67,8 @@ def config_json(c: LLaVAConfig) -> dict:
     if not c.image_marks:
         del rest["image_edge"]
         del rest["image_marks"]
+    if c.image_mode != "anyres_max":
+        del rest["max_views"]
     if not c.feature_norm:
         del rest["feature_norm"]
 

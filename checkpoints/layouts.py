@@ -211,6 +211,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         template=template,
         sources={"llm": c.llm, "vision": c.vision, "vision2": c.vision2},
         image_grids=c.image_grids,
+        max_views=c.max_views,
         frames=c.frames,
         fps=c.fps,
         places=places,

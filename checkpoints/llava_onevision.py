@@ -1,4 +1,4 @@
-"""Hugging Face's LLaVA-OneVision (Li et al., 2024), for image mode anyres_max_9.
+"""Hugging Face's LLaVA-OneVision (Li et al., 2024), for image mode anyres_max.
 
     python export.py --model DIR --to llava-onevision OUT
 
@@ -9,13 +9,14 @@ written is for transformers 5; a video has a token of its own there, `<video>`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from checkpoints import hf_llava
-from checkpoints.fields import VOCABULARY, Fields
+from checkpoints.fields import SIDE, VOCABULARY, Fields
 from checkpoints.files import read_json
 from checkpoints.folder import folder_readme, merged_field, named_tensors, write_folder
 from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
@@ -24,8 +25,9 @@ from inputs import templates
 from inputs.image_processor import preprocessor_place, read_preprocessor
 
 TABLE = hf_llava.TABLE
-MODE = "anyres_max_9"
+MODE = "anyres_max"
 ENCODER = "siglip_vision_model"
+VIDEOS = "video_preprocessor_config.json"
 FULL = "full"  # the only way to select features: SigLIP has no class token
 FIX = "use a model of llava-hf/llava-onevision-qwen2"
 
@@ -45,7 +47,7 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
 
     Raises UserError, for what is wrong and for what would be computed otherwise here.
     """
-    config.text("vision_aspect_ratio", [MODE], default=MODE)
+    most = read_most(config)
     config.text("vision_feature_select_strategy", [FULL], default=FULL)
     config.integer("image_token_index", 0, VOCABULARY, default=151646)
     config.integer("video_token_index", 0, VOCABULARY, default=151647)
@@ -58,23 +60,47 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
     filled["text_config"] = {"model_type": "qwen2", **config.table("text_config").values}
     filled["vision_config"] = vision
     fields = Fields(filled, config.where, config.path, config.fix)
-    _check_processors(fields, folder)
-    return replace(hf_llava.read_next(fields, folder), image_mode=MODE)
+    _check_processors(fields, most, folder)
+    return replace(hf_llava.read_next(fields, folder), image_mode=MODE, max_views=most)
 
 
-def _check_processors(config: Fields, folder: Path):
-    """Raise UserError if the processors see pictures otherwise than the model."""
+def read_most(fields: Fields) -> int:
+    """Return the 9 of a field vision_aspect_ratio "anyres_max_9". Raises UserError."""
+    mode = fields.text("vision_aspect_ratio", default=f"{MODE}_{LLaVAConfig.max_views}")
+    found = re.fullmatch(f"{MODE}_([1-9][0-9]{{0,2}})", mode)
+    if found is None:
+        raise fields.refuse("vision_aspect_ratio", f"not {MODE}_N with N below 1000")
+    return int(found[1])
+
+
+def _check_processors(config: Fields, most: int, folder: Path):
+    """Raise UserError if the processors see pictures or videos otherwise than the model."""
     file = folder / "processor_config.json"
     processor = Fields(read_json(file, optional=True), file)
-    processor.text("vision_aspect_ratio", [MODE], default=MODE)
+    if read_most(processor) != most:
+        raise processor.refuse("vision_aspect_ratio", f"not the {MODE}_{most} of config.json")
     processor.text("vision_feature_select_strategy", [FULL], default=FULL)
+
+    # As many tokens of a view as the encoder makes.
+    vision = config.table("vision_config")
+    side = vision.integer("image_size", 1, SIDE, default=224)
+    tokens = (side // vision.integer("patch_size", 1, side, default=16)) ** 2
+    if processor.integer("num_image_tokens", 1, SIDE**2, default=tokens) != tokens:
+        raise processor.refuse("num_image_tokens", f"not the {tokens} tokens of a view")
 
     images = Fields(dict(read_preprocessor(folder)), preprocessor_place(folder))
     grids = images.list("image_grid_pinpoints", list, default=None, most=1000)
-    wanted = config.list("image_grid_pinpoints", list, most=1000)
-    if grids is not None and grids != wanted:
-        what = "not those of config.json"
-        raise images.refuse("image_grid_pinpoints", what)
+    if grids is not None and grids != config.list("image_grid_pinpoints", list, most=1000):
+        raise images.refuse("image_grid_pinpoints", "not those of config.json")
+
+    # Frames become views as pictures do.
+    videos = Fields(read_json(folder / VIDEOS, optional=True), folder / VIDEOS)
+    if not videos.values:
+        videos = processor.table("video_processor", optional=True)
+    for key in ("size", "resample", "rescale_factor", "image_mean", "image_std"):
+        value = videos.values.get(key)
+        if value is not None and value != images.values.get(key, value):
+            raise videos.refuse(key, "not that of the image processor")
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -120,7 +146,10 @@ def contents(model, tokenizer) -> tuple[dict[str, Tensor], dict[str, dict | str]
     grids = [[rows * side, columns * side] for rows, columns in model.views.grids]
     named = {"processor_class": "LlavaOnevisionProcessor"}
     pixels = model.vision_tower.processor.to_hf()
-    shared = {"vision_feature_select_strategy": FULL, "vision_aspect_ratio": MODE}
+    shared = {
+        "vision_feature_select_strategy": FULL,
+        "vision_aspect_ratio": f"{MODE}_{c.max_views}",
+    }
 
     files = {}
     files["config.json"] = {
@@ -146,7 +175,7 @@ def contents(model, tokenizer) -> tuple[dict[str, Tensor], dict[str, dict | str]
         "do_pad": True,
         **named,
     }
-    files["video_preprocessor_config.json"] = {
+    files[VIDEOS] = {
         key: value for key, value in pixels.items() if key != "image_processor_type"
     } | {"video_processor_type": "LlavaOnevisionVideoProcessor", **named}
     files["processor_config.json"] = {

@@ -202,10 +202,10 @@ class JobQueue:
         finally:
             self.line.remove(ticket)
 
-    def picture(self, data: bytes, among: int = 1) -> Item:
+    def picture(self, data: bytes, count: int = 1) -> Item:
         """Return the item of a picture file's bytes. Raises Refused.
 
-        among: how many pictures the conversation has.
+        count: how many pictures the conversation has.
         """
         try:
             # Opening reads the size and no pixels, so a huge picture costs nothing.
@@ -223,7 +223,8 @@ class JobQueue:
 
         try:
             with self.decoding:
-                return self.model.views.picture(load_image(data), among)
+                views = self.model.views.for_images(count)
+                return views.picture(load_image(data))
         except ValueError as e:
             raise unreadable(str(e)) from None
 

@@ -75,13 +75,14 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
     check_image_count(ids, media, where)
 
     # The items, which say how many positions each of them takes.
+    tiling = spec.views.for_images(len(media))
     items = []
     views = 0
     for one in media:
         if pixels:
-            item = load_medium(one, where, spec.views, len(media))
+            item = load_medium(one, where, tiling)
         else:
-            item = measure_media(one, where, spec.views, len(media))
+            item = measure_media(one, where, tiling)
         items.append(item)
         views += item.shape.views
         check_views(views, where, spec.views)
@@ -113,11 +114,12 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: Row | None = None) -> 
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
+    media = rows.media(i, row)
+    tiling = spec.views.for_images(len(media))
     items = []
     views = 0
-    media = rows.media(i, row)
     for one in media:
-        items.append(load_medium(one, where, spec.views, len(media)))
+        items.append(load_medium(one, where, tiling))
         views += items[-1].shape.views
         check_views(views, where, spec.views)
     return items
@@ -154,31 +156,28 @@ def user_error(where: str | Path, error: ValueError) -> UserError:
 # ---------------------------------------------------------------------------- pictures and videos
 
 
-def load_item(
-    source: str | Path | bytes, kind: str, tiling: Tiling, among: int = 1, **part
-) -> Item:
+def load_item(source: str | Path | bytes, kind: str, tiling: Tiling, **part) -> Item:
     """Return a picture or video as the encoder sees it.
 
-    `kind` is "image" or "video"; `among` is how many pictures its row or conversation has; `part`
-    are the span and rate of video.stream. Raise ValueError (what is wrong with it), or UserError if
-    what reads videos is not installed.
+    `kind` is "image" or "video"; `part` are the span and rate of video.stream. Raise ValueError
+    (what is wrong with it), or UserError if what reads videos is not installed.
     """
     if kind == "image":
         image = load_image(source, tiling.check_size)
-        return tiling.picture(image, among)
+        return tiling.picture(image)
 
     frames = video.stream(source, tiling.frames, tiling.fps, **part)
     return tiling.clip(frames)
 
 
-def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling, among: int = 1) -> ItemShape:
+def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemShape:
     """Return the shape of the item that `load_item` returns, and read no more than that takes.
 
     Raise as `load_item` does, for a file that has to be read.
     """
     if kind == "image":
         if tiling.tiled:
-            return tiling.shape(image_size(source), among)
+            return tiling.shape(image_size(source))
         return ItemShape()
 
     tiling.check_video()
@@ -191,18 +190,18 @@ def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling, among: int
     return ItemShape(tiling.frames)
 
 
-def load_medium(media: Media, where: str, tiling: Tiling, among: int) -> Item:
+def load_medium(media: Media, where: str, tiling: Tiling) -> Item:
     """Return the item of a row's picture or video. Raise UserError at `where`."""
     try:
-        return load_item(media.source, media.kind, tiling, among)
+        return load_item(media.source, media.kind, tiling)
     except ValueError as e:
         raise media_error(media, where, e) from None
 
 
-def measure_media(media: Media, where: str, tiling: Tiling, among: int) -> Item:
+def measure_media(media: Media, where: str, tiling: Tiling) -> Item:
     """Return the item of a row's picture or video without pixels. Raise UserError at `where`."""
     try:
-        shape = item_shape(media.source, media.kind, tiling, among)
+        shape = item_shape(media.source, media.kind, tiling)
     except ValueError as e:
         raise media_error(media, where, e) from None
     return Item(torch.empty(0), shape)

@@ -16,15 +16,14 @@ The image modes, each a class below and an entry of MODES:
     anyres     LLaVA-NeXT's (Liu et al., 2024): resized into the best of `grids` in its own
                proportions, with black borders. The borders' tokens are taken out again, and a
                learnt separator ends each row of tokens (connectors.py)
-    anyres_max_9
-               LLaVA-OneVision's (Li et al., 2024): anyres, made smaller where the tiles' tokens are
-               more than those of 9 views. Several pictures of a row are padded and have one view
-               each; frames of a video have a quarter of the tokens
+    anyres_max LLaVA-OneVision's (Li et al., 2024): anyres, made smaller where the tiles' tokens are
+               more than those of `max_views` views. Several pictures of a conversation are padded
+               and have one view each; frames of a video have a quarter of the tokens
     split      SmolVLM's and Idefics3's (Laurencon et al., 2024): the longest edge resized to
                `edge`, then both edges to whole views. Between the tiles stand tokens of text that
                say their row and column; the whole picture comes last
 
-For anyres and anyres_max_9, pixels and numbers of tokens are those of transformers' LlavaNext and
+For anyres and anyres_max, pixels and numbers of tokens are those of transformers' LlavaNext and
 LlavaOnevision, for split those of its Idefics3ImageProcessorPil, their rounding included: a model
 that was trained with them would misread a picture that is one row shorter.
 
@@ -89,9 +88,6 @@ class Tiling:
     tiled: ClassVar[bool] = False
     newline: ClassVar[bool] = False
 
-    # Whether a picture becomes something else where its row has several.
-    counts_pictures: ClassVar[bool] = False
-
     # How many tokens a view becomes.
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
     connector: str = "identity"
@@ -112,14 +108,18 @@ class Tiling:
     edge: int = 0
     marks: dict = field(default_factory=dict)
 
+    # For image mode anyres_max: about how many views' tokens those of all tiles are at most.
+    max_views: int = 9
+
     def check_marks(self):
         """Raise UserError where a mark that the mode writes into the text has no ids."""
 
-    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
-        """Return the shape of the item that a picture of this width and height becomes.
+    def for_images(self, count: int) -> Tiling:
+        """Return how the pictures of a row or conversation that has so many of them are seen."""
+        return self
 
-        among: how many pictures its row or conversation has.
-        """
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        """Return the shape of the item that a picture of this width and height becomes."""
         return ONE_VIEW
 
     def largest(self) -> list[ItemShape]:
@@ -174,11 +174,8 @@ class Tiling:
         if made > MOST_PIXELS:
             raise ValueError(f"{views} views of {made} pixels, more than {MOST_PIXELS}")
 
-    def picture(self, image: Image.Image, among: int = 1) -> Item:
-        """Return the item of a picture in RGB, in uint8. Raise ValueError if it is too large.
-
-        among: how many pictures its row or conversation has.
-        """
+    def picture(self, image: Image.Image) -> Item:
+        """Return the item of a picture in RGB, in uint8. Raise ValueError if it is too large."""
         self.check_size(image.size)
         return Item(self.frame(image))
 
@@ -232,7 +229,7 @@ class TilesTiling(Tiling):
     mode = "tiles"
     tiled = True
 
-    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
+    def shape(self, size: tuple[int, int]) -> ItemShape:
         rows, columns = self.best_grid(size)
         return ItemShape(1 + rows * columns)
 
@@ -244,7 +241,7 @@ class TilesTiling(Tiling):
         rows, columns = self.best_grid(size)
         return 3 * (1 + rows * columns) * self.processor.side**2
 
-    def picture(self, image: Image.Image, among: int = 1) -> Item:
+    def picture(self, image: Image.Image) -> Item:
         self.check_size(image.size)
         side = self.processor.side
         rows, columns = self.best_grid(image.size)
@@ -293,7 +290,7 @@ class AnyresTiling(TilesTiling):
     mode = "anyres"
     newline = True
 
-    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
+    def shape(self, size: tuple[int, int]) -> ItemShape:
         rows, columns = self.best_grid(size)
         top, left = self._border(size, rows, columns)
         return ItemShape(1 + rows * columns, rows, columns, top, left)
@@ -368,24 +365,26 @@ class AnyresTiling(TilesTiling):
         return canvas
 
 
-class AnyresMaxTiling(AnyresTiling):
-    """Image mode anyres_max_9: LLaVA-OneVision's, the tiles' tokens at most about `most` views'.
+# A picture that is a single view in mode anyres_max. ONE_VIEW is a video of one frame there.
+PADDED = ItemShape(1, 1, 1)
 
-    An item without rows is a video. A picture among others is one view that is a grid by itself.
+
+class AnyresMaxTiling(AnyresTiling):
+    """Image mode anyres_max: LLaVA-OneVision's, anyres with a bound on the tiles' tokens.
+
+    An item without rows is a video.
     """
 
-    mode = "anyres_max_9"
-    counts_pictures = True
-    most: ClassVar[int] = 9
+    mode = "anyres_max"
 
-    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
-        if among > 1:
-            return ItemShape(1, 1, 1)
-        return super().shape(size)
+    def for_images(self, count: int) -> Tiling:
+        if count > 1:
+            return SeveralPadded(**vars(self))
+        return self
 
     def largest(self) -> list[ItemShape]:
         # The largest grid is made smaller, so a picture with borders can have more tokens.
-        shapes = [ItemShape(1, 1, 1)]
+        shapes = [PADDED]
         side = isqrt(self.tokens)
         for rows, columns in self.grids:
             views = 1 + rows * columns
@@ -395,11 +394,11 @@ class AnyresMaxTiling(AnyresTiling):
                 shapes.append(ItemShape(views, rows, columns, 0, left))
         return shapes
 
-    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+    def positions(self, shape: ItemShape = PADDED) -> int:
         side = isqrt(self.tokens)
         if not shape.rows:
             return shape.views * ceil(side / 2) ** 2 + 1
-        if shape.views == 1:
+        if shape == PADDED:
             return self.tokens + 1
 
         height, width = self.made_smaller(*self.size_in_tokens(shape))
@@ -408,22 +407,13 @@ class AnyresMaxTiling(AnyresTiling):
     def made_smaller(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width, in tokens, to which the large picture is interpolated.
 
-        The arithmetic is that of transformers' pack_image_features.
+        The arithmetic is that of transformers' pack_image_features, which fails where nothing
+        would be left of the shorter side.
         """
-        ratio = sqrt(height * width / (self.most * self.tokens))
-        if ratio > 1.1:
-            return int(height // ratio), int(width // ratio)
-        return height, width
-
-    def picture(self, image: Image.Image, among: int = 1) -> Item:
-        if among == 1:
-            return super().picture(image)
-
-        # LLaVA-OneVision tiles a picture only if it is the only one.
-        if isinstance(self.processor, ImageProcessor):
-            self._check_made(image.size, self.processor.pixels_made(image.size, "pad"))
-        pixels = self.processor.pixels(image, "pad")
-        return Item(pixels[None], self.shape(image.size, among))
+        ratio = sqrt(height * width / (self.max_views * self.tokens))
+        if ratio <= 1.1:
+            return height, width
+        return max(1, int(height // ratio)), max(1, int(width // ratio))
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
         tokens = output[:-1]
@@ -436,8 +426,8 @@ class AnyresMaxTiling(AnyresTiling):
             half = ceil(side / 2)
             return torch.cat([interpolate(frames, half, half).flatten(0, 2), newline])
 
-        # A picture among others, then one separator.
-        if shape.views == 1:
+        # One of several pictures, then one separator.
+        if shape == PADDED:
             return output
 
         order = anyres_order(shape, side**2, output.device)
@@ -452,6 +442,23 @@ class AnyresMaxTiling(AnyresTiling):
         separators = newline.expand(height, 1, -1)
         rows = torch.cat([large, separators], dim=1)  # (height, width + 1, D)
         return torch.cat([tokens[: side**2], rows.flatten(0, 1)])
+
+
+class SeveralPadded(AnyresMaxTiling):
+    """What mode anyres_max makes of each of several pictures: made square, one view."""
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        return PADDED
+
+    def largest(self) -> list[ItemShape]:
+        return [PADDED]
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        return self.processor.pixels_made(size, "pad")
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        return Item(self.processor.pixels(image, "pad")[None], PADDED)
 
 
 def interpolate(x: Tensor, height: int, width: int) -> Tensor:
@@ -522,7 +529,7 @@ class SplitTiling(Tiling):
             if not self.marks.get(name):
                 raise UserError("model.image_mode", f"split, without ids of {name!r}", fix)
 
-    def shape(self, size: tuple[int, int], among: int = 1) -> ItemShape:
+    def shape(self, size: tuple[int, int]) -> ItemShape:
         width, height = self._whole_views(self._first_size(size))
         rows = height // self.processor.side
         columns = width // self.processor.side
@@ -551,7 +558,7 @@ class SplitTiling(Tiling):
         width, height = self._first_size(size)
         return width * height + 3 * self.shape(size).views * self.processor.side**2
 
-    def picture(self, image: Image.Image, among: int = 1) -> Item:
+    def picture(self, image: Image.Image) -> Item:
         self.check_size(image.size)
         side = self.processor.side
         resample = self.processor.resample
@@ -621,6 +628,6 @@ MODES: dict[str, type[Tiling]] = {
     "pad": PaddedTiling,
     "tiles": TilesTiling,
     "anyres": AnyresTiling,
-    "anyres_max_9": AnyresMaxTiling,
+    "anyres_max": AnyresMaxTiling,
     "split": SplitTiling,
 }

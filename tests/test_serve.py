@@ -151,7 +151,7 @@ def test_a_conversation_is_the_prompt_of_all_its_turns(jobs, url):
     ]
     talk += [{"role": "assistant", "content": "red"}, {"role": "user", "content": "Sure?"}]
     seen = []
-    turns, pictures = serve.read_messages(talk, lambda url, among: seen.append(url), 2)
+    turns, pictures = serve.read_messages(talk, lambda url, count: seen.append(url), 2)
     assert [t["from"] for t in turns] == ["system", "human", "gpt", "human"] and len(
         pictures
     ) == len(seen) == 1
@@ -1078,7 +1078,7 @@ def page(jobs):
 def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
     Image.new("RGB", (60, 40)).save(folder / "secret.png")
     seen, real = [], jobs.picture
-    monkeypatch.setattr(jobs, "picture", lambda data, among: seen.append(data) or real(data, among))
+    monkeypatch.setattr(jobs, "picture", lambda data, count: seen.append(data) or real(data, count))
 
     def send(path):
         data = [

@@ -34,7 +34,7 @@ def test_a_wrong_field_is_named_with_its_file(layout, tmp_path):
     if layout == "hf-llava":
         mode = "anyres"
     if layout == "llava-onevision":
-        mode = "anyres_max_9"
+        mode = "anyres_max"
         tower = "siglip"
         select = "cls_patch"
     folder = tmp_path / "model"

@@ -3,7 +3,10 @@
 Tokenizer and processor of a published model are not at hand: they are made of the same classes.
 """
 
+import copy
 import json
+from dataclasses import replace
+from math import ceil, isqrt
 
 import pytest
 import torch
@@ -11,15 +14,22 @@ from PIL import Image
 
 from checkpoints import weights
 from checkpoints.files import read_json
+from checkpoints.llava_onevision import TABLE
+from checkpoints.names import as_tuple, rename
 from config import UserError
 from export import export
+from inputs.media import as_list
 from inputs.pictures import load_image
-from inputs.templates import byte_tokenizer, encode_prompt
+from inputs.rows import Rows, open_rows
+from inputs.sample import SampleSpec, load_items, make_sample
+from inputs.templates import byte_tokenizer
+from inputs.tiling import PADDED
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
-from packing import IMAGE_TOKEN, pack_prompts
+from packing import IMAGE_TOKEN, ItemShape, pack_samples
 from tests.tools.environment import shared
 from tests.tools.small_llava import small
+from training.estimate import guess_row
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle is a development dependency: pip install .[dev]"
@@ -29,16 +39,36 @@ LlavaOnevisionImageProcessorPil = pytest.importorskip(
     "transformers.models.llava_onevision.image_processing_pil_llava_onevision"
 ).LlavaOnevisionImageProcessorPil
 
-# As the published template: pictures first, then videos, then the text. That one also has a blank
-# behind every role but that of a prompt, and marks answers with a `generation` block.
-TEMPLATE = """\
-{% for message in messages %}{{ '<|im_start|>' + message['role'] }}\
-{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}\
-{% endfor %}\
-{% for part in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}\
-{% endfor %}\
-{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}\
-{{ '\\n' + part['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}\
+# What stands in published folders, and what transformers' script for new ones writes.
+PUBLISHED = """\
+{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}\
+{# Render all images first #}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}\
+{{ '<image>' }}{% endfor %}\
+{# Render all video then #}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}\
+{{ '<video>' }}{% endfor %}\
+{# Render all text next #}{% if message['role'] != 'assistant' %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{{ '\\n' + content['text'] }}{% endfor %}{% else %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{% generation %}{{ '\\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}\
+{{'<|im_end|>'}}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+WRITTEN_NOW = """\
+{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}\
+{# Render all images first #}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}\
+{{ '<image>\\n' }}{% endfor %}\
+{# Render all video then #}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}\
+{{ '<video>\\n' }}{% endfor %}\
+{# Render all text next #}{% if message['role'] != 'assistant' %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{{ content['text'] }}{% endfor %}{% else %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}{% endif %}\
+{{'<|im_end|>' + '\\n'}}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 PHOTOS = (
     "horse.png",
@@ -54,8 +84,8 @@ SIZES = ((600, 37), (31, 500), (7, 5), (1, 1), (3000, 2000), (150, 80), (90, 61)
 
 # Two models: a side of 3 tokens and untied, a side of 4 and tied at the top level alone.
 SMALL = {
-    "odd": {"side": 15, "patch": 4, "width": 42, "heads": 3, "tied": False, "grids": 6},
-    "tied": {"side": 20, "patch": 5, "width": 48, "heads": 4, "tied": True, "grids": 4},
+    "odd": {"side": 15, "patch": 4, "width": 42, "heads": 3, "tied": False, "grids": 6, "most": 9},
+    "tied": {"side": 20, "patch": 5, "width": 48, "heads": 4, "tied": True, "grids": 4, "most": 3},
 }
 
 
@@ -73,7 +103,9 @@ class PictureProcessor(transformers.LlavaOnevisionProcessor):
             super().check_argument_for_proper_class(name, part)
 
 
-def write_published(folder, side: int, patch: int, width: int, heads: int, tied: bool, grids: int):
+def write_published(
+    folder, side: int, patch: int, width: int, heads: int, tied: bool, grids: int, most: int
+):
     """Write a random model with tokenizer and processor, by the classes of transformers."""
     torch.manual_seed(width)
     source = folder / "source"
@@ -114,6 +146,7 @@ def write_published(folder, side: int, patch: int, width: int, heads: int, tied:
         video_token_index=ids["<video>"],
         image_grid_pinpoints=pinpoints,
         tie_word_embeddings=tied,
+        vision_aspect_ratio=f"anyres_max_{most}",
     )
     model = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
     for parameter in model.parameters():
@@ -131,11 +164,18 @@ def write_published(folder, side: int, patch: int, width: int, heads: int, tied:
         tokenizer,
         num_image_tokens=(side // patch) ** 2,
         vision_feature_select_strategy="full",
-        chat_template=TEMPLATE,
+        vision_aspect_ratio=f"anyres_max_{most}",
+        chat_template=WRITTEN_NOW,
     )
     images.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    fields = {
+        "num_image_tokens": processor.num_image_tokens,
+        "vision_feature_select_strategy": processor.vision_feature_select_strategy,
+        "vision_aspect_ratio": processor.vision_aspect_ratio,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(fields))
+    (folder / "chat_template.jinja").write_text(WRITTEN_NOW)
     return model, processor
 
 
@@ -156,12 +196,17 @@ def ids_of(ids: torch.Tensor, counts: list[int], token: int) -> list[int]:
     return expanded
 
 
-def ask(kind: str, number: int, folder) -> tuple[list[dict], torch.Tensor]:
-    """Return the messages of a question on so many pictures or videos, and our ids of it."""
+def ask(processor, kind: str, number: int) -> tuple[str, torch.Tensor]:
+    """Return the published prompt of a question on so many pictures or videos, and our ids."""
     parts = [{"type": kind}] * number + [{"type": "text", "text": "What is it?"}]
-    turns = [{"from": "human", "value": "<image>\n" * number + "What is it?"}]
-    ids = encode_prompt(turns, load_tokenizer(folder), "chat")
-    return [{"role": "user", "content": parts}], torch.tensor(ids)
+    messages = [{"role": "user", "content": parts}]
+    prompt = processor.apply_chat_template(
+        messages, chat_template=PUBLISHED, add_generation_prompt=True
+    )
+    mark = processor.tokenizer.convert_tokens_to_ids(f"<{kind}>")
+    ids = torch.tensor(processor.tokenizer(prompt)["input_ids"])
+    assert (ids == mark).sum() == number
+    return prompt, ids.where(ids != mark, IMAGE_TOKEN)
 
 
 @torch.no_grad()
@@ -180,9 +225,8 @@ def same_answers(ours, theirs, ids, items, inputs, token: int):
 
 
 def test_pixels_ids_logits_and_answers_of_one_picture_are_those_of_transformers(published):
-    folder, theirs, processor, ours = published
-    messages, ids = ask("image", 1, folder)
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    _, theirs, processor, ours = published
+    prompt, ids = ask(processor, "image", 1)
     smaller = set()
     for photo in photos():
         item = ours.views.picture(photo)
@@ -199,11 +243,12 @@ def test_pixels_ids_logits_and_answers_of_one_picture_are_those_of_transformers(
 
 
 def test_several_pictures_are_padded_and_have_one_view_each(published):
-    folder, theirs, processor, ours = published
-    messages, ids = ask("image", 3, folder)
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    _, theirs, processor, ours = published
+    prompt, ids = ask(processor, "image", 3)
     shown = photos()[6:9]
-    items = [ours.views.picture(photo, 3) for photo in shown]
+    views = ours.views.for_images(3)
+    items = [views.picture(photo) for photo in shown]
+    assert [item.shape for item in items] == [views.shape(photo.size) for photo in shown]
     inputs = processor(text=prompt, images=[shown], return_tensors="pt")
     for item, pixels in zip(items, inputs["pixel_values"], strict=True):
         mine = ours.vision_tower.processor.normalise(item.pixels)
@@ -213,9 +258,8 @@ def test_several_pictures_are_padded_and_have_one_view_each(published):
 
 @pytest.mark.parametrize("frames", [1, 5])
 def test_frames_of_a_video_have_a_quarter_of_the_tokens_and_one_separator(published, frames):
-    folder, theirs, processor, ours = published
-    messages, ids = ask("video", 1, folder)
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    _, theirs, processor, ours = published
+    prompt, ids = ask(processor, "video", 1)
     item = ours.views.clip([photo.resize((64, 48)) for photo in photos()[:frames]])
     pixels = ours.vision_tower.processor.normalise(item.pixels)
     inputs = {"pixel_values_videos": pixels[None]}
@@ -224,29 +268,117 @@ def test_frames_of_a_video_have_a_quarter_of_the_tokens_and_one_separator(publis
     same_answers(ours, theirs, ids, [item], inputs, theirs.config.video_token_index)
 
 
-@torch.no_grad()
-def test_a_packed_row_of_pictures_clip_and_text_equals_each_alone(published):
+def write_rows(folder) -> Rows:
+    """Write rows of one picture, of several, of a video, and of text alone."""
+    shown = photos()
+    frames = [photo.resize((64, 48)) for photo in shown[3:6]]
+    frames[0].save(folder / "c.gif", save_all=True, append_images=frames[1:], duration=100)
+    for name, photo in {"a": shown[8], "b": shown[1], "d": shown[2]}.items():
+        photo.save(folder / f"{name}.png")
+    media = [
+        {"image": "a.png"},
+        {"image": ["b.png", "d.png"]},
+        {"video": "c.gif"},
+        {},
+        {"image": "d.png"},
+    ]
+    rows = []
+    for i, one in enumerate(media):
+        count = len(as_list(next(iter(one.values()), [])))
+        question = {"from": "human", "value": "<image>\n" * count + f"What is {i}?"}
+        answer = {"from": "gpt", "value": "Nothing" + "!" * i}
+        rows.append({"id": str(i), **one, "conversations": [question, answer]})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return open_rows(folder / "rows.json")
+
+
+def test_rows_of_all_kinds_packed_are_each_alone(published, tmp_path):
+    """Loss and gradients; and their pictures are counted as they are made."""
+    folder, *_, ours = published
+    views = replace(ours.views, frames=3)
+    spec = SampleSpec(load_tokenizer(folder), "chat", 5000, views)
+    rows = write_rows(tmp_path)
+    samples = [make_sample(rows, i, spec) for i in range(5)]
+    assert [len(sample.items) for sample in samples] == [1, 2, 1, 0, 1]
+    side = isqrt(views.tokens)
+    several = [PADDED, PADDED]
+    assert [item.shape for item in samples[1].items] == several
+    assert samples[2].items[0].shape == ItemShape(3)
+    assert samples[4].items[0].shape == views.shape(photos()[2].size)
+    for i, sample in enumerate(samples):
+        counted = make_sample(rows, i, spec, pixels=False)
+        assert counted.ids.tolist() == sample.ids.tolist()
+        assert [item.shape for item in load_items(rows, i, spec)] == [
+            item.shape for item in sample.items
+        ]
+    assert (samples[1].ids == IMAGE_TOKEN).sum() == 2 * (side**2 + 1)
+    assert (samples[2].ids == IMAGE_TOKEN).sum() == 3 * ceil(side / 2) ** 2 + 1
+    assert guess_row(rows[1], "chat", views).positions == 2 * (side**2 + 1)
+
+    ours.zero_grad()
+    alone = 0.0
+    for sample in samples:
+        loss = ours.loss(pack_samples([sample]))
+        loss.backward()
+        alone += loss.item()
+    want = [p.grad for p in ours.parameters()]
+    ours.zero_grad()
+    loss = ours.loss(pack_samples(samples))
+    loss.backward()
+    assert loss.item() == pytest.approx(alone, rel=1e-5)
+    for (name, p), gradient in zip(ours.named_parameters(), want, strict=True):
+        assert (p.grad - gradient).norm() <= 1e-5 * max(0.1, gradient.norm()), name
+    ours.zero_grad()
+
+
+def test_every_gradient_and_bf16_logits_are_those_of_transformers(published):
+    _, theirs, processor, ours = published
+    photo = photos()[0]
+    prompt, ids = ask(processor, "image", 1)
+    inputs = processor(text=prompt, images=[[photo]], return_tensors="pt")
+    items = [ours.views.picture(photo)]
+    ours.zero_grad()
+    theirs.zero_grad()
+    ours(ids[None], items).logits.square().mean().backward()
+    want = theirs(**inputs).logits
+    want.square().mean().backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    compared = 0
+    for name, p in theirs.named_parameters():
+        if p.grad is None:  # the norm behind the last block, whose output no one reads
+            assert "post_layernorm" in name
+            continue
+        [part] = as_tuple(rename(name, TABLE))
+        got = gradients.pop(part)
+        assert (got - p.grad).norm().item() <= 1e-4 * max(1e-3, p.grad.norm().item()), name
+        compared += 1
+    assert compared > 70 and not gradients
+    ours.zero_grad()
+    theirs.zero_grad()
+
+    rounded = copy.deepcopy(ours).to(torch.bfloat16)
+    with torch.no_grad():
+        logits = rounded(ids[None], items).logits.float()
+    assert ((logits - want).norm() / want.norm()).item() <= 2e-2
+
+
+def test_all_kinds_are_answered_together_as_alone(published):
     *_, ours = published
     shown = photos()
-    alone = [ours.views.picture(shown[0])]
-    several = [ours.views.picture(photo, 2) for photo in shown[1:3]]
-    clip = [ours.views.clip(shown[3:6])]
-    rows = [
-        (torch.tensor([3, IMAGE_TOKEN, 5, 9]), alone),
-        (torch.tensor([IMAGE_TOKEN, 4, IMAGE_TOKEN, 8]), several),
-        (torch.tensor([7, 6, 2]), []),
-        (torch.tensor([1, IMAGE_TOKEN, 11]), clip),
+    several = ours.views.for_images(2)
+    asked = [
+        ([3, IMAGE_TOKEN, 5, 9], [ours.views.picture(shown[0])]),
+        ([IMAGE_TOKEN, 4, IMAGE_TOKEN, 8], [several.picture(photo) for photo in shown[1:3]]),
+        ([7, 6, 2], []),
+        ([1, IMAGE_TOKEN, 11], [ours.views.clip(shown[3:6])]),
     ]
-    items = [item for _, row in rows for item in row]
-    counts = [ours.views.positions(item.shape) for item in items]
-    packed = pack_prompts([ids for ids, _ in rows], counts)
-    features = ours.encode_items(items)
-    assert [len(f) for f in features] == counts
-    hidden = ours._decode(packed, features)
-    ends = packed.cu_seqlens.tolist()
-    for (ids, row), first, last in zip(rows, ends, ends[1:], strict=False):
-        logits = ours.language_model.lm_head(hidden[first:last])
-        assert (ours(ids[None], row or None).logits[0] - logits).abs().max().item() <= 1e-5
+    prompts = [torch.tensor(ids) for ids, _ in asked]
+    alone = [
+        ours.generate([prompt], items, max_new_tokens=6)[0].tolist()
+        for prompt, (_, items) in zip(prompts, asked, strict=True)
+    ]
+    items = [item for _, items in asked for item in items]
+    assert ours.generate(prompts, items, max_new_tokens=6).tolist() == alone
 
 
 def test_the_largest_shape_is_at_least_any_picture(published):
@@ -271,7 +403,7 @@ def test_what_transformers_wrote_goes_back_bit_for_bit(published, tmp_path):
         assert torch.equal(tensor, want[name]), name
 
     read = LLaVA.from_pretrained(tmp_path / "out")
-    assert read.config.image_mode == "anyres_max_9" and read.views == ours.views
+    assert read.config.image_mode == "anyres_max" and read.views == ours.views
     mine = weights.tensors(read.language_model)
     for name, tensor in weights.tensors(ours.language_model).items():
         assert torch.equal(tensor, mine[name]), name
@@ -286,15 +418,12 @@ def test_what_transformers_wrote_goes_back_bit_for_bit(published, tmp_path):
         **fields,
     )
     photo = photos()[0]
-    for kind in ("image", "video"):
-        messages, _ = ask(kind, 1, folder)
-        prompt = made.apply_chat_template(messages, add_generation_prompt=True)
-        assert prompt == processor.apply_chat_template(messages, add_generation_prompt=True)
-        if kind == "image":
-            got = made(text=prompt, images=[[photo]], return_tensors="pt")
-            want = processor(text=prompt, images=[[photo]], return_tensors="pt")
-            assert torch.equal(got["input_ids"], want["input_ids"])
-            assert torch.allclose(got["pixel_values"], want["pixel_values"], rtol=0, atol=1e-6)
+    assert made.chat_template.strip() == WRITTEN_NOW
+    prompt, _ = ask(made, "image", 1)
+    got = made(text=prompt, images=[[photo]], return_tensors="pt")
+    want = processor(text=prompt, images=[[photo]], return_tensors="pt")
+    assert torch.equal(got["input_ids"], want["input_ids"])
+    assert torch.allclose(got["pixel_values"], want["pixel_values"], rtol=0, atol=1e-6)
 
 
 def onevision(**changes) -> LLaVA:
@@ -303,7 +432,7 @@ def onevision(**changes) -> LLaVA:
         "qwen2",
         "siglip",
         **{
-            "image_mode": "anyres_max_9",
+            "image_mode": "anyres_max",
             "image_grids": "1x2 2x1 4x4",
             "feature_select": "cls_patch",
             **changes,

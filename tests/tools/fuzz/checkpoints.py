@@ -85,7 +85,7 @@ def good_folders() -> Path:
             "qwen2",
             "siglip",
             VOCAB,
-            image_mode="anyres_max_9",
+            image_mode="anyres_max",
             image_grids="1x2 2x1",
             feature_select="cls_patch",
             template="plain",
