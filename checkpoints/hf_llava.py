@@ -302,8 +302,10 @@ def check_expressible(model):
         reason = f"encoder {encoder}: its LLaVA takes CLIP or SigLIP"
     elif head_bias is not None and head_bias.any():
         reason = "the bias of the language model's head: Hugging Face LLaVA drops it"
-    elif c.image_mode == "tiles":
-        reason = "image mode tiles: Hugging Face LLaVA-NeXT has those of anyres alone"
+    elif c.feature_norm:
+        reason = "features behind the encoder's final norm: a LLaVA does not run it"
+    elif c.image_mode not in ("square", "pad", "anyres"):
+        reason = f"image mode {c.image_mode}: Hugging Face LLaVA-NeXT has anyres alone"
     elif c.image_mode == "anyres" and processor.crop not in (0, processor.size):
         sizes = f"{processor.crop} pixels cropped from {processor.size}"
         reason = f"anyres of {sizes}: LLaVA-NeXT would crop each tile"
@@ -311,7 +313,7 @@ def check_expressible(model):
         return
 
     fix = "export to barellava or tinyllava"
-    if MODES[c.image_mode].tiled:
+    if MODES[c.image_mode].tiled or c.feature_norm:
         fix = "export to barellava"
     raise UserError("--to hf-llava", reason, fix)
 

@@ -227,6 +227,8 @@ def check_expressible(model):
         reason = f"encoder {encoder}: LLaVA-OneVision takes SigLIP"
     elif c.feature_select != hf_llava.SELECT[FULL]:
         reason = f"feature_select {c.feature_select}: LLaVA-OneVision keeps all tokens"
+    elif c.feature_norm:
+        reason = "features behind the encoder's final norm: a LLaVA-OneVision does not run it"
     elif tower.processor.crop:
         reason = f"{tower.processor.crop} pixels cropped: LLaVA-OneVision crops nothing"
     elif head_bias is not None and head_bias.any():

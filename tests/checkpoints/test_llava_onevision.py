@@ -5,6 +5,7 @@ Tokenizer and processor of a published model are not at hand: they are made of t
 
 import copy
 import json
+from base64 import b64encode
 from dataclasses import replace
 from math import ceil, isqrt
 
@@ -12,12 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
+import serve
 from checkpoints import weights
 from checkpoints.files import read_json
 from checkpoints.llava_onevision import TABLE
 from checkpoints.names import as_tuple, rename
 from config import UserError
 from export import export
+from generate import Chat
+from inference.job_queue import JobQueue, Limits
 from inputs.media import as_list
 from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
@@ -127,7 +132,7 @@ def write_published(
         "num_hidden_layers": 2,
         "num_attention_heads": heads,
         "num_key_value_heads": 1,
-        "initializer_range": 0.2,
+        "initializer_range": 0.1,
     }
     vision = {
         "model_type": "siglip_vision_model",
@@ -379,6 +384,48 @@ def test_all_kinds_are_answered_together_as_alone(published):
     ]
     items = [item for _, items in asked for item in items]
     assert ours.generate(prompts, items, max_new_tokens=6).tolist() == alone
+
+
+def test_several_pictures_are_seen_as_such_wherever_they_come_in(published, tmp_path):
+    """In a chat, a benchmark and a request: a picture is tiled only if it is alone."""
+    folder, *_, ours = published
+    tokenizer = load_tokenizer(folder)
+    write_rows(tmp_path)
+    tiled = ours.views.shape(photos()[2].size)
+    assert tiled.views > 1
+
+    chat = Chat(ours, tokenizer, {})
+    chat.show(str(tmp_path / "c.gif"), "video")
+    chat.show(str(tmp_path / "d.png"))
+    clip = ItemShape(ours.views.frames)
+    assert [item.shape for item in chat.items] == [clip, tiled]
+    with pytest.raises(UserError, match="none.png"):
+        chat.show(str(tmp_path / "none.png"))
+    assert [item.shape for item in chat.items] == [clip, tiled]
+    chat.show(str(tmp_path / "b.png"))
+    assert [item.shape for item in chat.items] == [clip, PADDED, PADDED]
+    chat.reset()
+    chat.show(str(tmp_path / "d.png"))
+    assert [item.shape for item in chat.items] == [tiled]
+
+    for shown, shapes in (("d.png", [tiled]), (["b.png", "d.png"], [PADDED, PADDED])):
+        example = {"prompt": "What?", "image": shown}
+        items = evaluate.items_of_example(example, tmp_path, ours)
+        assert [item.shape for item in items] == shapes
+        room = evaluate.longest_prompt(ours, tokenizer, [example])
+        text = evaluate.longest_prompt(ours, tokenizer, [{"prompt": "What?", "image": None}])
+        assert room - text >= sum(ours.views.positions(shape) for shape in shapes)
+    assert room - text == 2 * ours.views.positions(PADDED)
+
+    jobs = JobQueue(ours, tokenizer, "small", Limits())
+    photo = (tmp_path / "d.png").read_bytes()
+    url = "data:image/png;base64," + b64encode(photo).decode()
+    for count, shape in ((1, tiled), (2, PADDED)):
+        assert jobs.picture(photo, count).shape == shape
+        parts = [{"type": "image_url", "image_url": {"url": url}}] * count
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+        job = serve.read_request({"model": "small", "messages": messages}, jobs, False)
+        assert [item.shape for item in job.images] == [shape] * count
 
 
 def test_the_largest_shape_is_at_least_any_picture(published):
