@@ -225,8 +225,6 @@ def check_expressible(model):
         reason = f"{family}: transformers has no such class"
     elif encoder != ENCODER:
         reason = f"encoder {encoder}: LLaVA-OneVision takes SigLIP"
-    elif c.feature_select != hf_llava.SELECT[FULL]:
-        reason = f"feature_select {c.feature_select}: LLaVA-OneVision keeps all tokens"
     elif c.feature_norm:
         reason = "features behind the encoder's final norm: a LLaVA-OneVision does not run it"
     elif tower.processor.crop:

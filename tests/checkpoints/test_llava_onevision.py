@@ -27,13 +27,13 @@ from inputs.media import as_list
 from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
 from inputs.sample import SampleSpec, load_items, make_sample
-from inputs.templates import byte_tokenizer
+from inputs.templates import byte_tokenizer, encode, encode_prompt
 from inputs.tiling import PADDED
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
-from packing import IMAGE_TOKEN, ItemShape, pack_samples
-from tests.tools.environment import shared
-from tests.tools.small_llava import small
+from packing import IGNORE, IMAGE_TOKEN, ItemShape, pack_samples
+from tests.tools.environment import ROOT, run, shared
+from tests.tools.small_llava import SIDE, small
 from training.estimate import guess_row
 
 transformers = pytest.importorskip(
@@ -428,12 +428,71 @@ def test_several_pictures_are_seen_as_such_wherever_they_come_in(published, tmp_
         assert [item.shape for item in job.images] == [shape] * count
 
 
+def test_turns_are_those_of_the_template(published):
+    """Of what transformers writes today; the published one differs between prompt and history."""
+    folder, _, processor, _ = published
+    tokenizer = load_tokenizer(folder)
+    said = ("<image>\n<image>\nWho?", "A dog.", "Sure?\n Now", "No.")
+    speakers = ("human", "gpt", "human", "gpt")
+    turns = [{"from": who, "value": text} for who, text in zip(speakers, said, strict=True)]
+    messages = []
+    for role, text in zip(("user", "assistant") * 2, said, strict=True):
+        parts = [{"type": "image"}] * text.count("<image>")
+        parts.append({"type": "text", "text": text.replace("<image>\n", "")})
+        messages.append({"role": role, "content": parts})
+
+    mark = processor.tokenizer.convert_tokens_to_ids("<image>")
+    for turn in (1, 2, 3, 4):
+        prompt = turn % 2 == 1
+        text = processor.apply_chat_template(messages[:turn], add_generation_prompt=prompt)
+        ids = processor.tokenizer(text)["input_ids"]
+        want = [IMAGE_TOKEN if i == mark else i for i in ids]
+        if prompt:
+            assert encode_prompt(turns[:turn], tokenizer, "chat") == want
+        else:
+            got, labels = encode(turns[:turn], tokenizer, "chat")
+            assert got == want
+            learned = [i for i in labels if i != IGNORE]
+            answers = [text + "<|im_end|>" for text in said[1:turn:2]]
+            assert tokenizer.decode(learned) == "".join(answers)
+
+
 def test_the_largest_shape_is_at_least_any_picture(published):
     *_, ours = published
     most = max(ours.views.positions(shape) for shape in ours.views.largest())
     for width in range(1, 400, 13):
         for height in range(1, 400, 17):
             assert ours.views.positions(ours.views.shape((width, height))) <= most
+
+
+def test_a_line_of_a_picture_keeps_a_row_of_tokens():
+    """Where transformers leaves none, and fails."""
+    model = onevision(image_grids="1x90", max_views=1)
+    item = model.views.picture(Image.new("RGB", (1080, 1), (90, 30, 200)))
+    assert model.views.made_smaller(*model.views.size_in_tokens(item.shape))[0] == 1
+    [features] = model.encode_items([item])
+    assert len(features) == model.views.positions(item.shape)
+    assert features.isfinite().all()
+
+
+def test_the_head_is_tied_where_transformers_ties_it(published, tmp_path):
+    folder, theirs, *_ = published
+    for file in folder.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = read_json(folder / "config.json")
+    for top, nested in ((True, False), (False, True), (None, True)):
+        config["tie_word_embeddings"] = top
+        config["text_config"]["tie_word_embeddings"] = nested
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        stored = theirs.config.tie_word_embeddings
+        if top and not stored:
+            # Its two tables differ.
+            with pytest.raises(UserError, match="differs from"):
+                LLaVA.from_pretrained(tmp_path)
+        else:
+            lm = LLaVA.from_pretrained(tmp_path).language_model
+            assert (lm.lm_head.weight is lm.model.embed_tokens.weight) == stored
 
 
 def test_what_transformers_wrote_goes_back_bit_for_bit(published, tmp_path):
@@ -473,18 +532,12 @@ def test_what_transformers_wrote_goes_back_bit_for_bit(published, tmp_path):
     assert torch.allclose(got["pixel_values"], want["pixel_values"], rtol=0, atol=1e-6)
 
 
-def onevision(**changes) -> LLaVA:
+def onevision(family="qwen2", tower="siglip", **changes) -> LLaVA:
     """Return a model that was made here."""
-    return small(
-        "qwen2",
-        "siglip",
-        **{
-            "image_mode": "anyres_max",
-            "image_grids": "1x2 2x1 4x4",
-            "feature_select": "cls_patch",
-            **changes,
-        },
-    )
+    options = {"image_mode": "anyres_max", "image_grids": "1x2 2x1 4x4", "max_views": 5}
+    if tower == "siglip":
+        options["feature_select"] = "cls_patch"
+    return small(family, tower, **(options | changes))
 
 
 @torch.no_grad()
@@ -515,11 +568,30 @@ def test_a_model_made_here_becomes_one_of_transformers(tmp_path):
     [
         ({"image_mode": "anyres"}, "image mode anyres"),
         ({"connector": "mlp3x_gelu"}, "connector mlp3x_gelu"),
+        ({"tower": "clip"}, "encoder clip_vision_model"),
+        ({"feature_norm": True, "feature_layer": -1}, "the encoder's final norm"),
     ],
 )
 def test_what_onevision_cannot_express_is_refused(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         export(onevision(**changes), None, "llava-onevision", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_onevision_does_not_have_are_refused(tmp_path):
+    biased = onevision("phi")
+    biased.language_model.lm_head.bias.data[3] = 0.1
+    unknown = onevision()
+    unknown.config = replace(unknown.config, text=unknown.config.text | {"model_type": "openelm"})
+    cropped = onevision()
+    cropped.vision_tower.processor = replace(cropped.vision_tower.processor, crop=SIDE)
+    for model, message in ((biased, "the bias"), (unknown, "openelm"), (cropped, "12 pixels crop")):
+        with pytest.raises(UserError, match=f"--to llava-onevision: {message}.*; fix: "):
+            export(model, None, "llava-onevision", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_written_for_transformers_5(tmp_path):
     with pytest.raises(UserError, match="for transformers 5"):
         export(onevision(), None, "llava-onevision", tmp_path / "out", 4)
 
@@ -532,7 +604,13 @@ def test_what_onevision_cannot_express_is_refused(changes, message, tmp_path):
         ("config.json", "vision_feature_layer", [-2, -1]),
         ("config.json", "projector_hidden_act", "relu"),
         ("config.json", "multimodal_projector_bias", False),
+        ("config.json", "vision_aspect_ratio", "anyres"),
+        ("config.json", "vision_config", {"model_type": "clip_vision_model"}),
         ("processor_config.json", "vision_aspect_ratio", "anyres_max_4"),
+        ("processor_config.json", "num_image_tokens", 10),
+        ("processor_config.json", "vision_feature_select_strategy", "default"),
+        ("video_preprocessor_config.json", "image_mean", [0.1, 0.2, 0.3]),
+        ("video_preprocessor_config.json", "size", {"height": 24, "width": 24}),
         ("preprocessor_config.json", "image_grid_pinpoints", [[12, 12]]),
     ],
 )
@@ -542,3 +620,31 @@ def test_a_field_that_is_computed_otherwise_is_refused(file, field, value, tmp_p
     (tmp_path / "out" / file).write_text(json.dumps(content | {field: value}))
     with pytest.raises(UserError, match=field if field != "multimodal_projector_bias" else "proj"):
         LLaVA.from_pretrained(tmp_path / "out")
+
+
+def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(tmp_path):
+    """LoRA on own rows, an answer, and the export to transformers."""
+    folder = tmp_path / "published"
+    write_published(folder, **SMALL["tied"])
+    write_rows(tmp_path)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    again = [row | {"id": f"{i}-{row['id']}"} for i in range(3) for row in rows]
+    (tmp_path / "rows.json").write_text(json.dumps(again))
+    out = tmp_path / "out"
+    run(
+        "train.py",
+        ROOT / "recipes" / "onevision-0.5b-finetune.toml",
+        f"model.checkpoint={folder}",
+        f"train.output={out}",
+        "train.workers=0",
+        "stage.own.epochs=1",
+        f"stage.own.data={tmp_path / 'rows.json'}",
+        f"stage.own.images={tmp_path}",
+    )
+    answer = run("generate.py", "--model", out, "--image", tmp_path / "d.png", "--prompt", "Who?")
+    assert answer.returncode == 0
+    run("export.py", "--model", out, "--to", "llava-onevision", tmp_path / "hf")
+    _, info = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(info.values()), info

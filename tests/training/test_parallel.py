@@ -85,7 +85,8 @@ def test_ddp_and_sharded_ranks_change_nothing(recipe, whole_run):
         assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
 
 
-def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp_path):
+@pytest.mark.parametrize("image_mode", ["anyres", "anyres_max"])
+def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp_path, image_mode):
     """A rank has tiles where another has a clip or text alone: none waits, losses are equal."""
     rows = json.loads((tiny_world / "finetune.json").read_text())[:60]
     for row in rows[::3]:
@@ -95,9 +96,19 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
             frames[0].save(
                 tmp_path / row["video"], save_all=True, append_images=frames[1:], duration=100
             )
-    for row in rows:
-        if "image" in row:
-            row["image"] = str(tiny_world / "images" / row["image"])
+    for i, row in enumerate(rows):
+        if "image" not in row:
+            continue
+        row["image"] = str(tiny_world / "images" / row["image"])
+
+        # Some pictures are wide, and some rows have two.
+        if i % 4 == 0:
+            wide = Image.open(row["image"]).resize((96, 90))
+            row["image"] = f"{tmp_path}/{i}.png"
+            wide.save(row["image"])
+        if i % 4 == 1:
+            row["image"] = [row["image"], row["image"]]
+            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     change = [
         f"stage.finetune.data={tmp_path}/rows.json",
@@ -107,7 +118,8 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
         "stage.finetune.steps=4",
         "stage.pretrain.steps=2",
         "model.connector=mlp2x_gelu",
-        "model.image_mode=anyres",
+        f"model.image_mode={image_mode}",
+        "model.max_views=2",
         "model.frames=3",
     ]
     file, out = recipe("alone")
