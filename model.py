@@ -1193,6 +1193,19 @@ def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
     return family.config(c)
 
 
+def with_rows_for_marks(
+    source: Mapping[str, Tensor], model: LanguageModel, folder: Path
+) -> Mapping[str, Tensor]:
+    """Return a checkpoint with as many embeddings as the model has: its llm does not know marks.
+
+    folder: of the llm, whose config.json says how many there are.
+    """
+    file = folder / "config.json"
+    known = Fields(read_json(file), file).integer("vocab_size", 1, VOCABULARY)
+    tables = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    return weights.Grown(source, model.rename, tables, known, model.config.vocab)
+
+
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float):
     """Draw random weights, as Llama's own code does: Normal(0, std) for matrices, zero biases.
@@ -1453,6 +1466,8 @@ class LLaVA(nn.Module):
                 folder = resolve(path, f"model.{name}", c.allow_pickle)
                 checkpoints[prefix] = weights.Checkpoint(folder, c.allow_pickle)
             source = weights.Joined(checkpoints)
+            if name == "language_model" and c.image_mode == "split":
+                source = with_rows_for_marks(source, part, folder)
             load_part = (load or {}).get(name, weights.load)
             load_part(part, source, part.rename, dtype=torch.float32, ignore=part.ignore)
         return model

@@ -387,6 +387,11 @@ def mark_names(edge: int, side: int) -> list[str]:
     return names
 
 
+def control_names(edge: int, side: int) -> list[str]:
+    """Return the strings of `mark_names` that are control tokens, and `<image>`."""
+    return ["<image>", *(name for name in mark_names(edge, side) if name.strip())]
+
+
 class SplitTiling(Tiling):
     """Image mode split: SmolVLM's and Idefics3's tiles, with marks, and the whole picture last.
 
@@ -403,7 +408,7 @@ class SplitTiling(Tiling):
     tiled = True
 
     def check_marks(self):
-        fix = "start from a SmolVLM or Idefics3 as model.checkpoint"
+        fix = "give the folder of a SmolVLM or Idefics3"
         if self.edge < 1:
             raise UserError("model.image_mode", "split, without image_edge", fix)
         for name in mark_names(self.edge, self.processor.side):
