@@ -64,10 +64,10 @@ from checkpoints.fields import (
 from checkpoints.files import read_json, resolve
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
-from connectors import CONNECTORS, MLPWithNewline, anyres_order, build_connector, join_views
+from connectors import CONNECTORS, MLPWithNewline, build_connector, join_views
 from encoders import VisionConfig, VisionEncoder, build_encoder, vision_config
 from inference import generation
-from inputs.tiling import Tiling, read_grids
+from inputs.tiling import MODES, Tiling, read_grids
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
@@ -1223,7 +1223,12 @@ def init_weights(module: nn.Module, std: float):
 def vision_config_of(c: LLaVAConfig) -> VisionConfig:
     """Return the config of a model's encoder. Raises UserError that names the file of a field."""
     images = c.places.get("images", "preprocessor_config.json")
-    return vision_config(c.vision, c.preprocessor, c.places.get("vision", "vision_config"), images)
+    where = c.places.get("vision", "vision_config")
+    vision = vision_config(c.vision, c.preprocessor, where, images)
+    if c.feature_norm and vision.beside is not None:
+        what = "the norm of one encoder, and a mixture has two"
+        raise UserError("model.feature_norm", what, "remove it")
+    return replace(vision, final_norm=c.feature_norm)
 
 
 def vocabulary_of(c: LLaVAConfig) -> int | None:
@@ -1248,12 +1253,13 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         raise UserError("model.feature_select", what, "use cls_patch")
 
     # anyres arranges the tokens of all tiles as one large picture, so each tile must be a square.
-    if c.image_mode == "anyres":
+    mode = MODES[c.image_mode]
+    if mode.newline:
         if CONNECTORS[c.connector].mean:
-            what = f"anyres with {c.connector}, the mean of all views"
+            what = f"{c.image_mode} with {c.connector}, the mean of all views"
             raise UserError("model.image_mode", what, "use mlp2x_gelu")
         if isqrt(tokens) ** 2 != tokens:
-            what = f"anyres, with {tokens} tokens of a view that are no square"
+            what = f"{c.image_mode}, with {tokens} tokens of a view that are no square"
             fix = "set model.feature_select so that only patches are left, or use tiles"
             raise UserError("model.image_mode", what, fix)
 
@@ -1261,17 +1267,19 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         what = f"{c.frames} frames, {c.fps} a second"
         raise UserError("model.frames", what, "write 1 or more, and fps 0 or more")
 
-    views = Tiling(
+    views = mode(
         tokens,
         c.connector,
         c.connector_options,
         vision.processor,
-        c.image_mode,
         read_grids(c.image_grids),
         c.frames,
         c.fps,
         vision.grid,
+        c.image_edge,
+        c.image_marks,
     )
+    views.check_marks()
     views.positions()  # raises UserError where connector and encoder do not fit
     return views
 
@@ -1338,13 +1346,13 @@ class LLaVA(nn.Module):
         with storage("vision_tower"):
             self.vision_tower = build_encoder(vision, c.feature_layer, c.feature_select)
 
+        self.views = tiling_of(c)
         width = self.language_model.config.width
         self.connector = build_connector(
             c.connector, vision.width, width, vision.grid, **c.connector_options
         )
-        if c.image_mode == "anyres":
+        if self.views.newline:
             self.connector = MLPWithNewline(self.connector)  # adds the separator of rows of tokens
-        self.views = tiling_of(c)
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -1508,8 +1516,21 @@ class LLaVA(nn.Module):
                 batch = torch.stack([views_of_each[i] for i in same])  # (items, size, n, C)
             outputs = self.connector(self._join_views(batch))  # (items, n, D)
             for i, output in zip(same, outputs, strict=True):
-                features[i] = self._in_order(output, shapes[i])
+                arranged = self.views.arrange(output, shapes[i])
+                features[i] = self._among_marks(arranged, shapes[i])
         return features
+
+    def _among_marks(self, features: Tensor, shape: ItemShape) -> Tensor:
+        """Return an item's features (m, D) among the embeddings of the marks around them.
+
+        The text has IMAGE_TOKEN for marks too, so an item is one stretch of the row everywhere.
+        """
+        if not self.views.marks:
+            return features
+        ids = self.views.placeholder(shape)  # (positions,)
+        image_at = image_positions(ids)
+        x = self.language_model.model.embed(send(ids.clamp(min=0), features.device))
+        return x.index_copy(0, send(image_at, features.device), features.to(x.dtype))
 
     def embed(
         self, input_ids: Tensor, features: Tensor | None, image_at: Tensor | None = None
@@ -1547,18 +1568,6 @@ class LLaVA(nn.Module):
     def _join_views(self, views: Tensor) -> Tensor:
         """Views of items (N, v, n, C) -> what the connector reads."""
         return join_views(self.config.connector, views, self.views.grid)
-
-    def _in_order(self, output: Tensor, shape: ItemShape) -> Tensor:
-        """What the connector makes of an item -> its features (n, D), in the order of the text."""
-        if not isinstance(self.connector, MLPWithNewline):
-            return output
-
-        # In anyres the last one is the separator. Only tiled pictures have rows to separate.
-        tokens = len(output) - 1
-        if not shape.rows:
-            return output[:tokens]
-        order = anyres_order(shape, tokens // shape.views, output.device)
-        return output[order]
 
     def _decode(self, row: PackedRow | Batch, features: list[Tensor]) -> Tensor:
         """Return the hidden states (T, D) of a packed row with these features of its items.

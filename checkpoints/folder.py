@@ -21,7 +21,7 @@ from checkpoints import weights
 from checkpoints.files import write_file
 from checkpoints.names import Table, rename, reverse
 from config import LLaVAConfig, UserError
-from inputs.tiling import TILED
+from inputs.tiling import MODES
 
 # In config.json of every layout: SHA-256 of each adapter that is merged into the weights.
 MERGED = "merged_adapters"
@@ -126,7 +126,7 @@ def folder_readme(model, opened_by: str, videos: bool = True) -> str:
         lines.append(f"- {part}: {source}")
 
     mode = c.image_mode
-    if mode in TILED:
+    if MODES[mode].tiled:
         mode = f"{mode}, grids {c.image_grids}"
     size = f"{model.image_tokens} tokens for an image of one view"
     lines.append(f"- connector: {c.connector}; {size}, image mode {mode}")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from checkpoints import barellava, hf_llava, tinyllava, tinyllava_bench, weights
+from checkpoints import barellava, hf_llava, smolvlm, tinyllava, tinyllava_bench, weights
 from checkpoints.fields import Fields
 from checkpoints.files import read_json, resolve
 from checkpoints.folder import MERGED, Renamed
@@ -30,6 +30,7 @@ from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
 from inputs.image_processor import preprocessor_place, read_preprocessor
+from inputs.tiling import MODES
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,18 @@ LAYOUTS: dict[str, Layout] = {
         export_name="hf-llava",
     ),
     "llava_next": Layout(hf_llava.read_next, hf_llava.TABLE),
+    "smolvlm": Layout(
+        smolvlm.read,
+        smolvlm.TABLE,
+        write=smolvlm.write,
+        export_name="smolvlm",
+    ),
+    "idefics3": Layout(
+        smolvlm.read,
+        smolvlm.TABLE,
+        write=smolvlm.write_idefics3,
+        export_name="idefics3",
+    ),
 }
 
 
@@ -121,6 +134,9 @@ def read_config(folder: Path) -> LLaVAConfig:
     if config.connector not in CONNECTORS:
         what = f"{config.connector!r} is no connector known here"
         raise UserError(f"{where}:connector", what, f"one of {', '.join(CONNECTORS)}")
+    if config.image_mode not in MODES:
+        what = f"image mode {config.image_mode!r} is not known here"
+        raise UserError(where, what, f"one of {', '.join(MODES)}")
 
     places = {
         "text": f"{where}:text_config",
@@ -176,6 +192,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         connector_options=c.connector_options,
         feature_layer=c.feature_layer,
         feature_select=c.feature_select,
+        feature_norm=c.feature_norm,
         image_mode=c.image_mode,
         template=template,
         sources={"llm": c.llm, "vision": c.vision, "vision2": c.vision2},

@@ -23,7 +23,7 @@ from checkpoints.folder import Renamed, folder_readme, merged_field, named_tenso
 from config import LLaVAConfig, UserError
 from connectors import CONNECTORS
 from inputs.image_processor import read_preprocessor
-from inputs.tiling import TILED
+from inputs.tiling import MODES
 from packing import IMAGE_TOKEN
 
 OPENED_BY = (
@@ -231,7 +231,7 @@ def check_expressible(c: LLaVAConfig, encoder: str | None):
     elif unknown_options:
         where = "config.json:connector_options"
         what = f"{unknown_options[0]} of a {c.connector}"
-    elif c.image_mode in TILED:
+    elif MODES[c.image_mode].tiled:
         where, what = "config.json:image_mode", c.image_mode
     elif c.image_scale != 1:
         where, what = "config.json", "image features scaled otherwise"

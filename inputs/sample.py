@@ -31,7 +31,7 @@ from inputs.forms import Row, form_fix
 from inputs.media import Media, missing_fix
 from inputs.pictures import image_size, load_image
 from inputs.rows import Rows
-from inputs.tiling import TILED, Tiling
+from inputs.tiling import Tiling
 from inputs.tokenizer import Tokenizer
 from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, expand_images
 
@@ -173,9 +173,11 @@ def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemSha
     Raise as `load_item` does, for a file that has to be read.
     """
     if kind == "image":
-        if tiling.mode in TILED:
+        if tiling.tiled:
             return tiling.shape(image_size(source))
         return ItemShape()
+
+    tiling.check_video()
 
     # Without fps every video has the same number of frames, so none is opened.
     if tiling.fps:

@@ -2,13 +2,13 @@
 
     views = model.views                 # a Tiling: all that the data path needs of a model
     item = views.picture(pil_image)     # one view; tiled, the whole picture and then its tiles
-    item = views.clip(frames)           # the frames of a video, a view each
+    item = views.clip(frames)           # the frames of a video, a view each; not in mode split
     views.positions(item.shape)         # how many tokens the item takes in the text
 
 A still picture is the case with one view: nothing behind this file knows which kind an item is. The
 encoder sees the views of a whole batch in one call, the connector those of an item together.
 
-The image modes:
+The image modes, each a class below and an entry of MODES:
 
     square     the picture resized to one view (CLIP: its centre)
     pad        made square with the mean colour first (LLaVA-1.5)
@@ -16,9 +16,13 @@ The image modes:
     anyres     LLaVA-NeXT's (Liu et al., 2024): resized into the best of `grids` in its own
                proportions, with black borders. The borders' tokens are taken out again, and a
                learnt separator ends each row of tokens (connectors.py)
+    split      SmolVLM's and Idefics3's (Laurencon et al., 2024): the longest edge resized to
+               `edge`, then both edges to whole views. Between the tiles stand tokens of text that
+               say their row and column; the whole picture comes last
 
-For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, its rounding
-included: a model that was trained with them would misread a picture that is one row shorter.
+For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, for split those of
+its Idefics3ImageProcessorPil, their rounding included: a model that was trained with them would
+misread a picture that is one row shorter.
 
 n tokens of a view, v views of an item, S x S pixels of a view.
 """
@@ -27,18 +31,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil, isqrt
+from typing import ClassVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from config import UserError
-from connectors import connector_tokens
+from connectors import anyres_order, connector_tokens
 from inputs.image_processor import ImageProcessor
-from packing import ONE_VIEW, Item, ItemShape
-
-TILED = ("tiles", "anyres")
+from packing import IMAGE_TOKEN, ONE_VIEW, Item, ItemShape
 
 # So many pixels may be made of one picture or video, and of all of a row together. They take 1.6 GB
 # and ten seconds. A file of a few kB could else take all the memory there is.
@@ -69,7 +73,16 @@ def read_grids(text: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a model sees pictures and videos. Small and picklable: data workers need no weights."""
+    """How a model sees pictures and videos. Small and picklable: data workers need no weights.
+
+    This is image mode square, in which a picture is one view. The other modes are its subclasses.
+    """
+
+    # The name of the mode, whether it cuts pictures into tiles, and whether a learnt separator
+    # stands behind what the connector makes of an item (connectors.MLPWithNewline).
+    mode: ClassVar[str] = "square"
+    tiled: ClassVar[bool] = False
+    newline: ClassVar[bool] = False
 
     # How many tokens a view becomes.
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
@@ -78,8 +91,7 @@ class Tiling:
 
     # What becomes of a picture.
     processor: ImageProcessor | None = None  # None: only numbers of tokens are asked for
-    mode: str = "square"
-    grids: tuple[tuple[int, int], ...] = ()  # (rows, columns) to choose from, for TILED modes
+    grids: tuple[tuple[int, int], ...] = ()  # (rows, columns) to choose from, for tiled modes
 
     # What is taken of a video.
     frames: int = 16  # at most so many where fps is set, else always so many, evenly spread
@@ -88,32 +100,44 @@ class Tiling:
     # Rows and columns of a view's patches, for connectors that know them; None in a mixture.
     grid: tuple[int, int] | None = None
 
-    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
-        """Return how many tokens an item takes in the text."""
-        if not shape.rows:
-            return connector_tokens(
-                self.connector, self.tokens, shape.views, self.grid, **self.options
-            )
+    # For image mode split: pixels of the longest edge, and {string: its ids} of the marks.
+    edge: int = 0
+    marks: dict = field(default_factory=dict)
 
-        # anyres: the whole picture, then its tiles as one large picture of tokens, without its
-        # borders and with a separator behind each row.
-        side = isqrt(self.tokens)  # of a view, in tokens
-        height = shape.rows * side - 2 * shape.top
-        width = shape.columns * side - 2 * shape.left
-        return self.tokens + height * (width + 1)
+    def check_marks(self):
+        """Raise UserError where a mark that the mode writes into the text has no ids."""
 
     def shape(self, size: tuple[int, int]) -> ItemShape:
         """Return the shape of the item that a picture of this width and height becomes."""
-        if self.mode not in TILED:
-            return ONE_VIEW
+        return ONE_VIEW
 
-        rows, columns = self.best_grid(size)
-        views = 1 + rows * columns
-        if self.mode == "tiles":
-            return ItemShape(views)
+    def largest(self) -> list[ItemShape]:
+        """Return shapes of pictures of which one takes the most tokens."""
+        return [ONE_VIEW]
 
-        top, left = self._border(size, rows, columns)
-        return ItemShape(views, rows, columns, top, left)
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        """Return how many tokens an item takes in the text."""
+        return connector_tokens(self.connector, self.tokens, shape.views, self.grid, **self.options)
+
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
+        """Return an item's text (positions,): ids of marks, and IMAGE_TOKEN for each feature."""
+        return torch.full((self.positions(shape),), IMAGE_TOKEN)
+
+    def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
+        """Return an item's features (m, D) in the order of the text; m is positions(shape).
+
+        output (n, D) is what the connector made of the item's views; where the mode has a newline,
+        that is the last one.
+        """
+        return output
+
+    def pixels_of_frame(self, size: tuple[int, int]) -> int:
+        """Return how many pixels `frame` makes of a picture of this width and height, at most."""
+        return self.processor.pixels_made(size)
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        """Return how many pixels `picture` makes of one of this width and height, at most."""
+        return self.pixels_of_frame(size)
 
     def check_size(self, size: tuple[int, int]):
         """Raise ValueError if too much would be made of a picture of this width and height.
@@ -121,14 +145,11 @@ class Tiling:
         It is asked before anything is decoded: what comes in may be small.
         """
         # Without a published processor, nothing is known and nothing large is made.
-        if not isinstance(self.processor, ImageProcessor):
-            return
-        if self.mode in TILED:
-            # The resized picture, its tiles, and these once more in one tensor.
-            rows, columns = self.best_grid(size)
-            made = 3 * (1 + rows * columns) * self.processor.side**2
-        else:
-            made = self.processor.pixels_made(size, self.mode)
+        if isinstance(self.processor, ImageProcessor):
+            self._check_made(size, self.pixels_made(size))
+
+    def _check_made(self, size: tuple[int, int], made: int):
+        """Raise ValueError if so many pixels of a picture of this width and height are too many."""
         if made > MOST_PIXELS:
             width, height = size
             what = f"{width} x {height} pixels, of which {self.mode!r} makes {made}"
@@ -145,44 +166,85 @@ class Tiling:
     def picture(self, image: Image.Image) -> Item:
         """Return the item of a picture in RGB, in uint8. Raise ValueError if it is too large."""
         self.check_size(image.size)
-        if self.mode not in TILED:
-            pixels = self.processor.pixels(image, self.mode)
-            return Item(pixels[None])
+        return Item(self.frame(image))
 
-        side = self.processor.side
-        resample = self.processor.resample
-        rows, columns = self.best_grid(image.size)
-        if self.mode == "tiles":
-            large = image.resize((columns * side, rows * side), resample)
-        else:
-            large = self._resize_into(image, columns * side, rows * side)
+    def check_video(self):
+        """Raise ValueError if the mode has no videos."""
 
-        # The whole picture as the first view, then the tiles row by row.
-        whole = image.resize((side, side), resample)
-        views = [self.processor.tensor(whole)]
-        for row in range(rows):
-            for column in range(columns):
-                left = column * side
-                top = row * side
-                tile = large.crop((left, top, left + side, top + side))
-                views.append(self.processor.tensor(tile))
-        pixels = torch.stack(views)  # (v, 3, S, S)
-        return Item(pixels, self.shape(image.size))
+    def frame(self, image: Image.Image) -> Tensor:
+        """Return a picture in RGB as one view (1, 3, S, S), in uint8."""
+        return self.processor.pixels(image, "square")[None]
 
     def clip(self, frames: Iterable[Image.Image]) -> Item:
         """Return the item of a video's frames, in uint8. A tiled model sees each frame whole.
 
-        Raise ValueError if they are too many or too large.
+        Raise ValueError if they are too many or too large, or the mode has no videos.
         """
-        whole = self
-        if self.mode in TILED:
-            whole = replace(self, mode="square")
-
+        self.check_video()
         views = []
         for frame in frames:
-            views.append(whole.picture(frame).pixels)
+            if isinstance(self.processor, ImageProcessor):
+                self._check_made(frame.size, self.pixels_of_frame(frame.size))
+            views.append(self.frame(frame))
             self.check_views(len(views))
         return Item(torch.cat(views), ItemShape(len(views)))
+
+    def cut(self, large: Image.Image) -> Tensor:
+        """Return a picture of whole views cut into them, row by row, (views, 3, S, S) uint8."""
+        side = self.processor.side
+        tiles = []
+        for top in range(0, large.height, side):
+            for left in range(0, large.width, side):
+                tile = large.crop((left, top, left + side, top + side))
+                tiles.append(self.processor.tensor(tile))
+        return torch.stack(tiles)
+
+
+class PaddedTiling(Tiling):
+    """Image mode pad: a picture is made square with the mean colour (LLaVA-1.5)."""
+
+    mode = "pad"
+
+    def pixels_of_frame(self, size: tuple[int, int]) -> int:
+        return self.processor.pixels_made(size, "pad")
+
+    def frame(self, image: Image.Image) -> Tensor:
+        return self.processor.pixels(image, "pad")[None]
+
+
+class TilesTiling(Tiling):
+    """Image mode tiles: the whole picture, then the picture stretched to a grid of tiles."""
+
+    mode = "tiles"
+    tiled = True
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        rows, columns = self.best_grid(size)
+        return ItemShape(1 + rows * columns)
+
+    def largest(self) -> list[ItemShape]:
+        return [ONE_VIEW, *(ItemShape(1 + rows * columns) for rows, columns in self.grids)]
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        # The resized picture, its tiles, and these once more in one tensor.
+        rows, columns = self.best_grid(size)
+        return 3 * (1 + rows * columns) * self.processor.side**2
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        side = self.processor.side
+        rows, columns = self.best_grid(image.size)
+        large = self.resize(image, columns * side, rows * side)
+
+        # The whole picture as the first view, then the tiles.
+        whole = image.resize((side, side), self.processor.resample)
+        pixels = self.processor.tensor(whole)[None]
+        views = torch.cat([pixels, self.cut(large)])  # (v, 3, S, S)
+        return Item(views, self.shape(image.size))
+
+    def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Return the picture that is cut into tiles, of width x height pixels."""
+        return image.resize((width, height), self.processor.resample)
 
     def best_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the grid, as (rows, columns), for a picture of this width and height.
@@ -210,6 +272,42 @@ class Tiling:
                 best_score = score
         return best
 
+
+class AnyresTiling(TilesTiling):
+    """Image mode anyres: LLaVA-NeXT's, the tiles as one large picture without its borders."""
+
+    mode = "anyres"
+    newline = True
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        rows, columns = self.best_grid(size)
+        top, left = self._border(size, rows, columns)
+        return ItemShape(1 + rows * columns, rows, columns, top, left)
+
+    def largest(self) -> list[ItemShape]:
+        shapes = [ONE_VIEW]
+        for rows, columns in self.grids:
+            shapes.append(ItemShape(1 + rows * columns, rows, columns))
+        return shapes
+
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        if not shape.rows:
+            return super().positions(shape)
+
+        # The whole picture, then its tiles as one large picture of tokens, without its borders and
+        # with a separator behind each row.
+        side = isqrt(self.tokens)  # of a view, in tokens
+        height = shape.rows * side - 2 * shape.top
+        width = shape.columns * side - 2 * shape.left
+        return self.tokens + height * (width + 1)
+
+    def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
+        # Only tiled pictures have rows to separate.
+        tokens = len(output) - 1
+        if not shape.rows:
+            return output[:tokens]
+        return output[anyres_order(shape, tokens // shape.views, output.device)]
+
     def _border(self, size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
         """Return the rows of tokens above and below, and columns left and right, that see black.
 
@@ -229,7 +327,7 @@ class Tiling:
         filled = int(round(width * (grid_height / height), 7))
         return 0, (grid_width - filled) // 2
 
-    def _resize_into(self, image: Image.Image, width: int, height: int) -> Image.Image:
+    def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Return the picture as large as fits, in the middle of width x height black pixels.
 
         The shorter side is rounded up, as in transformers' get_patch_output_size.
@@ -249,3 +347,167 @@ class Tiling:
         canvas = Image.new("RGB", (width, height))
         canvas.paste(resized, (left, top))
         return canvas
+
+
+# The strings around pictures of SmolVLM and Idefics3, and the most pixels and tiles along an edge.
+# Their published models have 4 and 5 tiles.
+FAKE = "<fake_token_around_image>"
+GLOBAL = "<global-img>"
+MOST_EDGE = 4096
+MOST_TILES = 16
+
+
+def tile_mark(row: int, column: int) -> str:
+    """Return the string that stands before a tile; both count from 0."""
+    return f"<row_{row + 1}_col_{column + 1}>"
+
+
+def most_tiles(edge: int, side: int) -> int:
+    """Return how many tiles of `side` pixels a longest edge becomes.
+
+    An odd edge may grow by a pixel.
+    """
+    return ceil((edge + edge % 2) / side)
+
+
+def mark_names(edge: int, side: int) -> list[str]:
+    """Return all strings that can stand around the views of pictures with this longest edge.
+
+    Raise UserError for more tiles along an edge than any model has.
+    """
+    most = most_tiles(edge, side)
+    if most > MOST_TILES:
+        what = f"split of {edge} pixels into views of {side}, which is more than {MOST_TILES} a row"
+        raise UserError("model.image_mode", what, "give the image processor of this model")
+
+    names = [FAKE, GLOBAL, "\n", "\n\n"]
+    for row in range(most):
+        for column in range(most):
+            names.append(tile_mark(row, column))
+    return names
+
+
+class SplitTiling(Tiling):
+    """Image mode split: SmolVLM's and Idefics3's tiles, with marks, and the whole picture last.
+
+    The text of a picture of r x c tiles, where ... are the tokens of a view:
+
+        FAKE <row_1_col_1> ... FAKE <row_1_col_2> ... \\n
+        FAKE <row_2_col_1> ... FAKE <row_2_col_2> ... \\n\\n
+        FAKE GLOBAL ... FAKE
+
+    One that is a single view has the last line alone.
+    """
+
+    mode = "split"
+    tiled = True
+
+    def check_marks(self):
+        fix = "start from a SmolVLM or Idefics3 as model.checkpoint"
+        if self.edge < 1:
+            raise UserError("model.image_mode", "split, without image_edge", fix)
+        for name in mark_names(self.edge, self.processor.side):
+            if not self.marks.get(name):
+                raise UserError("model.image_mode", f"split, without ids of {name!r}", fix)
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        width, height = self._whole_views(self._first_size(size))
+        rows = height // self.processor.side
+        columns = width // self.processor.side
+        if rows * columns == 1:
+            return ONE_VIEW
+        return ItemShape(rows * columns + 1, rows, columns)
+
+    def largest(self) -> list[ItemShape]:
+        # The longest edge is as long as it can be, the other one anything.
+        shapes = [ONE_VIEW]
+        most = most_tiles(self.edge, self.processor.side)
+        if most > 1:
+            for tiles in range(1, most + 1):
+                shapes.append(ItemShape(tiles * most + 1, tiles, most))
+                shapes.append(ItemShape(tiles * most + 1, most, tiles))
+        return shapes
+
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        return len(self._ids(shape))
+
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
+        return torch.tensor(self._ids(shape), device="cpu")
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        # Both resized pictures, the tiles, and these once more in one tensor.
+        width, height = self._first_size(size)
+        return width * height + 3 * self.shape(size).views * self.processor.side**2
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        side = self.processor.side
+        resample = self.processor.resample
+        resized = image.resize(self._first_size(image.size), resample)
+        large = resized.resize(self._whole_views(resized.size), resample)
+
+        # The tiles, if there is more than one, then the whole picture.
+        shape = self.shape(image.size)
+        whole = large.resize((side, side), resample)
+        views = self.processor.tensor(whole)[None]
+        if shape.rows:
+            views = torch.cat([self.cut(large), views])
+        return Item(views, shape)  # (v, 3, S, S)
+
+    def check_video(self):
+        what = "image mode split has no videos: the times that SmolVLM2 writes around their frames"
+        raise ValueError(f"{what} are not written here")
+
+    def _ids(self, shape: ItemShape) -> list[int]:
+        """Return the ids of `placeholder`."""
+        view = connector_tokens(self.connector, self.tokens, 1, self.grid, **self.options)
+        features = view * [IMAGE_TOKEN]
+
+        ids = []
+        for row in range(shape.rows):
+            for column in range(shape.columns):
+                ids += [*self.marks[FAKE], *self.marks[tile_mark(row, column)], *features]
+
+            # The last row's line break and the one before the whole picture are one text.
+            if row + 1 < shape.rows:
+                ids += self.marks["\n"]
+            else:
+                ids += self.marks["\n\n"]
+        return [*ids, *self.marks[FAKE], *self.marks[GLOBAL], *features, *self.marks[FAKE]]
+
+    def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return width and height with the longest edge of `edge` pixels, the other one even."""
+        width, height = size
+        aspect = width / height
+        if width >= height:
+            width = self.edge
+            height = int(width / aspect)
+            height += height % 2
+        else:
+            height = self.edge
+            width = int(height * aspect)
+            width += width % 2
+        return max(width, 1), max(height, 1)
+
+    def _whole_views(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return width and height of as many whole views as a resized picture takes."""
+        side = self.processor.side
+        width, height = size
+        aspect = width / height
+        if width >= height:
+            width = ceil(width / side) * side
+            height = ceil(int(width / aspect) / side) * side
+        else:
+            height = ceil(height / side) * side
+            width = ceil(int(height * aspect) / side) * side
+        return width, height
+
+
+# Keyed by the mode's name in a recipe and in config.json.
+MODES: dict[str, type[Tiling]] = {
+    "square": Tiling,
+    "pad": PaddedTiling,
+    "tiles": TilesTiling,
+    "anyres": AnyresTiling,
+    "split": SplitTiling,
+}

@@ -2,16 +2,13 @@
 
 import pytest
 
-from tests.tools.fuzz import fuzz, table
-from tests.tools.fuzz.checkpoints import case
+from tests.tools.fuzz import check
 
 
 def test_a_few_wrong_checkpoints():
-    result = fuzz(case, count=20, seed=0)
-    assert not result.violations, table(result) + "\n".join(result.violations)
+    check("checkpoints", "--count", 20)
 
 
 @pytest.mark.full
 def test_many_wrong_checkpoints():
-    result = fuzz(case, count=600, seed=10_000)
-    assert not result.violations, table(result) + "\n".join(result.violations)
+    check("checkpoints", "--count", 600, "--seed", 10_000)

@@ -2,10 +2,9 @@
 
 import pytest
 
-from tests.tools.fuzz import fuzz
-from tests.tools.fuzz.evaluation import case
+from tests.tools.fuzz import check
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.full)])
 def test_wrong_inputs_of_an_evaluation(count):
-    assert fuzz(case, count, seed=7).violations == []
+    check("evaluation", "--count", count, "--seed", 7)

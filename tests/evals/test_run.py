@@ -19,6 +19,7 @@ from evals import published, row_files
 from evals.published import nearest
 from inputs.pictures import load_image
 from inputs.templates import encode_prompt
+from inputs.tiling import MODES
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import ItemShape
@@ -473,7 +474,7 @@ def test_the_longest_prompt_counts_pictures_and_clips(model):
     assert evaluate.longest_prompt(llava, tokenizer, [pair]) == bare + 2 * views.tokens
     clip = {"prompt": "What?", "image": None, "video": "a"}
     assert evaluate.longest_prompt(llava, tokenizer, [clip]) == bare + 16 * views.tokens
-    llava.views = dataclasses.replace(views, mode="tiles", grids=((1, 2), (2, 2)))
+    llava.views = MODES["tiles"](**(vars(views) | {"grids": ((1, 2), (2, 2))}))
     assert evaluate.longest_prompt(llava, tokenizer, [pair]) == bare + 10 * views.tokens
 
 

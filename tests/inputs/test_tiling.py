@@ -23,7 +23,7 @@ from inputs.pictures import image_size, load_image
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec, load_item, load_items, make_sample
 from inputs.templates import byte_tokenizer
-from inputs.tiling import Tiling, read_grids
+from inputs.tiling import MODES, Tiling, read_grids
 from model import LLaVA, init_weights
 from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
 from tests.tools.environment import shared
@@ -511,7 +511,7 @@ def test_padding_in_strips_gives_the_pixels_of_the_padded_square(monkeypatch, st
 def test_what_is_made_of_a_picture_is_bounded_before_it_is_decoded(monkeypatch, mode, crop):
     """The estimate is at least what is made, and beyond the limit nothing is."""
     processor = ImageProcessor(24, crop=crop)
-    tiling = Tiling(9, processor=processor, mode=mode, grids=((1, 2), (3, 1)))
+    tiling = MODES[mode](9, processor=processor, grids=((1, 2), (3, 1)))
     image = Image.new("RGB", (90, 41))
     made = []
     new, resize = Image.new, Image.Image.resize
@@ -533,7 +533,7 @@ def test_what_is_made_of_a_picture_is_bounded_before_it_is_decoded(monkeypatch, 
 def test_a_wide_picture_of_three_kilobytes_is_padded_in_little_memory(tmp_path):
     """The square around it would take 36 GB."""
     Image.new("1", (110_000, 222)).save(tmp_path / "thin.png")
-    tiling = Tiling(9, processor=ImageProcessor(24), mode="pad")
+    tiling = MODES["pad"](9, processor=ImageProcessor(24))
 
     def load():
         item = load_item(tmp_path / "thin.png", "image", tiling)
@@ -548,9 +548,9 @@ def test_the_largest_pictures_that_are_taken_today_fit_the_limit():
     clip.check_size((89_000, 178))
     clip.check_size((178, 89_000))
     grids = ((2, 2), (1, 2), (2, 1), (1, 3), (3, 1))
-    Tiling(9, processor=ImageProcessor(384), mode="anyres", grids=grids).check_size((9000, 9000))
+    MODES["anyres"](9, processor=ImageProcessor(384), grids=grids).check_size((9000, 9000))
     clip.check_views(512)
-    padding = Tiling(9, processor=ImageProcessor(384), mode="pad")
+    padding = MODES["pad"](9, processor=ImageProcessor(384))
     padding.check_size((89_000, 178))
     with pytest.raises(ValueError, match="'pad' makes 7955323456, more than 536870912"):
         padding.check_size((178, 89_000))

@@ -17,7 +17,7 @@ from inputs.image_processor import ImageProcessor
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
-from inputs.tiling import Tiling
+from inputs.tiling import MODES, Tiling
 from packing import IGNORE, pack_samples
 from tests.tools.environment import run, shared
 from tests.tools.sample_rows import BAD, MeanColour, mean_colour_spec, row, write
@@ -260,7 +260,7 @@ def test_check_refuses_what_training_refuses(folder, spec, capsys, monkeypatch, 
     rows += [row("good"), row("tall", image="tall.png"), row("text", "Hi", image=None)]
     rows += [{"id": "m", "messages": []}, row("r", "a") | {"images": ["b.png"]}]
     rows = write(folder, rows)
-    views = Tiling(9, processor=ImageProcessor(8), mode=mode, grids=((1, 2), (2, 1)))
+    views = MODES[mode](9, processor=ImageProcessor(8), grids=((1, 2), (2, 1)))
     small = dataclasses.replace(spec, views=views)
     for most in (2**29, 8 * 8 * 2):
         monkeypatch.setattr(tiling, "MOST_PIXELS", most)

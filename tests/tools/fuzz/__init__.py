@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import faulthandler
+import gc
 import json
 import os
 import random
@@ -31,11 +33,12 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from config import UserError
+from tests.tools import environment
 
 SECONDS = 20
 MEMORY = 2 * 2**30  # bytes that a case may take beyond what this process has already
@@ -208,10 +211,11 @@ class Outcome(NamedTuple):
 def run_case(run: Callable[[], object], seconds: float = SECONDS, memory: int = MEMORY) -> Outcome:
     """Run a function in a fork of this process with limits, and return how it ended."""
     reader, writer = os.pipe()
+    trace = tempfile.TemporaryFile()  # where a child that gets a signal writes what it was doing
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _be_the_child(run, writer, memory)
+        _be_the_child(run, writer, trace, memory)
     os.close(writer)
 
     # The pipe ends when the child has written its outcome, or has died.
@@ -236,14 +240,21 @@ def run_case(run: Callable[[], object], seconds: float = SECONDS, memory: int = 
     _, status = os.waitpid(child, 0)
     if timed_out:
         return Outcome("hang", f"no end within {seconds} s")
-    if not received:
-        return Outcome("died", f"status {status}")
-    return Outcome(*json.loads(received))
+    if received:
+        return Outcome(*json.loads(received))
+    trace.seek(0)
+    return Outcome("died", f"status {status}\n{trace.read().decode(errors='replace')}")
 
 
-def _be_the_child(run: Callable[[], object], writer: int, memory: int):
+def _be_the_child(run: Callable[[], object], writer: int, trace: IO[bytes], memory: int):
     """Run the function, write the outcome to the pipe and end this process."""
     os.setsid()
+    faulthandler.enable(trace)
+
+    # What the parent has left as garbage may own threads, which a fork does not have. To collect it
+    # here would wait for them, or crash.
+    gc.freeze()
+
     devnull = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(devnull, stream)
@@ -316,6 +327,16 @@ def fuzz(
     return Result(counts, violations)
 
 
+def check(module: str, *arguments: object):
+    """Run a fuzzer, as its command does, in a Python of its own, and assert that it finds nothing.
+
+    The process of a test may have threads and memory of any test before it, and a fork of it is no
+    place to judge a program by.
+    """
+    ran = environment.run("-m", f"tests.tools.fuzz.{module}", *map(str, arguments))
+    print(ran.stdout)
+
+
 def table(result: Result) -> str:
     """Return the table of a result, a line for each kind of input, and the sums."""
     lines = [f"{'input':32} {'cases':>6} {'accepted':>9} {'refused':>8} {'violations':>11}"]
@@ -333,12 +354,24 @@ def _line(kind: str, counts: Counter) -> str:
     return f"{kind:32} {cases:6} {counts['accepted']:9} {counts['refused']:8} {wrong:11}"
 
 
-def main(case: Callable[[random.Random, Path], Case], doc: str, **limits):
-    """Be the command line of a fuzzer: run it, print table and violations, exit 1 if any."""
+def main(
+    case: Callable[[random.Random, Path], Case],
+    doc: str,
+    kinds: Mapping[str, Callable[[random.Random, Path], Case]] | None = None,
+    **limits,
+):
+    """Be the command line of a fuzzer: run it, print table and violations, exit 1 if any.
+
+    kinds: what --kind may ask for in place of `case`.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    if kinds:
+        parser.add_argument("--kind", choices=sorted(kinds), help="cases of this kind alone")
     args = parser.parse_args()
+    if kinds and args.kind:
+        case = kinds[args.kind]
 
     result = fuzz(case, args.count, args.seed, show=True, **limits)
     print()

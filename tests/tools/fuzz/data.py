@@ -31,7 +31,7 @@ from inputs.rows import open_rows
 from inputs.sample import SampleSpec, make_sample
 from inputs.shards import shard
 from inputs.templates import byte_tokenizer
-from inputs.tiling import Tiling
+from inputs.tiling import MODES
 from packing import IMAGE_TOKEN
 from tests.tools.fuzz import ODD, Case, Violation, main, mutate, mutate_bytes, odd_json
 from tests.tools.sample_rows import row
@@ -73,7 +73,7 @@ def spec(mode: str, crop: bool) -> SampleSpec:
     """Return a small spec of an image mode, with the processor of CLIP or of SigLIP."""
     processor = ImageProcessor(24, crop=24 if crop else 0)
     grids = ((1, 2), (2, 1), (2, 2)) if mode in ("tiles", "anyres") else ()
-    views = Tiling(9, processor=processor, mode=mode, grids=grids, frames=3)
+    views = MODES[mode](9, processor=processor, grids=grids, frames=3)
     return SampleSpec(byte_tokenizer(), "plain", 4096, views)
 
 
@@ -498,4 +498,5 @@ def case(rng: random.Random, folder: Path) -> Case:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(case, __doc__)
+    containers = {kind: partial(case_of_container, kind=kind) for kind in CONTAINERS}
+    main(case, __doc__, containers)
