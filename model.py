@@ -73,6 +73,7 @@ from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
 from packing import (
     IGNORE,
+    IMAGE_TOKEN,
     Attend,
     Batch,
     Item,
@@ -1542,10 +1543,13 @@ class LLaVA(nn.Module):
         """
         if not self.views.marks:
             return features
-        ids = self.views.placeholder(shape)  # (positions,)
-        image_at = image_positions(ids)
-        x = self.language_model.model.embed(send(ids.clamp(min=0), features.device))
-        return x.index_copy(0, send(image_at, features.device), features.to(x.dtype))
+        # All of it is known from the shape, also where tensors have no values (training/memory.py).
+        text = self.views.placeholder(shape)
+        image_at = [i for i, token in enumerate(text) if token == IMAGE_TOKEN]
+        ids = torch.tensor([max(token, 0) for token in text], device="cpu")  # (positions,)
+        x = self.language_model.model.embed(send(ids, features.device))
+        places = send(torch.tensor(image_at, device="cpu"), features.device)
+        return x.index_copy(0, places, features.to(x.dtype))
 
     def embed(
         self, input_ids: Tensor, features: Tensor | None, image_at: Tensor | None = None

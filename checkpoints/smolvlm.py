@@ -31,6 +31,7 @@ from inputs import templates
 from inputs.image_processor import preprocessor_place, read_preprocessor
 from inputs.tiling import FAKE, MOST_EDGE, mark_names
 from inputs.tokenizer import Tokenizer, load_tokenizer
+from packing import IMAGE_TOKEN
 
 OPENED_BY = "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`"
 
@@ -291,10 +292,10 @@ def contents(model, tokenizer, kind: str, tensors: dict) -> dict[str, dict | str
         **merged_field(c),
     }
     files["preprocessor_config.json"] = images
-    view = model.views.placeholder().lt(0).sum()
+    view = model.views.placeholder().count(IMAGE_TOKEN)
     files["processor_config.json"] = {
         "processor_class": f"{kind}Processor",
-        "image_seq_len": int(view),
+        "image_seq_len": view,
     }
     template = templates.choose_template(c.template, tokenizer)
     files["chat_template.jinja"] = chat_template(template, tokenizer)

@@ -119,9 +119,9 @@ class Tiling:
         """Return how many tokens an item takes in the text."""
         return connector_tokens(self.connector, self.tokens, shape.views, self.grid, **self.options)
 
-    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
-        """Return an item's text (positions,): ids of marks, and IMAGE_TOKEN for each feature."""
-        return torch.full((self.positions(shape),), IMAGE_TOKEN)
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        """Return an item's text: ids of marks, and IMAGE_TOKEN for each feature."""
+        return self.positions(shape) * [IMAGE_TOKEN]
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
         """Return an item's features (m, D) in the order of the text; m is positions(shape).
@@ -434,10 +434,23 @@ class SplitTiling(Tiling):
         return shapes
 
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
-        return len(self._ids(shape))
+        return len(self.placeholder(shape))
 
-    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
-        return torch.tensor(self._ids(shape), device="cpu")
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        view = connector_tokens(self.connector, self.tokens, 1, self.grid, **self.options)
+        features = view * [IMAGE_TOKEN]
+
+        ids = []
+        for row in range(shape.rows):
+            for column in range(shape.columns):
+                ids += [*self.marks[FAKE], *self.marks[tile_mark(row, column)], *features]
+
+            # The last row's line break and the one before the whole picture are one text.
+            if row + 1 < shape.rows:
+                ids += self.marks["\n"]
+            else:
+                ids += self.marks["\n\n"]
+        return [*ids, *self.marks[FAKE], *self.marks[GLOBAL], *features, *self.marks[FAKE]]
 
     def pixels_made(self, size: tuple[int, int]) -> int:
         # Both resized pictures, the tiles, and these once more in one tensor.
@@ -462,23 +475,6 @@ class SplitTiling(Tiling):
     def check_video(self):
         what = "image mode split has no videos: the times that SmolVLM2 writes around their frames"
         raise ValueError(f"{what} are not written here")
-
-    def _ids(self, shape: ItemShape) -> list[int]:
-        """Return the ids of `placeholder`."""
-        view = connector_tokens(self.connector, self.tokens, 1, self.grid, **self.options)
-        features = view * [IMAGE_TOKEN]
-
-        ids = []
-        for row in range(shape.rows):
-            for column in range(shape.columns):
-                ids += [*self.marks[FAKE], *self.marks[tile_mark(row, column)], *features]
-
-            # The last row's line break and the one before the whole picture are one text.
-            if row + 1 < shape.rows:
-                ids += self.marks["\n"]
-            else:
-                ids += self.marks["\n\n"]
-        return [*ids, *self.marks[FAKE], *self.marks[GLOBAL], *features, *self.marks[FAKE]]
 
     def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height with the longest edge of `edge` pixels, the other one even."""

@@ -391,6 +391,9 @@ class Plan:
         model = self.build(self.recipe)
         sizes = [f"{name} {_count(part):,}" for name, part in model.named_children()]
         tokens = f"{model.image_tokens} tokens per image"
+        most = max(model.views.positions(shape) for shape in model.views.largest())
+        if most > model.image_tokens:
+            tokens += f" of one view, up to {most} of several"
         print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
 
         if self.room is None:

@@ -164,7 +164,7 @@ def expanded(ids, views, items) -> list[int]:
     row = []
     for i in ids:
         if i == IMAGE_TOKEN:
-            row += views.placeholder(next(left).shape).tolist()
+            row += views.placeholder(next(left).shape)
         else:
             row.append(int(i))
     return row
@@ -489,11 +489,17 @@ def test_a_model_made_here_of_parts_answers_alike_as_smolvlm(tmp_path, edge):
         steps = 4
         tune = {{ llm = "full", vision = "full", connector = "full" }}
     """)
+    plan = run("train.py", tmp_path / "recipe.toml", "--dry-run")
     run("train.py", tmp_path / "recipe.toml")
     model = LLaVA.from_pretrained(tmp_path / "out").eval()
     tok = load_tokenizer(tmp_path / "out")
     embeddings = model.language_model.model.embed_tokens.weight
     marks = {ids[0] for ids in model.config.image_marks.values()}
+    longest = max(model.views.positions(shape) for shape in model.views.largest())
+    said = "; 7 tokens per image"
+    if edge:
+        said += f" of one view, up to {longest} of several"
+    assert said + "\n" in plan.stdout
     assert len(embeddings) == tok.vocab_size == 1 + max(*marks, tok.token_id("<image>"))
 
     run("export.py", "--model", tmp_path / "out", "--to", "smolvlm", tmp_path / "hf")
