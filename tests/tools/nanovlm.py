@@ -4,7 +4,7 @@
     python tests/tools/nanovlm.py golden        # writes tests/golden/nanovlm anew
 
     python tests/tools/nanovlm.py make CONFIG.json DIR     # a folder of random weights
-    python tests/tools/nanovlm.py answer DIR               # DIR/cases.json -> DIR/answers.safetensors
+    python tests/tools/nanovlm.py answer DIR    # DIR/cases.json -> DIR/answers.safetensors
 
 nanoVLM runs with transformers 4 (.venv/hf4). Of torchvision and einops it needs three functions:
 where they are not installed, these have stand-ins here.
@@ -119,7 +119,7 @@ def run(*arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# ------------------------------------------------------------------------------ under transformers 4
+# ----------------------------------------------------------------------------- under transformers 4
 
 
 def resize(image, size: list[int], interpolation: str = "bilinear"):
@@ -253,7 +253,7 @@ def answer(folder: Path):
     )
 
 
-# ----------------------------------------------------------------------------------- the golden case
+# --------------------------------------------------------------------------------- the golden case
 
 GOLDEN_SIZES = ((30, 20), (20, 50), (26, 26), (5, 6))
 GOLDEN_TALKS = (
