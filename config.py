@@ -161,8 +161,9 @@ class Model:
     image_mode: str = opt(
         "square",
         "square resizes; pad makes a square first; tiles, anyres: high resolution; split: that of "
-        "SmolVLM, whose control tokens the llm gets, see inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres", "split"),
+        "SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM, see "
+        "inputs/tiling.py",
+        ("square", "pad", "tiles", "anyres", "split", "split_nanovlm"),
     )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
@@ -499,6 +500,7 @@ class LLaVAConfig:
     # string that stands between an item's features, as "\n" and "<row_1_col_2>".
     image_edge: int = 0
     image_marks: dict = field(default_factory=dict)
+    image_enlarge: bool = False  # split_nanovlm: whether every picture gets that longest edge
 
     # SHA-256 of the adapters that are merged into the weights: none may be merged twice.
     merged_adapters: tuple[str, ...] = ()

@@ -1292,6 +1292,7 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         vision.grid,
         c.image_edge,
         c.image_marks,
+        c.image_enlarge,
     )
     views.check_marks()
     views.positions()  # raises UserError where connector and encoder do not fit

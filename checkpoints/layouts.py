@@ -22,13 +22,22 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from checkpoints import barellava, hf_llava, smolvlm, tinyllava, tinyllava_bench, weights
+from checkpoints import (
+    barellava,
+    hf_llava,
+    nanovlm,
+    smolvlm,
+    tinyllava,
+    tinyllava_bench,
+    weights,
+)
 from checkpoints.fields import SIDE, Fields
 from checkpoints.files import read_json, resolve
 from checkpoints.folder import MERGED, Renamed
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
+from inputs import nanovlm_tokenizer
 from inputs.image_processor import preprocessor_place, read_preprocessor
 from inputs.tiling import MODES, control_names
 from inputs.tokenizer import Tokenizer, load_tokenizer, with_controls
@@ -57,7 +66,7 @@ class Layout:
     export_name: str = ""
 
 
-# Keyed by the exact `model_type` of config.json.
+# Keyed by the exact `model_type` of config.json; nanoVLM's has none.
 LAYOUTS: dict[str, Layout] = {
     "barellava": Layout(
         barellava.read,
@@ -94,6 +103,13 @@ LAYOUTS: dict[str, Layout] = {
         write=smolvlm.write_idefics3,
         export_name="idefics3",
     ),
+    "nanovlm": Layout(
+        nanovlm.read,
+        nanovlm.TABLE,
+        open_tensors=nanovlm.Unfused,
+        write=nanovlm.write,
+        export_name="nanovlm",
+    ),
 }
 
 
@@ -111,12 +127,19 @@ def read(folder: Path, allow_pickle: bool = False) -> ReadCheckpoint:
     Raises UserError as read_config and weights.Checkpoint do.
     """
     config = read_config(folder)
-    kind = read_json(folder / "config.json")["model_type"]
-    layout = LAYOUTS[kind]
+    where = folder / "config.json"
+    layout = LAYOUTS[kind_of(Fields(read_json(where), where))]
 
     tensors = layout.open_tensors(folder, allow_pickle)
     renamed = Renamed(tensors, layout.table)
     return ReadCheckpoint(config, renamed, layout.hf_names)
+
+
+def kind_of(fields: Fields) -> str | None:
+    """Return which of LAYOUTS a config.json says it is, None if it says nothing."""
+    if nanovlm_tokenizer.is_needed(fields):
+        return "nanovlm"
+    return fields.text("model_type", default=None)
 
 
 def read_config(folder: Path) -> LLaVAConfig:
@@ -127,7 +150,7 @@ def read_config(folder: Path) -> LLaVAConfig:
     """
     where = folder / "config.json"
     fields = Fields(read_json(where), where, fix="give a complete config.json")
-    kind = fields.text("model_type", default=None)
+    kind = kind_of(fields)
     if kind not in LAYOUTS:
         what = f"{kind!r} is no layout known here"
         raise UserError(f"{where}:model_type", what, f"one of {', '.join(LAYOUTS)}")

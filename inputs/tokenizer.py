@@ -40,6 +40,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 from checkpoints.fields import VOCABULARY, Fields
 from checkpoints.files import parse_json, stand_in, write_file
 from config import UserError, is_unicode, printable
+from inputs import nanovlm_tokenizer
 from inputs.vocabulary_file import MOST_BYTES, check_pieces, check_vocabulary
 
 # The files that belong to a tokenizer, hence those that `save` writes.
@@ -167,7 +168,11 @@ def failures(where: Path | str, what: str):
 
 
 def read_files(path: Path) -> dict[str, bytes]:
-    """Return {name: bytes} of all files of the tokenizer in a folder, or around one file."""
+    """Return {name: bytes} of all files of the tokenizer in a folder, or around one file.
+
+    In a folder of nanoVLM they are those of the tokenizer that its config.json names, with what
+    that adds (nanovlm_tokenizer.py). Raise UserError where there is none.
+    """
     folder = path.parent if path.is_file() else path
     files = {}
     for name in OWN_FILES + MODEL_FILES:
@@ -181,6 +186,12 @@ def read_files(path: Path) -> dict[str, bytes]:
         name = "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
         files[name] = read_bounded(path)
         return files
+
+    config = parse(files, "config.json", folder)
+    if nanovlm_tokenizer.is_needed(config):
+        if "tokenizer.json" not in files:
+            files = read_files(nanovlm_tokenizer.named_folder(config, folder))
+        return nanovlm_tokenizer.extend(files, config)
 
     # Without a vocabulary file of either kind, one can be made of GPT-2's two files.
     has_vocabulary = "tokenizer.json" in files or "tokenizer.model" in files
