@@ -160,19 +160,26 @@ class Model:
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres, anyres_max: high resolution, "
-        "split: that of a SmolVLM, see inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres", "anyres_max", "split"),
+        "square resizes; pad makes a square first; tiles, anyres, anyres_max: high resolution; "
+        "split: that of SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM, "
+        "see inputs/tiling.py",
+        ("square", "pad", "tiles", "anyres", "anyres_max", "split", "split_nanovlm"),
     )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3",
         "tiles, anyres, anyres_max: the grids to choose from, rows x columns",
     )
-    max_views: int = opt(
+    image_views: int = opt(
         9,
         "anyres_max: the tiles' tokens are at most about those of so many views",
         low=1,
         high=1000,
+    )
+    image_edge: int = opt(
+        0,
+        "split: pixels of a picture's longest edge before it is cut; 0 = those of one view",
+        low=0,
+        high=4096,
     )
     frames: int = opt(
         16,
@@ -500,9 +507,10 @@ class LLaVAConfig:
     # string that stands between an item's features, as "\n" and "<row_1_col_2>".
     image_edge: int = 0
     image_marks: dict = field(default_factory=dict)
+    image_enlarge: bool = False  # split_nanovlm: whether every picture gets that longest edge
 
     # As in Model.
-    max_views: int = Model.max_views
+    image_views: int = Model.image_views
 
     # SHA-256 of the adapters that are merged into the weights: none may be merged twice.
     merged_adapters: tuple[str, ...] = ()

@@ -236,7 +236,7 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in each sample
     cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
     max_seqlen: int
-    images: Tensor | None  # (V, 3, height, width) uint8, the views of all items in order
+    images: Tensor | None  # (V, 3, height, width), the views of all items in order
     shapes: list[ItemShape]  # of the N items
     rows: list[int]  # S row numbers
 

@@ -53,7 +53,8 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         fps=config.number("fps", 0.0, 1e3, defaults["fps"]),
         image_edge=config.integer("image_edge", 0, SIDE, 0),
         image_marks={key: marks.integers(key, 0, VOCABULARY) for key in marks.values},
-        max_views=config.integer("max_views", 1, VIEWS, defaults["max_views"]),
+        image_enlarge=config.flag("image_enlarge", default=False),
+        image_views=config.integer("image_views", 1, VIEWS, defaults["image_views"]),
     )
 
 
@@ -67,8 +68,10 @@ def config_json(c: LLaVAConfig) -> dict:
     if not c.image_marks:
         del rest["image_edge"]
         del rest["image_marks"]
+    if not c.image_enlarge:
+        del rest["image_enlarge"]
     if c.image_mode != "anyres_max":
-        del rest["max_views"]
+        del rest["image_views"]
     if not c.feature_norm:
         del rest["feature_norm"]
 

@@ -61,12 +61,12 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
     filled["vision_config"] = vision
     fields = Fields(filled, config.where, config.path, config.fix)
     _check_processors(fields, most, folder)
-    return replace(hf_llava.read_next(fields, folder), image_mode=MODE, max_views=most)
+    return replace(hf_llava.read_next(fields, folder), image_mode=MODE, image_views=most)
 
 
 def read_most(fields: Fields) -> int:
     """Return the 9 of a field vision_aspect_ratio "anyres_max_9". Raises UserError."""
-    mode = fields.text("vision_aspect_ratio", default=f"{MODE}_{LLaVAConfig.max_views}")
+    mode = fields.text("vision_aspect_ratio", default=f"{MODE}_{LLaVAConfig.image_views}")
     found = re.fullmatch(f"{MODE}_([1-9][0-9]{{0,2}})", mode)
     if found is None:
         raise fields.refuse("vision_aspect_ratio", f"not {MODE}_N with N below 1000")
@@ -148,7 +148,7 @@ def contents(model, tokenizer) -> tuple[dict[str, Tensor], dict[str, dict | str]
     pixels = model.vision_tower.processor.to_hf()
     shared = {
         "vision_feature_select_strategy": FULL,
-        "vision_aspect_ratio": f"{MODE}_{c.max_views}",
+        "vision_aspect_ratio": f"{MODE}_{c.image_views}",
     }
 
     files = {}

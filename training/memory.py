@@ -162,7 +162,7 @@ def typical_batch(model: LLaVA, row: RowSize, rows: int):
         labels[len(labels) - min(supervised, text) :] = 0
         labels[0] = -100
 
-        pixels = torch.empty(row.shape.views, 3, size, size, dtype=torch.uint8)
+        pixels = torch.empty(row.shape.views, 3, size, size, dtype=model.views.dtype)
         samples.append(Sample(ids, labels, [Item(pixels, row.shape)] * here, r, 0))
     return pack_samples(samples)
 

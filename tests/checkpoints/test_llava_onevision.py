@@ -467,7 +467,7 @@ def test_the_largest_shape_is_at_least_any_picture(published):
 
 def test_a_line_of_a_picture_keeps_a_row_of_tokens():
     """Where transformers leaves none, and fails."""
-    model = onevision(image_grids="1x90", max_views=1)
+    model = onevision(image_grids="1x90", image_views=1)
     item = model.views.picture(Image.new("RGB", (1080, 1), (90, 30, 200)))
     assert model.views.made_smaller(*model.views.size_in_tokens(item.shape))[0] == 1
     [features] = model.encode_items([item])
@@ -534,7 +534,7 @@ def test_what_transformers_wrote_goes_back_bit_for_bit(published, tmp_path):
 
 def onevision(family="qwen2", tower="siglip", **changes) -> LLaVA:
     """Return a model that was made here."""
-    options = {"image_mode": "anyres_max", "image_grids": "1x2 2x1 4x4", "max_views": 5}
+    options = {"image_mode": "anyres_max", "image_grids": "1x2 2x1 4x4", "image_views": 5}
     if tower == "siglip":
         options["feature_select"] = "cls_patch"
     return small(family, tower, **(options | changes))

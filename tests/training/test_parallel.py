@@ -119,7 +119,7 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
         "stage.pretrain.steps=2",
         "model.connector=mlp2x_gelu",
         f"model.image_mode={image_mode}",
-        "model.max_views=2",
+        "model.image_views=2",
         "model.frames=3",
     ]
     file, out = recipe("alone")
