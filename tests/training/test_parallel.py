@@ -124,11 +124,14 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
     ]
     file, out = recipe("alone")
     run("train.py", file, *change)
-    want = losses(out)
+    want, model = losses(out), load_file(out / "model.safetensors")
     for mode in ("ddp", "fsdp"):
         file, out = recipe(mode)
         on_ranks(2, file, *change, f"train.parallel={mode}")
         assert len(want) == 6 and losses(out) == pytest.approx(want, rel=1e-5), mode
+        got = load_file(out / "model.safetensors")
+        assert got.keys() == model.keys()
+        assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
 
 
 def test_sharded_bf16_is_what_copies_compute():
