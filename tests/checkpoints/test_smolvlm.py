@@ -9,7 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoints.files import read_json
+from checkpoints.folder import named_tensors
 from checkpoints.layouts import read_config
+from checkpoints.smolvlm import TABLE
 from config import UserError
 from export import export
 from inputs import templates
@@ -18,7 +20,7 @@ from inputs.rows import open_rows
 from inputs.sample import SampleSpec, make_sample
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
-from packing import IMAGE_TOKEN
+from packing import IGNORE, IMAGE_TOKEN, expand_images
 from tests.tools.environment import ROOT, run, shared
 from tests.tools.sample_rows import turns
 from tests.tools.small_llava import small
@@ -240,6 +242,58 @@ def test_ids_logits_and_tokens_are_those_of_transformers(made):
         tokens = model.generate([torch.tensor(ids)], items, max_new_tokens=10)[0].tolist()
         new = theirs.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None)
         assert tokens == new[0, inputs["input_ids"].size(1) :].tolist()
+
+
+def test_gradients_are_those_of_transformers(made):
+    """Of every weight, from the loss of a row with three pictures, two of them split."""
+    _, folder, theirs, processor = made
+    model = LLaVA.from_pretrained(folder).requires_grad_(True)
+    images = [photos()[1], drawn((30, 30)), photos()[4]]
+    messages = asked("Which of them is a horse?", 3)[1]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "The first."}]})
+    prompt = processor.apply_chat_template(messages)
+    inputs = processor(text=[prompt], images=[images], return_tensors="pt")
+
+    conversation = asked("Which of them is a horse?", 3)[0]
+    conversation.append({"from": "gpt", "value": "The first."})
+    ids, labels = map(torch.tensor, templates.encode(conversation, load_tokenizer(folder), "chat"))
+    items = [model.views.picture(image) for image in images]
+    counts = [model.views.positions(item.shape) for item in items]
+    assert (labels != IGNORE).sum() >= 5
+
+    theirs.zero_grad()
+    want = theirs(**inputs, labels=expand_images(ids, counts, labels)[None]).loss
+    want.backward()
+    got = model(ids[None], items, labels=labels[None]).loss
+    got.backward()
+    assert (got - want).abs() <= 1e-5
+
+    # The writer gives them the names of transformers, as it does the weights.
+    for p in model.parameters():
+        p.data = p.grad
+    grads = named_tensors(model, TABLE)
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        # A key's bias is zero but for rounding: it moves all scores of a query alike.
+        error = (grad - expected[name]).norm()
+        assert error <= 1e-4 * expected[name].norm() + 1e-5, name
+
+
+def test_logits_in_bf16_are_close_to_those_in_fp32(made):
+    _, folder, theirs, processor = made
+    model = LLaVA.from_pretrained(folder, dtype=torch.bfloat16)
+    images = photos()[2:4]
+    conversation, messages = asked("And?", 2)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[images], return_tensors="pt")
+    ids = templates.encode_prompt(conversation, load_tokenizer(folder), "chat")
+    items = [model.views.picture(image) for image in images]
+    with torch.no_grad():
+        want = theirs(**inputs).logits
+        got = model(torch.tensor([ids]), items).logits
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() <= 2e-2 * want.norm()
 
 
 def test_the_folder_goes_back_bit_for_bit(made, tmp_path):
