@@ -19,7 +19,7 @@ from config import Stage, Tune, UserError
 from inference import generation
 from inference.engine import is_plain
 from packing import EMPTY
-from tests.tools import bf16_modes
+from tests.tools import bf16_modes, mixed_batches
 from tests.tools.environment import run
 from tests.tools.small_llava import small
 from tests.tools.training_runs import TRAIN, losses, on_ranks
@@ -132,6 +132,12 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
         got = load_file(out / "model.safetensors")
         assert got.keys() == model.keys()
         assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
+
+
+def test_packed_batches_of_all_kinds_are_each_row_alone_with_every_connector():
+    """Losses and gradients of text, pictures, tiles and videos, in one process and on two ranks."""
+    code = "from tests.tools import mixed_batches; mixed_batches.main()"
+    assert on_ranks(2, code=code).stdout.count("equal") == len(mixed_batches.CASES)
 
 
 def test_sharded_bf16_is_what_copies_compute():

@@ -369,9 +369,10 @@ def check_finite(logits: torch.Tensor):
 def use_model(folder: Path, layout: str):
     """Do with a whole model what generate.py, train.py, data.py and export.py do."""
     recipe = Model(checkpoint=str(folder), allow_pickle=True)
-    tiling_of(layouts.config_from_recipe(recipe, "plain")).positions()
+    template = "chat" if layout == "smolvlm" else "plain"
+    tiling_of(layouts.config_from_recipe(recipe, template)).positions()
 
-    model = LLaVA.from_parts(recipe, "plain").eval()
+    model = LLaVA.from_parts(recipe, template).eval()
     item = model.views.picture(Image.new("RGB", (30, 20), (200, 10, 60)))
     with torch.no_grad():
         check_finite(model(torch.tensor([[1, IMAGE_TOKEN, 5]]), [item]).logits)
