@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import weights
 from config import UserError
 from encoders import build_encoder, load_encoder, vision_config
-from inputs.image_processor import ImageProcessor, read_preprocessor
+from inputs.image_processor import ImageProcessor, NaFlexProcessor, read_preprocessor
 from tests.tools.environment import shared
 from tests.tools.fuzz import ODD as ODD_VALUES
 
@@ -194,6 +194,88 @@ def test_a_field_that_would_change_the_pixels_is_refused(field, value):
         named = "processor_type"
     with pytest.raises(UserError, match=named):
         ImageProcessor.from_hf(good | {field: value}, ImageProcessor())
+
+
+# Square, wide, tall, tiny, large and grey ones.
+PHOTOGRAPHS = (
+    "photos/astronaut.png",
+    "photos/chelsea.png",
+    "photos/page.png",
+    "photos/rocket.jpg",
+    "photos/moondream_demo-1.jpg",
+    "quirks/wide_1800x80.jpg",
+    "quirks/tall_40x853.png",
+    "quirks/tall_1x300.png",
+)
+
+
+def naflex_oracle(patch_size: int, patches: int, **options):
+    """transformers' NaFlex processor that resizes with Pillow."""
+    name = "transformers.models.siglip2.image_processing_pil_siglip2"
+    published = pytest.importorskip(name)
+    return published.Siglip2ImageProcessorPil(
+        patch_size=patch_size, max_num_patches=patches, **options
+    )
+
+
+@pytest.mark.parametrize("patch_size, patches", ((16, 256), (14, 1000), (7, 37)))
+def test_patches_in_native_proportions_equal_the_published_processors(patch_size, patches):
+    ours = NaFlexProcessor(patch_size=patch_size, patches=patches)
+    theirs = naflex_oracle(patch_size, patches)
+    for name in PHOTOGRAPHS:
+        image = Image.open(shared("assets/images") / name).convert("RGB")
+        rows, columns = ours.grid_of(image.size)
+        made = theirs(image, return_tensors="pt")
+        got = ours(image)
+        assert made["spatial_shapes"].tolist() == [[rows, columns]], name
+        assert len(got) == rows * columns == made["pixel_attention_mask"].sum(), name
+        assert torch.equal(got, made["pixel_values"][0, : len(got)]), name
+
+        # The patches are the picture again.
+        whole = ours.picture(ours.pixels(image), (rows, columns))
+        size = (columns * patch_size, rows * patch_size)
+        assert torch.equal(whole, ours.tensor(image.resize(size, ours.resample)))
+        assert ours.pixels_made(image.size) == whole[0].numel() <= ours.side**2
+
+
+def test_any_size_has_the_published_grid():
+    name = "transformers.models.siglip2.image_processing_pil_siglip2"
+    published = pytest.importorskip(name).get_image_size_for_max_num_patches
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        width, height = torch.randint(1, 3000, (2,), generator=generator).tolist()
+        for patch_size, patches in ((16, 256), (7, 9), (14, 1024)):
+            want = published(height, width, patch_size, patches)
+            rows, columns = NaFlexProcessor(patch_size=patch_size, patches=patches).grid_of(
+                (width, height)
+            )
+            assert (rows * patch_size, columns * patch_size) == want
+
+
+def test_a_saved_processor_of_patches_is_read_as_transformers_reads_it(tmp_path):
+    options = {"resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    theirs = naflex_oracle(5, 41, **options)
+    theirs.save_pretrained(tmp_path)
+    fields = read_preprocessor(tmp_path)
+    ours = NaFlexProcessor.from_hf(fields, NaFlexProcessor())
+    assert ours == NaFlexProcessor(
+        mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), resample=3, patch_size=5, patches=41
+    )
+    assert NaFlexProcessor.from_hf(ours.to_hf(), NaFlexProcessor()) == ours
+    want = theirs(picture(31, 40), return_tensors="pt")["pixel_values"][0]
+    got = ours(picture(31, 40))
+    assert (got - want[: len(got)]).abs().max() <= 1e-6
+    changes = (
+        ("do_resize", False),
+        ("do_pad", True),
+        ("rescale_factor", 1.0),
+        ("image_processor_type", "SiglipImageProcessor"),
+        ("max_num_patches", 0),
+        ("patch_size", "16"),
+    )
+    for field, value in changes:
+        with pytest.raises(UserError, match=field.removeprefix("image_")):
+            NaFlexProcessor.from_hf(fields | {field: value}, NaFlexProcessor())
 
 
 # ---------------------------------------------------------------------------------- the arithmetic
