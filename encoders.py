@@ -1,4 +1,4 @@
-"""Vision encoders: one ViT that is CLIP, SigLIP, SigLIP2 or DINOv2, and CLIP beside DINOv2.
+"""Vision encoders: a ViT that is CLIP, SigLIP, SigLIP2, DINOv2 or DINOv3; CLIP beside DINOv2.
 
     encoder = load_encoder("openai/clip-vit-large-patch14-336")     # a Hugging Face folder or id
     features = encoder(encoder.preprocess(pil_image)[None])         # (N, 3, H, W) -> (N, n, C)
@@ -7,29 +7,32 @@ The whole model is in this file. In the order of the file, which is the order to
 
     VisionConfig                 an encoder as numbers
     Embeddings                   pixels -> one token per patch, each with its position
+    RotaryEmbeddings             the same for DINOv3, whose positions turn queries and keys instead
     Attention, MLP, GatedMLP     the two halves of a block
     Block                        attention, then an MLP, each added to the residual stream
     VisionEncoder                embeddings and blocks, up to the layer whose features are used
     Mixture                      CLIP and DINOv2 on the same picture
     clip_config, siglip_config,  how each family differs; FAMILIES has one entry per model_type
-        dinov2_config
+        dinov2_config, dinov3_config
     vision_config                config.json -> VisionConfig
     build_encoder, load_encoder  VisionConfig -> module; a folder -> module with its weights
 
 N images, H x W pixels, h x w patches, n tokens per image, C width, I width inside the MLP, d width
 of a head. Parameters have Hugging Face's names for CLIP; a family whose files use other names
-brings a table that renames them. `attention`, `gelu`, `glu` and the norms' `add` come from
+brings a table that renames them. `attention`, `rope`, `gelu`, `glu` and the norms' `add` come from
 kernels/: each call is one fused Triton kernel on a GPU, and plain PyTorch elsewhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +49,8 @@ from inputs.image_processor import (
 )
 from kernels.attention import attention
 from kernels.glu import gelu, glu
-from layers import LayerNorm, LayerScale
+from kernels.rope import rope
+from layers import GLU, LayerNorm, LayerScale
 
 # PyTorch computes products of float32 in float32, but convolutions in TF32 unless told otherwise.
 # The patch embedding is a convolution, and float32 is to mean float32 there too.
@@ -62,6 +66,8 @@ ACTIVATIONS = {
 }
 # Not a function but another MLP, see GatedMLP.
 SWIGLU = "swiglu"
+# The same MLP in DINOv3's files: gate and value are two linears, see layers.GLU.
+SPLIT_SWIGLU = "split_swiglu"
 
 CLIP_NAMES: Table = (("vision_model.**", "**"),)
 
@@ -77,7 +83,7 @@ class VisionConfig:
     intermediate: int  # I
     layers: int
     heads: int
-    hidden_act: str  # a name of ACTIVATIONS, or SWIGLU
+    hidden_act: str  # a name of ACTIVATIONS, or SWIGLU, or SPLIT_SWIGLU
     norm_eps: float
     patch_size: int  # pixels
     image_size: int  # pixels; the position table has a row for each patch of such a picture
@@ -96,6 +102,12 @@ class VisionConfig:
     any_size: bool = False
     antialias: bool = False
     interpolate_offset: float = 0.0
+
+    # DINOv3
+    rope_theta: float | None = None  # None: positions are learnt, and added to the patches
+    query_bias: bool = True
+    key_bias: bool = True
+    value_bias: bool = True
 
     rename: Table = CLIP_NAMES  # (Hugging Face's names, ours)
     beside: VisionConfig | None = None  # in the mixture this config is CLIP's, and that DINOv2's
@@ -209,21 +221,84 @@ class Embeddings(nn.Module):
         return table.to(dtype)
 
 
+class RotaryEmbeddings(nn.Module):
+    """DINOv3's tokens: the class token and registers, then the patches row by row.
+
+    None of them has a position here. `rotation` returns what turns queries and keys by theirs
+    (RoFormer: Su et al., 2021), in two dimensions (DINOv3: Siméoni et al., 2025).
+    """
+
+    position_embedding = None
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.rope_theta = c.rope_theta
+        self.pairs = c.width // c.heads // 4  # of an axis; a head is two axes of pairs
+
+        self.patch_embedding = nn.Conv2d(3, c.width, kernel_size=c.patch_size, stride=c.patch_size)
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, c.width))
+        self.register_tokens = nn.Parameter(torch.zeros(1, c.registers, c.width))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the tokens (N, n, C) of pixels (N, 3, H, W)."""
+        x = self.patch_embedding(pixels)  # (N, C, h, w)
+        patches = x.flatten(2).transpose(1, 2)  # (N, h * w, C)
+
+        leading = torch.cat([self.class_embedding, self.register_tokens], dim=1)
+        return torch.cat([leading.expand(len(x), -1, -1), patches], dim=1)
+
+    def rotation(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, (N * n, 1, d) float32, of the tokens of pixels (N, 3, H, W).
+
+        A patch is where its centre is, in -1 to 1 from edge to edge. So a picture of any size has
+        the positions that were trained, closer together or further apart.
+        """
+        N, _, H, W = pixels.shape
+        h, w = self.grid_of(H), self.grid_of(W)
+        device = pixels.device
+
+        # Pair i of an axis turns by 2 pi * coordinate * theta^(-i / pairs).
+        rows = 2 * (torch.arange(h, device=device) + 0.5) / h - 1
+        columns = 2 * (torch.arange(w, device=device) + 0.5) / w - 1
+        exponents = torch.arange(self.pairs, device=device) / self.pairs
+        frequencies = 2 * math.pi * self.rope_theta**-exponents  # (d / 4,)
+        by_row = torch.outer(rows, frequencies)[:, None].expand(h, w, -1)
+        by_column = torch.outer(columns, frequencies)[None].expand(h, w, -1)
+        angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # (h * w, d / 2)
+
+        # The class token and the registers have no place in the picture, and do not turn.
+        leading = 1 + self.register_tokens.size(1)
+        angles = F.pad(angles, (0, 0, leading, 0))  # (n, d / 2)
+        angles = angles.repeat(N, 2)[:, None]  # (N * n, 1, d): both halves of a head turn alike
+        return angles.cos(), angles.sin()
+
+    def grid_of(self, side: int) -> int:
+        """Return how many patches stand along a side of so many pixels."""
+        return side // self.patch_embedding.stride[0]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al., 2017) among all tokens of an image."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.heads = c.heads
-        self.q_proj = nn.Linear(c.width, c.width)
-        self.k_proj = nn.Linear(c.width, c.width)
-        self.v_proj = nn.Linear(c.width, c.width)
+        self.q_proj = nn.Linear(c.width, c.width, bias=c.query_bias)
+        self.k_proj = nn.Linear(c.width, c.width, bias=c.key_bias)
+        self.v_proj = nn.Linear(c.width, c.width, bias=c.value_bias)
         self.out_proj = nn.Linear(c.width, c.width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, n, C)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return what the tokens (N, n, C) attend to; rotation turns queries and keys before."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1))  # (N, n, heads, d)
         k = self.k_proj(x).unflatten(-1, (self.heads, -1))
         v = self.v_proj(x).unflatten(-1, (self.heads, -1))
+
+        if rotation is not None:
+            cos, sin = rotation  # (N * n, 1, d) each
+            turned_q, turned_k = rope(q.flatten(0, 1), k.flatten(0, 1), cos, sin)
+            q = turned_q.view_as(q)
+            k = turned_k.view_as(k)
 
         # One kernel for softmax(q k^T / sqrt(d)) v, head by head; it never stores the n x n scores.
         attended = attention(q, k, v, causal=False)  # (N, n, heads, d)
@@ -274,18 +349,21 @@ class Block(nn.Module):
         self.layer_norm1 = LayerNorm(c.width, c.norm_eps)
         self.layer_norm2 = LayerNorm(c.width, c.norm_eps)
 
-        # Only DINOv2 scales what a block adds, one factor per channel.
+        # DINOv2 and DINOv3 scale what a block adds, one factor per channel.
         self.layer_scale1 = layer_scale(c)
         self.layer_scale2 = layer_scale(c)
 
         self.self_attn = Attention(c)
         if c.hidden_act == SWIGLU:
             self.mlp = GatedMLP(c)
+        elif c.hidden_act == SPLIT_SWIGLU:
+            self.mlp = GLU(c.width, c.intermediate, "silu", bias=True)
         else:
             self.mlp = MLP(c)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, n, C)
-        attended = self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the tokens (N, n, C) for the next block; see Attention for `rotation`."""
+        attended = self.self_attn(self.layer_norm1(x), rotation)
         attended = self.layer_scale1(attended)
 
         # One kernel adds to the residual stream and normalises the sum:
@@ -340,7 +418,10 @@ class VisionEncoder(nn.Module):
         self.gradient_checkpointing = False
         self.skip = 1 if feature_select == "patch" else 0
 
-        self.embeddings = Embeddings(c)
+        if c.rope_theta is None:
+            self.embeddings = Embeddings(c)
+        else:
+            self.embeddings = RotaryEmbeddings(c)
         self.pre_layrnorm = nn.Identity()  # spelt like this in CLIP's files
         if c.pre_norm:
             self.pre_layrnorm = LayerNorm(c.width, c.norm_eps)
@@ -356,7 +437,8 @@ class VisionEncoder(nn.Module):
     def init_positions(self):
         """Draw positions, class token and registers with std C**-0.5; set LayerScale's start."""
         std = self.config.width**-0.5
-        self.embeddings.position_embedding.weight.normal_(0.0, std)
+        if self.embeddings.position_embedding is not None:
+            self.embeddings.position_embedding.weight.normal_(0.0, std)
         for token in (self.embeddings.class_embedding, self.embeddings.register_tokens):
             if token is not None:
                 token.normal_(0.0, std)
@@ -370,13 +452,16 @@ class VisionEncoder(nn.Module):
         pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)
         x = self.embeddings(pixels)  # (N, n, C)
         x = self.pre_layrnorm(x)
+        rotation = None
+        if self.config.rope_theta is not None:
+            rotation = self.embeddings.rotation(pixels)
 
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, rotation)
 
         return x[:, self.skip :]
 
@@ -459,6 +544,22 @@ DINOV2_REGISTERS_DEFAULTS = DEFAULTS | {
     "layerscale_value": 1.0,
     "num_register_tokens": 4,
 }
+DINOV3_DEFAULTS = DEFAULTS | {
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "layerscale_value": 1.0,
+    "num_register_tokens": 0,
+    "rope_theta": 100.0,
+    "query_bias": True,
+    "key_bias": False,
+    "value_bias": True,
+    "proj_bias": True,
+    "mlp_bias": True,
+    "use_gated_mlp": False,
+}
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -479,6 +580,22 @@ DINOV2_NAMES: Table = (
     ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
     ("embeddings.patch_embeddings.projection.*", "embeddings.patch_embedding.*"),
 )
+
+# Hugging Face's names for DINOv3 -> ours. A gated MLP keeps theirs.
+DINOV3_NAMES: Table = (
+    ("layer.*.attention.o_proj.*", "encoder.layers.*.self_attn.out_proj.*"),
+    ("layer.*.attention.**", "encoder.layers.*.self_attn.**"),
+    ("layer.*.norm1.*", "encoder.layers.*.layer_norm1.*"),
+    ("layer.*.norm2.*", "encoder.layers.*.layer_norm2.*"),
+    ("norm.*", "post_layernorm.*"),
+    ("embeddings.cls_token", "embeddings.class_embedding"),
+    ("embeddings.patch_embeddings.*", "embeddings.patch_embedding.*"),
+)
+DINOV3_MLP_NAMES: Table = (
+    ("layer.*.mlp.up_proj.*", "encoder.layers.*.mlp.fc1.*"),
+    ("layer.*.mlp.down_proj.*", "encoder.layers.*.mlp.fc2.*"),
+)
+DINOV3_OTHER_NAMES: Table = (("layer.*.**", "encoder.layers.*.**"),)
 
 
 def vit_config(c: Fields, **differences) -> VisionConfig:
@@ -559,6 +676,53 @@ def dinov2_config(c: Fields) -> VisionConfig:
     )
 
 
+def dinov3_config(c: Fields) -> VisionConfig:
+    """Return the config of a DINOv3 ViT (Siméoni et al., 2025).
+
+    Its positions come from the coordinates of the patches, so it sees pictures of any size. The
+    random shift, jitter and rescaling of these coordinates (pos_embed_*) belong to its pretraining:
+    transformers does them in training mode only, and they are not done here. Pictures are resized
+    with 8 bits a colour here and in float32 by its published processor: a colour differs by at most
+    1 of 255. Raises UserError for a model without biases in its MLPs or outputs.
+    """
+    for key in ("proj_bias", "mlp_bias"):
+        if not c.flag(key):
+            raise c.refuse(key, "not supported: outputs and MLPs have a bias")
+
+    width = c.integer("hidden_size", 1, WIDTH)
+    heads = c.integer("num_attention_heads", 1, HEADS)
+    if width % (4 * heads):
+        what = f"no divisor of hidden_size {width} into heads of a multiple of 4"
+        raise c.refuse("num_attention_heads", what)
+
+    # vit_config knows SWIGLU, and not the silu that the file calls a gated MLP's activation.
+    is_gated = c.flag("use_gated_mlp")
+    derived = {}
+    names = DINOV3_MLP_NAMES
+    if is_gated:
+        c.text("hidden_act", ("silu",))
+        derived["hidden_act"] = SWIGLU
+        names = ()
+
+    side = c.integer("image_size", 1, SIDE)
+    bilinear = int(Image.Resampling.BILINEAR)
+    config = vit_config(
+        Fields(c.values | derived, c.where, c.path, c.fix),
+        processor=ImageProcessor(side, 0, IMAGENET_MEAN, IMAGENET_STD, bilinear),
+        class_token=True,
+        registers=c.integer("num_register_tokens", 0, 1024),
+        any_size=True,
+        rope_theta=c.number("rope_theta", 1e-3, 1e12),
+        query_bias=c.flag("query_bias"),
+        key_bias=c.flag("key_bias"),
+        value_bias=c.flag("value_bias"),
+        rename=DINOV3_NAMES + names + DINOV3_OTHER_NAMES,
+    )
+    if is_gated:
+        config = replace(config, hidden_act=SPLIT_SWIGLU, hf=c.values)
+    return config
+
+
 class Family(NamedTuple):
     """How a model_type becomes a VisionConfig."""
 
@@ -572,6 +736,7 @@ FAMILIES = {
     "siglip_vision_model": Family(siglip_config, SIGLIP_DEFAULTS),
     "dinov2": Family(dinov2_config, DINOV2_DEFAULTS),
     "dinov2_with_registers": Family(dinov2_config, DINOV2_REGISTERS_DEFAULTS),
+    "dinov3_vit": Family(dinov3_config, DINOV3_DEFAULTS),
 }
 
 
@@ -641,7 +806,11 @@ def vision_config(
     need(kind in FAMILIES, f"{where}:model_type", kind, known)
     family = FAMILIES[kind]
 
-    given = {key: value for key, value in hf.items() if value is not None}
+    # A null that has no default stays, as it may not be what transformers fills in.
+    given = {}
+    for key, value in hf.items():
+        if value is not None or key not in family.defaults:
+            given[key] = value
     filled = Fields(family.defaults | given | {"model_type": kind}, where)
     check_fields(filled)
     config = family.config(filled)

@@ -3,6 +3,9 @@
     # The score on your own questions, in any form that training takes; a page with the wrong ones:
     python evaluate.py --model out/mine --task rows --data test.jsonl
 
+    # On the rows that its own run held out (validation = 0.02, say):
+    python evaluate.py --model out/mine --task rows
+
     # The same with the pictures hidden, and compared with another model:
     python evaluate.py --model out/mine --task rows --data test.jsonl --blank --baseline out/demo
 
@@ -48,6 +51,7 @@ import torch
 import torch.distributed as dist
 
 import command_line
+import config
 from checkpoints.files import resolve, write_file, writing
 from command_line import within
 from config import UserError
@@ -91,6 +95,7 @@ from inference.answer import prompt_ids
 from inference.cache import free_memory, slots_of
 from inference.engine import CACHE_STEP
 from inputs.forms import columns_of
+from inputs.holdout import open_stage
 from inputs.rows import Rows, open_rows
 from inputs.sample import load_item
 from inputs.tokenizer import Tokenizer, load_tokenizer
@@ -311,7 +316,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     of_task = {"choices": ["rows", *TASKS], "metavar": "TASK"}
     option("--model", required=True, metavar="DIR", help="folder of the model")
     option("--task", required=True, **of_task, help=f"rows: your own; or a benchmark:\n{names}")
-    option("--data", required=True, help="the rows, or folder of the benchmark's files")
+    of_data = "the rows, or folder of the benchmark's files; rows: default what the run held out"
+    option("--data", default="", help=of_data)
     option(
         "--blank",
         dest="control",
@@ -346,7 +352,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     option(
         "--judge-model", default="gpt-4-0613", metavar="NAME", help="its name (default gpt-4-0613)"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.data and args.task != "rows":
+        parser.error("the following arguments are required: --data")
+    return args
 
 
 def main(argv: list[str]):
@@ -549,7 +558,11 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     """
     # The questions, checked before anything slow happens.
     started = time.monotonic()
-    rows = open_rows(args.data, args.images or "", columns_of(args.columns or []))
+    if args.data:
+        rows = open_rows(args.data, args.images or "", columns_of(args.columns or []))
+    else:
+        rows = held_out_rows(resolve(args.model))
+        args.data = f"{args.model}: held out"
     spec = model_spec(resolve(args.model))
     examples = own_rows.read_questions(rows, spec)
     chosen = limit_examples(examples, args.limit)
@@ -591,6 +604,21 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     with writing(file):
         write_file(file.with_suffix(".html"), page)
     print(f"the wrong answers: {file.with_suffix('.html')}")
+
+
+def held_out_rows(folder: Path) -> Rows:
+    """Return the rows that the run in a folder held out, of its last stage that did.
+
+    Raises UserError for a folder without a recipe, and for a recipe that holds nothing out.
+    """
+    file = folder / "recipe.toml"
+    if not file.is_file():
+        raise UserError(file, "no such file, so nobody knows what was held out", "give --data")
+    recipe, _ = config.load([str(file)], file)
+    for name, stage in reversed(recipe.stage.items()):
+        if stage.validation:
+            return open_stage(stage, f"{file}:stage.{name}").held_out
+    raise UserError(file, "no stage held rows out (validation)", "give --data")
 
 
 def check_control(control: str, examples: list[Example], data: str):

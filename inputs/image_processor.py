@@ -36,8 +36,15 @@ PATCHES = "Siglip2ImageProcessor"
 SCALE_EPS = 1e-5
 MOST_PATCHES = 2**14
 
-# The processors that do these steps. BitImageProcessor, DINOv2's, does what CLIP's does.
-PROCESSORS = (CROPS, RESIZES, "BitImageProcessor", "CLIPFeatureExtractor")
+# The processors that do these steps. BitImageProcessor, DINOv2's, does what CLIP's does. DINOv3's
+# resizes without rounding to 8 bits: a colour is at most 1 of 255 away from ours.
+PROCESSORS = (
+    CROPS,
+    RESIZES,
+    "BitImageProcessor",
+    "CLIPFeatureExtractor",
+    "DINOv3ViTImageProcessor",
+)
 
 
 def need(good: bool, where: object, value: object, fix: str):

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from checkpoints import weights
+from checkpoints.names import rename, reverse
 from config import UserError
 from encoders import build_encoder, load_encoder, vision_config
 from inputs.image_processor import ImageProcessor, NaFlexProcessor, read_preprocessor
@@ -38,6 +39,16 @@ DINOV2 = {
     "num_attention_heads": 2,
     "patch_size": 4,
     "image_size": 20,
+}
+DINOV3 = {
+    "model_type": "dinov3_vit",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 12,
+    "num_register_tokens": 2,
 }
 MOF = {"model_type": "mof", "clip": CLIP, "dinov2": DINOV2}
 SQUARE = {"size": {"height": 12, "width": 12}, "do_center_crop": False}
@@ -311,6 +322,24 @@ KINDS = {
             FIVE | dict(mlp_ratio=2, num_register_tokens=1),
         ],
     ),
+    "dinov3_vit": (
+        "DINOv3ViTModel",
+        [
+            ODD | dict(hidden_size=36, intermediate_size=50, num_register_tokens=3),
+            # As the 7B model has it, and more.
+            FIVE
+            | dict(
+                intermediate_size=31,
+                use_gated_mlp=True,
+                hidden_act="silu",
+                query_bias=False,
+                value_bias=False,
+                key_bias=True,
+                rope_theta=17.5,
+                layer_norm_eps=1e-3,
+            ),
+        ],
+    ),
 }
 CASES = [(name, c) for name, (_, configs) in KINDS.items() for c in configs]
 
@@ -332,7 +361,7 @@ def oracle(name: str, config: dict, folder):
 def test_features_equal_those_of_transformers(tmp_path, name, config):
     model = oracle(name, config, tmp_path)
     sides = [config["image_size"]]
-    if name.startswith("dinov2"):  # larger, smaller, and not a multiple of the patch
+    if name.startswith("dino"):  # larger, smaller, and not a multiple of the patch
         sides += [config["image_size"] + 2 * config["patch_size"], 2 * config["patch_size"] + 1]
     for side in sides:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(ImageProcessor(side).to_hf()))
@@ -350,7 +379,124 @@ def test_features_equal_those_of_transformers(tmp_path, name, config):
             assert half.dtype == torch.bfloat16 and (half - want).norm() <= 2e-2 * want.norm()
 
 
-@pytest.mark.parametrize("name, config", CASES[::2], ids=[n for n, _ in CASES[::2]])
+@pytest.mark.parametrize("name, config", CASES[-2:], ids=("plain", "gated"))
+def test_gradients_of_dinov3_equal_those_of_transformers(tmp_path, name, config):
+    """Those of every parameter in front of the last hidden state; the pictures are no squares."""
+    model = oracle(name, config, tmp_path)
+    width = config["image_size"]
+    pixels = torch.randn(2, 3, width + 2 * config["patch_size"], width)
+    want = model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+    upstream = torch.randn_like(want)
+    want.backward(upstream)
+
+    encoder = load_encoder(tmp_path, feature_layer=-1, feature_select="cls_patch")
+    got = encoder.requires_grad_(True)(pixels)
+    assert (got - want).abs().max() <= 1e-4
+    got.backward(upstream)
+
+    expected = {
+        key.removeprefix("model."): p.grad
+        for key, p in model.named_parameters()
+        if p.grad is not None and p.numel()
+    }
+    table = reverse(encoder.rename)
+    grads = {rename(key, table): p.grad for key, p in encoder.named_parameters() if p.numel()}
+    assert set(grads) == set(expected)
+    for key, grad in grads.items():
+        # A key's bias is zero but for rounding where it moves all scores of a query alike.
+        assert (grad - expected[key]).norm() <= 1e-4 * expected[key].norm() + 1e-5, key
+
+
+@pytest.mark.parametrize("name, config", CASES[-2:], ids=("plain", "gated"))
+def test_transformers_loads_the_dinov3_that_we_save(tmp_path, name, config):
+    model = oracle(name, config | {"pos_embed_rescale": None}, tmp_path / "theirs")
+    encoder = load_encoder(tmp_path / "theirs", feature_layer=1)
+    weights.save(tmp_path / "ours", weights.tensors(encoder, encoder.rename))
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(encoder.config.hf))
+
+    kind = type(model)
+    back, info = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    same = kind.from_pretrained(tmp_path / "theirs").config.to_dict()
+    assert back.config.to_dict() == same | {"_name_or_path": str(tmp_path / "ours")}
+    state = back.state_dict()
+    assert all(torch.equal(state[n], p) for n, p in model.state_dict().items())
+    pixels = torch.randn(1, 3, 30, 20)
+    with torch.no_grad():
+        assert torch.equal(back.eval()(pixels)[0], model(pixels)[0])
+
+
+def test_what_a_dinov3_leaves_out_is_what_transformers_fills_in():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.DINOv3ViTConfig().to_dict()
+    ours = vision_config({"model_type": "dinov3_vit"}).hf
+    assert ours == {key: theirs[key] for key in ours}
+    read = set(DINOV3) | {"rope_theta", "key_bias", "use_gated_mlp", "layerscale_value"}
+    assert read <= set(ours)
+
+
+def test_coordinates_of_dinov3_are_moved_in_pretraining_only(tmp_path):
+    """pos_embed_*: transformers moves them in training mode; a model trained here does not."""
+    config = CASES[-2][1]
+    moved = dict(pos_embed_shift=0.3, pos_embed_jitter=1.5, pos_embed_rescale=2.0)
+    pixels = torch.randn(1, 3, 17, 17)
+    model = oracle("dinov3_vit", config | moved, tmp_path)
+    encoder = load_encoder(tmp_path, feature_layer=-1, feature_select="cls_patch")
+    with torch.no_grad():
+        want = model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+        for mode in (True, False):
+            assert (encoder.train(mode)(pixels) - want).abs().max() <= 1e-4
+        model.train()
+        other = model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+    assert (other - want).abs().max() > 1e-2
+
+
+def test_pixels_of_dinov3_are_at_most_one_level_from_the_published_ones():
+    """Its processor resizes in float32 (torchvision's resize is interpolate), ours in 8 bits.
+
+    Both use the same filter, so they differ by rounding: half a level in each of two directions.
+    """
+    published = {
+        "image_processor_type": "DINOv3ViTImageProcessorFast",
+        "crop_size": None,
+        "data_format": "channels_first",
+        "default_to_square": True,
+        "do_center_crop": None,
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"height": 224, "width": 224},
+    }
+    config = {"model_type": "dinov3_vit"}
+    processor = vision_config(config, published).processor
+    assert processor == vision_config(config).processor
+    mean = torch.tensor(published["image_mean"])[:, None, None]
+    std = torch.tensor(published["image_std"])[:, None, None]
+    images = [picture(31, 40), picture(600, 150)]
+    photographs = sorted(shared("assets/images/photos").iterdir())
+    images += [Image.open(path).convert("RGB") for path in photographs]
+    exact = 0
+    for image in images:
+        pixels = ImageProcessor.tensor(image) / 255
+        resized = torch.nn.functional.interpolate(
+            pixels[None], (224, 224), mode="bilinear", antialias=True
+        )[0]
+        levels = 255 * ((processor(image) * std + mean) - resized)
+        assert levels.abs().max() <= 1.01
+        exact += (levels.abs() <= 0.51).float().mean() / len(images)
+    assert exact > 0.8
+
+
+# Whole blocks, both kinds of MLP.
+SAVED_CASES = [*CASES[::2], CASES[-1]]
+
+
+@pytest.mark.parametrize("name, config", SAVED_CASES, ids=[n for n, _ in SAVED_CASES])
 def test_a_checkpoint_goes_out_under_the_names_it_came_with(tmp_path, name, config):
     oracle(name, config, tmp_path)
     source = weights.Checkpoint(tmp_path)
@@ -560,6 +706,13 @@ UNKNOWN = [
     (CLIP, {"num_channels": 1}, "num_channels"),
     (CLIP, {"model_type": "siglip2"}, "'siglip2'.*NaFlex"),
     (DINOV2, {"qkv_bias": False}, "qkv_bias"),
+    (DINOV3, {"proj_bias": False}, "proj_bias"),
+    (DINOV3, {"mlp_bias": False}, "mlp_bias"),
+    (DINOV3, {"num_attention_heads": 16}, "heads of a multiple of 4"),
+    (DINOV3, {"hidden_act": "silu"}, "hidden_act"),
+    (DINOV3, {"use_gated_mlp": True}, "hidden_act"),
+    (DINOV3, {"patch_size": [4, 4]}, "patch_size"),
+    (DINOV3, {"rope_theta": 0}, "rope_theta"),
     (DINOV2, {"hidden_act": "silu"}, "hidden_act"),
     (DINOV2, {"head_dim": 8}, "head_dim"),
     (DINOV2, {"num_attention_heads": 3}, "hidden_size"),
@@ -641,7 +794,9 @@ def test_the_mixture_from_two_folders_goes_out_whole(tmp_path):
     )
 
 
-@pytest.mark.parametrize("config", (CLIP, DINOV2, MOF), ids=("clip", "dinov2", "mof"))
+@pytest.mark.parametrize(
+    "config", (CLIP, DINOV2, DINOV3, MOF), ids=("clip", "dinov2", "dinov3", "mof")
+)
 def test_gradient_checkpointing_recomputes_and_changes_nothing(config):
     encoder = randomized(config, SQUARE if config is DINOV2 else None)
     pixels, grads, runs = torch.randn(1, 3, 12, 12), [], []
@@ -680,7 +835,9 @@ def test_positions_and_tokens_start_by_the_width_and_layer_scale_as_configured()
     assert torch.equal(encoder.blocks[0].mlp.fc1.weight, linear)
 
 
-@pytest.mark.parametrize("base", [CLIP, DINOV2, MOF], ids=["clip", "dinov2", "mixture"])
+@pytest.mark.parametrize(
+    "base", [CLIP, DINOV2, DINOV3, MOF], ids=["clip", "dinov2", "dinov3", "mixture"]
+)
 def test_a_field_of_a_wrong_kind_or_size_is_named(base):
     """Each field with each odd value: a usable encoder, or an error that names file and field."""
     good = base | {"layer_norm_eps": 1e-6, "initializer_range": 0.1, "hidden_act": "gelu"}
@@ -688,6 +845,13 @@ def test_a_field_of_a_wrong_kind_or_size_is_named(base):
     good |= {
         "use_swiglu_ffn": False,
         "qkv_bias": True,
+        "use_gated_mlp": False,
+        "rope_theta": 100.0,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "query_bias": True,
+        "key_bias": False,
+        "value_bias": True,
         "num_channels": 3,
         "interpolate_offset": 0.1,
     }

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import config
 import data
 import evaluate
 from config import UserError
@@ -386,6 +387,32 @@ def test_the_loss_is_that_of_the_training_log(trained, tiny_world, monkeypatch):
     rows = json.loads((tiny_world / "val.json").read_text())
     turns = [turn for one in rows for turn in one["conversations"] if turn["from"] == "gpt"]
     assert result["scores"]["exact"]["n"] == len(turns) > len(rows)
+
+
+def test_without_data_it_asks_what_the_run_held_out(trained, tiny_world, tmp_path, monkeypatch):
+    """A file, a share of the training rows, or nothing."""
+    monkeypatch.setattr(evaluate, "answerer", lambda *_: lambda part: ["yes"] * len(part))
+    images = tiny_world / "images"
+    of_file = evaluated(trained, tiny_world / "val.json", "--images", images)["scores"]
+    evaluate.main(["--model", str(trained), "--task", "rows"])
+    assert json.loads((trained / "eval" / "rows.json").read_text())["scores"] == of_file
+
+    folder = shutil.copytree(trained, tmp_path / "model")
+    text = (folder / "recipe.toml").read_text()
+    share = re.sub("(?m)^validation = .*", "validation = 0.3", text)
+    (folder / "recipe.toml").write_text(share)
+    held_out = evaluate.held_out_rows(folder)
+    recipe, _ = config.load([str(folder / "recipe.toml")], "")
+    stage = list(recipe.stage.values())[-1]
+    rows = open_rows(stage.data, stage.images)
+    assert 0 < len(held_out) < len(rows) / 2
+
+    (folder / "recipe.toml").write_text(re.sub("(?m)^validation = .*", 'validation = ""', text))
+    with pytest.raises(UserError, match="no stage held rows out .validation.; fix: give --data"):
+        evaluate.held_out_rows(folder)
+    (folder / "recipe.toml").unlink()
+    with pytest.raises(UserError, match="recipe.toml: no such file.*; fix: give --data"):
+        evaluate.held_out_rows(folder)
 
 
 def world_rows(folder, splits):
