@@ -1242,6 +1242,9 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
     Raises UserError for settings that do not go together.
     """
     vision = vision_config_of(c)
+    if vision.native:
+        what = "no image mode gives a NaFlex pictures in their own proportions"
+        raise UserError("model.image_mode", what, "take a SigLIP2 with one size of picture")
     tokens = vision.tokens(c.feature_select)
     if tokens < 1:
         what = "patch drops the only token of a picture"

@@ -783,9 +783,7 @@ def triton_packed(
     q = q.to(v.dtype)
     k = k.to(v.dtype)
     samples = len(cu_seqlens) - 1
-    o, _ = _attention(
-        q, k, v, cu_seqlens, samples, max_seqlen, max_seqlen, causal, scale, window
-    )
+    o, _ = _attention(q, k, v, cu_seqlens, samples, max_seqlen, max_seqlen, causal, scale, window)
     return o
 
 
