@@ -153,13 +153,16 @@ class Model:
     feature_select: str = opt(
         "patch", "patch drops token 0, as LLaVA does; cls_patch keeps all", ("patch", "cls_patch")
     )
+    feature_norm: bool = opt(
+        False, "the encoder's final norm on the features of its last layer, as in SmolVLM"
+    )
 
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres: high resolution, "
-        "see inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres"),
+        "square resizes; pad makes a square first; tiles, anyres: high resolution, split: that of "
+        "a SmolVLM, see inputs/tiling.py",
+        ("square", "pad", "tiles", "anyres", "split"),
     )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
@@ -470,6 +473,7 @@ class LLaVAConfig:
     connector_options: dict = field(default_factory=dict)
     feature_layer: int = -2
     feature_select: str = "patch"
+    feature_norm: bool = False
     image_mode: str = "square"
 
     template: str = "llama"
@@ -484,6 +488,11 @@ class LLaVAConfig:
     image_grids: str = Model.image_grids
     frames: int = Model.frames
     fps: float = Model.fps
+
+    # For image mode split: pixels of the longest edge before a picture is cut, and the ids of each
+    # string that stands between an item's features, as "\n" and "<row_1_col_2>".
+    image_edge: int = 0
+    image_marks: dict = field(default_factory=dict)
 
     # SHA-256 of the adapters that are merged into the weights: none may be merged twice.
     merged_adapters: tuple[str, ...] = ()

@@ -105,6 +105,9 @@ class VisionConfig:
     antialias: bool = False
     interpolate_offset: float = 0.0
 
+    # Whether the norm behind the last block is applied to the features (model.feature_norm).
+    final_norm: bool = False
+
     # DINOv3
     rope_theta: float | None = None  # None: positions are learnt, and added to the patches
     query_bias: bool = True
@@ -383,8 +386,9 @@ class VisionEncoder(nn.Module):
     """A Vision Transformer (Dosovitskiy et al., 2020) up to the layer whose features are used.
 
     feature_layer counts Hugging Face's `hidden_states`: 0 is the embeddings, -2 the input of the
-    last block, and none of them gets the final norm. What lies behind is not built. Its tensors
-    wait in `spares` and leave with the checkpoint, so that a saved encoder is whole again.
+    last block. What lies behind is not built. Only with final_norm the last state gets the final
+    norm, as in SmolVLM; it is asked for together with the last layer. The other tensors wait in
+    `spares` and leave with the checkpoint, so that a saved encoder is whole again.
 
     feature_select is "patch" or "cls_patch", see VisionConfig.tokens.
     """
@@ -419,6 +423,9 @@ class VisionEncoder(nn.Module):
             f"{-len(states)} to {c.layers}",
         )
         depth = states[feature_layer]
+        if c.final_norm and depth != c.layers:
+            what = f"the final norm, which stands behind layer {c.layers} and not {depth}"
+            raise UserError("model.feature_norm", what, "set model.feature_layer to -1")
 
         self.config = c
         self.processor = c.processor
@@ -439,6 +446,9 @@ class VisionEncoder(nn.Module):
             self.pre_layrnorm = LayerNorm(c.width, c.norm_eps)
         blocks = nn.ModuleList(self.make_block(c) for _ in range(depth))
         self.encoder = nn.ModuleDict({"layers": blocks})
+        self.post_layernorm = nn.Identity()
+        if c.final_norm:
+            self.post_layernorm = LayerNorm(c.width, c.norm_eps)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -475,6 +485,7 @@ class VisionEncoder(nn.Module):
             else:
                 x = block(x, rotation)
 
+        x = self.post_layernorm(x)
         return x[:, self.skip :]
 
 

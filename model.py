@@ -1223,7 +1223,12 @@ def init_weights(module: nn.Module, std: float):
 def vision_config_of(c: LLaVAConfig) -> VisionConfig:
     """Return the config of a model's encoder. Raises UserError that names the file of a field."""
     images = c.places.get("images", "preprocessor_config.json")
-    return vision_config(c.vision, c.preprocessor, c.places.get("vision", "vision_config"), images)
+    where = c.places.get("vision", "vision_config")
+    vision = vision_config(c.vision, c.preprocessor, where, images)
+    if c.feature_norm and vision.beside is not None:
+        what = "the norm of one encoder, and a mixture has two"
+        raise UserError("model.feature_norm", what, "remove it")
+    return replace(vision, final_norm=c.feature_norm)
 
 
 def vocabulary_of(c: LLaVAConfig) -> int | None:
@@ -1274,7 +1279,10 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         c.frames,
         c.fps,
         vision.grid,
+        c.image_edge,
+        c.image_marks,
     )
+    views.check_marks()
     views.positions()  # raises UserError where connector and encoder do not fit
     return views
 
@@ -1511,8 +1519,21 @@ class LLaVA(nn.Module):
                 batch = torch.stack([views_of_each[i] for i in same])  # (items, size, n, C)
             outputs = self.connector(self._join_views(batch))  # (items, n, D)
             for i, output in zip(same, outputs, strict=True):
-                features[i] = self.views.arrange(output, shapes[i])
+                arranged = self.views.arrange(output, shapes[i])
+                features[i] = self._among_marks(arranged, shapes[i])
         return features
+
+    def _among_marks(self, features: Tensor, shape: ItemShape) -> Tensor:
+        """Return an item's features (m, D) among the embeddings of the marks around them.
+
+        The text has IMAGE_TOKEN for marks too, so an item is one stretch of the row everywhere.
+        """
+        if not self.views.marks:
+            return features
+        ids = self.views.placeholder(shape)  # (positions,)
+        image_at = image_positions(ids)
+        x = self.language_model.model.embed(send(ids.clamp(min=0), features.device))
+        return x.index_copy(0, send(image_at, features.device), features.to(x.dtype))
 
     def embed(
         self, input_ids: Tensor, features: Tensor | None, image_at: Tensor | None = None

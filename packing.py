@@ -41,17 +41,18 @@ IMAGE_TOKEN = -200
 class ItemShape(NamedTuple):
     """How many views an item has and how they lie. It decides how many tokens the item takes.
 
-    All but `views` are for image_mode anyres, where the tiles together show one large picture.
+    Rows and columns are for image modes anyres and split, where the tiles together show one large
+    picture.
     """
 
     views: int = 1
 
-    # The grid of tiles, which come after the first view.
+    # The grid of tiles. In anyres they come after the first view, in split before the last one.
     rows: int = 0
     columns: int = 0
 
-    # The border around the picture: how many rows of tokens show it above and again below, and how
-    # many columns left and again right.
+    # The border around the picture in anyres: how many rows of tokens show it above and again
+    # below, and how many columns left and again right.
     top: int = 0
     left: int = 0
 

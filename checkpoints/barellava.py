@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from checkpoints import weights
-from checkpoints.fields import LAYERS, Fields
+from checkpoints.fields import LAYERS, SIDE, VOCABULARY, Fields
 from checkpoints.files import write_file
 from checkpoints.folder import folder_readme, named_tensors, write_folder
 from config import LLaVAConfig, Model
@@ -34,6 +34,7 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         return config.text(key, choices.get(key, ()), default=defaults[key], most=1000)
 
     sources = config.table("sources", optional=True)
+    marks = config.table("image_marks", optional=True)
     return LLaVAConfig(
         text=config.table("text_config").values,
         vision=config.table("vision_config").values,
@@ -42,6 +43,7 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         connector_options=config.table("connector_options", optional=True).values,
         feature_layer=config.integer("feature_layer", -LAYERS, LAYERS, defaults["feature_layer"]),
         feature_select=text("feature_select"),
+        feature_norm=config.flag("feature_norm", default=False),
         image_mode=text("image_mode"),
         template=text("template"),
         image_scale=config.number("image_scale", 1e-6, 1e6, defaults["image_scale"]),
@@ -49,6 +51,8 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         image_grids=text("image_grids"),
         frames=config.integer("frames", 1, 2**16, defaults["frames"]),
         fps=config.number("fps", 0.0, 1e3, defaults["fps"]),
+        image_edge=config.integer("image_edge", 0, SIDE, 0),
+        image_marks={key: marks.integers(key, 0, VOCABULARY) for key in marks.values},
     )
 
 
@@ -59,6 +63,11 @@ def config_json(c: LLaVAConfig) -> dict:
     del rest["places"]
     if not c.merged_adapters:
         del rest["merged_adapters"]
+    if not c.image_marks:
+        del rest["image_edge"]
+        del rest["image_marks"]
+    if not c.feature_norm:
+        del rest["feature_norm"]
 
     # These two have the names that Hugging Face's multimodal models use.
     text = rest.pop("text")

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoints import weights
 from checkpoints.fields import LAYERS, WIDTH, Fields
 from checkpoints.folder import folder_readme, merged_field, named_tensors, write_folder
 from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
@@ -70,6 +71,17 @@ MOST_PIXELS = 2**14  # along an edge of a grid
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-NeXT's default
 VERSIONS = {4: "4.57.1", 5: "5.23.0"}  # what config.json says of transformers, by major version
 
+# The encoder of a config.json without vision_config.
+DEFAULT_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+}
+
 TOWER = "vision_tower.vision_model."
 
 # ----------------------------------------------------------------------------------------- reading
@@ -77,10 +89,7 @@ TOWER = "vision_tower.vision_model."
 
 def read(config: Fields, folder: Path) -> LLaVAConfig:
     """Return what a config.json of LlavaForConditionalGeneration describes. Raises UserError."""
-    if isinstance(config.values.get("vision_feature_layer"), list):
-        where = config.name("vision_feature_layer")
-        raise UserError(where, "several layers", "use a model with one")
-    layer = config.integer("vision_feature_layer", -LAYERS, LAYERS, default=-2)
+    layer = _read_layer(config)
     select = config.text("vision_feature_select_strategy", SELECT, default="default")
 
     activation = config.text("projector_hidden_act", default="gelu")
@@ -91,10 +100,14 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
 
     # Version 5 ties the head if either of two places says so. Version 4 writes one of them only,
     # and leaves out the other.
-    stated = config.table("text_config")
+    stated = config.table("text_config", optional=True)
     text = {"model_type": "llama", **stated.values}
     if config.flag("tie_word_embeddings", default=False):
         text["tie_word_embeddings"] = True
+
+    # Phi's head has a bias, but not in a LLaVA of today.
+    if text["model_type"] == "phi":
+        text["lm_head_bias"] = _stores(folder, "lm_head.bias")
 
     # See the top of the file: some image features should be smaller than ours.
     version = config.text("transformers_version", default="4", most=100)
@@ -105,10 +118,14 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
     if text["model_type"] == "gemma3_text":
         image_scale = stated.integer("hidden_size", 1, WIDTH, default=2304) ** -0.5
 
+    vision = DEFAULT_VISION
+    if "vision_config" in config:
+        vision = {"model_type": "clip_vision_model", **config.table("vision_config").values}
+
     images, image_mode = _read_images(folder)
     return LLaVAConfig(
         text=text,
-        vision={"model_type": "clip_vision_model", **config.table("vision_config").values},
+        vision=vision,
         preprocessor=images,
         feature_layer=layer,
         feature_select=SELECT[select],
@@ -116,6 +133,27 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         template="chat",
         image_scale=image_scale,
     )
+
+
+def _read_layer(config: Fields) -> int:
+    """Return the feature layer. The file may have a list: features of several are concatenated."""
+    if not isinstance(config.values.get("vision_feature_layer"), list):
+        return config.integer("vision_feature_layer", -LAYERS, LAYERS, default=-2)
+    layers = config.integers("vision_feature_layer", -LAYERS, LAYERS)
+    if len(layers) != 1:
+        raise UserError(config.name("vision_feature_layer"), "several layers", "use one layer")
+    return layers[0]
+
+
+def _stores(folder: Path, name: str) -> bool:
+    """Say whether a folder's safetensors have a tensor whose name ends like this.
+
+    Pickled weights are not opened for it.
+    """
+    files = ("model.safetensors", "model.safetensors.index.json")
+    if not any((folder / file).exists() for file in files):
+        return False
+    return any(key.endswith(name) for key in weights.Checkpoint(folder))
 
 
 def _read_images(folder: Path) -> tuple[dict, str]:
@@ -146,6 +184,13 @@ def read_next(config: Fields, folder: Path) -> LLaVAConfig:
     Its grids are in pixels, height before width.
     """
     base = read(config, folder)
+
+    # Version 5 looks at the top level alone here, so a head may be stored beside a text_config that
+    # ties it. Without one the file is of version 4, which looked at text_config.
+    is_tied = config.flag("tie_word_embeddings", default=False)
+    if not is_tied and _stores(folder, "lm_head.weight"):
+        base = replace(base, text=base.text | {"tie_word_embeddings": False})
+
     places = (config.name("vision_config"), preprocessor_place(folder))
     vision = vision_config(base.vision, base.preprocessor, *places)
     side = vision.processor.side

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from checkpoints import barellava, hf_llava, tinyllava, tinyllava_bench, weights
+from checkpoints import barellava, hf_llava, smolvlm, tinyllava, tinyllava_bench, weights
 from checkpoints.fields import Fields
 from checkpoints.files import read_json, resolve
 from checkpoints.folder import MERGED, Renamed
@@ -81,6 +81,18 @@ LAYOUTS: dict[str, Layout] = {
         export_name="hf-llava",
     ),
     "llava_next": Layout(hf_llava.read_next, hf_llava.TABLE),
+    "smolvlm": Layout(
+        smolvlm.read,
+        smolvlm.TABLE,
+        write=smolvlm.write,
+        export_name="smolvlm",
+    ),
+    "idefics3": Layout(
+        smolvlm.read,
+        smolvlm.TABLE,
+        write=smolvlm.write_idefics3,
+        export_name="idefics3",
+    ),
 }
 
 
@@ -180,6 +192,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         connector_options=c.connector_options,
         feature_layer=c.feature_layer,
         feature_select=c.feature_select,
+        feature_norm=c.feature_norm,
         image_mode=c.image_mode,
         template=template,
         sources={"llm": c.llm, "vision": c.vision, "vision2": c.vision2},

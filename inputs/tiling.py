@@ -2,7 +2,7 @@
 
     views = model.views                 # a Tiling: all that the data path needs of a model
     item = views.picture(pil_image)     # one view; tiled, the whole picture and then its tiles
-    item = views.clip(frames)           # the frames of a video, a view each
+    item = views.clip(frames)           # the frames of a video, a view each; not in mode split
     views.positions(item.shape)         # how many tokens the item takes in the text
 
 A still picture is the case with one view: nothing behind this file knows which kind an item is. The
@@ -16,9 +16,13 @@ The image modes, each a class below and an entry of MODES:
     anyres     LLaVA-NeXT's (Liu et al., 2024): resized into the best of `grids` in its own
                proportions, with black borders. The borders' tokens are taken out again, and a
                learnt separator ends each row of tokens (connectors.py)
+    split      SmolVLM's and Idefics3's (Laurencon et al., 2024): the longest edge resized to
+               `edge`, then both edges to whole views. Between the tiles stand tokens of text that
+               say their row and column; the whole picture comes last
 
-For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, its rounding
-included: a model that was trained with them would misread a picture that is one row shorter.
+For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, for split those of
+its Idefics3ImageProcessorPil, their rounding included: a model that was trained with them would
+misread a picture that is one row shorter.
 
 n tokens of a view, v views of an item, S x S pixels of a view.
 """
@@ -38,7 +42,7 @@ from torch import Tensor
 from config import UserError
 from connectors import anyres_order, connector_tokens
 from inputs.image_processor import ImageProcessor
-from packing import ONE_VIEW, Item, ItemShape
+from packing import IMAGE_TOKEN, ONE_VIEW, Item, ItemShape
 
 # So many pixels may be made of one picture or video, and of all of a row together. They take 1.6 GB
 # and ten seconds. A file of a few kB could else take all the memory there is.
@@ -96,6 +100,13 @@ class Tiling:
     # Rows and columns of a view's patches, for connectors that know them; None in a mixture.
     grid: tuple[int, int] | None = None
 
+    # For image mode split: pixels of the longest edge, and {string: its ids} of the marks.
+    edge: int = 0
+    marks: dict = field(default_factory=dict)
+
+    def check_marks(self):
+        """Raise UserError where a mark that the mode writes into the text has no ids."""
+
     def shape(self, size: tuple[int, int]) -> ItemShape:
         """Return the shape of the item that a picture of this width and height becomes."""
         return ONE_VIEW
@@ -107,6 +118,10 @@ class Tiling:
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
         """Return how many tokens an item takes in the text."""
         return connector_tokens(self.connector, self.tokens, shape.views, self.grid, **self.options)
+
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
+        """Return an item's text (positions,): ids of marks, and IMAGE_TOKEN for each feature."""
+        return torch.full((self.positions(shape),), IMAGE_TOKEN)
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
         """Return an item's features (m, D) in the order of the text; m is positions(shape).
@@ -153,6 +168,9 @@ class Tiling:
         self.check_size(image.size)
         return Item(self.frame(image))
 
+    def check_video(self):
+        """Raise ValueError if the mode has no videos."""
+
     def frame(self, image: Image.Image) -> Tensor:
         """Return a picture in RGB as one view (1, 3, S, S), in uint8."""
         return self.processor.pixels(image, "square")[None]
@@ -160,8 +178,9 @@ class Tiling:
     def clip(self, frames: Iterable[Image.Image]) -> Item:
         """Return the item of a video's frames, in uint8. A tiled model sees each frame whole.
 
-        Raise ValueError if they are too many or too large.
+        Raise ValueError if they are too many or too large, or the mode has no videos.
         """
+        self.check_video()
         views = []
         for frame in frames:
             if isinstance(self.processor, ImageProcessor):
@@ -169,6 +188,16 @@ class Tiling:
             views.append(self.frame(frame))
             self.check_views(len(views))
         return Item(torch.cat(views), ItemShape(len(views)))
+
+    def cut(self, large: Image.Image) -> Tensor:
+        """Return a picture of whole views cut into them, row by row, (views, 3, S, S) uint8."""
+        side = self.processor.side
+        tiles = []
+        for top in range(0, large.height, side):
+            for left in range(0, large.width, side):
+                tile = large.crop((left, top, left + side, top + side))
+                tiles.append(self.processor.tensor(tile))
+        return torch.stack(tiles)
 
 
 class PaddedTiling(Tiling):
@@ -207,17 +236,11 @@ class TilesTiling(Tiling):
         rows, columns = self.best_grid(image.size)
         large = self.resize(image, columns * side, rows * side)
 
-        # The whole picture as the first view, then the tiles row by row.
+        # The whole picture as the first view, then the tiles.
         whole = image.resize((side, side), self.processor.resample)
-        views = [self.processor.tensor(whole)]
-        for row in range(rows):
-            for column in range(columns):
-                left = column * side
-                top = row * side
-                tile = large.crop((left, top, left + side, top + side))
-                views.append(self.processor.tensor(tile))
-        pixels = torch.stack(views)  # (v, 3, S, S)
-        return Item(pixels, self.shape(image.size))
+        pixels = self.processor.tensor(whole)[None]
+        views = torch.cat([pixels, self.cut(large)])  # (v, 3, S, S)
+        return Item(views, self.shape(image.size))
 
     def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Return the picture that is cut into tiles, of width x height pixels."""
@@ -326,10 +349,165 @@ class AnyresTiling(TilesTiling):
         return canvas
 
 
+# The strings around pictures of SmolVLM and Idefics3, and the most pixels and tiles along an edge.
+# Their published models have 4 and 5 tiles.
+FAKE = "<fake_token_around_image>"
+GLOBAL = "<global-img>"
+MOST_EDGE = 4096
+MOST_TILES = 16
+
+
+def tile_mark(row: int, column: int) -> str:
+    """Return the string that stands before a tile; both count from 0."""
+    return f"<row_{row + 1}_col_{column + 1}>"
+
+
+def most_tiles(edge: int, side: int) -> int:
+    """Return how many tiles of `side` pixels a longest edge becomes.
+
+    An odd edge may grow by a pixel.
+    """
+    return ceil((edge + edge % 2) / side)
+
+
+def mark_names(edge: int, side: int) -> list[str]:
+    """Return all strings that can stand around the views of pictures with this longest edge.
+
+    Raise UserError for more tiles along an edge than any model has.
+    """
+    most = most_tiles(edge, side)
+    if most > MOST_TILES:
+        what = f"split of {edge} pixels into views of {side}, which is more than {MOST_TILES} a row"
+        raise UserError("model.image_mode", what, "give the image processor of this model")
+
+    names = [FAKE, GLOBAL, "\n", "\n\n"]
+    for row in range(most):
+        for column in range(most):
+            names.append(tile_mark(row, column))
+    return names
+
+
+class SplitTiling(Tiling):
+    """Image mode split: SmolVLM's and Idefics3's tiles, with marks, and the whole picture last.
+
+    The text of a picture of r x c tiles, where ... are the tokens of a view:
+
+        FAKE <row_1_col_1> ... FAKE <row_1_col_2> ... \\n
+        FAKE <row_2_col_1> ... FAKE <row_2_col_2> ... \\n\\n
+        FAKE GLOBAL ... FAKE
+
+    One that is a single view has the last line alone.
+    """
+
+    mode = "split"
+    tiled = True
+
+    def check_marks(self):
+        fix = "start from a SmolVLM or Idefics3 as model.checkpoint"
+        if self.edge < 1:
+            raise UserError("model.image_mode", "split, without image_edge", fix)
+        for name in mark_names(self.edge, self.processor.side):
+            if not self.marks.get(name):
+                raise UserError("model.image_mode", f"split, without ids of {name!r}", fix)
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        width, height = self._whole_views(self._first_size(size))
+        rows = height // self.processor.side
+        columns = width // self.processor.side
+        if rows * columns == 1:
+            return ONE_VIEW
+        return ItemShape(rows * columns + 1, rows, columns)
+
+    def largest(self) -> list[ItemShape]:
+        # The longest edge is as long as it can be, the other one anything.
+        shapes = [ONE_VIEW]
+        most = most_tiles(self.edge, self.processor.side)
+        if most > 1:
+            for tiles in range(1, most + 1):
+                shapes.append(ItemShape(tiles * most + 1, tiles, most))
+                shapes.append(ItemShape(tiles * most + 1, most, tiles))
+        return shapes
+
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        return len(self._ids(shape))
+
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
+        return torch.tensor(self._ids(shape), device="cpu")
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        # Both resized pictures, the tiles, and these once more in one tensor.
+        width, height = self._first_size(size)
+        return width * height + 3 * self.shape(size).views * self.processor.side**2
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        side = self.processor.side
+        resample = self.processor.resample
+        resized = image.resize(self._first_size(image.size), resample)
+        large = resized.resize(self._whole_views(resized.size), resample)
+
+        # The tiles, if there is more than one, then the whole picture.
+        shape = self.shape(image.size)
+        whole = large.resize((side, side), resample)
+        views = self.processor.tensor(whole)[None]
+        if shape.rows:
+            views = torch.cat([self.cut(large), views])
+        return Item(views, shape)  # (v, 3, S, S)
+
+    def check_video(self):
+        what = "image mode split has no videos: the times that SmolVLM2 writes around their frames"
+        raise ValueError(f"{what} are not written here")
+
+    def _ids(self, shape: ItemShape) -> list[int]:
+        """Return the ids of `placeholder`."""
+        view = connector_tokens(self.connector, self.tokens, 1, self.grid, **self.options)
+        features = view * [IMAGE_TOKEN]
+
+        ids = []
+        for row in range(shape.rows):
+            for column in range(shape.columns):
+                ids += [*self.marks[FAKE], *self.marks[tile_mark(row, column)], *features]
+
+            # The last row's line break and the one before the whole picture are one text.
+            if row + 1 < shape.rows:
+                ids += self.marks["\n"]
+            else:
+                ids += self.marks["\n\n"]
+        return [*ids, *self.marks[FAKE], *self.marks[GLOBAL], *features, *self.marks[FAKE]]
+
+    def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return width and height with the longest edge of `edge` pixels, the other one even."""
+        width, height = size
+        aspect = width / height
+        if width >= height:
+            width = self.edge
+            height = int(width / aspect)
+            height += height % 2
+        else:
+            height = self.edge
+            width = int(height * aspect)
+            width += width % 2
+        return max(width, 1), max(height, 1)
+
+    def _whole_views(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return width and height of as many whole views as a resized picture takes."""
+        side = self.processor.side
+        width, height = size
+        aspect = width / height
+        if width >= height:
+            width = ceil(width / side) * side
+            height = ceil(int(width / aspect) / side) * side
+        else:
+            height = ceil(height / side) * side
+            width = ceil(int(height * aspect) / side) * side
+        return width, height
+
+
 # Keyed by the mode's name in a recipe and in config.json.
 MODES: dict[str, type[Tiling]] = {
     "square": Tiling,
     "pad": PaddedTiling,
     "tiles": TilesTiling,
     "anyres": AnyresTiling,
+    "split": SplitTiling,
 }

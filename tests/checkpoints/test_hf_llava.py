@@ -1,5 +1,6 @@
 """Hugging Face's LLaVA: we read what it writes; it reads what we write, or we say why not."""
 
+import itertools
 import json
 import shutil
 
@@ -9,17 +10,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoints import weights
+from checkpoints import hf_llava, weights
+from checkpoints.fields import Fields
 from checkpoints.files import read_json
+from encoders import vision_config
 from export import export
 from inputs import templates
 from inputs.pictures import load_image
 from inputs.templates import byte_tokenizer
 from inputs.tokenizer import load_tokenizer
-from model import LLaVA
+from model import FAMILIES, LLaVA, lm_config
 from packing import IMAGE_TOKEN
 from tests.tools.environment import shared
-from tests.tools.small_llava import SIDE, biased, small
+from tests.tools.small_language_models import CONFIGS, SIZES
+from tests.tools.small_llava import CLIP_SIDE, SIDE, VISION, biased, small
 from tests.tools.transformers_versions import under
 
 
@@ -331,27 +335,133 @@ def test_what_transformers_4_cannot_express_of_phi3_is_refused(tmp_path):
     export(model, None, "hf-llava", tmp_path / "out", 5)
 
 
-@pytest.mark.parametrize("text_flag", [None, False], ids=["absent", "false"])
-def test_a_tie_flag_at_the_top_alone_is_read_as_transformers_reads_it(text_flag, tmp_path):
-    """Its version 5 ties if either place says so, and leaves the head out of the file."""
+FLAGS = (None, False, True)
+# A family that is not tied unless the file says so, and one that is; the others in full mode.
+TIES = ["qwen2", "gemma"]
+for name in (*hf_llava.FAMILIES, "gemma3_text"):
+    if name not in TIES:
+        TIES.append(pytest.param(name, marks=pytest.mark.full))
+
+
+def save_theirs(transformers, kind: str, family: str, tied: bool, folder):
+    """Write a random LLaVA by transformers; return its config.json. Nothing is zero in it."""
+    sizes = SIZES | CONFIGS[family][0] | {"num_hidden_layers": 3, "tie_word_embeddings": tied}
+    text = transformers.AutoConfig.for_model(family, **sizes)
+    vision = transformers.AutoConfig.for_model("clip_vision_model", **VISION)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_index=90
+    )
+    if kind == "LlavaNext":
+        config.image_grid_pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(CLIP_SIDE))
+    return read_json(folder / "config.json")
+
+
+def with_flags(config: dict, top, nested) -> dict:
+    """Return a config.json with the two tie flags; None leaves one out."""
+    config = json.loads(json.dumps(config))
+    for place, flag in ((config, top), (config["text_config"], nested)):
+        place.pop("tie_word_embeddings", None)
+        if flag is not None:
+            place["tie_word_embeddings"] = flag
+    return config
+
+
+@pytest.mark.parametrize("kind", ["Llava", "LlavaNext"])
+@pytest.mark.parametrize("family", TIES)
+def test_a_head_is_tied_where_transformers_ties_it(kind, family, tmp_path):
+    """Its flag at the top, in text_config, in both or none, of files with and without a head.
+
+    In two cases transformers loads something, with a warning: a head that is missing is random, and
+    one that differs although the flag ties it is kept. Both are refused here, but for a LLaVA-NeXT
+    without a head: version 4 tied that by text_config.
+    """
     transformers = pytest.importorskip("transformers")
-    model = small("qwen2", "clip", vocab=98)
-    export(model, None, "hf-llava", tmp_path)
-    config = read_json(tmp_path / "config.json")
-    assert model.language_model.config.tied and config["text_config"].pop("tie_word_embeddings")
-    if text_flag is not None:
-        config["text_config"]["tie_word_embeddings"] = text_flag
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcomes = set()
+    for stored_tied in (True, False):
+        folder = tmp_path / str(stored_tied)
+        config = save_theirs(transformers, kind, family, stored_tied, folder)
+        stored = set(weights.Checkpoint(folder))
+        assert ("language_model.lm_head.weight" in stored) != stored_tied
 
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
-    ours = LLaVA.from_pretrained(tmp_path)
-    assert theirs.config.tie_word_embeddings and ours.language_model.config.tied
-    head = ours.language_model.lm_head.weight
-    assert torch.equal(theirs.lm_head.weight, head)
-    assert head is ours.language_model.model.embed_tokens.weight
+        for top, nested in itertools.product(FLAGS, FLAGS):
+            (folder / "config.json").write_text(json.dumps(with_flags(config, top, nested)))
+            model = getattr(transformers, f"{kind}ForConditionalGeneration")
+            theirs, info = model.from_pretrained(folder, output_loading_info=True)
+            is_random = bool(info["missing_keys"])
+            told_to_tie = theirs.config.tie_word_embeddings
+            theirs_ties = theirs.lm_head.weight is theirs.get_input_embeddings().weight
 
-    # Neither place: a head of its own is missing then.
-    config["tie_word_embeddings"] = False
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="lm_head.weight: missing from the weights"):
+            if told_to_tie and not theirs_ties:
+                outcomes.add("differs")
+                with pytest.raises(ValueError, match="differs .* set tie_word_embeddings to false"):
+                    LLaVA.from_pretrained(folder)
+                continue
+            text_ties = theirs.config.text_config.tie_word_embeddings
+            if is_random and not text_ties:
+                outcomes.add("missing")
+                with pytest.raises(ValueError, match="lm_head.* missing from the weights"):
+                    LLaVA.from_pretrained(folder)
+                continue
+
+            ours = LLaVA.from_pretrained(folder).language_model
+            head, embedding = ours.lm_head.weight, ours.model.embed_tokens.weight
+            if is_random:
+                outcomes.add("of version 4")
+                assert kind == "LlavaNext" and ours.config.tied
+            else:
+                outcomes.add(f"tied: {theirs_ties}")
+                assert ours.config.tied == theirs_ties == (head is embedding)
+                assert torch.equal(head, theirs.lm_head.weight)
+            assert torch.equal(embedding, theirs.get_input_embeddings().weight)
+
+    expected = {"differs", "missing", "tied: True", "tied: False"}
+    if kind == "LlavaNext":
+        expected.add("of version 4")
+    assert outcomes == expected
+
+
+def test_what_a_config_leaves_out_is_what_transformers_fills_in(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlavaConfig()
+    ours = hf_llava.read(Fields({"model_type": "llava"}, "config.json"), tmp_path)
+    text = lm_config(FAMILIES["llama"].defaults | ours.text)
+    assert ours.text == {"model_type": "llama"}
+    sizes = (text.vocab, text.width, len(text.layers), text.tied)
+    full = theirs.text_config
+    want = (full.vocab_size, full.hidden_size, full.num_hidden_layers, full.tie_word_embeddings)
+    assert sizes == want
+    vision = vision_config(ours.vision).hf
+    both = vision.keys() & theirs.vision_config.to_dict().keys()
+    assert {k: vision[k] for k in both} == {k: getattr(theirs.vision_config, k) for k in both}
+    assert set(hf_llava.DEFAULT_VISION) <= both
+    assert (ours.feature_layer, ours.feature_select) == (theirs.vision_feature_layer, "patch")
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_the_fields_of_features_are_read_as_transformers_reads_them(strategy, tmp_path):
+    """A list of one layer is that layer; either name of the image token changes nothing here."""
+    transformers = pytest.importorskip("transformers")
+    config = save_theirs(transformers, "Llava", "llama", False, tmp_path)
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    for layer in (-1, -2, [-2], [1], 2):
+        changed = config | {"vision_feature_layer": layer, "pad_token_id": 5, "image_token_id": 90}
+        changed["vision_feature_select_strategy"] = strategy
+        del changed["image_token_index"]
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+        assert theirs.config.image_token_index == 90
+        with torch.no_grad():
+            features = theirs.get_image_features(pixel_values=pixels).pooler_output[0]
+            got = LLaVA.from_pretrained(tmp_path).encode_images(pixels)[0]
+        assert (got - features).abs().max() <= 1e-4
+
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": [1, 2]}))
+    with pytest.raises(ValueError, match="vision_feature_layer: several layers; fix: "):
         LLaVA.from_pretrained(tmp_path)

@@ -1,0 +1,389 @@
+"""SmolVLM and Idefics3: pixels, ids, logits and files are those of transformers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from checkpoints.files import read_json
+from checkpoints.layouts import read_config
+from config import UserError
+from export import export
+from inputs import templates
+from inputs.pictures import load_image
+from inputs.rows import open_rows
+from inputs.sample import SampleSpec, make_sample
+from inputs.tokenizer import load_tokenizer
+from model import LLaVA, tiling_of
+from packing import IMAGE_TOKEN
+from tests.tools.environment import ROOT, run, shared
+from tests.tools.sample_rows import turns
+from tests.tools.small_llava import small
+
+transformers = pytest.importorskip("transformers", reason="the oracle: pip install .[dev]")
+
+PHOTOS = (
+    "astronaut.png",
+    "australia.jpg",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "cow_in_beach.jpg",
+    "horse.png",
+    "rocket.jpg",
+)
+SIZES = ((3, 5), (1, 1), (900, 1), (1, 700), (217, 216), (101, 99), (2000, 1500))
+
+# SmolVLM's own template, in a few words.
+TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+CORPUS = ["User: What is this?\n\nAssistant: A horse\n\n and\n a dog.", "\n\n", "How many?\n\n\n"]
+
+# Two small odd models: 9 x 9 patches in squares of 3, and 6 x 6 in squares of 2 with an odd edge.
+MODELS = {
+    "SmolVLM": {
+        "text": {"num_attention_heads": 6, "num_key_value_heads": 2},
+        "vision": {"image_size": 54, "patch_size": 6},
+        "factor": 3,
+        "edge": 216,
+        "tied": True,
+    },
+    "Idefics3": {
+        "text": {"num_attention_heads": 4, "num_key_value_heads": 1, "rope_theta": 777.0},
+        "vision": {"image_size": 42, "patch_size": 7},
+        "factor": 2,
+        "edge": 101,
+        "tied": False,
+    },
+}
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with SmolVLM's control tokens, in which line breaks merge."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    marks = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    controls = ["<|endoftext|>", "<|im_start|>", *marks, "<global-img>"]
+    controls += ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    fast = tokenizers.Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=controls,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(CORPUS * 5, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|endoftext|>",
+        add_bos_token=False,
+    )
+
+
+def published(kind: str, folder):
+    """Write a small random model with its processor; return both."""
+    given = MODELS[kind]
+    tok = tokenizer()
+    side = given["vision"]["image_size"]
+    sequence = (side // given["vision"]["patch_size"] // given["factor"]) ** 2
+    images = getattr(transformers, f"{kind}ImageProcessorPil")(
+        size={"longest_edge": given["edge"]}, max_image_size={"longest_edge": side}
+    )
+    # SmolVLM's processor needs a package more; Idefics3's writes the same text.
+    processor = transformers.Idefics3Processor(
+        images, tok, image_seq_len=sequence, chat_template=TEMPLATE
+    )
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tok) + 3,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            **given["text"],
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            **given["vision"],
+        },
+        scale_factor=given["factor"],
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=given["tied"],
+        pad_token_id=tok.pad_token_id,
+    )
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.2)
+            if p.dim() == 1:
+                p.add_(1.0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+@pytest.fixture(scope="module", params=["SmolVLM", "Idefics3"])
+def made(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model, processor = published(request.param, folder)
+    return request.param, folder, model, processor
+
+
+def photos():
+    folder = shared("assets/images/photos")
+    return [load_image(folder / name) for name in PHOTOS]
+
+
+def drawn(size) -> Image.Image:
+    """Return a picture of noise."""
+    width, height = size
+    noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(width))
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+def expanded(ids, views, items) -> list[int]:
+    """Return prompt ids with the text of each item in place, -200 where a feature goes."""
+    left = iter(items)
+    row = []
+    for i in ids:
+        if i == IMAGE_TOKEN:
+            row += views.placeholder(next(left).shape).tolist()
+        else:
+            row.append(int(i))
+    return row
+
+
+def asked(question: str, images: int) -> tuple[list[dict], list[dict]]:
+    """Return a question behind so many pictures: our turns, and transformers' messages."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    conversation = [{"from": "human", "value": "<image>\n" * images + question}]
+    return conversation, [{"role": "user", "content": content}]
+
+
+def test_pixels_are_those_of_the_published_processor(made):
+    """The photographs and odd sizes, bit for bit before they are normalised."""
+    _, folder, _, processor = made
+    model = LLaVA.from_pretrained(folder)
+    shapes = set()
+    for image in photos() + [drawn(size) for size in SIZES]:
+        item = model.views.picture(image)
+        want = processor.image_processor(
+            [image],
+            do_rescale=False,
+            do_normalize=False,
+            return_row_col_info=True,
+            return_tensors="pt",
+        )
+        assert torch.equal(item.pixels, want["pixel_values"][0].to(torch.uint8)), image.size
+        assert [item.shape.rows, item.shape.columns] == [want["rows"][0][0], want["cols"][0][0]]
+        assert item.shape == model.views.shape(image.size)
+        assert len(item.pixels) == item.shape.views
+        shapes.add(item.shape)
+
+        normalised = processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+        mine = model.vision_tower.processor.normalise(item.pixels)
+        assert (mine - normalised).abs().max() <= 1e-6
+    assert len(shapes) >= 4
+    largest = max(model.views.positions(shape) for shape in model.views.largest())
+    assert max(model.views.positions(shape) for shape in shapes) <= largest
+
+
+def test_ids_logits_and_tokens_are_those_of_transformers(made):
+    _, folder, theirs, processor = made
+    model = LLaVA.from_pretrained(folder)
+    tok = load_tokenizer(folder)
+    token = processor.image_token_id
+    all_photos = photos()
+    cases = [
+        ("What is this?", all_photos[:1]),
+        ("\n\nHow many?\n", all_photos[5:8]),
+        ("And?", [drawn((30, 30)), all_photos[1]]),
+        ("No picture at all", []),
+    ]
+    for question, images in cases:
+        conversation, messages = asked(question, len(images))
+        # Rows of data have no line breaks beside an image, so the processor gets none.
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        prompt = prompt.replace(question, question.strip())
+        given = {"images": [images]} if images else {}
+        inputs = processor(text=[prompt], return_tensors="pt", **given)
+
+        ids = templates.encode_prompt(conversation, tok, "chat")
+        items = [model.views.picture(image) for image in images]
+        row = expanded(ids, model.views, items)
+        want = [IMAGE_TOKEN if i == token else i for i in inputs["input_ids"][0].tolist()]
+        assert row == want, prompt
+
+        with torch.no_grad():
+            wanted = theirs(**inputs).logits
+            logits = model(torch.tensor([ids]), items).logits
+        assert (logits - wanted).abs().max().item() <= 1e-4
+        assert wanted.std().item() > 0.1  # otherwise 1e-4 would say little
+
+        tokens = model.generate([torch.tensor(ids)], items, max_new_tokens=10)[0].tolist()
+        new = theirs.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None)
+        assert tokens == new[0, inputs["input_ids"].size(1) :].tolist()
+
+
+def test_the_folder_goes_back_bit_for_bit(made, tmp_path):
+    kind, folder, theirs, processor = made
+    out = tmp_path / "out"
+    export(LLaVA.from_pretrained(folder), load_tokenizer(folder), kind.lower(), out)
+
+    cls = getattr(transformers, f"{kind}ForConditionalGeneration")
+    again, info = cls.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in info), info
+    for (name, want), got in zip(theirs.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(want, got), name
+    before = load_file(folder / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+
+    # The processor does what the first one does, and we read our own folder as theirs.
+    images = getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(out)
+    seen = transformers.Idefics3Processor(
+        images,
+        transformers.PreTrainedTokenizerFast.from_pretrained(out),
+        image_seq_len=read_json(out / "processor_config.json")["image_seq_len"],
+    )
+    picture = photos()[2]
+    messages = asked("Who?", 1)[1]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    want = processor(text=[prompt], images=[[picture]], return_tensors="pt")
+    got = seen(text=[prompt], images=[[picture]], return_tensors="pt")
+    for key in ("input_ids", "pixel_values"):
+        assert torch.equal(want[key], got[key]), key
+    ours = LLaVA.from_pretrained(out)
+    assert ours.config.image_marks == LLaVA.from_pretrained(folder).config.image_marks
+    assert ours.views == LLaVA.from_pretrained(folder).views
+
+
+def test_our_own_layout_keeps_marks_and_the_norm(made, tmp_path):
+    model = LLaVA.from_pretrained(made[1])
+    export(model, load_tokenizer(made[1]), "barellava", tmp_path / "out")
+    again = LLaVA.from_pretrained(tmp_path / "out")
+    assert again.views == model.views
+    ids = torch.tensor([[5, IMAGE_TOKEN, 7]])
+    item = model.views.picture(photos()[0])
+    with torch.no_grad():
+        assert torch.equal(model(ids, [item]).logits, again(ids, [item]).logits)
+
+
+@pytest.mark.parametrize(("top", "nested"), [(True, False), (False, True)])
+def test_the_top_level_says_whether_the_head_is_tied(made, tmp_path, top, nested):
+    kind, folder, _, _ = made
+    config = read_json(folder / "config.json")
+    config["tie_word_embeddings"] = top
+    config["text_config"]["tie_word_embeddings"] = nested
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = getattr(transformers, f"{kind}Config").from_pretrained(tmp_path)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(theirs)
+    is_tied = model.lm_head.weight is model.model.text_model.embed_tokens.weight
+    assert is_tied == top == read_config(tmp_path).text["tie_word_embeddings"]
+
+
+CHANGES = [
+    ("config.json", ("image_token_id",), 3, "image_token_id"),
+    ("config.json", ("scale_factor",), 4, "scale_factor"),
+    ("config.json", ("text_config", "model_type"), "gemma", "text_config.model_type"),
+    ("config.json", ("vision_config", "image_size"), 19 * 6, "vision_config.image_size"),
+    ("processor_config.json", ("image_seq_len",), 8, "image_seq_len"),
+    ("processor_config.json", ("image_processor", "do_image_splitting"), False, "do_image_splitt"),
+    ("processor_config.json", ("image_processor", "size"), {"height": 9, "width": 9}, "height"),
+    ("processor_config.json", ("image_processor", "max_image_size", "longest_edge"), 48, "longest"),
+    ("processor_config.json", ("image_processor", "size", "longest_edge"), 918, "more than 16 a r"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value", "named"), CHANGES)
+def test_what_is_not_computed_is_refused(tmp_path, name, path, value, named):
+    published("SmolVLM", tmp_path)
+    whole = read_json(tmp_path / name)
+    inner = whole
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (tmp_path / name).write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=named):
+        tiling_of(read_config(tmp_path))
+
+
+def test_what_smolvlm_cannot_express_is_refused(made, tmp_path):
+    model = LLaVA.from_pretrained(made[1])
+    tok = load_tokenizer(made[1])
+    with pytest.raises(UserError, match="its tokens"):
+        export(model, None, "smolvlm", tmp_path / "out")
+    for changes, reason in (
+        ({"template": "llama"}, "template llama"),
+        ({"feature_norm": False}, "final norm"),
+        ({"image_mode": "square"}, "around every picture"),
+        ({"image_scale": 0.5}, "has no scale"),
+    ):
+        original = model.config
+        model.config = replace(original, **changes)
+        with pytest.raises(UserError, match=reason):
+            export(model, tok, "smolvlm", tmp_path / "out")
+        model.config = original
+    with pytest.raises(UserError, match="connector mlp2x_gelu"):
+        export(small("llama", "siglip"), tok, "idefics3", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_is_refused(made, tmp_path):
+    """Where a row has one, the row is named, with and without its pixels."""
+    views = LLaVA.from_pretrained(made[1]).views
+    with pytest.raises(ValueError, match="SmolVLM2"):
+        views.clip([drawn((9, 9))])
+
+    rows = [{"id": "v", "video": "a.mp4", "conversations": turns("<video>\nWhat?", "A horse.")}]
+    (tmp_path / "a.mp4").write_bytes(b"a film")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    spec = SampleSpec(load_tokenizer(made[1]), "chat", 1000, views)
+    with pytest.raises(UserError, match="rows.json:row 0 .*a.mp4.*SmolVLM2.*; fix: .*remove the"):
+        make_sample(open_rows(tmp_path / "rows.json"), 0, spec, pixels=False)
+
+
+def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path):
+    """LoRA on own rows, an answer, and the export to transformers."""
+    kind, folder, _, _ = made
+    rows = []
+    for i in range(12):
+        drawn((40 + i, 60)).save(tmp_path / f"{i}.png")
+        conversation = turns("<image>\nWhat is this?", "A horse.")
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": conversation})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    run(
+        "train.py",
+        ROOT / "recipes" / "smolvlm-256m-finetune.toml",
+        f"model.checkpoint={folder}",
+        f"train.output={out}",
+        "train.workers=0",
+        f"stage.own.data={tmp_path / 'rows.json'}",
+        f"stage.own.images={tmp_path}",
+    )
+    answer = run("generate.py", "--model", out, "--image", tmp_path / "3.png", "--prompt", "Who?")
+    assert answer.returncode == 0
+    run("export.py", "--model", out, "--to", kind.lower(), tmp_path / "hf")
+    cls = getattr(transformers, f"{kind}ForConditionalGeneration")
+    _, info = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in info), info
