@@ -161,8 +161,8 @@ class Model:
     image_mode: str = opt(
         "square",
         "square resizes; pad makes a square first; tiles, anyres: high resolution, split: that of "
-        "a SmolVLM, see inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres", "split"),
+        "a SmolVLM; native keeps the proportions, for a NaFlex, see inputs/tiling.py",
+        ("square", "pad", "tiles", "anyres", "split", "native"),
     )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"

@@ -53,6 +53,7 @@ from kernels.attention import attention, attention_packed
 from kernels.glu import gelu, glu
 from kernels.rope import rope
 from layers import GLU, LayerNorm, LayerScale
+from packing import send
 
 # PyTorch computes products of float32 in float32, but convolutions in TF32 unless told otherwise.
 # The patch embedding is a convolution, and float32 is to mean float32 there too.
@@ -563,8 +564,8 @@ class NaFlexEncoder(VisionEncoder):
         x = self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype), grids)
 
         lengths = [rows * columns for rows, columns in grids]
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        cu_seqlens = ends.to(x.device, torch.int32)
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        cu_seqlens = send(ends, x.device)
 
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:

@@ -308,9 +308,13 @@ class NaFlexProcessor(ImageProcessor):
 
         A patch is its pixels row by row, each red, green and blue.
         """
+        return self.patches_of(image, self.grid_of(image.size))
+
+    def patches_of(self, image: Image.Image, grid: tuple[int, int]) -> Tensor:
+        """Return what `pixels` does, of a picture resized to a grid of patches."""
         if image.mode != "RGB":
             image = image.convert("RGB")
-        rows, columns = self.grid_of(image.size)
+        rows, columns = grid
         size = (columns * self.patch_size, rows * self.patch_size)
         pixels = torch.from_numpy(np.array(image.resize(size, self.resample)))  # (H, W, 3)
         pixels = pixels.unflatten(1, (columns, -1)).unflatten(0, (rows, -1))

@@ -388,7 +388,7 @@ class Plan:
         # The model is built without the blocks behind the feature layer, so they are not counted.
         model = self.build(self.recipe)
         sizes = [f"{name} {_count(part):,}" for name, part in model.named_children()]
-        tokens = f"{model.image_tokens} tokens per image"
+        tokens = f"{model.views.tokens_text} tokens per image"
         print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
 
         if self.room is None:
