@@ -564,9 +564,7 @@ class NativeTiling(Tiling):
 
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
         rows, columns = grid = self.grid_of(shape)
-        return connector_tokens(
-            self.connector, rows * columns, shape.views, grid, **self.options
-        )
+        return connector_tokens(self.connector, rows * columns, shape.views, grid, **self.options)
 
     @property
     def tokens_text(self) -> str:
