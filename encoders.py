@@ -141,10 +141,13 @@ class VisionConfig:
         """Return the number of tokens per image, of each encoder in a mixture.
 
         select: "cls_patch" keeps all of them, "patch" drops the first one. TinyLLaVA does so even
-        where there is no class token: SigLIP then loses its first patch.
+        where there is no class token: SigLIP then loses its first patch. For a NaFlex it is the
+        most tokens that an image can have. Raises UserError where a NaFlex would lose a patch.
         """
         if self.native:
-            return self.processor.patches  # at most
+            fix = "use cls_patch: all tokens are patches"
+            need(select == "cls_patch", "model.feature_select", select, fix)
+            return self.processor.patches
         side = self.processor.side // self.patch_size
         count = self.leading + side**2
         if select == "patch":
@@ -552,8 +555,7 @@ class NaFlexEncoder(VisionEncoder):
     make_block = PackedBlock
 
     def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
-        fix = "use cls_patch: all tokens are patches"
-        need(feature_select == "cls_patch", "model.feature_select", feature_select, fix)
+        c.tokens(feature_select)  # raises UserError where it is not cls_patch
         super().__init__(c, feature_layer, feature_select)
 
     def forward(self, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:

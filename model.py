@@ -1299,9 +1299,6 @@ def check_native(c: LLaVAConfig, vision: VisionConfig):
     if not mode.native:
         return
 
-    if c.feature_select != "cls_patch":
-        what = f"{c.feature_select}, and all tokens of a NaFlex are patches"
-        raise UserError("model.feature_select", what, "use cls_patch")
     for_any = [name for name, entry in CONNECTORS.items() if entry.spatial and entry.any_grid]
     if CONNECTORS[c.connector].spatial and c.connector not in for_any:
         what = f"{c.connector} reads one grid of tokens, and each picture of a NaFlex has its own"

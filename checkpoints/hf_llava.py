@@ -310,7 +310,7 @@ def check_expressible(model):
         return
 
     fix = "export to barellava or tinyllava"
-    if MODES[c.image_mode].tiled:
+    if MODES[c.image_mode].tiled or MODES[c.image_mode].native:
         fix = "export to barellava"
     raise UserError("--to hf-llava", reason, fix)
 

@@ -587,6 +587,7 @@ class NativeTiling(Tiling):
         shape = ONE_VIEW
         for frame in frames:
             if not views:
+                self.check_size(frame.size)
                 shape = self.shape(frame.size)
             views.append(self.processor.patches_of(frame, self.grid_of(shape)))
             self.check_views(len(views))

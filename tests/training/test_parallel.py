@@ -85,8 +85,22 @@ def test_ddp_and_sharded_ranks_change_nothing(recipe, whole_run):
         assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
 
 
-def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp_path):
-    """A rank has tiles where another has a clip or text alone: none waits, losses are equal."""
+# What the recipe changes so that pictures keep their proportions: at most nine patches of them.
+NAFLEX = (
+    "model.image_mode=native",
+    "model.vision_config.model_type=siglip2_vision_model",
+    "model.vision_config.preprocessor={patch_size = 16, max_num_patches = 9}",
+)
+
+
+@pytest.mark.parametrize("mode_change", [["model.image_mode=anyres"], NAFLEX], ids=lambda c: c[0])
+def test_ranks_with_pictures_videos_and_text_change_nothing(
+    recipe, tiny_world, tmp_path, mode_change
+):
+    """A rank has tiles where another has a clip or text alone: none waits, losses are equal.
+
+    Or it has pictures of other grids.
+    """
     rows = json.loads((tiny_world / "finetune.json").read_text())[:60]
     for row in rows[::3]:
         if name := row.pop("image", None):
@@ -95,9 +109,11 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
             frames[0].save(
                 tmp_path / row["video"], save_all=True, append_images=frames[1:], duration=100
             )
-    for row in rows:
+    for i, row in enumerate(rows):
         if "image" in row:
-            row["image"] = str(tiny_world / "images" / row["image"])
+            picture = Image.open(tiny_world / "images" / row["image"])
+            row["image"] = f"{row['id']}.png"
+            picture.resize((20 + 7 * (i % 9), 20 + 5 * (i % 7))).save(tmp_path / row["image"])
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     change = [
         f"stage.finetune.data={tmp_path}/rows.json",
@@ -107,8 +123,8 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
         "stage.finetune.steps=4",
         "stage.pretrain.steps=2",
         "model.connector=mlp2x_gelu",
-        "model.image_mode=anyres",
         "model.frames=3",
+        *mode_change,
     ]
     file, out = recipe("alone")
     run("train.py", file, *change)
