@@ -1299,10 +1299,10 @@ def check_native(c: LLaVAConfig, vision: VisionConfig):
     if not mode.native:
         return
 
-    for_any = [name for name, entry in CONNECTORS.items() if entry.spatial and entry.any_grid]
-    if CONNECTORS[c.connector].spatial and c.connector not in for_any:
+    one_grid = [name for name, entry in CONNECTORS.items() if entry.spatial and not entry.any_grid]
+    if c.connector in one_grid:
         what = f"{c.connector} reads one grid of tokens, and each picture of a NaFlex has its own"
-        raise UserError("model.connector", what, f"use mlp2x_gelu or {', '.join(for_any)}")
+        raise UserError("model.connector", what, "use mlp2x_gelu or cross_attention")
 
 
 def check_memory(c: LLaVAConfig, pretrained: Collection[str]):

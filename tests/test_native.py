@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import signal
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ from packing import IMAGE_TOKEN, ONE_VIEW, Item, ItemShape, pack_samples
 from tests.tools.environment import run, shared
 from tests.tools.no_cache import generate_without_cache
 from tests.tools.small_llava import NAFLEX, small
-from tests.tools.training_runs import losses
+from tests.tools.stopped_runs import KILLED_AT, StoppedRun, die_in_step
+from tests.tools.training_runs import NATIVE, losses
 from training import estimate, memory
 from training.check import describe_views, inspect_rows
 
@@ -217,6 +220,19 @@ def test_pictures_of_all_sizes_videos_and_text_in_one_row_are_what_each_is_alone
             assert (grad - grads[name]).abs().max() <= 1e-5 * max(1, grads[name].abs().max()), name
 
 
+def test_compiled_blocks_compute_the_same(rows):
+    model = native(frames=3, vocab=300)
+    spec = spec_of(model)
+    batches = [pack_samples([make_sample(rows, i, spec) for i in some]) for some in ([0, 2], [3])]
+    want, grads = gradients(model, batches)
+    torch._dynamo.reset()
+    model.compile_blocks(backend="eager")
+    got, compiled = gradients(model, batches)
+    assert got == pytest.approx(want, rel=1e-5)
+    for name, grad in grads.items():
+        assert (grad - compiled[name]).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
+
+
 def test_parts_of_a_step_have_the_patches_of_their_rows(rows):
     model = native(frames=3)
     spec = spec_of(model)
@@ -300,7 +316,7 @@ def test_the_cache_changes_nothing(options):
     assert got.tolist() == want.tolist()
 
 
-# ----------------------------------------------------------------------------- what else asks for it
+# --------------------------------------------------------------------------- what else asks for it
 
 
 def test_estimates_are_of_patches(rows):
@@ -376,6 +392,58 @@ def test_it_goes_out_in_our_own_layout_alone(tmp_path):
         with pytest.raises(UserError, match=r"siglip2_vision_model|pixel_shuffle"):
             export(model, None, name, tmp_path / name)
         assert not (tmp_path / name).exists()
+
+
+def varied(world, folder):
+    """Copy the demo's rows with pictures of many sizes, and some as videos."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "tokenizer").symlink_to(world / "tokenizer")
+    for name in ("pretrain.json", "finetune.json", "val.json"):
+        table = json.loads((world / name).read_text())[:60]
+        for i, row in enumerate(table):
+            if "image" not in row:
+                continue
+            image = Image.open(world / "images" / row["image"])
+            image = image.resize((20 + 7 * (i % 9), 20 + 5 * (i % 7)))
+            row["image"] = f"{name}-{i}.png"
+            image.save(folder / "images" / row["image"])
+            if i % 4 == 0:
+                row["video"] = f"{row.pop('image')}.gif"
+                frames = [image.rotate(90), image.rotate(180)]
+                image.save(folder / "images" / row["video"], save_all=True, append_images=frames)
+        (folder / name).write_text(json.dumps(table))
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bytes(tiny_world, tmp_path):
+    run_ = StoppedRun(tmp_path / "run")
+    varied(tiny_world, run_.world)
+    change = (*NATIVE, "model.connector=mlp2x_gelu", "model.frames=3")
+    code, said = run_.start(*change)
+    assert code == 0 and "at most 9 tokens per image" in said, said
+    want = run_.weights()
+    want_losses = losses(run_.out)
+    assert len(want_losses) == 6 and want_losses[-1] < want_losses[0]
+
+    shutil.rmtree(run_.out)
+    code, said = run_.start(*change, before=lambda rank: die_in_step(KILLED_AT))
+    assert code == -signal.SIGKILL, said
+    code, said = run_.start(*change)
+    assert code == 0 and "resumed" in said
+    assert run_.weights() == want and losses(run_.out) == want_losses
+
+    # A micro-batch for each row.
+    shutil.rmtree(run_.out)
+    code, said = run_.start(*change, "stage.finetune.micro_batch_tokens=0")
+    assert code == 0 and losses(run_.out) == pytest.approx(want_losses, rel=1e-5), said
+
+    # What a plan says of it, and what the model says of a picture.
+    plan = run("train.py", run_.recipe, *change, "--dry-run").stdout
+    assert "at most 9 tokens per image" in plan
+    image = run_.world / "images/val.json-1.png"
+    command = ["--model", run_.out, "--image", image, "--prompt", "What?"]
+    assert "tokens/s" in run("generate.py", *command, "--max-new-tokens", 3).stderr
+    refused = run("visualize.py", *command, tmp_path / "page", ok=False).stderr.splitlines()[-1]
+    assert refused.startswith("error: --model: its pictures keep their proportions")
 
 
 def test_one_view_of_nothing_known_is_the_largest():

@@ -22,7 +22,7 @@ from packing import EMPTY
 from tests.tools import bf16_modes
 from tests.tools.environment import run
 from tests.tools.small_llava import small
-from tests.tools.training_runs import TRAIN, losses, on_ranks
+from tests.tools.training_runs import NATIVE, TRAIN, losses, on_ranks
 from training import parallel, state
 from training.parallel import ParallelModel
 from training.ranks import Ranks
@@ -85,15 +85,7 @@ def test_ddp_and_sharded_ranks_change_nothing(recipe, whole_run):
         assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
 
 
-# What the recipe changes so that pictures keep their proportions: at most nine patches of them.
-NAFLEX = (
-    "model.image_mode=native",
-    "model.vision_config.model_type=siglip2_vision_model",
-    "model.vision_config.preprocessor={patch_size = 16, max_num_patches = 9}",
-)
-
-
-@pytest.mark.parametrize("mode_change", [["model.image_mode=anyres"], NAFLEX], ids=lambda c: c[0])
+@pytest.mark.parametrize("mode_change", [["model.image_mode=anyres"], NATIVE], ids=lambda c: c[0])
 def test_ranks_with_pictures_videos_and_text_change_nothing(
     recipe, tiny_world, tmp_path, mode_change
 ):
