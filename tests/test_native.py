@@ -441,7 +441,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(tiny_world, tmp_path):
     assert "at most 9 tokens per image" in plan
     image = run_.world / "images/val.json-1.png"
     command = ["--model", run_.out, "--image", image, "--prompt", "What?"]
-    assert "tokens/s" in run("generate.py", *command, "--max-new-tokens", 3).stderr
+    assert "tokens/s" in run("generate.py", *command, "--max-new-tokens", 3).stdout
     refused = run("visualize.py", *command, tmp_path / "page", ok=False).stderr.splitlines()[-1]
     assert refused.startswith("error: --model: its pictures keep their proportions")
 
