@@ -160,12 +160,19 @@ class Model:
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres: high resolution, split: that of "
-        "a SmolVLM; native keeps the proportions, for a NaFlex, see inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres", "split", "native"),
+        "square resizes; pad makes a square first; tiles, anyres: high resolution; split: that of "
+        "SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM; native: that of "
+        "the picture, for a NaFlex, see inputs/tiling.py",
+        ("square", "pad", "tiles", "anyres", "split", "split_nanovlm", "native"),
     )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
+    )
+    image_edge: int = opt(
+        0,
+        "split: pixels of a picture's longest edge before it is cut; 0 = those of one view",
+        low=0,
+        high=4096,
     )
     frames: int = opt(
         16,
@@ -493,6 +500,7 @@ class LLaVAConfig:
     # string that stands between an item's features, as "\n" and "<row_1_col_2>".
     image_edge: int = 0
     image_marks: dict = field(default_factory=dict)
+    image_enlarge: bool = False  # split_nanovlm: whether every picture gets that longest edge
 
     # SHA-256 of the adapters that are merged into the weights: none may be merged twice.
     merged_adapters: tuple[str, ...] = ()

@@ -254,7 +254,7 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in each sample
     cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
     max_seqlen: int
-    images: Tensor | None  # (V, 3, height, width) uint8, the pixels of all items in order; see Item
+    images: Tensor | None  # (V, 3, height, width), the pixels of all items in order; see Item
     shapes: list[ItemShape]  # of the N items
     rows: list[int]  # S row numbers
 

@@ -53,6 +53,7 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         fps=config.number("fps", 0.0, 1e3, defaults["fps"]),
         image_edge=config.integer("image_edge", 0, SIDE, 0),
         image_marks={key: marks.integers(key, 0, VOCABULARY) for key in marks.values},
+        image_enlarge=config.flag("image_enlarge", default=False),
     )
 
 
@@ -66,6 +67,8 @@ def config_json(c: LLaVAConfig) -> dict:
     if not c.image_marks:
         del rest["image_edge"]
         del rest["image_marks"]
+    if not c.image_enlarge:
+        del rest["image_enlarge"]
     if not c.feature_norm:
         del rest["feature_norm"]
 

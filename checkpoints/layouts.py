@@ -22,15 +22,25 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from checkpoints import barellava, hf_llava, smolvlm, tinyllava, tinyllava_bench, weights
-from checkpoints.fields import Fields
+from checkpoints import (
+    barellava,
+    hf_llava,
+    nanovlm,
+    smolvlm,
+    tinyllava,
+    tinyllava_bench,
+    weights,
+)
+from checkpoints.fields import SIDE, Fields
 from checkpoints.files import read_json, resolve
 from checkpoints.folder import MERGED, Renamed
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
+from inputs import nanovlm_tokenizer
 from inputs.image_processor import preprocessor_place, read_preprocessor
-from inputs.tiling import MODES
+from inputs.tiling import MODES, control_names
+from inputs.tokenizer import Tokenizer, load_tokenizer, with_controls
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Layout:
     export_name: str = ""
 
 
-# Keyed by the exact `model_type` of config.json.
+# Keyed by the exact `model_type` of config.json; nanoVLM's has none.
 LAYOUTS: dict[str, Layout] = {
     "barellava": Layout(
         barellava.read,
@@ -93,6 +103,13 @@ LAYOUTS: dict[str, Layout] = {
         write=smolvlm.write_idefics3,
         export_name="idefics3",
     ),
+    "nanovlm": Layout(
+        nanovlm.read,
+        nanovlm.TABLE,
+        open_tensors=nanovlm.Unfused,
+        write=nanovlm.write,
+        export_name="nanovlm",
+    ),
 }
 
 
@@ -110,12 +127,19 @@ def read(folder: Path, allow_pickle: bool = False) -> ReadCheckpoint:
     Raises UserError as read_config and weights.Checkpoint do.
     """
     config = read_config(folder)
-    kind = read_json(folder / "config.json")["model_type"]
-    layout = LAYOUTS[kind]
+    where = folder / "config.json"
+    layout = LAYOUTS[kind_of(Fields(read_json(where), where))]
 
     tensors = layout.open_tensors(folder, allow_pickle)
     renamed = Renamed(tensors, layout.table)
     return ReadCheckpoint(config, renamed, layout.hf_names)
+
+
+def kind_of(fields: Fields) -> str | None:
+    """Return which of LAYOUTS a config.json says it is, None if it says nothing."""
+    if nanovlm_tokenizer.is_needed(fields):
+        return "nanovlm"
+    return fields.text("model_type", default=None)
 
 
 def read_config(folder: Path) -> LLaVAConfig:
@@ -126,7 +150,7 @@ def read_config(folder: Path) -> LLaVAConfig:
     """
     where = folder / "config.json"
     fields = Fields(read_json(where), where, fix="give a complete config.json")
-    kind = fields.text("model_type", default=None)
+    kind = kind_of(fields)
     if kind not in LAYOUTS:
         what = f"{kind!r} is no layout known here"
         raise UserError(f"{where}:model_type", what, f"one of {', '.join(LAYOUTS)}")
@@ -184,7 +208,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         dinov2 = read_json(_part(c, "vision2") / "config.json")
         vision = {"model_type": "mof", "clip": vision, "dinov2": dinov2}
 
-    return LLaVAConfig(
+    config = LLaVAConfig(
         text=text,
         vision=vision,
         preprocessor=preprocessor,
@@ -201,6 +225,25 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         fps=c.fps,
         places=places,
     )
+    if c.image_mode == "split":
+        return smolvlm.with_marks(config, load_recipe_tokenizer(c), c.image_edge)
+    return config
+
+
+def load_recipe_tokenizer(c: Model) -> Tokenizer:
+    """Return the tokenizer of the model that a recipe makes.
+
+    It has the control tokens of the image mode, which the tokenizer of its llm may lack. Raises
+    UserError.
+    """
+    tokenizer = load_tokenizer(resolve(c.tokenizer_source, "model.tokenizer", small=True))
+    if c.image_mode != "split":
+        return tokenizer
+    vision = c.vision_config
+    if not vision:
+        vision = read_json(_part(c, "vision") / "config.json")
+    side = Fields(vision, "model.vision").integer("image_size", 1, SIDE)
+    return with_controls(tokenizer, control_names(c.image_edge or side, side))
 
 
 def _config_of_checkpoint(c: Model, template: str) -> LLaVAConfig:

@@ -175,6 +175,14 @@ class ImageProcessor:
         std = constants(self.std, pixels.device)
         return pixels.float().div_(255).sub_(mean).div_(std)
 
+    def shown(self, view: Tensor) -> Tensor:
+        """Return a view (3, H, W), uint8 or normalised, as uint8 for people to look at."""
+        if view.dtype == torch.uint8:
+            return view
+        mean = constants(self.mean, view.device)
+        std = constants(self.std, view.device)
+        return ((view * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
     @classmethod
     def from_hf(
         cls, config: dict, default: ImageProcessor, where: object = "preprocessor_config.json"

@@ -19,6 +19,8 @@ The image modes, each a class below and an entry of MODES:
     split      SmolVLM's and Idefics3's (Laurencon et al., 2024): the longest edge resized to
                `edge`, then both edges to whole views. Between the tiles stand tokens of text that
                say their row and column; the whole picture comes last
+    split_nanovlm  nanoVLM's (Wiedmann et al., 2025): both edges resized to whole views, the longest
+               one to `edge` at most. The whole picture comes first, resized in float32
     native     SigLIP2-NaFlex's (Tschannen et al., 2025): one view in the picture's own proportions,
                as large as a budget of patches allows. Its pixels are patches (h * w, patch dim),
                and views of different sizes stand one behind the other
@@ -26,8 +28,9 @@ The image modes, each a class below and an entry of MODES:
 In all modes but native a view is a square of S x S pixels.
 
 For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, for split those of
-its Idefics3ImageProcessorPil, for native those of its Siglip2ImageProcessorPil, their rounding
-included: a model that was trained with them would misread a picture that is one row shorter.
+its Idefics3ImageProcessorPil, for native those of its Siglip2ImageProcessorPil, for split_nanovlm
+those of nanoVLM's own code, their rounding included: a model that was trained with them would
+misread a picture that is one row shorter.
 
 n tokens of a view, v views of an item, S x S pixels of a view, h x w patches of a view.
 """
@@ -41,6 +44,7 @@ from math import ceil, isqrt
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -91,6 +95,9 @@ class Tiling:
     newline: ClassVar[bool] = False
     native: ClassVar[bool] = False
 
+    # Of the pixels in an item. What is not uint8 is normalised already.
+    dtype: ClassVar[torch.dtype] = torch.uint8
+
     # How many tokens a view becomes.
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture); native: at most
     connector: str = "identity"
@@ -108,9 +115,12 @@ class Tiling:
     # in native.
     grid: Grid | None = None
 
-    # For image mode split: pixels of the longest edge, and {string: its ids} of the marks.
+    # For the modes split: pixels of the longest edge, and {string: its ids} of the marks.
     edge: int = 0
     marks: dict = field(default_factory=dict)
+
+    # For split_nanovlm: whether the longest edge always becomes `edge`, or only what is larger.
+    enlarge: bool = False
 
     def check_marks(self):
         """Raise UserError where a mark that the mode writes into the text has no ids."""
@@ -140,9 +150,9 @@ class Tiling:
         """Return how many tokens a picture of one view takes, for people."""
         return f"{self.positions()}"
 
-    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
-        """Return an item's text (positions,): ids of marks, and IMAGE_TOKEN for each feature."""
-        return torch.full((self.positions(shape),), IMAGE_TOKEN)
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        """Return an item's text: ids of marks, and IMAGE_TOKEN for each feature."""
+        return self.positions(shape) * [IMAGE_TOKEN]
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
         """Return an item's features (m, D) in the order of the text; m is positions(shape).
@@ -194,7 +204,7 @@ class Tiling:
             raise ValueError(f"{views} views of {made} pixels, more than {MOST_PIXELS}")
 
     def picture(self, image: Image.Image) -> Item:
-        """Return the item of a picture in RGB, in uint8. Raise ValueError if it is too large."""
+        """Return the item of a picture in RGB. Raise ValueError if it is too large."""
         self.check_size(image.size)
         return Item(self.frame(image))
 
@@ -405,16 +415,25 @@ def mark_names(edge: int, side: int) -> list[str]:
 
     Raise UserError for more tiles along an edge than any model has.
     """
-    most = most_tiles(edge, side)
+    return [FAKE, GLOBAL, "\n", "\n\n", *tile_marks(most_tiles(edge, side))]
+
+
+def tile_marks(most: int) -> list[str]:
+    """Return the strings before the tiles of most x most. Raise UserError as mark_names does."""
     if most > MOST_TILES:
-        what = f"split of {edge} pixels into views of {side}, which is more than {MOST_TILES} a row"
+        what = f"split into {most} views along an edge, which is more than {MOST_TILES} a row"
         raise UserError("model.image_mode", what, "give the image processor of this model")
 
-    names = [FAKE, GLOBAL, "\n", "\n\n"]
+    names = []
     for row in range(most):
         for column in range(most):
             names.append(tile_mark(row, column))
     return names
+
+
+def control_names(edge: int, side: int) -> list[str]:
+    """Return the strings of `mark_names` that are control tokens, and `<image>`."""
+    return ["<image>", *(name for name in mark_names(edge, side) if name.strip())]
 
 
 class SplitTiling(Tiling):
@@ -432,13 +451,29 @@ class SplitTiling(Tiling):
     mode = "split"
     tiled = True
 
+    # The models that come with the marks.
+    owners: ClassVar[str] = "SmolVLM or Idefics3"
+
     def check_marks(self):
-        fix = "start from a SmolVLM or Idefics3 as model.checkpoint"
+        fix = f"give the folder of a {self.owners}"
         if self.edge < 1:
-            raise UserError("model.image_mode", "split, without image_edge", fix)
-        for name in mark_names(self.edge, self.processor.side):
+            raise UserError("model.image_mode", f"{self.mode}, without image_edge", fix)
+        for name in self.names():
             if not self.marks.get(name):
-                raise UserError("model.image_mode", f"split, without ids of {name!r}", fix)
+                raise UserError("model.image_mode", f"{self.mode}, without ids of {name!r}", fix)
+
+    def names(self) -> list[str]:
+        """Return all strings that can stand around the views. Raise UserError as mark_names."""
+        return mark_names(self.edge, self.processor.side)
+
+    def most(self) -> int:
+        """Return how many tiles the longest edge becomes at most."""
+        return most_tiles(self.edge, self.processor.side)
+
+    def features(self) -> list[int]:
+        """Return the ids of a view's features."""
+        view = connector_tokens(self.connector, self.tokens, 1, self.grid, **self.options)
+        return view * [IMAGE_TOKEN]
 
     def shape(self, size: tuple[int, int]) -> ItemShape:
         width, height = self._whole_views(self._first_size(size))
@@ -451,7 +486,7 @@ class SplitTiling(Tiling):
     def largest(self) -> list[ItemShape]:
         # The longest edge is as long as it can be, the other one anything.
         shapes = [ONE_VIEW]
-        most = most_tiles(self.edge, self.processor.side)
+        most = self.most()
         if most > 1:
             for tiles in range(1, most + 1):
                 shapes.append(ItemShape(tiles * most + 1, tiles, most))
@@ -459,10 +494,21 @@ class SplitTiling(Tiling):
         return shapes
 
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
-        return len(self._ids(shape))
+        return len(self.placeholder(shape))
 
-    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
-        return torch.tensor(self._ids(shape), device="cpu")
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        features = self.features()
+        ids = []
+        for row in range(shape.rows):
+            for column in range(shape.columns):
+                ids += [*self.marks[FAKE], *self.marks[tile_mark(row, column)], *features]
+
+            # The last row's line break and the one before the whole picture are one text.
+            if row + 1 < shape.rows:
+                ids += self.marks["\n"]
+            else:
+                ids += self.marks["\n\n"]
+        return [*ids, *self.marks[FAKE], *self.marks[GLOBAL], *features, *self.marks[FAKE]]
 
     def pixels_made(self, size: tuple[int, int]) -> int:
         # Both resized pictures, the tiles, and these once more in one tensor.
@@ -487,23 +533,6 @@ class SplitTiling(Tiling):
     def check_video(self):
         what = "image mode split has no videos: the times that SmolVLM2 writes around their frames"
         raise ValueError(f"{what} are not written here")
-
-    def _ids(self, shape: ItemShape) -> list[int]:
-        """Return the ids of `placeholder`."""
-        view = connector_tokens(self.connector, self.tokens, 1, self.grid, **self.options)
-        features = view * [IMAGE_TOKEN]
-
-        ids = []
-        for row in range(shape.rows):
-            for column in range(shape.columns):
-                ids += [*self.marks[FAKE], *self.marks[tile_mark(row, column)], *features]
-
-            # The last row's line break and the one before the whole picture are one text.
-            if row + 1 < shape.rows:
-                ids += self.marks["\n"]
-            else:
-                ids += self.marks["\n\n"]
-        return [*ids, *self.marks[FAKE], *self.marks[GLOBAL], *features, *self.marks[FAKE]]
 
     def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height with the longest edge of `edge` pixels, the other one even."""
@@ -531,6 +560,98 @@ class SplitTiling(Tiling):
             height = ceil(height / side) * side
             width = ceil(int(height * aspect) / side) * side
         return width, height
+
+
+# The string before a whole picture of nanoVLM. Those before its tiles are the same as above.
+WHOLE = "<|global_image|>"
+
+
+class NanoTiling(SplitTiling):
+    """Image mode split_nanovlm: nanoVLM's tiles, with marks, and the whole picture first.
+
+    The text of a picture of r x c tiles, where ... are the tokens of a view:
+
+        WHOLE ... <row_1_col_1> ... <row_1_col_2> ... <row_2_col_1> ... <row_2_col_2> ...
+
+    One that is a single view has the first two alone. nanoVLM resizes the whole picture behind the
+    division by 255, so its pixels are no whole numbers, and those of an item are float32.
+    """
+
+    mode = "split_nanovlm"
+    owners = "nanoVLM"
+    dtype = torch.float32
+
+    def names(self) -> list[str]:
+        return [WHOLE, *tile_marks(self.most())]
+
+    def most(self) -> int:
+        return self.edge // self.processor.side  # whole views
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        width, height = self._large_size(size)
+        rows = height // self.processor.side
+        columns = width // self.processor.side
+        if rows * columns == 1:
+            return ONE_VIEW
+
+        # Of some squares nanoVLM rounds the height up to a row of tiles more, see _large_size.
+        if self.marks and tile_mark(rows - 1, columns - 1) not in self.marks:
+            what = f"a square of {size[0]} pixels becomes {rows} x {columns} tiles in nanoVLM"
+            raise ValueError(f"{what}, and this model has no mark for the last row")
+        return ItemShape(rows * columns + 1, rows, columns)
+
+    def largest(self) -> list[ItemShape]:
+        most = self.most()
+        shapes = super().largest()
+        if tile_mark(most, most - 1) in self.marks:
+            shapes.append(ItemShape((most + 1) * most + 1, most + 1, most))
+        return shapes
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        # The resized picture, its tiles, and these once more in one tensor; each as float32.
+        return 4 * 3 * self.shape(size).views * self.processor.side**2
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        side = self.processor.side
+        large = image.resize(self._large_size(image.size), self.processor.resample)
+        views = self.processor.normalise(self.cut(large))  # (r * c, 3, S, S)
+
+        # The whole picture, if that is not the only tile, then the tiles.
+        shape = self.shape(image.size)
+        if shape.rows:
+            pixels = self.processor.normalise(self.processor.tensor(large)[None])
+            whole = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+            views = torch.cat([whole, views])
+        return Item(views, shape)
+
+    def check_video(self):
+        raise ValueError("image mode split_nanovlm has no videos: nanoVLM sees none")
+
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        features = self.features()
+        ids = [*self.marks[WHOLE], *features]
+        for row in range(shape.rows):
+            for column in range(shape.columns):
+                ids += [*self.marks[tile_mark(row, column)], *features]
+        return ids
+
+    def _large_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return width and height of as many whole views as a picture takes."""
+        side = self.processor.side
+        longest = self.edge
+        if not self.enlarge:
+            longest = min(self.edge, ceil(max(size) / side) * side)
+
+        # The shorter edge keeps the proportions, rounded up. Of a square of 187 pixels, enlarged to
+        # 1536, the product is a little more than 1536: then the height is a view more. nanoVLM's
+        # code does that, too.
+        scale = longest / max(size)
+        shortest = max(ceil(min(size) * scale / side) * side, side)
+        width, height = size
+        if width >= height:
+            return longest, shortest
+        return shortest, longest
 
 
 class NativeTiling(Tiling):
@@ -601,5 +722,6 @@ MODES: dict[str, type[Tiling]] = {
     "tiles": TilesTiling,
     "anyres": AnyresTiling,
     "split": SplitTiling,
+    "split_nanovlm": NanoTiling,
     "native": NativeTiling,
 }

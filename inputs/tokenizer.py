@@ -29,6 +29,7 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 from checkpoints.fields import VOCABULARY, Fields
 from checkpoints.files import parse_json, stand_in, write_file
 from config import UserError, is_unicode, printable
+from inputs import nanovlm_tokenizer
 from inputs.vocabulary_file import MOST_BYTES, check_pieces, check_vocabulary
 
 # The files that belong to a tokenizer, hence those that `save` writes.
@@ -108,6 +110,45 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return kind(files, folder)
 
 
+def with_controls(tokenizer: Tokenizer, strings: Iterable[str]) -> Tokenizer:
+    """Return a tokenizer that has each of these strings as a control token.
+
+    New ones get the ids behind all others. The tokenizer itself stays as it is. Raise UserError for
+    a tokenizer.model, whose vocabulary is closed.
+    """
+    missing = [string for string in strings if string not in tokenizer.special]
+    if not missing:
+        return tokenizer
+    if "tokenizer.json" not in tokenizer.files:
+        what = f"no control token {missing[0]}, and a tokenizer.model takes no new ones"
+        raise UserError(tokenizer.folder, what, "give a folder with tokenizer.json")
+
+    # The library counts entries, so in a vocabulary with gaps a new id may be taken already.
+    model = tokenizers.Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
+    taken = set(model.get_vocab().values())
+    added = [tokenizers.AddedToken(s, special=True, normalized=False) for s in missing]
+    known = {string: model.token_to_id(string) for string in missing}
+    model.add_special_tokens(added)
+    for string, before in known.items():
+        if before is None and model.token_to_id(string) in taken:
+            what = f"no free id for {string}: the ids have gaps"
+            raise UserError(tokenizer.folder / "tokenizer.json", what, "give another tokenizer")
+    files = tokenizer.files | {"tokenizer.json": model.to_str(pretty=True).encode()}
+
+    # Where tokenizer_config.json lists all added tokens, some of transformers' classes read only
+    # that list.
+    settings = parse(files, "tokenizer_config.json", tokenizer.folder)
+    if "added_tokens_decoder" in settings:
+        listed = dict(settings.table("added_tokens_decoder").values)
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        for string in missing:
+            entry = {"content": string, **flags, "special": True}
+            listed[str(model.token_to_id(string))] = entry
+        content = settings.values | {"added_tokens_decoder": listed}
+        files["tokenizer_config.json"] = json.dumps(content, indent=2).encode()
+    return type(tokenizer)(files, tokenizer.folder)
+
+
 @contextlib.contextmanager
 def failures(where: Path | str, what: str):
     """Turn whatever the two libraries raise into a UserError of where and what.
@@ -127,7 +168,11 @@ def failures(where: Path | str, what: str):
 
 
 def read_files(path: Path) -> dict[str, bytes]:
-    """Return {name: bytes} of all files of the tokenizer in a folder, or around one file."""
+    """Return {name: bytes} of all files of the tokenizer in a folder, or around one file.
+
+    In a folder of nanoVLM they are those of the tokenizer that its config.json names, with what
+    that adds (nanovlm_tokenizer.py). Raise UserError where there is none.
+    """
     folder = path.parent if path.is_file() else path
     files = {}
     for name in OWN_FILES + MODEL_FILES:
@@ -141,6 +186,12 @@ def read_files(path: Path) -> dict[str, bytes]:
         name = "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
         files[name] = read_bounded(path)
         return files
+
+    config = parse(files, "config.json", folder)
+    if nanovlm_tokenizer.is_needed(config):
+        if "tokenizer.json" not in files:
+            files = read_files(nanovlm_tokenizer.named_folder(config, folder))
+        return nanovlm_tokenizer.extend(files, config)
 
     # Without a vocabulary file of either kind, one can be made of GPT-2's two files.
     has_vocabulary = "tokenizer.json" in files or "tokenizer.model" in files

@@ -279,8 +279,9 @@ def inspect_rows(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool 
         html.append(f"<h2>{escape(head)}</h2>")
         if pixels:
             for item in sample.items:
-                for view in spec.views.seen(item):  # (3, H, W) uint8
-                    image = Image.fromarray(view.permute(1, 2, 0).numpy())
+                for view in spec.views.seen(item):  # (3, H, W)
+                    shown = spec.views.processor.shown(view)
+                    image = Image.fromarray(shown.permute(1, 2, 0).numpy())
                     html.append(image_tag(image, width=240))
         html.append(f"<pre>{mark_supervised(text, labels, offsets)}</pre>")
 

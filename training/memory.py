@@ -161,7 +161,7 @@ def typical_batch(model: LLaVA, row: RowSize, rows: int):
         labels[len(labels) - min(supervised, text) :] = 0
         labels[0] = -100
 
-        pixels = torch.empty(model.views.pixels_size(row.shape), dtype=torch.uint8)
+        pixels = torch.empty(model.views.pixels_size(row.shape), dtype=model.views.dtype)
         samples.append(Sample(ids, labels, [Item(pixels, row.shape)] * here, r, 0))
     return pack_samples(samples)
 

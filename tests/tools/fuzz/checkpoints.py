@@ -37,6 +37,7 @@ from inputs.tokenizer import JsonTokenizer, load_tokenizer
 from model import LanguageModel, LLaVA, init_weights, tiling_of
 from packing import IMAGE_TOKEN
 from tests.tools import fuzz
+from tests.tools.environment import shared
 from tests.tools.fuzz import Case, Violation, mutate, mutate_bytes, odd_json, places
 from tests.tools.small_language_models import CONFIGS, OPENELM, SIZES
 from tests.tools.small_llava import SIDE, TEXT, VISION, small
@@ -116,6 +117,7 @@ def good_folders() -> Path:
     _write_factory_folders(root)
     _write_bench(root / "bench-phi", tokenizer)
     _write_smolvlm(root / "smolvlm")
+    _write_nanovlm(root / "nanovlm")
     _write_parts(root)
     _write_recipe(root / "recipe")
     _write_adapter(root, models["llama-siglip"])
@@ -225,6 +227,17 @@ def _write_smolvlm(folder: Path):
         template="chat",
     )
     export(model, tokenizer, "smolvlm", folder)
+
+
+def _write_nanovlm(folder: Path):
+    """Write the nanoVLM that its own code has made."""
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(shared("golden/nanovlm") / name, folder)
+
+    # Without a tokenizer, none is looked for on the Hub.
+    config = read_json(folder / "config.json") | {"lm_tokenizer": "./nowhere"}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _write_parts(root: Path):
