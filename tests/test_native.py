@@ -340,6 +340,8 @@ def test_estimates_are_of_patches(rows):
         stage = Stage(tune=Tune(llm="full", vision="full"), global_batch=3)
         assert memory.measure(model, stage, size, bf16=False).activations > 0
         assert estimate.operations(model, stage, size, recompute=False) > 0
+    text = estimate.measure_row(rows, 1, spec)
+    assert text.views == 0 and text.shape == model.views.largest()[0]
     guessed = estimate.guess_row(rows[3], "plain", model.views)
     assert guessed.shape == video and guessed.views == 3
 
