@@ -372,8 +372,8 @@ def test_controls_show_a_mean_patch_and_the_middle_frame(rows, monkeypatch):
     patches = [model.vision_tower.processor.normalise(item.pixels).mean(0) for item in items]
     assert shown.shape == items[0].shape and shown.pixels.shape == items[0].pixels.shape
     assert (shown.pixels - torch.stack(patches).mean(0)).abs().max() < 1e-6
-    assert evaluate.most_tokens(model, "image") == 12
-    assert evaluate.most_tokens(model, "video") == 36
+    assert evaluate.most_tokens(model.views, "image") == 12
+    assert evaluate.most_tokens(model.views, "video") == 36
 
 
 def test_it_goes_out_in_our_own_layout_alone(tmp_path):
