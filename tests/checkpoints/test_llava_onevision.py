@@ -85,7 +85,9 @@ PHOTOS = (
     "wolves.jpg",
     "page.png",
 )
-SIZES = ((600, 37), (31, 500), (7, 5), (1, 1), (3000, 2000), (150, 80), (90, 61))  # width, height
+SIZES = ((600, 37), (31, 500), (7, 5), (1, 1), (3000, 2000), (150, 80), (90, 61))
+# The tiles have so many tokens more that the first is made smaller by one model, the other by both.
+SIZES += ((45, 60), (40, 40))
 
 # Two models: a side of 3 tokens and untied, a side of 4 and tied at the top level alone.
 SMALL = {
