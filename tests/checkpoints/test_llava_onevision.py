@@ -461,10 +461,12 @@ def test_turns_are_those_of_the_template(published):
 
 def test_the_largest_shape_is_at_least_any_picture(published):
     *_, ours = published
-    most = max(ours.views.positions(shape) for shape in ours.views.largest())
-    for width in range(1, 400, 13):
-        for height in range(1, 400, 17):
-            assert ours.views.positions(ours.views.shape((width, height))) <= most
+    for grids in (ours.views.grids, ((3, 4),), ((4, 3),)):
+        views = replace(ours.views, grids=grids)
+        most = max(views.positions(shape) for shape in views.largest())
+        for width in range(1, 400, 13):
+            for height in range(1, 400, 17):
+                assert views.positions(views.shape((width, height))) <= most
 
 
 def test_a_line_of_a_picture_keeps_a_row_of_tokens():
