@@ -32,6 +32,7 @@ SPLIT = {
 }
 TILES = {"image_mode": "tiles", "image_grids": "1x2 2x1 2x2", "frames": 3}
 ANYRES = TILES | {"image_mode": "anyres"}
+ANYRES_MAX = TILES | {"image_mode": "anyres_max", "image_views": 1}
 
 # (tower, connector, its options, how pictures are seen). A view has 3 x 3 tokens. Every entry of
 # CONNECTORS but mof_mlp, which needs two encoders, and the MLPs of other depths.
@@ -40,6 +41,7 @@ CASES = (
     ("siglip", "pixel_shuffle", {"factor": 3}, SPLIT),
     ("clip", "pixel_shuffle", {"factor": 3, "mlp_depth": 2}, TILES),
     ("clip", "mlp2x_gelu", {}, ANYRES),
+    ("clip", "mlp2x_gelu", {}, ANYRES_MAX),
     ("clip", "avg_pool", {"factor": 3}, TILES),
     ("clip", "fourier", {"side": 2}, TILES),
     ("clip", "c_abstractor", {"num_queries": 4, "hidden_size": 16, "depth": 1}, TILES),
@@ -80,12 +82,13 @@ def rows_of(model: LLaVA) -> list[Sample]:
     wide = views.picture(noise(50, 20))
     tall = views.picture(noise(21, 47))
     little = views.picture(noise(9, 8))
+    several = [views.for_images(3).picture(noise(*size)) for size in ((9, 8), (21, 47), (50, 20))]
     film = little
     if views.mode != "split":
         film = views.clip([noise(30, 20), noise(31, 20), noise(32, 20)])
 
     rows = []
-    for i, items in enumerate(([wide], [], [little, tall, wide], [film], [], [], [tall])):
+    for i, items in enumerate(([wide], [], several, [film], [], [], [tall])):
         g = torch.Generator().manual_seed(i)
         ids = torch.randint(40, 97, (12 + i,), generator=g)
         ids[2 : 2 + len(items)] = IMAGE_TOKEN
