@@ -94,6 +94,9 @@ class Tiling:
     # Of the pixels in an item. What is not uint8 is normalised already.
     dtype: ClassVar[torch.dtype] = torch.uint8
 
+    # The shape of a picture that is seen as a whole, without tiles.
+    one_view: ClassVar[ItemShape] = ONE_VIEW
+
     # How many tokens a view becomes.
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
     connector: str = "identity"
@@ -385,6 +388,7 @@ class AnyresMaxTiling(AnyresTiling):
     """
 
     mode = "anyres_max"
+    one_view = PADDED
 
     def for_images(self, count: int) -> Tiling:
         if count > 1:
