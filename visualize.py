@@ -246,15 +246,14 @@ def log_probabilities(
     """
     device = model.language_model.lm_head.weight.device
     pixels = model.vision_tower.processor.normalise(pictures).to(device)
-    items = [Item(one[None], model.views.one_view) for one in pixels]
     tokens = torch.tensor(prompt + answer, device=device)
-    logits = model(tokens.expand(len(items), -1), items).logits  # (N, T, V)
+    logits = model(tokens.expand(len(pixels), -1), pixels).logits  # (N, T, V)
 
     # Counted from the end, where images have no tokens. The position before a token chooses it.
     width = len(answer)
     choosing = slice(-width - 1, -1)
     of_answer = logits[:, choosing].float().log_softmax(-1)  # (N, W, V)
-    chosen = tokens[-width:].expand(len(items), -1)  # (N, W)
+    chosen = tokens[-width:].expand(len(pixels), -1)  # (N, W)
     of_chosen = of_answer.gather(-1, chosen[:, :, None])  # (N, W, 1)
     return of_chosen[:, :, 0].cpu()
 

@@ -137,6 +137,7 @@ def test_a_tiled_model_is_shown_the_whole_picture_and_maps_leave_marks_out(mode)
     item = Item(model.vision_tower.processor.normalise(picture[None]), shape)
     logits = model(torch.tensor([prompt + answer]), [item]).logits[0, -4:-1]
     torch.testing.assert_close(seen.probabilities, logits.softmax(-1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(model(torch.tensor([prompt + answer]), item.pixels).logits[0, -4:-1], logits)
     uncovered = visualize.log_probabilities(model, prompt, answer, picture[None])
     torch.testing.assert_close(uncovered[0], logits.log_softmax(-1)[range(3), answer])
 
