@@ -192,7 +192,7 @@ class Tiling:
         return Item(self.frame(image))
 
     def check_video(self):
-        """Raise ValueError if the mode has no videos."""
+        """Raise ValueError("what; fix: action") if the mode has no videos."""
 
     def frame(self, image: Image.Image) -> Tensor:
         """Return a picture in RGB as one view (1, 3, S, S), in uint8."""
@@ -488,6 +488,8 @@ GLOBAL = "<global-img>"
 MOST_EDGE = 4096
 MOST_TILES = 16
 
+WITHOUT_VIDEOS = "remove the videos, or use a model of another image mode"
+
 
 def tile_mark(row: int, column: int) -> str:
     """Return the string that stands before a tile; both count from 0."""
@@ -624,7 +626,7 @@ class SplitTiling(Tiling):
 
     def check_video(self):
         what = "image mode split has no videos: the times that SmolVLM2 writes around their frames"
-        raise ValueError(f"{what} are not written here")
+        raise ValueError(f"{what} are not written here; fix: {WITHOUT_VIDEOS}")
 
     def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height with the longest edge of `edge` pixels, the other one even."""
@@ -718,7 +720,8 @@ class NanoTiling(SplitTiling):
         return Item(views, shape)
 
     def check_video(self):
-        raise ValueError("image mode split_nanovlm has no videos: nanoVLM sees none")
+        what = "image mode split_nanovlm has no videos: nanoVLM sees none"
+        raise ValueError(f"{what}; fix: {WITHOUT_VIDEOS}")
 
     def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
         features = self.features()
