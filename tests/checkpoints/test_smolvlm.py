@@ -424,7 +424,7 @@ def test_a_video_is_refused(made, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"a film")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     spec = SampleSpec(tok, "chat", 1000, model.views)
-    told = "a.mp4: .*SmolVLM2.*; fix: remove the videos"
+    told = "a.mp4: .*SmolVLM2.*; fix: remove the videos, or use a model of another image mode$"
     for pixels in (False, True):
         with pytest.raises(UserError, match=f"rows.json:row 0 .*{told}"):
             make_sample(open_rows(tmp_path / "rows.json"), 0, spec, pixels)
