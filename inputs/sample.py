@@ -147,10 +147,18 @@ def encode_text(row: Row, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor]
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def user_error(where: str | Path, error: ValueError) -> UserError:
-    """Return a UserError at `where` for a ValueError("what; fix: action")."""
+def user_error(
+    where: str | Path,
+    error: ValueError,
+    otherwise: str = "mend the row, or remove it",
+    before: str = "",
+) -> UserError:
+    """Return a UserError at `where` for a ValueError("what; fix: action").
+
+    otherwise: what to do about an error that does not say it. before: a text before its message.
+    """
     what, _, fix = str(error).partition("; fix: ")
-    return UserError(where, what, fix or "mend the row, or remove it")
+    return UserError(where, before + what, fix or otherwise)
 
 
 # ---------------------------------------------------------------------------- pictures and videos
@@ -229,7 +237,7 @@ def media_error(media: Media, where: str, error: ValueError) -> UserError:
     fix = f"fetch the {media.kind} again, or remove the row"
     if isinstance(media.source, bytes) or not os.path.exists(media.source):
         fix = missing_fix(media)
-    return UserError(where, f"{media}: {error}", fix)
+    return user_error(where, error, fix, f"{media}: ")
 
 
 # ----------------------------------------------------------------------------------------- checks
