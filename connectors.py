@@ -113,8 +113,8 @@ class MixtureMLP(nn.Module):
 class MLPWithNewline(nn.Sequential):
     """An MLP, and LLaVA-NeXT's learnt `image_newline` (Liu et al., 2024) behind its tokens.
 
-    In image mode anyres the tiles of an item form one large picture, and the newline ends each row
-    of its tokens. anyres_order puts it there.
+    In image modes anyres and anyres_max the tiles of an item form one large picture, and the
+    newline ends each row of its tokens (inputs/tiling.py).
     """
 
     def __init__(self, layers: nn.Module):

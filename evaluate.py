@@ -98,6 +98,7 @@ from inputs.forms import columns_of
 from inputs.holdout import open_stage
 from inputs.rows import Rows, open_rows
 from inputs.sample import load_item
+from inputs.tiling import Tiling
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from kernels import default_dtype
 from model import LLaVA
@@ -164,7 +165,8 @@ def question_of(example: Example) -> str | list[dict]:
 
 def items_of_example(example: Example, data_dir, model: LLaVA) -> list[Item]:
     """Return what an example shows as the model sees it."""
-    return load_shown(example, data_dir, partial(load_item, tiling=model.views))
+    views = model.views.for_images(len(shown_names(example)))
+    return load_shown(example, data_dir, partial(load_item, tiling=views))
 
 
 def answerer(
@@ -293,14 +295,14 @@ def longest_prompt(model: LLaVA, tokenizer, examples: list[Example]) -> int:
 
     longest_shown = 0
     for example in examples:
-        most = most_tokens(model, shown_kind(example))
-        longest_shown = max(longest_shown, len(shown_names(example)) * most)
+        count = len(shown_names(example))
+        most = most_tokens(model.views.for_images(count), shown_kind(example))
+        longest_shown = max(longest_shown, count * most)
     return longest_text + longest_shown
 
 
-def most_tokens(model: LLaVA, kind: str) -> int:
+def most_tokens(views: Tiling, kind: str) -> int:
     """Return how many tokens a picture or a video takes at most."""
-    views = model.views
     if kind == "video":
         return views.positions(ItemShape(views.frames))
     return max(views.positions(shape) for shape in views.largest())

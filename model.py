@@ -1296,6 +1296,7 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
         c.image_edge,
         c.image_marks,
         c.image_enlarge,
+        c.image_views,
     )
     views.check_marks()
     views.positions()  # raises UserError where connector and encoder do not fit

@@ -41,8 +41,9 @@ IMAGE_TOKEN = -200
 class ItemShape(NamedTuple):
     """How many views an item has and how they lie. It decides how many tokens the item takes.
 
-    Rows and columns are for image modes anyres and split, where the tiles together show one large
-    picture. Height and width are for image mode native, where pictures have sizes of their own.
+    Rows and columns are for image modes anyres, anyres_max and split, where the tiles together show
+    one large picture. Height and width are for image mode native, where pictures have sizes of
+    their own.
     """
 
     views: int = 1

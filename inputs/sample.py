@@ -75,13 +75,14 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
     check_image_count(ids, media, where)
 
     # The items, which say how many positions each of them takes.
+    tiling = spec.views.for_images(len(media))
     items = []
     views = 0
     for one in media:
         if pixels:
-            item = load_medium(one, where, spec.views)
+            item = load_medium(one, where, tiling)
         else:
-            item = measure_media(one, where, spec.views)
+            item = measure_media(one, where, tiling)
         items.append(item)
         views += item.shape.views
         check_views(views, where, spec.views)
@@ -113,10 +114,12 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: Row | None = None) -> 
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
+    media = rows.media(i, row)
+    tiling = spec.views.for_images(len(media))
     items = []
     views = 0
-    for media in rows.media(i, row):
-        items.append(load_medium(media, where, spec.views))
+    for one in media:
+        items.append(load_medium(one, where, tiling))
         views += items[-1].shape.views
         check_views(views, where, spec.views)
     return items

@@ -16,6 +16,9 @@ The image modes, each a class below and an entry of MODES:
     anyres     LLaVA-NeXT's (Liu et al., 2024): resized into the best of `grids` in its own
                proportions, with black borders. The borders' tokens are taken out again, and a
                learnt separator ends each row of tokens (connectors.py)
+    anyres_max LLaVA-OneVision's (Li et al., 2024): anyres, made smaller where the tiles' tokens are
+               more than those of `max_views` views. Several pictures of a conversation are padded
+               and have one view each; frames of a video have a quarter of the tokens
     split      SmolVLM's and Idefics3's (Laurencon et al., 2024): the longest edge resized to
                `edge`, then both edges to whole views. Between the tiles stand tokens of text that
                say their row and column; the whole picture comes last
@@ -27,10 +30,10 @@ The image modes, each a class below and an entry of MODES:
 
 In all modes but native a view is a square of S x S pixels.
 
-For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, for split those of
-its Idefics3ImageProcessorPil, for native those of its Siglip2ImageProcessorPil, for split_nanovlm
-those of nanoVLM's own code, their rounding included: a model that was trained with them would
-misread a picture that is one row shorter.
+For anyres and anyres_max, pixels and numbers of tokens are those of transformers' LlavaNext and
+LlavaOnevision, for split those of its Idefics3ImageProcessorPil, for native those of its
+Siglip2ImageProcessorPil, for split_nanovlm those of nanoVLM's own code, their rounding included: a
+model that was trained with them would misread a picture that is one row shorter.
 
 n tokens of a view, v views of an item, S x S pixels of a view, h x w patches of a view.
 """
@@ -40,7 +43,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import ceil, isqrt
+from math import ceil, isqrt, sqrt
 from typing import ClassVar
 
 import torch
@@ -122,8 +125,15 @@ class Tiling:
     # For split_nanovlm: whether the longest edge always becomes `edge`, or only what is larger.
     enlarge: bool = False
 
+    # For image mode anyres_max: about how many views' tokens those of all tiles are at most.
+    max_views: int = 9
+
     def check_marks(self):
         """Raise UserError where a mark that the mode writes into the text has no ids."""
+
+    def for_images(self, count: int) -> Tiling:
+        """Return how the pictures of a row or conversation that has so many of them are seen."""
+        return self
 
     def shape(self, size: tuple[int, int]) -> ItemShape:
         """Return the shape of the item that a picture of this width and height becomes."""
@@ -336,10 +346,15 @@ class AnyresTiling(TilesTiling):
 
         # The whole picture, then its tiles as one large picture of tokens, without its borders and
         # with a separator behind each row.
-        side = isqrt(self.tokens)  # of a view, in tokens
+        height, width = self.size_in_tokens(shape)
+        return self.tokens + height * (width + 1)
+
+    def size_in_tokens(self, shape: ItemShape) -> tuple[int, int]:
+        """Return height and width of the picture that all tiles are, without its borders."""
+        side = isqrt(self.tokens)  # of a view
         height = shape.rows * side - 2 * shape.top
         width = shape.columns * side - 2 * shape.left
-        return self.tokens + height * (width + 1)
+        return height, width
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
         # Only tiled pictures have rows to separate.
@@ -387,6 +402,109 @@ class AnyresTiling(TilesTiling):
         canvas = Image.new("RGB", (width, height))
         canvas.paste(resized, (left, top))
         return canvas
+
+
+# A picture that is a single view in mode anyres_max. ONE_VIEW is a video of one frame there.
+PADDED = ItemShape(1, 1, 1)
+
+
+class AnyresMaxTiling(AnyresTiling):
+    """Image mode anyres_max: LLaVA-OneVision's, anyres with a bound on the tiles' tokens.
+
+    An item without rows is a video.
+    """
+
+    mode = "anyres_max"
+
+    def for_images(self, count: int) -> Tiling:
+        if count > 1:
+            return SeveralPadded(**vars(self))
+        return self
+
+    def largest(self) -> list[ItemShape]:
+        # The largest grid is made smaller, so a picture with borders can have more tokens.
+        shapes = [PADDED]
+        side = isqrt(self.tokens)
+        for rows, columns in self.grids:
+            views = 1 + rows * columns
+            for top in range(rows * side // 2):
+                shapes.append(ItemShape(views, rows, columns, top, 0))
+            for left in range(columns * side // 2):
+                shapes.append(ItemShape(views, rows, columns, 0, left))
+        return shapes
+
+    def positions(self, shape: ItemShape = PADDED) -> int:
+        side = isqrt(self.tokens)
+        if not shape.rows:
+            return shape.views * ceil(side / 2) ** 2 + 1
+        if shape == PADDED:
+            return self.tokens + 1
+
+        height, width = self.made_smaller(*self.size_in_tokens(shape))
+        return self.tokens + height * (width + 1)
+
+    def made_smaller(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width, in tokens, to which the large picture is interpolated.
+
+        The arithmetic is that of transformers' pack_image_features, which fails where nothing
+        would be left of the shorter side.
+        """
+        ratio = sqrt(height * width / (self.max_views * self.tokens))
+        if ratio <= 1.1:
+            return height, width
+        return max(1, int(height // ratio)), max(1, int(width // ratio))
+
+    def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
+        tokens = output[:-1]
+        newline = output[-1:]
+
+        # The frames of a video, each a quarter as large, then one separator.
+        side = isqrt(len(tokens) // shape.views)
+        if not shape.rows:
+            frames = tokens.unflatten(0, (shape.views, side, side))
+            half = ceil(side / 2)
+            return torch.cat([interpolate(frames, half, half).flatten(0, 2), newline])
+
+        # One of several pictures, then one separator.
+        if shape == PADDED:
+            return output
+
+        order = anyres_order(shape, side**2, output.device)
+        size = self.size_in_tokens(shape)
+        height, width = self.made_smaller(*size)
+        if (height, width) == size:
+            return output[order]
+
+        # The whole picture stays. That of all tiles is made smaller, and then gets its separators.
+        large = order[side**2 :].view(size[0], size[1] + 1)[:, :-1]
+        large = interpolate(output[large][None], height, width)[0]  # (height, width, D)
+        separators = newline.expand(height, 1, -1)
+        rows = torch.cat([large, separators], dim=1)  # (height, width + 1, D)
+        return torch.cat([tokens[: side**2], rows.flatten(0, 1)])
+
+
+class SeveralPadded(AnyresMaxTiling):
+    """What mode anyres_max makes of each of several pictures: made square, one view."""
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        return PADDED
+
+    def largest(self) -> list[ItemShape]:
+        return [PADDED]
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        return self.processor.pixels_made(size, "pad")
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        return Item(self.processor.pixels(image, "pad")[None], PADDED)
+
+
+def interpolate(x: Tensor, height: int, width: int) -> Tensor:
+    """Return grids of tokens (N, h, w, D) as (N, height, width, D), bilinearly."""
+    x = x.permute(0, 3, 1, 2).contiguous()
+    x = F.interpolate(x, (height, width), mode="bilinear")
+    return x.permute(0, 2, 3, 1)
 
 
 # The strings around pictures of SmolVLM and Idefics3, and the most pixels and tiles along an edge.
@@ -721,6 +839,7 @@ MODES: dict[str, type[Tiling]] = {
     "pad": PaddedTiling,
     "tiles": TilesTiling,
     "anyres": AnyresTiling,
+    "anyres_max": AnyresMaxTiling,
     "split": SplitTiling,
     "split_nanovlm": NanoTiling,
     "native": NativeTiling,

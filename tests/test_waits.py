@@ -17,7 +17,7 @@ def test_no_step_of_training_or_decoding_waits_for_the_gpu():
     found = json.loads(run("-m", "tests.tools.gpu_steps", TRITON_INTERPRET="0").stdout)
     forward, backward = found.pop("operations")
     assert {name: waits for name, waits in found.items() if waits} == {}
-    assert len(found) == 12
+    assert len(found) == 14
     assert forward <= 45 and backward <= 87
 
 

@@ -155,7 +155,7 @@ def guess_row(row: dict, template: str, views: Tiling) -> RowSize:
     """Return what a row has, by its characters. Raises UserError if it has no turns."""
     check_turns(row.get("conversations"), prompt=False)
     kind, names = media_names(row)
-    shape = views.shape(PICTURE)
+    shape = views.for_images(len(names)).shape(PICTURE)
     if kind == "video":
         shape = views.clip_shape(views.frames, PICTURE)
 

@@ -29,6 +29,7 @@ from tests.tools.small_llava import NAFLEX, SIDE, small
 from train import make_optimizer
 
 ANYRES = {"image_mode": "anyres"}
+ANYRES_MAX = {"image_mode": "anyres_max", "image_grids": "4x4", "image_views": 1}
 
 
 def sample(model: LLaVA, shapes: list[ItemShape]) -> Sample:
@@ -157,6 +158,8 @@ def main():
         "siglip, gemma": waits_of_training(family="gemma", tower="siglip"),
         "phi, resampler": waits_of_training(family="phi", connector="resampler"),
         "anyres": waits_of_training(mode="tiled", **ANYRES),
+        "anyres_max": waits_of_training(mode="tiled", **ANYRES_MAX),
+        "anyres_max, video": waits_of_training(mode="video", **ANYRES_MAX),
         "tiles": waits_of_training(mode="tiled", image_mode="tiles"),
         "video": waits_of_training(mode="video"),
         "naflex": waits_of_training(mode="native", **NAFLEX),

@@ -252,7 +252,7 @@ def test_inspect_without_a_recipe_shows_the_text_of_rows(folder, capsys, monkeyp
         assert ("\033[32m A dog." in out, "[[ A dog." in out) == (colour, not colour)
 
 
-@pytest.mark.parametrize("mode", ["square", "pad", "tiles", "anyres", "native"])
+@pytest.mark.parametrize("mode", ["square", "pad", "tiles", "anyres", "anyres_max", "native"])
 def test_check_refuses_what_training_refuses(folder, spec, capsys, monkeypatch, mode):
     """Six kinds of rows, and pictures that are too large for what is made of them."""
     Image.new("RGB", (9, 40)).save(folder / "tall.png")
