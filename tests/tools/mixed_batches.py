@@ -34,9 +34,16 @@ NANO = SPLIT | {"image_mode": "split_nanovlm"}
 TILES = {"image_mode": "tiles", "image_grids": "1x2 2x1 2x2", "frames": 3}
 ANYRES = TILES | {"image_mode": "anyres"}
 ANYRES_MAX = TILES | {"image_mode": "anyres_max", "image_views": 2}
+NATIVE = {
+    "feature_select": "cls_patch",
+    "feature_layer": -1,
+    "image_mode": "native",
+    "frames": 3,
+}
 
-# (tower, connector, its options, how pictures are seen). A view has 3 x 3 tokens. Every entry of
-# CONNECTORS but mof_mlp, which needs two encoders, and the MLPs of other depths.
+# (tower, connector, its options, how pictures are seen). A view has 3 x 3 tokens, that of a NaFlex
+# up to 12. Every entry of CONNECTORS but mof_mlp, which needs two encoders, and the MLPs of other
+# depths.
 RESAMPLER = {"num_queries": 4, "num_resampler_layers": 1}
 CASES = (
     ("siglip", "pixel_shuffle", {"factor": 3}, SPLIT),
@@ -49,6 +56,8 @@ CASES = (
     ("clip", "cross_attention", {"num_queries": 3}, TILES),
     ("clip", "mean_mlp2x_gelu", {}, TILES),
     ("clip", "linear", {}, TILES),
+    ("siglip2", "mlp2x_gelu", {}, NATIVE),
+    ("siglip2", "cross_attention", {"num_queries": 3}, NATIVE),
     ("clip", "resampler", RESAMPLER, TILES),
     ("clip", "naiveresampler", RESAMPLER, TILES),
     ("clip", "groupresampler", RESAMPLER | {"group": 2}, TILES),
