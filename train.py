@@ -322,8 +322,7 @@ def train_stage(run: StageRun, start: int) -> bool:
         log.step(step, loss, tokens, images, waited)
         if logs:
             learning_rate = run.optimizer.param_groups[0]["lr"]
-            cut_tokens = sum(lost for _, lost in share.cut)
-            log.line(step, learning_rate, norm, norms_of_parts, cut_tokens)
+            log.line(step, learning_rate, norm, norms_of_parts, share.cut)
 
         # Validate.
         validation = None
