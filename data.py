@@ -588,6 +588,8 @@ def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
     # What the counts depend on is in the name of their file.
     tokenizer_files = sorted(spec.tokenizer.files.items())
     decides = repr((spec.template, spec.max_tokens, spec.views, tokenizer_files))
+    if templates.choose_template(spec.template, spec.tokenizer).rewrites:
+        decides += "a sample for each answer"  # not the counts of when such rows were refused
 
     def kind_of(source: Rows) -> str:
         columns = getattr(source, "columns", None) or ""
