@@ -280,10 +280,10 @@ class MicroBatch(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Tokens of a sample: those that are trained on, those of them that are supervised, the rest."""
+    """How many tokens a sample has."""
 
-    kept: int
-    supervised: int
+    kept: int  # what training sees
+    supervised: int  # of these
     cut: int  # off the tail
 
 

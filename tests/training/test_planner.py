@@ -21,12 +21,13 @@ import train
 from checkpoints import layouts, peft
 from config import PARTS, Stage, Tune, UserError
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
 from model import LLaVA
 from packing import IMAGE_TOKEN, ONE_VIEW, Batch
 from tests.tools.environment import GPU, ROOT, run, shared
+from tests.tools.sample_rows import make_sample
 from train import round_frozen, set_trainable
 from training import estimate, memory, planner
 from training.estimate import RowSize
@@ -494,7 +495,7 @@ def test_the_estimate_is_what_a_gpu_allocates(tune):
     needs = memory.measure(model, stage, row, bf16=True)
 
     model = rounded(build(LLM | text, VISION | vision), tune).cuda()
-    batch = memory.typical_batch(model, row, estimate.rows_of_micro_batch(stage, row)).to("cuda")
+    batch = memory.typical_batch(model, row, estimate.samples_of_micro_batch(stage, row)).to("cuda")
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
@@ -532,7 +533,7 @@ def kept_and_estimated(tune: Tune, bf16: bool) -> tuple[int, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = memory.typical_batch(model, row, estimate.rows_of_micro_batch(stage, row))
+    batch = memory.typical_batch(model, row, estimate.samples_of_micro_batch(stage, row))
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with kernels.pretending(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
         loss = model.loss(batch)
