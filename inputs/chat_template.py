@@ -52,6 +52,13 @@ class AnswerPlace:
     closing: Mark | None  # the control token behind it, if nothing but space is between
 
 
+class Piece(NamedTuple):
+    """A part of what is said in a turn."""
+
+    value: str
+    is_text: bool  # else it is an image, a string of THINKING, or space beside one
+
+
 class Measured(NamedTuple):
     """A rendering, and where in it the turns' texts lie."""
 
@@ -378,17 +385,17 @@ class ChatTemplate:
         keyed = []
         texts = {}
         for speaker, value in turns:
-            if speaker == "gpt":
-                pieces = [value]
-                literal = set()
-                if self.splits:
-                    pieces, literal = split_thinking(value)
+            if speaker == "gpt" and self.splits:
+                pieces = split_thinking(value)
+            elif speaker == "gpt":
+                pieces = [Piece(value, is_text=True)]
             else:
-                pieces = split_images(value, strip=self.lists)
-                literal = {IMAGE}
+                pieces = []
+                for piece in split_images(value, strip=self.lists):
+                    pieces.append(Piece(piece, is_text=piece != IMAGE))
             parts = []
-            for piece in pieces:
-                if piece in literal:
+            for piece, is_text in pieces:
+                if not is_text:
                     parts.append(piece)
                 else:
                     key = KEY.format(len(texts))
@@ -499,18 +506,21 @@ def split_images(value: str, strip: bool) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-def split_thinking(value: str) -> tuple[list[str], set[str]]:
-    """Return the pieces of an answer in order, and those that are no texts: THINKING and space.
+def split_thinking(value: str) -> list[Piece]:
+    """Return the pieces of an answer in order: reasoning, what is said, THINKING around them.
 
-    "<think>It barks.</think>A dog." is ["<think>", "It barks.", "</think>", "A dog."]. An answer
-    without reasoning is a single text, as is one that has nothing else.
+    "<think>It barks.</think>A dog." has the texts "It barks." and "A dog.". What is said stands
+    last and may be empty. An answer without "</think>" is a single text.
     """
     opening, closing = THINKING
-    pieces = re.split(f"({opening}|{closing})", value)
-    literal = {piece for piece in pieces if piece in THINKING or not piece.strip()}
-    if closing not in pieces or literal.issuperset(pieces):
-        return [value], set()
-    return pieces, literal
+    if closing not in value:
+        return [Piece(value, is_text=True)]
+    *before, said = re.split(f"({opening}|{closing})", value)
+    pieces = []
+    for piece in before:
+        is_space = not piece.strip()
+        pieces.append(Piece(piece, is_text=piece not in THINKING and not is_space))
+    return [*pieces, Piece(said, is_text=True)]
 
 
 def list_content(parts: list[str], is_image: list[bool]) -> list[dict]:

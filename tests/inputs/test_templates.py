@@ -649,6 +649,9 @@ TWO_ENDS = (
     "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
     "{{ '</s>' if loop.last else '<|im_end|>' }}{% endif %}{% endfor %}"
 )
+# These two do what no probe shows: in conversations of three answers.
+LONG = "{{ '!' if messages | length > 5 }}" + bare(CHAT["chatml"])
+THIRD_END = TWO_ENDS.replace("loop.last", "loop.index0 < 5")
 
 
 @pytest.mark.parametrize(
@@ -678,9 +681,9 @@ TWO_ENDS = (
             LOST,
         ),
         (
-            LATE_SYSTEM,
-            SYSTEM_TURN + turns("Hi", "Yo", "b", "c"),
-            "conversations: .* before turn 2 differently in its",
+            LONG,
+            turns("Hi", "Yo", "a", "b", "c", "d"),
+            "conversations: .* before turn 1 differently in its",
         ),
         (
             "{% for m in messages %}{{ m.content }}### {% endfor %}",
@@ -693,8 +696,8 @@ TWO_ENDS = (
             "no control .* but '!</s>'",
         ),
         (
-            TWO_ENDS,
-            turns("Hi", "Yo", "a", "b"),
+            THIRD_END,
+            turns("Hi", "Yo", "a", "b", "c", "d"),
             "conversations: .* does not end every answer with '</s>'",
         ),
         (
