@@ -402,3 +402,76 @@ def test_the_plan_counts_samples(folder, spec):
     assert row.is_exact and row.samples == 2
     assert row.tokens == pytest.approx(counts[0] / 48)
     assert row.supervised == pytest.approx(counts[2] / 48)
+
+
+# --------------------------------------------------------------------------------- what is said
+
+
+def lines_of(capsys, *argv):
+    data.main([str(word) for word in argv])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_check_says_how_many_samples_the_rows_became(folder, chatty, spec, capsys):
+    options = ["--data", folder / "rows.json", "--template", "chat", "--image-tokens", 5]
+    lines = lines_of(capsys, "check", *options, "--tokenizer", chatty(REASONING))
+    why = "the chat template rewrites earlier turns"
+    assert f"  24 rows became 48 samples, one for each answer: {why}" in lines
+    kinds = "12 text-only, 8 with one image or video, 4 with several"
+    assert f"{folder / 'rows.json'}: 24 rows, 0 bad; the good ones: {kinds}" in lines
+    counts = np.array(token_counts(open_rows(folder / "rows.json"), spec)).sum(0)
+    share = 100 * counts[2] / counts[0]
+    assert f"  supervised: {share:.1f} % of {counts[0]} tokens" in lines
+
+    lines = lines_of(capsys, "check", *options, "--tokenizer", chatty(CHATML))
+    assert not any("became" in line for line in lines)
+
+
+def test_check_counts_what_an_over_long_row_loses(folder, chatty, spec, capsys):
+    rows = open_rows(folder / "rows.json")
+    samples = [make_samples(rows, i, spec) for i in range(24)]
+
+    # All pictures fit, and the last answers of some rows begin beyond the limit.
+    limit = 0
+    for sample in sum(samples, []):
+        at = (sample.ids == IMAGE_TOKEN).nonzero()
+        if len(at):
+            limit = max(limit, int(at[-1]) + 1)
+    lost = []
+    beyond = 0
+    for of_row in samples:
+        lost.append(0)
+        for sample in of_row:
+            if int((sample.labels != IGNORE).nonzero()[0]) >= limit:
+                lost[-1] += len(sample.ids)
+                beyond += 1
+            else:
+                lost[-1] += max(0, len(sample.ids) - limit)
+    assert 0 < beyond < np.count_nonzero(lost) < 24
+    options = ["--data", rows.file, "--template", "chat", "--image-tokens", 5]
+    options += ["--tokenizer", chatty(REASONING), "--max-tokens", limit]
+    lines = lines_of(capsys, "check", *options)
+    over_long = np.count_nonzero(lost)
+    assert f"  over-long: {over_long} rows lose {sum(lost)} tokens of their tails" in lines
+    assert sum("note: over-long, loses" in line for line in lines) == over_long
+
+
+def test_inspect_shows_each_answer_as_its_sample(folder, chatty, spec, capsys):
+    options = ["--data", folder / "rows.json", "--template", "chat", "--image-tokens", 5]
+    lines = lines_of(capsys, "inspect", *options, "--tokenizer", chatty(REASONING), "--row", 5)
+    heads = [line for line in lines if line.startswith("--- ")]
+    samples = make_samples(open_rows(folder / "rows.json"), 5, spec)
+    for k, (head, sample) in enumerate(zip(heads, samples, strict=True)):
+        supervised = int((sample.labels != IGNORE).sum())
+        expected = f"row 5 (id 5), answer {k + 1} of 3: {len(sample.ids)} tokens, {supervised} sup"
+        assert expected in head
+    text = "\n".join(lines)
+    assert text.count("[[<think>\n") == 3 and text.count("A dog.<|im_end|>") == 2 + 2
+
+    # The third answer begins beyond the limit.
+    samples = make_samples(open_rows(folder / "rows.json"), 8, spec)
+    limit = int((samples[2].labels != IGNORE).nonzero()[0])
+    options += ["--tokenizer", chatty(REASONING), "--row", 8, "--max-tokens", limit]
+    heads = [line for line in lines_of(capsys, "inspect", *options) if line.startswith("--- ")]
+    lost = f"{len(samples[2].ids)} tokens of later answers are beyond max_tokens"
+    assert len(heads) == 2 and heads[1].endswith(lost)
