@@ -267,15 +267,23 @@ class ChatTemplate:
         raise errors[0]
 
     def _probe_splits(self) -> bool:
-        """Say whether an answer with reasoning is two texts for this template."""
-        turns = [Turn("human", "a"), Turn("gpt", REASONED)]
-        for splits in (False, True):
-            self.splits = splits
-            with contextlib.suppress(UserError):
-                self._locate(turns, prompt=False)
-                return splits
+        """Say whether the template writes an answer with reasoning otherwise than as it is."""
+        turns = [Turn("human", "a"), Turn("gpt", REASONED), Turn("human", "c"), Turn("gpt", "d")]
+        keyed_turns, texts = self._insert_keys(turns)
+        [key] = keyed_turns[1].parts
+        conversations = [self._messages(keyed_turns, texts)]
+        del texts[key]
+        conversations.append(self._messages(keyed_turns, texts))
 
-        # It leaves the reasoning out, or changes it: rows that have some are refused.
+        # The answer as the last one, and as an earlier one.
+        for n in (2, 4):
+            wanted = [Wanted(0, n, False), Wanted(1, n, False)]
+
+            # A template that refuses the conversation takes nothing apart.
+            with contextlib.suppress(UserError):
+                text, keyed = self.jinja.render(self.tok.named, conversations, wanted)
+                if text != keyed.replace(key, REASONED):
+                    return True
         return False
 
     def _probe_rewrites(self) -> bool:

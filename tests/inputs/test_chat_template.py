@@ -55,6 +55,10 @@ TWO_ENDS = (
     "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
     "{{ '</s>' if loop.last else '<|im_end|>' }}{% endif %}{% endfor %}"
 )
+KEEPS_LAST = CHATML.replace(  # as QwQ's: the last answer stays as it is
+    "m.content",
+    "(m.content if loop.last or m.role != 'assistant' else m.content.split('</think>')[-1])",
+)
 FORGETS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")  # as DeepSeek-R1's
 
 THOUGHT = "<think>\nIt barks.\n</think>\n\nA dog."
@@ -126,17 +130,22 @@ def transformers_samples(folder, conversation):
         if message["role"] != "assistant":
             continue
         prompt = tok.apply_chat_template(said[:i], add_generation_prompt=True, return_dict=False)
-        ids = tok.apply_chat_template(said[: i + 1], return_dict=False)
-        assert ids[: len(prompt)] == prompt
+
+        # A prompt cannot end with half a token, so what is behind it begins with a new one.
+        asked = tok.apply_chat_template(said[:i], add_generation_prompt=True, tokenize=False)
+        whole = tok.apply_chat_template(said[: i + 1], tokenize=False)
+        assert whole.startswith(asked)
+        ids = prompt + tok(whole.removeprefix(asked), add_special_tokens=False)["input_ids"]
         end = len(ids) - ids[::-1].index(tok.convert_tokens_to_ids("<|im_end|>"))
         labels = [IGNORE] * len(prompt) + ids[len(prompt) : end] + [IGNORE] * (len(ids) - end)
         samples.append(([IMAGE_TOKEN if j == image else j for j in ids], labels))
     return samples
 
 
+@pytest.mark.parametrize("template", [REASONING, KEEPS_LAST], ids=["qwen3", "qwq"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_each_answer_is_what_transformers_writes_behind_its_prompt(chatty, name):
-    folder = chatty(REASONING)
+def test_each_answer_is_what_transformers_writes_behind_its_prompt(chatty, template, name):
+    folder = chatty(template)
     tok = load_tokenizer(folder)
     assert templates.choose_template("chat", tok).rewrites
     conversation = CONVERSATIONS[name]
