@@ -561,6 +561,7 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     if args.data:
         rows = open_rows(args.data, args.images or "", columns_of(args.columns or []))
     else:
+        check_alone(args)
         rows = held_out_rows(resolve(args.model))
         args.data = f"{args.model}: held out"
     spec = model_spec(resolve(args.model))
@@ -606,6 +607,14 @@ def evaluate_rows(args: argparse.Namespace, ranks: Ranks):
     print(f"the wrong answers: {file.with_suffix('.html')}")
 
 
+def check_alone(args: argparse.Namespace):
+    """Raise UserError for an option that says how --data is read, where there is none."""
+    for name in ("images", "columns"):
+        if getattr(args, name):
+            fix = "give --data, or leave it out: the recipe of the run says it"
+            raise UserError(f"--{name}", "without --data", fix)
+
+
 def held_out_rows(folder: Path) -> Rows:
     """Return the rows that the run in a folder held out, of its last stage that did.
 
@@ -616,8 +625,9 @@ def held_out_rows(folder: Path) -> Rows:
         raise UserError(file, "no such file, so nobody knows what was held out", "give --data")
     recipe, _ = config.load([str(file)], file)
     for name, stage in reversed(recipe.stage.items()):
-        if stage.validation:
-            return open_stage(stage, f"{file}:stage.{name}").held_out
+        held_out = open_stage(stage, f"{file}:stage.{name}").held_out
+        if held_out is not None:
+            return held_out
     raise UserError(file, "no stage held rows out (validation)", "give --data")
 
 

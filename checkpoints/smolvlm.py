@@ -27,7 +27,7 @@ from checkpoints.folder import folder_readme, merged_field, named_tensors, write
 from config import LLaVAConfig, UserError
 from inputs import templates
 from inputs.image_processor import preprocessor_place, read_preprocessor
-from inputs.tiling import FAKE, GLOBAL, MOST_EDGE, tile_mark
+from inputs.tiling import FAKE, MOST_EDGE, mark_names
 from inputs.tokenizer import load_tokenizer
 
 OPENED_BY = "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`"
@@ -87,7 +87,6 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         raise config.refuse("scale_factor", f"no divisor of the {patches} patches along an edge")
 
     images, edge = read_images(folder, side)
-    tiles = -(-(edge + edge % 2) // side)
     token = config.integer("image_token_id", 0, VOCABULARY, default=128257)
     check_sequence(folder, (patches // factor) ** 2)
     return LLaVAConfig(
@@ -101,7 +100,7 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         feature_norm=True,
         image_mode="split",
         image_edge=edge,
-        image_marks=read_marks(folder, tiles, token, config),
+        image_marks=read_marks(folder, mark_names(edge, side), token, config),
         template="chat",
     )
 
@@ -168,8 +167,8 @@ def check_sequence(folder: Path, tokens: int):
         raise processor.refuse("image_seq_len", f"not the {tokens} tokens of a view")
 
 
-def read_marks(folder: Path, tiles: int, token: int, config: Fields) -> dict[str, list[int]]:
-    """Return the ids of the strings around pictures of at most tiles x tiles tiles.
+def read_marks(folder: Path, names: list[str], token: int, config: Fields) -> dict[str, list[int]]:
+    """Return the ids of the strings around the views of pictures.
 
     Each of them stands between two control tokens, so it is encoded alone. Raises UserError for a
     tokenizer that does not have these, or another `<image>` than config.json.
@@ -180,10 +179,6 @@ def read_marks(folder: Path, tiles: int, token: int, config: Fields) -> dict[str
     if FAKE not in tokenizer.special:
         fix = "give the tokenizer of this model"
         raise UserError(folder, f"a tokenizer without a control token {FAKE}", fix)
-
-    names = [FAKE, GLOBAL, "\n", "\n\n"]
-    for row in range(tiles):
-        names += [tile_mark(row, column) for column in range(tiles)]
     return {name: tokenizer.encode(name)[0] for name in names}
 
 

@@ -187,6 +187,8 @@ def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemSha
             return tiling.shape(image_size(source))
         return ItemShape()
 
+    tiling.check_video()
+
     # Without fps every video has the same number of frames, so none is opened.
     if tiling.fps:
         clip = video.probe(source)

@@ -2,7 +2,7 @@
 
     views = model.views                 # a Tiling: all that the data path needs of a model
     item = views.picture(pil_image)     # one view; tiled, the whole picture and then its tiles
-    item = views.clip(frames)           # the frames of a video, a view each
+    item = views.clip(frames)           # the frames of a video, a view each; not in mode split
     views.positions(item.shape)         # how many tokens the item takes in the text
 
 A still picture is the case with one view: nothing behind this file knows which kind an item is. The
@@ -168,6 +168,9 @@ class Tiling:
         self.check_size(image.size)
         return Item(self.frame(image))
 
+    def check_video(self):
+        """Raise ValueError if the mode has no videos."""
+
     def frame(self, image: Image.Image) -> Tensor:
         """Return a picture in RGB as one view (1, 3, S, S), in uint8."""
         return self.processor.pixels(image, "square")[None]
@@ -175,8 +178,9 @@ class Tiling:
     def clip(self, frames: Iterable[Image.Image]) -> Item:
         """Return the item of a video's frames, in uint8. A tiled model sees each frame whole.
 
-        Raise ValueError if they are too many or too large.
+        Raise ValueError if they are too many or too large, or the mode has no videos.
         """
+        self.check_video()
         views = []
         for frame in frames:
             if isinstance(self.processor, ImageProcessor):
@@ -184,6 +188,16 @@ class Tiling:
             views.append(self.frame(frame))
             self.check_views(len(views))
         return Item(torch.cat(views), ItemShape(len(views)))
+
+    def cut(self, large: Image.Image) -> Tensor:
+        """Return a picture of whole views cut into them, row by row, (views, 3, S, S) uint8."""
+        side = self.processor.side
+        tiles = []
+        for top in range(0, large.height, side):
+            for left in range(0, large.width, side):
+                tile = large.crop((left, top, left + side, top + side))
+                tiles.append(self.processor.tensor(tile))
+        return torch.stack(tiles)
 
 
 class PaddedTiling(Tiling):
@@ -222,17 +236,11 @@ class TilesTiling(Tiling):
         rows, columns = self.best_grid(image.size)
         large = self.resize(image, columns * side, rows * side)
 
-        # The whole picture as the first view, then the tiles row by row.
+        # The whole picture as the first view, then the tiles.
         whole = image.resize((side, side), self.processor.resample)
-        views = [self.processor.tensor(whole)]
-        for row in range(rows):
-            for column in range(columns):
-                left = column * side
-                top = row * side
-                tile = large.crop((left, top, left + side, top + side))
-                views.append(self.processor.tensor(tile))
-        pixels = torch.stack(views)  # (v, 3, S, S)
-        return Item(pixels, self.shape(image.size))
+        pixels = self.processor.tensor(whole)[None]
+        views = torch.cat([pixels, self.cut(large)])  # (v, 3, S, S)
+        return Item(views, self.shape(image.size))
 
     def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Return the picture that is cut into tiles, of width x height pixels."""
@@ -341,15 +349,42 @@ class AnyresTiling(TilesTiling):
         return canvas
 
 
-# The strings around pictures, and the most pixels along an edge, of SmolVLM and Idefics3.
+# The strings around pictures of SmolVLM and Idefics3, and the most pixels and tiles along an edge.
+# Their published models have 4 and 5 tiles.
 FAKE = "<fake_token_around_image>"
 GLOBAL = "<global-img>"
 MOST_EDGE = 4096
+MOST_TILES = 16
 
 
 def tile_mark(row: int, column: int) -> str:
     """Return the string that stands before a tile; both count from 0."""
     return f"<row_{row + 1}_col_{column + 1}>"
+
+
+def most_tiles(edge: int, side: int) -> int:
+    """Return how many tiles of `side` pixels a longest edge becomes.
+
+    An odd edge may grow by a pixel.
+    """
+    return ceil((edge + edge % 2) / side)
+
+
+def mark_names(edge: int, side: int) -> list[str]:
+    """Return all strings that can stand around the views of pictures with this longest edge.
+
+    Raise UserError for more tiles along an edge than any model has.
+    """
+    most = most_tiles(edge, side)
+    if most > MOST_TILES:
+        what = f"split of {edge} pixels into views of {side}, which is more than {MOST_TILES} a row"
+        raise UserError("model.image_mode", what, "give the image processor of this model")
+
+    names = [FAKE, GLOBAL, "\n", "\n\n"]
+    for row in range(most):
+        for column in range(most):
+            names.append(tile_mark(row, column))
+    return names
 
 
 class SplitTiling(Tiling):
@@ -367,21 +402,13 @@ class SplitTiling(Tiling):
     mode = "split"
     tiled = True
 
-    @property
-    def most_tiles(self) -> int:
-        """Return how many tiles the longest edge becomes; an odd edge may grow by a pixel."""
-        return ceil((self.edge + self.edge % 2) / self.processor.side)
-
     def check_marks(self):
-        names = [FAKE, GLOBAL, "\n", "\n\n"]
-        if isinstance(self.processor, ImageProcessor):
-            for row in range(self.most_tiles):
-                names += [tile_mark(row, column) for column in range(self.most_tiles)]
-        missing = [name for name in names if not self.marks.get(name)]
-        if missing or self.edge < 1:
-            what = f"split, without ids of {missing[:1]}"
-            fix = "start from a SmolVLM or Idefics3 as model.checkpoint"
-            raise UserError("model.image_mode", what, fix)
+        fix = "start from a SmolVLM or Idefics3 as model.checkpoint"
+        if self.edge < 1:
+            raise UserError("model.image_mode", "split, without image_edge", fix)
+        for name in mark_names(self.edge, self.processor.side):
+            if not self.marks.get(name):
+                raise UserError("model.image_mode", f"split, without ids of {name!r}", fix)
 
     def shape(self, size: tuple[int, int]) -> ItemShape:
         width, height = self._whole_views(self._first_size(size))
@@ -392,8 +419,9 @@ class SplitTiling(Tiling):
         return ItemShape(rows * columns + 1, rows, columns)
 
     def largest(self) -> list[ItemShape]:
+        # The longest edge is as long as it can be, the other one anything.
         shapes = [ONE_VIEW]
-        most = self.most_tiles
+        most = most_tiles(self.edge, self.processor.side)
         if most > 1:
             for tiles in range(1, most + 1):
                 shapes.append(ItemShape(tiles * most + 1, tiles, most))
@@ -418,30 +446,20 @@ class SplitTiling(Tiling):
         resized = image.resize(self._first_size(image.size), resample)
         large = resized.resize(self._whole_views(resized.size), resample)
 
+        # The tiles, if there is more than one, then the whole picture.
         shape = self.shape(image.size)
-        views = []
-        for row in range(shape.rows):
-            for column in range(shape.columns):
-                left = column * side
-                top = row * side
-                tile = large.crop((left, top, left + side, top + side))
-                views.append(self.processor.tensor(tile))
         whole = large.resize((side, side), resample)
-        views.append(self.processor.tensor(whole))
-        return Item(torch.stack(views), shape)  # (v, 3, S, S)
+        views = self.processor.tensor(whole)[None]
+        if shape.rows:
+            views = torch.cat([self.cut(large), views])
+        return Item(views, shape)  # (v, 3, S, S)
 
-    def clip(self, frames: Iterable[Image.Image]) -> Item:
-        raise self._no_video()
-
-    def _no_video(self) -> UserError:
-        """Return the error for a video."""
-        what = "a video: the text with times that SmolVLM2 writes around frames is not written here"
-        return UserError("image mode split", what, "give pictures")
+    def check_video(self):
+        what = "image mode split has no videos: the times that SmolVLM2 writes around their frames"
+        raise ValueError(f"{what} are not written here")
 
     def _ids(self, shape: ItemShape) -> list[int]:
-        """Return the ids of `placeholder`. Raise UserError for the shape of a video."""
-        if shape.views > 1 and not shape.rows:
-            raise self._no_video()
+        """Return the ids of `placeholder`."""
         view = connector_tokens(self.connector, self.tokens, 1, self.grid, **self.options)
         features = view * [IMAGE_TOKEN]
 

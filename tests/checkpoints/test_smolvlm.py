@@ -14,10 +14,13 @@ from config import UserError
 from export import export
 from inputs import templates
 from inputs.pictures import load_image
+from inputs.rows import open_rows
+from inputs.sample import SampleSpec, make_sample
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
-from packing import IMAGE_TOKEN, ItemShape
+from packing import IMAGE_TOKEN
 from tests.tools.environment import ROOT, run, shared
+from tests.tools.sample_rows import turns
 from tests.tools.small_llava import small
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install .[dev]")
@@ -170,8 +173,8 @@ def expanded(ids, views, items) -> list[int]:
 def asked(question: str, images: int) -> tuple[list[dict], list[dict]]:
     """Return a question behind so many pictures: our turns, and transformers' messages."""
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    turns = [{"from": "human", "value": "<image>\n" * images + question}]
-    return turns, [{"role": "user", "content": content}]
+    conversation = [{"from": "human", "value": "<image>\n" * images + question}]
+    return conversation, [{"role": "user", "content": content}]
 
 
 def test_pixels_are_those_of_the_published_processor(made):
@@ -215,14 +218,14 @@ def test_ids_logits_and_tokens_are_those_of_transformers(made):
         ("No picture at all", []),
     ]
     for question, images in cases:
-        turns, messages = asked(question, len(images))
+        conversation, messages = asked(question, len(images))
         # Rows of data have no line breaks beside an image, so the processor gets none.
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         prompt = prompt.replace(question, question.strip())
         given = {"images": [images]} if images else {}
         inputs = processor(text=[prompt], return_tensors="pt", **given)
 
-        ids = templates.encode_prompt(turns, tok, "chat")
+        ids = templates.encode_prompt(conversation, tok, "chat")
         items = [model.views.picture(image) for image in images]
         row = expanded(ids, model.views, items)
         want = [IMAGE_TOKEN if i == token else i for i in inputs["input_ids"][0].tolist()]
@@ -307,6 +310,7 @@ CHANGES = [
     ("processor_config.json", ("image_processor", "do_image_splitting"), False, "do_image_splitt"),
     ("processor_config.json", ("image_processor", "size"), {"height": 9, "width": 9}, "height"),
     ("processor_config.json", ("image_processor", "max_image_size", "longest_edge"), 48, "longest"),
+    ("processor_config.json", ("image_processor", "size", "longest_edge"), 918, "more than 16 a r"),
 ]
 
 
@@ -344,12 +348,18 @@ def test_what_smolvlm_cannot_express_is_refused(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_video_is_refused(made):
+def test_a_video_is_refused(made, tmp_path):
+    """Where a row has one, the row is named, with and without its pixels."""
     views = LLaVA.from_pretrained(made[1]).views
-    with pytest.raises(UserError, match="SmolVLM2"):
+    with pytest.raises(ValueError, match="SmolVLM2"):
         views.clip([drawn((9, 9))])
-    with pytest.raises(UserError, match="SmolVLM2"):
-        views.positions(ItemShape(4))
+
+    rows = [{"id": "v", "video": "a.mp4", "conversations": turns("<video>\nWhat?", "A horse.")}]
+    (tmp_path / "a.mp4").write_bytes(b"a film")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    spec = SampleSpec(load_tokenizer(made[1]), "chat", 1000, views)
+    with pytest.raises(UserError, match="rows.json:row 0 .*a.mp4.*SmolVLM2.*; fix: .*remove the"):
+        make_sample(open_rows(tmp_path / "rows.json"), 0, spec, pixels=False)
 
 
 def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path):
@@ -358,8 +368,8 @@ def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path
     rows = []
     for i in range(12):
         drawn((40 + i, 60)).save(tmp_path / f"{i}.png")
-        turns = [human("<image>\nWhat is this?"), {"from": "gpt", "value": "A horse."}]
-        rows.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+        conversation = turns("<image>\nWhat is this?", "A horse.")
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": conversation})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     out = tmp_path / "out"
     run(
@@ -377,7 +387,3 @@ def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path
     cls = getattr(transformers, f"{kind}ForConditionalGeneration")
     _, info = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info[key] for key in info), info
-
-
-def human(text: str) -> dict:
-    return {"from": "human", "value": text}

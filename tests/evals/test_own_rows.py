@@ -411,6 +411,9 @@ def test_without_data_it_asks_what_the_run_held_out(trained, tiny_world, tmp_pat
     (folder / "recipe.toml").write_text(re.sub("(?m)^validation = .*", 'validation = ""', text))
     with pytest.raises(UserError, match="no stage held rows out .validation.; fix: give --data"):
         evaluate.held_out_rows(folder)
+    options = ["--model", str(folder), "--task", "rows", "--images", str(images)]
+    with pytest.raises(UserError, match="--images: without --data; fix: give --data"):
+        evaluate.main(options)
     (folder / "recipe.toml").unlink()
     with pytest.raises(UserError, match="recipe.toml: no such file.*; fix: give --data"):
         evaluate.held_out_rows(folder)

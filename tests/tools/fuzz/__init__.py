@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from config import UserError
-from tests.tools.environment import run
+from tests.tools import environment
 
 SECONDS = 20
 MEMORY = 2 * 2**30  # bytes that a case may take beyond what this process has already
@@ -333,7 +333,8 @@ def check(module: str, *arguments: object):
     The process of a test may have threads and memory of any test before it, and a fork of it is no
     place to judge a program by.
     """
-    print(run("-m", f"tests.tools.fuzz.{module}", *map(str, arguments)).stdout)
+    ran = environment.run("-m", f"tests.tools.fuzz.{module}", *map(str, arguments))
+    print(ran.stdout)
 
 
 def table(result: Result) -> str:
