@@ -176,8 +176,11 @@ class ChatTemplate:
     Some write a turn differently once another question follows (`rewrites`). Qwen3's leaves out the
     reasoning of an answer then:
 
-        as the last one     <|im_start|>assistant\n<think>\nIt barks.\n</think>\n\nA dog.<|im_end|>
-        as an earlier one   <|im_start|>assistant\nA dog.<|im_end|>
+        the last one      <|im_start|>assistant\\n<think>\\nFur.\\n</think>\\n\\nA dog.<|im_end|>
+        an earlier one    <|im_start|>assistant\\nA dog.<|im_end|>
+
+    LLaVA-OneVision's writes "assistant \\n" before an answer and ends the prompt for one with
+    "assistant\\n": the space comes once the answer is there.
 
     A conversation has no single text then that shows every answer as inference writes it. So it
     becomes one sample for each answer (`templates.render_samples`), and `write` supervises only the
@@ -344,12 +347,15 @@ class ChatTemplate:
         wanted += [Wanted(KEYED, i, True) for i in places]
         renderings = self.jinja.render(self.tok.named, conversations, wanted)
         measured = self._measure(keyed_turns, texts, optional, renderings[:4])
+        prompts = renderings[4:]
+        if not prompt:
+            # The last answer is written as inference sees it, also where that is not how the
+            # template writes a finished one.
+            measured = put_behind_prompt(measured, keyed_turns[-1], prompts[-1])
         marks = self._find_marks(measured)
 
         answers = []
-        for i, asked in zip(places, renderings[4:], strict=True):
-            turn = keyed_turns[i]
-
+        for i, asked in zip(places, prompts, strict=True):
             # What stands before the answer must be what a prompt for it will be.
             if not measured.keyed.startswith(asked):
                 what = f"the chat template writes what is before turn {i} differently in its prompt"
@@ -358,8 +364,7 @@ class ChatTemplate:
 
             # Between the end of the prompt and the answer's first text stand `opening` characters,
             # which the model has to write, too.
-            keys = [part for part in turn.parts if part in texts]
-            keys.sort(key=measured.keyed.index)
+            keys = keys_in_order(keyed_turns[i], measured)
             start, _ = measured.spans[keys[0]]
             _, end = measured.spans[keys[-1]]
             opening = measured.keyed.index(keys[0]) - len(asked)
@@ -490,6 +495,41 @@ def lost_text() -> UserError:
     """Return the error for a template that does not write each text once, as it is."""
     what = "the chat template leaves a text or an image out, writes it twice or changes it"
     return UserError("conversations", what, "mend the row, or use another template")
+
+
+def keys_in_order(turn: KeyedTurn, measured: Measured) -> list[str]:
+    """Return the keys of a turn's texts, in the order in which the template writes them."""
+    keys = [part for part in turn.parts if part in measured.spans]
+    return sorted(keys, key=measured.keyed.index)
+
+
+def put_behind_prompt(measured: Measured, answer: KeyedTurn, asked: str) -> Measured:
+    """Return a rendering in which its last answer stands behind the prompt for it, `asked`.
+
+    Only the space before the answer may change. A prompt that differs in more is left to the
+    caller, and so is one behind which the template begins the answer.
+    """
+    first_key = keys_in_order(answer, measured)[0]
+    first = measured.keyed.index(first_key)
+    written = measured.keyed[:first]
+    common = written.rstrip()
+    if written.startswith(asked) or asked.rstrip() != common:
+        return measured
+
+    # In `written` there are keys, but what follows the last of them is the same in the text.
+    space = asked[len(common) :]
+    start, _ = measured.spans[first_key]
+    end_of_common = start - (len(written) - len(common))
+    text = measured.text[:end_of_common] + space + measured.text[start:]
+
+    shift = len(asked) - len(written)
+    spans = {}
+    for key, (begin, end) in measured.spans.items():
+        if measured.keyed.index(key) >= first:
+            spans[key] = Span(begin + shift, end + shift)
+        else:
+            spans[key] = Span(begin, end)
+    return Measured(text, asked + measured.keyed[first:], spans)
 
 
 def take_space_apart(text: str) -> tuple[str, str, str]:

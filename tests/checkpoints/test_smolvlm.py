@@ -15,12 +15,12 @@ from export import export
 from inputs import templates
 from inputs.pictures import load_image
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
 from packing import IMAGE_TOKEN
 from tests.tools.environment import ROOT, run, shared
-from tests.tools.sample_rows import turns
+from tests.tools.sample_rows import make_sample, turns
 from tests.tools.small_llava import small
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install .[dev]")

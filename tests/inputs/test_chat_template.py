@@ -59,6 +59,13 @@ KEEPS_LAST = CHATML.replace(  # as QwQ's: the last answer stays as it is
     "m.content",
     "(m.content if loop.last or m.role != 'assistant' else m.content.split('</think>')[-1])",
 )
+IMAGES_FIRST = (  # in the manner of LLaVA-OneVision's: the space behind "assistant" comes late
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' }}"
+    "{% for part in m.content if part.type == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}{{ '\n' + part.text }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 FORGETS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")  # as DeepSeek-R1's
 
 THOUGHT = "<think>\nIt barks.\n</think>\n\nA dog."
@@ -116,14 +123,34 @@ def messages(conversation):
     return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in conversation]
 
 
-def transformers_samples(folder, conversation):
-    """Return (ids, labels) of each answer as transformers writes it behind the prompt for it."""
+def messages_of_parts(conversation):
+    """Return the messages with lists as contents. An image is no line of its own there."""
+    said = messages(conversation)
+    for message in said:
+        value = message["content"]
+        parts = []
+        if message["role"] == "user" and "<image>" in value:
+            parts = [{"type": "image"}] * value.count("<image>")
+            value = value.replace("<image>", "").strip()
+        if value or not parts:
+            parts.append({"type": "text", "text": value})
+        message["content"] = parts
+    return said
+
+
+def transformers_tokenizer(folder):
     transformers = pytest.importorskip("transformers")
     model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     tok.chat_template = config["chat_template"]
-    image = model.token_to_id("<image>")
+    return tok
+
+
+def transformers_samples(folder, conversation):
+    """Return (ids, labels) of each answer as transformers writes it behind the prompt for it."""
+    tok = transformers_tokenizer(folder)
+    image = tok.convert_tokens_to_ids("<image>")
     said = messages(conversation)
     samples = []
     for i, message in enumerate(said):
@@ -166,6 +193,75 @@ def test_each_answer_is_what_transformers_writes_behind_its_prompt(chatty, templ
         assert ids[: len(prompt)] == prompt
         assert set(labels[: len(prompt)]) == {IGNORE} and labels[len(prompt)] != IGNORE
     assert encode(conversation[: i + 1], tok, "chat") == (ids, labels)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_an_answer_stands_behind_its_prompt_whatever_its_space_becomes(chatty, name):
+    """The history says "assistant \\n" and the prompt "assistant\\n"."""
+    folder = chatty(IMAGES_FIRST)
+    tok = load_tokenizer(folder)
+    reference = transformers_tokenizer(folder)
+    image = reference.convert_tokens_to_ids("<image>")
+    conversation = CONVERSATIONS[name]
+    if name == "images":
+        conversation = conversation[:4]  # the last answer says <image>
+    said = messages_of_parts(conversation)
+    answers = [i for i, message in enumerate(said) if message["role"] == "assistant"]
+    samples = encode_samples(conversation, tok, "chat")
+    for i, (ids, labels) in zip(answers, samples, strict=True):
+        text = reference.apply_chat_template(said[:i], add_generation_prompt=True, tokenize=False)
+        assert text.endswith("<|im_start|>assistant\n")
+        assert text.count("<|im_start|>assistant \n") == answers.index(i)
+        prompt = reference(text, add_special_tokens=False)["input_ids"]
+        answer = conversation[i]["value"] + "<|im_end|>"
+        learned = reference(answer, add_special_tokens=False)["input_ids"]
+        prompt = [IMAGE_TOKEN if j == image else j for j in prompt]
+        assert ids == prompt + learned and labels == [IGNORE] * len(prompt) + learned
+        assert encode_prompt(conversation[:i], tok, "chat") == prompt
+
+
+@pytest.mark.parametrize(
+    "history, prompt, learned",
+    [
+        (" \n", "\n", ""),
+        ("\n", " \n\n", ""),
+        ("\n", "", "\n"),  # the model has to write it
+        ("", "\n", ""),
+        (" \n", ":\n", None),
+        (" \n:", "\n:", None),
+    ],
+)
+def test_a_prompt_may_differ_in_its_last_space_only(chatty, history, prompt, learned):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        f"{{{{ '<|im_start|>{history}' + m.content + '<|im_end|>' }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '<|im_start|>{prompt}' }}}}{{% endif %}}"
+    ).replace("\n", "\\n")
+    tok = load_tokenizer(chatty(template))
+    if learned is None:
+        with pytest.raises(UserError, match="before turn 1 differently in its prompt"):
+            templates.choose_template("chat", tok)
+        return
+
+    form = templates.choose_template("chat", tok)
+    assert form.rewrites == (learned == "")
+    conversation = turns("a", " b ", "", "<|im_end|>", "c", "")
+    made = templates.render_samples(conversation, form)
+    asked = f"<|im_start|>{prompt}"
+    if learned:
+        [rendered] = made
+        shown = [rendered.text[start:end] for start, end in rendered.answers]
+        assert shown == ["\n b <|im_end|>", "\n<|im_end|><|im_end|>", "\n<|im_end|>"]
+        return
+    told = ["a", f"<|im_start|>{history} b <|im_end|>"]
+    told.append(f"<|im_start|>{history}<|im_end|><|im_end|>c")
+    for k, (rendered, answer) in enumerate(zip(made, [" b ", "<|im_end|>", ""], strict=True)):
+        text, [(start, end)], marks = rendered
+        assert text == "".join(told[: k + 1]) + asked + f"{answer}<|im_end|>"
+        assert text[start:end] == f"{answer}<|im_end|>"
+        ends = [text[mark.start : mark.end] for mark in marks]
+        assert ends == ["<|im_start|>", "<|im_end|>"] * (k + 1)
+        assert marks[-1].end == end == len(text)
 
 
 def test_what_is_supervised(qwen):

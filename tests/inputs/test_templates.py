@@ -639,19 +639,12 @@ LOST = (
     "conversations: the chat template leaves a text or an image out, writes it twice or changes it"
 )
 WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}"
-LATE_SYSTEM = (  # as some of Mistral's: the system text stands in the last question
-    WITHOUT_SYSTEM
-    + "{% set last = m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
-    "{{ messages[0].content if messages[0].role == 'system' and last }}"
-    "{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
-)
-TWO_ENDS = (
-    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
-    "{{ '</s>' if loop.last else '<|im_end|>' }}{% endif %}{% endfor %}"
-)
 # These two do what no probe shows: in conversations of three answers.
 LONG = "{{ '!' if messages | length > 5 }}" + bare(CHAT["chatml"])
-THIRD_END = TWO_ENDS.replace("loop.last", "loop.index0 < 5")
+THIRD_END = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
+    "{{ '</s>' if loop.index0 < 5 else '<|im_end|>' }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
