@@ -314,13 +314,12 @@ class ChatTemplate:
         if self.closes:
             end = answer.closing.end
 
-        # The same conversation with one more question and answer, and the prompt for that answer.
+        # The same conversation with one more question and answer.
         keyed_turns, texts = self._insert_keys([*turns, Turn("human", "c"), Turn("gpt", "d")])
         messages = self._messages(keyed_turns, texts)
-        n = len(messages)
-        wanted = [Wanted(0, n, False), Wanted(0, n - 1, True)]
-        whole, asked = self.jinja.render(self.tok.named, [messages], wanted)
-        return not (whole.startswith(text[:end]) and whole.startswith(asked))
+        wanted = [Wanted(0, len(messages), False)]
+        [longer] = self.jinja.render(self.tok.named, [messages], wanted)
+        return not longer.startswith(text[:end])
 
     def _locate(self, turns: list[Turn], prompt: bool) -> Located:
         """Return the rendered text, where its answers lie, and all its marks. Raise UserError.

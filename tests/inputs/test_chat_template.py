@@ -24,7 +24,7 @@ from inputs.templates import encode, encode_prompt, encode_samples
 from inputs.tokenizer import WORDS, load_tokenizer
 from packing import IGNORE, IMAGE_TOKEN
 from tests.tools.sample_rows import flat, mean_colour_spec, turns
-from tests.tools.vocabularies import write
+from tests.tools.vocabularies import VOCABULARIES, shared, write
 from training.estimate import mean_row
 
 # In the manner of Qwen3's: the answers before the last question lose their reasoning, and those
@@ -58,6 +58,9 @@ TWO_ENDS = (
 KEEPS_LAST = CHATML.replace(  # as QwQ's: the last answer stays as it is
     "m.content",
     "(m.content if loop.last or m.role != 'assistant' else m.content.split('</think>')[-1])",
+)
+OPENS = REASONING.replace(  # as Qwen3.5's: the prompt begins the reasoning
+    "assistant\n' }}", "assistant\n<think>\n' }}"
 )
 IMAGES_FIRST = (  # in the manner of LLaVA-OneVision's: the space behind "assistant" comes late
     "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' }}"
@@ -96,7 +99,7 @@ def chatty(tmp_path_factory):
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=330,
-        special_tokens=["</s>", "<|im_start|>", "<|im_end|>", "<image>"],
+        special_tokens=["</s>", "<|im_start|>", "<|im_end|>", "<image>", "<end_of_turn>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -169,7 +172,9 @@ def transformers_samples(folder, conversation):
     return samples
 
 
-@pytest.mark.parametrize("template", [REASONING, KEEPS_LAST], ids=["qwen3", "qwq"])
+@pytest.mark.parametrize(
+    "template", [REASONING, KEEPS_LAST, OPENS], ids=["qwen3", "qwq", "qwen3.5"]
+)
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_each_answer_is_what_transformers_writes_behind_its_prompt(chatty, template, name):
     folder = chatty(template)
@@ -262,6 +267,43 @@ def test_a_prompt_may_differ_in_its_last_space_only(chatty, history, prompt, lea
         ends = [text[mark.start : mark.end] for mark in marks]
         assert ends == ["<|im_start|>", "<|im_end|>"] * (k + 1)
         assert marks[-1].end == end == len(text)
+
+
+PUBLISHED = {  # and what of CONVERSATIONS a template refuses
+    "OpenGVLab--InternVL2-1B": [],
+    "Qwen--Qwen2-0.5B": [],
+    "Qwen--Qwen2.5-0.5B-Instruct": [],
+    "google--gemma-2b": ["system"],
+    "llava-hf--llava-1.5-7b-hf": [],
+}
+
+
+@shared
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_write_every_prompt_as_transformers_does(chatty, name):
+    """None of these rewrites: in the whole conversation each answer stands behind its prompt."""
+    folder = VOCABULARIES / name
+    source = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+    if source is None:
+        source = (folder / "chat_template.jinja").read_text()
+    made = chatty(source)
+    reference = transformers_tokenizer(made)
+    form = templates.choose_template("chat", load_tokenizer(made))
+    assert not form.rewrites
+    for title, conversation in CONVERSATIONS.items():
+        if title in PUBLISHED[name]:
+            continue
+        said = messages_of_parts(conversation) if form.lists else messages(conversation)
+        [rendered] = templates.render_samples(conversation, form)
+        answers = iter(rendered.answers)
+        for i, message in enumerate(said):
+            if message["role"] == "assistant":
+                asked = reference.apply_chat_template(
+                    said[:i], add_generation_prompt=True, tokenize=False
+                )
+                assert templates.render(conversation[:i], form, prompt=True).text == asked
+                start, _ = next(answers)
+                assert rendered.text[:start] == asked
 
 
 def test_what_is_supervised(qwen):
@@ -435,8 +477,8 @@ def test_a_step_has_all_answers_of_its_rows_on_any_ranks(folder, spec, budget):
         assert len(expected) == sum(len(samples) for samples in made)
         for length, batch in [(len(batch.input_ids), batch) for batch in step.batches]:
             assert length <= budget or len(batch.rows) == 1
-        for shared in (None, counts):
-            ranks = [Steps(rows, spec, stage, Train(), r, 2, counts=shared)[i] for r in (0, 1)]
+        for known in (None, counts):
+            ranks = [Steps(rows, spec, stage, Train(), r, 2, counts=known)[i] for r in (0, 1)]
             assert tokens_of(ranks) == expected
             rows_of_ranks = [{reading.row for reading in step.readings} for step in ranks]
             assert not rows_of_ranks[0] & rows_of_ranks[1]
