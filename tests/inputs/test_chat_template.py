@@ -420,8 +420,8 @@ def test_samples_of_a_row(folder, spec):
             assert len(sample.items) == ids.count(IMAGE_TOKEN)
             assert int((sample.ids == IMAGE_TOKEN).sum()) == 5 * ids.count(IMAGE_TOKEN)
             assert sample.ids[sample.ids != IMAGE_TOKEN].tolist() == [j for j in ids if j >= 0]
-            learned = sample.labels[sample.labels != IGNORE]
-            assert learned.tolist() == [j for j in labels if j != IGNORE]
+            words = [label for j, label in zip(ids, labels, strict=True) if j != IMAGE_TOKEN]
+            assert sample.labels[sample.ids != IMAGE_TOKEN].tolist() == words
     assert [len(sample.items) for sample in make_samples(rows, 5, spec)] == [1, 1, 2]
 
 

@@ -582,6 +582,25 @@ def test_operations_are_those_that_torch_counts(tune, recompute):
     assert work == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
+def test_a_row_of_three_samples_is_three_times_the_work_of_one():
+    one = RowSize(1, 9, 30, 8)
+    three = replace(one, samples=3.0)
+    model = build(device="meta")
+    tune = Tune(llm="full")
+    set_trainable(model, tune)
+    stage = Stage(tune=tune, global_batch=4, micro_batch_tokens=4 * 39)
+    works = [estimate.operations(model, stage, row, False) for row in (one, three)]
+    assert works[1] == pytest.approx(3 * works[0])
+
+    # Four samples are the step of one, and a third of the other's: then gradients are there.
+    assert estimate.samples_of_micro_batch(stage, one) == 4
+    assert estimate.samples_of_micro_batch(stage, three) == 4
+    needs = [memory.measure(model, stage, row, bf16=True).total for row in (one, three)]
+    assert needs[1] > needs[0]
+    all_at_once = replace(stage, micro_batch_tokens=10**6)
+    assert estimate.samples_of_micro_batch(all_at_once, three) == 12
+
+
 def test_attention_grows_with_the_square_and_backward_is_two_and_a_half():
     model = build(device="meta")
     set_trainable(model, Tune(llm="full"))
