@@ -17,13 +17,14 @@ from data import Steps, token_counts
 from export import export
 from inputs.image_processor import NaFlexProcessor
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, item_shape, load_item, make_sample
+from inputs.sample import SampleSpec, item_shape, load_item
 from inputs.templates import byte_tokenizer
 from inputs.tiling import MODES
 from model import LLaVA
 from packing import IMAGE_TOKEN, ONE_VIEW, Item, ItemShape, pack_samples
 from tests.tools.environment import run, shared
 from tests.tools.no_cache import generate_without_cache
+from tests.tools.sample_rows import make_sample
 from tests.tools.small_llava import NAFLEX, small
 from tests.tools.stopped_runs import KILLED_AT, StoppedRun, die_in_step
 from tests.tools.training_runs import NATIVE, losses
