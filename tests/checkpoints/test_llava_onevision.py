@@ -5,6 +5,7 @@ Tokenizer and processor of a published model are not at hand: they are made of t
 
 import copy
 import json
+import shutil
 from base64 import b64encode
 from dataclasses import replace
 from math import ceil, isqrt
@@ -26,7 +27,7 @@ from inference.job_queue import JobQueue, Limits
 from inputs.media import as_list
 from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
-from inputs.sample import SampleSpec, load_items
+from inputs.sample import SampleSpec, load_items, make_samples
 from inputs.templates import byte_tokenizer, encode, encode_prompt
 from inputs.tiling import PADDED
 from inputs.tokenizer import load_tokenizer
@@ -36,6 +37,7 @@ from tests.tools.environment import ROOT, run, shared
 from tests.tools.sample_rows import make_sample
 from tests.tools.small_llava import SIDE, small
 from training.estimate import guess_row
+from training.run_log import first_question
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle is a development dependency: pip install .[dev]"
@@ -100,7 +102,7 @@ SMALL = {
 def photos() -> list[Image.Image]:
     """Return eight photographs, and some that are wide, tall, tiny and large."""
     found = [load_image(shared("assets/images/photos") / name) for name in PHOTOS]
-    return found + [found[i].resize(size) for i, size in enumerate(SIZES)]
+    return found + [found[i % len(found)].resize(size) for i, size in enumerate(SIZES)]
 
 
 class PictureProcessor(transformers.LlavaOnevisionProcessor):
@@ -458,6 +460,54 @@ def test_turns_are_those_of_the_template(published):
             answers = [text + "<|im_end|>" for text in said[1:turn:2]]
             learned = processor.tokenizer("".join(answers))["input_ids"]
             assert [i for i in labels if i != IGNORE] == learned
+
+
+def test_answers_of_the_published_template_are_as_transformers_asks_for_them(published, tmp_path):
+    """Each is a sample, behind the prompt for it and the pictures as they are seen until then."""
+    folder, _, processor, ours = published
+    shutil.copytree(folder, tmp_path / "published")
+    (tmp_path / "published" / "chat_template.jinja").write_text(PUBLISHED)
+    spec = SampleSpec(load_tokenizer(tmp_path / "published"), "chat", 5000, ours.views)
+
+    said = ("Hello", "Yes?", "<image>\nWho?", "A dog.", "Sure?\n Now", "", "<image>\nAnd?", "No. ")
+    speakers = ("human", "gpt") * 4
+    turns = [{"from": who, "value": text} for who, text in zip(speakers, said, strict=True)]
+    messages = []
+    for role, text in zip(("user", "assistant") * 4, said, strict=True):
+        parts = [{"type": "image"}] * text.count("<image>")
+        parts.append({"type": "text", "text": text.replace("<image>\n", "")})
+        messages.append({"role": role, "content": parts})
+    shown = [photos()[0], photos()[2]]
+    for name, photo in zip("ab", shown, strict=True):
+        photo.save(tmp_path / f"{name}.png")
+    row = {"id": "0", "image": ["a.png", "b.png"], "conversations": turns}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    rows = open_rows(tmp_path / "rows.json")
+
+    mark = processor.tokenizer.convert_tokens_to_ids("<image>")
+    samples = make_samples(rows, 0, spec)
+    for k, (sample, count) in enumerate(zip(samples, (0, 1, 1, 2), strict=True)):
+        text = processor.apply_chat_template(
+            messages[: 2 * k + 1], chat_template=PUBLISHED, add_generation_prompt=True
+        )
+        pictures = [shown[:count]] if count else None
+        inputs = processor(text=text, images=pictures, return_tensors="pt")
+        prompt = [IMAGE_TOKEN if i == mark else i for i in inputs["input_ids"][0].tolist()]
+        answer = processor.tokenizer(said[2 * k + 1] + "<|im_end|>")["input_ids"]
+        assert sample.ids.tolist() == prompt + answer
+        assert sample.labels.tolist() == [IGNORE] * len(prompt) + answer
+        assert len(sample.items) == count
+        for item, pixels in zip(sample.items, inputs.get("pixel_values", []), strict=True):
+            mine = ours.vision_tower.processor.normalise(item.pixels)
+            assert torch.allclose(pixels, mine, rtol=0, atol=1e-6)
+        counted = make_samples(rows, 0, spec, pixels=False)[k]
+        assert [item.shape for item in counted.items] == [item.shape for item in sample.items]
+
+    # The log of a run asks the first question of a row.
+    turns[:2] = []
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    question = first_question(open_rows(tmp_path / "rows.json"), 0, spec)
+    assert [item.shape for item in question.items] == [item.shape for item in samples[1].items]
 
 
 def test_the_largest_shape_is_at_least_any_picture(published):
