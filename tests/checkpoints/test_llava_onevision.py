@@ -100,7 +100,7 @@ SMALL = {
 def photos() -> list[Image.Image]:
     """Return eight photographs, and some that are wide, tall, tiny and large."""
     found = [load_image(shared("assets/images/photos") / name) for name in PHOTOS]
-    return found + [found[i].resize(size) for i, size in enumerate(SIZES)]
+    return found + [found[i % len(found)].resize(size) for i, size in enumerate(SIZES)]
 
 
 class PictureProcessor(transformers.LlavaOnevisionProcessor):
