@@ -17,6 +17,7 @@ import evaluate
 import serve
 from checkpoints import weights
 from checkpoints.files import read_json
+from checkpoints.layouts import read_config
 from checkpoints.llava_onevision import TABLE
 from checkpoints.names import as_tuple, rename
 from config import UserError
@@ -457,6 +458,39 @@ def test_turns_are_those_of_the_template(published):
             answers = [text + "<|im_end|>" for text in said[1:turn:2]]
             learned = processor.tokenizer("".join(answers))["input_ids"]
             assert [i for i in labels if i != IGNORE] == learned
+
+
+def test_the_published_sizes_are_those_of_transformers(tmp_path):
+    """Of 0.5B: what a config leaves out, the number of parameters, the tokens of a picture."""
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": 152_000,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True,
+    }
+    theirs = transformers.LlavaOnevisionConfig(text_config=text)
+    config = {
+        "model_type": "llava_onevision",
+        "text_config": text,
+        "vision_config": theirs.vision_config.to_dict(),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        ours = LLaVA(read_config(tmp_path))
+        model = transformers.LlavaOnevisionForConditionalGeneration(theirs)
+
+    # We leave out the norm behind the encoder's last block.
+    parameters = sum(p.numel() for p in ours.parameters())
+    assert parameters + 2 * 1152 == sum(p.numel() for p in model.parameters()) == 893_675_552
+    views = ours.views
+    assert max(views.positions(shape) for shape in views.largest()) == 8829
+    assert views.positions(PADDED) == 730 and views.positions(ItemShape(2)) == 2 * 196 + 1
+    assert [[384 * r, 384 * c] for r, c in views.grids] == theirs.image_grid_pinpoints
 
 
 def test_the_largest_shape_is_at_least_any_picture(published):
