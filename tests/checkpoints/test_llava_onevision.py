@@ -29,7 +29,7 @@ from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
 from inputs.sample import SampleSpec, load_items, make_samples
 from inputs.templates import byte_tokenizer, encode_prompt, encode_samples
-from inputs.tiling import PADDED
+from inputs.tiling_anyres import PADDED
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import IGNORE, IMAGE_TOKEN, ItemShape, pack_samples
