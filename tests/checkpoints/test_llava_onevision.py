@@ -18,6 +18,7 @@ import evaluate
 import serve
 from checkpoints import weights
 from checkpoints.files import read_json
+from checkpoints.layouts import read_config
 from checkpoints.llava_onevision import TABLE
 from checkpoints.names import as_tuple, rename
 from config import UserError
@@ -28,7 +29,7 @@ from inputs.media import as_list
 from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
 from inputs.sample import SampleSpec, load_items, make_samples
-from inputs.templates import byte_tokenizer, encode, encode_prompt
+from inputs.templates import byte_tokenizer, encode_prompt, encode_samples
 from inputs.tiling_anyres import PADDED
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
@@ -94,8 +95,26 @@ SIZES += ((45, 60), (40, 40))
 
 # Two models: a side of 3 tokens and untied, a side of 4 and tied at the top level alone.
 SMALL = {
-    "odd": {"side": 15, "patch": 4, "width": 42, "heads": 3, "tied": False, "grids": 6, "most": 9},
-    "tied": {"side": 20, "patch": 5, "width": 48, "heads": 4, "tied": True, "grids": 4, "most": 3},
+    "odd": {
+        "side": 15,
+        "patch": 4,
+        "width": 42,
+        "heads": 3,
+        "tied": False,
+        "grids": 6,
+        "most": 9,
+        "template": PUBLISHED,
+    },
+    "tied": {
+        "side": 20,
+        "patch": 5,
+        "width": 48,
+        "heads": 4,
+        "tied": True,
+        "grids": 4,
+        "most": 3,
+        "template": WRITTEN_NOW,
+    },
 }
 
 
@@ -114,7 +133,15 @@ class PictureProcessor(transformers.LlavaOnevisionProcessor):
 
 
 def write_published(
-    folder, side: int, patch: int, width: int, heads: int, tied: bool, grids: int, most: int
+    folder,
+    side: int,
+    patch: int,
+    width: int,
+    heads: int,
+    tied: bool,
+    grids: int,
+    most: int,
+    template: str,
 ):
     """Write a random model with tokenizer and processor, by the classes of transformers."""
     torch.manual_seed(width)
@@ -175,7 +202,7 @@ def write_published(
         num_image_tokens=(side // patch) ** 2,
         vision_feature_select_strategy="full",
         vision_aspect_ratio=f"anyres_max_{most}",
-        chat_template=WRITTEN_NOW,
+        chat_template=template,
     )
     images.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -185,7 +212,7 @@ def write_published(
         "vision_aspect_ratio": processor.vision_aspect_ratio,
     }
     (folder / "processor_config.json").write_text(json.dumps(fields))
-    (folder / "chat_template.jinja").write_text(WRITTEN_NOW)
+    (folder / "chat_template.jinja").write_text(template)
     return model, processor
 
 
@@ -206,17 +233,21 @@ def ids_of(ids: torch.Tensor, counts: list[int], token: int) -> list[int]:
     return expanded
 
 
-def ask(processor, kind: str, number: int) -> tuple[str, torch.Tensor]:
+def ids_of_text(text: str, processor, kind: str = "image") -> list[int]:
+    """Return our ids of what the published template wrote."""
+    mark = processor.tokenizer.convert_tokens_to_ids(f"<{kind}>")
+    return [IMAGE_TOKEN if i == mark else i for i in processor.tokenizer(text)["input_ids"]]
+
+
+def ask(folder, processor, kind: str, number: int) -> tuple[str, torch.Tensor]:
     """Return the published prompt of a question on so many pictures or videos, and our ids."""
     parts = [{"type": kind}] * number + [{"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": parts}]
-    prompt = processor.apply_chat_template(
-        messages, chat_template=PUBLISHED, add_generation_prompt=True
-    )
-    mark = processor.tokenizer.convert_tokens_to_ids(f"<{kind}>")
-    ids = torch.tensor(processor.tokenizer(prompt)["input_ids"])
-    assert (ids == mark).sum() == number
-    return prompt, ids.where(ids != mark, IMAGE_TOKEN)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    turns = [{"from": "human", "value": "<image>\n" * number + "What is it?"}]
+    ids = encode_prompt(turns, load_tokenizer(folder), "chat")
+    assert ids == ids_of_text(prompt, processor, kind)
+    return prompt, torch.tensor(ids)
 
 
 @torch.no_grad()
@@ -235,8 +266,8 @@ def same_answers(ours, theirs, ids, items, inputs, token: int):
 
 
 def test_pixels_ids_logits_and_answers_of_one_picture_are_those_of_transformers(published):
-    _, theirs, processor, ours = published
-    prompt, ids = ask(processor, "image", 1)
+    folder, theirs, processor, ours = published
+    prompt, ids = ask(folder, processor, "image", 1)
     smaller = set()
     for photo in photos():
         item = ours.views.picture(photo)
@@ -253,8 +284,8 @@ def test_pixels_ids_logits_and_answers_of_one_picture_are_those_of_transformers(
 
 
 def test_several_pictures_are_padded_and_have_one_view_each(published):
-    _, theirs, processor, ours = published
-    prompt, ids = ask(processor, "image", 3)
+    folder, theirs, processor, ours = published
+    prompt, ids = ask(folder, processor, "image", 3)
     shown = photos()[6:9]
     views = ours.views.for_images(3)
     items = [views.picture(photo) for photo in shown]
@@ -268,8 +299,8 @@ def test_several_pictures_are_padded_and_have_one_view_each(published):
 
 @pytest.mark.parametrize("frames", [1, 5])
 def test_frames_of_a_video_have_a_quarter_of_the_tokens_and_one_separator(published, frames):
-    _, theirs, processor, ours = published
-    prompt, ids = ask(processor, "video", 1)
+    folder, theirs, processor, ours = published
+    prompt, ids = ask(folder, processor, "video", 1)
     item = ours.views.clip([photo.resize((64, 48)) for photo in photos()[:frames]])
     pixels = ours.vision_tower.processor.normalise(item.pixels)
     inputs = {"pixel_values_videos": pixels[None]}
@@ -342,9 +373,9 @@ def test_rows_of_all_kinds_packed_are_each_alone(published, tmp_path):
 
 
 def test_every_gradient_and_bf16_logits_are_those_of_transformers(published):
-    _, theirs, processor, ours = published
+    folder, theirs, processor, ours = published
     photo = photos()[0]
-    prompt, ids = ask(processor, "image", 1)
+    prompt, ids = ask(folder, processor, "image", 1)
     inputs = processor(text=prompt, images=[[photo]], return_tensors="pt")
     items = [ours.views.picture(photo)]
     ours.zero_grad()
@@ -434,7 +465,7 @@ def test_several_pictures_are_seen_as_such_wherever_they_come_in(published, tmp_
 
 
 def test_turns_are_those_of_the_template(published):
-    """Of what transformers writes today; the published one differs between prompt and history."""
+    """The published one writes an answer otherwise in its prompt than in the history."""
     folder, _, processor, _ = published
     tokenizer = load_tokenizer(folder)
     said = ("<image>\n<image>\nWho?", "A dog.", "Sure?\n Now", "No.")
@@ -446,20 +477,58 @@ def test_turns_are_those_of_the_template(published):
         parts.append({"type": "text", "text": text.replace("<image>\n", "")})
         messages.append({"role": role, "content": parts})
 
-    mark = processor.tokenizer.convert_tokens_to_ids("<image>")
-    for turn in (1, 2, 3, 4):
-        prompt = turn % 2 == 1
-        text = processor.apply_chat_template(messages[:turn], add_generation_prompt=prompt)
-        ids = processor.tokenizer(text)["input_ids"]
-        want = [IMAGE_TOKEN if i == mark else i for i in ids]
-        if prompt:
-            assert encode_prompt(turns[:turn], tokenizer, "chat") == want
-        else:
-            got, labels = encode(turns[:turn], tokenizer, "chat")
-            assert got == want
-            answers = [text + "<|im_end|>" for text in said[1:turn:2]]
-            learned = processor.tokenizer("".join(answers))["input_ids"]
-            assert [i for i in labels if i != IGNORE] == learned
+    # What stands before each answer, and the answer.
+    prompts = []
+    answers = []
+    for turn in (1, 3):
+        text = processor.apply_chat_template(messages[:turn], add_generation_prompt=True)
+        prompts.append(ids_of_text(text, processor))
+        answers.append(ids_of_text(said[turn] + "<|im_end|>", processor))
+        assert encode_prompt(turns[:turn], tokenizer, "chat") == prompts[-1]
+
+    samples = encode_samples(turns, tokenizer, "chat")
+    if processor.chat_template == PUBLISHED:
+        for (ids, labels), prompt, answer in zip(samples, prompts, answers, strict=True):
+            assert ids == prompt + answer
+            assert labels == [IGNORE] * len(prompt) + answer
+    else:
+        [(ids, labels)] = samples
+        whole = processor.apply_chat_template(messages)
+        assert ids == ids_of_text(whole, processor)
+        assert [i for i in labels if i != IGNORE] == answers[0] + answers[1]
+
+
+def test_the_published_sizes_are_those_of_transformers(tmp_path):
+    """Of 0.5B: what a config leaves out, the number of parameters, the tokens of a picture."""
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": 152_000,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True,
+    }
+    theirs = transformers.LlavaOnevisionConfig(text_config=text)
+    config = {
+        "model_type": "llava_onevision",
+        "text_config": text,
+        "vision_config": theirs.vision_config.to_dict(),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        ours = LLaVA(read_config(tmp_path))
+        model = transformers.LlavaOnevisionForConditionalGeneration(theirs)
+
+    # We leave out the norm behind the encoder's last block.
+    parameters = sum(p.numel() for p in ours.parameters())
+    assert parameters + 2 * 1152 == sum(p.numel() for p in model.parameters()) == 893_675_552
+    views = ours.views
+    assert max(views.positions(shape) for shape in views.largest()) == 8829
+    assert views.positions(PADDED) == 730 and views.positions(ItemShape(2)) == 2 * 196 + 1
+    assert [[384 * r, 384 * c] for r, c in views.grids] == theirs.image_grid_pinpoints
 
 
 def test_answers_of_the_published_template_are_as_transformers_asks_for_them(published, tmp_path):
@@ -579,8 +648,8 @@ def test_what_transformers_wrote_goes_back_bit_for_bit(published, tmp_path):
         **fields,
     )
     photo = photos()[0]
-    assert made.chat_template.strip() == WRITTEN_NOW
-    prompt, _ = ask(made, "image", 1)
+    assert made.chat_template.strip() == processor.chat_template
+    prompt, _ = ask(tmp_path / "out", made, "image", 1)
     got = made(text=prompt, images=[[photo]], return_tensors="pt")
     want = processor(text=prompt, images=[[photo]], return_tensors="pt")
     assert torch.equal(got["input_ids"], want["input_ids"])
@@ -680,7 +749,7 @@ def test_a_field_that_is_computed_otherwise_is_refused(file, field, value, tmp_p
 def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(tmp_path):
     """LoRA on own rows, an answer, and the export to transformers."""
     folder = tmp_path / "published"
-    write_published(folder, **SMALL["tied"])
+    write_published(folder, **SMALL["odd"])
     write_rows(tmp_path)
     rows = json.loads((tmp_path / "rows.json").read_text())
     again = [row | {"id": f"{i}-{row['id']}"} for i in range(3) for row in rows]
