@@ -162,7 +162,7 @@ class Model:
         "square",
         "square resizes; pad makes a square first; tiles, anyres, anyres_max: high resolution; "
         "split: that of SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM; "
-        "native: that of the picture, for a NaFlex, see inputs/tiling.py",
+        "native: that of the picture, for a NaFlex, see inputs/image_modes.py",
         ("square", "pad", "tiles", "anyres", "anyres_max", "split", "split_nanovlm", "native"),
     )
     image_grids: str = opt(

@@ -114,7 +114,7 @@ class MLPWithNewline(nn.Sequential):
     """An MLP, and LLaVA-NeXT's learnt `image_newline` (Liu et al., 2024) behind its tokens.
 
     In image modes anyres and anyres_max the tiles of an item form one large picture, and the
-    newline ends each row of its tokens (inputs/tiling.py).
+    newline ends each row of its tokens (inputs/tiling_anyres.py).
     """
 
     def __init__(self, layers: nn.Module):

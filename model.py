@@ -67,7 +67,8 @@ from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS, MLPWithNewline, build_connector, join_views
 from encoders import VisionConfig, VisionEncoder, build_encoder, vision_config
 from inference import generation
-from inputs.tiling import MODES, Tiling, read_grids
+from inputs.image_modes import MODES
+from inputs.tiling import Tiling, read_grids
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm

@@ -21,7 +21,7 @@ from checkpoints import weights
 from checkpoints.files import write_file
 from checkpoints.names import Table, rename, reverse
 from config import LLaVAConfig, UserError
-from inputs.tiling import MODES
+from inputs.image_modes import MODES
 
 # In config.json of every layout: SHA-256 of each adapter that is merged into the weights.
 MERGED = "merged_adapters"

@@ -30,8 +30,8 @@ from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
 from config import LLaVAConfig, UserError
 from encoders import vision_config
 from inputs import templates
+from inputs.image_modes import MODES
 from inputs.image_processor import preprocessor_place, read_preprocessor
-from inputs.tiling import MODES
 
 OPENED_BY = "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`"
 

@@ -39,8 +39,9 @@ from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
 from inputs import nanovlm_tokenizer
+from inputs.image_modes import MODES
 from inputs.image_processor import preprocessor_place, read_preprocessor
-from inputs.tiling import MODES, control_names
+from inputs.tiling_split import control_names
 from inputs.tokenizer import Tokenizer, load_tokenizer, with_controls
 
 

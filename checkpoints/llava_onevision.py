@@ -3,8 +3,8 @@
     python export.py --model DIR --to llava-onevision OUT
 
 Its class is LlavaOnevisionForConditionalGeneration. It is a LLaVA-NeXT (hf_llava.py) with another
-way of seeing pictures and videos (inputs/tiling.py), and other defaults of config.json. What is
-written is for transformers 5; a video has a token of its own there, `<video>`.
+way of seeing pictures and videos (inputs/tiling_anyres.py), and other defaults of config.json. What
+is written is for transformers 5; a video has a token of its own there, `<video>`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python export.py --model DIR --to nanovlm OUT       # of such a model
 
 An encoder like SigLIP with its final norm, pixel shuffle with one linear, and a Llama. Pictures are
-split, see inputs/tiling.py: NanoTiling. Nothing is normalised: a pixel is 0 to 1. A folder has
-config.json, which is nanoVLM's VLMConfig, and model.safetensors; for the tokenizer see
+split, see inputs/tiling_split.py: NanoTiling. Nothing is normalised: a pixel is 0 to 1. A folder
+has config.json, which is nanoVLM's VLMConfig, and model.safetensors; for the tokenizer see
 inputs/nanovlm_tokenizer.py.
 
 Read `read`, then `contents`. What nanoVLM does otherwise while it trains: it also learns the line
@@ -40,7 +40,7 @@ from checkpoints.files import read_json
 from checkpoints.folder import folder_readme, named_tensors, write_folder
 from config import LLaVAConfig, UserError
 from inputs import nanovlm_tokenizer
-from inputs.tiling import MOST_EDGE, MOST_TILES, WHOLE, tile_mark
+from inputs.tiling_split import MOST_EDGE, MOST_TILES, WHOLE, tile_mark
 from inputs.tokenizer import Tokenizer, load_tokenizer
 
 OPENED_BY = "nanoVLM: `VisionLanguageModel.from_pretrained(DIR)`"

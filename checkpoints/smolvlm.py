@@ -5,8 +5,8 @@
     python export.py --model DIR --to idefics3 OUT      # Idefics3ForConditionalGeneration
 
 An encoder like SigLIP with its final norm, pixel shuffle with one linear, and a language model.
-Pictures are split (inputs/tiling.py: SplitTiling). Around the features of each view stand tokens
-of text; their ids are those that the folder's tokenizer gives them.
+Pictures are split (inputs/tiling_split.py: SplitTiling). Around the features of each view stand
+tokens of text; their ids are those that the folder's tokenizer gives them.
 
 Read `read`, then `contents`. A video is refused: around its frames SmolVLM2 writes their number and
 times into the text, before it is tokenized, since the first and last words join what is beside.
@@ -29,7 +29,7 @@ from checkpoints.hf_tokenizer import chat_template
 from config import LLaVAConfig, UserError
 from inputs import templates
 from inputs.image_processor import preprocessor_place, read_preprocessor
-from inputs.tiling import FAKE, MOST_EDGE, mark_names
+from inputs.tiling_split import FAKE, MOST_EDGE, mark_names
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from packing import IMAGE_TOKEN
 

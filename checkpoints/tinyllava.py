@@ -22,8 +22,8 @@ from checkpoints.files import read_json
 from checkpoints.folder import Renamed, folder_readme, merged_field, named_tensors, write_folder
 from config import LLaVAConfig, UserError
 from connectors import CONNECTORS
+from inputs.image_modes import MODES
 from inputs.image_processor import read_preprocessor
-from inputs.tiling import MODES
 from packing import IMAGE_TOKEN
 
 OPENED_BY = (

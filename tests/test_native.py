@@ -15,11 +15,11 @@ from config import Stage, Train, Tune, UserError
 from connectors import CONNECTORS
 from data import Steps, token_counts
 from export import export
+from inputs.image_modes import MODES
 from inputs.image_processor import NaFlexProcessor
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec, item_shape, load_item
 from inputs.templates import byte_tokenizer
-from inputs.tiling import MODES
 from model import LLaVA
 from packing import IMAGE_TOKEN, ONE_VIEW, Item, ItemShape, pack_samples
 from tests.tools.environment import run, shared

@@ -12,7 +12,7 @@ import visualize
 from config import Model
 from demo import world as demo_world
 from inputs.templates import encode_prompt
-from inputs.tiling import mark_names
+from inputs.tiling_split import mark_names
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import IMAGE_TOKEN, Item, ItemShape

@@ -28,7 +28,7 @@ from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
 from inputs.sample import SampleSpec, load_items
 from inputs.templates import byte_tokenizer, encode, encode_prompt
-from inputs.tiling import PADDED
+from inputs.tiling_anyres import PADDED
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import IGNORE, IMAGE_TOKEN, ItemShape, pack_samples
@@ -100,7 +100,7 @@ SMALL = {
 def photos() -> list[Image.Image]:
     """Return eight photographs, and some that are wide, tall, tiny and large."""
     found = [load_image(shared("assets/images/photos") / name) for name in PHOTOS]
-    return found + [found[i].resize(size) for i, size in enumerate(SIZES)]
+    return found + [found[i % len(found)].resize(size) for i, size in enumerate(SIZES)]
 
 
 class PictureProcessor(transformers.LlavaOnevisionProcessor):

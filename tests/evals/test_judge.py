@@ -19,8 +19,9 @@ from config import UserError
 from evals import llava_bench, mmvet
 from evals.judge import Judge
 from inference.answer import answer
+from inputs.image_modes import MODES
 from inputs.templates import encode
-from inputs.tiling import MODES, PADDED
+from inputs.tiling_anyres import PADDED
 from model import Output
 from packing import IGNORE
 from tests.tools.benchmark_files import CASES, FILES, evaluated, mmvet_files, png, tiny_model

@@ -17,9 +17,9 @@ import evaluate
 from config import UserError
 from evals import published, row_files
 from evals.published import nearest
+from inputs.image_modes import MODES
 from inputs.pictures import load_image
 from inputs.templates import encode_prompt
-from inputs.tiling import MODES
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import ItemShape

@@ -18,12 +18,14 @@ from connectors import anyres_order, join_views
 from data import Steps, loader, token_counts
 from inputs import image_processor
 from inputs import tiling as tiling_module
+from inputs.image_modes import MODES
 from inputs.image_processor import ImageProcessor
 from inputs.pictures import image_size, load_image
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec, load_item, load_items
 from inputs.templates import byte_tokenizer
-from inputs.tiling import MODES, Tiling, mark_names, read_grids
+from inputs.tiling import Tiling, read_grids
+from inputs.tiling_split import mark_names
 from model import LLaVA, init_weights
 from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
 from tests.tools.environment import shared

@@ -12,7 +12,7 @@ from PIL import Image
 import train
 from config import Tune
 from inputs.sample import Sample
-from inputs.tiling import WHOLE, mark_names
+from inputs.tiling_split import WHOLE, mark_names
 from model import LLaVA
 from packing import IGNORE, IMAGE_TOKEN, expand_images, pack_samples
 from tests.tools.small_llava import SIDE, small

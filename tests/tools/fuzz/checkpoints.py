@@ -32,7 +32,7 @@ from encoders import build_encoder, load_encoder, vision_config
 from export import export
 from inference.answer import answer
 from inputs import templates
-from inputs.tiling import mark_names
+from inputs.tiling_split import mark_names
 from inputs.tokenizer import JsonTokenizer, load_tokenizer
 from model import LanguageModel, LLaVA, init_weights, tiling_of
 from packing import IMAGE_TOKEN

@@ -26,12 +26,12 @@ from PIL import Image
 import data
 from config import Stage, Train, UserError
 from inputs import index
+from inputs.image_modes import MODES
 from inputs.image_processor import ImageProcessor
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec
 from inputs.shards import shard
 from inputs.templates import byte_tokenizer
-from inputs.tiling import MODES
 from packing import IMAGE_TOKEN
 from tests.tools.fuzz import ODD, Case, Violation, main, mutate, mutate_bytes, odd_json
 from tests.tools.sample_rows import make_sample, row
