@@ -160,12 +160,19 @@ class Model:
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres: high resolution, split: that of "
-        "a SmolVLM, split_nanovlm: of a nanoVLM, see inputs/tiling.py",
+        "square resizes; pad makes a square first; tiles, anyres: high resolution; split: that of "
+        "SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM, see "
+        "inputs/tiling.py",
         ("square", "pad", "tiles", "anyres", "split", "split_nanovlm"),
     )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
+    )
+    image_edge: int = opt(
+        0,
+        "split: pixels of a picture's longest edge before it is cut; 0 = those of one view",
+        low=0,
+        high=4096,
     )
     frames: int = opt(
         16,

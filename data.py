@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 import command_line
 import config
 from checkpoints.files import resolve
-from checkpoints.layouts import config_from_recipe, read_config
+from checkpoints.layouts import config_from_recipe, load_recipe_tokenizer, read_config
 from command_line import within
 from config import UserError, printable
 from inputs import templates
@@ -62,7 +62,7 @@ from inputs.sample import Sample, SampleSpec, make_sample, user_error
 from inputs.shards import shard
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
-from inputs.tokenizer import load_tokenizer
+from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import tiling_of, vocabulary_of
 from packing import IGNORE, Batch, bin_pack, pack_samples, split_by_tokens
 
@@ -74,22 +74,34 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 GIVE_UP = 100
 
 
-def make_spec(tokenizer: str, template: str, max_tokens: int, views: Tiling) -> SampleSpec:
+def make_spec(source: str, template: str, max_tokens: int, views: Tiling) -> SampleSpec:
     """Return a spec for a tokenizer (a folder or Hugging Face id) and a template that fits it.
 
     Without a tokenizer, a token is a byte. Raises UserError for a tokenizer that cannot be loaded,
     and for a template that is unknown or does not fit.
     """
-    folder = None
-    if tokenizer:
-        folder = resolve(tokenizer, small=True)
-
     try:
-        tok = load_tokenizer(folder) if folder else byte_tokenizer()
-        templates.choose_template(template, tok)
+        if source:
+            tokenizer = load_tokenizer(resolve(source, small=True))
+        else:
+            tokenizer = byte_tokenizer()
     except ValueError as e:
-        raise user_error(tokenizer or "command line", e) from None
-    return SampleSpec(tok, template, max_tokens, views)
+        raise user_error(source or "command line", e) from None
+    return fitting_spec(tokenizer, source, template, max_tokens, views)
+
+
+def fitting_spec(
+    tokenizer: Tokenizer, source: str, template: str, max_tokens: int, views: Tiling
+) -> SampleSpec:
+    """Return a spec of these. Raises UserError for a template that is unknown or does not fit.
+
+    source: where the tokenizer came from, for messages.
+    """
+    try:
+        templates.choose_template(template, tokenizer)
+    except ValueError as e:
+        raise user_error(source or "command line", e) from None
+    return SampleSpec(tokenizer, template, max_tokens, views)
 
 
 def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
@@ -104,7 +116,8 @@ def stage_spec(model: config.Model, stage: config.Stage) -> SampleSpec:
     template = template_of(model, stage, "stage")
     c = config_from_recipe(model, template)
     source = model.tokenizer_source
-    spec = make_spec(source, template, stage.max_tokens, tiling_of(c))
+    tokenizer = load_recipe_tokenizer(model)
+    spec = fitting_spec(tokenizer, source, template, stage.max_tokens, tiling_of(c))
 
     # A GPU would say no more of such an id than that something failed.
     vocabulary = vocabulary_of(c)

@@ -73,6 +73,7 @@ from kernels.rope import rope as rotate
 from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
 from packing import (
     IGNORE,
+    IMAGE_TOKEN,
     Attend,
     Batch,
     Item,
@@ -1193,6 +1194,19 @@ def lm_config(hf: dict, where: object = "llm_config") -> LMConfig:
     return family.config(c)
 
 
+def with_rows_for_marks(
+    source: Mapping[str, Tensor], model: LanguageModel, folder: Path
+) -> Mapping[str, Tensor]:
+    """Return a checkpoint with as many embeddings as the model has: its llm does not know marks.
+
+    folder: of the llm, whose config.json says how many there are.
+    """
+    file = folder / "config.json"
+    known = Fields(read_json(file), file).integer("vocab_size", 1, VOCABULARY)
+    tables = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    return weights.Grown(source, model.rename, tables, known, model.config.vocab)
+
+
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float):
     """Draw random weights, as Llama's own code does: Normal(0, std) for matrices, zero biases.
@@ -1454,6 +1468,8 @@ class LLaVA(nn.Module):
                 folder = resolve(path, f"model.{name}", c.allow_pickle)
                 checkpoints[prefix] = weights.Checkpoint(folder, c.allow_pickle)
             source = weights.Joined(checkpoints)
+            if name == "language_model" and c.image_mode == "split":
+                source = with_rows_for_marks(source, part, folder)
             load_part = (load or {}).get(name, weights.load)
             load_part(part, source, part.rename, dtype=torch.float32, ignore=part.ignore)
         return model
@@ -1528,10 +1544,13 @@ class LLaVA(nn.Module):
         """
         if not self.views.marks:
             return features
-        ids = self.views.placeholder(shape)  # (positions,)
-        image_at = image_positions(ids)
-        x = self.language_model.model.embed(send(ids.clamp(min=0), features.device))
-        return x.index_copy(0, send(image_at, features.device), features.to(x.dtype))
+        # All of it is known from the shape, also where tensors have no values (training/memory.py).
+        text = self.views.placeholder(shape)
+        image_at = [i for i, token in enumerate(text) if token == IMAGE_TOKEN]
+        ids = torch.tensor([max(token, 0) for token in text], device="cpu")  # (positions,)
+        x = self.language_model.model.embed(send(ids, features.device))
+        places = send(torch.tensor(image_at, device="cpu"), features.device)
+        return x.index_copy(0, places, features.to(x.dtype))
 
     def embed(
         self, input_ids: Tensor, features: Tensor | None, image_at: Tensor | None = None

@@ -31,7 +31,7 @@ from checkpoints import (
     tinyllava_bench,
     weights,
 )
-from checkpoints.fields import Fields
+from checkpoints.fields import SIDE, Fields
 from checkpoints.files import read_json, resolve
 from checkpoints.folder import MERGED, Renamed
 from checkpoints.names import Table
@@ -39,7 +39,8 @@ from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
 from inputs import nanovlm_tokenizer
 from inputs.image_processor import preprocessor_place, read_preprocessor
-from inputs.tiling import MODES
+from inputs.tiling import MODES, control_names
+from inputs.tokenizer import Tokenizer, load_tokenizer, with_controls
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         dinov2 = read_json(_part(c, "vision2") / "config.json")
         vision = {"model_type": "mof", "clip": vision, "dinov2": dinov2}
 
-    return LLaVAConfig(
+    config = LLaVAConfig(
         text=text,
         vision=vision,
         preprocessor=preprocessor,
@@ -224,6 +225,25 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         fps=c.fps,
         places=places,
     )
+    if c.image_mode == "split":
+        return smolvlm.with_marks(config, load_recipe_tokenizer(c), c.image_edge)
+    return config
+
+
+def load_recipe_tokenizer(c: Model) -> Tokenizer:
+    """Return the tokenizer of the model that a recipe makes.
+
+    It has the control tokens of the image mode, which the tokenizer of its llm may lack. Raises
+    UserError.
+    """
+    tokenizer = load_tokenizer(resolve(c.tokenizer_source, "model.tokenizer", small=True))
+    if c.image_mode != "split":
+        return tokenizer
+    vision = c.vision_config
+    if not vision:
+        vision = read_json(_part(c, "vision") / "config.json")
+    side = Fields(vision, "model.vision").integer("image_size", 1, SIDE)
+    return with_controls(tokenizer, control_names(c.image_edge or side, side))
 
 
 def _config_of_checkpoint(c: Model, template: str) -> LLaVAConfig:

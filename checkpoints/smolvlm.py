@@ -16,6 +16,7 @@ R factor of the pixel shuffle, S x S pixels of a view.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +25,13 @@ import torch
 from checkpoints.fields import SIDE, VOCABULARY, Fields
 from checkpoints.files import read_json
 from checkpoints.folder import folder_readme, merged_field, named_tensors, write_folder
+from checkpoints.hf_tokenizer import chat_template
 from config import LLaVAConfig, UserError
 from inputs import templates
 from inputs.image_processor import preprocessor_place, read_preprocessor
 from inputs.tiling import FAKE, MOST_EDGE, mark_names
-from inputs.tokenizer import load_tokenizer
+from inputs.tokenizer import Tokenizer, load_tokenizer
+from packing import IMAGE_TOKEN
 
 OPENED_BY = "transformers: `AutoModelForImageTextToText.from_pretrained(DIR)` and `AutoProcessor`"
 
@@ -182,6 +185,23 @@ def read_marks(folder: Path, names: list[str], token: int, config: Fields) -> di
     return {name: tokenizer.encode(name)[0] for name in names}
 
 
+def with_marks(config: LLaVAConfig, tokenizer: Tokenizer, edge: int) -> LLaVAConfig:
+    """Return the config of a new model, with the marks, and embeddings for those that are new.
+
+    tokenizer: it has them all (tiling.control_names). edge: 0 for that of one view. Raises
+    UserError.
+    """
+    side = Fields(config.vision, "model.vision").integer("image_size", 1, SIDE)
+    edge = edge or side
+    marks = {name: tokenizer.encode(name)[0] for name in mark_names(edge, side)}
+
+    # The language model may have more embeddings than its tokenizer has ids.
+    text = Fields(config.text, config.places.get("text", "llm_config"))
+    rows = max(text.integer("vocab_size", 1, VOCABULARY), tokenizer.vocab_size)
+    grown = config.text | {"vocab_size": rows}
+    return replace(config, text=grown, image_edge=edge, image_marks=marks)
+
+
 # ----------------------------------------------------------------------------------------- writing
 
 
@@ -272,12 +292,13 @@ def contents(model, tokenizer, kind: str, tensors: dict) -> dict[str, dict | str
         **merged_field(c),
     }
     files["preprocessor_config.json"] = images
-    view = model.views.placeholder().lt(0).sum()
+    view = model.views.placeholder().count(IMAGE_TOKEN)
     files["processor_config.json"] = {
         "processor_class": f"{kind}Processor",
-        "image_seq_len": int(view),
+        "image_seq_len": view,
     }
-    files["chat_template.jinja"] = tokenizer.chat_template
+    template = templates.choose_template(c.template, tokenizer)
+    files["chat_template.jinja"] = chat_template(template, tokenizer)
     files["generation_config.json"] = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": templates.stop_id(tokenizer, c.template),

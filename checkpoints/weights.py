@@ -297,6 +297,47 @@ class Joined(Mapping):
         return part.locate(own_key)
 
 
+class Grown(Mapping):
+    """A checkpoint whose tables of tokens have rows for some that it does not know.
+
+    Each new row is the mean of all others. So a token that nobody has trained yet is no likelier
+    than the average one.
+    """
+
+    def __init__(
+        self,
+        source: Mapping[str, Tensor],
+        names: Table,
+        tables: Iterable[str],
+        known: int,
+        rows: int,
+    ):
+        """Grow `tables`, our names by the rename table `names`, from `known` rows to `rows`."""
+        self.source = source
+        self.names = names
+        self.tables = tuple(tables)
+        self.known = known
+        self.rows = rows
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self.source[key]
+        is_table = rename(key, self.names) in self.tables
+        if not is_table or len(tensor) != self.known:
+            return tensor  # where it has to have more rows, `load` refuses it
+        mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(self.rows - self.known, *tensor.shape[1:])])
+
+    def __iter__(self):
+        return iter(self.source)
+
+    def __len__(self):
+        return len(self.source)
+
+    def locate(self, key: str) -> str:
+        """Return `file:key`, for messages."""
+        return locate(self.source, key)
+
+
 # ------------------------------------------------------------------------------------ loading
 
 

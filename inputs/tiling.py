@@ -128,9 +128,9 @@ class Tiling:
         """Return how many tokens an item takes in the text."""
         return connector_tokens(self.connector, self.tokens, shape.views, self.grid, **self.options)
 
-    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
-        """Return an item's text (positions,): ids of marks, and IMAGE_TOKEN for each feature."""
-        return torch.full((self.positions(shape),), IMAGE_TOKEN)
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        """Return an item's text: ids of marks, and IMAGE_TOKEN for each feature."""
+        return self.positions(shape) * [IMAGE_TOKEN]
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
         """Return an item's features (m, D) in the order of the text; m is positions(shape).
@@ -400,6 +400,11 @@ def tile_marks(most: int) -> list[str]:
     return names
 
 
+def control_names(edge: int, side: int) -> list[str]:
+    """Return the strings of `mark_names` that are control tokens, and `<image>`."""
+    return ["<image>", *(name for name in mark_names(edge, side) if name.strip())]
+
+
 class SplitTiling(Tiling):
     """Image mode split: SmolVLM's and Idefics3's tiles, with marks, and the whole picture last.
 
@@ -419,7 +424,7 @@ class SplitTiling(Tiling):
     owners: ClassVar[str] = "SmolVLM or Idefics3"
 
     def check_marks(self):
-        fix = f"start from a {self.owners} as model.checkpoint"
+        fix = f"give the folder of a {self.owners}"
         if self.edge < 1:
             raise UserError("model.image_mode", f"{self.mode}, without image_edge", fix)
         for name in self.names():
@@ -458,10 +463,21 @@ class SplitTiling(Tiling):
         return shapes
 
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
-        return len(self._ids(shape))
+        return len(self.placeholder(shape))
 
-    def placeholder(self, shape: ItemShape = ONE_VIEW) -> Tensor:
-        return torch.tensor(self._ids(shape), device="cpu")
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        features = self.features()
+        ids = []
+        for row in range(shape.rows):
+            for column in range(shape.columns):
+                ids += [*self.marks[FAKE], *self.marks[tile_mark(row, column)], *features]
+
+            # The last row's line break and the one before the whole picture are one text.
+            if row + 1 < shape.rows:
+                ids += self.marks["\n"]
+            else:
+                ids += self.marks["\n\n"]
+        return [*ids, *self.marks[FAKE], *self.marks[GLOBAL], *features, *self.marks[FAKE]]
 
     def pixels_made(self, size: tuple[int, int]) -> int:
         # Both resized pictures, the tiles, and these once more in one tensor.
@@ -486,21 +502,6 @@ class SplitTiling(Tiling):
     def check_video(self):
         what = "image mode split has no videos: the times that SmolVLM2 writes around their frames"
         raise ValueError(f"{what} are not written here")
-
-    def _ids(self, shape: ItemShape) -> list[int]:
-        """Return the ids of `placeholder`."""
-        features = self.features()
-        ids = []
-        for row in range(shape.rows):
-            for column in range(shape.columns):
-                ids += [*self.marks[FAKE], *self.marks[tile_mark(row, column)], *features]
-
-            # The last row's line break and the one before the whole picture are one text.
-            if row + 1 < shape.rows:
-                ids += self.marks["\n"]
-            else:
-                ids += self.marks["\n\n"]
-        return [*ids, *self.marks[FAKE], *self.marks[GLOBAL], *features, *self.marks[FAKE]]
 
     def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height with the longest edge of `edge` pixels, the other one even."""
@@ -575,6 +576,14 @@ class NanoTiling(SplitTiling):
             shapes.append(ItemShape((most + 1) * most + 1, most + 1, most))
         return shapes
 
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        features = self.features()
+        ids = [*self.marks[WHOLE], *features]
+        for row in range(shape.rows):
+            for column in range(shape.columns):
+                ids += [*self.marks[tile_mark(row, column)], *features]
+        return ids
+
     def pixels_made(self, size: tuple[int, int]) -> int:
         # The resized picture, its tiles, and these once more in one tensor; each as float32.
         return 4 * 3 * self.shape(size).views * self.processor.side**2
@@ -595,14 +604,6 @@ class NanoTiling(SplitTiling):
 
     def check_video(self):
         raise ValueError("image mode split_nanovlm has no videos: nanoVLM sees none")
-
-    def _ids(self, shape: ItemShape) -> list[int]:
-        features = self.features()
-        ids = [*self.marks[WHOLE], *features]
-        for row in range(shape.rows):
-            for column in range(shape.columns):
-                ids += [*self.marks[tile_mark(row, column)], *features]
-        return ids
 
     def _large_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height of as many whole views as a picture takes."""

@@ -29,6 +29,7 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,6 +108,45 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise other
     with failures(f"{path}:{kind.name}", "cannot be loaded"):
         return kind(files, folder)
+
+
+def with_controls(tokenizer: Tokenizer, strings: Iterable[str]) -> Tokenizer:
+    """Return a tokenizer that has each of these strings as a control token.
+
+    New ones get the ids behind all others. The tokenizer itself stays as it is. Raise UserError for
+    a tokenizer.model, whose vocabulary is closed.
+    """
+    missing = [string for string in strings if string not in tokenizer.special]
+    if not missing:
+        return tokenizer
+    if "tokenizer.json" not in tokenizer.files:
+        what = f"no control token {missing[0]}, and a tokenizer.model takes no new ones"
+        raise UserError(tokenizer.folder, what, "give a folder with tokenizer.json")
+
+    # The library counts entries, so in a vocabulary with gaps a new id may be taken already.
+    model = tokenizers.Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
+    taken = set(model.get_vocab().values())
+    added = [tokenizers.AddedToken(s, special=True, normalized=False) for s in missing]
+    known = {string: model.token_to_id(string) for string in missing}
+    model.add_special_tokens(added)
+    for string, before in known.items():
+        if before is None and model.token_to_id(string) in taken:
+            what = f"no free id for {string}: the ids have gaps"
+            raise UserError(tokenizer.folder / "tokenizer.json", what, "give another tokenizer")
+    files = tokenizer.files | {"tokenizer.json": model.to_str(pretty=True).encode()}
+
+    # Where tokenizer_config.json lists all added tokens, some of transformers' classes read only
+    # that list.
+    settings = parse(files, "tokenizer_config.json", tokenizer.folder)
+    if "added_tokens_decoder" in settings:
+        listed = dict(settings.table("added_tokens_decoder").values)
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        for string in missing:
+            entry = {"content": string, **flags, "special": True}
+            listed[str(model.token_to_id(string))] = entry
+        content = settings.values | {"added_tokens_decoder": listed}
+        files["tokenizer_config.json"] = json.dumps(content, indent=2).encode()
+    return type(tokenizer)(files, tokenizer.folder)
 
 
 @contextlib.contextmanager

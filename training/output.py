@@ -27,10 +27,11 @@ from pathlib import Path
 import config
 import lora
 from checkpoints import peft, resume, seal
-from checkpoints.files import remove_temporaries, resolve, write_file, writing
+from checkpoints.files import remove_temporaries, write_file, writing
+from checkpoints.layouts import load_recipe_tokenizer
 from checkpoints.owned import MARK, own
 from config import Recipe, UserError, printable
-from inputs.tokenizer import Tokenizer, load_tokenizer
+from inputs.tokenizer import Tokenizer
 from model import LLaVA
 from training import made_from, model_card, run_log, state
 from training.ranks import Ranks, print0
@@ -248,7 +249,7 @@ def export_model(recipe: Recipe, tensors: dict, output: Path):
     tensors: of the last checkpoint. config.json comes last and says that the run is finished.
     """
     checkpoints = output / "checkpoints"
-    tokenizer = load_tokenizer(resolve(recipe.model.tokenizer_source, small=True))
+    tokenizer = load_recipe_tokenizer(recipe.model)
     with writing(output):
         if recipe.train.keep_best:
             export_best(recipe, tokenizer, output)

@@ -31,7 +31,7 @@ from inputs import hub
 from inputs.holdout import open_stage, validation_file
 from inputs.rows import is_here
 from inputs.sample import SampleSpec
-from inputs.tokenizer import Tokenizer, load_tokenizer
+from inputs.tokenizer import Tokenizer
 from model import LLaVA
 from training import small_sets
 from training.estimate import GPUS, SHARE, RowSize, hours, mean_row, operations
@@ -345,14 +345,16 @@ def dry_run(
             print0(f"  {one.key:<28}{one.value:<50} {one.where}")
 
         # The model needs the config files of all its parts. The tokenizer makes the plan exact.
-        tokenizer = None
         tokenizer_folder = folders.pop("tokenizer")
-        if tokenizer_folder is not None:
-            with suppress(UserError):
-                tokenizer = load_tokenizer(tokenizer_folder)
         if all(folders.values()):
             local = {part: str(folder) for part, folder in folders.items()}
+            if tokenizer_folder is not None and not recipe.model.checkpoint:
+                local["tokenizer"] = str(tokenizer_folder)
             local_recipe = replace(recipe, model=replace(recipe.model, **local))
+            tokenizer = None
+            if tokenizer_folder is not None:
+                with suppress(UserError):
+                    tokenizer = layouts.load_recipe_tokenizer(local_recipe.model)
             local_recipe = small_sets.fill(local_recipe, assumed=ASSUMED_ROWS)
             Plan(local_recipe, script, tokenizer, memory).print()
 
@@ -389,6 +391,9 @@ class Plan:
         model = self.build(self.recipe)
         sizes = [f"{name} {_count(part):,}" for name, part in model.named_children()]
         tokens = f"{model.image_tokens} tokens per image"
+        most = max(model.views.positions(shape) for shape in model.views.largest())
+        if most > model.image_tokens:
+            tokens += f" of one view, up to {most} of several"
         print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
 
         if self.room is None:

@@ -72,7 +72,7 @@ def with_marks(ids, views, items) -> list[int]:
     row = []
     for i in ids:
         if i == IMAGE_TOKEN:
-            row += views.placeholder(next(left).shape).tolist()
+            row += views.placeholder(next(left).shape)
         else:
             row.append(int(i))
     return row

@@ -164,7 +164,7 @@ def expanded(ids, views, items) -> list[int]:
     row = []
     for i in ids:
         if i == IMAGE_TOKEN:
-            row += views.placeholder(next(left).shape).tolist()
+            row += views.placeholder(next(left).shape)
         else:
             row.append(int(i))
     return row
@@ -209,7 +209,6 @@ def test_ids_logits_and_tokens_are_those_of_transformers(made):
     _, folder, theirs, processor = made
     model = LLaVA.from_pretrained(folder)
     tok = load_tokenizer(folder)
-    token = processor.image_token_id
     all_photos = photos()
     cases = [
         ("What is this?", all_photos[:1]),
@@ -218,28 +217,34 @@ def test_ids_logits_and_tokens_are_those_of_transformers(made):
         ("No picture at all", []),
     ]
     for question, images in cases:
-        conversation, messages = asked(question, len(images))
-        # Rows of data have no line breaks beside an image, so the processor gets none.
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        prompt = prompt.replace(question, question.strip())
-        given = {"images": [images]} if images else {}
-        inputs = processor(text=[prompt], return_tensors="pt", **given)
+        check_answer(model, tok, theirs, processor, question, images)
 
-        ids = templates.encode_prompt(conversation, tok, "chat")
-        items = [model.views.picture(image) for image in images]
-        row = expanded(ids, model.views, items)
-        want = [IMAGE_TOKEN if i == token else i for i in inputs["input_ids"][0].tolist()]
-        assert row == want, prompt
 
-        with torch.no_grad():
-            wanted = theirs(**inputs).logits
-            logits = model(torch.tensor([ids]), items).logits
-        assert (logits - wanted).abs().max().item() <= 1e-4
-        assert wanted.std().item() > 0.1  # otherwise 1e-4 would say little
+def check_answer(model, tok, theirs, processor, question: str, images: list):
+    """Assert that ids, logits and ten greedy tokens are those of transformers."""
+    conversation, messages = asked(question, len(images))
+    # Rows of data have no line breaks beside an image, so the processor gets none.
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    prompt = prompt.replace(question, question.strip())
+    given = {"images": [images]} if images else {}
+    inputs = processor(text=[prompt], return_tensors="pt", **given)
 
-        tokens = model.generate([torch.tensor(ids)], items, max_new_tokens=10)[0].tolist()
-        new = theirs.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None)
-        assert tokens == new[0, inputs["input_ids"].size(1) :].tolist()
+    ids = templates.encode_prompt(conversation, tok, "chat")
+    items = [model.views.picture(image) for image in images]
+    row = expanded(ids, model.views, items)
+    token = processor.image_token_id
+    want = [IMAGE_TOKEN if i == token else i for i in inputs["input_ids"][0].tolist()]
+    assert row == want, prompt
+
+    with torch.no_grad():
+        wanted = theirs(**inputs).logits
+        logits = model(torch.tensor([ids]), items).logits
+    assert (logits - wanted).abs().max().item() <= 1e-4
+    assert wanted.std().item() > 0.1  # otherwise 1e-4 would say little
+
+    tokens = model.generate([torch.tensor(ids)], items, max_new_tokens=10)[0].tolist()
+    new = theirs.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    assert tokens == new[0, inputs["input_ids"].size(1) :].tolist()
 
 
 def test_the_folder_goes_back_bit_for_bit(made, tmp_path):
@@ -387,3 +392,121 @@ def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path
     cls = getattr(transformers, f"{kind}ForConditionalGeneration")
     _, info = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info[key] for key in info), info
+
+
+# The chat template of a language model that has never heard of pictures.
+TEXT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def language_model(folder, tied: bool):
+    """Write a small random Llama whose tokenizer has no marks, and a row more of embeddings."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    fast = tokenizers.Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(CORPUS * 5, trainer)
+    tok = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tok.chat_template = TEXT_TEMPLATE
+    tok.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tok) + 1,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return tok
+
+
+def published_processor(folder):
+    """Return the processor of a folder. SmolVLM's own needs a package more."""
+    written = read_json(folder / "processor_config.json")
+    return transformers.Idefics3Processor(
+        transformers.SmolVLMImageProcessorPil.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+        image_seq_len=written["image_seq_len"],
+        chat_template=(folder / "chat_template.jinja").read_text(),
+    )
+
+
+@pytest.mark.parametrize("edge", [0, 30])
+def test_a_model_made_here_of_parts_answers_alike_as_smolvlm(tmp_path, edge):
+    """It learns from its first step on with the control tokens that transformers will write."""
+    language_model(tmp_path / "llm", tied=edge == 0)
+    rows = []
+    for i in range(12):
+        drawn((40 + i, 60)).save(tmp_path / f"{i}.png")
+        conversation = turns("<image>\nWhat is this?", "A horse.")
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": conversation})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "recipe.toml").write_text(f"""
+        [model]
+        llm = "{tmp_path / "llm"}"
+        connector = "pixel_shuffle"
+        feature_layer = -1
+        feature_select = "cls_patch"
+        feature_norm = true
+        image_mode = "split"
+        image_edge = {edge}
+        [model.vision_config]
+        model_type = "siglip_vision_model"
+        hidden_size = 32
+        intermediate_size = 48
+        num_hidden_layers = 2
+        num_attention_heads = 2
+        patch_size = 3
+        image_size = 12
+        hidden_act = "gelu_pytorch_tanh"
+        initializer_range = 0.3
+        [train]
+        output = "{tmp_path / "out"}"
+        workers = 0
+        precision = "fp32"
+        [stage.one]
+        data = "{tmp_path / "rows.json"}"
+        images = "{tmp_path}"
+        template = "chat"
+        learning_rate = 1e-3
+        global_batch = 4
+        steps = 4
+        tune = {{ llm = "full", vision = "full", connector = "full" }}
+    """)
+    plan = run("train.py", tmp_path / "recipe.toml", "--dry-run")
+    run("train.py", tmp_path / "recipe.toml")
+    model = LLaVA.from_pretrained(tmp_path / "out").eval()
+    tok = load_tokenizer(tmp_path / "out")
+    embeddings = model.language_model.model.embed_tokens.weight
+    marks = {ids[0] for ids in model.config.image_marks.values()}
+    longest = max(model.views.positions(shape) for shape in model.views.largest())
+    said = "; 7 tokens per image"
+    if edge:
+        said += f" of one view, up to {longest} of several"
+    assert said + "\n" in plan.stdout
+    assert len(embeddings) == tok.vocab_size == 1 + max(*marks, tok.token_id("<image>"))
+
+    run("export.py", "--model", tmp_path / "out", "--to", "smolvlm", tmp_path / "hf")
+    theirs, info = transformers.SmolVLMForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(info[key] for key in info), info
+    processor = published_processor(tmp_path / "hf")
+    for question, images in (("What is this?", 1), ("How many?", 2), ("None?", 0)):
+        check_answer(model, tok, theirs.eval(), processor, question, photos()[:images])

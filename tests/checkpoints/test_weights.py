@@ -616,3 +616,20 @@ def test_pickled_weights_are_downloaded_only_when_asked_for(tmp_path, monkeypatc
     assert {f.name for f in cache.iterdir()} == {"config.json"}
     resolve("org/name", allow_pickle=True)  # a cache without the weights does not do
     assert {f.name for f in cache.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_tables_of_tokens_grow_by_their_mean_and_nothing_else_does():
+    source = weights.Grown(state(), TABLE, ("head.weight", "head.bias"), known=2, rows=5)
+    net = meta()
+    net.head = nn.Linear(3, 5)
+    weights.load(net, source, TABLE)
+    old = state()["old.weight"]
+    assert torch.equal(net.head.weight[:2], old)
+    assert torch.equal(net.head.weight[2:], old.mean(0).expand(3, 3))
+    assert torch.equal(net.head.bias[2:], state()["old.bias"].mean().expand(3))
+    assert torch.equal(net.blocks[0].weight, state()["attn.0.kernel"])
+
+    # A file that has another number of rows than its config says is not mended.
+    wrong = weights.Grown(state(), TABLE, ("head.weight", "head.bias"), known=4, rows=5)
+    with pytest.raises(UserError, match=r"old.weight: shape \[2, 3\], the config needs \[5, 3\]"):
+        weights.load(net, wrong, TABLE)

@@ -14,7 +14,7 @@ import tokenizers
 
 from config import UserError
 from inputs.templates import byte_tokenizer, encode
-from inputs.tokenizer import load_tokenizer
+from inputs.tokenizer import load_tokenizer, with_controls
 from packing import IMAGE_TOKEN
 from tests.tools.vocabularies import (
     LLAMA,
@@ -567,3 +567,47 @@ def test_an_id_far_beyond_the_others_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     with pytest.raises(UserError, match="vocab.json:a: 1073741824 is not a whole number"):
         load_tokenizer(tmp_path)
+
+
+def test_new_control_tokens_get_ids_behind_all_others(tmp_path):
+    byte_tokenizer().save(tmp_path)
+    before = load_tokenizer(tmp_path)
+    after = with_controls(before, ["<one>", "<two>"])
+    assert [after.token_id("<one>"), after.token_id("<two>")] == [
+        before.vocab_size,
+        before.vocab_size + 1,
+    ]
+    assert after.vocab_size == before.vocab_size + 2
+    text = "a<two>\nb<one>"
+    ids = [before.encode("a")[0], [before.vocab_size + 1], before.encode("\nb")[0]]
+    assert after.encode(text)[0] == [*ids[0], *ids[1], *ids[2], before.vocab_size]
+    assert before.encode(text)[0] == before.encode(text, special=False)[0]
+
+    # What it has already stays, and a pickle and a folder keep what is new.
+    assert with_controls(after, ["<two>", "<one>"]) is after
+    after.save(tmp_path / "saved")
+    for copy in (pickle.loads(pickle.dumps(after)), load_tokenizer(tmp_path / "saved")):
+        assert copy.encode(text) == after.encode(text)
+
+
+def test_the_list_of_added_tokens_is_kept_whole(tmp_path):
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {}}')
+    tokenizer = with_controls(load_tokenizer(tmp_path), ["<one>"])
+    listed = json.loads(tokenizer.files["tokenizer_config.json"])["added_tokens_decoder"]
+    assert listed == {
+        str(tokenizer.token_id("<one>")): {
+            "content": "<one>",
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+    }
+
+
+def test_a_closed_vocabulary_takes_no_control_tokens(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_pieces())
+    with pytest.raises(UserError, match="no control token <one>.*fix: give a folder with"):
+        with_controls(load_tokenizer(tmp_path), ["<one>"])
