@@ -576,14 +576,6 @@ class NanoTiling(SplitTiling):
             shapes.append(ItemShape((most + 1) * most + 1, most + 1, most))
         return shapes
 
-    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
-        features = self.features()
-        ids = [*self.marks[WHOLE], *features]
-        for row in range(shape.rows):
-            for column in range(shape.columns):
-                ids += [*self.marks[tile_mark(row, column)], *features]
-        return ids
-
     def pixels_made(self, size: tuple[int, int]) -> int:
         # The resized picture, its tiles, and these once more in one tensor; each as float32.
         return 4 * 3 * self.shape(size).views * self.processor.side**2
@@ -604,6 +596,14 @@ class NanoTiling(SplitTiling):
 
     def check_video(self):
         raise ValueError("image mode split_nanovlm has no videos: nanoVLM sees none")
+
+    def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
+        features = self.features()
+        ids = [*self.marks[WHOLE], *features]
+        for row in range(shape.rows):
+            for column in range(shape.columns):
+                ids += [*self.marks[tile_mark(row, column)], *features]
+        return ids
 
     def _large_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height of as many whole views as a picture takes."""
