@@ -1,7 +1,7 @@
 """One training step of this code beside nanoVLM's own, as the users of each run it, in one run.
 
     git clone https://github.com/huggingface/nanoVLM /tmp/nanovlm
-    python bench/nanovlm.py /tmp/nanovlm           # 15 minutes on two cores, 10 GB
+    python bench/nanovlm.py /tmp/nanovlm           # 10 minutes on two quiet cores, 8 GB
     python bench/nanovlm.py /tmp/nanovlm --json    # also into bench/results/cpu/nanovlm.json
     python bench/nanovlm.py /tmp/nanovlm --quick   # a toy, to try the script
 
@@ -13,8 +13,9 @@ writes the weights, and checkpoints/nanovlm.py reads them. All parts train.
 First each row is a batch by itself, in float32: the losses and the gradient norm must be equal,
 else the run ends with exit code 1. Then an optimizer step on all rows, in bf16 under autocast:
 
-barellava   train.py's own functions on micro-batches packed up to a token budget, as many tokens as
-            nanoVLM has in a batch
+barellava   train.py's own functions on micro-batches packed up to the tokens of one sequence of
+            nanoVLM. The loss of a step does not depend on how many micro-batches it has, so their
+            size is free: it decides how much memory is taken
 nanoVLM     what its train.py does: its ConstantLengthDataset packs rows into sequences, its
             VQACollator fills these up to the full length, two of them are a batch. It packs a
             buffer of eight lengths into five sequences more than they need, so a third of the
@@ -173,7 +174,7 @@ class OurPath:
 
         lengths = [len(row.ids) for row in self.rows]
         sequence = read_json(folder / "config.json")["lm_max_length"]
-        self.batches = bin_pack(lengths, BATCH * sequence)
+        self.batches = bin_pack(lengths, sequence)
         self.supervised = sum(int((row.labels >= 0).sum()) for row in self.rows)
         self.facts = {
             "imports": imports,
