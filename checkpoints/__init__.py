@@ -8,8 +8,8 @@
     names.py      tables that rename tensors, in both directions
     weights.py    strict safetensors: each tensor of a file to one parameter, or an error
     folder.py     what the folders of all layouts share
-    barellava.py  tinyllava.py  tinyllava_bench.py  hf_llava.py with hf_tokenizer.py  smolvlm.py
-    nanovlm.py
+    barellava.py  tinyllava.py  tinyllava_bench.py  hf_llava.py with hf_tokenizer.py,
+                  llava_onevision.py  smolvlm.py  nanovlm.py
                   one published layout each: config.json and names, read and written
     layouts.py    the table of these layouts; reads a folder of any of them
     peft.py       adapters, read, merged and written as PEFT does
