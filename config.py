@@ -160,13 +160,20 @@ class Model:
     # What the encoder gets from a picture or a video.
     image_mode: str = opt(
         "square",
-        "square resizes; pad makes a square first; tiles, anyres: high resolution; split: that of "
-        "SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM, see "
-        "inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres", "split", "split_nanovlm"),
+        "square resizes; pad makes a square first; tiles, anyres, anyres_max: high resolution; "
+        "split: that of SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM; "
+        "native: that of the picture, for a NaFlex, see inputs/tiling.py",
+        ("square", "pad", "tiles", "anyres", "anyres_max", "split", "split_nanovlm", "native"),
     )
     image_grids: str = opt(
-        "1x2 2x1 2x2 3x1 1x3", "tiles, anyres: the grids to choose from, rows x columns"
+        "1x2 2x1 2x2 3x1 1x3",
+        "tiles, anyres, anyres_max: the grids to choose from, rows x columns",
+    )
+    image_views: int = opt(
+        9,
+        "anyres_max: the tiles' tokens are at most about those of so many views",
+        low=1,
+        high=1000,
     )
     image_edge: int = opt(
         0,
@@ -501,6 +508,9 @@ class LLaVAConfig:
     image_edge: int = 0
     image_marks: dict = field(default_factory=dict)
     image_enlarge: bool = False  # split_nanovlm: whether every picture gets that longest edge
+
+    # As in Model.
+    image_views: int = Model.image_views
 
     # SHA-256 of the adapters that are merged into the weights: none may be merged twice.
     merged_adapters: tuple[str, ...] = ()

@@ -98,6 +98,7 @@ from inputs.forms import columns_of
 from inputs.holdout import open_stage
 from inputs.rows import Rows, open_rows
 from inputs.sample import load_item
+from inputs.tiling import Tiling
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from kernels import default_dtype
 from model import LLaVA
@@ -164,7 +165,8 @@ def question_of(example: Example) -> str | list[dict]:
 
 def items_of_example(example: Example, data_dir, model: LLaVA) -> list[Item]:
     """Return what an example shows as the model sees it."""
-    return load_shown(example, data_dir, partial(load_item, tiling=model.views))
+    views = model.views.for_images(len(shown_names(example)))
+    return load_shown(example, data_dir, partial(load_item, tiling=views))
 
 
 def answerer(
@@ -209,9 +211,9 @@ def blank_with_mean(examples: list[Example], data_dir, model: LLaVA) -> Callable
     means = []
     for example in shown[::step][:MEAN_OF]:
         for item in items_of_example(example, data_dir, model):
-            pixels = model.vision_tower.processor.normalise(item.pixels)  # (P, 3, H, W)
+            pixels = model.vision_tower.processor.normalise(item.pixels)  # (v, 3, H, W)
             means.append(pixels.mean(0, keepdim=True))
-    mean = torch.cat(means).mean(0)  # (3, H, W)
+    mean = torch.cat(means).mean(0)  # (3, H, W), in image mode native a patch
 
     def blank(item: Item) -> Item:
         return Item(mean.expand_as(item.pixels), item.shape)
@@ -224,8 +226,9 @@ def middle_frame(item: Item) -> Item:
 
     So everything is gone that a video tells and one frame does not.
     """
-    middle = item.pixels[len(item.pixels) // 2]
-    return Item(middle.expand_as(item.pixels), item.shape)
+    frames = item.pixels.unflatten(0, (item.shape.views, -1))  # (v, 1 or a frame's patches, ...)
+    middle = frames[len(frames) // 2]
+    return Item(middle.expand_as(frames).flatten(0, 1), item.shape)
 
 
 def control_of(
@@ -292,14 +295,14 @@ def longest_prompt(model: LLaVA, tokenizer, examples: list[Example]) -> int:
 
     longest_shown = 0
     for example in examples:
-        most = most_tokens(model, shown_kind(example))
-        longest_shown = max(longest_shown, len(shown_names(example)) * most)
+        count = len(shown_names(example))
+        most = most_tokens(model.views.for_images(count), shown_kind(example))
+        longest_shown = max(longest_shown, count * most)
     return longest_text + longest_shown
 
 
-def most_tokens(model: LLaVA, kind: str) -> int:
+def most_tokens(views: Tiling, kind: str) -> int:
     """Return how many tokens a picture or a video takes at most."""
-    views = model.views
     if kind == "video":
         return views.positions(ItemShape(views.frames))
     return max(views.positions(shape) for shape in views.largest())

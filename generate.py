@@ -66,6 +66,8 @@ class Chat:
         if self.system:
             self.turns.append({"from": "system", "value": self.system})
         self.items: list[Item] = []
+        self.shown: list[tuple[str, str]] = []  # the file and the kind of each item
+        self.views = self.model.views  # how pictures are seen while there are so many
         self.waiting = 0  # items that no question has been asked about yet
 
     def show(self, file: str, kind: str = "image"):
@@ -73,14 +75,25 @@ class Chat:
 
         Raises UserError if it cannot be read.
         """
+        shown = [*self.shown, (file, kind)]
+        pictures = sum(kind_of == "image" for _, kind_of in shown)
+        views = self.model.views.for_images(pictures)
+
+        # Earlier pictures stay as they are, unless one more changes how each is seen.
+        items = list(self.items)
+        if views != self.views:
+            items = []
         try:
-            item = load_item(file, kind, self.model.views)
+            for name, kind_of in shown[len(items) :]:
+                items.append(load_item(name, kind_of, views))
         except UserError:
             raise
         except ValueError as e:
             # What is wrong with a damaged file, without what to do about it.
-            raise UserError(file, str(e), f"give another {kind} file") from None
-        self.items.append(item)
+            raise UserError(name, str(e), f"give another {kind_of} file") from None
+        self.items = items
+        self.shown = shown
+        self.views = views
         self.waiting += 1
 
     def ask(self, text: str, show: Callable[[str], None] = print_piece) -> str:

@@ -144,8 +144,8 @@ def read_request(request, jobs: JobQueue, allow_urls: bool) -> Job:
         raise Refused(400, str(e), "invalid_value", field) from None
 
     # The conversation comes last: only a request that is right so far makes us fetch pictures.
-    def read_picture(url: str) -> Item:
-        return jobs.picture(fetch(url, allow_urls, jobs.limits.body))
+    def read_picture(url: str, count: int) -> Item:
+        return jobs.picture(fetch(url, allow_urls, jobs.limits.body), count)
 
     # Each turn takes at least one token.
     messages = request.get("messages")
@@ -203,12 +203,12 @@ def is_text(value) -> bool:
 
 
 def read_messages(
-    messages, read_picture: Callable[[str], Item], most: int
+    messages, read_picture: Callable[[str, int], Item], most: int
 ) -> tuple[list[dict], list[Item]]:
     """Return LLaVA's turns and the pictures in their order, from OpenAI's messages.
 
-    read_picture: from a URL to an item. It is called when all messages have been found right and
-    there are at most `most` pictures. Raises Refused.
+    read_picture: from a URL, and how many pictures there are, to an item. It is called when all
+    messages have been found right and there are at most `most` pictures. Raises Refused.
     """
     if not isinstance(messages, list):
         messages = []
@@ -232,7 +232,7 @@ def read_messages(
     if len(urls) > most:
         what = f"{len(urls)} pictures, at most {most} are taken"
         raise Refused(400, what, "too_many_images", "messages")
-    return turns, [read_picture(url) for url in urls]
+    return turns, [read_picture(url, len(urls)) for url in urls]
 
 
 def read_content(message: dict, where: str) -> tuple[str, list[str]]:
@@ -519,7 +519,8 @@ def web_page(jobs: JobQueue):
         """Take what is in the boxes, the chat and the state; yield what they hold as it grows.
 
         message: a text, and the names of files. system: the text of a system message, or none.
-        shown: the messages in the chat. said: the turns and the pictures of the conversation.
+        shown: the messages in the chat. said: the turns of the conversation, and the bytes of its
+        picture files.
         """
         try:
             async with (
@@ -548,14 +549,17 @@ def web_page(jobs: JobQueue):
                 most = f"at most {jobs.limits.images} pictures are taken"
                 raise Refused(400, most, "too_many_images")
             for file in files:
-                images.append(jobs.picture(Path(file).read_bytes()))
+                images.append(Path(file).read_bytes())
+
+            # What a picture becomes may depend on how many there are.
+            items = [jobs.picture(data, len(images)) for data in images]
 
             # The system message may change between two questions.
             asked = turns
             if system.strip():
                 asked = [{"from": "system", "value": system.strip()}, *turns]
             greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
-            return jobs.job(asked, images, stop=[], seed=None, **greedy)
+            return jobs.job(asked, items, stop=[], seed=None, **greedy)
 
         images = list(images)
         job = await asyncio.to_thread(prepare)

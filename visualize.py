@@ -12,9 +12,10 @@ For every token of the greedy answer the page shows:
 - cosine similarity of its row of the output head with the last hidden state of every patch;
 - occlusion (Zeiler and Fergus, 2014): how much its log-probability falls where a window of the
   picture, a quarter of its side, is filled with the picture's median colours.
-Heat maps lie on the picture as the encoder sees it, each scaled to its own maximum. Those of
-attention and similarity need a connector with a token per patch. What they are worth was measured
-on 100 scenes of the demo with the word that answers a question on a colour or a shape
+Heat maps lie on the picture as the encoder sees it, each scaled to its own maximum. A tiled model
+is shown the picture as a whole, without its tiles, so its answer here may be another one. The maps
+of attention and similarity need a connector with a token per patch. What they are worth was
+measured on 100 scenes of the demo with the word that answers a question on a colour or a shape
 (tests/test_visualize.py). Occlusion is the one to trust: it peaks inside the object's box in 86 %,
 and 69 % of its mass lies there (the box is 11 % of the picture). Attention peaks on the object's
 patch in 85 %, but 43 % of its mass is all that lies there; similarity peaks there in 45 % (chance:
@@ -34,7 +35,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import command_line
 from checkpoints.files import resolve, write_file, writing
@@ -118,7 +119,8 @@ def inspect_answer(
     x = model.embed(ids, features)
     positions = torch.arange(len(ids), device=device)
     attend = recording_attention(choosing, attention)
-    hidden_states = lm.model(x, positions, attend)  # (T, D)
+    cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
+    hidden_states = lm.model(x, positions, attend, cu_seqlens)  # (T, D)
     logits = lm.lm_head(hidden_states[choosing]).float()  # (W, V)
 
     similarity = None
@@ -169,9 +171,11 @@ def recording_attention(rows: slice, recorded: list[Tensor]):
     each layer.
     """
 
-    def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = q.size(0)
-        scale = q.size(-1) ** -0.5
+        scale = layer.scale
+        if scale is None:
+            scale = q.size(-1) ** -0.5
 
         # Every key-value head serves a group of query heads.
         group = q.size(1) // k.size(1)
@@ -181,8 +185,10 @@ def recording_attention(rows: slice, recorded: list[Tensor]):
         # q has the index t of the query, k and v the index s of the key that it attends to.
         scores = torch.einsum("thd,shd->hts", q, k).float() * scale  # (H, T, T)
         everything = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
-        future = everything.triu(1)
-        probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
+        unseen = everything.triu(1)  # the future
+        if layer.window is not None:
+            unseen |= everything.tril(-layer.window)  # what lies before the window
+        probabilities = scores.masked_fill(unseen, float("-inf")).softmax(-1)
 
         of_rows = probabilities[:, rows]  # (H, W, T)
         recorded.append(of_rows.mean(0))
@@ -466,6 +472,9 @@ def main(argv: list[str]):
     tokenizer = load_tokenizer(folder)
 
     # Say what is wrong before anything is computed.
+    if model.views.native:
+        what = "its pictures keep their proportions, and the page shows squares"
+        raise UserError("--model", what, "give a model of another image mode than native")
     if not args.out.strip():
         raise UserError("OUT", "empty", "name a folder")
     out = Path(args.out)

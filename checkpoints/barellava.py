@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from checkpoints import weights
-from checkpoints.fields import LAYERS, SIDE, VOCABULARY, Fields
+from checkpoints.fields import LAYERS, SIDE, VIEWS, VOCABULARY, Fields
 from checkpoints.files import write_file
 from checkpoints.folder import folder_readme, named_tensors, write_folder
 from config import LLaVAConfig, Model
@@ -54,6 +54,7 @@ def read(config: Fields, folder: Path) -> LLaVAConfig:
         image_edge=config.integer("image_edge", 0, SIDE, 0),
         image_marks={key: marks.integers(key, 0, VOCABULARY) for key in marks.values},
         image_enlarge=config.flag("image_enlarge", default=False),
+        image_views=config.integer("image_views", 1, VIEWS, defaults["image_views"]),
     )
 
 
@@ -69,6 +70,8 @@ def config_json(c: LLaVAConfig) -> dict:
         del rest["image_marks"]
     if not c.image_enlarge:
         del rest["image_enlarge"]
+    if c.image_mode != "anyres_max":
+        del rest["image_views"]
     if not c.feature_norm:
         del rest["feature_norm"]
 

@@ -29,6 +29,7 @@ HEADS = 2**10
 HEAD_DIM = 2**12
 VOCABULARY = 2**21
 SIDE = 2**12  # pixels along a picture that an encoder sees
+VIEWS = 1000  # whose tokens those of a picture's tiles may be
 
 # An adapter's rank and alpha.
 MOST_RANK = 2**14

@@ -172,7 +172,8 @@ def _read_images(folder: Path) -> tuple[dict, str]:
             mode = "pad"
         images["image_processor_type"] = "CLIPImageProcessor"
 
-    if kind.startswith("LlavaNextImageProcessor"):  # applies CLIP's to each tile
+    # These apply CLIP's to each tile.
+    if kind.startswith(("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")):
         images.pop("do_pad", None)
         images["image_processor_type"] = "CLIPImageProcessor"
     return images, mode
@@ -236,10 +237,10 @@ def contents(
 
     tensors = named_tensors(model, PROJECTOR)
     tensors.pop("language_model.lm_head.bias", None)  # it is zero
-    _scale_image_features(tensors, model, transformers)
-    vision, feature_layer = _encoder(tensors, model)
+    scale_image_features(tensors, model, transformers)
+    vision, feature_layer = padded_encoder(tensors, model)
     token = image_token(tokenizer, lm.config.vocab)
-    vocab = _room_for_token(tensors, token, lm.config.vocab)
+    vocab = room_for_token(tensors, token, lm.config.vocab)
 
     images, grids = _image_processor(model)
     select = {ours: theirs for theirs, ours in SELECT.items()}[c.feature_select]
@@ -250,7 +251,7 @@ def contents(
     files["config.json"] = {
         "model_type": {"Llava": "llava", "LlavaNext": "llava_next"}[architecture],
         "architectures": [f"{architecture}ForConditionalGeneration"],
-        "text_config": _text_config(c.text, transformers)
+        "text_config": text_config(c.text, transformers)
         | {"vocab_size": vocab, "tie_word_embeddings": lm.config.tied},
         "vision_config": vision,
         "image_token_index": token,
@@ -301,8 +302,10 @@ def check_expressible(model):
         reason = f"encoder {encoder}: its LLaVA takes CLIP or SigLIP"
     elif head_bias is not None and head_bias.any():
         reason = "the bias of the language model's head: Hugging Face LLaVA drops it"
-    elif c.image_mode == "tiles":
-        reason = "image mode tiles: Hugging Face LLaVA-NeXT has those of anyres alone"
+    elif c.feature_norm:
+        reason = "features behind the encoder's final norm: a LLaVA does not run it"
+    elif c.image_mode not in ("square", "pad", "anyres"):
+        reason = f"image mode {c.image_mode}: Hugging Face LLaVA-NeXT has anyres alone"
     elif c.image_mode == "anyres" and processor.crop not in (0, processor.size):
         sizes = f"{processor.crop} pixels cropped from {processor.size}"
         reason = f"anyres of {sizes}: LLaVA-NeXT would crop each tile"
@@ -310,12 +313,13 @@ def check_expressible(model):
         return
 
     fix = "export to barellava or tinyllava"
-    if MODES[c.image_mode].tiled:
+    mode = MODES[c.image_mode]
+    if mode.tiled or mode.native or c.feature_norm:
         fix = "export to barellava"
     raise UserError("--to hf-llava", reason, fix)
 
 
-def _text_config(text: dict, transformers: int) -> dict:
+def text_config(text: dict, transformers: int) -> dict:
     """Return the language model's config for a version of transformers.
 
     Version 5 reads the table rope_parameters, and also what version 4 reads: rope_scaling without
@@ -345,7 +349,7 @@ def _text_config(text: dict, transformers: int) -> dict:
     return older
 
 
-def _scale_image_features(tensors: dict[str, Tensor], model, transformers: int):
+def scale_image_features(tensors: dict[str, Tensor], model, transformers: int):
     """Build the scale of image features into the last linear, and into the separator of anyres.
 
     transformers has no such scale, and its version 5 leaves out the one by which our Gemma
@@ -368,7 +372,7 @@ def _scale_image_features(tensors: dict[str, Tensor], model, transformers: int):
             tensors[key] = (tensor.double() * scale).to(tensor.dtype)
 
 
-def _encoder(tensors: dict[str, Tensor], model) -> tuple[dict, int]:
+def padded_encoder(tensors: dict[str, Tensor], model) -> tuple[dict, int]:
     """Return vision_config and vision_feature_layer.
 
     Adds to tensors what their encoder has and ours does not.
@@ -401,11 +405,11 @@ def _encoder(tensors: dict[str, Tensor], model) -> tuple[dict, int]:
     return vision, layer
 
 
-def _room_for_token(tensors: dict[str, Tensor], token: int, vocab: int) -> int:
+def room_for_token(tensors: dict[str, Tensor], token: int, vocab: int) -> int:
     """Return a vocabulary size that includes the image token.
 
-    Where no row is free for it, one is added to the tensors. It is a copy of the first row, a
-    control token's, so greedy decoding never prefers it.
+    Where no row is free for it, rows are added to the tensors. They are copies of the first row, a
+    control token's, so greedy decoding never prefers them.
     """
     if token < vocab:
         return vocab
@@ -414,7 +418,8 @@ def _room_for_token(tensors: dict[str, Tensor], token: int, vocab: int) -> int:
     for key in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         if key in tensors:
             table = tensors[key]
-            tensors[key] = torch.cat([table, table[:1]])
+            added = table[:1].expand(token + 1 - vocab, -1)
+            tensors[key] = torch.cat([table, added])
     return token + 1
 
 

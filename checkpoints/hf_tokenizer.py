@@ -36,12 +36,13 @@ def image_token(tokenizer, vocab: int) -> int:
     return known
 
 
-def tokenizer_files(tokenizer, token: int) -> dict[str, dict | str]:
+def tokenizer_files(tokenizer, token: int, video: int | None = None) -> dict[str, dict | str]:
     """Return tokenizer.json and tokenizer_config.json, with `<image>` as a control token.
 
-    token: the id that it must get. The class is transformers' plain one, which takes tokenizer.json
-    as it is; its Llama classes rebuild it, each version in another way. Raises UserError for a
-    tokenizer.model that cannot become a tokenizer.json.
+    token: the id that it must get. video: that of `<video>`, for a layout that has one. The class
+    is transformers' plain one, which takes tokenizer.json as it is; its Llama classes rebuild it,
+    each version in another way. Raises UserError for a tokenizer.model that cannot become a
+    tokenizer.json.
     """
     if "tokenizer.json" in tokenizer.files:
         fast = tokenizers.Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
@@ -54,10 +55,18 @@ def tokenizer_files(tokenizer, token: int) -> dict[str, dict | str]:
         fast.normalizer = normalizers.Sequence([])
         fast.pre_tokenizer = pre_tokenizers.Metaspace(WORD_MARK, "first", split=False)
 
-    fast.add_special_tokens([tokenizers.AddedToken("<image>", special=True, normalized=False)])
-    got = fast.token_to_id("<image>")
-    if got != token:
-        raise UserError("tokenizer.json", f"<image> became {got}, not {token}", "report this file")
+    named = {"image_token": "<image>"}
+    wanted = {"<image>": token}
+    if video is not None:
+        named["video_token"] = "<video>"
+        wanted["<video>"] = video
+    for mark, index in wanted.items():
+        fast.add_special_tokens([tokenizers.AddedToken(mark, special=True, normalized=False)])
+        got = fast.token_to_id(mark)
+        if got != index:
+            raise UserError(
+                "tokenizer.json", f"{mark} became {got}, not {index}", "report this file"
+            )
 
     settings = {}
     for key in ("model_max_length", "clean_up_tokenization_spaces"):
@@ -67,11 +76,11 @@ def tokenizer_files(tokenizer, token: int) -> dict[str, dict | str]:
     settings |= tokenizer.named
     settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "image_token": "<image>",
+        **named,
         # An answer continues from the last token of each prompt in a batch, so short prompts are
         # padded in front.
         "padding_side": "left",
-        "extra_special_tokens": {"image_token": "<image>"},
+        "extra_special_tokens": named,
         "model_input_names": ["input_ids", "attention_mask"],
     }
     return {"tokenizer.json": fast.to_str(pretty=True), "tokenizer_config.json": settings}
@@ -157,21 +166,22 @@ def from_pieces(tokenizer) -> tokenizers.Tokenizer:
 
 # ----------------------------------------------------------------------------------- chat template
 
-# Makes every content a string. It may come as one, or as a list of {"type": "text" | "image"}. One
-# image goes in front, as in training; several stay where they are.
+# Makes every content a string. It may come as one, or as a list of {"type": "text" | "image" |
+# "video"}. One image or video goes in front, as in training; several stay where they are.
 FLATTEN = """\
-{%- set ns = namespace(turns=[], text='', images=0) -%}
+{%- set ns = namespace(turns=[], text='', mark='', images=0) -%}
 {%- for message in messages -%}
 {%- if message.content is string -%}{%- set ns.text = message.content -%}
 {%- else -%}
 {%- set ns.text = '' -%}{%- set ns.images = 0 -%}
-{%- for part in message.content if part.type == 'image' -%}\
-{%- set ns.images = ns.images + 1 -%}{%- endfor -%}
+{%- for part in message.content if part.type in ('image', 'video') -%}
+{%- set ns.images = ns.images + 1 -%}{%- set ns.mark = '<' + part.type + '>\\n' -%}
+{%- endfor -%}
 {%- for part in message.content -%}
 {%- if part.type == 'text' -%}{%- set ns.text = ns.text + part.text -%}
-{%- elif ns.images > 1 -%}{%- set ns.text = ns.text + '<image>\\n' -%}{%- endif -%}
+{%- elif ns.images > 1 -%}{%- set ns.text = ns.text + '<' + part.type + '>\\n' -%}{%- endif -%}
 {%- endfor -%}
-{%- if ns.images == 1 -%}{%- set ns.text = '<image>\\n' + ns.text | trim -%}{%- endif -%}
+{%- if ns.images == 1 -%}{%- set ns.text = ns.mark + ns.text | trim -%}{%- endif -%}
 {%- endif -%}
 {%- set ns.turns = ns.turns + [{'role': message.role, 'content': ns.text}] -%}
 {%- endfor -%}
@@ -198,7 +208,8 @@ def chat_template(template, tokenizer) -> str:
         # A Llama vocabulary starts the text behind an image with a word mark of its own, as LLaVA's
         # training rows have it. transformers puts one at the very front only, so the template has a
         # blank, which gives the other.
-        flatten = flatten.replace("ns.text}", "ns.text | replace('<image>', '<image> ')}")
+        spaced = "ns.text | replace('<image>', '<image> ') | replace('<video>', '<video> ')}"
+        flatten = flatten.replace("ns.text}", spaced)
 
     if isinstance(template, templates.ChatTemplate):
         if template.lists:  # it takes lists of parts itself

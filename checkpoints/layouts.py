@@ -25,6 +25,7 @@ from torch import Tensor
 from checkpoints import (
     barellava,
     hf_llava,
+    llava_onevision,
     nanovlm,
     smolvlm,
     tinyllava,
@@ -91,6 +92,12 @@ LAYOUTS: dict[str, Layout] = {
         export_name="hf-llava",
     ),
     "llava_next": Layout(hf_llava.read_next, hf_llava.TABLE),
+    "llava_onevision": Layout(
+        llava_onevision.read,
+        llava_onevision.TABLE,
+        write=llava_onevision.write,
+        export_name="llava-onevision",
+    ),
     "smolvlm": Layout(
         smolvlm.read,
         smolvlm.TABLE,
@@ -221,6 +228,7 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         template=template,
         sources={"llm": c.llm, "vision": c.vision, "vision2": c.vision2},
         image_grids=c.image_grids,
+        image_views=c.image_views,
         frames=c.frames,
         fps=c.fps,
         places=places,

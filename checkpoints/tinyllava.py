@@ -233,6 +233,8 @@ def check_expressible(c: LLaVAConfig, encoder: str | None):
         what = f"{unknown_options[0]} of a {c.connector}"
     elif MODES[c.image_mode].tiled:
         where, what = "config.json:image_mode", c.image_mode
+    elif c.feature_norm:
+        where, what = "config.json:feature_norm", "norm behind the encoder's last block"
     elif c.image_scale != 1:
         where, what = "config.json", "image features scaled otherwise"
         fix = "use --to barellava or hf-llava"

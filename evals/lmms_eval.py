@@ -96,10 +96,12 @@ class Barellava(lmms):
         doc_to_visual, number, task, split = args[2:]
         shown = doc_to_visual(self.task_dict[task][split][number])
 
+        pictures = sum(isinstance(visual, Image.Image) for visual in shown or [])
+        views = self.llava.views.for_images(pictures)
         items = []
         for visual in shown or []:
             if isinstance(visual, Image.Image):
-                items.append(self.llava.views.picture(visual.convert("RGB")))
+                items.append(views.picture(visual.convert("RGB")))
             elif isinstance(visual, str):
                 items.append(self.video(visual, task))
             else:

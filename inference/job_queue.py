@@ -202,8 +202,11 @@ class JobQueue:
         finally:
             self.line.remove(ticket)
 
-    def picture(self, data: bytes) -> Item:
-        """Return the item of a picture file's bytes. Raises Refused."""
+    def picture(self, data: bytes, count: int = 1) -> Item:
+        """Return the item of a picture file's bytes. Raises Refused.
+
+        count: how many pictures the conversation has.
+        """
         try:
             # Opening reads the size and no pixels, so a huge picture costs nothing.
             with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as head:
@@ -220,7 +223,8 @@ class JobQueue:
 
         try:
             with self.decoding:
-                return self.model.views.picture(load_image(data))
+                views = self.model.views.for_images(count)
+                return views.picture(load_image(data))
         except ValueError as e:
             raise unreadable(str(e)) from None
 

@@ -8,7 +8,7 @@
     row       USER: <image>\nWho? ASSISTANT: A dog.</s>
     ids       1 3148 ... -200 -200 -200 ... 319 11203 29889 2     -200 is IMAGE_TOKEN
     labels    - -    ... -    -    -    ... 319 11203 29889 2     - is IGNORE: nothing is learned
-    items     [Item(pixels (v, 3, S, S), shape)]
+    items     [Item(pixels (v, 3, S, S), shape)]    in image mode native (patches, patch dim)
 
 The functions below it do one step each: the text, then pictures and videos, then the checks.
 
@@ -75,13 +75,14 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
     check_image_count(ids, media, where)
 
     # The items, which say how many positions each of them takes.
+    tiling = spec.views.for_images(len(media))
     items = []
     views = 0
     for one in media:
         if pixels:
-            item = load_medium(one, where, spec.views)
+            item = load_medium(one, where, tiling)
         else:
-            item = measure_media(one, where, spec.views)
+            item = measure_media(one, where, tiling)
         items.append(item)
         views += item.shape.views
         check_views(views, where, spec.views)
@@ -113,10 +114,12 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: Row | None = None) -> 
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
+    media = rows.media(i, row)
+    tiling = spec.views.for_images(len(media))
     items = []
     views = 0
-    for media in rows.media(i, row):
-        items.append(load_medium(media, where, spec.views))
+    for one in media:
+        items.append(load_medium(one, where, tiling))
         views += items[-1].shape.views
         check_views(views, where, spec.views)
     return items
@@ -173,18 +176,23 @@ def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemSha
     Raise as `load_item` does, for a file that has to be read.
     """
     if kind == "image":
-        if tiling.tiled:
+        if tiling.tiled or tiling.native:
             return tiling.shape(image_size(source))
         return ItemShape()
 
     tiling.check_video()
 
     # Without fps every video has the same number of frames, so none is opened.
+    frames = tiling.frames
     if tiling.fps:
         clip = video.probe(source)
-        taken = video.indices(clip, tiling.frames, tiling.fps)
-        return ItemShape(len(taken))
-    return ItemShape(tiling.frames)
+        frames = len(video.indices(clip, tiling.frames, tiling.fps))
+    if not tiling.native:
+        return ItemShape(frames)
+
+    # All frames have the size of the first one.
+    (first,) = video.frames(source, 1)
+    return tiling.clip_shape(frames, first.size)
 
 
 def load_medium(media: Media, where: str, tiling: Tiling) -> Item:

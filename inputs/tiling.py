@@ -1,4 +1,4 @@
-"""How a picture or a video becomes an item: one or more views, each a square for the encoder.
+"""How a picture or a video becomes an item: one or more views for the encoder.
 
     views = model.views                 # a Tiling: all that the data path needs of a model
     item = views.picture(pil_image)     # one view; tiled, the whole picture and then its tiles
@@ -16,17 +16,26 @@ The image modes, each a class below and an entry of MODES:
     anyres     LLaVA-NeXT's (Liu et al., 2024): resized into the best of `grids` in its own
                proportions, with black borders. The borders' tokens are taken out again, and a
                learnt separator ends each row of tokens (connectors.py)
+    anyres_max LLaVA-OneVision's (Li et al., 2024): anyres, made smaller where the tiles' tokens are
+               more than those of `max_views` views. Several pictures of a conversation are padded
+               and have one view each; frames of a video have a quarter of the tokens
     split      SmolVLM's and Idefics3's (Laurencon et al., 2024): the longest edge resized to
                `edge`, then both edges to whole views. Between the tiles stand tokens of text that
                say their row and column; the whole picture comes last
     split_nanovlm  nanoVLM's (Wiedmann et al., 2025): both edges resized to whole views, the longest
                one to `edge` at most. The whole picture comes first, resized in float32
+    native     SigLIP2-NaFlex's (Tschannen et al., 2025): one view in the picture's own proportions,
+               as large as a budget of patches allows. Its pixels are patches (h * w, patch dim),
+               and views of different sizes stand one behind the other
 
-For anyres, pixels and numbers of tokens are those of transformers' LlavaNext, for split those of
-its Idefics3ImageProcessorPil, for split_nanovlm those of nanoVLM's own code, their rounding
-included: a model that was trained with them would misread a picture that is one row shorter.
+In all modes but native a view is a square of S x S pixels.
 
-n tokens of a view, v views of an item, S x S pixels of a view.
+For anyres and anyres_max, pixels and numbers of tokens are those of transformers' LlavaNext and
+LlavaOnevision, for split those of its Idefics3ImageProcessorPil, for native those of its
+Siglip2ImageProcessorPil, for split_nanovlm those of nanoVLM's own code, their rounding included: a
+model that was trained with them would misread a picture that is one row shorter.
+
+n tokens of a view, v views of an item, S x S pixels of a view, h x w patches of a view.
 """
 
 from __future__ import annotations
@@ -34,7 +43,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import ceil, isqrt
+from math import ceil, isqrt, sqrt
 from typing import ClassVar
 
 import torch
@@ -43,7 +52,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import UserError
-from connectors import anyres_order, connector_tokens
+from connectors import Grid, anyres_order, connector_tokens
 from inputs.image_processor import ImageProcessor
 from packing import IMAGE_TOKEN, ONE_VIEW, Item, ItemShape
 
@@ -81,17 +90,19 @@ class Tiling:
     This is image mode square, in which a picture is one view. The other modes are its subclasses.
     """
 
-    # The name of the mode, whether it cuts pictures into tiles, and whether a learnt separator
-    # stands behind what the connector makes of an item (connectors.MLPWithNewline).
+    # The name of the mode, whether it cuts pictures into tiles, whether a learnt separator stands
+    # behind what the connector makes of an item (connectors.MLPWithNewline), and whether views have
+    # sizes of their own.
     mode: ClassVar[str] = "square"
     tiled: ClassVar[bool] = False
     newline: ClassVar[bool] = False
+    native: ClassVar[bool] = False
 
     # Of the pixels in an item. What is not uint8 is normalised already.
     dtype: ClassVar[torch.dtype] = torch.uint8
 
     # How many tokens a view becomes.
-    tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
+    tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture); native: at most
     connector: str = "identity"
     options: dict = field(default_factory=dict)  # the connector's
 
@@ -103,8 +114,9 @@ class Tiling:
     frames: int = 16  # at most so many where fps is set, else always so many, evenly spread
     fps: float = 0.0  # frames a second; 0: as many as `frames` says
 
-    # Rows and columns of a view's patches, for connectors that know them; None in a mixture.
-    grid: tuple[int, int] | None = None
+    # Rows and columns of a view's patches, for connectors that know them; None in a mixture and
+    # in native.
+    grid: Grid | None = None
 
     # For the modes split: pixels of the longest edge, and {string: its ids} of the marks.
     edge: int = 0
@@ -113,20 +125,40 @@ class Tiling:
     # For split_nanovlm: whether the longest edge always becomes `edge`, or only what is larger.
     enlarge: bool = False
 
+    # For image mode anyres_max: about how many views' tokens those of all tiles are at most.
+    max_views: int = 9
+
     def check_marks(self):
         """Raise UserError where a mark that the mode writes into the text has no ids."""
+
+    def for_images(self, count: int) -> Tiling:
+        """Return how the pictures of a row or conversation that has so many of them are seen."""
+        return self
 
     def shape(self, size: tuple[int, int]) -> ItemShape:
         """Return the shape of the item that a picture of this width and height becomes."""
         return ONE_VIEW
 
+    def clip_shape(self, frames: int, size: tuple[int, int]) -> ItemShape:
+        """Return the shape of the item that so many frames of this width and height become."""
+        return ItemShape(frames)
+
     def largest(self) -> list[ItemShape]:
-        """Return shapes of pictures of which one takes the most tokens."""
+        """Return shapes of pictures of which one takes the most tokens; the first has one view."""
         return [ONE_VIEW]
+
+    def grid_of(self, shape: ItemShape) -> Grid | None:
+        """Return rows and columns of the patches of each view of an item; None in a mixture."""
+        return self.grid
 
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
         """Return how many tokens an item takes in the text."""
         return connector_tokens(self.connector, self.tokens, shape.views, self.grid, **self.options)
+
+    @property
+    def tokens_text(self) -> str:
+        """Return how many tokens a picture of one view takes, for people."""
+        return f"{self.positions()}"
 
     def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
         """Return an item's text: ids of marks, and IMAGE_TOKEN for each feature."""
@@ -139,6 +171,15 @@ class Tiling:
         that is the last one.
         """
         return output
+
+    def pixels_size(self, shape: ItemShape) -> tuple[int, ...]:
+        """Return the size of the tensor of an item's pixels."""
+        side = self.processor.side
+        return (shape.views, 3, side, side)
+
+    def seen(self, item: Item) -> list[Tensor]:
+        """Return the pictures (3, height, width) that the views of an item show."""
+        return list(item.pixels)
 
     def pixels_of_frame(self, size: tuple[int, int]) -> int:
         """Return how many pixels `frame` makes of a picture of this width and height, at most."""
@@ -305,10 +346,15 @@ class AnyresTiling(TilesTiling):
 
         # The whole picture, then its tiles as one large picture of tokens, without its borders and
         # with a separator behind each row.
-        side = isqrt(self.tokens)  # of a view, in tokens
+        height, width = self.size_in_tokens(shape)
+        return self.tokens + height * (width + 1)
+
+    def size_in_tokens(self, shape: ItemShape) -> tuple[int, int]:
+        """Return height and width of the picture that all tiles are, without its borders."""
+        side = isqrt(self.tokens)  # of a view
         height = shape.rows * side - 2 * shape.top
         width = shape.columns * side - 2 * shape.left
-        return self.tokens + height * (width + 1)
+        return height, width
 
     def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
         # Only tiled pictures have rows to separate.
@@ -356,6 +402,109 @@ class AnyresTiling(TilesTiling):
         canvas = Image.new("RGB", (width, height))
         canvas.paste(resized, (left, top))
         return canvas
+
+
+# A picture that is a single view in mode anyres_max. ONE_VIEW is a video of one frame there.
+PADDED = ItemShape(1, 1, 1)
+
+
+class AnyresMaxTiling(AnyresTiling):
+    """Image mode anyres_max: LLaVA-OneVision's, anyres with a bound on the tiles' tokens.
+
+    An item without rows is a video.
+    """
+
+    mode = "anyres_max"
+
+    def for_images(self, count: int) -> Tiling:
+        if count > 1:
+            return SeveralPadded(**vars(self))
+        return self
+
+    def largest(self) -> list[ItemShape]:
+        # The largest grid is made smaller, so a picture with borders can have more tokens.
+        shapes = [PADDED]
+        side = isqrt(self.tokens)
+        for rows, columns in self.grids:
+            views = 1 + rows * columns
+            for top in range(rows * side // 2):
+                shapes.append(ItemShape(views, rows, columns, top, 0))
+            for left in range(columns * side // 2):
+                shapes.append(ItemShape(views, rows, columns, 0, left))
+        return shapes
+
+    def positions(self, shape: ItemShape = PADDED) -> int:
+        side = isqrt(self.tokens)
+        if not shape.rows:
+            return shape.views * ceil(side / 2) ** 2 + 1
+        if shape == PADDED:
+            return self.tokens + 1
+
+        height, width = self.made_smaller(*self.size_in_tokens(shape))
+        return self.tokens + height * (width + 1)
+
+    def made_smaller(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width, in tokens, to which the large picture is interpolated.
+
+        The arithmetic is that of transformers' pack_image_features, which fails where nothing
+        would be left of the shorter side.
+        """
+        ratio = sqrt(height * width / (self.max_views * self.tokens))
+        if ratio <= 1.1:
+            return height, width
+        return max(1, int(height // ratio)), max(1, int(width // ratio))
+
+    def arrange(self, output: Tensor, shape: ItemShape) -> Tensor:
+        tokens = output[:-1]
+        newline = output[-1:]
+
+        # The frames of a video, each a quarter as large, then one separator.
+        side = isqrt(len(tokens) // shape.views)
+        if not shape.rows:
+            frames = tokens.unflatten(0, (shape.views, side, side))
+            half = ceil(side / 2)
+            return torch.cat([interpolate(frames, half, half).flatten(0, 2), newline])
+
+        # One of several pictures, then one separator.
+        if shape == PADDED:
+            return output
+
+        order = anyres_order(shape, side**2, output.device)
+        size = self.size_in_tokens(shape)
+        height, width = self.made_smaller(*size)
+        if (height, width) == size:
+            return output[order]
+
+        # The whole picture stays. That of all tiles is made smaller, and then gets its separators.
+        large = order[side**2 :].view(size[0], size[1] + 1)[:, :-1]
+        large = interpolate(output[large][None], height, width)[0]  # (height, width, D)
+        separators = newline.expand(height, 1, -1)
+        rows = torch.cat([large, separators], dim=1)  # (height, width + 1, D)
+        return torch.cat([tokens[: side**2], rows.flatten(0, 1)])
+
+
+class SeveralPadded(AnyresMaxTiling):
+    """What mode anyres_max makes of each of several pictures: made square, one view."""
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        return PADDED
+
+    def largest(self) -> list[ItemShape]:
+        return [PADDED]
+
+    def pixels_made(self, size: tuple[int, int]) -> int:
+        return self.processor.pixels_made(size, "pad")
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        return Item(self.processor.pixels(image, "pad")[None], PADDED)
+
+
+def interpolate(x: Tensor, height: int, width: int) -> Tensor:
+    """Return grids of tokens (N, h, w, D) as (N, height, width, D), bilinearly."""
+    x = x.permute(0, 3, 1, 2).contiguous()
+    x = F.interpolate(x, (height, width), mode="bilinear")
+    return x.permute(0, 2, 3, 1)
 
 
 # The strings around pictures of SmolVLM and Idefics3, and the most pixels and tiles along an edge.
@@ -623,12 +772,75 @@ class NanoTiling(SplitTiling):
         return shortest, longest
 
 
+class NativeTiling(Tiling):
+    """Image mode native: a view keeps the proportions of its picture, for a NaFlex.
+
+    All frames of a video have the size of its first one.
+    """
+
+    mode = "native"
+    native = True
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        return self.clip_shape(1, size)
+
+    def clip_shape(self, frames: int, size: tuple[int, int]) -> ItemShape:
+        rows, columns = self.processor.grid_of(size)
+        return ItemShape(frames, height=rows, width=columns)
+
+    def largest(self) -> list[ItemShape]:
+        # Of the grids with as many patches as there may be, that nearest to a square.
+        rows = isqrt(self.tokens)
+        while self.tokens % rows:
+            rows -= 1
+        return [ItemShape(height=rows, width=self.tokens // rows)]
+
+    def grid_of(self, shape: ItemShape) -> Grid:
+        # Where nothing is known of a picture, it is the largest.
+        if shape.height == 0:
+            shape = self.largest()[0]
+        return shape.height, shape.width
+
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        rows, columns = grid = self.grid_of(shape)
+        return connector_tokens(self.connector, rows * columns, shape.views, grid, **self.options)
+
+    @property
+    def tokens_text(self) -> str:
+        return f"at most {self.positions()}"
+
+    def pixels_size(self, shape: ItemShape) -> tuple[int, ...]:
+        return (shape.length, 3 * self.processor.patch_size**2)
+
+    def seen(self, item: Item) -> list[Tensor]:
+        grid = self.grid_of(item.shape)
+        views = item.pixels.unflatten(0, (item.shape.views, -1))
+        return [self.processor.picture(patches, grid) for patches in views]
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        return Item(self.processor.pixels(image), self.shape(image.size))
+
+    def clip(self, frames: Iterable[Image.Image]) -> Item:
+        views = []
+        shape = ONE_VIEW
+        for frame in frames:
+            if not views:
+                self.check_size(frame.size)
+                shape = self.shape(frame.size)
+            views.append(self.processor.patches_of(frame, self.grid_of(shape)))
+            self.check_views(len(views))
+        return Item(torch.cat(views), shape._replace(views=len(views)))
+
+
 # Keyed by the mode's name in a recipe and in config.json.
 MODES: dict[str, type[Tiling]] = {
     "square": Tiling,
     "pad": PaddedTiling,
     "tiles": TilesTiling,
     "anyres": AnyresTiling,
+    "anyres_max": AnyresMaxTiling,
     "split": SplitTiling,
     "split_nanovlm": NanoTiling,
+    "native": NativeTiling,
 }

@@ -277,6 +277,7 @@ TEMPLATE = {
     "qwen2": "qwen2_base",
     "qwen2.5-0.5b": "qwen2_base",
     "qwen2.5-3b": "qwen2_base",
+    "qwen3-0.6b": "chat",
     "smollm2-360m": "chat",
 }
 
@@ -318,7 +319,8 @@ def test_a_recipe_states_what_it_is_and_only_what_differs(file):
     }  # these say the important things even where they are defaults
 
 
-APART = {"demo", "moving", "custom-lora", "own", "smolvlm-256m-finetune"}
+FINETUNED = {"smolvlm-256m-finetune", "onevision-0.5b-finetune"}  # a published model's own
+APART = {"demo", "moving", "custom-lora", "own"} | FINETUNED
 WHOLE = [f for f in RECIPES if f.stem not in GROUND | APART]
 
 

@@ -154,13 +154,13 @@ def test_the_chat_goes_on_after_a_mistake(folder):
 
 
 def test_a_wrong_model_is_one_line(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llava_onevision"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llava_nothing"}')
     wrong = (
         run("generate.py", "--model", tmp_path, "--prompt", "x", ok=False)
         .stderr.strip()
         .splitlines()
     )
-    assert len(wrong) == 1 and "'llava_onevision' is no layout known here; fix: " in wrong[0]
+    assert len(wrong) == 1 and "'llava_nothing' is no layout known here; fix: " in wrong[0]
 
 
 # ---------------------------------------------------------------------------- options and mistakes

@@ -151,7 +151,7 @@ def test_a_conversation_is_the_prompt_of_all_its_turns(jobs, url):
     ]
     talk += [{"role": "assistant", "content": "red"}, {"role": "user", "content": "Sure?"}]
     seen = []
-    turns, pictures = serve.read_messages(talk, lambda url: seen.append(url), 2)
+    turns, pictures = serve.read_messages(talk, lambda url, count: seen.append(url), 2)
     assert [t["from"] for t in turns] == ["system", "human", "gpt", "human"] and len(
         pictures
     ) == len(seen) == 1
@@ -1078,7 +1078,12 @@ def page(jobs):
 def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
     Image.new("RGB", (60, 40)).save(folder / "secret.png")
     seen, real = [], jobs.picture
-    monkeypatch.setattr(jobs, "picture", lambda data: seen.append(data) or real(data))
+
+    def picture(data, count):
+        seen.append((data, count))
+        return real(data, count)
+
+    monkeypatch.setattr(jobs, "picture", picture)
 
     def send(path):
         data = [
@@ -1106,7 +1111,9 @@ def test_the_page_takes_no_path_of_the_server(jobs, page, folder, monkeypatch):
     given = post(
         page, boundary, "/gradio_api/upload", **{"Content-Type": "multipart/form-data; boundary=x"}
     )[1]
-    assert send(given[0]) is True and seen == [png()]  # the same request with what was uploaded
+    assert send(given[0]) is True and seen == [
+        (png(), 1)
+    ]  # the same request with what was uploaded
 
 
 def test_a_client_that_leaves_the_page_leaves_no_traceback(page, capfd):

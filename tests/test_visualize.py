@@ -2,6 +2,7 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from inputs.templates import encode_prompt
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import IMAGE_TOKEN
+from tests.tools import decoding_models
 from tests.tools.environment import ROOT, run
 
 TEXT = {
@@ -36,6 +38,7 @@ VISION = {
     "image_size": 48,
 }
 MADE = [270, 300, 17]
+PLAIN = SimpleNamespace(scale=None, window=None)  # of an attention layer
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,19 @@ def test_probabilities_are_those_of_the_model(folder):
     assert answer.ids[answer.first :].tolist() == MADE
 
 
+@pytest.mark.parametrize(
+    "family, change", [("gemma3_text", {"query_pre_attn_scalar": 7}), ("phi3", {})]
+)
+def test_probabilities_are_those_of_models_with_windows_scales_and_long_ropes(family, change):
+    model = decoding_models.build(family, **change)
+    prompt, answer = [5, IMAGE_TOKEN, 9, 11, 8, 31], [40, 3, 17]
+    picture = torch.randint(0, 255, (3, 16, 16)).byte()
+    seen = visualize.inspect_answer(model, prompt, answer, picture)
+    pixels = model.vision_tower.processor.normalise(picture[None])
+    logits = model(torch.tensor([prompt + answer]), pixels).logits[0, -4:-1]
+    torch.testing.assert_close(seen.probabilities, logits.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
 def test_attention_is_causal_and_moves_the_answer(folder):
     """Its probabilities sum to 1, none is on the future, and the output is that of torch."""
     model, _, picture, prompt = read(folder)
@@ -75,7 +91,7 @@ def test_attention_is_causal_and_moves_the_answer(folder):
         assert (answer.attention[:, w, : answer.first + w] > 0).all()
     q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
     seen = []
-    out = visualize.recording_attention(slice(3, 5), seen)(0, q, k, v)
+    out = visualize.recording_attention(slice(3, 5), seen)(PLAIN, q, k, v)
     exact = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
     )

@@ -308,6 +308,11 @@ def test_anyres_becomes_llava_next(version, tmp_path):
         (lambda: small(connector="mlp3x_gelu"), "two-layer MLP"),
         (lambda: small(connector="linear"), "two-layer MLP"),
         (lambda: small(image_mode="tiles"), "image mode tiles: .*; fix: export to barellava$"),
+        (lambda: small(image_mode="anyres_max"), "image mode anyres_max: .*; fix: export to barel"),
+        (
+            lambda: small("llama", "siglip", feature_norm=True, feature_layer=-1),
+            "behind the encoder's final norm: .*; fix: export to barellava$",
+        ),
         (
             lambda: small(image_mode="anyres", edge=14),
             "12 pixels cropped from 14: .*; fix: export to barellava$",

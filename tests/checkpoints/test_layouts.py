@@ -25,14 +25,20 @@ def test_unknown_layout_and_incomplete_config_are_one_line(tmp_path):
 FEW = (None, True, -1, 2**40, float("nan"), "x", {"a": []})
 
 
-@pytest.mark.parametrize("layout", ["barellava", "tinyllava", "hf-llava"])
+@pytest.mark.parametrize("layout", ["barellava", "tinyllava", "hf-llava", "llava-onevision"])
 def test_a_wrong_field_is_named_with_its_file(layout, tmp_path):
     """Each field of config.json and preprocessor_config.json with each odd value."""
     mode = "square"
+    tower = "clip"
+    select = "patch"
     if layout == "hf-llava":
         mode = "anyres"
+    if layout == "llava-onevision":
+        mode = "anyres_max"
+        tower = "siglip"
+        select = "cls_patch"
     folder = tmp_path / "model"
-    model = small("qwen2", "clip", image_mode=mode, image_grids="1x2 2x1")
+    model = small("qwen2", tower, image_mode=mode, image_grids="1x2 2x1", feature_select=select)
     export(model, None, layout, folder)
 
     for name in ("config.json", "preprocessor_config.json"):

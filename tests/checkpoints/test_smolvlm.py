@@ -1,6 +1,7 @@
 """SmolVLM and Idefics3: pixels, ids, logits and files are those of transformers."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,19 +10,24 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoints.files import read_json
+from checkpoints.folder import named_tensors
 from checkpoints.layouts import read_config
+from checkpoints.smolvlm import TABLE
 from config import UserError
+from evals.own_rows import room_for_answers
 from export import export
+from inference.answer import answer
 from inputs import templates
 from inputs.pictures import load_image
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec, make_sample
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
-from packing import IMAGE_TOKEN
+from packing import IGNORE, IMAGE_TOKEN, expand_images
 from tests.tools.environment import ROOT, run, shared
 from tests.tools.sample_rows import turns
 from tests.tools.small_llava import small
+from tests.tools.training_runs import one_line
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install .[dev]")
 
@@ -247,6 +253,58 @@ def check_answer(model, tok, theirs, processor, question: str, images: list):
     assert tokens == new[0, inputs["input_ids"].size(1) :].tolist()
 
 
+def test_gradients_are_those_of_transformers(made):
+    """Of every weight, from the loss of a row with three pictures, two of them split."""
+    _, folder, theirs, processor = made
+    model = LLaVA.from_pretrained(folder).requires_grad_(True)
+    images = [photos()[1], drawn((30, 30)), photos()[4]]
+    messages = asked("Which of them is a horse?", 3)[1]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "The first."}]})
+    prompt = processor.apply_chat_template(messages)
+    inputs = processor(text=[prompt], images=[images], return_tensors="pt")
+
+    conversation = asked("Which of them is a horse?", 3)[0]
+    conversation.append({"from": "gpt", "value": "The first."})
+    ids, labels = map(torch.tensor, templates.encode(conversation, load_tokenizer(folder), "chat"))
+    items = [model.views.picture(image) for image in images]
+    counts = [model.views.positions(item.shape) for item in items]
+    assert (labels != IGNORE).sum() >= 5
+
+    theirs.zero_grad()
+    want = theirs(**inputs, labels=expand_images(ids, counts, labels)[None]).loss
+    want.backward()
+    got = model(ids[None], items, labels=labels[None]).loss
+    got.backward()
+    assert (got - want).abs() <= 1e-5
+
+    # The writer gives them the names of transformers, as it does the weights.
+    for p in model.parameters():
+        p.data = p.grad
+    grads = named_tensors(model, TABLE)
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        # A key's bias is zero but for rounding: it moves all scores of a query alike.
+        error = (grad - expected[name]).norm()
+        assert error <= 1e-4 * expected[name].norm() + 1e-5, name
+
+
+def test_logits_in_bf16_are_close_to_those_in_fp32(made):
+    _, folder, theirs, processor = made
+    model = LLaVA.from_pretrained(folder, dtype=torch.bfloat16)
+    images = photos()[2:4]
+    conversation, messages = asked("And?", 2)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[images], return_tensors="pt")
+    ids = templates.encode_prompt(conversation, load_tokenizer(folder), "chat")
+    items = [model.views.picture(image) for image in images]
+    with torch.no_grad():
+        want = theirs(**inputs).logits
+        got = model(torch.tensor([ids]), items).logits
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() <= 2e-2 * want.norm()
+
+
 def test_the_folder_goes_back_bit_for_bit(made, tmp_path):
     kind, folder, theirs, processor = made
     out = tmp_path / "out"
@@ -392,6 +450,57 @@ def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path
     cls = getattr(transformers, f"{kind}ForConditionalGeneration")
     _, info = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info[key] for key in info), info
+
+
+def test_such_a_folder_is_evaluated_and_looked_into(made, tmp_path):
+    """Answers in one batch are those of each row alone; the page has a heat map of each token."""
+    folder = tmp_path / "model"
+    shutil.copytree(made[1], folder)
+    rows = []
+    for i, size in enumerate([(40, 60), (60, 40), (9, 8)]):
+        drawn(size).save(tmp_path / f"{i}.png")
+        conversation = turns("<image>\nWhat is this?", "A horse.")
+        rows.append({"id": f"{i}", "image": f"{i}.png", "conversations": conversation})
+    conversation = turns("<image> or <image>?", "The first.")
+    rows.append({"id": "two", "image": ["2.png", "0.png"], "conversations": conversation})
+    rows.append({"id": "text", "conversations": turns("Who?", "A dog.")})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    model = LLaVA.from_pretrained(folder)
+    tok = load_tokenizer(folder)
+    room = room_for_answers([{"label": ["A horse.", "The first.", "A dog."]}], tok)
+    want = []
+    for row in rows:
+        names = row.get("image", [])
+        if isinstance(names, str):
+            names = [names]
+        items = [model.views.picture(load_image(tmp_path / name)) for name in names]
+        question = row["conversations"][:1]
+        want += answer(model, tok, [question], [items], max_new_tokens=room)
+    assert len(set(want)) >= 4
+
+    data = tmp_path / "rows.json"
+    run("evaluate.py", "--model", folder, "--task", "rows", "--data", data, "--blank")
+    lines = (folder / "eval" / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == want
+
+    out = tmp_path / "page"
+    looked = ("--model", folder, "--image", tmp_path / "0.png", "--prompt", "Who?")
+    run("visualize.py", *looked, "--max-new-tokens", 3, out)
+    assert {file.name for file in out.glob("token-*")} == {f"token-{i}.png" for i in (1, 2, 3)}
+    assert "whole, without its tiles" in (out / "index.html").read_text().replace("\n", " ")
+
+
+def test_a_folder_without_a_chat_template_is_one_line(made, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(made[1], folder)
+    (folder / "chat_template.jinja").unlink()
+    drawn((40, 60)).save(tmp_path / "0.png")
+    asks = ("generate.py", "--image", tmp_path / "0.png", "--prompt", "Who?")
+    for script in (asks, ("export.py", "--to", made[0].lower(), tmp_path / "out")):
+        done = run(*script, "--model", folder, ok=False)
+        assert "no chat template; fix: " in one_line(done)
+    assert not (tmp_path / "out").exists()
 
 
 # The chat template of a language model that has never heard of pictures.

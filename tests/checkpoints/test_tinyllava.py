@@ -23,6 +23,10 @@ from tests.tools.small_llava import GOLDEN, SIDE, small
     [
         ({"connector": "mean_mlp2x_gelu"}, "no mean_mlp2x_gelu"),
         ({"image_mode": "tiles"}, "no tiles"),
+        (
+            {"tower": "siglip", "feature_norm": True, "feature_layer": -1},
+            "no norm behind the encoder's last block",
+        ),
         ({"family": "gemma", "image_scale": 0.5}, "image features scaled otherwise"),
         ({"family": "phi", "head": False}, "a Phi without a bias on its head"),
     ],

@@ -20,6 +20,7 @@ from evals import llava_bench, mmvet
 from evals.judge import Judge
 from inference.answer import answer
 from inputs.templates import encode
+from inputs.tiling import MODES, PADDED
 from model import Output
 from packing import IGNORE
 from tests.tools.benchmark_files import CASES, FILES, evaluated, mmvet_files, png, tiny_model
@@ -281,6 +282,13 @@ def test_lmms_eval_gets_the_answers_that_evaluate_gets(adapter, model):
         [SimpleNamespace(args=(args[3][0], args[3][1] | {"until": answers[3][1]}, *args[3][2:]))]
     )
     assert answers[3] and stopped == answers[3][:1].strip()
+
+    # Where several pictures are seen otherwise than one, they are counted.
+    options = vars(lm.llava.views) | {"grids": ((1, 2), (2, 1))}
+    lm.llava.views = MODES["anyres_max"](**options)
+    shapes = [[item.shape for item in lm.items(args[i])] for i in range(3)]
+    assert shapes[0][0].views == 3 and shapes[1:] == [[], [PADDED, PADDED]]
+
     for shown, why in (
         (b"x", "it shows a bytes; fix: take a task of pictures"),
         ("none.mp4", "none.mp4: no such file"),

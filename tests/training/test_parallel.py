@@ -19,10 +19,10 @@ from config import Stage, Tune, UserError
 from inference import generation
 from inference.engine import is_plain
 from packing import EMPTY
-from tests.tools import bf16_modes
+from tests.tools import bf16_modes, mixed_batches
 from tests.tools.environment import run
 from tests.tools.small_llava import small
-from tests.tools.training_runs import TRAIN, losses, on_ranks
+from tests.tools.training_runs import NATIVE, TRAIN, losses, on_ranks
 from training import parallel, state
 from training.parallel import ParallelModel
 from training.ranks import Ranks
@@ -85,8 +85,21 @@ def test_ddp_and_sharded_ranks_change_nothing(recipe, whole_run):
         assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
 
 
-def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp_path):
-    """A rank has tiles where another has a clip or text alone: none waits, losses are equal."""
+MODES = (
+    ["model.image_mode=anyres"],
+    ["model.image_mode=anyres_max", "model.image_views=2"],
+    NATIVE,
+)
+
+
+@pytest.mark.parametrize("mode_change", MODES, ids=lambda c: c[0])
+def test_ranks_with_pictures_videos_and_text_change_nothing(
+    recipe, tiny_world, tmp_path, mode_change
+):
+    """A rank has tiles where another has a clip or text alone: none waits, losses are equal.
+
+    Or it has pictures of other grids.
+    """
     rows = json.loads((tiny_world / "finetune.json").read_text())[:60]
     for row in rows[::3]:
         if name := row.pop("image", None):
@@ -95,9 +108,20 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
             frames[0].save(
                 tmp_path / row["video"], save_all=True, append_images=frames[1:], duration=100
             )
-    for row in rows:
-        if "image" in row:
-            row["image"] = str(tiny_world / "images" / row["image"])
+    for i, row in enumerate(rows):
+        if "image" not in row:
+            continue
+        picture = Image.open(tiny_world / "images" / row["image"])
+        size = (20 + 7 * (i % 9), 20 + 5 * (i % 7))
+
+        # Some pictures are wide, and some rows have two.
+        if i % 4 == 0:
+            size = (96, 90)
+        row["image"] = f"{row['id']}.png"
+        picture.resize(size).save(tmp_path / row["image"])
+        if i % 4 == 1:
+            row["image"] = [row["image"], row["image"]]
+            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     change = [
         f"stage.finetune.data={tmp_path}/rows.json",
@@ -107,16 +131,25 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
         "stage.finetune.steps=4",
         "stage.pretrain.steps=2",
         "model.connector=mlp2x_gelu",
-        "model.image_mode=anyres",
         "model.frames=3",
+        *mode_change,
     ]
     file, out = recipe("alone")
     run("train.py", file, *change)
-    want = losses(out)
+    want, model = losses(out), load_file(out / "model.safetensors")
     for mode in ("ddp", "fsdp"):
         file, out = recipe(mode)
         on_ranks(2, file, *change, f"train.parallel={mode}")
         assert len(want) == 6 and losses(out) == pytest.approx(want, rel=1e-5), mode
+        got = load_file(out / "model.safetensors")
+        assert got.keys() == model.keys()
+        assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
+
+
+def test_packed_batches_of_all_kinds_are_each_row_alone_with_every_connector():
+    """Losses and gradients of text, pictures, tiles and videos, in one process and on two ranks."""
+    code = "from tests.tools import mixed_batches; mixed_batches.main()"
+    assert on_ranks(2, code=code).stdout.count("equal") == len(mixed_batches.CASES)
 
 
 def test_sharded_bf16_is_what_copies_compute():

@@ -44,6 +44,7 @@ from tests.tools.small_llava import SIDE, TEXT, VISION, small
 from tests.tools.vocabularies import train_pieces
 
 VOCAB = 400  # more than any tokenizer here has
+EXPORTS = ("barellava", "tinyllava", "hf-llava", "llava-onevision")
 OPTIONS = LoRA(r=2, alpha=3.0, dropout=0.0, targets="q_proj,v_proj")
 ENCODERS = {
     "clip": VISION | {"model_type": "clip_vision_model"},
@@ -81,6 +82,15 @@ def good_folders() -> Path:
         "llama-clip-anyres": small(
             "llama", "clip", VOCAB, image_mode="anyres", image_grids="1x2 2x1", template="plain"
         ),
+        "qwen2-siglip-anyres-max": small(
+            "qwen2",
+            "siglip",
+            VOCAB,
+            image_mode="anyres_max",
+            image_grids="1x2 2x1",
+            feature_select="cls_patch",
+            template="plain",
+        ),
         "llama-siglip-resampler": small(
             "llama",
             "siglip",
@@ -105,7 +115,7 @@ def good_folders() -> Path:
         ),
     }
     for name, model in models.items():
-        for layout in ("barellava", "tinyllava", "hf-llava"):
+        for layout in EXPORTS:
             try:
                 export(model, tokenizer, layout, root / f"{layout}-{name}")
             except UserError:
@@ -359,9 +369,10 @@ def check_finite(logits: torch.Tensor):
 def use_model(folder: Path, layout: str):
     """Do with a whole model what generate.py, train.py, data.py and export.py do."""
     recipe = Model(checkpoint=str(folder), allow_pickle=True)
-    tiling_of(layouts.config_from_recipe(recipe, "plain")).positions()
+    template = "chat" if layout == "smolvlm" else "plain"
+    tiling_of(layouts.config_from_recipe(recipe, template)).positions()
 
-    model = LLaVA.from_parts(recipe, "plain").eval()
+    model = LLaVA.from_parts(recipe, template).eval()
     item = model.views.picture(Image.new("RGB", (30, 20), (200, 10, 60)))
     with torch.no_grad():
         check_finite(model(torch.tensor([[1, IMAGE_TOKEN, 5]]), [item]).logits)
@@ -566,7 +577,7 @@ def case(rng: random.Random, folder: Path) -> Case:
     if file.suffix == ".safetensors":
         kind = f"{spoil.__name__.removeprefix('spoil_')} of weights"
 
-    layout = rng.choice(("barellava", "tinyllava", "hf-llava"))
+    layout = rng.choice(EXPORTS)
     return Case(kind, f"{name}/{file.relative_to(copy)}: {what}", partial(use, copy, layout))
 
 

@@ -72,7 +72,7 @@ PLAYLISTS = {
 def spec(mode: str, crop: bool) -> SampleSpec:
     """Return a small spec of an image mode, with the processor of CLIP or of SigLIP."""
     processor = ImageProcessor(24, crop=24 if crop else 0)
-    grids = ((1, 2), (2, 1), (2, 2)) if mode in ("tiles", "anyres") else ()
+    grids = ((1, 2), (2, 1), (2, 2)) if MODES[mode].tiled else ()
     views = MODES[mode](9, processor=processor, grids=grids, frames=3)
     return SampleSpec(byte_tokenizer(), "plain", 4096, views)
 
@@ -203,7 +203,7 @@ def case_of_picture(rng: random.Random, folder: Path) -> Case:
     name = f"a.{PICTURES[kind]}"
     (folder / name).write_bytes(content)
     (folder / "rows.json").write_text(json.dumps([row("x", image=name)]))
-    mode = rng.choice(("square", "pad", "tiles", "anyres"))
+    mode = rng.choice(("square", "pad", "tiles", "anyres", "anyres_max"))
     run = partial(use, folder / "rows.json", mode, rng.random() < 0.5)
     return Case(f"picture, {kind}", f"{mode}, {what}", run)
 
