@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench.common import OURS
-from bench.nanovlm import HALF, THEIRS, TOY, judge, table
+from bench.nanovlm import SMALL, THEIRS, TOY, judge, table
 from checkpoints.nanovlm import DEFAULTS
 from tests.tools.environment import ROOT, run
 from tests.tools.nanovlm import REFERENCE
@@ -65,12 +65,12 @@ def test_numbers_targets_and_what_is_wrong():
 
 
 def test_sizes_are_half_of_nanovlm():
-    """Widths, blocks and pixels; a view has a quarter of the tokens, and so has a row."""
-    for key, value in HALF.items():
+    """Widths and pixels along an edge; a quarter of blocks, tokens of a view and of a row."""
+    for key, value in SMALL.items():
         assert value * 2 == DEFAULTS[key] or value * 4 == DEFAULTS[key], key
-    quarter = {key for key, value in HALF.items() if value * 4 == DEFAULTS[key]}
-    assert quarter == {"lm_max_length", "mp_image_token_length"}
-    assert TOY.keys() >= HALF.keys()
+    quarter = {key for key, value in SMALL.items() if value * 4 == DEFAULTS[key]}
+    assert quarter == {"lm_max_length", "mp_image_token_length", "vit_n_blocks", "lm_n_blocks"}
+    assert TOY.keys() >= SMALL.keys()
 
 
 def test_a_folder_without_nanovlm_is_one_line(tmp_path):
