@@ -19,8 +19,8 @@ barellava   train.py's own functions on micro-batches packed up to the tokens of
             size is free: it decides how much memory is taken
 nanoVLM     what its train.py does: its ConstantLengthDataset packs rows into sequences, its
             VQACollator fills these up to the full length, two of them are a batch. It packs a
-            buffer of eight lengths into five sequences more than they need, so a third of the
-            positions is empty
+            buffer of eight lengths into five sequences more than they need, so more than a third
+            of the positions is empty
 
 nanoVLM's packed rows see each other, and the loss of each batch counts alike, whatever is
 supervised in it: the losses of the step are not the same, and are not compared. Loading, resizing
