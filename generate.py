@@ -29,7 +29,7 @@ from command_line import within
 from config import UserError
 from inference.answer import before_stop, place_images
 from inference.streaming import TextStream
-from inputs.sample import load_item
+from inputs.sample import load_item, user_error
 from inputs.templates import encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from kernels import default_dtype
@@ -90,7 +90,7 @@ class Chat:
             raise
         except ValueError as e:
             # What is wrong with a damaged file, without what to do about it.
-            raise UserError(name, str(e), f"give another {kind_of} file") from None
+            raise user_error(name, e, f"give another {kind_of} file") from None
         self.items = items
         self.shown = shown
         self.views = views

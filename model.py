@@ -1677,7 +1677,7 @@ class LLaVA(nn.Module):
         images and placeholders disagree.
         """
         rows = without_padding(input_ids, attention_mask)
-        features = self.encode_items(match_images(rows, images))
+        features = self.encode_items(match_images(rows, images, self.views.one_view))
         counts = [len(f) for f in features]
         packed = pack_prompts(rows, counts)
         hidden = self._decode(packed, features)
@@ -1757,7 +1757,7 @@ class LLaVA(nn.Module):
         self._check_ids(input_ids)
         device = self.language_model.lm_head.weight.device
         prompts = [ids.to(device) for ids in input_ids]
-        items = match_images(prompts, images)
+        items = match_images(prompts, images, self.views.one_view)
 
         if num_beams > 1:
             if temperature or stream or until:

@@ -91,24 +91,30 @@ def length_of(shapes: Sequence[ItemShape]) -> int:
     return sum(shape.length for shape in shapes)
 
 
-def as_items(images: Tensor | Sequence[Item]) -> list[Item]:
-    """Return pictures (N, 3, height, width) as items of one view each, and items as they are."""
+def as_items(images: Tensor | Sequence[Item], one_view: ItemShape = ONE_VIEW) -> list[Item]:
+    """Return pictures (N, 3, height, width) as items of one view each, and items as they are.
+
+    one_view: the shape of a picture without tiles, which the image mode decides.
+    """
     if isinstance(images, Tensor):
-        return [Item(image[None]) for image in images]
+        return [Item(image[None], one_view) for image in images]
     return list(images)
 
 
-def match_images(rows: list[Tensor], images: Tensor | Sequence[Item] | None) -> list[Item]:
+def match_images(
+    rows: list[Tensor], images: Tensor | Sequence[Item] | None, one_view: ItemShape = ONE_VIEW
+) -> list[Item]:
     """Return the items that the placeholders in `rows` of ids stand for, in their order.
 
     There is one image for each placeholder, or one for each row. In the second case a row without a
-    placeholder ignores its image. Raises ValueError when images and placeholders disagree.
+    placeholder ignores its image. one_view: as in `as_items`. Raises ValueError when images and
+    placeholders disagree.
     """
     placeholders = [count_images(row) for row in rows]
     total = sum(placeholders)
     items = []
     if images is not None and total > 0:
-        items = as_items(images)
+        items = as_items(images, one_view)
 
     # One image for each placeholder.
     if len(items) == total:

@@ -47,7 +47,7 @@ from inputs.pictures import load_image
 from inputs.preview import encode_png, html_page, image_tag
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
-from packing import IMAGE_TOKEN, Item, expand_images
+from packing import IMAGE_TOKEN, Item, expand_images, image_positions
 
 # Connectors that keep a token for each patch, by the start of their names.
 PER_PATCH = ("identity", "linear", "mlp")
@@ -69,6 +69,7 @@ class Inspection:
     picture: Tensor  # (3, S, S) uint8, as the encoder sees it
     ids: Tensor  # (T,) prompt and answer, IMAGE_TOKEN at every image position
     first: int  # where the answer starts in ids
+    patches: Tensor  # (n,) where the picture's tokens are in ids, without marks and separators
     probabilities: Tensor  # (W, V)
 
     # (L, W, T): of the position before each token, averaged over heads; each row sums to 1.
@@ -90,9 +91,8 @@ class Inspection:
         """Return the attention (W, g, g) to each patch; None where patches have no tokens."""
         if self.similarity is None:
             return None
-        is_image = self.ids == IMAGE_TOKEN
-        to_image = self.attention_of(layer)[:, is_image]  # (W, n)
-        return on_grid(to_image, self.similarity.size(-1))
+        to_patches = self.attention_of(layer)[:, self.patches]  # (W, n)
+        return on_grid(to_patches, self.similarity.size(-1))
 
 
 @torch.inference_mode()
@@ -106,9 +106,15 @@ def inspect_answer(
     lm = model.language_model
     device = lm.lm_head.weight.device
 
-    (features,) = model.encode_items([Item(picture[None])])  # (n, D)
+    shape = model.views.one_view
+    (features,) = model.encode_items([Item(picture[None], shape)])  # (m, D)
     tokens = torch.tensor(prompt + answer, device=device)
     ids = expand_images(tokens, [len(features)])  # (T,)
+
+    # Around the tokens of a view there may be marks, and behind them a separator.
+    text_of_item = torch.tensor(model.views.placeholder(shape), device=device)
+    own = image_positions(text_of_item)[: model.views.tokens]
+    patches = image_positions(ids)[own]
 
     # The position before a token chooses it.
     first = len(ids) - len(answer)
@@ -126,7 +132,7 @@ def inspect_answer(
     similarity = None
     if model.config.connector.startswith(PER_PATCH):
         answer_ids = ids[first:]
-        patch_states = hidden_states[ids == IMAGE_TOKEN]
+        patch_states = hidden_states[patches]
         similarity = cosines(lm.lm_head.weight[answer_ids], patch_states)  # (W, n)
 
         vision = model.vision_tower.config
@@ -137,6 +143,7 @@ def inspect_answer(
         picture=picture,
         ids=ids,
         first=first,
+        patches=patches,
         probabilities=logits.softmax(-1),
         attention=torch.stack(attention),
         similarity=similarity,
@@ -491,7 +498,7 @@ def main(argv: list[str]):
         raise UserError(args.image, str(e), "give an image file") from None
     own(out, "visualization")
 
-    item = Item(picture[None])
+    item = Item(picture[None], model.views.one_view)
     (answer,) = answer_tokens(
         model, tokenizer, [args.prompt], [[item]], max_new_tokens=args.max_new_tokens
     )

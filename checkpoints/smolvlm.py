@@ -8,8 +8,8 @@ An encoder like SigLIP with its final norm, pixel shuffle with one linear, and a
 Pictures are split (inputs/tiling.py: SplitTiling). Around the features of each view stand tokens
 of text; their ids are those that the folder's tokenizer gives them.
 
-Read `read`, then `contents`. What SmolVLM2 writes around the frames of a video is not computed
-here: a video is refused.
+Read `read`, then `contents`. A video is refused: around its frames SmolVLM2 writes their number and
+times into the text, before it is tokenized, since the first and last words join what is beside.
 
 R factor of the pixel shuffle, S x S pixels of a view.
 """

@@ -15,6 +15,7 @@ from config import UserError
 from evals import Example
 from evals.files import exists
 from inputs.pictures import load_image
+from inputs.sample import user_error
 from inputs.video import probe
 
 RESTORE = "restore it"
@@ -69,7 +70,7 @@ def load_shown(example: Example, data_dir, load: Callable, fix: str = RESTORE) -
             if isinstance(source, Path):
                 path = source
             where = example.get("where", path)
-            raise UserError(where, f"{path}: {error}", fix) from None
+            raise user_error(where, error, fix, f"{path}: ") from None
     return loaded
 
 

@@ -415,7 +415,7 @@ class Engine:
         """Return a request's prompt. Raises ValueError if it is empty or its images do not fit."""
         if len(request.ids) == 0:
             raise ValueError("a prompt is empty")
-        items = as_items(request.images)
+        items = as_items(request.images, self.model.views.one_view)
         placeholders = count_images(request.ids)
         if placeholders != len(items):
             raise ValueError(f"{placeholders} image placeholders but {len(items)} images")

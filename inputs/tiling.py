@@ -101,6 +101,9 @@ class Tiling:
     # Of the pixels in an item. What is not uint8 is normalised already.
     dtype: ClassVar[torch.dtype] = torch.uint8
 
+    # The shape of a picture that is seen as a whole, without tiles.
+    one_view: ClassVar[ItemShape] = ONE_VIEW
+
     # How many tokens a view becomes.
     tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture); native: at most
     connector: str = "identity"
@@ -219,7 +222,7 @@ class Tiling:
         return Item(self.frame(image))
 
     def check_video(self):
-        """Raise ValueError if the mode has no videos."""
+        """Raise ValueError("what; fix: action") if the mode has no videos."""
 
     def frame(self, image: Image.Image) -> Tensor:
         """Return a picture in RGB as one view (1, 3, S, S), in uint8."""
@@ -415,6 +418,7 @@ class AnyresMaxTiling(AnyresTiling):
     """
 
     mode = "anyres_max"
+    one_view = PADDED
 
     def for_images(self, count: int) -> Tiling:
         if count > 1:
@@ -513,6 +517,8 @@ FAKE = "<fake_token_around_image>"
 GLOBAL = "<global-img>"
 MOST_EDGE = 4096
 MOST_TILES = 16
+
+WITHOUT_VIDEOS = "remove the videos, or use a model of another image mode"
 
 
 def tile_mark(row: int, column: int) -> str:
@@ -650,7 +656,7 @@ class SplitTiling(Tiling):
 
     def check_video(self):
         what = "image mode split has no videos: the times that SmolVLM2 writes around their frames"
-        raise ValueError(f"{what} are not written here")
+        raise ValueError(f"{what} are not written here; fix: {WITHOUT_VIDEOS}")
 
     def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height with the longest edge of `edge` pixels, the other one even."""
@@ -744,7 +750,8 @@ class NanoTiling(SplitTiling):
         return Item(views, shape)
 
     def check_video(self):
-        raise ValueError("image mode split_nanovlm has no videos: nanoVLM sees none")
+        what = "image mode split_nanovlm has no videos: nanoVLM sees none"
+        raise ValueError(f"{what}; fix: {WITHOUT_VIDEOS}")
 
     def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
         features = self.features()

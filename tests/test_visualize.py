@@ -12,11 +12,13 @@ import visualize
 from config import Model
 from demo import world as demo_world
 from inputs.templates import encode_prompt
+from inputs.tiling import mark_names
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
-from packing import IMAGE_TOKEN
+from packing import IMAGE_TOKEN, Item, ItemShape
 from tests.tools import decoding_models
 from tests.tools.environment import ROOT, run
+from tests.tools.small_llava import small
 
 TEXT = {
     "model_type": "llama",
@@ -113,6 +115,38 @@ def test_maps_have_a_cell_for_each_patch(folder):
     assert answer.similarity.abs().max() <= 1
     with_class = visualize.on_grid(torch.arange(10.0)[None], 3)
     assert with_class.flatten().tolist() == list(range(1, 10))
+
+
+MARKS = {name: [7, 8] for name in mark_names(24, 12)}
+MODES = {
+    "anyres_max": {"image_grids": "1x2 2x1"},
+    "split": {"image_edge": 24, "image_marks": MARKS},
+    "tiles": {"image_grids": "1x2 2x1"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tiled_model_is_shown_the_whole_picture_and_maps_leave_marks_out(mode):
+    model = small("llama", "siglip", feature_select="cls_patch", image_mode=mode, **MODES[mode])
+    prompt, answer = [5, IMAGE_TOKEN, 9], [40, 3, 17]
+    picture = torch.randint(0, 255, (3, 12, 12)).byte()
+    seen = visualize.inspect_answer(model, prompt, answer, picture)
+
+    # In anyres_max, an item without a grid would be a video.
+    shape = ItemShape(1, 1, 1) if mode == "anyres_max" else ItemShape()
+    item = Item(model.vision_tower.processor.normalise(picture[None]), shape)
+    logits = model(torch.tensor([prompt + answer]), [item]).logits[0, -4:-1]
+    torch.testing.assert_close(seen.probabilities, logits.softmax(-1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(model(torch.tensor([prompt + answer]), item.pixels).logits[0, -4:-1], logits)
+    uncovered = visualize.log_probabilities(model, prompt, answer, picture[None])
+    torch.testing.assert_close(uncovered[0], logits.log_softmax(-1)[range(3), answer])
+
+    first = {"anyres_max": 1, "split": 5, "tiles": 1}[mode]
+    behind = {"anyres_max": 1, "split": 2, "tiles": 0}[mode]
+    assert len(seen.ids) == first + 9 + behind + 1 + 3
+    patches = seen.attention[:, :, first : first + 9].mean(0)
+    assert torch.equal(seen.attention_map().flatten(1), patches)
+    assert seen.similarity.shape == (3, 3, 3)
 
 
 def test_occlusion_is_the_fall_of_the_log_probability(folder):

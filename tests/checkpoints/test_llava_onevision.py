@@ -26,13 +26,14 @@ from inference.job_queue import JobQueue, Limits
 from inputs.media import as_list
 from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
-from inputs.sample import SampleSpec, load_items, make_sample
+from inputs.sample import SampleSpec, load_items
 from inputs.templates import byte_tokenizer, encode, encode_prompt
 from inputs.tiling import PADDED
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import IGNORE, IMAGE_TOKEN, ItemShape, pack_samples
 from tests.tools.environment import ROOT, run, shared
+from tests.tools.sample_rows import make_sample
 from tests.tools.small_llava import SIDE, small
 from training.estimate import guess_row
 
@@ -85,7 +86,9 @@ PHOTOS = (
     "wolves.jpg",
     "page.png",
 )
-SIZES = ((600, 37), (31, 500), (7, 5), (1, 1), (3000, 2000), (150, 80), (90, 61))  # width, height
+SIZES = ((600, 37), (31, 500), (7, 5), (1, 1), (3000, 2000), (150, 80), (90, 61))
+# The tiles have so many tokens more that the first is made smaller by one model, the other by both.
+SIZES += ((45, 60), (40, 40))
 
 # Two models: a side of 3 tokens and untied, a side of 4 and tied at the top level alone.
 SMALL = {
@@ -97,7 +100,7 @@ SMALL = {
 def photos() -> list[Image.Image]:
     """Return eight photographs, and some that are wide, tall, tiny and large."""
     found = [load_image(shared("assets/images/photos") / name) for name in PHOTOS]
-    return found + [found[i].resize(size) for i, size in enumerate(SIZES)]
+    return found + [found[i % len(found)].resize(size) for i, size in enumerate(SIZES)]
 
 
 class PictureProcessor(transformers.LlavaOnevisionProcessor):
@@ -459,10 +462,12 @@ def test_turns_are_those_of_the_template(published):
 
 def test_the_largest_shape_is_at_least_any_picture(published):
     *_, ours = published
-    most = max(ours.views.positions(shape) for shape in ours.views.largest())
-    for width in range(1, 400, 13):
-        for height in range(1, 400, 17):
-            assert ours.views.positions(ours.views.shape((width, height))) <= most
+    for grids in (ours.views.grids, ((3, 4),), ((4, 3),)):
+        views = replace(ours.views, grids=grids)
+        most = max(views.positions(shape) for shape in views.largest())
+        for width in range(1, 400, 13):
+            for height in range(1, 400, 17):
+                assert views.positions(views.shape((width, height))) <= most
 
 
 def test_a_line_of_a_picture_keeps_a_row_of_tokens():

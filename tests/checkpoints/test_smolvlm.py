@@ -15,17 +15,19 @@ from checkpoints.layouts import read_config
 from checkpoints.smolvlm import TABLE
 from config import UserError
 from evals.own_rows import room_for_answers
+from evaluate import items_of_example
 from export import export
+from generate import Chat
 from inference.answer import answer
 from inputs import templates
 from inputs.pictures import load_image
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
 from packing import IGNORE, IMAGE_TOKEN, expand_images
 from tests.tools.environment import ROOT, run, shared
-from tests.tools.sample_rows import turns
+from tests.tools.sample_rows import make_sample, turns
 from tests.tools.small_llava import small
 from tests.tools.training_runs import one_line
 
@@ -412,17 +414,26 @@ def test_what_smolvlm_cannot_express_is_refused(made, tmp_path):
 
 
 def test_a_video_is_refused(made, tmp_path):
-    """Where a row has one, the row is named, with and without its pixels."""
-    views = LLaVA.from_pretrained(made[1]).views
+    """Where a row has one, the row is named. No other video would do, and nobody says so."""
+    model = LLaVA.from_pretrained(made[1])
+    tok = load_tokenizer(made[1])
     with pytest.raises(ValueError, match="SmolVLM2"):
-        views.clip([drawn((9, 9))])
+        model.views.clip([drawn((9, 9))])
 
     rows = [{"id": "v", "video": "a.mp4", "conversations": turns("<video>\nWhat?", "A horse.")}]
     (tmp_path / "a.mp4").write_bytes(b"a film")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    spec = SampleSpec(load_tokenizer(made[1]), "chat", 1000, views)
-    with pytest.raises(UserError, match="rows.json:row 0 .*a.mp4.*SmolVLM2.*; fix: .*remove the"):
-        make_sample(open_rows(tmp_path / "rows.json"), 0, spec, pixels=False)
+    spec = SampleSpec(tok, "chat", 1000, model.views)
+    told = "a.mp4: .*SmolVLM2.*; fix: remove the videos, or use a model of another image mode$"
+    for pixels in (False, True):
+        with pytest.raises(UserError, match=f"rows.json:row 0 .*{told}"):
+            make_sample(open_rows(tmp_path / "rows.json"), 0, spec, pixels)
+
+    with pytest.raises(UserError, match=told):
+        Chat(model, tok, {}).show(str(tmp_path / "a.mp4"), "video")
+    example = {"id": "v", "video": "a.mp4", "where": "rows.json:row 0"}
+    with pytest.raises(UserError, match=f"rows.json:row 0: .*{told}"):
+        items_of_example(example, tmp_path, model)
 
 
 def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path):

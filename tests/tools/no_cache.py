@@ -78,7 +78,7 @@ def generate_without_cache(
     """Return what LLaVA.generate should return, (B, new). input_ids have no padding."""
     device = model.language_model.lm_head.weight.device
     prompts = [ids.to(device) for ids in input_ids]
-    items = match_images(prompts, images)
+    items = match_images(prompts, images, model.views.one_view)
     sequences = Uncached(model, prompts, items, num_beams)
     if num_beams > 1:
         return beam_search(sequences, max_new_tokens, eos_token_id)
