@@ -161,9 +161,9 @@ class Model:
     image_mode: str = opt(
         "square",
         "square resizes; pad makes a square first; tiles, anyres, anyres_max: high resolution; "
-        "split: that of SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM, "
-        "see inputs/tiling.py",
-        ("square", "pad", "tiles", "anyres", "anyres_max", "split", "split_nanovlm"),
+        "split: that of SmolVLM, whose control tokens the llm gets; split_nanovlm: of a nanoVLM; "
+        "native: that of the picture, for a NaFlex, see inputs/tiling.py",
+        ("square", "pad", "tiles", "anyres", "anyres_max", "split", "split_nanovlm", "native"),
     )
     image_grids: str = opt(
         "1x2 2x1 2x2 3x1 1x3",

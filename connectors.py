@@ -23,7 +23,8 @@ A recipe then says connector = "average" and, for another size, connector_option
 
 An entry with spatial=True knows how the tokens of an item lie. It is built with the grid of a view,
 (rows, columns), behind the two widths, and reads (N, v, h, w, C). Its `tokens` is called with
-(views, grid, **options). Class token and registers are left out.
+(views, grid, **options). Class token and registers are left out. With any_grid=True it also reads
+pictures of other grids than the one that it was built with, as a NaFlex has them.
 
 In the order of the file:
 
@@ -875,6 +876,9 @@ class Connector(NamedTuple):
     # Whether it knows how tokens lie: the first part of this file says what is different then.
     spatial: bool = False
 
+    # Whether a spatial one reads every grid that there is, whatever it was built with.
+    any_grid: bool = False
+
 
 # The largest values of options: that of an option with this name, and that of all others.
 LARGEST = {"num_resampler_layers": 512, "num_hidden_layers": 512, "depth": 512, "mlp_depth": 8}
@@ -940,6 +944,7 @@ CONNECTORS = {
         options={"num_queries": 64, "num_attention_heads": 8},
         tokens=queries_of_each,
         spatial=True,
+        any_grid=True,
     ),
 }
 

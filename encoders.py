@@ -26,8 +26,9 @@ kernels/: each call is one fused Triton kernel on a GPU, and plain PyTorch elsew
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -43,14 +44,16 @@ from checkpoints.names import Table
 from config import UserError
 from inputs.image_processor import (
     ImageProcessor,
+    NaFlexProcessor,
     need,
     preprocessor_place,
     read_preprocessor,
 )
-from kernels.attention import attention
+from kernels.attention import attention, attention_packed
 from kernels.glu import gelu, glu
 from kernels.rope import rope
 from layers import GLU, LayerNorm, LayerScale
+from packing import send
 
 # PyTorch computes products of float32 in float32, but convolutions in TF32 unless told otherwise.
 # The patch embedding is a convolution, and float32 is to mean float32 there too.
@@ -112,6 +115,9 @@ class VisionConfig:
     key_bias: bool = True
     value_bias: bool = True
 
+    # NaFlex: pictures keep their proportions, and the encoder takes patches.
+    native: bool = False
+
     rename: Table = CLIP_NAMES  # (Hugging Face's names, ours)
     beside: VisionConfig | None = None  # in the mixture this config is CLIP's, and that DINOv2's
 
@@ -125,8 +131,8 @@ class VisionConfig:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Return rows and columns of the patches of a picture; None for a mixture of encoders."""
-        if self.beside is not None:
+        """Return rows and columns of the patches of a picture; None for a mixture or a NaFlex."""
+        if self.beside is not None or self.native:
             return None
         side = self.processor.side // self.patch_size
         return side, side
@@ -135,8 +141,13 @@ class VisionConfig:
         """Return the number of tokens per image, of each encoder in a mixture.
 
         select: "cls_patch" keeps all of them, "patch" drops the first one. TinyLLaVA does so even
-        where there is no class token: SigLIP then loses its first patch.
+        where there is no class token: SigLIP then loses its first patch. For a NaFlex it is the
+        most tokens that an image can have. Raises UserError where a NaFlex would lose a patch.
         """
+        if self.native:
+            fix = "use cls_patch: all tokens are patches"
+            need(select == "cls_patch", "model.feature_select", select, fix)
+            return self.processor.patches
         side = self.processor.side // self.patch_size
         count = self.leading + side**2
         if select == "patch":
@@ -402,6 +413,9 @@ class VisionEncoder(nn.Module):
         "**.position_ids",
     )
 
+    make_embeddings: type[nn.Module] | None = None  # None: as the config says
+    make_block = Block
+
     def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
         super().__init__()
         # Hidden state i has passed i blocks, so it needs only those.
@@ -425,14 +439,16 @@ class VisionEncoder(nn.Module):
         self.gradient_checkpointing = False
         self.skip = 1 if feature_select == "patch" else 0
 
-        if c.rope_theta is None:
+        if self.make_embeddings is not None:
+            self.embeddings = self.make_embeddings(c)
+        elif c.rope_theta is None:
             self.embeddings = Embeddings(c)
         else:
             self.embeddings = RotaryEmbeddings(c)
         self.pre_layrnorm = nn.Identity()  # spelt like this in CLIP's files
         if c.pre_norm:
             self.pre_layrnorm = LayerNorm(c.width, c.norm_eps)
-        blocks = nn.ModuleList(Block(c) for _ in range(depth))
+        blocks = nn.ModuleList(self.make_block(c) for _ in range(depth))
         self.encoder = nn.ModuleDict({"layers": blocks})
         self.post_layernorm = nn.Identity()
         if c.final_norm:
@@ -475,6 +491,91 @@ class VisionEncoder(nn.Module):
 
         x = self.post_layernorm(x)
         return x[:, self.skip :]
+
+
+class PatchEmbeddings(nn.Module):
+    """NaFlex's: a linear map of each patch, and a learnt position resized to its picture's grid."""
+
+    class_embedding = None
+    register_tokens = None
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.grid = c.image_size // c.patch_size
+        self.patch_embedding = nn.Linear(3 * c.patch_size**2, c.width)
+        self.position_embedding = nn.Embedding(self.grid**2, c.width)
+
+    def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the tokens (P, C) of patches (P, 3 * patch_size**2) of pictures of these grids."""
+        table = self.position_embedding.weight
+        square = table.float().T.unflatten(1, (self.grid, self.grid))[None]  # (1, C, grid, grid)
+
+        # Pictures of one grid share its positions.
+        resized = {}
+        for grid in set(grids):
+            made = F.interpolate(square, size=grid, mode="bilinear", antialias=True)
+            resized[grid] = made[0].flatten(1).T.to(table.dtype)  # (h * w, C)
+        positions = torch.cat([resized[grid] for grid in grids])
+        return self.patch_embedding(patches) + positions
+
+
+class PackedAttention(Attention):
+    """Self-attention among the tokens of each picture, of pictures one behind the other."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:  # (P, C)
+        """Return what the tokens (P, C) attend to; see attention_packed for the boundaries."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1))  # (P, heads, d)
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1))
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1))
+        attended = attention_packed(q, k, v, cu_seqlens, max_seqlen, causal=False)
+        return self.out_proj(attended.flatten(1))
+
+
+class PackedBlock(Block):
+    """A Block for pictures one behind the other, each of as many tokens as it has."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__(c)
+        self.self_attn = PackedAttention(c)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Return the tokens (P, C) for the next block; see PackedAttention."""
+        attended = self.self_attn(self.layer_norm1(x), cu_seqlens, max_seqlen)
+        normed, x = self.layer_norm2.add(attended, x)
+        return x + self.mlp(normed)
+
+
+class NaFlexEncoder(VisionEncoder):
+    """SigLIP2-NaFlex (Tschannen et al., 2025): pictures in their own proportions, none padded.
+
+    The pictures of a batch stand one behind the other, and each attends to itself.
+    """
+
+    make_embeddings = PatchEmbeddings
+    make_block = PackedBlock
+
+    def __init__(self, c: VisionConfig, feature_layer: int, feature_select: str):
+        c.tokens(feature_select)  # raises UserError where it is not cls_patch
+        super().__init__(c, feature_layer, feature_select)
+
+    def forward(self, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the features (P, C) of normalised patches (P, 3 * patch_size**2).
+
+        grids: for each picture, its rows and columns of patches.
+        """
+        x = self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype), grids)
+
+        lengths = [rows * columns for rows, columns in grids]
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        cu_seqlens = send(ends, x.device)
+
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                x = checkpoint(block, x, cu_seqlens, max(lengths), use_reentrant=False)
+            else:
+                x = block(x, cu_seqlens, max(lengths))
+        return x
 
 
 class Mixture(nn.Module):
@@ -542,6 +643,9 @@ CLIP_DEFAULTS = DEFAULTS | {
 }
 SIGLIP_DEFAULTS = DEFAULTS | {
     "hidden_act": "gelu_pytorch_tanh",
+}
+NAFLEX_DEFAULTS = SIGLIP_DEFAULTS | {
+    "num_patches": 256,
 }
 DINOV2_DEFAULTS = DEFAULTS | {
     "hidden_act": "gelu",
@@ -658,6 +762,26 @@ def siglip_config(c: Fields) -> VisionConfig:
     return vit_config(c, processor=ImageProcessor(size=side))
 
 
+def naflex_config(c: Fields) -> VisionConfig:
+    """Return the config of a SigLIP2-NaFlex (Tschannen et al., 2025).
+
+    Its position table is a square of num_patches.
+    """
+    patches = c.integer("num_patches", 1, MOST_TOKENS)
+    patch_size = c.integer("patch_size", 1, SIDE)
+    side = isqrt(patches)
+    if side**2 != patches:
+        raise c.refuse("num_patches", "no square number")
+    sized = Fields(c.values | {"image_size": side * patch_size}, c.where, c.path, c.fix)
+    config = vit_config(
+        sized,
+        processor=NaFlexProcessor(patch_size=patch_size, patches=patches),
+        any_size=True,
+        native=True,
+    )
+    return replace(config, hf=c.values)
+
+
 def dinov2_config(c: Fields) -> VisionConfig:
     """Return the config of a DINOv2 (Oquab et al., 2023).
 
@@ -745,6 +869,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "clip_vision_model": Family(clip_config, CLIP_DEFAULTS),
     "siglip_vision_model": Family(siglip_config, SIGLIP_DEFAULTS),
+    "siglip2_vision_model": Family(naflex_config, NAFLEX_DEFAULTS),
     "dinov2": Family(dinov2_config, DINOV2_DEFAULTS),
     "dinov2_with_registers": Family(dinov2_config, DINOV2_REGISTERS_DEFAULTS),
     "dinov3_vit": Family(dinov3_config, DINOV3_DEFAULTS),
@@ -809,11 +934,11 @@ def vision_config(
         return mixture_config(fields, preprocessor, where, images)
 
     # A full CLIP or SigLIP has a text half too, which is not ours to load.
-    if kind in ("clip", "siglip"):
+    if kind in ("clip", "siglip", "siglip2"):
         hf = fields.table("vision_config", optional=True).values
         kind = f"{kind}_vision_model"
 
-    known = f"one of {', '.join(FAMILIES)} (no NaFlex: its shapes vary)"
+    known = f"one of {', '.join(FAMILIES)}"
     need(kind in FAMILIES, f"{where}:model_type", kind, known)
     family = FAMILIES[kind]
 
@@ -826,7 +951,10 @@ def vision_config(
     check_fields(filled)
     config = family.config(filled)
 
-    processor = ImageProcessor.from_hf(preprocessor or {}, config.processor, images)
+    processor = type(config.processor).from_hf(preprocessor or {}, config.processor, images)
+    if config.native and processor.patch_size != config.patch_size:
+        what = f"{processor.patch_size} is not the encoder's {config.patch_size}"
+        raise UserError(f"{images}:patch_size", what, "give the one that belongs to this encoder")
     config = replace(config, processor=processor)
     fits = config.any_size or processor.side == config.image_size
     fix = f"the image processor makes {processor.side}: give the one that belongs to this encoder"
@@ -851,6 +979,8 @@ def build_encoder(
     """Return the VisionEncoder or Mixture of a config, with PyTorch's random weights."""
     if config.beside is not None:
         return Mixture(config, feature_layer, feature_select)
+    if config.native:
+        return NaFlexEncoder(config, feature_layer, feature_select)
     return VisionEncoder(config, feature_layer, feature_select)
 
 

@@ -211,9 +211,9 @@ def blank_with_mean(examples: list[Example], data_dir, model: LLaVA) -> Callable
     means = []
     for example in shown[::step][:MEAN_OF]:
         for item in items_of_example(example, data_dir, model):
-            pixels = model.vision_tower.processor.normalise(item.pixels)  # (P, 3, H, W)
+            pixels = model.vision_tower.processor.normalise(item.pixels)  # (v, 3, H, W)
             means.append(pixels.mean(0, keepdim=True))
-    mean = torch.cat(means).mean(0)  # (3, H, W)
+    mean = torch.cat(means).mean(0)  # (3, H, W), in image mode native a patch
 
     def blank(item: Item) -> Item:
         return Item(mean.expand_as(item.pixels), item.shape)
@@ -226,8 +226,9 @@ def middle_frame(item: Item) -> Item:
 
     So everything is gone that a video tells and one frame does not.
     """
-    middle = item.pixels[len(item.pixels) // 2]
-    return Item(middle.expand_as(item.pixels), item.shape)
+    frames = item.pixels.unflatten(0, (item.shape.views, -1))  # (v, 1 or a frame's patches, ...)
+    middle = frames[len(frames) // 2]
+    return Item(middle.expand_as(frames).flatten(0, 1), item.shape)
 
 
 def control_of(

@@ -74,6 +74,7 @@ from layers import GLU, MLP, LayerNorm, LayerNormPerHead, OffsetRMSNorm, RMSNorm
 from packing import (
     IGNORE,
     IMAGE_TOKEN,
+    ONE_VIEW,
     Attend,
     Batch,
     Item,
@@ -81,6 +82,7 @@ from packing import (
     PackedRow,
     expand_images,
     image_positions,
+    length_of,
     match_images,
     pack_prompts,
     pack_rows,
@@ -1261,6 +1263,7 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
     Raises UserError for settings that do not go together.
     """
     vision = vision_config_of(c)
+    check_native(c, vision)
     tokens = vision.tokens(c.feature_select)
     if tokens < 1:
         what = "patch drops the only token of a picture"
@@ -1298,6 +1301,24 @@ def tiling_of(c: LLaVAConfig) -> Tiling:
     views.check_marks()
     views.positions()  # raises UserError where connector and encoder do not fit
     return views
+
+
+def check_native(c: LLaVAConfig, vision: VisionConfig):
+    """Raise UserError unless a NaFlex, image mode native and a connector for any grid meet."""
+    mode = MODES[c.image_mode]
+    if vision.native and not mode.native:
+        what = f"{c.image_mode}, for a NaFlex, whose pictures keep their proportions"
+        raise UserError("model.image_mode", what, "use native")
+    if mode.native and not vision.native:
+        what = f"{c.image_mode}, for an encoder of squares"
+        raise UserError("model.image_mode", what, "use square, or a SigLIP2-NaFlex as model.vision")
+    if not mode.native:
+        return
+
+    one_grid = [name for name, entry in CONNECTORS.items() if entry.spatial and not entry.any_grid]
+    if c.connector in one_grid:
+        what = f"{c.connector} reads one grid of tokens, and each picture of a NaFlex has its own"
+        raise UserError("model.connector", what, "use mlp2x_gelu or cross_attention")
 
 
 def check_memory(c: LLaVAConfig, pretrained: Collection[str]):
@@ -1365,7 +1386,11 @@ class LLaVA(nn.Module):
         self.views = tiling_of(c)
         width = self.language_model.config.width
         self.connector = build_connector(
-            c.connector, vision.width, width, vision.grid, **c.connector_options
+            c.connector,
+            vision.width,
+            width,
+            self.views.grid_of(ONE_VIEW),
+            **c.connector_options,
         )
         if self.views.newline:
             self.connector = MLPWithNewline(self.connector)  # adds the separator of rows of tokens
@@ -1502,16 +1527,19 @@ class LLaVA(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Pixels (N, 3, height, width), normalised or uint8 -> the connector's output (N, n, D)."""
-        return self.connector(self._join_views(self._encode_views(images)[:, None]))
+        tokens = self._encode_views(images, [ONE_VIEW] * len(images))  # (N, n, C)
+        return self.connector(join_views(self.config.connector, tokens[:, None], self.views.grid))
 
     def encode_items(self, items: Sequence[Item]) -> list[Tensor]:
         """Return the features of each item, (n, D) with an n of its own, in the order of the text.
 
         The encoder sees the views of all items as one batch; the connector reads the views of an
-        item together.
+        item together. Raises ValueError for an item without a grid where a NaFlex needs one.
         """
         if not items:
             return []
+        if self.views.native and not all(item.shape.height for item in items):
+            raise ValueError("a NaFlex sees items of views.picture and views.clip alone")
         device = self.language_model.lm_head.weight.device
         pixels = torch.cat([item.pixels for item in items])
         return self._encode(send(pixels, device), [item.shape for item in items])
@@ -1520,19 +1548,25 @@ class LLaVA(nn.Module):
         """Return what encode_items does, of items of these shapes with the pixels of all views."""
         if not shapes:
             return []
-        views = self._encode_views(pixels)  # (M, n, C)
+        tokens = self._encode_views(pixels, shapes)  # (M, n, C), in image mode native (P, C)
 
-        # Items of as many views form one batch of the connector.
-        sizes = [shape.views for shape in shapes]
-        views_of_each = views.split(sizes)
+        # Items of as many views, with one grid of patches, form one batch of the connector.
+        kinds = [(shape.views, shape.height, shape.width) for shape in shapes]
+        tokens_of_each = tokens.split([shape.length for shape in shapes])
         features = [None] * len(shapes)
-        for size in set(sizes):
-            same = [i for i, other in enumerate(sizes) if other == size]
+        for kind in sorted(set(kinds)):
+            same = [i for i, other in enumerate(kinds) if other == kind]
             if len(same) == len(shapes):
-                batch = views.unflatten(0, (-1, size))  # the usual case, without a copy
+                batch = tokens.unflatten(0, (len(shapes), -1))  # the usual case, without a copy
             else:
-                batch = torch.stack([views_of_each[i] for i in same])  # (items, size, n, C)
-            outputs = self.connector(self._join_views(batch))  # (items, n, D)
+                batch = torch.stack([tokens_of_each[i] for i in same])
+            shape = shapes[same[0]]
+            if self.views.native:
+                batch = batch.unflatten(1, (shape.views, -1))
+
+            # (items, v, n, C) -> (items, m, D)
+            grid = self.views.grid_of(shape)
+            outputs = self.connector(join_views(self.config.connector, batch, grid))
             for i, output in zip(same, outputs, strict=True):
                 arranged = self.views.arrange(output, shapes[i])
                 features[i] = self._among_marks(arranged, shapes[i])
@@ -1569,26 +1603,37 @@ class LLaVA(nn.Module):
         features = (features * self.config.image_scale).to(x.dtype).flatten(0, -2)  # (P, D)
         return x.index_copy(0, image_at, features)
 
-    def _encode_views(self, views: Tensor) -> Tensor:
-        """Views (M, 3, height, width), normalised or uint8 -> the encoder's tokens (M, n, C)."""
-        normalise = self.vision_tower.processor.normalise
+    def _encode_views(self, pixels: Tensor, shapes: Sequence[ItemShape]) -> Tensor:
+        """Return the encoder's tokens of items, (M, n, C), in image mode native (P, C).
+
+        pixels: those of the items of these shapes, one behind the other (packing.Item).
+        """
+        views = []  # each of them as an item
+        for shape in shapes:
+            views += shape.views * [ItemShape(height=shape.height, width=shape.width)]
         if torch.is_grad_enabled():
-            return self.vision_tower(normalise(views))
+            return self._run_encoder(pixels, views)
 
         # Without gradients a few at a time, so that a video takes little more memory than its
         # result. The parts are written into place: joined at the end, they would take it twice.
         tokens = None
+        end = 0
         for first in range(0, len(views), VIEWS_AT_ONCE):
-            chunk = slice(first, first + VIEWS_AT_ONCE)
-            encoded = self.vision_tower(normalise(views[chunk]))
+            some = views[first : first + VIEWS_AT_ONCE]
+            chunk = slice(end, end + length_of(some))
+            end = chunk.stop
+            encoded = self._run_encoder(pixels[chunk], some)
             if tokens is None:
-                tokens = encoded.new_empty(len(views), *encoded.shape[1:])
+                tokens = encoded.new_empty(len(pixels), *encoded.shape[1:])
             tokens[chunk] = encoded
         return tokens
 
-    def _join_views(self, views: Tensor) -> Tensor:
-        """Views of items (N, v, n, C) -> what the connector reads."""
-        return join_views(self.config.connector, views, self.views.grid)
+    def _run_encoder(self, pixels: Tensor, views: Sequence[ItemShape]) -> Tensor:
+        """Return what the encoder makes of the pixels of views, normalised or uint8."""
+        pixels = self.vision_tower.processor.normalise(pixels)
+        if not self.views.native:
+            return self.vision_tower(pixels)
+        return self.vision_tower(pixels, [(view.height, view.width) for view in views])
 
     def _decode(self, row: PackedRow | Batch, features: list[Tensor]) -> Tensor:
         """Return the hidden states (T, D) of a packed row with these features of its items.

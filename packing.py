@@ -42,7 +42,8 @@ class ItemShape(NamedTuple):
     """How many views an item has and how they lie. It decides how many tokens the item takes.
 
     Rows and columns are for image modes anyres, anyres_max and split, where the tiles together show
-    one large picture.
+    one large picture. Height and width are for image mode native, where pictures have sizes of
+    their own.
     """
 
     views: int = 1
@@ -56,6 +57,17 @@ class ItemShape(NamedTuple):
     top: int = 0
     left: int = 0
 
+    # The grid of patches of each view in native; 0 in the other modes, where all have the same.
+    height: int = 0
+    width: int = 0
+
+    @property
+    def length(self) -> int:
+        """Return the length of the item's pixels: how many views, in native how many patches."""
+        if self.height == 0:
+            return self.views
+        return self.views * self.height * self.width
+
 
 ONE_VIEW = ItemShape()
 
@@ -63,13 +75,20 @@ ONE_VIEW = ItemShape()
 class Item(NamedTuple):
     """What one <image> stands for: a picture, a picture and its tiles, or the frames of a video."""
 
-    pixels: Tensor  # (views, 3, height, width), uint8 or normalised
+    # (views, 3, height, width), or the patches (length, patch dim) of all views in image mode
+    # native; uint8 or normalised.
+    pixels: Tensor
     shape: ItemShape = ONE_VIEW
 
 
 def views_in(shapes: Sequence[ItemShape]) -> int:
     """Return how many views items of these shapes have together."""
     return sum(shape.views for shape in shapes)
+
+
+def length_of(shapes: Sequence[ItemShape]) -> int:
+    """Return how long the pixels of items of these shapes are together."""
+    return sum(shape.length for shape in shapes)
 
 
 def as_items(images: Tensor | Sequence[Item], one_view: ItemShape = ONE_VIEW) -> list[Item]:
@@ -242,7 +261,7 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in each sample
     cu_seqlens: Tensor  # (S+1,) int32, where samples begin; the last is T
     max_seqlen: int
-    images: Tensor | None  # (V, 3, height, width), the views of all items in order
+    images: Tensor | None  # (V, 3, height, width), the pixels of all items in order; see Item
     shapes: list[ItemShape]  # of the N items
     rows: list[int]  # S row numbers
 
@@ -272,8 +291,8 @@ class Batch:
         items = []
         first = 0
         for shape in self.shapes:
-            items.append(Item(self.images[first : first + shape.views], shape))
-            first += shape.views
+            items.append(Item(self.images[first : first + shape.length], shape))
+            first += shape.length
         return items
 
     def to(self, device: torch.device | str) -> Batch:
@@ -302,8 +321,8 @@ class Batch:
         images = None
         shapes = self.shapes[items]
         if shapes:
-            first = views_in(self.shapes[: items.start])
-            end = first + views_in(shapes)
+            first = length_of(self.shapes[: items.start])
+            end = first + length_of(shapes)
             images = self.images[first:end]
 
         return Batch(

@@ -86,7 +86,7 @@ from inputs.sample import SampleSpec
 from inputs.tiling import read_grids
 from layers import RMSNorm
 from model import LLaVA
-from packing import Batch
+from packing import Batch, views_in
 from training import estimate, output, parallel, planner, run_log, signals, small_sets, state
 from training.parallel import ParallelModel
 from training.ranks import Ranks, last_word, print0
@@ -349,8 +349,7 @@ def count_batches(batches: list[Batch]) -> list[int]:
     for batch in batches:
         supervised += batch.supervised
         tokens += len(batch.input_ids)
-        if batch.images is not None:
-            images += len(batch.images)
+        images += views_in(batch.shapes)
     return [supervised, tokens, images]
 
 
@@ -598,7 +597,7 @@ def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str, sta
         sizes.append(size)
 
     line = f"{log.name}: {len(steps.rows)} rows, {len(steps)} steps, "
-    line += f"{model.image_tokens} tokens per image; {', '.join(sizes)}"
+    line += f"{model.views.tokens_text} tokens per image; {', '.join(sizes)}"
     if log.ranks.size > 1:
         line += f"; {mode} on {log.ranks.size} ranks"
     print0(line)

@@ -479,6 +479,9 @@ def main(argv: list[str]):
     tokenizer = load_tokenizer(folder)
 
     # Say what is wrong before anything is computed.
+    if model.views.native:
+        what = "its pictures keep their proportions, and the page shows squares"
+        raise UserError("--model", what, "give a model of another image mode than native")
     if not args.out.strip():
         raise UserError("OUT", "empty", "name a folder")
     out = Path(args.out)

@@ -128,7 +128,7 @@ def folder_readme(model, opened_by: str, videos: bool = True) -> str:
     mode = c.image_mode
     if MODES[mode].tiled:
         mode = f"{mode}, grids {c.image_grids}"
-    size = f"{model.image_tokens} tokens for an image of one view"
+    size = f"{model.views.tokens_text} tokens for an image of one view"
     lines.append(f"- connector: {c.connector}; {size}, image mode {mode}")
 
     if videos:

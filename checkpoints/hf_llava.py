@@ -313,7 +313,8 @@ def check_expressible(model):
         return
 
     fix = "export to barellava or tinyllava"
-    if MODES[c.image_mode].tiled or c.feature_norm:
+    mode = MODES[c.image_mode]
+    if mode.tiled or mode.native or c.feature_norm:
         fix = "export to barellava"
     raise UserError("--to hf-llava", reason, fix)
 

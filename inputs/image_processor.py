@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import ceil, isqrt
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,12 @@ STRIP = 2**22
 
 CROPS = "CLIPImageProcessor"
 RESIZES = "SiglipImageProcessor"
+
+PATCHES = "Siglip2ImageProcessor"
+
+# NaFlex: where the search for a picture's scale ends, and the largest budget of patches.
+SCALE_EPS = 1e-5
+MOST_PATCHES = 2**14
 
 # The processors that do these steps. BitImageProcessor, DINOv2's, does what CLIP's does. DINOv3's
 # resizes without rounding to 8 bits: a colour is at most 1 of 255 away from ours.
@@ -209,18 +216,27 @@ class ImageProcessor:
             resample=fields.integer("resample", 0, max(Image.Resampling)),
         )
 
-        # The fields must be those that this processor would write. A step that it does not know
-        # must be off, all but do_convert_rgb: every picture is converted.
+        processor.check_same(fields, PROCESSORS)
+        return processor
+
+    def check_same(self, fields: Fields, kinds: tuple[str, ...]):
+        """Raise UserError unless the fields are those that this processor would write.
+
+        A step that it does not know must be off, all but do_convert_rgb: every picture is
+        converted. kinds: the names of classes that do what this processor does.
+        """
+        where = fields.where
+        values = fields.values
         wanted = {}
         for key in values:
             if key.startswith("do_") and key != "do_convert_rgb":
                 wanted[key] = False
-        wanted |= processor.to_hf()
+        wanted |= self.to_hf()
 
         for key, expected in wanted.items():
             value = values[key]
             if key == "image_processor_type":
-                good = fields.text(key).removesuffix("Fast") in PROCESSORS
+                good = fields.text(key).removesuffix("Fast") in kinds
             elif key == "rescale_factor":
                 # Files write 1/255 with more or fewer digits.
                 good = abs(fields.number(key, 0.0, 1.0) * 255 - 1) < 1e-6
@@ -228,8 +244,7 @@ class ImageProcessor:
                 good = True  # old files write one number
             else:
                 good = value == expected
-            need(good, f"{where}:{key}", value, fix)
-        return processor
+            need(good, f"{where}:{key}", value, fields.fix)
 
     def to_hf(self) -> dict:
         """Return the preprocessor_config.json from which Hugging Face makes the same processor."""
@@ -251,6 +266,125 @@ class ImageProcessor:
         else:
             fields["size"] = square
         return fields
+
+
+@dataclass(frozen=True)
+class NaFlexProcessor(ImageProcessor):
+    """SigLIP2-NaFlex's (Tschannen et al., 2025): a picture in its own proportions, as patches.
+
+    It becomes as large as a budget of patches allows, and its patches come row by row.
+    """
+
+    resample: int = int(Image.Resampling.BILINEAR)
+    patch_size: int = 16  # pixels
+    patches: int = 256  # of a picture, at most
+
+    @property
+    def side(self) -> int:
+        """Pixels along a side of a square that holds all the patches there can be."""
+        return (isqrt(self.patches - 1) + 1) * self.patch_size
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of a picture of this width and height.
+
+        The arithmetic is that of transformers' get_image_size_for_max_num_patches, which finds the
+        scale by halving an interval: the last digits decide about a row or a column.
+        """
+        width, height = size
+        low = SCALE_EPS / 10
+        high = 100.0
+        while high - low >= SCALE_EPS:
+            scale = (low + high) / 2
+            rows = self._patches_along(height, scale)
+            columns = self._patches_along(width, scale)
+            if rows * columns <= self.patches:
+                low = scale
+            else:
+                high = scale
+        return self._patches_along(height, low), self._patches_along(width, low)
+
+    def _patches_along(self, pixels: int, scale: float) -> int:
+        """Return how many patches a side of so many pixels has, after it is scaled."""
+        return max(1, ceil(pixels * scale / self.patch_size))
+
+    def __call__(self, image: Image.Image, image_mode: str = "native") -> Tensor:
+        """Return a picture's patches as (h * w, patch_size**2 * 3) float32, normalised."""
+        return self.normalise(self.pixels(image))
+
+    def pixels(self, image: Image.Image, image_mode: str = "native") -> Tensor:
+        """Return a picture's patches as (h * w, patch_size**2 * 3) uint8, not normalised yet.
+
+        A patch is its pixels row by row, each red, green and blue.
+        """
+        return self.patches_of(image, self.grid_of(image.size))
+
+    def patches_of(self, image: Image.Image, grid: tuple[int, int]) -> Tensor:
+        """Return what `pixels` does, of a picture resized to a grid of patches."""
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        rows, columns = grid
+        size = (columns * self.patch_size, rows * self.patch_size)
+        pixels = torch.from_numpy(np.array(image.resize(size, self.resample)))  # (H, W, 3)
+        pixels = pixels.unflatten(1, (columns, -1)).unflatten(0, (rows, -1))
+        return pixels.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def picture(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the pixels (3, H, W) of patches (h * w, patch_size**2 * 3), of this grid."""
+        p = self.patch_size
+        pixels = patches.view(*grid, p, p, 3)
+        return pixels.permute(4, 0, 2, 1, 3).reshape(3, grid[0] * p, grid[1] * p)
+
+    def pixels_made(self, size: tuple[int, int], image_mode: str = "native") -> int:
+        """Return how many pixels `pixels` makes of a picture of this width and height."""
+        rows, columns = self.grid_of(size)
+        return rows * columns * self.patch_size**2
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return patches (P, patch_size**2 * 3) uint8 as normalised float32 on the same device.
+
+        Pixels that are float already are normalised already.
+        """
+        if pixels.dtype != torch.uint8:
+            return pixels
+        mean = constants(self.mean, pixels.device).flatten()
+        std = constants(self.std, pixels.device).flatten()
+        colours = pixels.unflatten(1, (-1, 3)).float()
+        return colours.div_(255).sub_(mean).div_(std).flatten(1)
+
+    @classmethod
+    def from_hf(
+        cls, config: dict, default: NaFlexProcessor, where: object = "preprocessor_config.json"
+    ) -> NaFlexProcessor:
+        given = {key: value for key, value in config.items() if value is not None}
+        fix = "give the image processor that was published with the encoder"
+        fields = Fields(default.to_hf() | given, where, fix=fix)
+        mean = fields.numbers("image_mean", 0.0, 1.0)
+        std = fields.numbers("image_std", 1e-3, 1e3)
+        for key, numbers in (("image_mean", mean), ("image_std", std)):
+            need(len(numbers) == 3, f"{where}:{key}", numbers, "give one of each colour")
+        processor = cls(
+            mean=tuple(mean),
+            std=tuple(std),
+            resample=fields.integer("resample", 0, max(Image.Resampling)),
+            patch_size=fields.integer("patch_size", 1, SIDE),
+            patches=fields.integer("max_num_patches", 1, MOST_PATCHES),
+        )
+        processor.check_same(fields, (PATCHES, f"{PATCHES}Pil"))
+        return processor
+
+    def to_hf(self) -> dict:
+        return {
+            "image_processor_type": PATCHES,
+            "do_resize": True,
+            "resample": int(self.resample),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "patch_size": self.patch_size,
+            "max_num_patches": self.patches,
+        }
 
 
 def read_side(fields: Fields, key: str) -> int:

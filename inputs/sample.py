@@ -8,7 +8,7 @@
     row       USER: <image>\nWho? ASSISTANT: A dog.</s>
     ids       1 3148 ... -200 -200 -200 ... 319 11203 29889 2     -200 is IMAGE_TOKEN
     labels    - -    ... -    -    -    ... 319 11203 29889 2     - is IGNORE: nothing is learned
-    items     [Item(pixels (v, 3, S, S), shape)]
+    items     [Item(pixels (v, 3, S, S), shape)]    in image mode native (patches, patch dim)
 
 The functions below it do one step each: the text, then pictures and videos, then the checks.
 
@@ -184,18 +184,23 @@ def item_shape(source: str | Path | bytes, kind: str, tiling: Tiling) -> ItemSha
     Raise as `load_item` does, for a file that has to be read.
     """
     if kind == "image":
-        if tiling.tiled:
+        if tiling.tiled or tiling.native:
             return tiling.shape(image_size(source))
         return ItemShape()
 
     tiling.check_video()
 
     # Without fps every video has the same number of frames, so none is opened.
+    frames = tiling.frames
     if tiling.fps:
         clip = video.probe(source)
-        taken = video.indices(clip, tiling.frames, tiling.fps)
-        return ItemShape(len(taken))
-    return ItemShape(tiling.frames)
+        frames = len(video.indices(clip, tiling.frames, tiling.fps))
+    if not tiling.native:
+        return ItemShape(frames)
+
+    # All frames have the size of the first one.
+    (first,) = video.frames(source, 1)
+    return tiling.clip_shape(frames, first.size)
 
 
 def load_medium(media: Media, where: str, tiling: Tiling) -> Item:

@@ -4,7 +4,7 @@
     summary.add_sample(images=1, tokens=700, kept=700, supervised=40)
     summary.add_reading(7, ("read as conversations = messages", MARKS_FIRST), ("width",))
     summary.add_bad(2)
-    summary.print("rows.json", positions=576, where=rows.where)
+    summary.print("rows.json", positions="576", where=rows.where)
 
 It prints
 
@@ -69,10 +69,10 @@ class Summary:
         for note in notes:
             self.first.setdefault(note, row)
 
-    def print(self, name: str, positions: int, where: Callable[[int], str]):
+    def print(self, name: str, positions: str, where: Callable[[int], str]):
         """Print it all under the name of the rows.
 
-        `positions` are the tokens of one picture; `where` says what messages call a row.
+        `positions` says how many tokens one picture takes; `where` says what messages call a row.
         """
         total = self.bad + len(self.lengths)
         text_only = f"{self.images[0]} text-only"

@@ -1,4 +1,4 @@
-"""How a picture or a video becomes an item: one or more views, each a square for the encoder.
+"""How a picture or a video becomes an item: one or more views for the encoder.
 
     views = model.views                 # a Tiling: all that the data path needs of a model
     item = views.picture(pil_image)     # one view; tiled, the whole picture and then its tiles
@@ -24,13 +24,18 @@ The image modes, each a class below and an entry of MODES:
                say their row and column; the whole picture comes last
     split_nanovlm  nanoVLM's (Wiedmann et al., 2025): both edges resized to whole views, the longest
                one to `edge` at most. The whole picture comes first, resized in float32
+    native     SigLIP2-NaFlex's (Tschannen et al., 2025): one view in the picture's own proportions,
+               as large as a budget of patches allows. Its pixels are patches (h * w, patch dim),
+               and views of different sizes stand one behind the other
+
+In all modes but native a view is a square of S x S pixels.
 
 For anyres and anyres_max, pixels and numbers of tokens are those of transformers' LlavaNext and
-LlavaOnevision, for split those of its Idefics3ImageProcessorPil, for split_nanovlm those of
-nanoVLM's own code, their rounding included: a model that was trained with them would misread a
-picture that is one row shorter.
+LlavaOnevision, for split those of its Idefics3ImageProcessorPil, for native those of its
+Siglip2ImageProcessorPil, for split_nanovlm those of nanoVLM's own code, their rounding included: a
+model that was trained with them would misread a picture that is one row shorter.
 
-n tokens of a view, v views of an item, S x S pixels of a view.
+n tokens of a view, v views of an item, S x S pixels of a view, h x w patches of a view.
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import UserError
-from connectors import anyres_order, connector_tokens
+from connectors import Grid, anyres_order, connector_tokens
 from inputs.image_processor import ImageProcessor
 from packing import IMAGE_TOKEN, ONE_VIEW, Item, ItemShape
 
@@ -85,11 +90,13 @@ class Tiling:
     This is image mode square, in which a picture is one view. The other modes are its subclasses.
     """
 
-    # The name of the mode, whether it cuts pictures into tiles, and whether a learnt separator
-    # stands behind what the connector makes of an item (connectors.MLPWithNewline).
+    # The name of the mode, whether it cuts pictures into tiles, whether a learnt separator stands
+    # behind what the connector makes of an item (connectors.MLPWithNewline), and whether views have
+    # sizes of their own.
     mode: ClassVar[str] = "square"
     tiled: ClassVar[bool] = False
     newline: ClassVar[bool] = False
+    native: ClassVar[bool] = False
 
     # Of the pixels in an item. What is not uint8 is normalised already.
     dtype: ClassVar[torch.dtype] = torch.uint8
@@ -98,7 +105,7 @@ class Tiling:
     one_view: ClassVar[ItemShape] = ONE_VIEW
 
     # How many tokens a view becomes.
-    tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture)
+    tokens: int  # n: what the encoder makes of a view (each encoder, in a mixture); native: at most
     connector: str = "identity"
     options: dict = field(default_factory=dict)  # the connector's
 
@@ -110,8 +117,9 @@ class Tiling:
     frames: int = 16  # at most so many where fps is set, else always so many, evenly spread
     fps: float = 0.0  # frames a second; 0: as many as `frames` says
 
-    # Rows and columns of a view's patches, for connectors that know them; None in a mixture.
-    grid: tuple[int, int] | None = None
+    # Rows and columns of a view's patches, for connectors that know them; None in a mixture and
+    # in native.
+    grid: Grid | None = None
 
     # For the modes split: pixels of the longest edge, and {string: its ids} of the marks.
     edge: int = 0
@@ -134,13 +142,26 @@ class Tiling:
         """Return the shape of the item that a picture of this width and height becomes."""
         return ONE_VIEW
 
+    def clip_shape(self, frames: int, size: tuple[int, int]) -> ItemShape:
+        """Return the shape of the item that so many frames of this width and height become."""
+        return ItemShape(frames)
+
     def largest(self) -> list[ItemShape]:
-        """Return shapes of pictures of which one takes the most tokens."""
+        """Return shapes of pictures of which one takes the most tokens; the first has one view."""
         return [ONE_VIEW]
+
+    def grid_of(self, shape: ItemShape) -> Grid | None:
+        """Return rows and columns of the patches of each view of an item; None in a mixture."""
+        return self.grid
 
     def positions(self, shape: ItemShape = ONE_VIEW) -> int:
         """Return how many tokens an item takes in the text."""
         return connector_tokens(self.connector, self.tokens, shape.views, self.grid, **self.options)
+
+    @property
+    def tokens_text(self) -> str:
+        """Return how many tokens a picture of one view takes, for people."""
+        return f"{self.positions()}"
 
     def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
         """Return an item's text: ids of marks, and IMAGE_TOKEN for each feature."""
@@ -153,6 +174,15 @@ class Tiling:
         that is the last one.
         """
         return output
+
+    def pixels_size(self, shape: ItemShape) -> tuple[int, ...]:
+        """Return the size of the tensor of an item's pixels."""
+        side = self.processor.side
+        return (shape.views, 3, side, side)
+
+    def seen(self, item: Item) -> list[Tensor]:
+        """Return the pictures (3, height, width) that the views of an item show."""
+        return list(item.pixels)
 
     def pixels_of_frame(self, size: tuple[int, int]) -> int:
         """Return how many pixels `frame` makes of a picture of this width and height, at most."""
@@ -749,6 +779,67 @@ class NanoTiling(SplitTiling):
         return shortest, longest
 
 
+class NativeTiling(Tiling):
+    """Image mode native: a view keeps the proportions of its picture, for a NaFlex.
+
+    All frames of a video have the size of its first one.
+    """
+
+    mode = "native"
+    native = True
+
+    def shape(self, size: tuple[int, int]) -> ItemShape:
+        return self.clip_shape(1, size)
+
+    def clip_shape(self, frames: int, size: tuple[int, int]) -> ItemShape:
+        rows, columns = self.processor.grid_of(size)
+        return ItemShape(frames, height=rows, width=columns)
+
+    def largest(self) -> list[ItemShape]:
+        # Of the grids with as many patches as there may be, that nearest to a square.
+        rows = isqrt(self.tokens)
+        while self.tokens % rows:
+            rows -= 1
+        return [ItemShape(height=rows, width=self.tokens // rows)]
+
+    def grid_of(self, shape: ItemShape) -> Grid:
+        # Where nothing is known of a picture, it is the largest.
+        if shape.height == 0:
+            shape = self.largest()[0]
+        return shape.height, shape.width
+
+    def positions(self, shape: ItemShape = ONE_VIEW) -> int:
+        rows, columns = grid = self.grid_of(shape)
+        return connector_tokens(self.connector, rows * columns, shape.views, grid, **self.options)
+
+    @property
+    def tokens_text(self) -> str:
+        return f"at most {self.positions()}"
+
+    def pixels_size(self, shape: ItemShape) -> tuple[int, ...]:
+        return (shape.length, 3 * self.processor.patch_size**2)
+
+    def seen(self, item: Item) -> list[Tensor]:
+        grid = self.grid_of(item.shape)
+        views = item.pixels.unflatten(0, (item.shape.views, -1))
+        return [self.processor.picture(patches, grid) for patches in views]
+
+    def picture(self, image: Image.Image) -> Item:
+        self.check_size(image.size)
+        return Item(self.processor.pixels(image), self.shape(image.size))
+
+    def clip(self, frames: Iterable[Image.Image]) -> Item:
+        views = []
+        shape = ONE_VIEW
+        for frame in frames:
+            if not views:
+                self.check_size(frame.size)
+                shape = self.shape(frame.size)
+            views.append(self.processor.patches_of(frame, self.grid_of(shape)))
+            self.check_views(len(views))
+        return Item(torch.cat(views), shape._replace(views=len(views)))
+
+
 # Keyed by the mode's name in a recipe and in config.json.
 MODES: dict[str, type[Tiling]] = {
     "square": Tiling,
@@ -758,4 +849,5 @@ MODES: dict[str, type[Tiling]] = {
     "anyres_max": AnyresMaxTiling,
     "split": SplitTiling,
     "split_nanovlm": NanoTiling,
+    "native": NativeTiling,
 }

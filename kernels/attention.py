@@ -106,22 +106,24 @@ def reference_packed(
     max_seqlen: int,
     scale: float | None = None,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Return causal attention inside each sample of a row; shapes as in `attention_packed`."""
+    """Return attention inside each sample of a row; arguments as in `attention_packed`."""
     tokens = q.size(0)
     samples = cu_seqlens.numel() - 1
     if samples == 1:
-        return reference(q[None], k[None], v[None], True, scale, window)[0]
+        return reference(q[None], k[None], v[None], causal, scale, window)[0]
 
     # On a CPU, and for very unequal lengths, padding costs more than a loop over the samples. A
-    # trace of torch.compile cannot loop: how many samples there are is not known to it.
+    # trace of torch.compile cannot loop: how many samples there are is not known to it. Without a
+    # causal mask padding would need a mask of its own, so there is always a loop.
     lengths = cu_seqlens.diff()
     unequal = samples * max_seqlen > 2 * tokens
-    if not torch.compiler.is_compiling() and (q.is_cpu or unequal):
+    if not causal or (not torch.compiler.is_compiling() and (q.is_cpu or unequal)):
         sizes = lengths.tolist()
         outputs = []
         for one_q, one_k, one_v in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-            one = reference(one_q[None], one_k[None], one_v[None], True, scale, window)
+            one = reference(one_q[None], one_k[None], one_v[None], causal, scale, window)
             outputs.append(one[0])
         return torch.cat(outputs)
 
@@ -775,12 +777,13 @@ def triton_packed(
     max_seqlen: int,
     scale: float | None = None,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """Return what `attention_packed` does, by Triton on any device."""
     q = q.to(v.dtype)
     k = k.to(v.dtype)
     samples = len(cu_seqlens) - 1
-    o, _ = _attention(q, k, v, cu_seqlens, samples, max_seqlen, max_seqlen, True, scale, window)
+    o, _ = _attention(q, k, v, cu_seqlens, samples, max_seqlen, max_seqlen, causal, scale, window)
     return o
 
 
@@ -802,13 +805,15 @@ def attention_packed(
     max_seqlen: int,
     scale: float | None = None,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Return causal attention inside each sample of a packed row; no token sees another sample.
+    """Return attention inside each sample of a packed row; no token sees another sample.
 
     q (T, H, d), k and v (T, K, d), cu_seqlens (S + 1,) int32 with sample s at [cu_seqlens[s],
     cu_seqlens[s + 1]), max_seqlen the longest sample -> (T, H, d). With a window, from 1 on, each
-    query sees the last `window` keys only, its own included. With gradients.
+    query sees the last `window` keys only, its own included. Where not causal, each query sees all
+    keys of its sample, and there is no window. With gradients.
     """
     if fits_tiles(q):
-        return triton_packed(q, k, v, cu_seqlens, max_seqlen, scale, window)
-    return reference_packed(q, k, v, cu_seqlens, max_seqlen, scale, window)
+        return triton_packed(q, k, v, cu_seqlens, max_seqlen, scale, window, causal)
+    return reference_packed(q, k, v, cu_seqlens, max_seqlen, scale, window, causal)

@@ -277,6 +277,7 @@ TEMPLATE = {
     "qwen2": "qwen2_base",
     "qwen2.5-0.5b": "qwen2_base",
     "qwen2.5-3b": "qwen2_base",
+    "qwen3-0.6b": "chat",
     "smollm2-360m": "chat",
 }
 

@@ -12,7 +12,7 @@ from checkpoints import weights
 from checkpoints.names import rename, reverse
 from config import UserError
 from encoders import build_encoder, load_encoder, vision_config
-from inputs.image_processor import ImageProcessor, read_preprocessor
+from inputs.image_processor import ImageProcessor, NaFlexProcessor, read_preprocessor
 from tests.tools.environment import shared
 from tests.tools.fuzz import ODD as ODD_VALUES
 
@@ -49,6 +49,15 @@ DINOV3 = {
     "patch_size": 4,
     "image_size": 12,
     "num_register_tokens": 2,
+}
+NAFLEX_CONFIG = {
+    "model_type": "siglip2_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "num_patches": 9,
 }
 MOF = {"model_type": "mof", "clip": CLIP, "dinov2": DINOV2}
 SQUARE = {"size": {"height": 12, "width": 12}, "do_center_crop": False}
@@ -205,6 +214,88 @@ def test_a_field_that_would_change_the_pixels_is_refused(field, value):
         named = "processor_type"
     with pytest.raises(UserError, match=named):
         ImageProcessor.from_hf(good | {field: value}, ImageProcessor())
+
+
+# Square, wide, tall, tiny, large and grey ones.
+PHOTOGRAPHS = (
+    "photos/astronaut.png",
+    "photos/chelsea.png",
+    "photos/page.png",
+    "photos/rocket.jpg",
+    "photos/moondream_demo-1.jpg",
+    "quirks/wide_1800x80.jpg",
+    "quirks/tall_40x853.png",
+    "quirks/tall_1x300.png",
+)
+
+
+def naflex_oracle(patch_size: int, patches: int, **options):
+    """transformers' NaFlex processor that resizes with Pillow."""
+    name = "transformers.models.siglip2.image_processing_pil_siglip2"
+    published = pytest.importorskip(name)
+    return published.Siglip2ImageProcessorPil(
+        patch_size=patch_size, max_num_patches=patches, **options
+    )
+
+
+@pytest.mark.parametrize("patch_size, patches", ((16, 256), (14, 1000), (7, 37)))
+def test_patches_in_native_proportions_equal_the_published_processors(patch_size, patches):
+    ours = NaFlexProcessor(patch_size=patch_size, patches=patches)
+    theirs = naflex_oracle(patch_size, patches)
+    for name in PHOTOGRAPHS:
+        image = Image.open(shared("assets/images") / name).convert("RGB")
+        rows, columns = ours.grid_of(image.size)
+        made = theirs(image, return_tensors="pt")
+        got = ours(image)
+        assert made["spatial_shapes"].tolist() == [[rows, columns]], name
+        assert len(got) == rows * columns == made["pixel_attention_mask"].sum(), name
+        assert torch.equal(got, made["pixel_values"][0, : len(got)]), name
+
+        # The patches are the picture again.
+        whole = ours.picture(ours.pixels(image), (rows, columns))
+        size = (columns * patch_size, rows * patch_size)
+        assert torch.equal(whole, ours.tensor(image.resize(size, ours.resample)))
+        assert ours.pixels_made(image.size) == whole[0].numel() <= ours.side**2
+
+
+def test_any_size_has_the_published_grid():
+    name = "transformers.models.siglip2.image_processing_pil_siglip2"
+    published = pytest.importorskip(name).get_image_size_for_max_num_patches
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        width, height = torch.randint(1, 3000, (2,), generator=generator).tolist()
+        for patch_size, patches in ((16, 256), (7, 9), (14, 1024)):
+            want = published(height, width, patch_size, patches)
+            rows, columns = NaFlexProcessor(patch_size=patch_size, patches=patches).grid_of(
+                (width, height)
+            )
+            assert (rows * patch_size, columns * patch_size) == want
+
+
+def test_a_saved_processor_of_patches_is_read_as_transformers_reads_it(tmp_path):
+    options = {"resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    theirs = naflex_oracle(5, 41, **options)
+    theirs.save_pretrained(tmp_path)
+    fields = read_preprocessor(tmp_path)
+    ours = NaFlexProcessor.from_hf(fields, NaFlexProcessor())
+    assert ours == NaFlexProcessor(
+        mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), resample=3, patch_size=5, patches=41
+    )
+    assert NaFlexProcessor.from_hf(ours.to_hf(), NaFlexProcessor()) == ours
+    want = theirs(picture(31, 40), return_tensors="pt")["pixel_values"][0]
+    got = ours(picture(31, 40))
+    assert (got - want[: len(got)]).abs().max() <= 1e-6
+    changes = (
+        ("do_resize", False),
+        ("do_pad", True),
+        ("rescale_factor", 1.0),
+        ("image_processor_type", "SiglipImageProcessor"),
+        ("max_num_patches", 0),
+        ("patch_size", "16"),
+    )
+    for field, value in changes:
+        with pytest.raises(UserError, match=field.removeprefix("image_")):
+            NaFlexProcessor.from_hf(fields | {field: value}, NaFlexProcessor())
 
 
 # ---------------------------------------------------------------------------------- the arithmetic
@@ -620,9 +711,9 @@ def test_pickled_weights_only_where_asked_for(tmp_path):
 UNKNOWN = [
     (CLIP, {"model_type": "clip_vison_model"}, "clip_vison_model"),
     (CLIP, {"hidden_act": "relu"}, "hidden_act"),
-    (CLIP, {"model_type": "siglip2_vision_model"}, "siglip2_vision_model.*NaFlex"),
     (CLIP, {"num_channels": 1}, "num_channels"),
-    (CLIP, {"model_type": "siglip2"}, "'siglip2'.*NaFlex"),
+    (NAFLEX_CONFIG, {"num_patches": 10}, "num_patches.*square"),
+    (NAFLEX_CONFIG, {"patch_size": [4, 4]}, "patch_size"),
     (DINOV2, {"qkv_bias": False}, "qkv_bias"),
     (DINOV3, {"proj_bias": False}, "proj_bias"),
     (DINOV3, {"mlp_bias": False}, "mlp_bias"),
@@ -807,3 +898,93 @@ def test_more_tokens_than_anybody_sees_are_refused():
         vision_config(DINOV2, {"size": {"shortest_edge": 2}, "crop_size": 2})
     with pytest.raises(UserError, match="patch_size: 16 is larger than the image_size 12"):
         vision_config(CLIP | {"patch_size": 16})
+
+
+# ------------------------------------------------------------------------------------------ NaFlex
+
+NAFLEX = [
+    dict(hidden_size=33, num_attention_heads=3, num_hidden_layers=3, patch_size=5, num_patches=9)
+    | dict(intermediate_size=50),
+    dict(hidden_size=40, num_attention_heads=5, num_hidden_layers=2, patch_size=3, num_patches=49)
+    | dict(intermediate_size=31, hidden_act="gelu", layer_norm_eps=1e-3),
+]
+GRIDS = [(3, 3), (1, 7), (5, 2), (7, 6), (1, 1), (3, 3)]
+
+
+def naflex(config: dict, folder):
+    """Save a random NaFlex of transformers; return it and pictures of GRIDS: patches, padded ones.
+
+    -> the model, the patches (P, 3 p p) one picture behind the other, and the arguments that give
+    transformers' model the same pictures.
+    """
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    made = transformers.Siglip2VisionConfig(**config)
+    model = transformers.Siglip2VisionModel(made).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    model.save_pretrained(folder)
+
+    lengths = [rows * columns for rows, columns in GRIDS]
+    patches = torch.randn(sum(lengths), 3 * config["patch_size"] ** 2)
+    padded = torch.nn.utils.rnn.pad_sequence(patches.split(lengths), batch_first=True)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    given = {
+        "pixel_values": padded,
+        "pixel_attention_mask": mask.to(torch.int32),
+        "spatial_shapes": torch.tensor(GRIDS),
+    }
+    return model, patches, given, mask
+
+
+@pytest.mark.parametrize("config", NAFLEX, ids=lambda c: c["hidden_size"])
+def test_pictures_of_any_grid_have_the_features_of_transformers(tmp_path, config):
+    model, patches, given, mask = naflex(config, tmp_path)
+    with torch.no_grad():
+        states = model(**given, output_hidden_states=True).hidden_states
+        for layer in (-1, -2, 0):
+            encoder = load_encoder(tmp_path, feature_layer=layer, feature_select="cls_patch")
+            got = encoder(patches, GRIDS)
+            assert (got - states[layer][mask]).abs().max() <= 1e-4
+
+        # Each alone is what it is among others.
+        lengths = [rows * columns for rows, columns in GRIDS]
+        encoder = load_encoder(tmp_path, feature_layer=-1, feature_select="cls_patch")
+        packed = encoder(patches, GRIDS).split(lengths)
+        for part, grid, among in zip(patches.split(lengths), GRIDS, packed, strict=True):
+            assert (encoder(part, [grid]) - among).abs().max() <= 1e-5
+
+        half = load_encoder(tmp_path, torch.bfloat16, feature_layer=-1, feature_select="cls_patch")
+        want = states[-1][mask]
+        got = half(patches, GRIDS)
+        assert got.dtype == torch.bfloat16 and (got - want).norm() <= 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("config", NAFLEX, ids=lambda c: c["hidden_size"])
+@pytest.mark.parametrize("recompute", (False, True))
+def test_every_gradient_of_any_grid_is_that_of_transformers(tmp_path, config, recompute):
+    model, patches, given, mask = naflex(config, tmp_path)
+    encoder = load_encoder(tmp_path, feature_layer=-1, feature_select="cls_patch")
+    encoder.gradient_checkpointing = recompute
+    weight = torch.randn(len(patches), config["hidden_size"])
+    (encoder(patches, GRIDS) * weight).sum().backward()
+    states = model(**given, output_hidden_states=True).hidden_states
+    (states[-1][mask] * weight).sum().backward()
+    theirs = {name.removeprefix("vision_model."): p.grad for name, p in model.named_parameters()}
+    for name, p in encoder.named_parameters():
+        want = theirs[name]
+        assert (p.grad - want).norm() <= 1e-4 * want.norm() + 1e-4, name
+
+
+@pytest.mark.parametrize("config", NAFLEX, ids=lambda c: c["hidden_size"])
+def test_a_naflex_goes_out_as_it_came(tmp_path, config):
+    naflex(config, tmp_path)
+    source = weights.Checkpoint(tmp_path)
+    encoder = load_encoder(tmp_path, feature_layer=1, feature_select="cls_patch")
+    assert encoder.config.processor.patches == config["num_patches"]
+    out = weights.tensors(encoder, encoder.rename)
+    whole = {k if k in source else k.removeprefix("vision_model."): t for k, t in out.items()}
+    assert set(whole) == set(source) and all(torch.equal(whole[k], source[k]) for k in source)
+    with pytest.raises(UserError, match="feature_select"):
+        load_encoder(tmp_path)

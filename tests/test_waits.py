@@ -10,14 +10,14 @@ from tests.tools.small_llava import small
 
 
 def test_no_step_of_training_or_decoding_waits_for_the_gpu():
-    """Full, with checkpointing, LoRA, NF4, int8, tiles, a video, text alone; prefill and a step.
+    """Full, checkpointing, LoRA, NF4, int8, tiles, a video, NaFlex, text alone; prefill and a step.
 
     The operations of a block are counted, too, as each takes the CPU some microseconds.
     """
     found = json.loads(run("-m", "tests.tools.gpu_steps", TRITON_INTERPRET="0").stdout)
     forward, backward = found.pop("operations")
     assert {name: waits for name, waits in found.items() if waits} == {}
-    assert len(found) == 13
+    assert len(found) == 14
     assert forward <= 45 and backward <= 87
 
 

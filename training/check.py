@@ -185,7 +185,7 @@ def check_rows(rows: Rows, spec: SampleSpec) -> int:
             summary.add_bad(len(step.skipped))
             progress.update(len(step.skipped) + len(step.micro_batches))
 
-    summary.print(printable(rows.file, 1000), spec.views.positions(), rows.where)
+    summary.print(printable(rows.file, 1000), spec.views.tokens_text, rows.where)
     return summary.bad
 
 
@@ -265,7 +265,7 @@ def inspect_rows(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool 
         # The line above the text: how many tokens, and which views the encoder gets.
         where = printable(rows.where(i, row), 1000)
         head = f"{where}: {len(sample.ids)} tokens, {supervised} supervised"
-        head += f", views: {describe_views(sample, pixels)}"
+        head += f", views: {describe_views(sample, spec.views, pixels)}"
         if sample.cut:
             head += f", {sample.cut} tokens cut off"
 
@@ -279,7 +279,7 @@ def inspect_rows(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool 
         html.append(f"<h2>{escape(head)}</h2>")
         if pixels:
             for item in sample.items:
-                for view in item.pixels:  # (3, H, W)
+                for view in spec.views.seen(item):  # (3, H, W)
                     shown = spec.views.processor.shown(view)
                     image = Image.fromarray(shown.permute(1, 2, 0).numpy())
                     html.append(image_tag(image, width=240))
@@ -289,12 +289,12 @@ def inspect_rows(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool 
     return "\n".join(html)
 
 
-def describe_views(sample: Sample, pixels: bool) -> str:
+def describe_views(sample: Sample, tiling: Tiling, pixels: bool) -> str:
     """Return how many views each item of a sample has, and of what size if pixels were read."""
     described = []
     for item in sample.items:
         if pixels:
-            height, width = item.pixels.shape[2:]
+            height, width = tiling.seen(item)[0].shape[1:]
             described.append(f"{item.shape.views} of {height} x {width}")
         else:
             described.append(str(item.shape.views))

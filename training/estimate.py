@@ -146,7 +146,7 @@ def measure_row(rows: Rows | RowMixture, i: int, spec: SampleSpec) -> RowSize:
         positions=positions,
         text=len(sample.ids) - positions,
         supervised=int((sample.labels != IGNORE).sum()),
-        shape=shapes[0] if shapes else ONE_VIEW,
+        shape=shapes[0] if shapes else spec.views.largest()[0],
         is_exact=True,
     )
 
@@ -157,7 +157,7 @@ def guess_row(row: dict, template: str, views: Tiling) -> RowSize:
     kind, names = media_names(row)
     shape = views.for_images(len(names)).shape(PICTURE)
     if kind == "video":
-        shape = ItemShape(views.frames)
+        shape = views.clip_shape(views.frames, PICTURE)
 
     asked = 0.0  # tokens of the questions
     said = 0.0  # tokens of the answers

@@ -145,7 +145,6 @@ def weight_bytes(model: LLaVA, stage: Stage) -> float:
 def typical_batch(model: LLaVA, row: RowSize, rows: int):
     """Return a micro-batch of `rows` average rows. Its pixels are not initialised."""
     items = round(rows * row.items)
-    size = model.vision_tower.config.image_size
     supervised = round(row.supervised)
     samples = []
     for r in range(rows):
@@ -162,7 +161,7 @@ def typical_batch(model: LLaVA, row: RowSize, rows: int):
         labels[len(labels) - min(supervised, text) :] = 0
         labels[0] = -100
 
-        pixels = torch.empty(row.shape.views, 3, size, size, dtype=model.views.dtype)
+        pixels = torch.empty(model.views.pixels_size(row.shape), dtype=model.views.dtype)
         samples.append(Sample(ids, labels, [Item(pixels, row.shape)] * here, r, 0))
     return pack_samples(samples)
 

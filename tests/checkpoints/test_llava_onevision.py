@@ -85,7 +85,9 @@ PHOTOS = (
     "wolves.jpg",
     "page.png",
 )
-SIZES = ((600, 37), (31, 500), (7, 5), (1, 1), (3000, 2000), (150, 80), (90, 61))  # width, height
+SIZES = ((600, 37), (31, 500), (7, 5), (1, 1), (3000, 2000), (150, 80), (90, 61))
+# The tiles have so many tokens more that the first is made smaller by one model, the other by both.
+SIZES += ((45, 60), (40, 40))
 
 # Two models: a side of 3 tokens and untied, a side of 4 and tied at the top level alone.
 SMALL = {
@@ -459,10 +461,12 @@ def test_turns_are_those_of_the_template(published):
 
 def test_the_largest_shape_is_at_least_any_picture(published):
     *_, ours = published
-    most = max(ours.views.positions(shape) for shape in ours.views.largest())
-    for width in range(1, 400, 13):
-        for height in range(1, 400, 17):
-            assert ours.views.positions(ours.views.shape((width, height))) <= most
+    for grids in (ours.views.grids, ((3, 4),), ((4, 3),)):
+        views = replace(ours.views, grids=grids)
+        most = max(views.positions(shape) for shape in views.largest())
+        for width in range(1, 400, 13):
+            for height in range(1, 400, 17):
+                assert views.positions(views.shape((width, height))) <= most
 
 
 def test_a_line_of_a_picture_keeps_a_row_of_tokens():

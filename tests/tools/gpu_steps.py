@@ -25,7 +25,7 @@ from packing import (
     packed_attention,
 )
 from tests.tools import fake_gpu
-from tests.tools.small_llava import SIDE, small
+from tests.tools.small_llava import NAFLEX, SIDE, small
 from train import make_optimizer
 
 ANYRES = {"image_mode": "anyres"}
@@ -42,7 +42,7 @@ def sample(model: LLaVA, shapes: list[ItemShape]) -> Sample:
 
     items = []
     for shape in shapes:
-        pixels = torch.randint(0, 255, (shape.views, 3, SIDE, SIDE), dtype=torch.uint8)
+        pixels = torch.randint(0, 255, model.views.pixels_size(shape), dtype=torch.uint8)
         items.append(Item(pixels, shape))
     return Sample(torch.tensor(ids), torch.tensor(labels), items, 0, 0)
 
@@ -76,7 +76,7 @@ def waits_of_training(
     model.vision_tower.gradient_checkpointing = checkpointing
 
     shapes = [ItemShape(), ItemShape()]
-    if mode == "tiled":
+    if mode in ("tiled", "native"):
         shapes = [model.views.shape((100, 50)), model.views.shape((50, 100))]
     if mode == "video":
         shapes = [ItemShape(3)]
@@ -97,7 +97,8 @@ def waits_of_training(
 
 def send_constants(model: LLaVA):
     """Let what is copied to the device once, the colours' mean and deviation, be there already."""
-    pixels = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
+    shape = model.views.largest()[0]
+    pixels = torch.zeros(model.views.pixels_size(shape), dtype=torch.uint8)
     model.vision_tower.processor.normalise(pixels.to("gpu", non_blocking=True))
 
 
@@ -161,6 +162,7 @@ def main():
         "anyres_max, video": waits_of_training(mode="video", **ANYRES_MAX),
         "tiles": waits_of_training(mode="tiled", image_mode="tiles"),
         "video": waits_of_training(mode="video"),
+        "naflex": waits_of_training(mode="native", **NAFLEX),
         "decoding": waits_of_decoding(),
         "operations": operations_of_a_block(),
     }

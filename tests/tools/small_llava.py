@@ -56,6 +56,15 @@ CLIP_SIDE = {
     "do_center_crop": True,
 }
 
+# A NaFlex: its processor, and the settings that go with it.
+NAFLEX_PATCHES = {"patch_size": 4, "max_num_patches": 12}
+NAFLEX = {
+    "tower": "siglip2",
+    "image_mode": "native",
+    "feature_select": "cls_patch",
+    "feature_layer": -1,
+}
+
 
 def small(
     family="llama",
@@ -77,12 +86,14 @@ def small(
         **(sizes or {}),
     }
     vision = {"model_type": f"{tower}_vision_model", **VISION}
-    clip, siglip = (
-        CLIP_SIDE | {"size": {"shortest_edge": edge}},
-        {"size": {"height": SIDE, "width": SIDE}},
-    )
+    if tower == "clip":
+        preprocessor = CLIP_SIDE | {"size": {"shortest_edge": edge}}
+    elif tower == "siglip2":
+        preprocessor = NAFLEX_PATCHES
+    else:
+        preprocessor = {"size": {"height": SIDE, "width": SIDE}}
     torch.manual_seed(seed)
-    model = LLaVA(LLaVAConfig(text, vision, clip if tower == "clip" else siglip, **config)).eval()
+    model = LLaVA(LLaVAConfig(text, vision, preprocessor, **config)).eval()
     init_weights(model, 0.2)
     with torch.no_grad():
         for name, p in model.named_parameters():

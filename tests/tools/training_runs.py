@@ -20,6 +20,14 @@ from tests.tools.environment import ROOT, run, run_warm
 # A run of a few steps in each stage, with a checkpoint or two.
 SHORT = ("stage.pretrain.steps=2", "stage.finetune.steps=4", "train.save_every=2")
 
+# What makes the recipe one of pictures in their own proportions, of nine patches at most.
+NATIVE = (
+    "model.image_mode=native",
+    'model.vision_config={model_type = "siglip2_vision_model", hidden_size = 32, '
+    "intermediate_size = 48, num_hidden_layers = 2, num_attention_heads = 2, patch_size = 16, "
+    "num_patches = 9, preprocessor = {patch_size = 16, max_num_patches = 9}}",
+)
+
 TRAIN = "import runpy; runpy.run_path('train.py', run_name='__main__')"
 RECIPE = """
 [model]

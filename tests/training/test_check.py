@@ -13,7 +13,7 @@ import data
 from config import UserError
 from data import Order, make_spec
 from inputs import tiling
-from inputs.image_processor import ImageProcessor
+from inputs.image_processor import ImageProcessor, NaFlexProcessor
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec, make_sample
 from inputs.templates import byte_tokenizer
@@ -252,7 +252,7 @@ def test_inspect_without_a_recipe_shows_the_text_of_rows(folder, capsys, monkeyp
         assert ("\033[32m A dog." in out, "[[ A dog." in out) == (colour, not colour)
 
 
-@pytest.mark.parametrize("mode", ["square", "pad", "tiles", "anyres", "anyres_max"])
+@pytest.mark.parametrize("mode", ["square", "pad", "tiles", "anyres", "anyres_max", "native"])
 def test_check_refuses_what_training_refuses(folder, spec, capsys, monkeypatch, mode):
     """Six kinds of rows, and pictures that are too large for what is made of them."""
     Image.new("RGB", (9, 40)).save(folder / "tall.png")
@@ -260,7 +260,10 @@ def test_check_refuses_what_training_refuses(folder, spec, capsys, monkeypatch, 
     rows += [row("good"), row("tall", image="tall.png"), row("text", "Hi", image=None)]
     rows += [{"id": "m", "messages": []}, row("r", "a") | {"images": ["b.png"]}]
     rows = write(folder, rows)
-    views = MODES[mode](9, processor=ImageProcessor(8), grids=((1, 2), (2, 1)))
+    processor = ImageProcessor(8)
+    if mode == "native":
+        processor = NaFlexProcessor(patch_size=4, patches=9)
+    views = MODES[mode](9, processor=processor, grids=((1, 2), (2, 1)))
     small = dataclasses.replace(spec, views=views)
     for most in (2**29, 8 * 8 * 2):
         monkeypatch.setattr(tiling, "MOST_PIXELS", most)

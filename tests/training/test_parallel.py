@@ -22,7 +22,7 @@ from packing import EMPTY
 from tests.tools import bf16_modes, mixed_batches
 from tests.tools.environment import run
 from tests.tools.small_llava import small
-from tests.tools.training_runs import TRAIN, losses, on_ranks
+from tests.tools.training_runs import NATIVE, TRAIN, losses, on_ranks
 from training import parallel, state
 from training.parallel import ParallelModel
 from training.ranks import Ranks
@@ -85,9 +85,21 @@ def test_ddp_and_sharded_ranks_change_nothing(recipe, whole_run):
         assert all(torch.allclose(got[k], model[k], rtol=1e-3, atol=1e-5) for k in model)
 
 
-@pytest.mark.parametrize("image_mode", ["anyres", "anyres_max"])
-def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp_path, image_mode):
-    """A rank has tiles where another has a clip or text alone: none waits, losses are equal."""
+MODES = (
+    ["model.image_mode=anyres"],
+    ["model.image_mode=anyres_max", "model.image_views=2"],
+    NATIVE,
+)
+
+
+@pytest.mark.parametrize("mode_change", MODES, ids=lambda c: c[0])
+def test_ranks_with_pictures_videos_and_text_change_nothing(
+    recipe, tiny_world, tmp_path, mode_change
+):
+    """A rank has tiles where another has a clip or text alone: none waits, losses are equal.
+
+    Or it has pictures of other grids.
+    """
     rows = json.loads((tiny_world / "finetune.json").read_text())[:60]
     for row in rows[::3]:
         if name := row.pop("image", None):
@@ -99,13 +111,14 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
     for i, row in enumerate(rows):
         if "image" not in row:
             continue
-        row["image"] = str(tiny_world / "images" / row["image"])
+        picture = Image.open(tiny_world / "images" / row["image"])
+        size = (20 + 7 * (i % 9), 20 + 5 * (i % 7))
 
         # Some pictures are wide, and some rows have two.
         if i % 4 == 0:
-            wide = Image.open(row["image"]).resize((96, 90))
-            row["image"] = f"{tmp_path}/{i}.png"
-            wide.save(row["image"])
+            size = (96, 90)
+        row["image"] = f"{row['id']}.png"
+        picture.resize(size).save(tmp_path / row["image"])
         if i % 4 == 1:
             row["image"] = [row["image"], row["image"]]
             row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
@@ -118,9 +131,8 @@ def test_ranks_with_tiles_videos_and_text_change_nothing(recipe, tiny_world, tmp
         "stage.finetune.steps=4",
         "stage.pretrain.steps=2",
         "model.connector=mlp2x_gelu",
-        f"model.image_mode={image_mode}",
-        "model.image_views=2",
         "model.frames=3",
+        *mode_change,
     ]
     file, out = recipe("alone")
     run("train.py", file, *change)

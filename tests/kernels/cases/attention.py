@@ -24,7 +24,13 @@ def _dense(
 
 
 def _packed(
-    name: str, lengths: tuple[int, ...], H: int, K: int, d: int, window: int | None = None
+    name: str,
+    lengths: tuple[int, ...],
+    H: int,
+    K: int,
+    d: int,
+    window: int | None = None,
+    causal: bool = True,
 ) -> Case:
     """Samples of these lengths in one row."""
 
@@ -34,7 +40,7 @@ def _packed(
         q = randn(g, T, H, d)
         k = randn(g, T, K, d)
         v = randn(g, T, K, d)
-        return q, k, v, cu_seqlens, max(lengths), None, window
+        return q, k, v, cu_seqlens, max(lengths), None, window, causal
 
     return Case(name, attention.triton_packed, attention.reference_packed, inputs, (0, 1, 2))
 
@@ -78,6 +84,7 @@ CASES = [
     _packed("packed, empty samples", (0, 5, 0, 1, 3, 0), 6, 2, 80),
     _packed("packed, no token", (0, 0), 2, 1, 16),
     _packed("packed, wide", (7, 66), 2, 1, 256),
+    _packed("packed, not causal", (0, 7, 141, 1), 2, 1, 72, causal=False),
     # Windows smaller than a block, as large, and larger; the last one sees all of a sample.
     _packed("a window of one key", (5, 33, 1), 2, 1, 16, 1)._replace(grads=(2,)),
     _packed("a small window", (0, 13, 141, 1), 2, 1, 64, 7),
@@ -104,13 +111,19 @@ def _builds(
     window: int,
     hopper: bool,
     dtype: torch.dtype = torch.bfloat16,
+    causal: bool | None = None,
 ) -> list[Build]:
-    """All kernels for a head of d columns; packed rows are causal, dense batches are encoders'."""
+    """All kernels for a head of d columns; packed rows are causal, dense batches are encoders'.
+
+    causal: for the packed rows of an encoder, False.
+    """
     # Triton compiles an argument that is 1 in as a constant.
     ones = ["q_head", "k_head", "v_head"]
     if not grouped:
         ones.append("G")
-    constants = {"PACKED": packed, "CAUSAL": packed, "WINDOW": window}
+    if causal is None:
+        causal = packed
+    constants = {"PACKED": packed, "CAUSAL": causal, "WINDOW": window}
     constants |= dict.fromkeys(ones, 1) | split_width(d)
 
     launches = [("forward", attention.forward_kernel, {}), ("query", attention.query_kernel, {})]
@@ -153,6 +166,9 @@ BUILDS = []
 for _hopper in (False, True):
     for _shape in _SHAPES:
         BUILDS += _builds(*_shape, _hopper)
+    # SigLIP2-NaFlex's: the base model's heads and the so400m's.
+    for _d in (64, 72):
+        BUILDS += _builds(_d, True, False, 0, _hopper, causal=False)
 
 # In float32, with the bytes of a thread that kernels/attention.py says are in memory. An sm_90 has
 # the same blocks; they are compiled for sm_80 only, as it takes a minute.
@@ -162,12 +178,15 @@ for _d, _window in ((64, 0), (96, 0), (128, 0), (256, 0), (64, 512), (256, 512))
         _build = in_dtype(_build, "fp32")
         BUILDS.append(_build._replace(targets=(80,), spills=_SPILLS.get(_d, 0)))
 
+_MIXED = "packed, not causal"
 _SMALL = "a small window"
 _BLOCKS = "a window of blocks and a bit"
 MUTATIONS = [
     Mutation("(key <= query[:, None])", "(key <= query[:, None] + 1)", "causal"),
     Mutation("key[:, None] <= (start + row)", "key[:, None] < (start + row)", "causal"),
     Mutation("else:\n        return key < keys", "else:\n        return key > -1", "not causal"),
+    Mutation("return block, head, begin, begin,", "return block, head, begin, 0,", _MIXED),
+    Mutation("diagonal + partial", "diagonal", _MIXED),
     Mutation("K += begin_k * k_token", "K += 0 * k_token", "packed, empty samples"),
     Mutation("(i // count)", "(i // count * 0)", "few queries, grouped heads, scale"),
     Mutation("dk1 * scale, dk2 * scale", "dk1, dk2", "packed, empty samples"),
