@@ -438,7 +438,7 @@ class Stage:
     steps: int = opt(0, "stop after this many steps instead; 0 = epochs decide", low=0, high=10**9)
     global_batch: int = opt(
         128,
-        "samples per optimizer step, whatever the ranks and micro-batches",
+        "rows per optimizer step, whatever the ranks and micro-batches",
         low=1,
         high=1_000_000,
         auto=True,

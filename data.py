@@ -22,7 +22,7 @@ inputs/rows.py reads rows, and inputs/sample.py makes samples of them. From top 
     make_spec, stage_spec, model_spec    how a row becomes a sample: tokenizer, template, limits
     Order                    which row is the k-th sample of training: a permutation for each epoch,
                              of blocks and within them where rows are read by blocks
-    Steps, Step              global_batch samples for each optimizer step, packed into micro-batches
+    Steps, Step              global_batch rows for each optimizer step, packed into micro-batches
     loader                   worker processes that make steps ahead
     token_counts             the length of every row, so that ranks can share tokens evenly
     main                     the command; training/check.py does what `check` and `inspect` ask for
@@ -58,7 +58,7 @@ from inputs import templates
 from inputs.forms import columns_of
 from inputs.measure import measure_rows
 from inputs.rows import Blocks, Part, Rows, open_rows
-from inputs.sample import Sample, SampleSpec, make_sample, user_error
+from inputs.sample import Sample, SampleSpec, make_samples, user_error
 from inputs.shards import shard
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
@@ -159,7 +159,7 @@ def template_of(model: config.Model, stage: config.Stage, where: str) -> str:
 
 
 class Order:
-    """The endless stream of samples: order(k) is the row of the k-th, for k = 0, 1, 2, ...
+    """The endless stream of rows: order(k) is the k-th one's number, for k = 0, 1, 2, ...
 
     Each epoch is a permutation of n rows, a pure function of (seed, epoch).
 
@@ -292,6 +292,36 @@ class MicroBatch(NamedTuple):
     items: slice
 
 
+class Size(NamedTuple):
+    """How many tokens a sample has."""
+
+    kept: int  # what training sees
+    supervised: int  # of these
+    cut: int  # off the tail
+
+
+class Reading(NamedTuple):
+    """What `check` says of a row that can be trained on."""
+
+    row: int
+    items: int  # pictures and videos
+    samples: list[Size]
+    cut: int  # tokens of it that max_tokens leaves out, in all its samples
+    notes: tuple[str, ...]  # how it was read
+    unread: tuple[str, ...]  # its keys that nothing reads
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> Reading:
+        """Return what there is to say of the samples of a row."""
+        sizes = []
+        for sample in samples:
+            supervised = int((sample.labels != IGNORE).sum())
+            sizes.append(Size(len(sample.ids), supervised, sample.cut))
+        last = samples[-1]  # it shows the most items
+        cut = sum(size.cut for size in sizes) + last.lost
+        return cls(last.row, len(last.items), sizes, cut, last.notes, last.unread)
+
+
 @dataclass
 class Step:
     """One rank's share of an optimizer step, cut into micro-batches.
@@ -308,16 +338,18 @@ class Step:
     # A message for each row that on_bad_row = "skip" left out.
     skipped: list[str] = field(default_factory=list)
 
-    # (row, tokens taken off its tail) of over-long rows.
-    cut: list[tuple[int, int]] = field(default_factory=list)
-
-    # (row, how it was read, its keys that nothing reads) of each sample, for `check`.
-    readings: list[tuple[int, tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
+    # What there is to say of each of its rows.
+    readings: list[Reading] = field(default_factory=list)
 
     seconds: float = 0.0  # it took to make
 
     # Why training must stop, or "". An exception in a worker would arrive as a page of traceback.
     error: str = ""
+
+    @property
+    def cut(self) -> int:
+        """Tokens that were taken off over-long rows."""
+        return sum(reading.cut for reading in self.readings)
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -334,17 +366,21 @@ class Step:
 class Steps(Dataset):
     """`steps[i]` is this rank's share of optimizer step i.
 
-    Step i has the samples i * global_batch, ..., (i + 1) * global_batch - 1 of the order. It is a
+    Step i has the rows i * global_batch, ..., (i + 1) * global_batch - 1 of the order. It is a
     function of i alone, so any worker can make any step, at any time.
 
-    Its samples are dealt to the ranks in turn: rank r of `world` makes those whose number is r
-    modulo `world`. With `counts` (of token_counts, the same on all ranks) they are shared so that
-    all ranks have about as many tokens.
+    Its rows are dealt to the ranks in turn: rank r of `world` makes those whose number is r modulo
+    `world`. With `counts` (of token_counts, the same on all ranks) they are shared so that all
+    ranks have about as many tokens.
+
+    A row is one sample, or one for each of its answers (sample.make_samples). They are in the same
+    step and on the same rank, and are packed like those of other rows. So a step learns the same
+    answers with every template.
 
     With validation=True there is every row once, in the order of the file. Then a bad row has no
     stand-in, and a rank's share may be empty.
 
-    Raises UserError if there are more ranks than samples in a step.
+    Raises UserError if there are more ranks than rows in a step.
     """
 
     def __init__(
@@ -364,7 +400,7 @@ class Steps(Dataset):
         self.rows = rows
         self.spec = spec
         self.stage = stage
-        self.size = stage.global_batch  # samples of a step, on all ranks
+        self.size = stage.global_batch  # rows of a step, on all ranks
         self.stop_at_bad = train.on_bad_row == "stop"
         self.rank = rank
         self.world = world
@@ -375,15 +411,15 @@ class Steps(Dataset):
     def __len__(self) -> int:
         """Return how many steps there are: as many as the stage says, or as its epochs take.
 
-        Every step has global_batch samples. Where the epochs do not fill the last one, it also
-        takes samples of the next epoch.
+        Every step has global_batch rows. Where the epochs do not fill the last one, it also takes
+        rows of the next epoch.
         """
         if self.validation:
             return math.ceil(len(self.rows) / self.size)
         if self.stage.steps:
             return self.stage.steps
-        samples = round(self.stage.epochs * self.order.n)
-        return max(1, math.ceil(samples / self.size))
+        rows = round(self.stage.epochs * self.order.n)
+        return max(1, math.ceil(rows / self.size))
 
     def __getitem__(self, i: int) -> Step:
         """Return this rank's share of step i."""
@@ -392,11 +428,13 @@ class Steps(Dataset):
         # Make the samples. A bad row that must stop training is reported in the step.
         samples = []
         skipped = []
+        readings = []
         try:
             for k in self._share(i):
-                sample = self._sample(k, skipped)
-                if sample is not None:
-                    samples.append(sample)
+                samples_of_row = self._samples(k, skipped)
+                if samples_of_row:
+                    samples += samples_of_row
+                    readings.append(Reading.of(samples_of_row))
         except UserError as e:
             return Step(error=str(e))
 
@@ -423,13 +461,12 @@ class Steps(Dataset):
             packed=packed,
             micro_batches=micro_batches,
             skipped=skipped,
-            cut=[(sample.row, sample.cut) for sample in samples if sample.cut],
-            readings=[(sample.row, sample.notes, sample.unread) for sample in samples],
+            readings=readings,
             seconds=time.perf_counter() - begin,
         )
 
     def _share(self, i: int) -> list[int]:
-        """Return the samples of step i, as numbers in the order, that this rank makes."""
+        """Return the rows of step i, as numbers in the order, that this rank takes."""
         begin = i * self.size
         end = begin + self.size
         if self.validation:
@@ -448,8 +485,8 @@ class Steps(Dataset):
         places = places_of_ranks[self.rank]
         return [begin + place for place in places]
 
-    def _sample(self, k: int, skipped: list[str]) -> Sample | None:
-        """Return the k-th sample, or its first usable stand-in; None if validation has none.
+    def _samples(self, k: int, skipped: list[str]) -> list[Sample]:
+        """Return those of the k-th row, or of its first usable stand-in; [] if validation has none.
 
         Add a message to `skipped` for each unusable row. Raises UserError where one stops training.
         """
@@ -460,14 +497,14 @@ class Steps(Dataset):
 
         for row in candidates:
             try:
-                return make_sample(self.rows, row, self.spec)
+                return make_samples(self.rows, row, self.spec)
             except UserError as e:
                 if self.stop_at_bad:
                     raise
                 skipped.append(str(e))
 
         if self.validation:
-            return None
+            return []
         tried = min(len(self.rows), GIVE_UP)
         last, _, _ = skipped[-1].partition("; fix:")
         what = f"no usable row among {tried}, the last one: {last}"
@@ -544,16 +581,19 @@ def validation_batches(
 def measure_tokens(rows: Rows, row: int, spec: SampleSpec) -> tuple[int, int, int]:
     """Return the tokens, views and supervised tokens of a row; zeros if it is unusable."""
     try:
-        sample = make_sample(rows, row, spec, pixels=False)
+        samples = make_samples(rows, row, spec, pixels=False)
     except UserError:
         return 0, 0, 0  # training says why, when it makes the sample
-    views = sum(item.shape.views for item in sample.items)
-    supervised = int((sample.labels != IGNORE).sum())
-    return len(sample.ids), views, supervised
+    tokens = views = supervised = 0
+    for sample in samples:
+        tokens += len(sample.ids)
+        views += sum(item.shape.views for item in sample.items)
+        supervised += int((sample.labels != IGNORE).sum())
+    return tokens, views, supervised
 
 
 def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
-    """Return (len(rows), 3) int64: tokens, views and supervised tokens of each row's sample.
+    """Return (len(rows), 3) int64: tokens, views and supervised tokens of each row's samples.
 
     It is zeros for a row that makes none. All rows are tokenized once, by `workers` processes. The
     counts are kept beside the rows' files, for this tokenizer, this template and these limits.
@@ -561,6 +601,8 @@ def token_counts(rows: Rows, spec: SampleSpec, workers: int = 0) -> np.ndarray:
     # What the counts depend on is in the name of their file.
     tokenizer_files = sorted(spec.tokenizer.files.items())
     decides = repr((spec.template, spec.max_tokens, spec.views, tokenizer_files))
+    if templates.choose_template(spec.template, spec.tokenizer).rewrites:
+        decides += "a sample for each answer"  # not the counts of when such rows were refused
 
     def kind_of(source: Rows) -> str:
         columns = getattr(source, "columns", None) or ""

@@ -27,7 +27,7 @@ If what decides its result has changed (a field, rows, weights), it says what an
 SIGTERM or SIGINT lets it finish the step, save, and leave a file PREEMPTED; torchrun allows 30
 seconds for that.
 
-One optimizer step is exactly `global_batch` samples. Its loss is the sum over all supervised tokens
+One optimizer step is exactly `global_batch` rows. Its loss is the sum over all supervised tokens
 of the step, divided by their number. The sums run over all micro-batches and all ranks, so neither
 the number of ranks nor the size of micro-batches changes what is computed.
 
@@ -322,8 +322,7 @@ def train_stage(run: StageRun, start: int) -> bool:
         log.step(step, loss, tokens, images, waited)
         if logs:
             learning_rate = run.optimizer.param_groups[0]["lr"]
-            cut_tokens = sum(lost for _, lost in share.cut)
-            log.line(step, learning_rate, norm, norms_of_parts, cut_tokens)
+            log.line(step, learning_rate, norm, norms_of_parts, share.cut)
 
         # Validate.
         validation = None
@@ -365,9 +364,10 @@ def refuse(run: StageRun, batches: list[Batch], losses: list[Tensor], found: str
         if not loss.isfinite():
             own_bad += batch.rows
 
-    named = run.ranks.collect(sorted(own_bad))
+    # A row of several samples is named once.
+    named = run.ranks.collect(sorted(set(own_bad)))
     if not named:
-        named = run.ranks.collect(sorted(own_all))
+        named = run.ranks.collect(sorted(set(own_all)))
 
     rows = ", ".join(run.steps.rows.where(row) for row in named[:16])
     if len(named) > 16:
@@ -620,7 +620,7 @@ def count_adapters(module: nn.Module) -> int:
 def warn_of_small_stage(steps: Steps, stage: Stage, name: str):
     """Print a warning if a stage has so few steps that it learns next to nothing.
 
-    A step has global_batch samples, and few rows make few steps: thirty rows make one of 128. Who
+    A step has global_batch rows, and few rows make few steps: thirty rows make one of 128. Who
     has written the number of steps knows it.
     """
     if len(steps) < FEW_STEPS and not stage.steps:

@@ -43,7 +43,7 @@ from evals.scores import best_constant
 from inputs.conversation import IMAGE
 from inputs.media import Media
 from inputs.rows import Rows
-from inputs.sample import SampleSpec, check_image_count, encode_text, make_sample
+from inputs.sample import SampleSpec, check_image_count, encode_text, make_samples
 from inputs.turns import answers_of
 from model import LLaVA
 from packing import Item, bin_pack, pack_samples
@@ -100,7 +100,7 @@ def questions_of_row(rows: Rows, i: int, spec: SampleSpec) -> list[Example]:
     media = rows.media(i, row)
 
     # What training asks of a row: turns that alternate, a mark for each picture.
-    ids, _ = encode_text(row, where, spec)
+    ids, _ = encode_text(row, where, spec)[-1]
     check_image_count(ids, media, where)
 
     asked = asked_turns(row["conversations"])
@@ -391,10 +391,10 @@ def sum_of_losses(
     for begin in range(0, len(numbers), stage.global_batch):
         samples = []
         for i in numbers[begin : begin + stage.global_batch]:
-            sample = make_sample(rows, i, spec)
-            if change:
-                sample.items = [change(item) for item in sample.items]
-            samples.append(sample)
+            for sample in make_samples(rows, i, spec):
+                if change:
+                    sample.items = [change(item) for item in sample.items]
+                samples.append(sample)
         lengths = [len(sample.ids) for sample in samples]
         for places in bin_pack(lengths, stage.micro_batch_tokens):
             batch = pack_samples([samples[place] for place in places])

@@ -9,6 +9,7 @@ turns' texts lie. `ChatTemplate` finds that out; its docstring has the method.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import re
@@ -26,6 +27,11 @@ KEY = "\ue000{}\ue001"
 KEYS = "(\ue000\\d+\ue001)"
 KEYED = 1  # the place of the variant with keys among those of `ChatTemplate._variants`
 
+# What stands around the reasoning in an answer. Some templates look for the second one.
+THINKING = ("<think>", "</think>")
+
+REASONED = "<think>\nr\n</think>\n\nb"  # an answer with reasoning, to try a template
+
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # Hugging Face's names for them
 
 
@@ -34,7 +40,7 @@ class KeyedTurn:
     """A turn in which each text is a key."""
 
     role: str
-    parts: list[str]  # keys, and IMAGE where the human shows an image
+    parts: list[str]  # keys, IMAGE where the human shows an image, THINKING in an answer
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,15 @@ class AnswerPlace:
     """Where an answer lies in a rendered text."""
 
     start: int  # where the prompt for it ends
-    end: int  # where its own text ends
+    end: int  # where its own texts end
     closing: Mark | None  # the control token behind it, if nothing but space is between
+
+
+class Piece(NamedTuple):
+    """A part of what is said in a turn."""
+
+    value: str
+    is_text: bool  # else it is an image, a string of THINKING, or space beside one
 
 
 class Measured(NamedTuple):
@@ -156,6 +169,22 @@ class ChatTemplate:
     Control strings are control tokens only outside the texts. An answer is supervised from where
     the prompt for it ends (what the template writes between the two, the model has to write) to the
     control token behind it, that one included.
+
+    Some templates take an answer apart at "</think>" (`splits`): the reasoning before it and the
+    words behind it are two texts then, each with a key.
+
+    Some write a turn differently once another question follows (`rewrites`). Qwen3's leaves out the
+    reasoning of an answer then:
+
+        the last one      <|im_start|>assistant\\n<think>\\nFur.\\n</think>\\n\\nA dog.<|im_end|>
+        an earlier one    <|im_start|>assistant\\nA dog.<|im_end|>
+
+    LLaVA-OneVision's writes "assistant \\n" before an answer and ends the prompt for one with
+    "assistant\\n": the space comes once the answer is there.
+
+    A conversation has no single text then that shows every answer as inference writes it. So it
+    becomes one sample for each answer (`templates.render_samples`), and `write` supervises only the
+    last answer: before it stands the prompt for it, whatever that leaves out of earlier answers.
     """
 
     def __init__(self, tok: Tokenizer):
@@ -171,21 +200,25 @@ class ChatTemplate:
         self.tok = tok
         self.jinja = read_jinja(tok.chat_template)
         self.lists = False  # whether it wants contents as [{"type": "text", "text": ...}]
+        self.splits = False  # whether it takes an answer apart at "</think>"
+        self.rewrites = False  # whether it writes a turn differently once a question follows
         text, answer = self._probe()
 
         # Most templates write a control token behind every answer.
         self.closes = answer.closing is not None
         if self.closes:
             self.stop = answer.closing.id  # the id that ends an answer
-            return
+        else:
+            # The others end the last answer with the tokenizer's eos, see `_close_last`. Nothing
+            # but space may follow: other text would be neither supervised nor an end.
+            rest = text[answer.end :]
+            if rest.strip() or tok.eos_id is None:
+                what = f"no control token of this tokenizer ends an answer, but {rest!r}"
+                raise UserError("template: chat", what, "use another template")
+            self.stop = tok.eos_id
 
-        # The others end the last answer with the tokenizer's eos, see `_close_last`. Nothing but
-        # space may follow: other text would be neither supervised nor an end.
-        rest = text[answer.end :]
-        if rest.strip() or tok.eos_id is None:
-            what = f"no control token of this tokenizer ends an answer, but {rest!r}"
-            raise UserError("template: chat", what, "use another template")
-        self.stop = tok.eos_id
+        self.splits = self._probe_splits()
+        self.rewrites = self._probe_rewrites()
 
     def write(self, turns: list[Turn], prompt: bool) -> Rendered:
         """Write the turns out, see `templates.render`. Raise UserError."""
@@ -236,10 +269,75 @@ class ChatTemplate:
         # Contents as strings are the rule, so what is wrong with those is the mistake to report.
         raise errors[0]
 
+    def _probe_splits(self) -> bool:
+        """Say whether the template writes an answer with reasoning otherwise than as it is."""
+        turns = [Turn("human", "a"), Turn("gpt", REASONED), Turn("human", "c"), Turn("gpt", "d")]
+        keyed_turns, texts = self._insert_keys(turns)
+        [key] = keyed_turns[1].parts
+        conversations = [self._messages(keyed_turns, texts)]
+        del texts[key]
+        conversations.append(self._messages(keyed_turns, texts))
+
+        # The answer as the last one, and as an earlier one.
+        for n in (2, 4):
+            wanted = [Wanted(0, n, False), Wanted(1, n, False)]
+
+            # A template that refuses the conversation takes nothing apart.
+            with contextlib.suppress(UserError):
+                text, keyed = self.jinja.render(self.tok.named, conversations, wanted)
+                if text != keyed.replace(key, REASONED):
+                    return True
+        return False
+
+    def _probe_rewrites(self) -> bool:
+        """Say whether a turn is written differently once a question follows."""
+        question = Turn("human", "a")
+        conversations = [
+            [question, Turn("gpt", "b")],
+            [question, Turn("gpt", REASONED)],
+            [Turn("system", "s"), question, Turn("gpt", "b")],
+        ]
+        for turns in conversations:
+            # One that the template refuses says nothing about the others.
+            with contextlib.suppress(UserError):
+                if self._is_rewritten(turns):
+                    return True
+        return False
+
+    def _is_rewritten(self, turns: list[Turn]) -> bool:
+        """Say whether a conversation of one answer is written differently before another question.
+
+        Raise UserError if the template refuses it.
+        """
+        text, [answer], _ = self._locate(turns, prompt=False)
+        end = answer.end
+        if self.closes:
+            end = answer.closing.end
+
+        # The same conversation with one more question and answer.
+        keyed_turns, texts = self._insert_keys([*turns, Turn("human", "c"), Turn("gpt", "d")])
+        messages = self._messages(keyed_turns, texts)
+        wanted = [Wanted(0, len(messages), False)]
+        [longer] = self.jinja.render(self.tok.named, [messages], wanted)
+        return not longer.startswith(text[:end])
+
     def _locate(self, turns: list[Turn], prompt: bool) -> Located:
-        """Return the rendered text, where its answers lie, and all its marks. Raise UserError."""
+        """Return the rendered text, where its answers lie, and all its marks. Raise UserError.
+
+        Where the template rewrites earlier turns, only the last answer has a place, and that of a
+        prompt is still to come.
+        """
         keyed_turns, texts = self._insert_keys(turns)
         places = [i for i, turn in enumerate(keyed_turns) if turn.role == "assistant"]
+        optional = set()  # keys of texts that may be left out
+        if self.rewrites:
+            earlier = places
+            places = []
+            if not prompt:
+                places = earlier[-1:]
+                earlier = earlier[:-1]
+            for i in earlier:
+                optional.update(keyed_turns[i].parts)
 
         # All renderings of the row are one request: the four of `_measure`, and the prompt for each
         # answer, in which keys stand for the texts.
@@ -247,24 +345,28 @@ class ChatTemplate:
         wanted = [Wanted(k, len(turns), prompt) for k in range(4)]
         wanted += [Wanted(KEYED, i, True) for i in places]
         renderings = self.jinja.render(self.tok.named, conversations, wanted)
-        measured = self._measure(keyed_turns, texts, renderings[:4])
+        measured = self._measure(keyed_turns, texts, optional, renderings[:4])
+        prompts = renderings[4:]
+        if not prompt:
+            # The last answer is written as inference sees it, also where that is not how the
+            # template writes a finished one.
+            measured = put_behind_prompt(measured, keyed_turns[-1], prompts[-1])
         marks = self._find_marks(measured)
 
         answers = []
-        for i, asked in zip(places, renderings[4:], strict=True):
-            turn = keyed_turns[i]
-
+        for i, asked in zip(places, prompts, strict=True):
             # What stands before the answer must be what a prompt for it will be.
             if not measured.keyed.startswith(asked):
                 what = f"the chat template writes what is before turn {i} differently in its prompt"
                 fix = "cut the row there, or use another template"
                 raise UserError("conversations", what, fix)
 
-            # An answer is a single text. Between the end of the prompt and it stand `opening`
-            # characters, which the model has to write, too.
-            key = turn.parts[0]
-            start, end = measured.spans[key]
-            opening = measured.keyed.index(key) - len(asked)
+            # Between the end of the prompt and the answer's first text stand `opening` characters,
+            # which the model has to write, too.
+            keys = keys_in_order(keyed_turns[i], measured)
+            start, _ = measured.spans[keys[0]]
+            _, end = measured.spans[keys[-1]]
+            opening = measured.keyed.index(keys[0]) - len(asked)
             closing = find_closing(measured.text, end, marks)
             answers.append(AnswerPlace(start - opening, end, closing))
         return Located(measured.text, answers, marks)
@@ -295,14 +397,18 @@ class ChatTemplate:
         keyed = []
         texts = {}
         for speaker, value in turns:
-            if speaker == "gpt":
-                pieces = [value]
+            if speaker == "gpt" and self.splits:
+                pieces = split_thinking(value)
+            elif speaker == "gpt":
+                pieces = [Piece(value, is_text=True)]
             else:
-                pieces = split_images(value, strip=self.lists)
+                pieces = []
+                for piece in split_images(value, strip=self.lists):
+                    pieces.append(Piece(piece, is_text=piece != IMAGE))
             parts = []
-            for piece in pieces:
-                if piece == IMAGE and speaker != "gpt":
-                    parts.append(IMAGE)
+            for piece, is_text in pieces:
+                if not is_text:
+                    parts.append(piece)
                 else:
                     key = KEY.format(len(texts))
                     texts[key] = piece
@@ -322,12 +428,16 @@ class ChatTemplate:
         return [self._messages(turns, written) for written in variants]
 
     def _measure(
-        self, turns: list[KeyedTurn], texts: dict[str, str], renderings: list[str]
+        self,
+        turns: list[KeyedTurn],
+        texts: dict[str, str],
+        optional: set[str],
+        renderings: list[str],
     ) -> Measured:
         """Return the rendering and where the texts lie in it; see the class for the method.
 
         renderings: of `_variants`. Raise UserError for a template that does not write each text
-        once, as it is.
+        once, as it is; those of `optional` keys it may leave out.
         """
         text, keyed, before, behind = renderings
 
@@ -336,7 +446,9 @@ class ChatTemplate:
         before = re.split(KEYS, before)
         behind = re.split(KEYS, behind)
         keys = plain[1::2]
-        if sorted(keys) != sorted(texts) or before[1::2] != keys or behind[1::2] != keys:
+        left_out = optional.difference(keys)
+        expected = sorted(key for key in texts if key not in left_out)
+        if sorted(keys) != expected or before[1::2] != keys or behind[1::2] != keys:
             raise lost_text()
         images = sum(turn.parts.count(IMAGE) for turn in turns)
         if keyed.count(IMAGE) != images:
@@ -366,7 +478,9 @@ class ChatTemplate:
         messages = []
         for turn in turns:
             parts = [texts.get(part, part) for part in turn.parts]
-            if self.lists:
+            if self.lists and turn.role == "assistant":
+                content = list_content(["".join(parts)], [False])
+            elif self.lists:
                 is_image = [part == IMAGE for part in turn.parts]
                 content = list_content(parts, is_image)
             else:
@@ -380,6 +494,41 @@ def lost_text() -> UserError:
     """Return the error for a template that does not write each text once, as it is."""
     what = "the chat template leaves a text or an image out, writes it twice or changes it"
     return UserError("conversations", what, "mend the row, or use another template")
+
+
+def keys_in_order(turn: KeyedTurn, measured: Measured) -> list[str]:
+    """Return the keys of a turn's texts, in the order in which the template writes them."""
+    keys = [part for part in turn.parts if part in measured.spans]
+    return sorted(keys, key=measured.keyed.index)
+
+
+def put_behind_prompt(measured: Measured, answer: KeyedTurn, asked: str) -> Measured:
+    """Return a rendering in which its last answer stands behind the prompt for it, `asked`.
+
+    Only the space before the answer may change. A prompt that differs in more is left to the
+    caller, and so is one behind which the template begins the answer.
+    """
+    first_key = keys_in_order(answer, measured)[0]
+    first = measured.keyed.index(first_key)
+    written = measured.keyed[:first]
+    common = written.rstrip()
+    if written.startswith(asked) or asked.rstrip() != common:
+        return measured
+
+    # In `written` there are keys, but what follows the last of them is the same in the text.
+    space = asked[len(common) :]
+    start, _ = measured.spans[first_key]
+    end_of_common = start - (len(written) - len(common))
+    text = measured.text[:end_of_common] + space + measured.text[start:]
+
+    shift = len(asked) - len(written)
+    spans = {}
+    for key, (begin, end) in measured.spans.items():
+        if measured.keyed.index(key) >= first:
+            spans[key] = Span(begin + shift, end + shift)
+        else:
+            spans[key] = Span(begin, end)
+    return Measured(text, asked + measured.keyed[first:], spans)
 
 
 def take_space_apart(text: str) -> tuple[str, str, str]:
@@ -402,6 +551,23 @@ def split_images(value: str, strip: bool) -> list[str]:
     if strip:
         pieces = [piece.strip() for piece in pieces]
     return [piece for piece in pieces if piece]
+
+
+def split_thinking(value: str) -> list[Piece]:
+    """Return the pieces of an answer in order: reasoning, what is said, THINKING around them.
+
+    "<think>It barks.</think>A dog." has the texts "It barks." and "A dog.". What is said stands
+    last and may be empty. An answer without "</think>" is a single text.
+    """
+    opening, closing = THINKING
+    if closing not in value:
+        return [Piece(value, is_text=True)]
+    *before, said = re.split(f"({opening}|{closing})", value)
+    pieces = []
+    for piece in before:
+        is_space = not piece.strip()
+        pieces.append(Piece(piece, is_text=piece not in THINKING and not is_space))
+    return [*pieces, Piece(said, is_text=True)]
 
 
 def list_content(parts: list[str], is_image: list[bool]) -> list[dict]:

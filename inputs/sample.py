@@ -1,14 +1,17 @@
 """From a row to a sample: its token ids with every image position in place, its labels, its pixels.
 
     spec = SampleSpec(tokenizer, template="phi", max_tokens=2048, views=model.views)
-    sample = make_sample(rows, 7, spec)
+    [sample] = make_samples(rows, 7, spec)
 
-`make_sample` is the whole path of a row; read it first. With a picture of three tokens:
+`make_samples` is the whole path of a row; read it first. With a picture of three tokens:
 
     row       USER: <image>\nWho? ASSISTANT: A dog.</s>
     ids       1 3148 ... -200 -200 -200 ... 319 11203 29889 2     -200 is IMAGE_TOKEN
     labels    - -    ... -    -    -    ... 319 11203 29889 2     - is IGNORE: nothing is learned
     items     [Item(pixels (v, 3, S, S), shape)]    in image mode native (patches, patch dim)
+
+A row is one sample. Only a chat template that rewrites earlier turns (chat_template.py) makes one
+of each of its answers.
 
 The functions below it do one step each: the text, then pictures and videos, then the checks.
 
@@ -33,7 +36,7 @@ from inputs.pictures import image_size, load_image
 from inputs.rows import Rows
 from inputs.tiling import Tiling
 from inputs.tokenizer import Tokenizer
-from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, expand_images
+from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, count_images, expand_images
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class SampleSpec:
 
 @dataclass
 class Sample:
-    """A row as the model sees it."""
+    """A row as the model sees it, or an answer of it with the prompt for it."""
 
     ids: Tensor  # (T,) int64
     labels: Tensor  # (T,) int64, not shifted; the first is IGNORE
@@ -57,9 +60,10 @@ class Sample:
     cut: int  # tokens taken off the tail
     notes: tuple[str, ...] = ()  # how the row was read
     unread: tuple[str, ...] = ()  # its keys that nothing reads
+    lost: int = 0  # tokens of later answers of its row, which begin beyond max_tokens
 
 
-def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sample:
+def make_samples(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> list[Sample]:
     """Return row i, ready for the model.
 
     With pixels=False its items have a shape and no pixels, and files are read no further than that
@@ -70,40 +74,41 @@ def make_sample(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> Sa
     where = rows.where(i, row)
     media = rows.media(i, row)
 
-    # The text, with a single IMAGE_TOKEN where an item goes.
-    ids, labels = encode_text(row, where, spec)
+    # The texts, with a single IMAGE_TOKEN where an item goes. The last one has all items.
+    texts = encode_text(row, where, spec)
+    ids, _ = texts[-1]
     check_image_count(ids, media, where)
 
-    # The items, which say how many positions each of them takes.
-    tiling = spec.views.for_images(len(media))
-    items = []
-    views = 0
-    for one in media:
-        if pixels:
-            item = load_medium(one, where, tiling)
-        else:
-            item = measure_media(one, where, tiling)
-        items.append(item)
-        views += item.shape.views
-        check_views(views, where, spec.views)
-    counts = [spec.views.positions(item.shape) for item in items]
+    # The items, which say how many positions each of them takes. A sample shows those of its turns:
+    # items of later turns are not seen yet. How many they are may decide how they are seen.
+    items = {}
+    for count in sorted((count_images(ids) for ids, _ in texts), reverse=True):
+        tiling = spec.views.for_images(count)
+        if type(tiling) not in items:
+            items[type(tiling)] = read_items(media[:count], where, tiling, pixels)
 
-    # The labels first: their places are those of the ids that are not expanded yet.
-    labels = expand_images(ids, counts, labels)
-    ids = expand_images(ids, counts)
+    samples = []
+    for ids, labels in texts:
+        count = count_images(ids)
+        shown = items[type(spec.views.for_images(count))][:count]
+        counts = [spec.views.positions(item.shape) for item in shown]
 
-    # The tail of a text may be cut off. An image may not lose a part: it would have more features
-    # than positions.
-    check_images_fit(ids, media, where, spec.max_tokens)
-    cut = max(0, len(ids) - spec.max_tokens)
-    ids = ids[: spec.max_tokens]
-    labels = labels[: spec.max_tokens]
+        # The labels first: their places are those of the ids that are not expanded yet.
+        labels = expand_images(ids, counts, labels)
+        ids = expand_images(ids, counts)
 
-    # Nothing stands before the first token that could predict it. In a packed row the token to its
-    # left belongs to another sample.
-    labels[:1] = IGNORE
-    check_supervised(labels, where, cut)
-    return Sample(ids, labels, items, i, cut, row.notes, row.unread)
+        # The tail of a text may be cut off. An image may not lose a part: it would have more
+        # features than positions.
+        check_images_fit(ids, media, where, spec.max_tokens)
+        cut = max(0, len(ids) - spec.max_tokens)
+        ids = ids[: spec.max_tokens]
+        labels = labels[: spec.max_tokens]
+
+        # Nothing stands before the first token that could predict it. In a packed row the token to
+        # its left belongs to another sample.
+        labels[:1] = IGNORE
+        samples.append(Sample(ids, labels, shown, i, cut, row.notes, row.unread))
+    return drop_unsupervised(samples, where)
 
 
 def load_items(rows: Rows, i: int, spec: SampleSpec, row: Row | None = None) -> list[Item]:
@@ -115,21 +120,29 @@ def load_items(rows: Rows, i: int, spec: SampleSpec, row: Row | None = None) -> 
         row = rows[i]
     where = rows.where(i, row)
     media = rows.media(i, row)
-    tiling = spec.views.for_images(len(media))
+    return read_items(media, where, spec.views.for_images(len(media)))
+
+
+def read_items(media: list[Media], where: str, tiling: Tiling, pixels: bool = True) -> list[Item]:
+    """Return the items of a row's pictures and videos, in order. Raise UserError with `where`."""
     items = []
     views = 0
     for one in media:
-        items.append(load_medium(one, where, tiling))
-        views += items[-1].shape.views
-        check_views(views, where, spec.views)
+        if pixels:
+            item = load_medium(one, where, tiling)
+        else:
+            item = measure_media(one, where, tiling)
+        items.append(item)
+        views += item.shape.views
+        check_views(views, where, tiling)
     return items
 
 
 # ------------------------------------------------------------------------------------------- text
 
 
-def encode_text(row: Row, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor]:
-    """Return the ids and labels of a row's conversation, one IMAGE_TOKEN for each <image>."""
+def encode_text(row: Row, where: str, spec: SampleSpec) -> list[tuple[Tensor, Tensor]]:
+    """Return the ids and labels of each sample of a row, one IMAGE_TOKEN for each <image>."""
     # A row of no known form has its keys named.
     conversation = row.get("conversations")
     if row and conversation is None:
@@ -138,13 +151,13 @@ def encode_text(row: Row, where: str, spec: SampleSpec) -> tuple[Tensor, Tensor]
         raise UserError(where, what, form_fix(row))
 
     try:
-        ids, labels = templates.encode(conversation, spec.tokenizer, spec.template)
+        samples = templates.encode_samples(conversation, spec.tokenizer, spec.template)
     except ValueError as e:
         # In messages the turns have the name that they have in the file.
         name = row.keys_read.get("conversations", "conversations")
         what = str(e).replace("conversations", name, 1)
         raise user_error(where, ValueError(what)) from None
-    return torch.tensor(ids), torch.tensor(labels)
+    return [(torch.tensor(ids), torch.tensor(labels)) for ids, labels in samples]
 
 
 def user_error(
@@ -271,10 +284,23 @@ def check_images_fit(ids: Tensor, media: list[Media], where: str, max_tokens: in
         raise UserError(where, what, "raise max_tokens, or split the row")
 
 
-def check_supervised(labels: Tensor, where: str, cut: int):
-    """Raise UserError if there is nothing to learn in what is left of a row."""
-    nothing_left = bool((labels == IGNORE).all())
-    if nothing_left:
-        total = len(labels) + cut
-        what = f"nothing supervised in the first {len(labels)} of its {total} tokens"
+def drop_unsupervised(samples: list[Sample], where: str) -> list[Sample]:
+    """Return the samples of a row in which something is left to learn. Raise UserError if none has.
+
+    An answer that begins beyond max_tokens is lost, as it is where all answers are one sample. The
+    last sample that is left says how many tokens that are.
+    """
+    kept = []
+    lost = 0
+    for sample in samples:
+        if (sample.labels != IGNORE).any():
+            kept.append(sample)
+        else:
+            lost += len(sample.labels) + sample.cut
+    if not kept:
+        sample = samples[0]
+        total = len(sample.labels) + sample.cut
+        what = f"nothing supervised in the first {len(sample.labels)} of its {total} tokens"
         raise UserError(where, what, "write an answer, raise max_tokens, or remove the row")
+    kept[-1].lost = lost
+    return kept

@@ -1,8 +1,9 @@
 """What `python data.py check` prints below the bad rows: how many there are, how read, how long.
 
     summary = Summary()
-    summary.add_sample(images=1, tokens=700, kept=700, supervised=40)
-    summary.add_reading(7, ("read as conversations = messages", MARKS_FIRST), ("width",))
+    summary.add_row(images=1, cut=0)
+    summary.add_notes(7, ("read as conversations = messages", MARKS_FIRST), ("width",))
+    summary.add_sample(tokens=700, kept=700, supervised=40)
     summary.add_bad(2)
     summary.print("rows.json", positions="576", where=rows.where)
 
@@ -38,31 +39,36 @@ class Summary:
 
     def __init__(self):
         self.bad = 0
+        self.rows = 0  # that are good
+        self.images = Counter()  # how many of them have 0, 1, and 2 or more pictures or videos
+        self.over_long = 0  # of them that are cut
+        self.cut = 0  # tokens that they lose
+        self.notes = Counter()  # how many of them were read how (forms.Row.notes)
+        self.first = {}  # the first row of each note
+        self.unread = Counter()  # how many of them have a key that nothing reads
         self.lengths = []  # tokens of each sample, before it is cut
-        self.images = Counter()  # how many samples have 0, 1, and 2 or more pictures or videos
         self.kept = 0  # tokens of all samples, after they are cut
         self.supervised = 0  # of these
-        self.over_long = 0  # samples that are cut
-        self.cut = 0  # tokens that they lose
-        self.notes = Counter()  # how many samples were read how (forms.Row.notes)
-        self.first = {}  # the first row of each note
-        self.unread = Counter()  # how many samples have a key that nothing reads
 
     def add_bad(self, count: int):
         """Count rows that make no sample."""
         self.bad += count
 
-    def add_sample(self, images: int, tokens: int, kept: int, supervised: int):
-        """Count a sample of so many `tokens`, of which `kept` are left and `supervised` learned."""
+    def add_row(self, images: int, cut: int):
+        """Count a good row with so many pictures or videos, which loses `cut` tokens."""
+        self.rows += 1
         self.images[min(images, 2)] += 1
+        if cut:
+            self.over_long += 1
+            self.cut += cut
+
+    def add_sample(self, tokens: int, kept: int, supervised: int):
+        """Count a sample of so many `tokens`, of which `kept` are left and `supervised` learned."""
         self.lengths.append(tokens)
         self.kept += kept
         self.supervised += supervised
-        if tokens > kept:
-            self.over_long += 1
-            self.cut += tokens - kept
 
-    def add_reading(self, row: int, notes: tuple[str, ...], unread: tuple[str, ...]):
+    def add_notes(self, row: int, notes: tuple[str, ...], unread: tuple[str, ...]):
         """Count how a row was read, and its keys that nothing reads."""
         self.notes.update(notes)
         self.unread.update(unread)
@@ -74,7 +80,7 @@ class Summary:
 
         `positions` says how many tokens one picture takes; `where` says what messages call a row.
         """
-        total = self.bad + len(self.lengths)
+        total = self.bad + self.rows
         text_only = f"{self.images[0]} text-only"
         one = f"{self.images[1]} with one image or video"
         several = f"{self.images[2]} with several"
@@ -82,10 +88,14 @@ class Summary:
         print(f"{name}: {total} rows, {self.bad} bad; the good ones: {kinds}")
 
         # Where no row is good, there are no lengths to speak of.
-        if not self.lengths:
+        if not self.rows:
             return
 
-        self.print_readings(where)
+        samples = len(self.lengths)
+        if samples > self.rows:
+            why = "the chat template rewrites earlier turns"
+            print(f"  {count_rows(self.rows)} became {samples} samples, one for each answer: {why}")
+        self.print_notes(where)
 
         low, median, high = np.percentile(self.lengths, [0, 50, 100])
         lengths = f"{low:.0f} shortest, {median:.0f} median, {high:.0f} longest"
@@ -96,7 +106,7 @@ class Summary:
         print(f"  supervised: {share:.1f} % of {self.kept} tokens")
         print(f"  over-long: {self.over_long} rows lose {self.cut} tokens of their tails")
 
-    def print_readings(self, where: Callable[[int], str]):
+    def print_notes(self, where: Callable[[int], str]):
         """Print how rows were read, what is to be known of some, and which keys nothing reads."""
         common = self.notes.most_common()
         ways = [note for note, _ in common if note.startswith(READ_AS)]

@@ -59,11 +59,27 @@ def encode(conversation: list, tok: Tokenizer, template: str = "phi") -> tuple[l
     """Return (ids, labels) of a finished conversation, two lists of one length.
 
     An image is one IMAGE_TOKEN in the ids. Labels are IGNORE where nothing is learned. `template`
-    is a name in TEMPLATES. Raise UserError for a conversation that cannot be written with it.
+    is a name in TEMPLATES. With one that rewrites earlier turns this is the sample of the last
+    answer, see `encode_samples`. Raise UserError for a conversation that cannot be written with it.
     """
     rendered = render(conversation, choose_template(template, tok))
     tokenized = tokenize(*rendered, tok)
     return tokenized.ids, tokenized.labels
+
+
+def encode_samples(
+    conversation: list, tok: Tokenizer, template: str = "phi"
+) -> list[tuple[list, list]]:
+    """Return (ids, labels) of each sample that a finished conversation becomes.
+
+    It is one, in which all answers are supervised; or one for each answer, see `render_samples`.
+    Raise UserError for a conversation that cannot be written with this template.
+    """
+    samples = []
+    for rendered in render_samples(conversation, choose_template(template, tok)):
+        tokenized = tokenize(*rendered, tok)
+        samples.append((tokenized.ids, tokenized.labels))
+    return samples
 
 
 def encode_prompt(conversation: list, tok: Tokenizer, template: str = "phi") -> list[int]:
@@ -105,6 +121,24 @@ def render(conversation: list, template: Template | ChatTemplate, prompt: bool =
     check_turns(conversation, prompt)
     turns = arrange_turns(conversation, prompt)
     return template.write(turns, prompt)
+
+
+def render_samples(conversation: list, template: Template | ChatTemplate) -> list[Rendered]:
+    """Write a finished conversation out, as one text or as one for each answer.
+
+    A template that `rewrites` shows an answer as inference does only where it is the last one. So
+    there each answer gets its own text: the prompt for it, then the answer, which alone is
+    supervised. Raise UserError as `render` does.
+    """
+    check_turns(conversation, prompt=False)
+    turns = arrange_turns(conversation, prompt=False)
+    if not template.rewrites:
+        return [template.write(turns, prompt=False)]
+    samples = []
+    for i, turn in enumerate(turns):
+        if turn.speaker == "gpt":
+            samples.append(template.write(turns[: i + 1], prompt=False))
+    return samples
 
 
 def tokenize(text: str, answers: list[Span], marks: list[Mark], tok: Tokenizer) -> Tokenized:
@@ -160,6 +194,8 @@ class Template:
     answer: str = " {a}"
     eos: str | None = None  # what ends an answer. None: the tokenizer's own. "": nothing
     stop: int | None = None  # the id of eos, known once the template is bound to a tokenizer
+
+    rewrites = False  # it writes a turn the same, whatever follows
 
     def bind(self, tok: Tokenizer) -> Template:
         """Return this template with that tokenizer's eos and its id."""

@@ -11,10 +11,11 @@ from PIL import Image
 import data
 from config import Stage, Train, UserError
 from data import Order, Steps, loader
-from inputs.sample import Sample, make_sample
+from inputs.sample import Sample
 from packing import IGNORE, Batch, Item
 from tests.tools.sample_rows import (
     flat,
+    make_sample,
     mean_colour_spec,
     row,
     rows_of,
@@ -195,7 +196,9 @@ def test_when_every_row_is_bad_skipping_ends(folder, spec, monkeypatch):
     ):
         list(loader(Steps(rows, spec, STAGE, Train(on_bad_row="skip"))))
     tried = []
-    monkeypatch.setattr(data, "make_sample", lambda *args: tried.append(args) or make_sample(*args))
+    monkeypatch.setattr(
+        data, "make_samples", lambda *args: tried.append(args) or [make_sample(*args)]
+    )
     monkeypatch.setattr(data, "GIVE_UP", 4)
     assert (
         "no usable row among 4" in Steps(rows, spec, STAGE, Train(on_bad_row="skip"))[0].error
@@ -208,7 +211,8 @@ def test_cut_tokens_are_counted(folder, spec):
     full = [len(make_sample(rows, i, spec).ids) for i in range(4)]
     spec = dataclasses.replace(spec, max_tokens=full[2] - 1)
     step = Steps(rows, spec, Stage(global_batch=4), Train())[0]
-    assert sorted(step.cut) == [(2, 1), (3, full[3] - full[2] + 1)]
+    cut = {reading.row: reading.cut for reading in step.readings}
+    assert cut == {0: 0, 1: 0, 2: 1, 3: full[3] - full[2] + 1} and step.cut == cut[2] + cut[3]
 
 
 def test_validation_reads_every_row_once(many, some_bad, spec):

@@ -17,13 +17,14 @@ from data import Steps, token_counts
 from export import export
 from inputs.image_processor import NaFlexProcessor
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, item_shape, load_item, make_sample
+from inputs.sample import SampleSpec, item_shape, load_item
 from inputs.templates import byte_tokenizer
 from inputs.tiling import MODES
 from model import LLaVA
 from packing import IMAGE_TOKEN, ONE_VIEW, Item, ItemShape, pack_samples
 from tests.tools.environment import run, shared
 from tests.tools.no_cache import generate_without_cache
+from tests.tools.sample_rows import make_sample
 from tests.tools.small_llava import NAFLEX, small
 from tests.tools.stopped_runs import KILLED_AT, StoppedRun, die_in_step
 from tests.tools.training_runs import NATIVE, losses
@@ -157,7 +158,8 @@ def check_positions(connector: str):
 
     # A few pictures at a time, as without gradients, change nothing.
     with torch.no_grad():
-        for features, few in zip(together, model.encode_items(items * 4), strict=False):
+        many = model.encode_items(items * 4)
+        for features, few in zip(together * 4, many, strict=True):
             assert (features - few).abs().max() < 1e-4
 
 
@@ -240,10 +242,11 @@ def test_parts_of_a_step_have_the_patches_of_their_rows(rows):
     step = Steps(rows, spec, stage, Train())[0]
     assert sorted(b.rows[0] for b in step.batches) == [0, 1, 2, 3, 4]
     for batch in step.batches:
-        alone = pack_samples([make_sample(rows, batch.rows[0], spec)])
+        sample = make_sample(rows, batch.rows[0], spec)
+        alone = pack_samples([sample])
         assert batch.shapes == alone.shapes
         assert batch.images is alone.images is None or torch.equal(batch.images, alone.images)
-        for item, one in zip(batch.items, alone.items, strict=True):
+        for item, one in zip(batch.items, sample.items, strict=True):
             assert torch.equal(item.pixels, one.pixels)
 
     # From the headers of the pictures.
@@ -451,6 +454,8 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(tiny_world, tmp_path):
 def test_one_view_of_nothing_known_is_the_largest():
     views = native().views
     assert views.grid_of(ONE_VIEW) == (3, 4) and views.tokens_text == "at most 12"
+    for patches, grid in ((14, (2, 7)), (13, (1, 13)), (256, (16, 16))):
+        assert MODES["native"](patches).grid_of(ONE_VIEW) == grid
     item = Item(torch.zeros(12, 48, dtype=torch.uint8), ItemShape(height=3, width=4))
     assert views.pixels_size(item.shape) == tuple(item.pixels.shape)
     assert [x.shape for x in views.seen(item)] == [(3, 12, 16)]

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,13 @@ from inputs.templates import encode_prompt, stop_id
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from tests.tools.environment import DEVICES, GPU, ROOT, run, shared
-from tests.tools.training_runs import losses, losses_so_far, torchrun
+from tests.tools.training_runs import (
+    background,
+    losses,
+    losses_so_far,
+    torchrun,
+    wait_for_steps,
+)
 from training import state
 from training.parallel import ParallelModel
 from training.ranks import Ranks
@@ -107,6 +115,40 @@ def test_ranks_packing_and_accumulation_change_nothing(recipe, whole_run):
     file, out = recipe("ranks")
     torchrun(2, file, "stage.finetune.micro_batch_tokens=0")
     assert losses(out) == pytest.approx(want, rel=1e-5)
+
+
+def test_rows_of_several_samples_on_ranks_and_killed(recipe, tiny_world, tmp_path):
+    """A chat template that rewrites earlier turns: here the last answer begins with a word more."""
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tiny_world / "tokenizer", tokenizer)
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content }}{% else %}"
+        "{{ ' ASSISTANT: ' + ('yes ' if loop.last else '') + m.content + eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    )
+    (tokenizer / "chat_template.jinja").write_text(template)
+    options = [f"model.tokenizer={tokenizer}", "stage.finetune.template=chat", "train.save_every=2"]
+    options += ["stage.pretrain.steps=1", "stage.finetune.steps=6"]
+
+    file, whole = recipe("whole")
+    said = run("train.py", file, *options, "--dry-run").stdout
+    assert re.search(r"a row is \d\.\d\d samples, a sample for each answer: the chat templ", said)
+    run("train.py", file, *options)
+    want = losses(whole)
+    assert len(want) == 7 and all(map(math.isfinite, want))
+
+    file, out = recipe("ranks")
+    torchrun(2, file, *options, "stage.finetune.micro_batch_tokens=100")
+    assert losses(out) == pytest.approx(want, rel=1e-5)
+
+    file, out = recipe("killed")
+    process = background(file, *options)
+    wait_for_steps(process, out, 4)
+    process.kill()
+    process.communicate()
+    run("train.py", file, *options)
+    assert losses(out) == want
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_killed_at_any_step_the_weights_are_those_of_a_run_that_was_not(recipe, whole_run):

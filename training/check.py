@@ -32,7 +32,7 @@ from inputs.image_processor import ImageProcessor
 from inputs.overlaps import Benchmark, has_imagehash, print_overlaps
 from inputs.preview import html_page, image_tag, mark_supervised, show_supervised
 from inputs.rows import Rows, open_rows
-from inputs.sample import Sample, SampleSpec, make_sample
+from inputs.sample import Sample, SampleSpec, make_samples
 from inputs.summary import Summary
 from inputs.tiling import Tiling
 from packing import IGNORE
@@ -157,8 +157,7 @@ def check_rows(rows: Rows, spec: SampleSpec) -> int:
 
     Print a line for each that is bad or cut, then a summary.
     """
-    # A micro-batch for each sample, so that each can be counted.
-    stage = config.Stage(global_batch=16, micro_batch_tokens=0)
+    stage = config.Stage(global_batch=16)
     steps = Steps(rows, spec, stage, config.Train(on_bad_row="skip"), validation=True)
     workers = min(os.cpu_count() or 1, len(steps) // 4)
 
@@ -168,22 +167,18 @@ def check_rows(rows: Rows, spec: SampleSpec) -> int:
             for line in step.skipped:
                 tqdm.write(line)
 
-            for row, cut in step.cut:
-                note = f"note: over-long, loses {cut} tokens of its tail"
-                where = printable(rows.where(row), 1000)
-                tqdm.write(f"{where}: {note}; fix: raise max_tokens, or leave it so")
-
-            cut_of = dict(step.cut)
-            for batch in step.batches:
-                kept = len(batch.labels)
-                tokens = kept + cut_of.get(batch.rows[0], 0)
-                summary.add_sample(len(batch.shapes), tokens, kept, batch.supervised)
-
-            for row, notes, unread in step.readings:
-                summary.add_reading(row, notes, unread)
+            for reading in step.readings:
+                if reading.cut:
+                    note = f"note: over-long, loses {reading.cut} tokens of its tail"
+                    where = printable(rows.where(reading.row), 1000)
+                    tqdm.write(f"{where}: {note}; fix: raise max_tokens, or leave it so")
+                summary.add_row(reading.items, reading.cut)
+                summary.add_notes(reading.row, reading.notes, reading.unread)
+                for size in reading.samples:
+                    summary.add_sample(size.kept + size.cut, size.kept, size.supervised)
 
             summary.add_bad(len(step.skipped))
-            progress.update(len(step.skipped) + len(step.micro_batches))
+            progress.update(len(step.skipped) + len(step.readings))
 
     summary.print(printable(rows.file, 1000), spec.views.tokens_text, rows.where)
     return summary.bad
@@ -257,33 +252,43 @@ def inspect_rows(rows: Rows, spec: SampleSpec, numbers: list[int], pixels: bool 
 
     for i in numbers:
         row = rows[i]
-        sample = make_sample(rows, i, spec, pixels)
-        supervised = int((sample.labels != IGNORE).sum())
-        total += len(sample.ids)
-        total_supervised += supervised
-
-        # The line above the text: how many tokens, and which views the encoder gets.
         where = printable(rows.where(i, row), 1000)
-        head = f"{where}: {len(sample.ids)} tokens, {supervised} supervised"
-        head += f", views: {describe_views(sample, spec.views, pixels)}"
-        if sample.cut:
-            head += f", {sample.cut} tokens cut off"
+        samples = make_samples(rows, i, spec, pixels)
 
-        # The text, from the functions that made the sample's ids.
-        text, spans, marks = templates.render(row["conversations"], template)
-        _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
-        print(f"--- {head}")
-        print(show_supervised(text, labels, offsets, colour), file=command_line.colours())
+        # The texts, from the functions that made the samples' ids. Answers that begin beyond
+        # max_tokens have a text and no sample; they are at the end.
+        rendered = templates.render_samples(row["conversations"], template)
+        for k, (sample, written) in enumerate(zip(samples, rendered, strict=False)):
+            supervised = int((sample.labels != IGNORE).sum())
+            total += len(sample.ids)
+            total_supervised += supervised
 
-        # The same for the page, with the pictures.
-        html.append(f"<h2>{escape(head)}</h2>")
-        if pixels:
-            for item in sample.items:
-                for view in spec.views.seen(item):  # (3, H, W)
-                    shown = spec.views.processor.shown(view)
-                    image = Image.fromarray(shown.permute(1, 2, 0).numpy())
-                    html.append(image_tag(image, width=240))
-        html.append(f"<pre>{mark_supervised(text, labels, offsets)}</pre>")
+            # The line above the text: how many tokens, and which views the encoder gets.
+            name = where
+            if len(rendered) > 1:
+                name += f", answer {k + 1} of {len(rendered)}"
+            head = f"{name}: {len(sample.ids)} tokens, {supervised} supervised"
+            head += f", views: {describe_views(sample, spec.views, pixels)}"
+            if sample.cut:
+                head += f", {sample.cut} tokens cut off"
+            if sample.lost:
+                head += f", {sample.lost} tokens of later answers are beyond max_tokens"
+
+            # The text itself.
+            text, spans, marks = written
+            _, labels, offsets = templates.tokenize(text, spans, marks, spec.tokenizer)
+            print(f"--- {head}")
+            print(show_supervised(text, labels, offsets, colour), file=command_line.colours())
+
+            # The same for the page, with the pictures.
+            html.append(f"<h2>{escape(head)}</h2>")
+            if pixels:
+                for item in sample.items:
+                    for view in spec.views.seen(item):  # (3, H, W)
+                        shown = spec.views.processor.shown(view)
+                        image = Image.fromarray(shown.permute(1, 2, 0).numpy())
+                        html.append(image_tag(image, width=240))
+            html.append(f"<pre>{mark_supervised(text, labels, offsets)}</pre>")
 
     print(f"=== {len(numbers)} rows: {total} tokens, {total_supervised} supervised")
     return "\n".join(html)

@@ -38,7 +38,7 @@ from encoders import VisionEncoder
 from inputs.conversation import check_turns
 from inputs.media import media_names
 from inputs.rows import RowMixture, Rows, in_few_blocks
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec, make_samples
 from inputs.tiling import Tiling
 from model import LLaVA
 from packing import IGNORE, ONE_VIEW, ItemShape
@@ -71,7 +71,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class RowSize:
-    """What one row of the data has, on average."""
+    """What one row of the data has, on average; where rows are several samples, one of those."""
 
     views: float  # that the encoder sees
     positions: float  # of its pictures and videos in the sequence
@@ -79,6 +79,7 @@ class RowSize:
     supervised: float  # tokens
     shape: ItemShape = ONE_VIEW  # of the item that is typical
     items: float = 1.0  # pictures and videos of that shape
+    samples: float = 1.0  # of a row: more where a chat template rewrites earlier turns
     is_exact: bool = False  # the rows were tokenized, not guessed from their characters
 
     @property
@@ -106,16 +107,18 @@ def mean_row(
     # Evenly spaced rows.
     step = math.ceil(len(rows) / 200)
     sizes = []
+    measured = 0  # rows
     for i in in_few_blocks(rows, range(0, len(rows), step)):
-        size = None
+        of_row = []
         if spec is not None:
             with suppress(UserError, OSError):
-                size = measure_row(rows, i, spec)
-        if size is None:
+                of_row = measure_row(rows, i, spec)
+        if not of_row:
             with suppress(UserError):
-                size = guess_row(rows[i], template, views)
-        if size is not None:
-            sizes.append(size)
+                of_row = [guess_row(rows[i], template, views)]
+        if of_row:
+            sizes += of_row
+            measured += 1
 
     # Where no row is one, training says so.
     if not sizes:
@@ -132,23 +135,27 @@ def mean_row(
         supervised=sum(size.supervised for size in sizes) / n,
         shape=shape,
         items=positions / views.positions(shape),
+        samples=n / measured,
         is_exact=all(size.is_exact for size in sizes),
     )
 
 
-def measure_row(rows: Rows | RowMixture, i: int, spec: SampleSpec) -> RowSize:
-    """Return what row i has, by its tokens. Raises UserError if it is no sample."""
-    sample = make_sample(rows, i, spec, pixels=False)
-    shapes = [item.shape for item in sample.items]
-    positions = sum(spec.views.positions(shape) for shape in shapes)
-    return RowSize(
-        views=sum(shape.views for shape in shapes),
-        positions=positions,
-        text=len(sample.ids) - positions,
-        supervised=int((sample.labels != IGNORE).sum()),
-        shape=shapes[0] if shapes else spec.views.largest()[0],
-        is_exact=True,
-    )
+def measure_row(rows: Rows | RowMixture, i: int, spec: SampleSpec) -> list[RowSize]:
+    """Return what each sample of row i has, by its tokens. Raises UserError if it has none."""
+    sizes = []
+    for sample in make_samples(rows, i, spec, pixels=False):
+        shapes = [item.shape for item in sample.items]
+        positions = sum(spec.views.positions(shape) for shape in shapes)
+        size = RowSize(
+            views=sum(shape.views for shape in shapes),
+            positions=positions,
+            text=len(sample.ids) - positions,
+            supervised=int((sample.labels != IGNORE).sum()),
+            shape=shapes[0] if shapes else spec.views.largest()[0],
+            is_exact=True,
+        )
+        sizes.append(size)
+    return sizes
 
 
 def guess_row(row: dict, template: str, views: Tiling) -> RowSize:
@@ -250,11 +257,16 @@ def share_of_keys(window: int | None, tokens: float) -> float:
     return share**2 + 2 * share * (1 - share)
 
 
-def rows_of_micro_batch(stage: Stage, row: RowSize) -> int:
-    """Return how many average rows a micro-batch has: at least one, at most those of the step."""
+def samples_of_micro_batch(stage: Stage, row: RowSize) -> int:
+    """Return how many average samples a micro-batch has: at least one, at most the step's."""
     tokens = min(row.tokens, stage.max_tokens)
-    rows = stage.micro_batch_tokens // max(1, int(tokens))
-    return min(stage.global_batch, max(1, rows))
+    samples = stage.micro_batch_tokens // max(1, int(tokens))
+    return min(samples_of_step(stage, row), max(1, samples))
+
+
+def samples_of_step(stage: Stage, row: RowSize) -> int:
+    """Return how many samples an optimizer step has."""
+    return round(stage.global_batch * row.samples)
 
 
 def operations(model: LLaVA, stage: Stage, row: RowSize, recompute: bool) -> float:
@@ -318,7 +330,8 @@ def operations(model: LLaVA, stage: Stage, row: RowSize, recompute: bool) -> flo
     passes = 2
     if head.requires_grad:
         passes += 1
-    return total + 2 * head.numel() * row.supervised * passes
+    total += 2 * head.numel() * row.supervised * passes
+    return row.samples * total
 
 
 def peak_share(model: LLaVA, stage: Stage, rows: Rows | RowMixture, device: torch.device) -> float:
@@ -336,7 +349,7 @@ def peak_share(model: LLaVA, stage: Stage, rows: Rows | RowMixture, device: torc
         return 0.0
 
     row = mean_row(rows, stage.template, model.views)
-    tokens = min(row.tokens, stage.max_tokens)
+    tokens = row.samples * min(row.tokens, stage.max_tokens)
     return operations(model, stage, row, recompute=False) / tokens / peaks[0]
 
 

@@ -31,7 +31,7 @@ from inputs.sample import Sample
 from kernels.cross_entropy import CHUNK
 from model import LLaVA
 from packing import IMAGE_TOKEN, Item, pack_samples
-from training.estimate import RowSize, rows_of_micro_batch
+from training.estimate import RowSize, samples_of_micro_batch, samples_of_step
 
 SPARE = 1.5e9  # bytes for CUDA's and NCCL's own use and for fragments
 
@@ -67,9 +67,9 @@ def measure(model: LLaVA, stage: Stage, row: RowSize, bf16: bool) -> Memory:
     model: on any device, the meta device too; its frozen matrices are rounded as training rounds
     them. bf16: whether the stage computes under autocast.
     """
-    rows = rows_of_micro_batch(stage, row)
-    batch = typical_batch(model, row, rows)
-    several = rows < stage.global_batch  # gradients of an earlier micro-batch are there
+    samples = samples_of_micro_batch(stage, row)
+    batch = typical_batch(model, row, samples)
+    several = samples < samples_of_step(stage, row)  # gradients of an earlier micro-batch are there
     peak, copies = simulate(model, batch, bf16, several)
 
     trained = 0

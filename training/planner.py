@@ -462,7 +462,12 @@ class Plan:
             source = f"data: {len(rows)} rows, tokenized"
         elif rows:
             source = f"data: {len(rows)} rows, tokens guessed from characters"
-        print0(f"  a row has {seen}, {text} ({source})")
+        one = "a row"
+        if row.samples > 1:
+            why = "a sample for each answer: the chat template rewrites earlier turns"
+            print0(f"  a row is {row.samples:.2f} samples, {why}")
+            one = "a sample"
+        print0(f"  {one} has {seen}, {text} ({source})")
 
         kinds = [f"{kind} {n / 1e9:.1f}" for kind, n in memory.by_kind.items()]
         print0(f"  GB per GPU, estimate: {memory.total / 1e9:.1f} = {' + '.join(kinds)}")

@@ -26,13 +26,14 @@ from inference.job_queue import JobQueue, Limits
 from inputs.media import as_list
 from inputs.pictures import load_image
 from inputs.rows import Rows, open_rows
-from inputs.sample import SampleSpec, load_items, make_sample
+from inputs.sample import SampleSpec, load_items
 from inputs.templates import byte_tokenizer, encode, encode_prompt
 from inputs.tiling import PADDED
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA
 from packing import IGNORE, IMAGE_TOKEN, ItemShape, pack_samples
 from tests.tools.environment import ROOT, run, shared
+from tests.tools.sample_rows import make_sample
 from tests.tools.small_llava import SIDE, small
 from training.estimate import guess_row
 

@@ -16,13 +16,13 @@ from export import export
 from inputs import nanovlm_tokenizer, templates
 from inputs.pictures import load_image
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
 from packing import IGNORE, IMAGE_TOKEN
 from tests.tools import nanovlm as reference
 from tests.tools.environment import ROOT, run, shared
-from tests.tools.sample_rows import turns
+from tests.tools.sample_rows import make_sample, turns
 from tests.tools.small_llava import small
 
 PHOTOS = ("astronaut.png", "australia.jpg", "camera.png", "chelsea.png")

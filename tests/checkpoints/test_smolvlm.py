@@ -22,12 +22,12 @@ from inference.answer import answer
 from inputs import templates
 from inputs.pictures import load_image
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec
 from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
 from packing import IGNORE, IMAGE_TOKEN, expand_images
 from tests.tools.environment import ROOT, run, shared
-from tests.tools.sample_rows import turns
+from tests.tools.sample_rows import make_sample, turns
 from tests.tools.small_llava import small
 from tests.tools.training_runs import one_line
 

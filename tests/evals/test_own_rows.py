@@ -19,6 +19,7 @@ from evals import metrics, own_rows, own_rows_report, world
 from evals.intervals import Difference, difference, interval, student
 from inputs.rows import open_rows
 from tests.tools.benchmark_files import png, put, tiny_model
+from tests.tools.sample_rows import make_sample
 from tests.tools.training_runs import on_ranks
 
 # --------------------------------------------------------------------------------------- metrics
@@ -617,7 +618,7 @@ def test_check_sees_rows_as_a_finished_model_does(tmp_path, model, capsys):
     data.main(["check", *map(str, options)])
     spec = data.model_spec(model)
     assert spec.template == "plain"
-    length = len(data.make_sample(open_rows(tmp_path / "rows.json"), 0, spec).ids)
+    length = len(make_sample(open_rows(tmp_path / "rows.json"), 0, spec).ids)
     assert f"{length} shortest" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--model stands beside --data"):
         data.main(["check", *map(str, options), "--tokenizer", str(model)])

@@ -25,11 +25,10 @@ from inputs.folders import choose_files
 from inputs.forms import CAPTION_PROMPT
 from inputs.pictures import load_image
 from inputs.rows import FORMATS, RowMixture, open_rows
-from inputs.sample import make_sample
 from inputs.shards import scan_tar, shard
 from inputs.table_rows import ends_in_quotes
 from tests.tools.environment import shared
-from tests.tools.sample_rows import flat, mean_colour_spec, row, rows_of, turns, write
+from tests.tools.sample_rows import flat, make_sample, mean_colour_spec, row, rows_of, turns, write
 
 TEXTS = (
     "a cat",

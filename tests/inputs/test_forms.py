@@ -12,10 +12,9 @@ import data
 from config import UserError
 from inputs.forms import CAPTION_PROMPT, read_row
 from inputs.rows import open_rows
-from inputs.sample import make_sample
 from inputs.turns import MARKS_FIRST
 from tests.tools.environment import shared
-from tests.tools.sample_rows import mean_colour_spec, row, turns, write
+from tests.tools.sample_rows import make_sample, mean_colour_spec, row, turns, write
 
 
 @pytest.fixture(scope="module")

@@ -326,7 +326,7 @@ def test_token_counts_of_chosen_rows_are_taken_from_those_of_the_whole_file(
     stage = stage_of(pictures, many_rows(80), 0.25)
     whole = open_rows(stage.data)
     counts = token_counts(whole, spec)
-    monkeypatch.setattr(data, "make_sample", None)  # nothing is counted again
+    monkeypatch.setattr(data, "make_samples", None)  # nothing is counted again
     for validation in (0.25, 10.0):
         opened = open_stage(dataclasses.replace(stage, validation=validation), "stage.a")
         for rows in (opened.training, opened.held_out):

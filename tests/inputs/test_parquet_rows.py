@@ -14,8 +14,7 @@ from PIL import Image
 from config import Stage, Train, UserError
 from data import Order, Steps
 from inputs.rows import Blocks, Part, RowMixture, block_of, in_few_blocks, open_rows
-from inputs.sample import make_sample
-from tests.tools.sample_rows import flat, mean_colour_spec, row, rows_of, turns, write
+from tests.tools.sample_rows import flat, make_sample, mean_colour_spec, row, rows_of, turns, write
 from training.made_from import contents_of_pictures, contents_of_rows
 
 pa = pytest.importorskip("pyarrow")

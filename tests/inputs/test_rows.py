@@ -28,12 +28,12 @@ from inputs.image_processor import ImageProcessor
 from inputs.json_rows import JsonList
 from inputs.media import media_names
 from inputs.rows import FORMATS, Part, RowMixture, Rows, open_rows
-from inputs.sample import make_sample
 from inputs.shards import shard
 from inputs.tiling import Tiling
 from packing import IGNORE
 from tests.tools.environment import ROOT
 from tests.tools.sample_rows import (
+    make_sample,
     mean_colour_spec,
     row,
     rows_of,
@@ -609,9 +609,9 @@ def test_token_counts_are_those_of_the_samples_and_kept(many, tmp_path, spec, mo
 
     def make(*args, **options):
         tried.append(1)
-        return make_sample(*args, **options)
+        return [make_sample(*args, **options)]
 
-    monkeypatch.setattr(data, "make_sample", make)
+    monkeypatch.setattr(data, "make_samples", make)
     assert np.array_equal(token_counts(rows, spec), counts) and not tried
     wider = {"views": dataclasses.replace(spec.views, tokens=6)}
     for change in ({"max_tokens": 30}, {"template": "phi", "tokenizer": spec.tokenizer}, wider):

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from config import UserError
-from inputs.sample import load_items, make_sample
+from inputs.sample import load_items
 from packing import IGNORE, IMAGE_TOKEN
-from tests.tools.sample_rows import BAD, mean_colour_spec, row, write
+from tests.tools.sample_rows import BAD, make_sample, mean_colour_spec, row, write
 
 
 @pytest.fixture(scope="module")

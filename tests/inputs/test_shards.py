@@ -12,10 +12,16 @@ import data
 from config import Stage, Train, UserError
 from data import Steps
 from inputs.rows import open_rows
-from inputs.sample import make_sample
 from inputs.shards import member_ending, shard
 from tests.tools.fuzz import run_case
-from tests.tools.sample_rows import flat, mean_colour_spec, row, write, write_pictures_and_rows
+from tests.tools.sample_rows import (
+    flat,
+    make_sample,
+    mean_colour_spec,
+    row,
+    write,
+    write_pictures_and_rows,
+)
 
 
 @pytest.fixture(scope="module")

@@ -639,15 +639,11 @@ LOST = (
     "conversations: the chat template leaves a text or an image out, writes it twice or changes it"
 )
 WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}"
-LATE_SYSTEM = (  # as some of Mistral's: the system text stands in the last question
-    WITHOUT_SYSTEM
-    + "{% set last = m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
-    "{{ messages[0].content if messages[0].role == 'system' and last }}"
-    "{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
-)
-TWO_ENDS = (
+# These two do what no probe shows: in conversations of three answers.
+LONG = "{{ '!' if messages | length > 5 }}" + bare(CHAT["chatml"])
+THIRD_END = (
     "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
-    "{{ '</s>' if loop.last else '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{{ '</s>' if loop.index0 < 5 else '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 
 
@@ -678,9 +674,9 @@ TWO_ENDS = (
             LOST,
         ),
         (
-            LATE_SYSTEM,
-            SYSTEM_TURN + turns("Hi", "Yo", "b", "c"),
-            "conversations: .* before turn 2 differently in its",
+            LONG,
+            turns("Hi", "Yo", "a", "b", "c", "d"),
+            "conversations: .* before turn 1 differently in its",
         ),
         (
             "{% for m in messages %}{{ m.content }}### {% endfor %}",
@@ -693,8 +689,8 @@ TWO_ENDS = (
             "no control .* but '!</s>'",
         ),
         (
-            TWO_ENDS,
-            turns("Hi", "Yo", "a", "b"),
+            THIRD_END,
+            turns("Hi", "Yo", "a", "b", "c", "d"),
             "conversations: .* does not end every answer with '</s>'",
         ),
         (

@@ -21,7 +21,7 @@ from inputs import tiling as tiling_module
 from inputs.image_processor import ImageProcessor
 from inputs.pictures import image_size, load_image
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, load_item, load_items, make_sample
+from inputs.sample import SampleSpec, load_item, load_items
 from inputs.templates import byte_tokenizer
 from inputs.tiling import MODES, Tiling, mark_names, read_grids
 from model import LLaVA, init_weights
@@ -29,7 +29,7 @@ from packing import IGNORE, IMAGE_TOKEN, Item, ItemShape, pack_samples
 from tests.tools.environment import shared
 from tests.tools.fuzz import run_case
 from tests.tools.no_cache import generate_without_cache
-from tests.tools.sample_rows import row, write
+from tests.tools.sample_rows import make_sample, row, write
 from training.check import check_rows
 
 TEXT = {

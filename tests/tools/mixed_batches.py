@@ -12,34 +12,42 @@ from PIL import Image
 import train
 from config import Tune
 from inputs.sample import Sample
-from inputs.tiling import mark_names
+from inputs.tiling import WHOLE, mark_names
 from model import LLaVA
 from packing import IGNORE, IMAGE_TOKEN, expand_images, pack_samples
 from tests.tools.small_llava import SIDE, small
 from training.parallel import ParallelModel, whole
 from training.ranks import Ranks
 
-# Mode split has longest edges of up to two views, and marks of one or two ids.
+# The modes split have longest edges of up to two views, and marks of one or two ids.
 EDGE = 2 * SIDE
-MARKS = {name: [5 + i] * (1 + i % 2) for i, name in enumerate(mark_names(EDGE, SIDE))}
+NAMES = [*mark_names(EDGE, SIDE), WHOLE]
 SPLIT = {
     "feature_select": "cls_patch",
     "feature_layer": -1,
     "feature_norm": True,
     "image_mode": "split",
     "image_edge": EDGE,
-    "image_marks": MARKS,
+    "image_marks": {name: [5 + i] * (1 + i % 2) for i, name in enumerate(NAMES)},
 }
+NANO = SPLIT | {"image_mode": "split_nanovlm"}
 TILES = {"image_mode": "tiles", "image_grids": "1x2 2x1 2x2", "frames": 3}
 ANYRES = TILES | {"image_mode": "anyres"}
 ANYRES_MAX = TILES | {"image_mode": "anyres_max", "image_views": 1}
+NATIVE = {
+    "feature_select": "cls_patch",
+    "feature_layer": -1,
+    "image_mode": "native",
+    "frames": 3,
+}
 
-# (tower, connector, its options, how pictures are seen). A view has 3 x 3 tokens. Every entry of
-# CONNECTORS but mof_mlp, which needs two encoders, and the MLPs of other depths.
+# (tower, connector, its options, how pictures are seen). A view has 3 x 3 tokens, that of a NaFlex
+# up to 12. Every entry of CONNECTORS but mof_mlp, which needs two encoders, and the MLPs of other
+# depths.
 RESAMPLER = {"num_queries": 4, "num_resampler_layers": 1}
 CASES = (
     ("siglip", "pixel_shuffle", {"factor": 3}, SPLIT),
-    ("clip", "pixel_shuffle", {"factor": 3, "mlp_depth": 2}, TILES),
+    ("siglip", "pixel_shuffle", {"factor": 3, "mlp_depth": 2}, NANO),
     ("clip", "mlp2x_gelu", {}, ANYRES),
     ("clip", "mlp2x_gelu", {}, ANYRES_MAX),
     ("clip", "avg_pool", {"factor": 3}, TILES),
@@ -48,6 +56,8 @@ CASES = (
     ("clip", "cross_attention", {"num_queries": 3}, TILES),
     ("clip", "mean_mlp2x_gelu", {}, TILES),
     ("clip", "linear", {}, TILES),
+    ("siglip2", "mlp2x_gelu", {}, NATIVE),
+    ("siglip2", "cross_attention", {"num_queries": 3}, NATIVE),
     ("clip", "resampler", RESAMPLER, TILES),
     ("clip", "naiveresampler", RESAMPLER, TILES),
     ("clip", "groupresampler", RESAMPLER | {"group": 2}, TILES),
@@ -79,16 +89,17 @@ def noise(width: int, height: int) -> Image.Image:
 def rows_of(model: LLaVA) -> list[Sample]:
     """Return rows of one picture, several, text alone and, where the mode has one, a video."""
     views = model.views
-    wide = views.picture(noise(50, 20))
-    tall = views.picture(noise(21, 47))
-    little = views.picture(noise(9, 8))
-    several = [views.for_images(3).picture(noise(*size)) for size in ((9, 8), (21, 47), (50, 20))]
-    film = little
-    if views.mode != "split":
-        film = views.clip([noise(30, 20), noise(31, 20), noise(32, 20)])
+    wide = noise(50, 20)
+    tall = noise(21, 47)
+    little = noise(9, 8)
+    several = [views.for_images(3).picture(picture) for picture in (little, tall, wide)]
+    film = views.picture(little)
+    if not views.marks:  # the modes that have videos
+        film = views.clip([little, tall, wide])
 
     rows = []
-    for i, items in enumerate(([wide], [], several, [film], [], [], [tall])):
+    kinds = ([views.picture(wide)], [], several, [film], [], [], [views.picture(tall)])
+    for i, items in enumerate(kinds):
         g = torch.Generator().manual_seed(i)
         ids = torch.randint(40, 97, (12 + i,), generator=g)
         ids[2 : 2 + len(items)] = IMAGE_TOKEN

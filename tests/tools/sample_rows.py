@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec
+from inputs.sample import SampleSpec, make_samples
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
 
@@ -24,6 +24,12 @@ def row(name, text="<image>\nWhat?", answer="A dog.", image="a.png"):
     if image:
         made["image"] = image
     return made
+
+
+def make_sample(rows, i, spec, pixels=True):
+    """Return the sample of row i, which is one."""
+    [sample] = make_samples(rows, i, spec, pixels)
+    return sample
 
 
 # name: (a row that makes no sample, what the message says)

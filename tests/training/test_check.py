@@ -15,12 +15,12 @@ from data import Order, make_spec
 from inputs import tiling
 from inputs.image_processor import ImageProcessor, NaFlexProcessor
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec
 from inputs.templates import byte_tokenizer
 from inputs.tiling import MODES, Tiling
 from packing import IGNORE, pack_samples
 from tests.tools.environment import run, shared
-from tests.tools.sample_rows import BAD, MeanColour, mean_colour_spec, row, write
+from tests.tools.sample_rows import BAD, MeanColour, make_sample, mean_colour_spec, row, write
 from training.check import check_rows
 
 

@@ -21,12 +21,13 @@ import train
 from checkpoints import layouts, peft
 from config import PARTS, Stage, Tune, UserError
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
 from model import LLaVA
 from packing import IMAGE_TOKEN, ONE_VIEW, Batch
 from tests.tools.environment import GPU, ROOT, run, shared
+from tests.tools.sample_rows import make_sample
 from train import round_frozen, set_trainable
 from training import estimate, memory, planner
 from training.estimate import RowSize
@@ -494,7 +495,7 @@ def test_the_estimate_is_what_a_gpu_allocates(tune):
     needs = memory.measure(model, stage, row, bf16=True)
 
     model = rounded(build(LLM | text, VISION | vision), tune).cuda()
-    batch = memory.typical_batch(model, row, estimate.rows_of_micro_batch(stage, row)).to("cuda")
+    batch = memory.typical_batch(model, row, estimate.samples_of_micro_batch(stage, row)).to("cuda")
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
@@ -532,7 +533,7 @@ def kept_and_estimated(tune: Tune, bf16: bool) -> tuple[int, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = memory.typical_batch(model, row, estimate.rows_of_micro_batch(stage, row))
+    batch = memory.typical_batch(model, row, estimate.samples_of_micro_batch(stage, row))
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with kernels.pretending(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
         loss = model.loss(batch)
@@ -579,6 +580,25 @@ def test_operations_are_those_that_torch_counts(tune, recompute):
         loss.backward()
     work = estimate.operations(model, Stage(tune=tune), RowSize(2, 30, 9, 8), recompute)
     assert work == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_a_row_of_three_samples_is_three_times_the_work_of_one():
+    one = RowSize(1, 9, 30, 8)
+    three = replace(one, samples=3.0)
+    model = build(device="meta")
+    tune = Tune(llm="full")
+    set_trainable(model, tune)
+    stage = Stage(tune=tune, global_batch=4, micro_batch_tokens=4 * 39)
+    works = [estimate.operations(model, stage, row, False) for row in (one, three)]
+    assert works[1] == pytest.approx(3 * works[0])
+
+    # Four samples are the step of one, and a third of the other's: then gradients are there.
+    assert estimate.samples_of_micro_batch(stage, one) == 4
+    assert estimate.samples_of_micro_batch(stage, three) == 4
+    needs = [memory.measure(model, stage, row, bf16=True).total for row in (one, three)]
+    assert needs[1] > needs[0]
+    all_at_once = replace(stage, micro_batch_tokens=10**6)
+    assert estimate.samples_of_micro_batch(all_at_once, three) == 12
 
 
 def test_attention_grows_with_the_square_and_backward_is_two_and_a_half():

@@ -1,14 +1,19 @@
 """How ranks end: one error for all of them, said by the one that failed first."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import config
+import train
 from checkpoints import resume, seal
 from tests.tools.environment import ROOT, run
 from tests.tools.training_runs import distributed, losses, one_line
+from training.ranks import Ranks
 
 FULL = pytest.mark.full
 
@@ -61,6 +66,18 @@ def test_nan_stops_every_rank_before_the_update_and_names_the_rows(recipe, tmp_p
     step = resume.verify(newest)["step"]
     assert step == len(losses(out))
     assert all(t.isfinite().all() for t in resume.read(newest)[0].values())
+
+
+def test_a_row_of_several_samples_is_named_once():
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    steps = SimpleNamespace(rows=SimpleNamespace(where=lambda row: f"row {row}"))
+    stage = SimpleNamespace(ranks=ranks, steps=steps, name="finetune")
+    batches = [SimpleNamespace(rows=[7, 3, 3]), SimpleNamespace(rows=[3, 5])]
+    nan, one = torch.tensor(math.nan), torch.tensor(1.0)
+    for losses_of, named in {(nan, one): "row 3, row 7", (one, one): "row 3, row 5, row 7"}.items():
+        with pytest.raises(config.UserError) as error:
+            train.refuse(stage, batches, list(losses_of), "loss nan", 4)
+        assert str(error.value).startswith(f"{named}: loss nan at finetune step 5")
 
 
 def test_the_first_rank_to_fail_has_the_last_word(recipe, tmp_path):

@@ -28,13 +28,13 @@ from config import Stage, Train, UserError
 from inputs import index
 from inputs.image_processor import ImageProcessor
 from inputs.rows import open_rows
-from inputs.sample import SampleSpec, make_sample
+from inputs.sample import SampleSpec
 from inputs.shards import shard
 from inputs.templates import byte_tokenizer
 from inputs.tiling import MODES
 from packing import IMAGE_TOKEN
 from tests.tools.fuzz import ODD, Case, Violation, main, mutate, mutate_bytes, odd_json
-from tests.tools.sample_rows import row
+from tests.tools.sample_rows import make_sample, row
 from training.check import check_rows
 
 PICTURES = {

@@ -28,9 +28,8 @@ from config import UserError
 from inputs.forms import KEYS, Row, read_row
 from inputs.media import Media, media_of_row
 from inputs.rows import open_rows
-from inputs.sample import make_sample
 from tests.tools.fuzz import ODD, Case, Violation, main, mutate, places
-from tests.tools.sample_rows import mean_colour_spec, turns
+from tests.tools.sample_rows import make_sample, mean_colour_spec, turns
 
 NAMES = ("a.png", "b.png", "a.mp4")  # files that rows name
 
@@ -88,7 +87,7 @@ ROWS = {
 
 
 class Values:
-    """Rows that come from no file, with what `make_sample` asks of rows."""
+    """Rows that come from no file, with what `make_samples` asks of rows."""
 
     def __init__(self, raws: list, folder: Path):
         self.raws = raws
