@@ -1,7 +1,7 @@
 """One training step of this code beside nanoVLM's own, as the users of each run it, in one run.
 
     git clone https://github.com/huggingface/nanoVLM /tmp/nanovlm
-    python bench/nanovlm.py /tmp/nanovlm           # 6 minutes on two quiet cores, 6 GB
+    python bench/nanovlm.py /tmp/nanovlm           # 6 minutes on two quiet cores, 8 GB
     python bench/nanovlm.py /tmp/nanovlm --json    # also into bench/results/cpu/nanovlm.json
     python bench/nanovlm.py /tmp/nanovlm --quick   # a toy, to try the script
 
