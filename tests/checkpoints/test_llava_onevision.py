@@ -630,8 +630,10 @@ def onevision(family="qwen2", tower="siglip", **changes) -> LLaVA:
 
 
 @torch.no_grad()
-def test_a_model_made_here_becomes_one_of_transformers(tmp_path):
-    ours = onevision()
+@pytest.mark.parametrize("family", ["qwen2", "gemma"])
+def test_a_model_made_here_becomes_one_of_transformers(tmp_path, family):
+    """Also of a family whose embeddings are scaled."""
+    ours = onevision(family)
     export(ours, None, "llava-onevision", tmp_path / "out")
     theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(
         tmp_path / "out", output_loading_info=True, dtype=torch.float32
