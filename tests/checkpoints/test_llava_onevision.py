@@ -654,6 +654,13 @@ def test_a_model_made_here_becomes_one_of_transformers(tmp_path, family):
         assert (logits[:, :97] - want[:, :97]).abs().max().item() <= 1e-4
 
 
+def test_our_own_layout_keeps_what_it_is(tmp_path):
+    ours = onevision()
+    export(ours, None, "barellava", tmp_path / "out")
+    assert LLaVA.from_pretrained(tmp_path / "out").views == ours.views
+    assert ours.views.max_views == 5
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
