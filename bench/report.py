@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402
 import config  # noqa: E402
-from bench import connectors, data, generate, load, training, video  # noqa: E402
+from bench import connectors, data, generate, load, nanovlm, training, video  # noqa: E402
 from bench.common import RESULTS  # noqa: E402
 from bench.kernels_page import UNMEASURED, kernels_section  # noqa: E402
 from checkpoints.files import write_file  # noqa: E402
@@ -50,6 +50,7 @@ def printed_section(script, results: dict[Path, dict], page: Path) -> str:
 SECTIONS = {
     "kernels": kernels_section,
     "training": training_section,
+    "nanovlm": partial(printed_section, nanovlm),
     "connectors": partial(printed_section, connectors),
     "generate": partial(printed_section, generate),
     "load": partial(printed_section, load),

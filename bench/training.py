@@ -139,12 +139,12 @@ def machine(device: str, quick: str):
 
 
 class Worker:
-    """A process of this file. It answers a line with one of JSON."""
+    """A process of a script, of this one by default. It answers a line with one of JSON."""
 
-    def __init__(self, *arguments: str):
+    def __init__(self, *arguments: str, script: str = __file__):
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--child", *arguments],
+            [sys.executable, script, "--child", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

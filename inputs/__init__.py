@@ -42,6 +42,7 @@ What templates.py stands on:
     conversation.py     turns that alternate, with images in their places
     chat_template.py    the Jinja template that a tokenizer brings along
     tokenizer.py        ids with the characters that each of them stands for
+    nanovlm_tokenizer.py  what a config.json of nanoVLM adds to the tokenizer that it names
     vocabulary_file.py  what a tokenizer.json or tokenizer.model may ask for
     bounded.py          a process with limits, for the programs in such files and for templates;
                         bounded_child.py is what runs in it

@@ -111,15 +111,18 @@ def make_samples(rows: Rows, i: int, spec: SampleSpec, pixels: bool = True) -> l
     return drop_unsupervised(samples, where)
 
 
-def load_items(rows: Rows, i: int, spec: SampleSpec, row: Row | None = None) -> list[Item]:
+def load_items(
+    rows: Rows, i: int, spec: SampleSpec, row: Row | None = None, count: int | None = None
+) -> list[Item]:
     """Return the items of row i, without its text: for questions about a row, not for training.
 
-    `row` saves reading it again where it is at hand. Raise UserError that names the row.
+    `row` saves reading it again where it is at hand. With `count` they are the first so many, as a
+    conversation that shows no others sees them. Raise UserError that names the row.
     """
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
-    media = rows.media(i, row)
+    media = rows.media(i, row)[:count]
     return read_items(media, where, spec.views.for_images(len(media)))
 
 

@@ -31,7 +31,7 @@ from inputs import hub
 from inputs.holdout import open_stage, validation_file
 from inputs.rows import is_here
 from inputs.sample import SampleSpec
-from inputs.tokenizer import Tokenizer
+from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import LLaVA
 from training import small_sets
 from training.estimate import GPUS, SHARE, RowSize, hours, mean_row, operations
@@ -181,9 +181,20 @@ def _find_models(c: Model, scratch: Path) -> tuple[list[Found], dict[str, Path |
 
     vocabularies = ["tokenizer.json", "tokenizer.model"]
     where, folder = locate_part(c.tokenizer_source, vocabularies, "tokenizer_config.json", scratch)
+    if where.startswith("MISSING") and folder is not None and _names_tokenizer(folder):
+        where = "named in its config.json"
     found.append(Found("model.tokenizer", c.tokenizer_source, where))
     folders["tokenizer"] = folder
     return found, folders
+
+
+def _names_tokenizer(folder: Path) -> bool:
+    """Return whether a folder without a vocabulary names one that is at hand, as nanoVLM's do."""
+    try:
+        load_tokenizer(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _find_data(name: str, stage: Stage) -> list[Found]:

@@ -380,8 +380,7 @@ def first_question(rows: Rows, i: int, spec: SampleSpec) -> Question:
     text = conversation[first]["value"]
 
     # Pictures of later turns are left out.
-    items = load_items(rows, i, spec, row)
-    items = items[: text.count(IMAGE)]
+    items = load_items(rows, i, spec, row, text.count(IMAGE))
     return Question(turns, text, items, conversation[first + 1]["value"])
 
 

@@ -5,6 +5,7 @@ Tokenizer and processor of a published model are not at hand: they are made of t
 
 import copy
 import json
+import shutil
 from base64 import b64encode
 from dataclasses import replace
 from math import ceil, isqrt
@@ -37,6 +38,7 @@ from tests.tools.environment import ROOT, run, shared
 from tests.tools.sample_rows import make_sample
 from tests.tools.small_llava import SIDE, small
 from training.estimate import guess_row
+from training.run_log import first_question
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle is a development dependency: pip install .[dev]"
@@ -496,21 +498,6 @@ def test_turns_are_those_of_the_template(published):
         assert [i for i in labels if i != IGNORE] == answers[0] + answers[1]
 
 
-def test_a_picture_is_tiled_up_to_the_turn_that_shows_another(tmp_path):
-    """Where each answer is a sample, it sees what it would at inference."""
-    write_published(tmp_path, **SMALL["odd"])
-    photos()[2].save(tmp_path / "d.png")
-    asked = {"from": "human", "value": "<image>\nWhat?"}
-    said = {"from": "gpt", "value": "A cow."}
-    row = {"id": "a", "image": ["d.png"] * 2, "conversations": [asked, said, asked, said]}
-    (tmp_path / "rows.json").write_text(json.dumps([row]))
-    views = LLaVA.from_pretrained(tmp_path).views
-    spec = SampleSpec(load_tokenizer(tmp_path), "chat", 5000, views)
-    samples = make_samples(open_rows(tmp_path / "rows.json"), 0, spec)
-    shapes = [[item.shape for item in sample.items] for sample in samples]
-    assert shapes == [[views.shape(photos()[2].size)], [PADDED, PADDED]]
-
-
 def test_the_published_sizes_are_those_of_transformers(tmp_path):
     """Of 0.5B: what a config leaves out, the number of parameters, the tokens of a picture."""
     text = {
@@ -542,6 +529,54 @@ def test_the_published_sizes_are_those_of_transformers(tmp_path):
     assert max(views.positions(shape) for shape in views.largest()) == 8829
     assert views.positions(PADDED) == 730 and views.positions(ItemShape(2)) == 2 * 196 + 1
     assert [[384 * r, 384 * c] for r, c in views.grids] == theirs.image_grid_pinpoints
+
+
+def test_answers_of_the_published_template_are_as_transformers_asks_for_them(published, tmp_path):
+    """Each is a sample, behind the prompt for it and the pictures as they are seen until then."""
+    folder, _, processor, ours = published
+    shutil.copytree(folder, tmp_path / "published")
+    (tmp_path / "published" / "chat_template.jinja").write_text(PUBLISHED)
+    spec = SampleSpec(load_tokenizer(tmp_path / "published"), "chat", 5000, ours.views)
+
+    said = ("Hello", "Yes?", "<image>\nWho?", "A dog.", "Sure?\n Now", "", "<image>\nAnd?", "No. ")
+    speakers = ("human", "gpt") * 4
+    turns = [{"from": who, "value": text} for who, text in zip(speakers, said, strict=True)]
+    messages = []
+    for role, text in zip(("user", "assistant") * 4, said, strict=True):
+        parts = [{"type": "image"}] * text.count("<image>")
+        parts.append({"type": "text", "text": text.replace("<image>\n", "")})
+        messages.append({"role": role, "content": parts})
+    shown = [photos()[0], photos()[2]]
+    for name, photo in zip("ab", shown, strict=True):
+        photo.save(tmp_path / f"{name}.png")
+    row = {"id": "0", "image": ["a.png", "b.png"], "conversations": turns}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    rows = open_rows(tmp_path / "rows.json")
+
+    mark = processor.tokenizer.convert_tokens_to_ids("<image>")
+    samples = make_samples(rows, 0, spec)
+    for k, (sample, count) in enumerate(zip(samples, (0, 1, 1, 2), strict=True)):
+        text = processor.apply_chat_template(
+            messages[: 2 * k + 1], chat_template=PUBLISHED, add_generation_prompt=True
+        )
+        pictures = [shown[:count]] if count else None
+        inputs = processor(text=text, images=pictures, return_tensors="pt")
+        prompt = [IMAGE_TOKEN if i == mark else i for i in inputs["input_ids"][0].tolist()]
+        answer = processor.tokenizer(said[2 * k + 1] + "<|im_end|>")["input_ids"]
+        assert sample.ids.tolist() == prompt + answer
+        assert sample.labels.tolist() == [IGNORE] * len(prompt) + answer
+        assert len(sample.items) == count
+        for item, pixels in zip(sample.items, inputs.get("pixel_values", []), strict=True):
+            mine = ours.vision_tower.processor.normalise(item.pixels)
+            assert torch.allclose(pixels, mine, rtol=0, atol=1e-6)
+        counted = make_samples(rows, 0, spec, pixels=False)[k]
+        assert [item.shape for item in counted.items] == [item.shape for item in sample.items]
+
+    # The log of a run asks the first question of a row.
+    turns[:2] = []
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    question = first_question(open_rows(tmp_path / "rows.json"), 0, spec)
+    assert [item.shape for item in question.items] == [item.shape for item in samples[1].items]
 
 
 def test_the_largest_shape_is_at_least_any_picture(published):

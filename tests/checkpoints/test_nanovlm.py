@@ -228,12 +228,17 @@ def test_the_tokenizer_is_the_one_that_config_json_names(golden, tmp_path):
     named = load_tokenizer(golden)
     assert named.files["tokenizer.json"] == own.files["tokenizer.json"]
     assert named.chat_template == own.chat_template
+    recipe = ROOT / "recipes" / "smolvlm-256m-finetune.toml"
+    words = (f"model.checkpoint={golden}", f"stage.own.data={tmp_path}", "train.workers=0")
+    plan = run("train.py", recipe, *words, "--dry-run").stdout
+    assert "named in its config.json" in plan and "10 tokens per image of one view" in plan
 
     (golden / "config.json").write_text(json.dumps(config | {"lm_tokenizer": "./nowhere"}))
     wanted = "nowhere.*; fix: put tokenizer.json and tokenizer_config.json of its language model"
     for read in (load_tokenizer, read_config):
         with pytest.raises(UserError, match=wanted):
             read(golden)
+    assert "MISSING" in run("train.py", recipe, *words, "--dry-run", ok=False).stdout
 
 
 def test_the_defaults_are_those_of_nanovlm():

@@ -33,7 +33,7 @@ SPLIT = {
 NANO = SPLIT | {"image_mode": "split_nanovlm"}
 TILES = {"image_mode": "tiles", "image_grids": "1x2 2x1 2x2", "frames": 3}
 ANYRES = TILES | {"image_mode": "anyres"}
-ANYRES_MAX = TILES | {"image_mode": "anyres_max", "image_views": 2}
+ANYRES_MAX = TILES | {"image_mode": "anyres_max", "image_views": 1}
 NATIVE = {
     "feature_select": "cls_patch",
     "feature_layer": -1,
