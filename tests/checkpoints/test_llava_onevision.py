@@ -665,8 +665,10 @@ def onevision(family="qwen2", tower="siglip", **changes) -> LLaVA:
 
 
 @torch.no_grad()
-def test_a_model_made_here_becomes_one_of_transformers(tmp_path):
-    ours = onevision()
+@pytest.mark.parametrize("family", ["qwen2", "gemma"])
+def test_a_model_made_here_becomes_one_of_transformers(tmp_path, family):
+    """Also of a family whose embeddings are scaled."""
+    ours = onevision(family)
     export(ours, None, "llava-onevision", tmp_path / "out")
     theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(
         tmp_path / "out", output_loading_info=True, dtype=torch.float32
@@ -685,6 +687,13 @@ def test_a_model_made_here_becomes_one_of_transformers(tmp_path):
         logits = model(ids[None], [item]).logits[0]
         want = theirs.eval()(**inputs).logits[0, :, : logits.size(1)]
         assert (logits[:, :97] - want[:, :97]).abs().max().item() <= 1e-4
+
+
+def test_our_own_layout_keeps_what_it_is(tmp_path):
+    ours = onevision()
+    export(ours, None, "barellava", tmp_path / "out")
+    assert LLaVA.from_pretrained(tmp_path / "out").views == ours.views
+    assert ours.views.max_views == 5
 
 
 @pytest.mark.parametrize(
