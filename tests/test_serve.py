@@ -598,8 +598,11 @@ def test_a_connection_lives_on_after_a_429(jobs, url, monkeypatch):
     slow = Slow(jobs.model, monkeypatch)
     texts = ["x" * n for n in (3, 90, 30)]
     threads = [threading.Thread(target=post, args=(url, question(t))) for t in texts]
-    for thread in threads:
+    for i, thread in enumerate(threads):
         thread.start()
+        if i == 0:
+            # Only then the other two are those that wait.
+            assert slow.started.acquire(timeout=30)
     until(lambda: len(jobs.waiting) == 2)
 
     body = json.dumps(question())
