@@ -22,6 +22,9 @@ from inputs.vocabulary_file import check_vocabulary
 
 LLM = "HuggingFaceTB/SmolLM2-360M-Instruct"
 
+# Of these fields each config.json of nanoVLM has one.
+OWN_FIELDS = ("vit_hidden_dim", "vlm_extra_tokens")
+
 # What is added by default: a tile's token has the place 1 to 8 of its row and of its column.
 GRID = range(1, 9)
 TOKENS = {
@@ -53,8 +56,13 @@ BEFORE_CHAT = (
 
 def is_needed(config: Fields) -> bool:
     """Say whether a config.json is nanoVLM's, which has no model_type."""
-    has_its_fields = "vit_hidden_dim" in config or "vlm_extra_tokens" in config
+    has_its_fields = any(field in config for field in OWN_FIELDS)
     return "model_type" not in config and has_its_fields
+
+
+def may_be_needed(content: bytes) -> bool:
+    """Say whether the bytes of a config.json, which may be damaged, can be nanoVLM's."""
+    return any(field.encode() in content for field in OWN_FIELDS)
 
 
 def extra_tokens(config: Fields) -> dict[str, str]:

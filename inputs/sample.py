@@ -117,13 +117,16 @@ def load_items(
     """Return the items of row i, without its text: for questions about a row, not for training.
 
     `row` saves reading it again where it is at hand. With `count` they are the first so many, as a
-    conversation that shows no others sees them. Raise UserError that names the row.
+    conversation that shows no others sees them; the others are read, too. Raise UserError that
+    names the row.
     """
     if row is None:
         row = rows[i]
     where = rows.where(i, row)
-    media = rows.media(i, row)[:count]
-    return read_items(media, where, spec.views.for_images(len(media)))
+    media = rows.media(i, row)
+    if count is None:
+        count = len(media)
+    return read_items(media, where, spec.views.for_images(count))[:count]
 
 
 def read_items(media: list[Media], where: str, tiling: Tiling, pixels: bool = True) -> list[Item]:

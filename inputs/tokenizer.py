@@ -187,11 +187,13 @@ def read_files(path: Path) -> dict[str, bytes]:
         files[name] = read_bounded(path)
         return files
 
-    config = parse(files, "config.json", folder)
-    if nanovlm_tokenizer.is_needed(config):
-        if "tokenizer.json" not in files:
-            files = read_files(nanovlm_tokenizer.named_folder(config, folder))
-        return nanovlm_tokenizer.extend(files, config)
+    # Another config.json is not this function's business, nor whether it can be read.
+    if nanovlm_tokenizer.may_be_needed(files.get("config.json", b"")):
+        config = parse(files, "config.json", folder)
+        if nanovlm_tokenizer.is_needed(config):
+            if "tokenizer.json" not in files:
+                files = read_files(nanovlm_tokenizer.named_folder(config, folder))
+            return nanovlm_tokenizer.extend(files, config)
 
     # Without a vocabulary file of either kind, one can be made of GPT-2's two files.
     has_vocabulary = "tokenizer.json" in files or "tokenizer.model" in files

@@ -379,6 +379,8 @@ LOOKED_UP = {
     "google/siglip2-so400m-patch14-384",
     "meta-llama/Llama-3.2-1B-Instruct",
     "microsoft/Phi-4-mini-instruct",
+    "Qwen/Qwen3-0.6B",
+    "google/siglip2-base-patch16-naflex",
     # Of nanoVLM's models/config.py.
     "HuggingFaceTB/SmolLM2-360M-Instruct",
     "google/siglip2-base-patch16-512",
