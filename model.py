@@ -39,7 +39,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from math import inf, isqrt, log, pi, sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +81,7 @@ from packing import (
     Item,
     ItemShape,
     PackedRow,
+    constant,
     expand_images,
     image_positions,
     length_of,
@@ -130,12 +131,6 @@ class RopeScaling:
         is_long = sample_lengths(positions, cu_seqlens) > self.switch  # (T,)
         long = constant(self.long, positions.device)
         return torch.where(is_long[:, None, None], long, short)
-
-
-@cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return numbers as a float32 tensor. It is kept: a captured step cannot copy from the CPU."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def sample_lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:

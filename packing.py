@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -175,6 +176,12 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and x.is_cpu:
         x = x.pin_memory()  # x itself if it is there
     return x.to(device, non_blocking=True)
+
+
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as a float32 tensor. It is kept: a captured step cannot copy from the CPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def image_positions(ids: Tensor) -> Tensor:

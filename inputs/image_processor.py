@@ -11,7 +11,6 @@ asks for it), resize, crop the centre (CLIP and DINOv2, not SigLIP), divide by 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from math import ceil, isqrt
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from checkpoints.fields import SIDE, Fields
 from checkpoints.files import read_json
 from config import UserError
+from packing import constant
 
 # Pixels of a strip, when a picture is padded: 12 MB.
 STRIP = 2**22
@@ -51,12 +51,6 @@ def need(good: bool, where: object, value: object, fix: str):
     """Raise UserError for a value that is not supported, unless it is good."""
     if not good:
         raise UserError(where, f"{value!r} is not supported", fix)
-
-
-@cache
-def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return one number per colour, (3, 1, 1) float32. They are copied to a device once."""
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -171,16 +165,16 @@ class ImageProcessor:
         """
         if pixels.dtype != torch.uint8:
             return pixels
-        mean = constants(self.mean, pixels.device)
-        std = constants(self.std, pixels.device)
+        mean = constant(self.mean, pixels.device)[:, None, None]
+        std = constant(self.std, pixels.device)[:, None, None]
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def shown(self, view: Tensor) -> Tensor:
         """Return a view (3, H, W), uint8 or normalised, as uint8 for people to look at."""
         if view.dtype == torch.uint8:
             return view
-        mean = constants(self.mean, view.device)
-        std = constants(self.std, view.device)
+        mean = constant(self.mean, view.device)[:, None, None]
+        std = constant(self.std, view.device)[:, None, None]
         return ((view * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     @classmethod
@@ -346,8 +340,8 @@ class NaFlexProcessor(ImageProcessor):
         """
         if pixels.dtype != torch.uint8:
             return pixels
-        mean = constants(self.mean, pixels.device).flatten()
-        std = constants(self.std, pixels.device).flatten()
+        mean = constant(self.mean, pixels.device)
+        std = constant(self.std, pixels.device)
         colours = pixels.unflatten(1, (-1, 3)).float()
         return colours.div_(255).sub_(mean).div_(std).flatten(1)
 

@@ -30,7 +30,7 @@ from config import Stage
 from inputs.sample import Sample
 from kernels.cross_entropy import CHUNK
 from model import LLaVA
-from packing import IMAGE_TOKEN, Item, pack_samples
+from packing import IMAGE_TOKEN, Item, constant, pack_samples
 from training.estimate import RowSize, samples_of_micro_batch, samples_of_step
 
 SPARE = 1.5e9  # bytes for CUDA's and NCCL's own use and for fragments
@@ -183,6 +183,9 @@ def simulate(model: LLaVA, batch, bf16: bool, several: bool) -> tuple[int, int]:
         batch = batch._with_each_tensor(fake.from_tensor)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16), ledger:
             model.loss(batch).backward()
+
+    # What was kept in there has no values. A real step would read nothing from it, silently.
+    constant.cache_clear()
     return ledger.peak, ledger.copies
 
 

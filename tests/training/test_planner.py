@@ -25,7 +25,7 @@ from inputs.sample import SampleSpec
 from inputs.templates import byte_tokenizer
 from inputs.tiling import Tiling
 from model import LLaVA
-from packing import IMAGE_TOKEN, ONE_VIEW, Batch
+from packing import IMAGE_TOKEN, ONE_VIEW, Batch, constant
 from tests.tools.environment import GPU, ROOT, run, shared
 from tests.tools.sample_rows import make_sample
 from train import round_frozen, set_trainable
@@ -481,6 +481,19 @@ def test_recomputation_keeps_the_inputs_of_blocks(tune):
         needs = memory.measure(model, stage, row, bf16=True)
         peaks.append(needs.activations)
     assert peaks[1] - peaks[0] == pytest.approx(8 * 4 * 64 * 6000, rel=0.1)
+
+
+def test_what_is_measured_without_values_is_not_kept():
+    """Constants that were made while memory is measured have no values for what comes after."""
+    constant.cache_clear()
+    model = build(LLM, VISION)
+    row = RowSize(views=1, positions=model.image_tokens, text=20, supervised=5)
+    memory.measure(model, Stage(data="-"), row, bf16=True)
+    pixels = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
+    processor = model.vision_tower.processor
+    shown = processor.normalise(pixels)[0, :, 0, 0]
+    wanted = [(0.2 - mean) / std for mean, std in zip(processor.mean, processor.std, strict=True)]
+    assert shown.tolist() == pytest.approx(wanted)
 
 
 @pytest.mark.gpu
