@@ -32,12 +32,13 @@ from checkpoints import (
     tinyllava_bench,
     weights,
 )
-from checkpoints.fields import SIDE, Fields
+from checkpoints.fields import Fields
 from checkpoints.files import read_json, resolve
 from checkpoints.folder import MERGED, Renamed
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
+from encoders import vision_config
 from inputs import nanovlm_tokenizer
 from inputs.image_modes import MODES
 from inputs.image_processor import preprocessor_place, read_preprocessor
@@ -182,10 +183,11 @@ def read_config(folder: Path) -> LLaVAConfig:
     )
 
 
-def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
+def config_from_recipe(c: Model, template: str, has_tokenizer: bool = True) -> LLaVAConfig:
     """Return what the [model] section of a recipe describes. Reads config files and no weights.
 
-    template: the chat template's name. Raises UserError for what is missing.
+    template: the chat template's name. has_tokenizer: without one, control tokens that the image
+    mode needs get ids that are good for counting alone. Raises UserError for what is missing.
     """
     if c.checkpoint:
         return _config_of_checkpoint(c, template)
@@ -235,7 +237,8 @@ def config_from_recipe(c: Model, template: str) -> LLaVAConfig:
         places=places,
     )
     if c.image_mode == "split":
-        return smolvlm.with_marks(config, load_recipe_tokenizer(c), c.image_edge)
+        tokenizer = load_recipe_tokenizer(c) if has_tokenizer else None
+        return smolvlm.with_marks(config, tokenizer, c.image_edge, _pixels_of_view(c))
     return config
 
 
@@ -248,11 +251,22 @@ def load_recipe_tokenizer(c: Model) -> Tokenizer:
     tokenizer = load_tokenizer(resolve(c.tokenizer_source, "model.tokenizer", small=True))
     if c.image_mode != "split":
         return tokenizer
-    vision = c.vision_config
-    if not vision:
-        vision = read_json(_part(c, "vision") / "config.json")
-    side = Fields(vision, "model.vision").integer("image_size", 1, SIDE)
+    side = _pixels_of_view(c)
     return with_controls(tokenizer, control_names(c.image_edge or side, side))
+
+
+def _pixels_of_view(c: Model) -> int:
+    """Return how many pixels a side of a view has for the encoder of a recipe. Raises UserError."""
+    if not c.vision_config:
+        folder = _part(c, "vision")
+        images = preprocessor_place(folder)
+        config = folder / "config.json"
+        return vision_config(
+            read_json(config), read_preprocessor(folder), config, images
+        ).processor.side
+    fields = dict(c.vision_config)
+    images = fields.pop("preprocessor", None)
+    return vision_config(fields, images, "model.vision_config").processor.side
 
 
 def _config_of_checkpoint(c: Model, template: str) -> LLaVAConfig:

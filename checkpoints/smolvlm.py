@@ -185,19 +185,26 @@ def read_marks(folder: Path, names: list[str], token: int, config: Fields) -> di
     return {name: tokenizer.encode(name)[0] for name in names}
 
 
-def with_marks(config: LLaVAConfig, tokenizer: Tokenizer, edge: int) -> LLaVAConfig:
+def with_marks(
+    config: LLaVAConfig, tokenizer: Tokenizer | None, edge: int, side: int
+) -> LLaVAConfig:
     """Return the config of a new model, with the marks, and embeddings for those that are new.
 
-    tokenizer: it has them all (tiling.control_names). edge: 0 for that of one view. Raises
+    tokenizer: it has them all (tiling_split.control_names). Without it each has one id, behind
+    those of the language model. edge: 0 for that of one view. side: pixels of a view's side. Raises
     UserError.
     """
-    side = Fields(config.vision, "model.vision").integer("image_size", 1, SIDE)
     edge = edge or side
-    marks = {name: tokenizer.encode(name)[0] for name in mark_names(edge, side)}
-
-    # The language model may have more embeddings than its tokenizer has ids.
+    names = mark_names(edge, side)
     text = Fields(config.text, config.places.get("text", "llm_config"))
-    rows = max(text.integer("vocab_size", 1, VOCABULARY), tokenizer.vocab_size)
+    rows = text.integer("vocab_size", 1, VOCABULARY)
+    if tokenizer is None:
+        marks = {name: [rows + i] for i, name in enumerate(names)}
+        rows += len(names)
+    else:
+        # The language model may have more embeddings than its tokenizer has ids.
+        marks = {name: tokenizer.encode(name)[0] for name in names}
+        rows = max(rows, tokenizer.vocab_size)
     grown = config.text | {"vocab_size": rows}
     return replace(config, text=grown, image_edge=edge, image_marks=marks)
 

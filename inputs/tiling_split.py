@@ -60,7 +60,8 @@ def tile_marks(most: int) -> list[str]:
     """Return the strings before the tiles of most x most. Raise UserError as mark_names does."""
     if most > MOST_TILES:
         what = f"split into {most} views along an edge, which is more than {MOST_TILES} a row"
-        raise UserError("model.image_mode", what, "give the image processor of this model")
+        fix = "lower model.image_edge, or give the image processor of this model"
+        raise UserError("model.image_mode", what, fix)
 
     names = []
     for row in range(most):
@@ -93,7 +94,7 @@ class SplitTiling(Tiling):
     owners: ClassVar[str] = "SmolVLM or Idefics3"
 
     def check_marks(self):
-        fix = f"give the folder of a {self.owners}"
+        fix = f"start from a {self.owners} as model.checkpoint"
         if self.edge < 1:
             raise UserError("model.image_mode", f"{self.mode}, without image_edge", fix)
         for name in self.names():

@@ -420,7 +420,7 @@ class Plan:
     def build(self, recipe: Recipe) -> LLaVA:
         """Return the recipe's model on the meta device, with its adapters."""
         with weights.empty():
-            model = LLaVA(layouts.config_from_recipe(recipe.model, ""))
+            model = LLaVA(layouts.config_from_recipe(recipe.model, "", self.tokenizer is not None))
             self.script.adapt(model, list(recipe.stage.values()))
         return model
 

@@ -74,24 +74,30 @@ MODELS = {
 }
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer with SmolVLM's control tokens, in which line breaks merge."""
+def byte_level(controls: list[str], size: int):
+    """Return a byte-level vocabulary with these control tokens, in which line breaks merge."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    marks = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    controls = ["<|endoftext|>", "<|im_start|>", *marks, "<global-img>"]
-    controls += ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     fast = tokenizers.Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         special_tokens=controls,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     fast.train_from_iterator(CORPUS * 5, trainer)
+    return fast
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with SmolVLM's control tokens, in which line breaks merge."""
+    marks = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    controls = ["<|endoftext|>", "<|im_start|>", *marks, "<global-img>"]
+    controls += ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    fast = byte_level(controls, 400)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=fast,
         bos_token="<|im_start|>",
@@ -436,15 +442,20 @@ def test_a_video_is_refused(made, tmp_path):
         items_of_example(example, tmp_path, model)
 
 
+def write_rows(folder):
+    """Write rows.json, twelve rows of a picture each, and their pictures."""
+    rows = []
+    for i in range(12):
+        drawn((40 + i, 60)).save(folder / f"{i}.png")
+        conversation = turns("<image>\nWhat is this?", "A horse.")
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": conversation})
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
 def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path):
     """LoRA on own rows, an answer, and the export to transformers."""
     kind, folder, _, _ = made
-    rows = []
-    for i in range(12):
-        drawn((40 + i, 60)).save(tmp_path / f"{i}.png")
-        conversation = turns("<image>\nWhat is this?", "A horse.")
-        rows.append({"id": str(i), "image": f"{i}.png", "conversations": conversation})
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_rows(tmp_path)
     out = tmp_path / "out"
     run(
         "train.py",
@@ -524,19 +535,7 @@ TEXT_TEMPLATE = (
 
 def language_model(folder, tied: bool):
     """Write a small random Llama whose tokenizer has no marks, and a row more of embeddings."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = tokenizers.Tokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator(CORPUS * 5, trainer)
+    fast = byte_level(["<|im_start|>", "<|im_end|>"], 300)
     tok = transformers.PreTrainedTokenizerFast(
         tokenizer_object=fast, eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
@@ -553,7 +552,6 @@ def language_model(folder, tied: bool):
         tie_word_embeddings=tied,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return tok
 
 
 def published_processor(folder):
@@ -571,12 +569,7 @@ def published_processor(folder):
 def test_a_model_made_here_of_parts_answers_alike_as_smolvlm(tmp_path, edge):
     """It learns from its first step on with the control tokens that transformers will write."""
     language_model(tmp_path / "llm", tied=edge == 0)
-    rows = []
-    for i in range(12):
-        drawn((40 + i, 60)).save(tmp_path / f"{i}.png")
-        conversation = turns("<image>\nWhat is this?", "A horse.")
-        rows.append({"id": str(i), "image": f"{i}.png", "conversations": conversation})
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_rows(tmp_path)
     (tmp_path / "recipe.toml").write_text(f"""
         [model]
         llm = "{tmp_path / "llm"}"

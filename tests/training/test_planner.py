@@ -387,6 +387,13 @@ LOOKED_UP = {
 }
 
 
+def test_a_recipe_whose_llm_gets_control_tokens_is_planned_without_its_tokenizer():
+    """So many as a view's tokens and the three around them; a full SigLIP's config is nested."""
+    recipe = ROOT / "recipes" / "smollm2-360m-siglip2-shuffle.toml"
+    said = run("train.py", recipe, "--dry-run", "model.image_edge=2048", ok=False).stdout
+    assert "; 67 tokens per image of one view, up to" in said
+
+
 def test_known_models_are_planned_without_the_hub():
     """Each model of a published recipe has its sizes in the repository, those of its own file."""
     known = json.loads(planner.KNOWN.read_text())
