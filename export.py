@@ -7,6 +7,7 @@
     python export.py --model DIR --to nanovlm OUT                     # of what was one before
     python export.py --model DIR --to tinyllava OUT                   # TinyLLaVA Factory or -Video
     python export.py --model DIR --to barellava OUT                   # our own layout
+    python export.py --model DIR --to gguf OUT --dtype q8_0           # llama.cpp, Ollama, LM Studio
     python export.py --model DIR --to hf-llava OUT --dtype bfloat16
     python export.py --model DIR --adapter ADAPTER --to hf-llava OUT  # a PEFT adapter merged
     python export.py --model DIR --to peft OUT                        # adapters of a LoRA run
@@ -31,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 
 import command_line
-from checkpoints import layouts, peft, weights
+from checkpoints import gguf, layouts, peft, weights
 from checkpoints.files import flush, parse_json, resolve, write_file, writing
 from checkpoints.owned import HARMLESS, MARK, marked, own
 from config import UserError
@@ -45,13 +46,23 @@ for layout in layouts.LAYOUTS.values():
         WRITERS[layout.export_name] = layout.write
 
 
-def export(model: LLaVA, tokenizer, to: str, folder: Path, transformers: int = 5):
+def export(
+    model: LLaVA,
+    tokenizer,
+    to: str,
+    folder: Path,
+    transformers: int = 5,
+    file_type: str | None = None,
+):
     """Write a model and its tokenizer (or None) in a layout.
 
     Raises UserError for what the layout cannot express. transformers: the major version that a
-    folder for Hugging Face is meant for.
+    folder for Hugging Face is meant for. file_type: that of GGUF files, see checkpoints/gguf.py.
     """
-    WRITERS[to](folder, model, tokenizer, transformers)
+    if to == "gguf":
+        gguf.write(folder, model, tokenizer, file_type)
+    else:
+        WRITERS[to](folder, model, tokenizer, transformers)
 
 
 # --------------------------------------------------------------------------------------- the folder
@@ -201,11 +212,9 @@ def arguments(argv: list[str]):
     option = parser.add_argument
     option("out", help="folder to write; must not exist, or be empty")
     option("--model", required=True, help="folder or Hugging Face id, in any layout that we read")
-    option("--to", required=True, choices=(*WRITERS, "peft"), help="the layout")
+    option("--to", required=True, choices=(*WRITERS, "gguf", "peft"), help="the layout")
     option("--adapter", help="folder of a PEFT adapter to merge first")
-    option(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)"
-    )
+    option("--dtype", choices=gguf.FILE_TYPES, help="of the weights (as they are); q: gguf only")
     option(
         "--transformers",
         type=int,
@@ -231,15 +240,18 @@ def main(argv: list[str]):
         export_peft(folder / "adapter", out)
         return
 
+    # The writer of GGUF files converts each tensor when it writes it.
     dtype = None
-    if args.dtype:
+    if args.dtype and args.to != "gguf":
+        if args.dtype.startswith("q"):
+            raise UserError(f"--dtype {args.dtype}", "of GGUF files only", "add --to gguf")
         dtype = getattr(torch, args.dtype)
     model = open_model(folder, dtype, args.allow_pickle)
     if args.adapter:
         peft.merge_adapter(model, Path(args.adapter))
     tokenizer = open_tokenizer(folder)
     with whole_folder(out) as unfinished:
-        export(model, tokenizer, args.to, unfinished, args.transformers)
+        export(model, tokenizer, args.to, unfinished, args.transformers, args.dtype)
 
     # Say what was written.
     parameters = sum(p.numel() for p in model.parameters())
