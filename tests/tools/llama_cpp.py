@@ -1,0 +1,187 @@
+"""The llama.cpp server that the PyPI package xllamacpp embeds, in a process of its own.
+
+with serving(text, mmproj) as llama:
+    llama.answer([user("What is it?", picture)])
+    llama.token_ids("a text")
+    llama.first([user("What is it?", picture)], most=5)
+
+A server holds one model and ends with the `with`, so that one test process can try many.
+"""
+
+import base64
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.tools.environment import ROOT
+
+WAIT = 60  # seconds that a request may take
+
+installed = importlib.util.find_spec("xllamacpp") is not None
+needs_llama_cpp = pytest.mark.skipif(
+    not installed, reason="needs llama.cpp: pip install 'barellava[gguf]' xllamacpp"
+)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that the model may write next."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A server that runs."""
+
+    url: str
+    log: Path  # what llama.cpp prints
+
+    def post(self, path: str, body: dict) -> dict:
+        """Return what the server answers. Raises urllib.error.HTTPError for a refusal."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=WAIT) as response:
+            return json.load(response)
+
+    def chat(self, messages: list[dict], tokens: int, **more) -> dict:
+        """Return the whole response of a greedy answer."""
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0, **more}
+        return self.post("/v1/chat/completions", {**body, "cache_prompt": False})
+
+    def answer(self, messages: list[dict], tokens: int = 16) -> str:
+        """Return the greedy answer of at most so many tokens."""
+        return self.chat(messages, tokens)["choices"][0]["message"]["content"]
+
+    def steps(self, messages: list[dict], tokens: int, most: int) -> list[list[Token]]:
+        """Return for each token of the greedy answer the most probable ones, best first."""
+        response = self.chat(messages, tokens, logprobs=True, top_logprobs=most)
+        steps = []
+        for step in response["choices"][0]["logprobs"]["content"]:
+            steps.append([Token(one["id"], one["logprob"]) for one in step["top_logprobs"]])
+        return steps
+
+    def first(self, messages: list[dict], most: int) -> list[Token]:
+        """Return the most probable first tokens of an answer, best first."""
+        return self.steps(messages, 1, most)[0]
+
+    def prompt_tokens(self, messages: list[dict]) -> int:
+        """Return how many tokens a prompt has, those of its pictures included."""
+        return self.chat(messages, 1)["usage"]["prompt_tokens"]
+
+    def token_ids(self, text: str, special: bool = False) -> list[int]:
+        """Return the ids of a text; special: with what the model puts before every prompt."""
+        return self.post("/tokenize", {"content": text, "add_special": special})["tokens"]
+
+    def prompt(self, messages: list[dict]) -> str:
+        """Return what the chat template makes of messages without pictures."""
+        return self.post("/apply-template", {"messages": messages})["prompt"]
+
+
+def user(text: str, *pictures: Image.Image) -> dict:
+    """Return a user's message; its pictures come first."""
+    content = []
+    for picture in pictures:
+        # PNG, since another decoder of JPEG makes other pixels.
+        file = io.BytesIO()
+        picture.convert("RGB").save(file, "PNG")
+        encoded = base64.b64encode(file.getvalue()).decode()
+        content.append(
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+        )
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
+def assistant(text: str) -> dict:
+    """Return an answer that was given before."""
+    return {"role": "assistant", "content": text}
+
+
+@contextlib.contextmanager
+def serving(
+    text: Path, mmproj: Path | None = None, context: int = 4096, exact: bool = True
+) -> Iterator[LlamaCpp]:
+    """Run a server with a text model, and an mmproj if it is to see, until the end of the `with`.
+
+    exact: keys and values are cached in float32. llama.cpp's own default is float16. Raises
+    RuntimeError, with the end of the log, where llama.cpp does not load the files.
+    """
+    settings = {"text": str(text), "mmproj": str(mmproj or ""), "context": context, "exact": exact}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.tools.llama_cpp", json.dumps(settings)],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        try:
+            url = ""
+            for line in process.stdout:
+                if line.startswith("http://"):
+                    url = line.strip()
+                    break
+            if not url:
+                process.wait()
+                raise RuntimeError(f"llama.cpp does not load {text}: {log.read_text()[-2000:]}")
+            yield LlamaCpp(url, log)
+        finally:
+            process.stdin.close()  # the server ends when nobody can write to it
+            try:
+                process.wait(WAIT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+
+
+def main(settings: dict):
+    """Serve until stdin is closed."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = settings["text"]
+    params.mmproj.path = settings["mmproj"]
+    params.n_ctx = settings["context"]
+    params.n_parallel = 1
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
+    params.n_gpu_layers = 0
+    params.mmproj_use_gpu = False
+    params.warmup = False
+    params.fit_params = False
+    params.use_jinja = True
+    params.ui = False
+    params.cache_ram_mib = 0
+    if settings["exact"]:
+        params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # without waiting for the threads of the server
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
