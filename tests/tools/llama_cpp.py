@@ -6,6 +6,7 @@ with serving(text, mmproj) as llama:
     llama.first([user("What is it?", picture)], most=5)
 
 A server holds one model and ends with the `with`, so that one test process can try many.
+`differences` asks it what our own model is asked.
 """
 
 import base64
@@ -13,7 +14,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,8 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from inference.answer import prompt_ids
+from inputs.templates import stop_id
 from tests.tools.environment import ROOT
 
 WAIT = 60  # seconds that a request may take
@@ -125,7 +128,7 @@ def serving(
         log = Path(folder) / "log"
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.tools.llama_cpp", json.dumps(settings)],
+                [sys.executable, "-m", "tests.tools.llama_cpp_server", json.dumps(settings)],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -152,36 +155,30 @@ def serving(
             process.stdout.close()
 
 
-def main(settings: dict):
-    """Serve until stdin is closed."""
-    import xllamacpp
+@torch.no_grad()
+def differences(
+    llama: LlamaCpp, model, tokenizer, questions: list[tuple[str, list]], tokens: int = 6
+) -> list[float]:
+    """Return for each question how far the two greedy answers are from each other.
 
-    params = xllamacpp.CommonParams()
-    params.model.path = settings["text"]
-    params.mmproj.path = settings["mmproj"]
-    params.n_ctx = settings["context"]
-    params.n_parallel = 1
-    params.cpuparams.n_threads = 1
-    params.cpuparams_batch.n_threads = 1
-    params.n_gpu_layers = 0
-    params.mmproj_use_gpu = False
-    params.warmup = False
-    params.fit_params = False
-    params.use_jinja = True
-    params.ui = False
-    params.cache_ram_mib = 0
-    if settings["exact"]:
-        params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.hostnames = ["127.0.0.1"]
-    params.port = 0
+    questions: each a text and its pictures. Equal answers are 0 apart. Otherwise it is how much
+    less probable, as a difference of our logarithms, the first token is that llama.cpp has instead
+    of ours.
+    """
+    stop = stop_id(tokenizer, model.config.template)
+    found = []
+    for text, pictures in questions:
+        theirs = [step[0].id for step in llama.steps([user(text, *pictures)], tokens, 1)]
+        if len(theirs) < tokens:
+            theirs.append(stop)
 
-    server = xllamacpp.Server(params)
-    print(server.listening_address, flush=True)
-    sys.stdin.read()
-    os._exit(0)  # without waiting for the threads of the server
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+        # Our logits where their answer stands: those before their first token, and so on.
+        ids = prompt_ids(text, len(pictures), tokenizer, model.config.template)
+        items = [model.views.picture(picture) for picture in pictures]
+        logits = model(torch.tensor([ids + theirs]), items).logits[0]
+        logprobs = logits[-len(theirs) - 1 : -1].log_softmax(-1)
+        best = logprobs.max(-1).values
+        behind = best - logprobs[range(len(theirs)), theirs]
+        apart = behind[behind > 0].tolist()
+        found.append((apart or [0.0])[0])
+    return found
