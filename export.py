@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 
 import command_line
-from checkpoints import gguf, layouts, peft, weights
+from checkpoints import gguf, gguf_file, layouts, peft, weights
 from checkpoints.files import flush, parse_json, resolve, write_file, writing
 from checkpoints.owned import HARMLESS, MARK, marked, own
 from config import UserError
@@ -214,7 +214,9 @@ def arguments(argv: list[str]):
     option("--model", required=True, help="folder or Hugging Face id, in any layout that we read")
     option("--to", required=True, choices=(*WRITERS, "gguf", "peft"), help="the layout")
     option("--adapter", help="folder of a PEFT adapter to merge first")
-    option("--dtype", choices=gguf.FILE_TYPES, help="of the weights (as they are); q: gguf only")
+    option(
+        "--dtype", choices=gguf_file.FILE_TYPES, help="of the weights (as they are); q: gguf only"
+    )
     option(
         "--transformers",
         type=int,

@@ -6,8 +6,8 @@ llama.cpp splits text with code of its own. For byte-level BPE `tokenizer.ggml.p
 ways to split a text into words, and PRE has those that are exactly the steps of a tokenizer.json.
 For SentencePiece it merges pieces by their scores. A tokenizer that does anything else is refused.
 
-A word mark, which SentencePiece puts before a text, llama.cpp puts behind every control token too.
-Where ours does not, it is told to add none, and the chat template writes a blank where a text begins.
+A word mark, which SentencePiece puts before a text, llama.cpp puts behind every control token, too.
+Where ours does not, it is told to add none, and the chat template has a blank where a text begins.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ def byte_level_fields(spec: dict) -> dict:
     words = (steps(spec.get("pre_tokenizer") or {}), bool(bpe.get("ignore_merges")))
     if words not in PRE:
         raise refusal("a pre-tokenizer that llama.cpp has no name for")
+    if not bpe["merges"]:
+        raise refusal("a byte-level BPE without merges")
     merges = []
     for merge in bpe["merges"]:
         if not isinstance(merge, str):
