@@ -21,8 +21,11 @@ VISION = {
 
 
 def byte_level() -> Tokenizer:
-    """Return a byte-level BPE of 260 tokens: bytes, three merges and an end."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """Return a byte-level BPE of the bytes of ASCII, three merges and an end.
+
+    llama.cpp's server says nothing of a token that is a part of a character.
+    """
+    alphabet = [chr(byte) for byte in range(33, 127)] + ["\u0120", "\u010a"]  # blank and line end
     merges = [("\u0120", "t"), ("h", "e"), ("\u0120t", "he")]
     names = [*alphabet, *("".join(merge) for merge in merges)]
     model = models.BPE({name: i for i, name in enumerate(names)}, merges)
