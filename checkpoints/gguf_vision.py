@@ -8,8 +8,9 @@ llama.cpp computes one of two graphs with a SigLIP, by the connector:
     mlp         identity, linear, mlp1x_gelu, mlp2x_gelu; image mode square, one view of a picture
     idefics3    SmolVLM's (Laurencon et al., 2024): pixel_shuffle with one linear; image mode split
 
-Tensors have the names of llama.cpp's tools/mtmd. Products are computed in the file's type, and the
-patch embedding in float16 in any file, so features are 1e-4 to 1e-3 from ours (relative).
+Pixels are equal to ours to the bit, but for one thing: Pillow 13 resizes the columns of a tall
+picture before its rows, where it is less work, and llama.cpp as Pillow did before. Its products are
+in the file's type and its patch embedding in float16, so features are 1e-4 to 1e-3 from ours.
 
 C width of the encoder, D width of the language model, W width inside the projector.
 """
@@ -18,12 +19,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoints.files import write_file
+from checkpoints.gguf_file import ARCHITECTURE, FileTensor, compare, write_gguf
 from config import UserError
 from inputs.tiling_split import FAKE, GLOBAL
 
@@ -35,8 +35,8 @@ SHIFTED = ("identity", "linear", "mlp1x_gelu")
 SHIFT = 512.0
 MLP = (*SHIFTED, "mlp2x_gelu")
 
-# llama.cpp's number of a file's type, and the type of its matrices.
-FILE_TYPES = {"float32": (0, "F32"), "float16": (1, "F16"), "bfloat16": (32, "BF16")}
+# By image mode, how llama.cpp resizes pictures there.
+RESAMPLE = {"square": Image.Resampling.BICUBIC, "split": Image.Resampling.LANCZOS}
 
 
 def graph_of(model) -> str:
@@ -106,21 +106,29 @@ def check_pictures(model) -> tuple[str, str] | None:
         fix = f"train with image_mode = {wanted!r}"
         return f"image mode {c.image_mode}: with {c.connector} llama.cpp has {wanted}", fix
 
-    resample = model.vision_tower.processor.resample
-    if resample != Image.Resampling.BICUBIC:
-        name = Image.Resampling(resample).name.lower()
-        fix = "train with an image processor of resample 3"
-        return f"pictures resized with {name}: llama.cpp does it with bicubic", fix
+    resample = Image.Resampling(model.vision_tower.processor.resample)
+    if resample != RESAMPLE[wanted]:
+        theirs = RESAMPLE[wanted].name.lower()
+        what = (
+            f"pictures resized with {resample.name.lower()}: llama.cpp has {theirs} with {wanted}"
+        )
+        return what, f"train with an image processor of resample = {RESAMPLE[wanted]:d}"
     if wanted == "split":
         return check_split(model)
     return None
 
 
 def check_split(model) -> tuple[str, str] | None:
-    """Return why the text around the views would be another one; None if it is the same."""
-    if model.views.most() == 1:
-        what = "pictures of one view: llama.cpp puts a blank line before the view of every picture"
-        return what, "train with an image_edge of two views at least"
+    """Return why views would be others, or the text around them; None if both are the same."""
+    side = model.vision_tower.processor.side
+    edge = model.config.image_edge
+    if edge <= side:
+        # It would be written as a tile and a whole picture.
+        fix = f"train with image_edge = {2 * side} or more"
+        return "pictures of one view: llama.cpp makes two of it", fix
+    if edge % side or edge % 2:
+        what = f"image_edge {edge}, no even multiple of {side}: llama.cpp rounds to other views"
+        return what, f"train with image_edge = {2 * side * (edge // (2 * side) + 1)}"
     for name in ("\n", "\n\n", FAKE, GLOBAL):
         if len(model.config.image_marks[name]) != 1:
             fix = "train with a tokenizer that has it"
@@ -131,13 +139,13 @@ def check_split(model) -> tuple[str, str] | None:
 # ------------------------------------------------------------------------------------- the contents
 
 
-def fields(model) -> dict:
-    """Return the keys of the file, but those that every GGUF has."""
+def vision_fields(model) -> dict:
+    """Return the keys of the file."""
     tower = model.vision_tower
     c = tower.config
-    blocks = len(tower.blocks)
     graph = graph_of(model)
-    values = {
+    fields = {
+        ARCHITECTURE: "clip",
         "general.type": "mmproj",
         "clip.has_vision_encoder": True,
         "clip.projector_type": graph,
@@ -145,31 +153,47 @@ def fields(model) -> dict:
         "clip.vision.patch_size": c.patch_size,
         "clip.vision.embedding_length": c.width,
         "clip.vision.feed_forward_length": c.intermediate,
-        "clip.vision.block_count": blocks,
+        "clip.vision.block_count": len(tower.blocks),
         "clip.vision.attention.head_count": c.heads,
-        "clip.vision.attention.layer_norm_epsilon": float(c.norm_eps),
+        "clip.vision.attention.layer_norm_epsilon": c.norm_eps,
         "clip.vision.projection_dim": model.language_model.config.width,
-        "clip.vision.image_mean": [float(value) for value in c.processor.mean],
-        "clip.vision.image_std": [float(value) for value in c.processor.std],
+        "clip.vision.image_mean": list(c.processor.mean),
+        "clip.vision.image_std": list(c.processor.std),
     }
     # Without the key it is the quick one.
     if c.hidden_act != "quick_gelu":
-        values["clip.use_gelu"] = True
+        fields["clip.use_gelu"] = True
 
     if graph == "idefics3":
-        values["clip.vision.projector.scale_factor"] = model.connector.factor
-        values["clip.vision.preproc_image_size"] = model.config.image_edge
+        fields["clip.vision.projector.scale_factor"] = model.connector.factor
+        fields["clip.vision.preproc_image_size"] = model.config.image_edge
     else:
         # Without this, one more block would be left out.
-        values["clip.vision.feature_layer"] = [blocks]
+        fields["clip.vision.feature_layer"] = [len(tower.blocks)]
 
-        # A grid of no tiles: the picture is resized to one view, and not padded.
-        values["clip.vision.image_grid_pinpoints"] = [0, 0]
-    return values
+        # A grid of no tiles: the picture is stretched to one view, and not padded.
+        fields["clip.vision.image_grid_pinpoints"] = [0, 0]
+    return fields
 
 
-def tensors(model) -> dict[str, Tensor]:
-    """Return the tensors of the file by their names there, in the types that the model has."""
+def vision_tensors(model) -> list[FileTensor]:
+    """Return the tensors of the file, with the names that they have there."""
+    tensors = []
+    for name, tensor in named_tensors(model).items():
+        # What no product takes is exact in every file. So is what SHIFT was added to: it would
+        # leave float16 no digits.
+        is_shifted = name.startswith("mm.") and model.config.connector in SHIFTED
+        is_float32 = tensor.dim() == 1 or name == "v.position_embd.weight" or is_shifted
+
+        def make(tensor=tensor) -> Tensor:
+            return tensor.detach().float().cpu()
+
+        tensors.append(FileTensor(name, tuple(tensor.shape), make, is_float32))
+    return tensors
+
+
+def named_tensors(model) -> dict[str, Tensor]:
+    """Return the tensors by their names in the file, of the model's own types."""
     tower = model.vision_tower
     embeddings = tower.embeddings
     named = {
@@ -246,66 +270,20 @@ def projector(model) -> dict[str, Tensor]:
 def write(path: Path, model, file_type: str):
     """Write the mmproj of a model, whole or not at all, one tensor after the other.
 
-    file_type: one of FILE_TYPES, or another one of the text model: then the matrices are float16.
-    Raises UserError as check_expressible does, and without the package gguf.
+    file_type: that of the text model, see gguf_file.FILE_TYPES. Raises UserError as
+    check_expressible does, before anything is written, and without the package gguf.
     """
     check_expressible(model)
-    package = gguf_package()
-    number, matrices = FILE_TYPES.get(file_type, FILE_TYPES["float16"])
-    named = tensors(model)
-    kinds = {}
-    for name, tensor in named.items():
-        stored = "F32" if is_float32(name, tensor, model) else matrices
-        kinds[name] = package.GGMLQuantizationType[stored]
-
-    def fill(temporary: str):
-        writer = package.GGUFWriter(temporary, "clip")
-        writer.add_file_type(number)
-        for key, value in fields(model).items():
-            add_field(writer, key, value)
-
-        # The shapes of all come first, so that one tensor after the other can be written then.
-        for name, tensor in named.items():
-            _, size = package.GGML_QUANT_SIZES[kinds[name]]
-            writer.add_tensor_info(
-                name, tensor.shape, np.dtype(np.float32), tensor.numel() * size, kinds[name]
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in named.items():
-            values = tensor.detach().float().cpu().contiguous().numpy()
-            writer.write_tensor_data(package.quantize(values, kinds[name]))
-        writer.close()
-
-    write_file(path, fill)
+    write_gguf(path, vision_fields(model), vision_tensors(model), type_of(file_type))
 
 
-def is_float32(name: str, tensor: Tensor, model) -> bool:
-    """Return whether a tensor is float32 in every file: one that is added, or that is shifted."""
-    is_shifted = name.startswith("mm.") and model.config.connector in SHIFTED
-    return tensor.dim() == 1 or name == "v.position_embd.weight" or is_shifted
+def check(path: Path, model, file_type: str):
+    """Raise UserError unless a file holds the encoder and connector of a model, as `write` does."""
+    compare(path, vision_fields(model), vision_tensors(model), type_of(file_type))
 
 
-def add_field(writer, key: str, value):
-    """Add a key to a file, with the type there that the Python type stands for."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
-
-
-def gguf_package():
-    """Import llama.cpp's `gguf`, an optional package, when it is needed. Raise UserError."""
-    try:
-        import gguf
-    except ImportError:
-        what = "the package gguf, which writes it, is not installed"
-        raise UserError("--to gguf", what, "pip install '.[gguf]'") from None
-    return gguf
+def type_of(file_type: str) -> str:
+    """Return the type of the mmproj beside a text model of a type: it is not quantized."""
+    if file_type.startswith("q"):
+        return "float16"
+    return file_type

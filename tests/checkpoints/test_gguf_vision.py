@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoints import gguf_vision
+from checkpoints.gguf_file import FILE_TYPES
 from config import UserError
 from inputs.tiling_split import mark_names
 from tests.tools.small_llava import NAFLEX, SIDE, small
@@ -22,6 +23,7 @@ SPLIT = SIGLIP | {
     "feature_norm": True,
     "image_mode": "split",
     "image_edge": 2 * SIDE,
+    "processor": {"resample": 1},
     "image_marks": {name: [i] for i, name in enumerate(mark_names(2 * SIDE, SIDE))},
 }
 WB = ("weight", "bias")
@@ -78,6 +80,7 @@ def project(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 def test_the_file_has_the_tensors_of_the_model(connector, file_type, tmp_path):
     model = small(**SIGLIP, connector=connector, image_scale=0.5)
     gguf_vision.write(tmp_path / "mmproj.gguf", model, file_type)
+    gguf_vision.check(tmp_path / "mmproj.gguf", model, file_type)
     _, tensors, types = read(tmp_path / "mmproj.gguf")
 
     # Matrices have the file's type; vectors and positions are exact in all.
@@ -86,7 +89,7 @@ def test_the_file_has_the_tensors_of_the_model(connector, file_type, tmp_path):
         if tensor.dim() > 1 and "position" not in name:
             tensor = tensor.to(TYPES[file_type]).float()
         assert torch.equal(tensors[name], tensor), name
-    assert types["v.blk.0.attn_q.weight"] == gguf_vision.FILE_TYPES[file_type][1]
+    assert types["v.blk.0.attn_q.weight"] == FILE_TYPES[file_type][1]
     assert set(tensors) - set(expected) == {f"mm.{i}.{end}" for i in (0, 2) for end in WB}
 
     # The connector and the factor on its output, together.
@@ -106,6 +109,7 @@ def test_the_fields_of_the_graph_mlp(tmp_path):
         "general.architecture": "clip",
         "general.type": "mmproj",
         "general.file_type": 1,
+        "general.quantization_version": 2,
         "clip.has_vision_encoder": True,
         "clip.projector_type": "mlp",
         "clip.use_gelu": True,
@@ -159,7 +163,7 @@ def test_quick_gelu_is_said_by_silence(tmp_path):
     assert "clip.use_gelu" not in fields
 
 
-ONE_VIEW = {"image_edge": SIDE, "image_marks": SPLIT["image_marks"]}
+ONE_VIEW = {"image_edge": SIDE}
 LONG_BREAK = {"image_marks": SPLIT["image_marks"] | {"\n\n": [2, 2]}}
 REFUSED = {
     "first patch": (SIGLIP | {"feature_select": "patch"}, 'feature_select = "cls_patch"'),
@@ -176,7 +180,9 @@ REFUSED = {
     "bilinear": (SIGLIP | {"processor": {"resample": 2}}, "bilinear"),
     "square": (SPLIT | {"image_mode": "square"}, "image mode square"),
     "InternVL's": (SPLIT | {"connector_options": {"factor": 3, "mlp_depth": 2}}, "mlp_depth = 1"),
-    "one view": (SPLIT | ONE_VIEW, "blank line"),
+    "bicubic": (SPLIT | {"processor": {}}, "bicubic: llama.cpp has lanczos with split"),
+    "one view": (SPLIT | ONE_VIEW, "pictures of one view"),
+    "parts of views": (SPLIT | {"image_edge": 2 * SIDE - 2}, "image_edge = 24"),
     "line breaks": (SPLIT | LONG_BREAK, r"'\n\n' of several tokens"),
 }
 
@@ -191,6 +197,13 @@ def test_what_llama_cpp_cannot_do_is_refused_before_anything_is_written(case, tm
     assert line.startswith("--to gguf: ") and "; fix: " in line
     assert words in line
     assert not list(tmp_path.iterdir())
+
+
+def test_another_model_is_found_out(tmp_path):
+    gguf_vision.write(tmp_path / "mmproj.gguf", small(**SIGLIP), "q8_0")
+    gguf_vision.check(tmp_path / "mmproj.gguf", small(**SIGLIP), "q8_0")
+    with pytest.raises(UserError, match=r"mmproj.gguf:v.patch_embd.weight: not what the model"):
+        gguf_vision.check(tmp_path / "mmproj.gguf", small(**SIGLIP, seed=1), "q8_0")
 
 
 def test_without_the_package(tmp_path, monkeypatch):
