@@ -25,11 +25,16 @@ from torch import Tensor
 
 from checkpoints import weights
 from checkpoints.fields import LAYERS, WIDTH, Fields
-from checkpoints.folder import folder_readme, merged_field, named_tensors, write_folder
-from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
+from checkpoints.folder import (
+    folder_readme,
+    has_head_bias,
+    merged_field,
+    named_tensors,
+    write_folder,
+)
+from checkpoints.hf_tokenizer import chat_files, image_token, tokenizer_files
 from config import LLaVAConfig, UserError
 from encoders import vision_config
-from inputs import templates
 from inputs.image_modes import MODES
 from inputs.image_processor import preprocessor_place, read_preprocessor
 
@@ -274,14 +279,8 @@ def contents(
         "image_token": "<image>",
     }
     if tokenizer:
-        template = templates.choose_template(c.template, tokenizer)
         files |= tokenizer_files(tokenizer, token)
-        files["chat_template.jinja"] = chat_template(template, tokenizer)
-        files["generation_config.json"] = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": templates.stop_id(tokenizer, c.template),
-            "pad_token_id": tokenizer.pad_id,
-        }
+        files |= chat_files(tokenizer, c.template)
     return tensors, files
 
 
@@ -290,7 +289,6 @@ def check_expressible(model):
     c = model.config
     family = c.text["model_type"]
     encoder = model.vision_tower.config.hf["model_type"]
-    head_bias = model.language_model.lm_head.bias
     processor = model.vision_tower.processor
 
     if c.connector != "mlp2x_gelu":
@@ -300,7 +298,7 @@ def check_expressible(model):
         reason = f"{family}: transformers has no such class"
     elif encoder not in ENCODERS:
         reason = f"encoder {encoder}: its LLaVA takes CLIP or SigLIP"
-    elif head_bias is not None and head_bias.any():
+    elif has_head_bias(model):
         reason = "the bias of the language model's head: Hugging Face LLaVA drops it"
     elif c.feature_norm:
         reason = "features behind the encoder's final norm: a LLaVA does not run it"

@@ -2,9 +2,9 @@
 
     image_token(tokenizer, vocab)            # the id of `<image>`
     tokenizer_files(tokenizer, token)        # tokenizer.json and tokenizer_config.json
-    chat_template(template, tokenizer)       # chat_template.jinja
+    chat_files(tokenizer, "vicuna")          # chat_template.jinja and generation_config.json
 
-tokenizer: one of inputs/tokenizer.py. template: what inputs/templates.choose_template returns.
+tokenizer: one of inputs/tokenizer.py.
 """
 
 from __future__ import annotations
@@ -199,6 +199,20 @@ TURNS = """\
 {%- else -%}{{ BEFORE_ANSWER + message.content + AFTER_ANSWER }}{%- endif -%}
 {%- endfor -%}
 """
+
+
+def chat_files(tokenizer, name: str) -> dict[str, dict | str]:
+    """Return chat_template.jinja and generation_config.json of a model with that template."""
+    template = templates.choose_template(name, tokenizer)
+    generation = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": templates.stop_id(tokenizer, name),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    return {
+        "chat_template.jinja": chat_template(template, tokenizer),
+        "generation_config.json": generation,
+    }
 
 
 def chat_template(template, tokenizer) -> str:

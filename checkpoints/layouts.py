@@ -68,6 +68,10 @@ class Layout:
     write: Callable | None = None
     export_name: str = ""
 
+    # check(model) raises UserError for a model that the layout cannot express, also for one without
+    # values. None: it can express every model.
+    check: Callable | None = None
+
 
 # Keyed by the exact `model_type` of config.json; nanoVLM's has none.
 LAYOUTS: dict[str, Layout] = {
@@ -83,6 +87,7 @@ LAYOUTS: dict[str, Layout] = {
         open_tensors=tinyllava.open_tensors,
         write=tinyllava.write,
         export_name="tinyllava",
+        check=tinyllava.check_expressible,
     ),
     "tiny_llava_phi": Layout(tinyllava_bench.read_phi, tinyllava_bench.TABLE),
     "tiny_llava": Layout(tinyllava_bench.read_llama, tinyllava_bench.TABLE),
@@ -92,6 +97,7 @@ LAYOUTS: dict[str, Layout] = {
         hf_llava.TABLE,
         write=hf_llava.write,  # of a model in image mode anyres it makes a llava_next
         export_name="hf-llava",
+        check=hf_llava.check_expressible,
     ),
     "llava_next": Layout(hf_llava.read_next, hf_llava.TABLE),
     "llava_onevision": Layout(
@@ -99,18 +105,21 @@ LAYOUTS: dict[str, Layout] = {
         llava_onevision.TABLE,
         write=llava_onevision.write,
         export_name="llava-onevision",
+        check=llava_onevision.check_expressible,
     ),
     "smolvlm": Layout(
         smolvlm.read,
         smolvlm.TABLE,
         write=smolvlm.write,
         export_name="smolvlm",
+        check=smolvlm.check_expressible,
     ),
     "idefics3": Layout(
         smolvlm.read,
         smolvlm.TABLE,
         write=smolvlm.write_idefics3,
         export_name="idefics3",
+        check=smolvlm.check_idefics3,
     ),
     "nanovlm": Layout(
         nanovlm.read,
@@ -118,8 +127,24 @@ LAYOUTS: dict[str, Layout] = {
         open_tensors=nanovlm.Unfused,
         write=nanovlm.write,
         export_name="nanovlm",
+        check=nanovlm.check_expressible,
     ),
 }
+
+
+def exports_to(model) -> list[str]:
+    """Return the names of export.py --to that can express a LLaVA, which may be without values."""
+    names = []
+    for layout in LAYOUTS.values():
+        if layout.write is None:
+            continue
+        try:
+            if layout.check is not None:
+                layout.check(model)
+        except UserError:
+            continue
+        names.append(layout.export_name)
+    return names
 
 
 class ReadCheckpoint(NamedTuple):
