@@ -26,8 +26,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inference.answer import prompt_ids
-from inputs.templates import stop_id
+from inference.answer import place_images
+from inputs.templates import encode_prompt, stop_id
 from tests.tools.environment import ROOT
 
 WAIT = 60  # seconds that a request may take
@@ -70,17 +70,19 @@ class LlamaCpp:
         """Return the greedy answer of at most so many tokens."""
         return self.chat(messages, tokens)["choices"][0]["message"]["content"]
 
-    def steps(self, messages: list[dict], tokens: int, most: int) -> list[list[Token]]:
-        """Return for each token of the greedy answer the most probable ones, best first."""
-        response = self.chat(messages, tokens, logprobs=True, top_logprobs=most)
-        steps = []
-        for step in response["choices"][0]["logprobs"]["content"]:
-            steps.append([Token(one["id"], one["logprob"]) for one in step["top_logprobs"]])
-        return steps
+    def answer_ids(self, messages: list[dict], tokens: int) -> list[int]:
+        """Return the ids of a greedy answer of at most so many tokens, without the stop token."""
+        response = self.chat(messages, tokens, verbose=True, return_tokens=True)
+        return response["__verbose"]["tokens"]
 
     def first(self, messages: list[dict], most: int) -> list[Token]:
-        """Return the most probable first tokens of an answer, best first."""
-        return self.steps(messages, 1, most)[0]
+        """Return the most probable first tokens of an answer, best first.
+
+        The best one must be whole characters: llama.cpp says nothing of others.
+        """
+        response = self.chat(messages, 1, logprobs=True, top_logprobs=most)
+        (step,) = response["choices"][0]["logprobs"]["content"]
+        return [Token(one["id"], one["logprob"]) for one in step["top_logprobs"]]
 
     def prompt_tokens(self, messages: list[dict]) -> int:
         """Return how many tokens a prompt has, those of its pictures included."""
@@ -157,28 +159,34 @@ def serving(
 
 @torch.no_grad()
 def differences(
-    llama: LlamaCpp, model, tokenizer, questions: list[tuple[str, list]], tokens: int = 6
+    llama: LlamaCpp, model, tokenizer, asked: list[tuple[list[str], list]], tokens: int = 6
 ) -> list[float]:
-    """Return for each question how far the two greedy answers are from each other.
+    """Return for each conversation how far our greedy answer and llama.cpp's are from each other.
 
-    questions: each a text and its pictures. Equal answers are 0 apart. Otherwise it is how much
-    less probable, as a difference of our logarithms, the first token is that llama.cpp has instead
-    of ours.
+    asked: each the texts of question, answer, question ..., and the pictures of the first question.
+    Equal answers are 0 apart. Otherwise it is how much less probable, as a difference of our
+    logarithms, the first token is that llama.cpp has instead of ours.
     """
-    stop = stop_id(tokenizer, model.config.template)
+    template = model.config.template
+    stop = stop_id(tokenizer, template)
     found = []
-    for text, pictures in questions:
-        theirs = [step[0].id for step in llama.steps([user(text, *pictures)], tokens, 1)]
-        if len(theirs) < tokens:
+    for texts, pictures in asked:
+        messages = [user(texts[0], *pictures)]
+        for answer, question in zip(texts[1::2], texts[2::2], strict=True):
+            messages += [assistant(answer), user(question)]
+        theirs = llama.answer_ids(messages, tokens)
+        if len(theirs) < tokens and theirs[-1:] != [stop]:
             theirs.append(stop)
 
         # Our logits where their answer stands: those before their first token, and so on.
-        ids = prompt_ids(text, len(pictures), tokenizer, model.config.template)
+        turns = [{"from": "human", "value": place_images(texts[0], len(pictures))}]
+        for answer, question in zip(texts[1::2], texts[2::2], strict=True):
+            turns += [{"from": "gpt", "value": answer}, {"from": "human", "value": question}]
+        ids = encode_prompt(turns, tokenizer, template)
         items = [model.views.picture(picture) for picture in pictures]
         logits = model(torch.tensor([ids + theirs]), items).logits[0]
         logprobs = logits[-len(theirs) - 1 : -1].log_softmax(-1)
-        best = logprobs.max(-1).values
-        behind = best - logprobs[range(len(theirs)), theirs]
-        apart = behind[behind > 0].tolist()
-        found.append((apart or [0.0])[0])
+
+        behind = logprobs.amax(-1) - logprobs[range(len(theirs)), theirs]
+        found.append(next((apart for apart in behind.tolist() if apart > 0), 0.0))
     return found
