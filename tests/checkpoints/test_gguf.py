@@ -348,6 +348,28 @@ def test_a_tokenizer_that_splits_text_otherwise_is_refused(tokenizer, why):
         fields_of(tokenizer)
 
 
+def taking(tokenizer, **flags):
+    """Return a tokenizer whose </s> has these flags."""
+    spec = json.loads(tokenizer.files["tokenizer.json"])
+    for token in spec["added_tokens"]:
+        if token["content"] == "</s>":
+            token |= flags
+    return JsonTokenizer(tokenizer.files | {"tokenizer.json": json.dumps(spec).encode()})
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        ({"rstrip": True}, "'</s>' takes in the space behind it"),
+        ({"lstrip": True}, "'</s>' looks at what is before it"),
+        ({"single_word": True}, "'</s>' looks at what is before it"),
+    ],
+)
+def test_a_control_token_that_takes_in_space_is_refused(flags, why):
+    with pytest.raises(UserError, match=why):
+        fields_of(taking(TOKENIZER, **flags))
+
+
 def test_a_token_without_an_embedding_is_refused():
     tokenizer = byte_level(GPT2)
     with pytest.raises(UserError, match="token 259 of the tokenizer has no embedding"):
