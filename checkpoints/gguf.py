@@ -24,13 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoints import gguf_tokenizer
+from checkpoints import gguf_tokenizer, gguf_vision
 from checkpoints.fields import Fields
 from checkpoints.gguf_file import ARCHITECTURE, FileTensor, compare, write_gguf
 from checkpoints.names import Table, matches, rename
 from config import UserError
 
 MODEL = "model.gguf"
+MMPROJ = "mmproj.gguf"
 
 # A context that config.json does not state.
 CONTEXT = 4096
@@ -203,22 +204,47 @@ SMOLLM3_STEP = 4  # every such layer of its graph has no rotation
 
 
 def write(folder: Path, model, tokenizer, file_type: str | None = None):
-    """Write the GGUF files of a LLaVA into a folder. Weights go out tensor by tensor.
+    """Write the two files of a LLaVA into a folder. Weights go out tensor by tensor.
 
-    file_type: one of FILE_TYPES; None for that of the weights. Raises UserError, before anything is
-    written, for what llama.cpp cannot express.
+    file_type: one of gguf_file.FILE_TYPES; None for that of the weights. Raises UserError, before
+    anything is written, for what llama.cpp cannot express.
     """
     check_expressible(model)
     if file_type is None:
         file_type = dtype_of(model)
     write_gguf(folder / MODEL, text_fields(model, tokenizer), text_tensors(model), file_type)
+    gguf_vision.write(folder / MMPROJ, model, file_type)
 
 
 def check(folder: Path, model, tokenizer, file_type: str | None = None):
     """Raise UserError unless the files of a folder hold the model, its tokens and its template."""
     if file_type is None:
         file_type = dtype_of(model)
-    compare(folder / MODEL, text_fields(model, tokenizer), text_tensors(model), file_type)
+    fields = text_fields(model, tokenizer)
+    compare(folder / MODEL, fields, text_tensors(model), file_type)
+    gguf_tokenizer.check_tokens(fields["tokenizer.ggml.tokens"], tokenizer)
+    gguf_vision.check(folder / MMPROJ, model, file_type)
+
+
+def check_expressible(model):
+    """Raise UserError naming the part of a LLaVA that llama.cpp has no place for.
+
+    The model may be without values.
+    """
+    check_text(model)
+    gguf_vision.check_expressible(model)
+
+
+def notes(folder: Path, model, file_type: str | None) -> list[str]:
+    """Return what is worth to know about the files of a folder, in lines."""
+    lines = [f"llama-server -m {folder / MODEL} --mmproj {folder / MMPROJ} --jinja"]
+    if file_type not in ("q8_0", "q4_0"):
+        small = folder / "model-q4_k_m.gguf"
+        lines.append(f"K-quants: llama-quantize {folder / MODEL} {small} Q4_K_M")
+    context = context_length(model)
+    if context < stated_context(model):
+        lines.append(f"up to {context} tokens llama.cpp computes the same, and it is told so")
+    return lines
 
 
 def dtype_of(model) -> str:
@@ -227,7 +253,7 @@ def dtype_of(model) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_expressible(model):
+def check_text(model):
     """Raise UserError naming the part of the language model that llama.cpp has no place for."""
     lm = model.language_model
     c = lm.config
@@ -333,13 +359,18 @@ def context_length(model) -> int:
     them. So it is told of the shorter one.
     """
     c = model.language_model.config
-    text = Fields(model.config.text, "llm_config")
-    lengths = [text.integer("max_position_embeddings", 2, 2**31 - 1, default=CONTEXT)]
+    lengths = [stated_context(model)]
     if model.config.text["model_type"] != "gemma3_text":
         lengths += [layer.window for layer in c.layers if layer.window is not None]
     if c.rope_scaling is not None and c.rope_scaling.switch is not None:
         lengths.append(c.rope_scaling.switch)
     return min(lengths)
+
+
+def stated_context(model) -> int:
+    """Return how many tokens a model is for, as its config.json says."""
+    text = Fields(model.config.text, "llm_config")
+    return text.integer("max_position_embeddings", 2, 2**31 - 1, default=CONTEXT)
 
 
 def window_pattern(c) -> dict:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints.gguf import FAMILIES, changed, check_expressible, file_name, refusal
+from checkpoints.gguf import FAMILIES, changed, check_text, file_name, refusal
 from checkpoints.gguf_file import ARCHITECTURE, FileTensor, write_gguf
 from checkpoints.names import matches
 from lora import DoRALinear, LoRALinear, adapters
@@ -27,12 +27,12 @@ PART = "language_model."
 FIX = "merge it, with --to gguf"
 
 
-def write(folder: Path, model, file_type: str = "float32"):
-    """Write the adapters of a LLaVA's language model.
+def write(folder: Path, model, file_type: str | None = None):
+    """Write the adapters of a LLaVA's language model. file_type: None for float32.
 
     Raises UserError, before anything is written, for what llama.cpp cannot express.
     """
-    check_expressible(model)
+    check_text(model)
     found = language_adapters(model)
     first = next(iter(found.values()))
     alpha = first.scale * first.options.r
@@ -48,6 +48,8 @@ def write(folder: Path, model, file_type: str = "float32"):
         "adapter.type": "lora",
         "adapter.lora.alpha": alpha,
     }
+    if file_type is None:
+        file_type = "float32"
     write_gguf(folder / FILE, fields, tensors, file_type)
 
 

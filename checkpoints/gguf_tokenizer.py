@@ -81,6 +81,19 @@ def tokenizer_fields(model, tokenizer: Tokenizer | None) -> dict:
     return fields
 
 
+def check_tokens(tokens: list[str], tokenizer: Tokenizer):
+    """Raise UserError unless each id of a file is the tokenizer's, or of no token."""
+    for i, token in enumerate(tokens):
+        if token != tokenizer.token(i) and not (tokenizer.token(i) is None and token == unused(i)):
+            what = f"id {i} is {token!r}, and {tokenizer.token(i)!r} in the tokenizer"
+            raise UserError("model.gguf", what, "report this tokenizer")
+
+
+def unused(i: int) -> str:
+    """Return the name of a row of the embedding that is of no token."""
+    return f"[PAD{i}]"
+
+
 def refusal(what: str, fix: str = "use the tokenizer of a model that llama.cpp knows") -> UserError:
     """Return the error for a tokenizer that cannot be expressed."""
     return UserError("--to gguf", what, fix)
@@ -206,7 +219,7 @@ def first_merges(bpe: dict) -> dict[str, int]:
 
 def token_lists(spec: dict, tokenizer: Tokenizer, rows: int) -> dict:
     """Return the keys of tokens and their kinds, one for each of `rows` embeddings."""
-    tokens = [f"[PAD{i}]" for i in range(rows)]
+    tokens = [unused(i) for i in range(rows)]
     kinds = [UNUSED] * rows
     largest = tokenizer.largest_plain_id()
     if largest >= rows:

@@ -47,7 +47,7 @@ VOCABULARY = {"vocab_size": TOKENIZER.vocab_size + 3}  # some rows are of no tok
 def llava(hf: dict, **config) -> LLaVA:
     """Return a random LLaVA around a language model that a config.json describes."""
     torch.manual_seed(0)
-    settings = {"feature_select": "cls_patch", "template": "plain", **config}
+    settings = {"feature_layer": -1, "feature_select": "cls_patch", "template": "plain", **config}
     model = LLaVA(LLaVAConfig(hf, VISION, {}, "mlp2x_gelu", **settings))
     return filled(model).requires_grad_(False).eval()
 

@@ -118,14 +118,20 @@ def assistant(text: str) -> dict:
 
 @contextlib.contextmanager
 def serving(
-    text: Path, mmproj: Path | None = None, context: int = 4096, exact: bool = True
+    text: Path,
+    mmproj: Path | None = None,
+    context: int = 4096,
+    exact: bool = True,
+    adapter: Path | None = None,
 ) -> Iterator[LlamaCpp]:
     """Run a server with a text model, and an mmproj if it is to see, until the end of the `with`.
 
-    exact: keys and values are cached in float32. llama.cpp's own default is float16. Raises
-    RuntimeError, with the end of the log, where llama.cpp does not load the files.
+    exact: keys and values are cached in float32. llama.cpp's own default is float16. adapter: a
+    LoRA of the text model. Raises RuntimeError, with the end of the log, where llama.cpp does not
+    load the files.
     """
     settings = {"text": str(text), "mmproj": str(mmproj or ""), "context": context, "exact": exact}
+    settings["adapter"] = str(adapter or "")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as stderr:

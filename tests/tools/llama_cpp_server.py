@@ -30,6 +30,11 @@ def main(settings: dict):
         params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
         params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if settings["adapter"]:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path = settings["adapter"]
+        adapter.scale = 1.0
+        params.lora_adapters = [adapter]
     params.hostnames = ["127.0.0.1"]
     params.port = 0
 
