@@ -230,6 +230,11 @@ def chat_template(template, tokenizer) -> str:
             return tokenizer.chat_template
         return flatten + tokenizer.chat_template
 
+    return flatten + turns_of(template)
+
+
+def turns_of(template: templates.Template) -> str:
+    """Return one of our templates as Jinja, for messages whose contents are strings."""
     question = template.question.replace("{images}", "{q}")
     before_question, _, after_question = question.partition("{q}")
     before_answer, _, after_answer = template.answer.partition("{a}")
@@ -244,4 +249,4 @@ def chat_template(template, tokenizer) -> str:
     turns = TURNS
     for word, text in words.items():
         turns = turns.replace(word, json.dumps(text, ensure_ascii=False))  # Jinja reads its strings
-    return flatten + turns
+    return turns

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from checkpoints import (
     barellava,
+    gguf,
     hf_llava,
     llava_onevision,
     nanovlm,
@@ -134,16 +135,18 @@ LAYOUTS: dict[str, Layout] = {
 
 def exports_to(model) -> list[str]:
     """Return the names of export.py --to that can express a LLaVA, which may be without values."""
+    # Files of GGUF are written, and never read.
+    checks = {layout.export_name: layout.check for layout in LAYOUTS.values() if layout.write}
+    checks["gguf"] = gguf.check_expressible
+
     names = []
-    for layout in LAYOUTS.values():
-        if layout.write is None:
-            continue
+    for name, check in checks.items():
         try:
-            if layout.check is not None:
-                layout.check(model)
+            if check is not None:
+                check(model)
         except UserError:
             continue
-        names.append(layout.export_name)
+        names.append(name)
     return names
 
 

@@ -86,9 +86,14 @@ def small(
     seed: int = 0,
     edge: int = SIDE,
     sizes: dict | None = None,
+    vision: dict | None = None,
+    processor: dict | None = None,
     **config,
 ) -> LLaVA:
-    """Return a model of random weights. sizes: fields of its language model."""
+    """Return a model of random weights.
+
+    sizes, vision, processor: fields of its language model, encoder and image processor.
+    """
     text = {
         "model_type": family,
         "vocab_size": vocab,
@@ -98,15 +103,16 @@ def small(
         **TEXT[family],
         **(sizes or {}),
     }
-    vision = {"model_type": f"{tower}_vision_model", **VISION}
+    encoder = {"model_type": f"{tower}_vision_model", **VISION, **(vision or {})}
     if tower == "clip":
         preprocessor = CLIP_SIDE | {"size": {"shortest_edge": edge}}
     elif tower == "siglip2":
         preprocessor = NAFLEX_PATCHES
     else:
         preprocessor = {"size": {"height": SIDE, "width": SIDE}}
+    preprocessor = preprocessor | (processor or {})
     torch.manual_seed(seed)
-    model = LLaVA(LLaVAConfig(text, vision, preprocessor, **config)).eval()
+    model = LLaVA(LLaVAConfig(text, encoder, preprocessor, **config)).eval()
     init_weights(model, 0.2)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -169,7 +169,7 @@ def test_dry_run_of_the_demo():
     said = run("train.py", "--dry-run").stdout
     assert world.exists() == there  # it makes nothing
     assert said.count("found" if there else "train.py makes it") == 7 and "MISSING" not in said
-    assert "\nexports to: barellava, tinyllava, hf-llava (" in said
+    assert "\nexports to: barellava, tinyllava, hf-llava, gguf (" in said
     r, _ = config.load([], ROOT / "recipes/demo.toml")
     model = build(
         r.model.llm_config, r.model.vision_config, connector=r.model.connector, feature_layer=-1
