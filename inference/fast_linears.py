@@ -4,9 +4,11 @@
         ...  # every step of decoding in here is faster
 
 A step of decoding multiplies every weight with a few rows only, so its time is the time to read
-the weights. The modules' own forwards are made for training; three kinds of them can do better:
+the weights. The modules' own forwards are made for training; these can do better:
 
-- bfloat16 on a CPU: oneDNN lays a weight out anew for every product. Here that is done once.
+- on a CPU with a C++ compiler: kernels/cpu.py reads a weight at the speed of the memory.
+- bfloat16 on a CPU: oneDNN lays a weight out anew for every product. Here that is done once, for
+  what has more rows than a step.
 - NF4 on a CPU: no product reads its codes directly, so the weight is dequantized once.
 - other quantized weights: the product is called without the (empty) adapter of lora.Quantized.
 """
@@ -20,10 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import nf4
+from kernels import cpu, int8, nf4
 from kernels.lora import FORMATS
 
 Forward = Callable[[Tensor], Tensor]
+
+# Rows up to which kernels/cpu.py is faster than oneDNN in bfloat16.
+FEW_BFLOAT16 = 4
 
 
 def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
@@ -34,7 +39,7 @@ def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
     dtype = lm.model.norm.weight.dtype
     on_cpu = lm.model.norm.weight.is_cpu
 
-    # What is none of the three kinds above, such as a sharded weight, keeps its own forward.
+    # What is none of the kinds above, such as a sharded weight, keeps its own forward.
     fast = {}
     for name, module in lm.named_modules():
         # An adapter multiplies with its base layer itself, and never calls its forward.
@@ -45,7 +50,7 @@ def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
         if type(weight) is nf4.NF4 and on_cpu:
             fast[module] = _dense(nf4.dequantize(weight, dtype), module.bias)
         elif type(weight) in FORMATS:
-            fast[module] = _quantized(weight, module.bias)
+            fast[module] = _quantized(weight, module.bias, dtype)
         elif isinstance(module, nn.Linear) and on_cpu and _is_plain(weight, dtype):
             fast[module] = _dense(weight.detach(), module.bias)
     return fast
@@ -57,7 +62,26 @@ def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
-    """Return x -> x weight^T + bias, with a bfloat16 weight in oneDNN's own layout."""
+    """Return x -> x weight^T + bias."""
+    many = _many_rows(weight, bias)
+    if not cpu.fits(weight.dtype, weight):
+        return many
+
+    # With more rows oneDNN's arithmetic in bfloat16 is faster.
+    most = cpu.FEW
+    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        most = FEW_BFLOAT16
+
+    def linear(x: Tensor) -> Tensor:
+        if x.size(0) > most:
+            return many(x)
+        return _add_bias(cpu.product(x, weight), bias)
+
+    return linear
+
+
+def _many_rows(weight: Tensor, bias: Tensor | None) -> Forward:
+    """Return x -> x weight^T + bias by torch, a bfloat16 weight in oneDNN's own layout."""
     if weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
         def linear(x: Tensor) -> Tensor:
@@ -74,19 +98,26 @@ def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
     return reordered_linear
 
 
-def _quantized(weight: Tensor, bias: Tensor | None) -> Forward:
+def _quantized(weight: nf4.NF4 | int8.Int8, bias: Tensor | None, dtype: torch.dtype) -> Forward:
     """Return x -> x weight^T + bias, with the product of the weight's format."""
     matmul = FORMATS[type(weight)].matmul
+    reads_int8 = type(weight) is int8.Int8 and cpu.fits(dtype, weight.weight)
 
     def linear(x: Tensor) -> Tensor:
-        y = matmul(x, weight)
-
-        # In place: y is new, and nothing is differentiated here.
-        if bias is not None:
-            y.add_(bias)
-        return y
+        if reads_int8 and x.size(0) <= cpu.FEW:
+            y = cpu.product(x, weight.weight, weight.SCB, int8.STEP)
+        else:
+            y = matmul(x, weight)
+        return _add_bias(y, bias)
 
     return linear
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y + bias. It is in place: y is new, and nothing is differentiated here."""
+    if bias is None:
+        return y
+    return y.add_(bias)
 
 
 @contextmanager
