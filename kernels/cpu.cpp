@@ -1,9 +1,10 @@
-// y[m][n] = factor scales[n] sum_k x[m][k] w[n][k], for few rows of x. kernels/cpu.py compiles it.
+// What a step of decoding computes: products, norms and rotations. kernels/cpu.py compiles it and
+// has the formulas.
 //
-// M rows of x, N rows of the weight, K columns, a multiple of 32. The weight is read once. Sums are
-// float32; numbers are added in the same order whatever M is, so that a row of x gets the same
-// result in any company.
+// Sums are float32, and numbers are added in the same order however many rows there are, so that a
+// row gets the same result in any company.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -71,6 +72,9 @@ static inline float sum(Floats v) {
 
 // ------------------------------------------------------------------ products
 
+// y[m][n] = factor scales[n] sum_k x[m][k] w[n][k] for M rows of x, N rows of the weight and K
+// columns, a multiple of STEP. The weight is read once.
+
 // R rows of the weight and C rows of x, whose R C sums stay in registers.
 template <int R, int C, class X, class W>
 static inline void tile(const float* x, const W* w, const float* scales, float factor, X* y,
@@ -136,14 +140,94 @@ static void product(const X* x, const W* w, const float* scales, float factor, X
     }
 }
 
-// A function for each pair of dtypes, of x and of the weight.
+// ------------------------------------------------------------------ norms
+
+enum Kind { RMS, OFFSET_RMS, LAYER };
+
+// s = x + residual, where there is one, and y = norm(s), in rows of D numbers.
+template <class X>
+static void norm(const X* x, const X* residual, const X* weight, const X* bias, X* y, X* s,
+                 long rows, long D, float eps, int kind) {
+    std::vector<float> values(D);
+    float* v = values.data();
+    for (long row = 0; row < rows; row++, x += D, y += D) {
+        for (long i = 0; i < D; i++) v[i] = widen(x[i]);
+        if (residual) {
+            // What is normalized is what the residual stream holds, its rounding included.
+            for (long i = 0; i < D; i++) store(s + i, v[i] + widen(residual[i]));
+            for (long i = 0; i < D; i++) v[i] = widen(s[i]);
+            residual += D;
+            s += D;
+        }
+
+        if (kind == LAYER) {
+            float total = 0;
+#pragma omp simd reduction(+ : total)
+            for (long i = 0; i < D; i++) total += v[i];
+            for (long i = 0; i < D; i++) v[i] -= total / D;
+        }
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (long i = 0; i < D; i++) squares += v[i] * v[i];
+        float factor = 1 / std::sqrt(squares / D + eps);
+
+        if (kind == RMS) {
+            // Llama rounds before it multiplies by the weight.
+            for (long i = 0; i < D; i++) store(y + i, v[i] * factor);
+            for (long i = 0; i < D; i++) store(y + i, widen(y[i]) * widen(weight[i]));
+        } else {
+            float offset = kind == OFFSET_RMS;
+            for (long i = 0; i < D; i++) v[i] *= factor * (offset + widen(weight[i]));
+            if (bias)
+                for (long i = 0; i < D; i++) v[i] += widen(bias[i]);
+            for (long i = 0; i < D; i++) store(y + i, v[i]);
+        }
+    }
+}
+
+// ------------------------------------------------------------------ rotations
+
+// The heads of T tokens, of D numbers, of which the first R turn by the tables cos and sin (T, R).
+template <class X>
+static void turn(const X* x, const float* cos, const float* sin, X* y, long T, long heads, long D,
+                 long R) {
+    const long half = R / 2;
+    for (long t = 0; t < T; t++, cos += R, sin += R) {
+        for (long head = 0; head < heads; head++, x += D, y += D) {
+            for (long i = 0; i < half; i++) {
+                float left = widen(x[i]);
+                float right = widen(x[i + half]);
+                store(y + i, left * cos[i] - right * sin[i]);
+                store(y + i + half, right * cos[i] + left * sin[i]);
+            }
+            for (long i = R; i < D; i++) y[i] = x[i];
+        }
+    }
+}
+
+// ------------------------------------------------------------------ by dtype
+
+// Of x and of the weight.
 #define PRODUCT(name, X, W)                                                                      \
     extern "C" void name(const X* x, const W* w, const float* scales, float factor, X* y,        \
                          long M, long N, long K, int threads) {                                  \
         product(x, w, scales, factor, y, M, N, K, threads);                                      \
     }
 
-PRODUCT(float32_float32, float, float)
-PRODUCT(float32_int8, float, int8_t)
-PRODUCT(bfloat16_bfloat16, bfloat16, bfloat16)
-PRODUCT(bfloat16_int8, bfloat16, int8_t)
+PRODUCT(product_float32_float32, float, float)
+PRODUCT(product_float32_int8, float, int8_t)
+PRODUCT(product_bfloat16_bfloat16, bfloat16, bfloat16)
+PRODUCT(product_bfloat16_int8, bfloat16, int8_t)
+
+#define LAYERS(norm_name, turn_name, X)                                                          \
+    extern "C" void norm_name(const X* x, const X* residual, const X* weight, const X* bias,     \
+                              X* y, X* s, long rows, long D, float eps, int kind) {              \
+        norm(x, residual, weight, bias, y, s, rows, D, eps, kind);                               \
+    }                                                                                            \
+    extern "C" void turn_name(const X* x, const float* cos, const float* sin, X* y, long T,      \
+                              long heads, long D, long R) {                                      \
+        turn(x, cos, sin, y, T, heads, D, R);                                                    \
+    }
+
+LAYERS(norm_float32, turn_float32, float)
+LAYERS(norm_bfloat16, turn_bfloat16, bfloat16)

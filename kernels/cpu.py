@@ -1,10 +1,13 @@
-"""Products of few rows on a CPU, which read a weight at the speed of the memory: in C++, cpu.cpp.
+"""What a step of decoding computes on a CPU, for few rows: in C++, cpu.cpp.
 
-    y_mn = f s_n sum_k x_mk w_nk            x (M, K), w (N, K), scales s (N,) and a factor f
+    product    y_mn = f s_n sum_k x_mk w_nk        x (M, K), w (N, K), scales s (N,), a factor f
+    norm       as in norms.py
+    turn       as in rope.py
 
-A step of decoding takes the time to read the weights. torch's own products are made for many rows:
-with one row oneDNN's in bfloat16 and torch's with int8 weights are bound by their arithmetic.
-These fetch the weight ahead of its use and widen it in registers; sums are float32.
+A step takes the time to read the weights. torch's own products are made for many rows: with one
+row oneDNN's in bfloat16 and torch's with int8 weights are bound by their arithmetic. These fetch
+the weight ahead of its use and widen it in registers; sums are float32. Norms and rotations are
+one call in place of ten. None of it has a gradient.
 
 Bytes moved: N K of the weight's size, once, for up to FEW rows.
 
@@ -43,17 +46,19 @@ DTYPES = {
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.int8),
 }
-ARGUMENTS = [
-    ctypes.c_void_p,  # x
-    ctypes.c_void_p,  # w
-    ctypes.c_void_p,  # scales, or None
-    ctypes.c_float,  # factor
-    ctypes.c_void_p,  # y
-    ctypes.c_long,  # M
-    ctypes.c_long,  # N
-    ctypes.c_long,  # K
-    ctypes.c_int,  # threads
-]
+WIDTHS = (torch.float32, torch.bfloat16)  # dtypes of norms and rotations
+
+POINTER = ctypes.c_void_p
+LONG = ctypes.c_long
+ARGUMENTS = {
+    # x, w, scales or None, factor, y, M, N, K, threads
+    "product": [POINTER] * 3 + [ctypes.c_float, POINTER] + [LONG] * 3 + [ctypes.c_int],
+    # x, residual or None, weight, bias or None, y, s or None, rows, D, eps, kind
+    "norm": [POINTER] * 6 + [LONG] * 2 + [ctypes.c_float, ctypes.c_int],
+    # x, cos, sin, y, T, heads, D, R
+    "turn": [POINTER] * 4 + [LONG] * 4,
+}
+KINDS = {"rms": 0, "rms1": 1, "layer": 2}  # of norms, in cpu.cpp
 
 
 def reference(x: Tensor, weight: Tensor, scales: Tensor | None, factor: float) -> Tensor:
@@ -98,6 +103,23 @@ def _compile(command: list[str], file: Path):
         os.replace(made, file)
 
 
+@functools.cache
+def _function(operation: str, *dtypes: torch.dtype):
+    """Return an operation of cpu.cpp for the dtypes of its arguments."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    function = getattr(library(), "_".join([operation, *names]))
+    function.argtypes = ARGUMENTS[operation]
+    function.restype = None
+    return function
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor begins."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr()
+
+
 # ------------------------------------------------------------------ public
 
 
@@ -109,7 +131,7 @@ def fits(dtype: torch.dtype, weight: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor | None = None, factor: float = 1.0) -> Tensor:
-    """Return factor * scales * (x W^T) in x's dtype, without a gradient: x (M, K) -> (M, N).
+    """Return factor * scales * (x W^T) in x's dtype: x (M, K) -> (M, N).
 
     The weight `fits`; scales (N,) are float32.
     """
@@ -117,11 +139,11 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None = None, factor: flo
     rows = x.size(0)
     outputs, columns = weight.shape
     y = x.new_empty(rows, outputs)
-    function = _function(x.dtype, weight.dtype)
-    function(
+    run = _function("product", x.dtype, weight.dtype)
+    run(
         x.data_ptr(),
         weight.data_ptr(),
-        None if scales is None else scales.data_ptr(),
+        _address(scales),
         factor,
         y.data_ptr(),
         rows,
@@ -132,11 +154,47 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None = None, factor: flo
     return y
 
 
-@functools.cache
-def _function(x: torch.dtype, weight: torch.dtype):
-    """Return the function of cpu.cpp for two dtypes."""
-    names = [str(dtype).removeprefix("torch.") for dtype in (x, weight)]
-    function = getattr(library(), "_".join(names))
-    function.argtypes = ARGUMENTS
-    function.restype = None
-    return function
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Return what norms.py's `norm` does, of tensors (..., D) that are all float32 or bfloat16."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    s = x
+    if residual is not None:
+        residual = residual.contiguous()
+        s = torch.empty_like(x)
+    width = x.size(-1)
+    run = _function("norm", x.dtype)
+    run(
+        x.data_ptr(),
+        _address(residual),
+        weight.data_ptr(),
+        _address(bias),
+        y.data_ptr(),
+        s.data_ptr(),
+        x.numel() // width,
+        width,
+        eps,
+        KINDS[kind],
+    )
+    return y, s
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x (T, H, d), float32 or bfloat16, turned by tables (T, 1, r) as in rope.py."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    tokens, heads, width = x.shape
+    run = _function("turn", x.dtype)
+    run(
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        heads,
+        width,
+        cos.size(-1),
+    )
+    return y
