@@ -229,19 +229,19 @@ def named_tensors(model) -> dict[str, Tensor]:
 
 
 def projector(model) -> dict[str, Tensor]:
-    """Return the tensors of the connector; the factor on its output is in the last of them."""
+    """Return the tensors of the connector, with the factor on its output in the last product."""
     c = model.config
     scale = c.image_scale
     if c.connector == "pixel_shuffle":
-        return {"mm.model.fc.weight": model.connector.proj.weight * scale}
+        return {"mm.model.fc.weight": model.connector.proj.weight.float() * scale}
 
     if c.connector == "mlp2x_gelu":
         first, second = model.connector[0], model.connector[2]
         return {
             "mm.0.weight": first.weight,
             "mm.0.bias": first.bias,
-            "mm.2.weight": second.weight * scale,
-            "mm.2.bias": second.bias * scale,
+            "mm.2.weight": second.weight.float() * scale,
+            "mm.2.bias": second.bias.float() * scale,
         }
 
     # One linear, and what becomes nothing around the GELU; see SHIFT.
@@ -252,7 +252,7 @@ def projector(model) -> dict[str, Tensor]:
         bias = torch.zeros(width)
     else:
         linear = model.connector
-        if isinstance(linear, nn.Sequential):
+        if c.connector == "mlp1x_gelu":
             linear = linear[0]
         weight = linear.weight.float()
         bias = linear.bias.float()

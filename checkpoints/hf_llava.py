@@ -66,10 +66,12 @@ FAMILIES = (
     "qwen2",
     "qwen3",
     "gemma",
+    "gemma3_text",
     "stablelm",
     "phi",
     "phi3",
 )
+GEMMA3_LAYERS = ("full_attention", "sliding_attention")  # its kinds, as rope_parameters has them
 ENCODERS = ("clip_vision_model", "siglip_vision_model")
 SELECT = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> ours
 MOST_PIXELS = 2**14  # along an edge of a grid
@@ -328,6 +330,13 @@ def text_config(text: dict, transformers: int) -> dict:
         return text
 
     older = {key: value for key, value in text.items() if key != "rope_parameters"}
+
+    # Gemma-3 has a table for each kind of layer. Those with a window have no scaling.
+    if text["model_type"] == "gemma3_text" and rope.keys() <= set(GEMMA3_LAYERS):
+        local = rope.get("sliding_attention") or {}
+        older["rope_local_base_freq"] = local.get("rope_theta", 1e4)
+        rope = rope.get("full_attention") or {}
+
     scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in scaling:
@@ -343,6 +352,9 @@ def text_config(text: dict, transformers: int) -> dict:
             scaling.pop(key, None)
 
     if scaling.get("type", "default") != "default":
+        # Gemma-3 alone wants the newer name of its kind.
+        if text["model_type"] == "gemma3_text":
+            scaling["rope_type"] = scaling.pop("type")
         older.setdefault("rope_scaling", scaling)
     return older
 
@@ -350,11 +362,11 @@ def text_config(text: dict, transformers: int) -> dict:
 def scale_image_features(tensors: dict[str, Tensor], model, transformers: int):
     """Build the scale of image features into the last linear, and into the separator of anyres.
 
-    transformers has no such scale, and its version 5 leaves out the one by which our Gemma
-    multiplies.
+    transformers has no such scale. It also leaves out the one by which our Gemmas multiply, but for
+    the first Gemma in version 4.
     """
     scale = model.config.image_scale
-    if transformers >= 5:
+    if transformers >= 5 or model.config.text["model_type"] != "gemma":
         scale *= model.language_model.config.embed_scale
     if scale == 1:
         return

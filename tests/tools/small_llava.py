@@ -20,6 +20,19 @@ TEXT = {
     "llama": {"num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "gemma": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14},
+    "gemma3_text": {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 14,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 5,  # all prompts are longer
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0},
+        },
+        "pad_token_id": None,
+    },
     "phi": {"num_attention_heads": 4, "partial_rotary_factor": 0.5},
     "mistral": {"num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": None},
     "smollm3": {

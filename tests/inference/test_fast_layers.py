@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lora
-from inference.fast_linears import fast_linears
+from inference.fast_layers import fast_linears
 from kernels import int8
 from tests.tools.decoding_models import build
 
