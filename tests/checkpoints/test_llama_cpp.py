@@ -12,13 +12,13 @@ import torch
 
 import lora
 from checkpoints import gguf, gguf_file, gguf_lora
-from checkpoints.gguf_check import both_answers
+from checkpoints.gguf_check import both_answers, questions
 from checkpoints.gguf_tokenizer import specification
 from config import LoRA
 from inputs.templates import encode_prompt
 from inputs.tokenizer import JsonTokenizer, load_tokenizer
 from tests.tools.gguf_models import TOKENIZER, configurations, llava
-from tests.tools.llama_cpp import assistant, needs_llama_cpp, serving, user
+from tests.tools.llama_cpp import assistant, differences, needs_llama_cpp, serving, user
 from tests.tools.vocabularies import (
     LLAMA,
     PHI,
@@ -219,6 +219,23 @@ def test_texts_have_the_same_ids(name, tmp_path):
             ids = encode_prompt(turns(*values), tokenizer, template)
             assert llama.token_ids(llama.prompt(messages), special=True) == ids
             assert llama.prompt_tokens(messages) == len(ids)
+
+
+# ------------------------------------------------------------------------- both files, together
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3_text-0", "openelm", "smollm3-0", "phi3-1", "stablelm-1", "mistral-0"]
+)
+def test_pictures_reach_every_family(name, tmp_path):
+    """Others are in test_llama_cpp_vision.py. Gemma-3's graph scales embeddings of tokens alone."""
+    model = llava(CONFIGURATIONS[name])
+    gguf.write(tmp_path, model, TOKENIZER)
+    asked = []
+    for text, picture in questions():
+        asked.append(([text], [picture] if picture else []))
+    with serving(tmp_path / gguf.MODEL, tmp_path / gguf.MMPROJ, context=256) as llama:
+        assert max(differences(llama, model, TOKENIZER, asked)) < 0.02
 
 
 # ---------------------------------------------------------------------------------- the check
