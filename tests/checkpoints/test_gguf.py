@@ -379,6 +379,18 @@ def test_a_control_token_that_takes_in_space_is_refused(flags, why):
         fields_of(taking(TOKENIZER, **flags))
 
 
+def test_control_tokens_that_take_in_space_as_those_of_phi_3_do():
+    taking = {"<unk>": False, "<s>": False, "<|endoftext|>": False, "</s>": True, "<|end|>": True}
+    flags = {"lstrip": False, "single_word": False}
+    added = [{"content": name, "rstrip": takes, **flags} for name, takes in taking.items()]
+    fields = gguf_tokenizer.spaces_behind_controls({"added_tokens": added})
+    assert fields == {"general.name": "phi-3"}
+    for one in added:
+        other = [token | {"rstrip": token["rstrip"] != (token is one)} for token in added]
+        with pytest.raises(UserError, match="takes in the space behind it"):
+            gguf_tokenizer.spaces_behind_controls({"added_tokens": other})
+
+
 def test_a_token_without_an_embedding_is_refused():
     tokenizer = byte_level(GPT2)
     with pytest.raises(UserError, match="token 259 of the tokenizer has no embedding"):
