@@ -57,8 +57,7 @@ def photos() -> list[Image.Image]:
 def write(folder: Path, model, tokenizer, file_type: str = "float32") -> tuple[Path, Path]:
     """Write both files of a model, and return their paths."""
     gguf.write(folder, model, tokenizer, file_type)
-    gguf_vision.write(folder / "mmproj.gguf", model, file_type)
-    return folder / "model.gguf", folder / "mmproj.gguf"
+    return folder / gguf.MODEL, folder / gguf.MMPROJ
 
 
 def random_model(tokenizer, connector: str = "linear", **config):
