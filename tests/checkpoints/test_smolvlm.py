@@ -437,6 +437,7 @@ def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path
         "train.workers=0",
         f"stage.own.data={tmp_path / 'rows.json'}",
         f"stage.own.images={tmp_path}",
+        "stage.own.epochs=3",
     )
     answer = run("generate.py", "--model", out, "--image", tmp_path / "3.png", "--prompt", "Who?")
     assert answer.returncode == 0
