@@ -7,7 +7,7 @@
     python export.py --model DIR --to nanovlm OUT                     # of what was one before
     python export.py --model DIR --to tinyllava OUT                   # TinyLLaVA Factory or -Video
     python export.py --model DIR --to barellava OUT                   # our own layout
-    python export.py --model DIR --to gguf OUT --dtype q8_0 --check   # llama.cpp and its like
+    python export.py --model DIR --to gguf OUT --dtype q8_0 --check   # for llama.cpp
     python export.py --model DIR --to hf-llava OUT --dtype bfloat16
     python export.py --model DIR --adapter ADAPTER --to hf-llava OUT  # a PEFT adapter merged
     python export.py --model DIR --to peft OUT                        # adapters of a LoRA run
@@ -17,7 +17,8 @@ Weights go out as they came in unless --dtype says otherwise. Tokenizer, image p
 Hugging Face, the processor and the chat template go along, so that its chat pipelines work on the
 folder as it is.
 
-For llama.cpp, Ollama and LM Studio there are two files: model.gguf, and mmproj.gguf, which sees.
+For llama.cpp there are two files: model.gguf, and mmproj.gguf for pictures. For K-quants, give
+model.gguf to its llama-quantize.
 --check reads both again, compares every number and token with the model and, where the package
 xllamacpp is installed, asks five questions in both. What llama.cpp computes otherwise is refused.
 

@@ -1,4 +1,4 @@
-"""GGUF, the files of llama.cpp, Ollama and LM Studio: `model.gguf`, and `mmproj.gguf` for pictures.
+"""GGUF, the files of llama.cpp: `model.gguf`, and `mmproj.gguf` for pictures.
 
     python export.py --model DIR --to gguf OUT                    # in the type of the weights
     python export.py --model DIR --to gguf OUT --dtype q8_0       # or q4_0, float16, ...

@@ -228,10 +228,20 @@ def named_tensors(model) -> dict[str, Tensor]:
         return named | projector(model)
 
 
+def unscaled_inputs(model) -> float:
+    """Return the factor of all inputs that llama.cpp's graph leaves out where pictures stand.
+
+    That of Gemma-3 multiplies embeddings of tokens alone, ours and that of Gemma multiply both.
+    """
+    if model.config.text["model_type"] == "gemma3_text":
+        return model.language_model.config.embed_scale
+    return 1.0
+
+
 def projector(model) -> dict[str, Tensor]:
     """Return the tensors of the connector, with the factor on its output in the last product."""
     c = model.config
-    scale = c.image_scale
+    scale = c.image_scale * unscaled_inputs(model)
     if c.connector == "pixel_shuffle":
         return {"mm.model.fc.weight": model.connector.proj.weight.float() * scale}
 

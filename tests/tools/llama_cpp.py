@@ -33,9 +33,7 @@ from tests.tools.environment import ROOT
 WAIT = 60  # seconds that a request may take
 
 installed = importlib.util.find_spec("xllamacpp") is not None
-needs_llama_cpp = pytest.mark.skipif(
-    not installed, reason="needs llama.cpp: pip install 'barellava[gguf]' xllamacpp"
-)
+needs_llama_cpp = pytest.mark.skipif(not installed, reason="needs llama.cpp: make test-gguf")
 
 
 @dataclass(frozen=True)
