@@ -586,6 +586,7 @@ def test_a_model_made_here_of_parts_answers_alike_as_smolvlm(tmp_path, edge):
         said += f" of one view, up to {longest} of several"
     assert said + "\n" in plan.stdout
     assert len(embeddings) == tok.vocab_size == 1 + max(*marks, tok.token_id("<image>"))
+    assert model.vision_tower.processor.resample == Image.Resampling.LANCZOS
 
     run("export.py", "--model", tmp_path / "out", "--to", "smolvlm", tmp_path / "hf")
     theirs, info = transformers.SmolVLMForConditionalGeneration.from_pretrained(
