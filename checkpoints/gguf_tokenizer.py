@@ -63,6 +63,8 @@ def tokenizer_fields(model, tokenizer: Tokenizer | None) -> dict:
     else:
         fields |= byte_level_fields(spec)
 
+    fields |= spaces_behind_controls(spec)
+
     # What ends an answer ends it there, too.
     ids = {
         "bos": tokenizer.bos_id,
@@ -245,6 +247,33 @@ def token_lists(spec: dict, tokenizer: Tokenizer, rows: int) -> dict:
             if token == bpe.get("unk_token"):
                 kinds[i] = UNKNOWN
     return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+
+
+# The added tokens of Phi-3 that leave the space behind them in the text. All others take it in, and
+# llama.cpp does the same for a model of this name, which must have all of these.
+PHI3 = "phi-3"
+KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
+TAKES_SPACE = "</s>"
+
+
+def spaces_behind_controls(spec: dict) -> dict:
+    """Return what makes llama.cpp take in the space that added tokens take in.
+
+    Raises UserError for tokens that do it in another way than those of Phi-3.
+    """
+    names = set()
+    taking = set()
+    for added in spec.get("added_tokens", []):
+        names.add(added["content"])
+        if added["lstrip"] or added["single_word"]:
+            raise refusal(f"a tokenizer whose {added['content']!r} looks at what is before it")
+        if added["rstrip"]:
+            taking.add(added["content"])
+    if not taking:
+        return {}
+    if not KEEP_SPACE < names or TAKES_SPACE not in names or taking != names - KEEP_SPACE:
+        raise refusal(f"a tokenizer whose {min(taking)!r} takes in the space behind it")
+    return {"general.name": PHI3}
 
 
 # ----------------------------------------------------------------------------------- chat template

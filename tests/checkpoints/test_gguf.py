@@ -6,6 +6,7 @@ What llama.cpp answers with them is in test_llama_cpp.py.
 """
 
 import json
+import sys
 from dataclasses import replace
 
 import gguf as package
@@ -15,13 +16,13 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
+import export
 import lora
-from checkpoints import gguf, gguf_file, gguf_lora, gguf_tokenizer, weights
+from checkpoints import gguf, gguf_check, gguf_file, gguf_lora, gguf_tokenizer, peft, weights
 from config import LoRA, UserError
 from inputs import templates
 from inputs.tokenizer import WORDS, JsonTokenizer, load_tokenizer
 from model import LLaVA
-from tests.tools.environment import run
 from tests.tools.gguf_models import TOKENIZER, configurations, llava
 from tests.tools.vocabularies import train_pieces, turns, write
 
@@ -348,6 +349,28 @@ def test_a_tokenizer_that_splits_text_otherwise_is_refused(tokenizer, why):
         fields_of(tokenizer)
 
 
+def taking(tokenizer, **flags):
+    """Return a tokenizer whose </s> has these flags."""
+    spec = json.loads(tokenizer.files["tokenizer.json"])
+    for token in spec["added_tokens"]:
+        if token["content"] == "</s>":
+            token |= flags
+    return JsonTokenizer(tokenizer.files | {"tokenizer.json": json.dumps(spec).encode()})
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        ({"rstrip": True}, "'</s>' takes in the space behind it"),
+        ({"lstrip": True}, "'</s>' looks at what is before it"),
+        ({"single_word": True}, "'</s>' looks at what is before it"),
+    ],
+)
+def test_a_control_token_that_takes_in_space_is_refused(flags, why):
+    with pytest.raises(UserError, match=why):
+        fields_of(taking(TOKENIZER, **flags))
+
+
 def test_a_token_without_an_embedding_is_refused():
     tokenizer = byte_level(GPT2)
     with pytest.raises(UserError, match="token 259 of the tokenizer has no embedding"):
@@ -426,6 +449,21 @@ CHAT = (
 )
 
 
+# The same, for contents that are lists.
+LISTS = CHAT.replace(
+    "{{ message.content }}",
+    "{%- for part in message.content -%}{{ part.text if part.type == 'text' else '<image>' }}"
+    "{%- endfor -%}",
+)
+
+
+def with_chat(tokenizer, chat):
+    """Return a tokenizer with that chat template."""
+    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"chat_template": chat}
+    files = tokenizer.files | {"tokenizer_config.json": json.dumps(config).encode()}
+    return JsonTokenizer(files)
+
+
 def rendered(fields, messages):
     """Return what the chat template of a file makes of messages."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
@@ -436,17 +474,16 @@ def rendered(fields, messages):
 MARK = "<__media_aB3x__>"
 
 
-@pytest.mark.parametrize("template", ["plain", "llama", "chat"])
+@pytest.mark.parametrize("template", ["plain", "llama", CHAT, LISTS])
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_the_template_writes_what_training_writes(template, kind, pieces):
     tokenizer, blank = TOKENIZER, ""
     if kind == "pieces":
         _, tokenizer, _ = pieces
         blank = " "
-    if template == "chat":
-        config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"chat_template": CHAT}
-        files = tokenizer.files | {"tokenizer_config.json": json.dumps(config).encode()}
-        tokenizer = JsonTokenizer(files)
+    if template in (CHAT, LISTS):
+        tokenizer = with_chat(tokenizer, template)
+        template = "chat"
     fields = fields_of(tokenizer, template=template)
 
     form = templates.choose_template(template, tokenizer)
@@ -475,8 +512,9 @@ def adapted(name="llama-0", part="language_model", patterns="", **options):
     model = llava(CONFIGURATIONS[name])
     settings = {"r": 4, "alpha": 6.0, "dropout": 0.0, **options}
     lora.apply(model, LoRA(targets=patterns, **settings), [part])
+    generator = torch.Generator().manual_seed(0)
     for adapter in lora.adapters(model).values():
-        torch.nn.init.normal_(adapter.lora_B)
+        adapter.lora_B.data.normal_(generator=generator)
     return model
 
 
@@ -532,26 +570,66 @@ def test_what_was_trained_whole_is_refused(tmp_path):
 # ----------------------------------------------------------------------------------- the command
 
 
-def test_the_command(tmp_path):
-    model = llava(CONFIGURATIONS["llama-0"])
-    source = tmp_path / "model"
-    barellava_write(source, model)
-    export = ("export.py", "--model", source)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a run that tuned LoRA: a merged model, and the adapter beside it."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    model = peft.merge_and_save_adapters(adapted(), folder, "base")
+    export.export(model, TOKENIZER, "barellava", folder)
+    return folder
 
-    done = run(*export, "--to", "gguf", tmp_path / "a", "--dtype", "q8_0")
-    assert "llama-server" in done.stdout and "llama-quantize" not in done.stdout
+
+def exported(folder, *options):
+    """Run export.py in this process."""
+    export.main(["--model", str(folder), *map(str, options)])
+
+
+def test_the_command(folder, tmp_path, capsys):
+    exported(folder, "--to", "gguf", tmp_path / "a")
+    said = capsys.readouterr().out
+    assert "llama-server -m" in said and "Q4_K_M" in said
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["mmproj.gguf", "model.gguf"]
-    fields, _ = read(tmp_path / "a" / "model.gguf")
-    assert fields["general.file_type"] == 7
 
-    refused = run(*export, "--to", "tinyllava", tmp_path / "b", "--dtype", "q8_0", ok=False)
-    assert "of GGUF files only" in refused.stderr.splitlines()[-1]
-    refused = run(*export, "--to", "tinyllava", tmp_path / "b", "--check", ok=False)
-    assert "of GGUF files only" in refused.stderr.splitlines()[-1]
+    exported(folder, "--to", "gguf", tmp_path / "b", "--dtype", "q8_0")
+    assert "Q4_K_M" not in capsys.readouterr().out
+    fields, _ = read(tmp_path / "b" / gguf.MODEL)
+    assert fields["general.file_type"] == 7
+    fields, _ = read(tmp_path / "b" / gguf.MMPROJ)
+    assert fields["general.file_type"] == 1
+
+    exported(folder, "--to", "gguf-lora", tmp_path / "c")
+    _, tensors = read(tmp_path / "c" / gguf_lora.FILE)
+    assert torch.equal(tensors["blk.0.ffn_up.weight.lora_a"], first_adapter().lora_A)
+
+
+def first_adapter():
+    return adapted().language_model.model.layers[0].mlp.up_proj
+
+
+def test_options_of_gguf_files_only(folder, tmp_path):
+    for options in (["--dtype", "q4_0"], ["--check"]):
+        with pytest.raises(UserError, match="of GGUF files only"):
+            exported(folder, "--to", "tinyllava", tmp_path / "a", *options)
+    with pytest.raises(UserError, match="of GGUF files only"):
+        exported(folder, "--to", "gguf-lora", tmp_path / "a", "--check")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_check(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gguf_check.importlib.util, "find_spec", lambda name: None)
+    exported(folder, "--to", "gguf", tmp_path / "a", "--check", "--dtype", "float16")
+    said = capsys.readouterr().out
+    assert "every tensor, token and key" in said and "xllamacpp is not installed" in said
+
+    # Where it finds a mistake, nothing stays.
+    monkeypatch.setattr(gguf_file, "holds", lambda *_: False)
+    with pytest.raises(UserError, match="model.gguf:token_embd.weight: not what the model has"):
+        exported(folder, "--to", "gguf", tmp_path / "b", "--check")
     assert not (tmp_path / "b").exists()
 
 
-def barellava_write(folder, model):
-    from export import export
-
-    export(model, TOKENIZER, "barellava", folder)
+def test_without_the_package(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"not installed; fix: pip install '.\[gguf\]'"):
+        exported(folder, "--to", "gguf", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
