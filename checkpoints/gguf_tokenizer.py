@@ -281,7 +281,7 @@ def spaces_behind_controls(spec: dict) -> dict:
 # Makes every content a string. llama.cpp's server writes a mark with a random name into it for each
 # picture. One picture goes in front, as in training; several stay where they are.
 FLATTEN = """\
-{%- set ns = namespace(turns=[], text='') -%}
+{%- set ns = namespace(turns=[], text='', words='') -%}
 {%- for message in messages -%}
 {%- if message.content is string -%}{%- set ns.text = message.content -%}
 {%- else -%}
@@ -292,10 +292,12 @@ FLATTEN = """\
 {%- set ns.text = pieces[0] -%}
 {%- for piece in pieces[1:] -%}
 {%- set name = piece.split('__>')[0] -%}
-{%- set mark = '<__media' + name + '__>' + BEHIND_IMAGE -%}
-{%- set rest = piece[(name | length) + 3:] -%}
-{%- if pieces | length == 2 -%}{%- set ns.text = mark + (ns.text + rest) | trim -%}
-{%- else -%}{%- set ns.text = ns.text + mark + rest -%}{%- endif -%}
+{%- set ns.words = piece[(name | length) + 3:] -%}
+{%- if pieces | length == 2 -%}
+{%- set ns.words = (ns.text + ns.words) | trim -%}
+{%- set ns.text = '' -%}
+{%- endif -%}
+{%- set ns.text = ns.text + '<__media' + name + '__>' + BEHIND_IMAGE -%}
 {%- endfor -%}
 {%- set ns.turns = ns.turns + [{'role': message.role, 'content': CONTENT}] -%}
 {%- endfor -%}
@@ -313,14 +315,15 @@ def chat_template(template, tokenizer: Tokenizer) -> str:
     if tokenizer.marks_words and not marks_behind_controls(tokenizer):
         blank = " "
 
-    # Contents that are lists have no line break behind a picture (inputs/chat_template.py).
-    behind_image = blank + "\n"
+    line_break = blank + "\n"
+    behind_image = f"{json.dumps(line_break)} + ns.words"
     content = "ns.text"
+
+    # A text in a list has no space around it (inputs/chat_template.py), and may be nothing.
     if getattr(template, "lists", False):
-        behind_image = blank
+        behind_image = f"({json.dumps(blank)} + ns.words | trim if ns.words | trim else '')"
         content = "[{'type': 'text', 'text': ns.text}]"
-    flatten = FLATTEN.replace("BEHIND_IMAGE", json.dumps(behind_image))
-    flatten = flatten.replace("CONTENT", content)
+    flatten = FLATTEN.replace("BEHIND_IMAGE", behind_image).replace("CONTENT", content)
 
     if isinstance(template, templates.ChatTemplate):
         question = [{"from": "human", "value": "Who?"}]

@@ -23,7 +23,7 @@ from config import LoRA, UserError
 from inputs import templates
 from inputs.tokenizer import WORDS, JsonTokenizer, load_tokenizer
 from model import LLaVA
-from tests.tools.gguf_models import TOKENIZER, configurations, llava
+from tests.tools.gguf_models import CHAT, LISTS, TOKENIZER, configurations, llava, with_chat
 from tests.tools.vocabularies import train_pieces, turns, write
 
 CONFIGURATIONS = configurations()
@@ -160,6 +160,14 @@ def test_every_parameter_of_each_family_is_in_the_file(name, tmp_path):
     assert fields[f"{arch}.rope.freq_base"] == pytest.approx(c.rope_theta)
 
 
+def test_phi_has_a_head_and_a_bias_in_any_case(tmp_path):
+    changes = {"lm_head_bias": False, "tie_word_embeddings": True}
+    model = llava(CONFIGURATIONS["phi-0"] | changes)
+    _, tensors = text_file(model, tmp_path)
+    assert torch.equal(tensors["output.weight"], tensors["token_embd.weight"])
+    assert torch.equal(tensors["output.bias"], torch.zeros(CONFIGURATIONS["phi-0"]["vocab_size"]))
+
+
 def test_what_scales_the_rotation(tmp_path):
     """Divisors as tensors, one factor as a key; and how far both compute the same."""
     for name in ("llama-2", "mistral-1", "phi3-0", "phi3-1", "gemma3_text-0"):
@@ -227,7 +235,7 @@ def test_the_type_of_the_weights_is_kept(tmp_path):
 @pytest.mark.parametrize(
     "name, changes, why",
     [
-        ("phi-1", {}, "q_norm.bias: llama.cpp adds no such bias"),
+        ("phi-1", {}, "qk_layernorm: llama.cpp has no norm of queries and keys in phi"),
         ("smollm3-1", {}, "q_proj.bias: llama.cpp adds no such bias in smollm3"),
         ("gemma3_text-1", {}, "q_proj.bias: llama.cpp adds no such bias in gemma3_text"),
         ("gemma-0", {"tie_word_embeddings": False}, "a head of its own"),
@@ -443,26 +451,6 @@ def test_a_sentencepiece_of_another_kind_is_refused(change, why, pieces):
 
 # --------------------------------------------------------------------------------- the template
 
-CHAT = (
-    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}</s>{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
-)
-
-
-# The same, for contents that are lists.
-LISTS = CHAT.replace(
-    "{{ message.content }}",
-    "{%- for part in message.content -%}{{ part.text if part.type == 'text' else '<image>' }}"
-    "{%- endfor -%}",
-)
-
-
-def with_chat(tokenizer, chat):
-    """Return a tokenizer with that chat template."""
-    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"chat_template": chat}
-    files = tokenizer.files | {"tokenizer_config.json": json.dumps(config).encode()}
-    return JsonTokenizer(files)
-
 
 def rendered(fields, messages):
     """Return what the chat template of a file makes of messages."""
@@ -502,7 +490,8 @@ def test_the_template_writes_what_training_writes(template, kind, pieces):
     assert rendered(fields, behind) == rendered(fields, messages[:1])
     text = templates.render(turns("<image>\n<image>\nWho?"), form, prompt=True).text
     two = [{"role": "user", "content": f"{MARK}{MARK}Who?"}]
-    assert rendered(fields, two) == blank + text.replace("<image>", MARK + blank)
+    expected = blank + text.replace("<image>", MARK + blank)
+    assert rendered(fields, two) == expected.replace(f"{MARK}{blank}{MARK}", MARK + MARK)
 
 
 # ------------------------------------------------------------------------------------ adapters
@@ -551,7 +540,7 @@ def test_adapters_of_several_scales_have_one_alpha(tmp_path):
         ({"part": "connector"}, "an adapter of connector.0: llama.cpp has those of"),
         ({"name": "phi3-2", "patterns": "q_proj"}, "in one tensor with others"),
         ({"name": "openelm", "patterns": "k_proj"}, "in one tensor with others"),
-        ({"name": "phi-1"}, "llama.cpp adds no such bias"),
+        ({"name": "phi-1"}, "qk_layernorm"),
     ],
 )
 def test_an_adapter_without_a_place_is_refused(options, why, tmp_path):

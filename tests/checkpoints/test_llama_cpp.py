@@ -9,6 +9,7 @@ import json
 import re
 
 import pytest
+import tokenizers
 import torch
 
 import lora
@@ -19,7 +20,7 @@ from config import LoRA
 from export import check_gguf
 from inputs.templates import encode_prompt
 from inputs.tokenizer import JsonTokenizer, load_tokenizer
-from tests.tools.gguf_models import TOKENIZER, configurations, llava
+from tests.tools.gguf_models import CHAT, LISTS, TOKENIZER, configurations, llava, with_chat
 from tests.tools.llama_cpp import assistant, differences, needs_llama_cpp, serving, user
 from tests.tools.vocabularies import (
     LLAMA,
@@ -238,6 +239,33 @@ def test_pictures_reach_every_family(name, tmp_path):
         asked.append(([text], [picture] if picture else []))
     with serving(tmp_path / gguf.MODEL, tmp_path / gguf.MMPROJ, context=256) as llama:
         assert max(differences(llama, model, TOKENIZER, asked)) < 0.02
+
+
+@pytest.mark.parametrize("template", ["llama", CHAT, LISTS])
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "legacy"])
+def test_conversations_with_pictures(kind, template, tmp_path):
+    """One picture and two turns, two pictures, and none."""
+    tokenizer = TOKENIZER
+    if kind != "bytes":
+        model = load_tokenizer(write(tmp_path / "model", train_pieces()))
+        fast = tokenizers.Tokenizer.from_str(json.dumps(specification(model)))
+        settings = {"eos_token": "</s>", "legacy": kind == "legacy"}
+        tokenizer = load_tokenizer(write(tmp_path / "json", fast, **settings))
+    if template != "llama":
+        tokenizer = with_chat(tokenizer, template)
+        template = "chat"
+    hf = CONFIGURATIONS["llama-0"] | {"vocab_size": tokenizer.vocab_size}
+    model = llava(hf, template=template)
+    gguf.write(tmp_path, model, tokenizer)
+
+    disc, square, *_ = [question.picture for question in questions()]
+    asked = [
+        (["What is it?", "A dog.", "Where is it, then?"], [disc]),
+        (["Which is red?"], [disc, square]),
+        (["What is it?", "A dog.", "Where is it, then?"], []),
+    ]
+    with serving(tmp_path / gguf.MODEL, tmp_path / gguf.MMPROJ, context=256) as llama:
+        assert max(differences(llama, model, tokenizer, asked)) < 0.02
 
 
 # ---------------------------------------------------------------------------------- the check
