@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -27,9 +26,10 @@ from inputs.tokenizer import load_tokenizer
 from model import LLaVA, tiling_of
 from packing import IGNORE, IMAGE_TOKEN, expand_images
 from tests.tools.environment import ROOT, run, shared
+from tests.tools.refused_exports import check_refusals
 from tests.tools.sample_rows import make_sample, turns
-from tests.tools.small_llava import small
 from tests.tools.training_runs import one_line
+from tests.tools.vocabularies import byte_level
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install .[dev]")
 
@@ -53,7 +53,6 @@ TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-CORPUS = ["User: What is this?\n\nAssistant: A horse\n\n and\n a dog.", "\n\n", "How many?\n\n\n"]
 
 # Two small odd models: 9 x 9 patches in squares of 3, and 6 x 6 in squares of 2 with an odd edge.
 MODELS = {
@@ -72,24 +71,6 @@ MODELS = {
         "tied": False,
     },
 }
-
-
-def byte_level(controls: list[str], size: int):
-    """Return a byte-level vocabulary with these control tokens, in which line breaks merge."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = tokenizers.Tokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=controls,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator(CORPUS * 5, trainer)
-    return fast
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -399,24 +380,15 @@ def test_what_is_not_computed_is_refused(tmp_path, name, path, value, named):
 
 
 def test_what_smolvlm_cannot_express_is_refused(made, tmp_path):
-    model = LLaVA.from_pretrained(made[1])
-    tok = load_tokenizer(made[1])
-    with pytest.raises(UserError, match="its tokens"):
-        export(model, None, "smolvlm", tmp_path / "out")
-    for changes, reason in (
-        ({"template": "llama"}, "template llama"),
-        ({"feature_norm": False}, "final norm"),
-        ({"image_mode": "square"}, "around every picture"),
-        ({"image_scale": 0.5}, "has no scale"),
-    ):
-        original = model.config
-        model.config = replace(original, **changes)
-        with pytest.raises(UserError, match=reason):
-            export(model, tok, "smolvlm", tmp_path / "out")
-        model.config = original
-    with pytest.raises(UserError, match="connector mlp2x_gelu"):
-        export(small("llama", "siglip"), tok, "idefics3", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    changes = {
+        "template llama": {"template": "llama"},
+        "final norm": {"feature_norm": False},
+        "around every picture": {"image_mode": "square"},
+        "has no scale": {"image_scale": 0.5},
+    }
+    kind, folder, *_ = made
+    model, tokenizer = LLaVA.from_pretrained(folder), load_tokenizer(folder)
+    check_refusals(model, tokenizer, kind.lower(), tmp_path / "out", changes)
 
 
 def test_a_video_is_refused(made, tmp_path):

@@ -3,6 +3,7 @@
 `launch` starts one child per rank. What it calls first in each child breaks something or watches.
 """
 
+import gc
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # every optimizer imports it: here once, not in each child
 
 import command_line
 import train
@@ -37,6 +39,10 @@ def launch(
         if child:
             children.append(child)
             continue
+
+        # A collection here need not look through all that the tests have made. It would copy their
+        # memory page by page.
+        gc.freeze()
 
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -9,6 +9,7 @@ The answer to each job is one line, the exit codes of its processes. Nothing of 
 imported here: a script that runs in a fork finds the modules that a fresh Python would import.
 """
 
+import gc
 import json
 import os
 import sys
@@ -17,7 +18,10 @@ import PIL.Image  # noqa: F401
 import safetensors.torch  # noqa: F401
 import sentencepiece  # noqa: F401
 import tokenizers  # noqa: F401
+import torch._dynamo  # noqa: F401, every optimizer imports it
 import torch.distributed.fsdp  # noqa: F401
+import torch.utils.data  # noqa: F401
+import triton.language  # noqa: F401
 
 
 def fork(processes: list[dict]) -> dict | None:
@@ -47,6 +51,11 @@ def redirect(process: dict):
 
 
 def main():
+    # What is imported stays. A collection in a fork need not look through it, which would copy the
+    # memory page by page.
+    gc.collect()
+    gc.freeze()
+
     for line in sys.stdin:
         job = json.loads(line)
         process = fork(job["processes"])
