@@ -61,7 +61,7 @@ def check_expressible(model):
 def check_encoder(model) -> tuple[str, str] | None:
     """Return why the encoder cannot be expressed, and what to change; None if it can."""
     c = model.config
-    kind = c.vision.get("model_type")
+    kind = model.vision_tower.config.hf["model_type"]
     siglip = 'train with a SigLIP of one size and feature_select = "cls_patch"'
     if kind == "clip_vision_model":
         return "encoder CLIP: llama.cpp takes the last patch for the class token", siglip
@@ -112,7 +112,7 @@ def check_pictures(model) -> tuple[str, str] | None:
         what = (
             f"pictures resized with {resample.name.lower()}: llama.cpp has {theirs} with {wanted}"
         )
-        return what, f"train with an image processor of resample = {RESAMPLE[wanted]:d}"
+        return what, f"train with resample {RESAMPLE[wanted]:d} in its preprocessor_config.json"
     if wanted == "split":
         return check_split(model)
     return None

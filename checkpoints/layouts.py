@@ -39,7 +39,7 @@ from checkpoints.folder import MERGED, Renamed
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
-from encoders import vision_config
+from encoders import vision_config, vision_half
 from inputs import nanovlm_tokenizer
 from inputs.image_modes import MODES
 from inputs.image_processor import preprocessor_place, read_preprocessor
@@ -206,6 +206,7 @@ def read_config(folder: Path) -> LLaVAConfig:
     }
     return replace(
         config,
+        vision=vision_half(config.vision, places["vision"]),
         merged_adapters=tuple(fields.list(MERGED, str, default=[])),
         places=places | config.places,
     )
@@ -248,7 +249,7 @@ def config_from_recipe(c: Model, template: str, has_tokenizer: bool = True) -> L
 
     config = LLaVAConfig(
         text=text,
-        vision=vision,
+        vision=vision_half(vision, places["vision"]),
         preprocessor=preprocessor,
         connector=c.connector,
         connector_options=c.connector_options,

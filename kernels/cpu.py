@@ -80,8 +80,7 @@ def library() -> ctypes.CDLL | None:
     if compiler is None or architecture is None or platform.system() != "Linux":
         return None
 
-    # -fopenmp: the threads are those of torch, which has loaded this library before.
-    command = [compiler, f"-march={architecture}", "-O3", "-fopenmp", "-shared", "-fPIC"]
+    command = [compiler, f"-march={architecture}", "-O3", "-fopenmp", "-fPIC"]
     recipe = f"{command} {platform.platform()}".encode() + SOURCE.read_bytes()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = caches / "barellava" / f"cpu-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
@@ -98,9 +97,15 @@ def _compile(command: list[str], file: Path):
     print("compiling kernels/cpu.cpp for this machine, once", file=sys.stderr)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
-        os.replace(made, file)
+        compiled = Path(folder) / "cpu.o"
+        linked = Path(folder) / file.name
+        run = functools.partial(subprocess.run, check=True, capture_output=True)
+        run([*command, "-c", str(SOURCE), "-o", str(compiled)])
+
+        # Without -fopenmp, so that it takes OpenMP from torch, which has loaded one. Two of them
+        # would have threads that wait for each other. `now`: to fail here if torch has none.
+        run([command[0], "-shared", "-Wl,-z,now", str(compiled), "-o", str(linked)])
+        os.replace(linked, file)
 
 
 @functools.cache

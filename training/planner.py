@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoints import layouts, weights
+from checkpoints import gguf, layouts, weights
 from checkpoints.files import read_json, write_file
 from config import Model, Recipe, Stage, UserError, load
 from data import Steps
@@ -407,8 +407,12 @@ class Plan:
             tokens += f" of one view, up to {most} of several"
         print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
 
-        layouts_out = layouts.exports_to(self.build(self.recipe, adapted=False))
-        print0(f"exports to: {', '.join(layouts_out)} (export.py --to)")
+        merged = self.build(self.recipe, adapted=False)
+        print0(f"exports to: {', '.join(layouts.exports_to(merged))} (export.py --to)")
+        try:
+            gguf.check_expressible(merged)
+        except UserError as refusal:
+            print0(f"  not to llama.cpp: {refusal}")
 
         if self.room is None:
             print0("no GPU is here: what follows is what GPUs would take")

@@ -6,13 +6,13 @@ import pytest
 
 from checkpoints import weights
 from checkpoints.files import read_json
-from checkpoints.layouts import LAYOUTS, exports_to, read_config
+from checkpoints.layouts import LAYOUTS, config_from_recipe, exports_to, read_config
 from config import Model, UserError
 from export import export
 from inputs.tiling_split import mark_names
 from model import LLaVA, lm_config, tiling_of
 from tests.tools.fuzz import places
-from tests.tools.small_llava import NAFLEX, SIDE, small
+from tests.tools.small_llava import NAFLEX, SIDE, VISION, small
 
 
 def test_unknown_layout_and_incomplete_config_are_one_line(tmp_path):
@@ -109,6 +109,27 @@ def test_the_layouts_that_can_express_a_model_are_named(parts, expected, tmp_pat
         with pytest.raises(UserError):
             export(model, None, layout.export_name, tmp_path / layout.export_name)
         assert not (tmp_path / layout.export_name).exists()
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_of_a_full_encoder_the_vision_half_counts(kind, tmp_path):
+    """The published folders have a text half, too; Factory knows encoders by their half's name."""
+    alone = small("llama", kind)
+    full = {"model_type": kind, "text_config": {"hidden_size": 3}, "vision_config": VISION}
+    (tmp_path / "config.json").write_text(json.dumps(full))
+    images = json.dumps(alone.vision_tower.processor.to_hf())
+    (tmp_path / "preprocessor_config.json").write_text(images)
+    recipe = Model(llm_config=alone.config.text, vision=str(tmp_path), connector="mlp2x_gelu")
+    made = config_from_recipe(recipe, "llama")
+    assert made.vision == VISION | {"model_type": f"{kind}_vision_model"}
+    with weights.empty():
+        assert exports_to(LLaVA(made)) == ["barellava", "tinyllava", "hf-llava"]
+
+    # So it is where a checkpoint of before says it.
+    export(alone, None, "barellava", tmp_path / "own")
+    config = read_json(tmp_path / "own" / "config.json")
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"vision_config": full}))
+    assert "tinyllava" in exports_to(LLaVA.from_pretrained(tmp_path / "own"))
 
 
 def test_random_weights_that_no_machine_holds_are_refused():
