@@ -205,7 +205,9 @@ def test_file_types(file_type, tmp_path):
     for tensor in package.GGUFReader(tmp_path / gguf.MODEL).tensors:
         types[tensor.name] = tensor.tensor_type.name
     _, matrices = gguf_file.FILE_TYPES[file_type]
-    assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == matrices
+    assert types["blk.0.attn_q.weight"] == matrices
+    head = "Q8_0" if file_type == "q4_0" else matrices
+    assert types["token_embd.weight"] == types["output.weight"] == head
     assert types["blk.0.attn_norm.weight"] == types["blk.0.attn_q_norm.weight"] == "F32"
     down = "F16" if file_type.startswith("q") else matrices
     assert types["blk.0.ffn_down.weight"] == down  # rows of 80

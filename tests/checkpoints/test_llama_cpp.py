@@ -164,6 +164,21 @@ def phi3(folder):
     return JsonTokenizer({name: json.dumps(content).encode() for name, content in files.items()})
 
 
+def gemma(folder):
+    """Return a tokenizer that puts no word mark before a text, with steps as Gemma's."""
+    spec = specification(load_tokenizer(write(folder, train_pieces())))
+    blank = {"String": " "}
+    spec["normalizer"] = {"type": "Replace", "pattern": blank, "content": "\u2581"}
+    spec["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": blank,
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+    files = {"tokenizer.json": spec, "tokenizer_config.json": {"eos_token": "</s>"}}
+    return JsonTokenizer({name: json.dumps(content).encode() for name, content in files.items()})
+
+
 PHI3_CHAT = (
     "{% for message in messages %}"
     "{{ '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}"
@@ -178,6 +193,7 @@ TOKENIZERS = {
     "llama-2": ("llama", lambda folder: load(VOCABULARIES / LLAMA)),
     "llava-1.5": ("chat", lambda folder: load(VOCABULARIES / "llava-hf--llava-1.5-7b-hf")),
     "phi-3": ("chat", phi3),
+    "gemma": ("llama", gemma),
     "pieces": ("llama", lambda folder: load_tokenizer(write(folder, train_pieces()))),
     "legacy": ("llama", lambda folder: load_tokenizer(write(folder, train_pieces(), legacy=True))),
 }
