@@ -62,7 +62,6 @@ def tokenizer_fields(model, tokenizer: Tokenizer | None) -> dict:
         fields |= piece_fields(spec, fields["tokenizer.ggml.tokens"])
     else:
         fields |= byte_level_fields(spec)
-
     fields |= spaces_behind_controls(spec)
 
     # What ends an answer ends it there, too.
@@ -180,6 +179,8 @@ def piece_fields(spec: dict, tokens: list[str]) -> dict:
     words = spec.get("pre_tokenizer") or {}
     splits_at_blanks = words.get("pattern") == {"String": " "}  # of which none are left
     is_metaspace = words.get("type") == "Metaspace" and not words.get("split", True)
+    if words.get("prepend_scheme") == "always":
+        is_metaspace = False  # it marks each text between control tokens
     if words and not is_metaspace and not (splits_at_blanks and normalizer):
         raise refusal(f"a SentencePiece tokenizer with the pre-tokenizer {words['type']}")
 

@@ -452,6 +452,10 @@ def add_piece(spec):
             lambda spec: spec.update(pre_tokenizer={"type": "Whitespace"}),
             "the pre-tokenizer Whitespace",
         ),
+        (
+            lambda spec: spec["pre_tokenizer"].update(prepend_scheme="always"),
+            "the pre-tokenizer Metaspace",
+        ),
     ],
 )
 def test_a_sentencepiece_of_another_kind_is_refused(change, why, pieces):
