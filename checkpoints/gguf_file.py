@@ -36,8 +36,8 @@ FILE_TYPES = {
 
 QUANTIZED = ("q8_0", "q4_0")  # those of fewer than 16 bits
 
-# Four bits cost most at the head, which may be the embeddings, so these have eight. For SmolLM2-135M
-# that is 18 % more bytes, and the KL divergence of first tokens falls from 0.66 to 0.47.
+# Four bits cost most at the head, which may be the embeddings, so these have eight. For SmolLM2
+# (135M) that is 18 % more bytes, and the KL divergence of first tokens falls from 0.66 to 0.47.
 FINER = ("token_embd.weight", "output.weight")
 
 # How far a number may be from what was quantized, as a share of the largest of its block. Q8_0
