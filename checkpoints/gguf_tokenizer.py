@@ -298,11 +298,48 @@ FLATTEN = """\
 {%- set ns.words = (ns.text + ns.words) | trim -%}
 {%- set ns.text = '' -%}
 {%- endif -%}
-{%- set ns.text = ns.text + '<__media' + name + '__>' + BEHIND_IMAGE -%}
+{%- set ns.text = ns.text + '<__media' + name + '__>' + BEHIND_IMAGE + ns.words -%}
 {%- endfor -%}
-{%- set ns.turns = ns.turns + [{'role': message.role, 'content': CONTENT}] -%}
+{%- set ns.turns = ns.turns + [{'role': message.role, 'content': ns.text}] -%}
 {%- endfor -%}
 {%- set messages = ns.turns -%}
+"""
+
+# Makes every content a list, for a template that wants one. A picture is a part of it, and the
+# template writes `<image>` where it wants it. What is written is kept, and then gets the marks.
+LISTS = """\
+{%- set ns = namespace(turns=[], parts=[], marks=[], text='') -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}{%- set ns.text = message.content -%}
+{%- else -%}
+{%- set ns.text = '' -%}
+{%- for part in message.content -%}{%- set ns.text = ns.text + part.text -%}{%- endfor -%}
+{%- endif -%}
+{%- set pieces = ns.text.replace('<image>', '<__image>').split('<__media') -%}
+{%- set ns.parts = [] -%}
+{%- if pieces | length == 1 -%}
+{%- set ns.parts = [{'type': 'text', 'text': pieces[0]}] -%}
+{%- elif pieces | length > 2 and pieces[0] | trim -%}
+{%- set ns.parts = [{'type': 'text', 'text': pieces[0] | trim}] -%}
+{%- endif -%}
+{%- for piece in pieces[1:] -%}
+{%- set name = piece.split('__>')[0] -%}
+{%- set ns.marks = ns.marks + ['<__media' + name + '__>'] -%}
+{%- set ns.parts = ns.parts + [{'type': 'image'}] -%}
+{%- set ns.text = piece[(name | length) + 3:] -%}
+{%- if pieces | length == 2 -%}{%- set ns.text = pieces[0] + ns.text -%}{%- endif -%}
+{%- if ns.text | trim -%}
+{%- set ns.parts = ns.parts + [{'type': 'text', 'text': ns.text | trim}] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set ns.turns = ns.turns + [{'role': message.role, 'content': ns.parts}] -%}
+{%- endfor -%}
+{%- set messages = ns.turns -%}
+{%- set written %}TURNS{% endset -%}
+{%- for piece in written.split('<image>') -%}
+{%- if not loop.first -%}{{- ns.marks[loop.index0 - 1] + (BLANK if piece else '') -}}{%- endif -%}
+{{- piece.replace('<__image>', '<image>') -}}
+{%- endfor -%}
 """
 
 
@@ -316,16 +353,6 @@ def chat_template(template, tokenizer: Tokenizer) -> str:
     if tokenizer.marks_words and not marks_behind_controls(tokenizer):
         blank = " "
 
-    line_break = blank + "\n"
-    behind_image = f"{json.dumps(line_break)} + ns.words"
-    content = "ns.text"
-
-    # A text in a list has no space around it (inputs/chat_template.py), and may be nothing.
-    if getattr(template, "lists", False):
-        behind_image = f"({json.dumps(blank)} + ns.words | trim if ns.words | trim else '')"
-        content = "[{'type': 'text', 'text': ns.text}]"
-    flatten = FLATTEN.replace("BEHIND_IMAGE", behind_image).replace("CONTENT", content)
-
     if isinstance(template, templates.ChatTemplate):
         question = [{"from": "human", "value": "Who?"}]
         rendered = templates.render(question, template, prompt=True)
@@ -338,6 +365,10 @@ def chat_template(template, tokenizer: Tokenizer) -> str:
     first = ""
     if blank and begins_with_text:
         first = "{{- ' ' -}}"
+    if getattr(template, "lists", False):
+        written = first + turns.removesuffix("\n")
+        return LISTS.replace("BLANK", json.dumps(blank)).replace("TURNS", written)
+    flatten = FLATTEN.replace("BEHIND_IMAGE", json.dumps(blank + "\n"))
     return flatten + first + turns
 
 
