@@ -175,6 +175,12 @@ class Model:
         low=1,
         high=1000,
     )
+    resample: str = opt(
+        "",
+        "how pictures are resized, if not as the encoder's image processor does; llama.cpp "
+        "resizes to a square bicubic alone",
+        choices=("", "bilinear", "bicubic", "lanczos"),
+    )
     image_edge: int = opt(
         0,
         "split: pixels of a picture's longest edge before it is cut; 0 = those of one view",

@@ -112,7 +112,7 @@ def check_pictures(model) -> tuple[str, str] | None:
         what = (
             f"pictures resized with {resample.name.lower()}: llama.cpp has {theirs} with {wanted}"
         )
-        return what, f"train with resample {RESAMPLE[wanted]:d} in its preprocessor_config.json"
+        return what, f'train with resample = "{theirs}"'
     if wanted == "split":
         return check_split(model)
     return None

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
 from torch import Tensor
 
 from checkpoints import (
@@ -242,6 +243,9 @@ def config_from_recipe(c: Model, template: str, has_tokenizer: bool = True) -> L
         preprocessor = read_preprocessor(folder)
         places["vision"] = str(folder / "config.json")
         places["images"] = preprocessor_place(folder)
+
+    if c.resample:
+        preprocessor = preprocessor | {"resample": Image.Resampling[c.resample.upper()].value}
 
     if c.vision2:
         dinov2 = read_json(_part(c, "vision2") / "config.json")

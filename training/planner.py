@@ -293,7 +293,10 @@ def _ask_the_hub(name: str, asked_for: str, folder: Path) -> tuple[str, Path | N
         known = read_json(KNOWN).get(name)
         if known is None:
             return where, None
+        preprocessor = known.pop("preprocessor", None)
         write_file(folder / "config.json", json.dumps(known))
+        if preprocessor is not None:
+            write_file(folder / "preprocessor_config.json", json.dumps(preprocessor))
         return where, folder
     return "would be downloaded", folder
 

@@ -552,6 +552,7 @@ def test_a_model_made_here_of_parts_answers_alike_as_smolvlm(tmp_path, edge):
         feature_norm = true
         image_mode = "split"
         image_edge = {edge}
+        resample = "lanczos"
         [model.vision_config]
         model_type = "siglip_vision_model"
         hidden_size = 32
