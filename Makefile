@@ -3,6 +3,7 @@
 # make test   run every test
 # make test-full   the long matrices of kills, ranks and tuning modes (half an hour on two cores)
 # make test-page   serve.py's page and API, with gradio and openai, in a Chromium if there is one
+# make test-gguf   exported GGUF files in the real llama.cpp, of the package xllamacpp
 # make lint   check style: ruff, what no formatter forbids, and the floors of the imports
 #
 # PYTHON=python3.12   the Python to use, 3.11 or newer
@@ -36,6 +37,9 @@ test-full: .venv/installed
 test-page: .venv/installed .venv/page/installed
 	PYTHONPATH=.venv/page $(PY) -m pytest tests/test_serve.py
 
+test-gguf: .venv/installed .venv/llama/installed
+	PYTHONPATH=.venv/llama $(PY) -m pytest tests/checkpoints/test_llama_cpp.py tests/checkpoints/test_llama_cpp_vision.py
+
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -67,4 +71,10 @@ clean:
 	$(PIP) --target .venv/page "gradio>=6.7" openai playwright
 	touch $@
 
-.PHONY: demo moving test test-full test-page lint clean
+# llama.cpp with its server, in one wheel. Files are written for this version, and newer ones.
+.venv/llama/installed: .venv/installed Makefile
+	rm -rf .venv/llama
+	$(PIP) --no-deps --target .venv/llama xllamacpp==2026.10.11549
+	touch $@
+
+.PHONY: demo moving test test-full test-page test-gguf lint clean

@@ -917,6 +917,22 @@ def mixture_config(
     return replace(clip, beside=dinov2)
 
 
+def vision_half(hf: dict, where: object = "vision_config") -> dict:
+    """Return the vision half of a full CLIP's or SigLIP's config.json; of others the whole.
+
+    The published files of these have a text half too, which is not ours to load. In a mixture the
+    CLIP is halved. Raises UserError for a half that is no table.
+    """
+    fields = Fields(hf, where)
+    kind = fields.text("model_type", default=None)
+    if kind in ("clip", "siglip", "siglip2"):
+        half = fields.table("vision_config", optional=True).values
+        return half | {"model_type": f"{kind}_vision_model"}
+    if kind == "mof":
+        return hf | {"clip": vision_half(fields.table("clip", optional=True).values, where)}
+    return hf
+
+
 def vision_config(
     hf: dict,
     preprocessor: dict | None = None,
@@ -933,11 +949,8 @@ def vision_config(
     if kind == "mof":
         return mixture_config(fields, preprocessor, where, images)
 
-    # A full CLIP or SigLIP has a text half too, which is not ours to load.
-    if kind in ("clip", "siglip", "siglip2"):
-        hf = fields.table("vision_config", optional=True).values
-        kind = f"{kind}_vision_model"
-
+    hf = vision_half(hf, where)
+    kind = hf.get("model_type")
     known = f"one of {', '.join(FAMILIES)}"
     need(kind in FAMILIES, f"{where}:model_type", kind, known)
     family = FAMILIES[kind]

@@ -7,13 +7,20 @@
     python export.py --model DIR --to nanovlm OUT                     # of what was one before
     python export.py --model DIR --to tinyllava OUT                   # TinyLLaVA Factory or -Video
     python export.py --model DIR --to barellava OUT                   # our own layout
+    python export.py --model DIR --to gguf OUT --dtype q8_0 --check   # for llama.cpp
     python export.py --model DIR --to hf-llava OUT --dtype bfloat16
     python export.py --model DIR --adapter ADAPTER --to hf-llava OUT  # a PEFT adapter merged
     python export.py --model DIR --to peft OUT                        # adapters of a LoRA run
+    python export.py --model DIR --to gguf-lora OUT                   # the same for llama.cpp
 
 Weights go out as they came in unless --dtype says otherwise. Tokenizer, image processor and, for
 Hugging Face, the processor and the chat template go along, so that its chat pipelines work on the
 folder as it is.
+
+For llama.cpp there are two files: model.gguf, and mmproj.gguf for pictures. For K-quants, give
+model.gguf to its llama-quantize.
+--check reads both again, compares every number and token with the model and, where the package
+xllamacpp is installed, asks five questions in both. What llama.cpp computes otherwise is refused.
 
 OUT must be new or empty. It has its files only when all of them are written; after a kill the same
 command begins anew. Each layout is written by its own file in checkpoints/, the same that reads it.
@@ -25,13 +32,14 @@ import contextlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 import command_line
-from checkpoints import layouts, peft, weights
+from checkpoints import gguf, gguf_check, gguf_file, gguf_lora, layouts, peft, weights
 from checkpoints.files import flush, parse_json, resolve, write_file, writing
 from checkpoints.owned import HARMLESS, MARK, marked, own
 from config import UserError
@@ -44,14 +52,26 @@ for layout in layouts.LAYOUTS.values():
     if layout.export_name:
         WRITERS[layout.export_name] = layout.write
 
+ADAPTERS = ("peft", "gguf-lora")  # what --to names for a run's adapters
 
-def export(model: LLaVA, tokenizer, to: str, folder: Path, transformers: int = 5):
+
+def export(
+    model: LLaVA,
+    tokenizer,
+    to: str,
+    folder: Path,
+    transformers: int = 5,
+    file_type: str | None = None,
+):
     """Write a model and its tokenizer (or None) in a layout.
 
     Raises UserError for what the layout cannot express. transformers: the major version that a
-    folder for Hugging Face is meant for.
+    folder for Hugging Face is meant for. file_type: that of GGUF files, see checkpoints/gguf.py.
     """
-    WRITERS[to](folder, model, tokenizer, transformers)
+    if to == "gguf":
+        gguf.write(folder, model, tokenizer, file_type)
+    else:
+        WRITERS[to](folder, model, tokenizer, transformers)
 
 
 # --------------------------------------------------------------------------------------- the folder
@@ -173,6 +193,32 @@ def export_peft(adapter: Path, out: Path):
     print(f"{out}: peft, {parameters / 1e6:.1f}M parameters")
 
 
+def export_gguf_lora(folder: Path, adapter: Path, out: Path, dtype: str | None):
+    """Write the adapter of a run for llama.cpp. folder: the run's model. Raises UserError."""
+    model = LLaVA.from_pretrained(folder, None)
+
+    # A run's model has its adapter in the weights already. Here only its names are needed.
+    model.config = replace(model.config, merged_adapters=())
+    peft.load_adapter(adapter, model, peft.ADAPTED)
+    with whole_folder(out) as unfinished:
+        gguf_lora.write(unfinished, model, dtype)
+
+
+def check_gguf(folder: Path, model: LLaVA, tokenizer, file_type: str | None):
+    """Compare GGUF files with the model, and print what both answer. Raises UserError."""
+    gguf.check(folder, model, tokenizer, file_type)
+    print("check: every tensor, token and key is that of the model")
+
+    answers = gguf_check.both_answers(folder, model.float(), tokenizer)
+    if answers is None:
+        print("check: no questions asked, xllamacpp is not installed (pip install xllamacpp)")
+        return
+    for question, ours, theirs in answers:
+        print(f"  {question}\n    here       {ours!r}\n    llama.cpp  {theirs!r}")
+    same = sum(ours == theirs for _, ours, theirs in answers)
+    print(f"check: {same} of {len(answers)} answers are the same")
+
+
 def open_model(folder: Path, dtype: torch.dtype | None, allow_pickle: bool) -> LLaVA:
     """Return the model of a folder in `dtype`; None keeps the types of its files."""
     model = LLaVA.from_pretrained(folder, dtype, allow_pickle=allow_pickle)
@@ -201,10 +247,10 @@ def arguments(argv: list[str]):
     option = parser.add_argument
     option("out", help="folder to write; must not exist, or be empty")
     option("--model", required=True, help="folder or Hugging Face id, in any layout that we read")
-    option("--to", required=True, choices=(*WRITERS, "peft"), help="the layout")
+    option("--to", required=True, choices=(*WRITERS, "gguf", *ADAPTERS), help="the layout")
     option("--adapter", help="folder of a PEFT adapter to merge first")
     option(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)"
+        "--dtype", choices=gguf_file.FILE_TYPES, help="of the weights (as they are); q: gguf only"
     )
     option(
         "--transformers",
@@ -213,6 +259,7 @@ def arguments(argv: list[str]):
         default=5,
         help="hf-llava: for which of them (5)",
     )
+    option("--check", action="store_true", help="gguf: read it again, and ask it in llama.cpp")
     option("--allow-pickle", action="store_true", help="also read pytorch_model.bin, tensors only")
     return parser.parse_args(argv)
 
@@ -225,27 +272,49 @@ def main(argv: list[str]):
     with writing(out):
         check_free(out)
 
-    # Adapters are files of their own, so no model is loaded for them.
+    if args.to != "gguf":
+        for name, value in (
+            ("--check", args.check),
+            ("--dtype", args.dtype in gguf_file.QUANTIZED),
+        ):
+            if value:
+                raise UserError(f"{name} with --to {args.to}", "of GGUF files only", "leave it out")
+
+    # Adapters are files of their own.
     folder = resolve(args.model, allow_pickle=args.allow_pickle)
     if args.to == "peft":
         export_peft(folder / "adapter", out)
         return
+    if args.to == "gguf-lora":
+        export_gguf_lora(folder, Path(args.adapter or folder / "adapter"), out, args.dtype)
+        print_files(out, args.to)
+        return
 
+    # The writer of GGUF files converts each tensor when it writes it.
     dtype = None
-    if args.dtype:
+    if args.dtype and args.to != "gguf":
         dtype = getattr(torch, args.dtype)
     model = open_model(folder, dtype, args.allow_pickle)
     if args.adapter:
         peft.merge_adapter(model, Path(args.adapter))
     tokenizer = open_tokenizer(folder)
     with whole_folder(out) as unfinished:
-        export(model, tokenizer, args.to, unfinished, args.transformers)
+        export(model, tokenizer, args.to, unfinished, args.transformers, args.dtype)
+        if args.check:
+            check_gguf(unfinished, model, tokenizer, args.dtype)
 
-    # Say what was written.
     parameters = sum(p.numel() for p in model.parameters())
+    print_files(out, f"{args.to}, {parameters / 1e6:.1f}M parameters")
+    if args.to == "gguf":
+        for line in gguf.notes(out, model, args.dtype):
+            print(line)
+
+
+def print_files(out: Path, what: str):
+    """Say what was written."""
     files = sorted(out.iterdir())
     size = sum(file.stat().st_size for file in files)
-    print(f"{out}: {args.to}, {parameters / 1e6:.1f}M parameters, {size / 1e9:.2f} GB")
+    print(f"{out}: {what}, {size / 1e9:.2f} GB")
     for file in files:
         print(f"  {file.name}")
 

@@ -18,6 +18,7 @@ from config import UserError
 RESULTS = Path(__file__).resolve().parent / "results"  # a folder per machine
 OURS = "barellava"
 PEER = "transformers"
+LLAMA_CPP = "llama.cpp"
 
 
 def run_child(script: str, *arguments: object) -> dict:

@@ -1,7 +1,7 @@
 """What bench/generate.py measures: greedy decoding, and many questions about one picture.
 
 write("toy", folder)                                   # a random checkpoint that both load
-case = decode("bfloat16", 8, ...)                      # tokens per second of both, in turns
+case = decode("bfloat16", 8, ...)                      # tokens per second of all, in turns
 asked = ask_questions(folder, "float32", rounds, "cpu")
 """
 
@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 
 import lora
-from bench.common import OURS, PEER, missing_peer
+from bench import llama_cpp
+from bench.common import LLAMA_CPP, OURS, PEER, missing_peer
 from config import Model
 from export import export
 from inference.cache import slots_of
@@ -77,6 +78,8 @@ class Setting(NamedTuple):
     device: str
     rounds: int
     new_tokens: int
+    threads: int
+    has_llama_cpp: bool
 
 
 # ---------------------------------------------------------------------- models
@@ -121,13 +124,20 @@ def clock(call: Callable, device: str) -> tuple[float, object]:
     return time.perf_counter() - start, made
 
 
-def copy_rate(device: str) -> float:
-    """Return the bytes per second of a large copy, in and out, the best of ten."""
-    size = 1 << 30 if device == "cuda" else 1 << 27
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    fastest = min(clock(lambda: target.copy_(source), device)[0] for _ in range(10))
-    return 2 * size / fastest
+def memory_rate(device: str) -> float:
+    """Return the bytes per second of the memory, the best of ten.
+
+    On a GPU that is a large copy, in and out; on a CPU a large read, by torch's own threads.
+    """
+    if device == "cuda":
+        source = torch.zeros(1 << 30, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        fastest = min(clock(lambda: target.copy_(source), device)[0] for _ in range(10))
+        return 2 * source.nbytes / fastest
+
+    source = torch.zeros(1 << 27)
+    fastest = min(clock(source.sum, device)[0] for _ in range(10))
+    return source.nbytes / fastest
 
 
 def step_bytes(model: LLaVA, batch: int, filled: int) -> int:
@@ -164,7 +174,7 @@ def step_seconds(model: LLaVA, prompts: torch.Tensor, new: int) -> float:
 
 
 def decode(kind: str, batch: int, s: Setting, theirs) -> dict:
-    """Return one case: both decode from the same random prompts, in turns.
+    """Return one case: all decode from the same random prompts, in turns.
 
     Prompts differ from round to round, because ours would go on from what its cache has of the
     last. The first round does not count.
@@ -181,10 +191,19 @@ def decode(kind: str, batch: int, s: Setting, theirs) -> dict:
         return theirs.generate(input_ids=ids, attention_mask=mask, **options)[:, PROMPT:]
 
     calls = {OURS: decode_ours, PEER: decode_theirs}
+    if s.has_llama_cpp:
+        file = s.folder / f"{kind}.gguf"
+        if not file.exists():
+            dense = load_ours(s.folder, "float32", s.device)
+            llama_cpp.write(dense.language_model, kind, file)
+        llama = llama_cpp.LlamaCpp(file, batch, s.threads)
+        calls[LLAMA_CPP] = partial(llama.decode, new=new)
+
     last_id = model.language_model.config.vocab - 1  # the token of images
     g = torch.Generator().manual_seed(batch)
-    rates = {OURS: [], PEER: []}
-    equal = 0
+    rates = {name: [] for name in calls}
+    peers = [name for name in calls if name != OURS]
+    equal = dict.fromkeys(peers, 0)
     for turn in range(s.rounds + 1):
         ids = torch.randint(3, last_id, (batch, PROMPT), generator=g).to(s.device)
         tokens = {}
@@ -192,13 +211,18 @@ def decode(kind: str, batch: int, s: Setting, theirs) -> dict:
             seconds, tokens[name] = clock(partial(calls[name], ids), s.device)
             if turn > 0:
                 rates[name].append(batch * new / seconds)
-        equal += int((tokens[OURS] == tokens[PEER]).sum())
+        for name in peers:
+            equal[name] += int((tokens[OURS] == tokens[name]).sum())
 
+    ratios = {}
+    for name in peers:
+        ratios[name] = [a / b for a, b in zip(rates[OURS], rates[name], strict=True)]
     return {
         "kind": kind,
         "batch": batch,
+        "threads": s.threads,
         "rates": rates,
-        "ratios": [a / b for a, b in zip(rates[OURS], rates[PEER], strict=True)],
+        "ratios": ratios,
         "step_ms": 1e3 * step_seconds(model, ids, new),
         "bytes": step_bytes(model, batch, PROMPT + new // 2),
         "equal": equal,

@@ -11,8 +11,10 @@
     barellava.py  tinyllava.py  tinyllava_bench.py  hf_llava.py with hf_tokenizer.py,
                   llava_onevision.py  smolvlm.py  nanovlm.py
                   one published layout each: config.json and names, read and written
+    gguf.py with gguf_file.py, gguf_tokenizer.py, gguf_vision.py
+                  the files of llama.cpp, which are only written; gguf_check.py asks them there
     layouts.py    the table of these layouts; reads a folder of any of them
-    peft.py       adapters, read, merged and written as PEFT does
+    peft.py       adapters, read, merged and written as PEFT does; gguf_lora.py for llama.cpp
     seal.py       a checkpoint of a run on the disk: how it becomes whole, how damage is found
     resume.py     saves such checkpoints, and picks the one to go on from
 

@@ -104,6 +104,17 @@ def write_folder(
         write_file(folder / name, content + "\n")
 
 
+def has_head_bias(model) -> bool:
+    """Return whether the head of a LLaVA's language model has a bias that changes its logits.
+
+    One without values, in a plan, counts: training moves it.
+    """
+    bias = model.language_model.lm_head.bias
+    if bias is None:
+        return False
+    return bias.is_meta or bool(bias.any())
+
+
 def merged_field(c: LLaVAConfig) -> dict:
     """Return the field of config.json that names the adapters in the weights, if there are any."""
     if not c.merged_adapters:

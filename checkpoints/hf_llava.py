@@ -25,11 +25,16 @@ from torch import Tensor
 
 from checkpoints import weights
 from checkpoints.fields import LAYERS, WIDTH, Fields
-from checkpoints.folder import folder_readme, merged_field, named_tensors, write_folder
-from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
+from checkpoints.folder import (
+    folder_readme,
+    has_head_bias,
+    merged_field,
+    named_tensors,
+    write_folder,
+)
+from checkpoints.hf_tokenizer import chat_files, image_token, tokenizer_files
 from config import LLaVAConfig, UserError
 from encoders import vision_config
-from inputs import templates
 from inputs.image_modes import MODES
 from inputs.image_processor import preprocessor_place, read_preprocessor
 
@@ -61,10 +66,12 @@ FAMILIES = (
     "qwen2",
     "qwen3",
     "gemma",
+    "gemma3_text",
     "stablelm",
     "phi",
     "phi3",
 )
+GEMMA3_LAYERS = ("full_attention", "sliding_attention")  # its kinds, as rope_parameters has them
 ENCODERS = ("clip_vision_model", "siglip_vision_model")
 SELECT = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> ours
 MOST_PIXELS = 2**14  # along an edge of a grid
@@ -274,14 +281,8 @@ def contents(
         "image_token": "<image>",
     }
     if tokenizer:
-        template = templates.choose_template(c.template, tokenizer)
         files |= tokenizer_files(tokenizer, token)
-        files["chat_template.jinja"] = chat_template(template, tokenizer)
-        files["generation_config.json"] = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": templates.stop_id(tokenizer, c.template),
-            "pad_token_id": tokenizer.pad_id,
-        }
+        files |= chat_files(tokenizer, c.template)
     return tensors, files
 
 
@@ -290,7 +291,6 @@ def check_expressible(model):
     c = model.config
     family = c.text["model_type"]
     encoder = model.vision_tower.config.hf["model_type"]
-    head_bias = model.language_model.lm_head.bias
     processor = model.vision_tower.processor
 
     if c.connector != "mlp2x_gelu":
@@ -300,7 +300,7 @@ def check_expressible(model):
         reason = f"{family}: transformers has no such class"
     elif encoder not in ENCODERS:
         reason = f"encoder {encoder}: its LLaVA takes CLIP or SigLIP"
-    elif head_bias is not None and head_bias.any():
+    elif has_head_bias(model):
         reason = "the bias of the language model's head: Hugging Face LLaVA drops it"
     elif c.feature_norm:
         reason = "features behind the encoder's final norm: a LLaVA does not run it"
@@ -330,6 +330,13 @@ def text_config(text: dict, transformers: int) -> dict:
         return text
 
     older = {key: value for key, value in text.items() if key != "rope_parameters"}
+
+    # Gemma-3 has a table for each kind of layer. Those with a window have no scaling.
+    if text["model_type"] == "gemma3_text" and rope.keys() <= set(GEMMA3_LAYERS):
+        local = rope.get("sliding_attention") or {}
+        older["rope_local_base_freq"] = local.get("rope_theta", 1e4)
+        rope = rope.get("full_attention") or {}
+
     scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in scaling:
@@ -345,6 +352,9 @@ def text_config(text: dict, transformers: int) -> dict:
             scaling.pop(key, None)
 
     if scaling.get("type", "default") != "default":
+        # Gemma-3 alone wants the newer name of its kind.
+        if text["model_type"] == "gemma3_text":
+            scaling["rope_type"] = scaling.pop("type")
         older.setdefault("rope_scaling", scaling)
     return older
 
@@ -352,11 +362,11 @@ def text_config(text: dict, transformers: int) -> dict:
 def scale_image_features(tensors: dict[str, Tensor], model, transformers: int):
     """Build the scale of image features into the last linear, and into the separator of anyres.
 
-    transformers has no such scale, and its version 5 leaves out the one by which our Gemma
-    multiplies.
+    transformers has no such scale. It also leaves out the one by which our Gemmas multiply, but for
+    the first Gemma in version 4.
     """
     scale = model.config.image_scale
-    if transformers >= 5:
+    if transformers >= 5 or model.config.text["model_type"] != "gemma":
         scale *= model.language_model.config.embed_scale
     if scale == 1:
         return

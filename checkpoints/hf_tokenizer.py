@@ -2,9 +2,9 @@
 
     image_token(tokenizer, vocab)            # the id of `<image>`
     tokenizer_files(tokenizer, token)        # tokenizer.json and tokenizer_config.json
-    chat_template(template, tokenizer)       # chat_template.jinja
+    chat_files(tokenizer, "vicuna")          # chat_template.jinja and generation_config.json
 
-tokenizer: one of inputs/tokenizer.py. template: what inputs/templates.choose_template returns.
+tokenizer: one of inputs/tokenizer.py.
 """
 
 from __future__ import annotations
@@ -201,6 +201,20 @@ TURNS = """\
 """
 
 
+def chat_files(tokenizer, name: str) -> dict[str, dict | str]:
+    """Return chat_template.jinja and generation_config.json of a model with that template."""
+    template = templates.choose_template(name, tokenizer)
+    generation = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": templates.stop_id(tokenizer, name),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    return {
+        "chat_template.jinja": chat_template(template, tokenizer),
+        "generation_config.json": generation,
+    }
+
+
 def chat_template(template, tokenizer) -> str:
     """Return a template as Jinja: it renders what the template renders, character for character."""
     flatten = FLATTEN
@@ -216,6 +230,11 @@ def chat_template(template, tokenizer) -> str:
             return tokenizer.chat_template
         return flatten + tokenizer.chat_template
 
+    return flatten + turns_of(template)
+
+
+def turns_of(template: templates.Template) -> str:
+    """Return one of our templates as Jinja, for messages whose contents are strings."""
     question = template.question.replace("{images}", "{q}")
     before_question, _, after_question = question.partition("{q}")
     before_answer, _, after_answer = template.answer.partition("{a}")
@@ -230,4 +249,4 @@ def chat_template(template, tokenizer) -> str:
     turns = TURNS
     for word, text in words.items():
         turns = turns.replace(word, json.dumps(text, ensure_ascii=False))  # Jinja reads its strings
-    return flatten + turns
+    return turns

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from checkpoints import (
     barellava,
+    gguf,
     hf_llava,
     llava_onevision,
     nanovlm,
@@ -38,7 +39,7 @@ from checkpoints.folder import MERGED, Renamed
 from checkpoints.names import Table
 from config import LLaVAConfig, Model, UserError
 from connectors import CONNECTORS
-from encoders import vision_config
+from encoders import vision_config, vision_half
 from inputs import nanovlm_tokenizer
 from inputs.image_modes import MODES
 from inputs.image_processor import preprocessor_place, read_preprocessor
@@ -68,6 +69,10 @@ class Layout:
     write: Callable | None = None
     export_name: str = ""
 
+    # check(model) raises UserError for a model that the layout cannot express, also for one without
+    # values. None: it can express every model.
+    check: Callable | None = None
+
 
 # Keyed by the exact `model_type` of config.json; nanoVLM's has none.
 LAYOUTS: dict[str, Layout] = {
@@ -83,6 +88,7 @@ LAYOUTS: dict[str, Layout] = {
         open_tensors=tinyllava.open_tensors,
         write=tinyllava.write,
         export_name="tinyllava",
+        check=tinyllava.check_expressible,
     ),
     "tiny_llava_phi": Layout(tinyllava_bench.read_phi, tinyllava_bench.TABLE),
     "tiny_llava": Layout(tinyllava_bench.read_llama, tinyllava_bench.TABLE),
@@ -92,6 +98,7 @@ LAYOUTS: dict[str, Layout] = {
         hf_llava.TABLE,
         write=hf_llava.write,  # of a model in image mode anyres it makes a llava_next
         export_name="hf-llava",
+        check=hf_llava.check_expressible,
     ),
     "llava_next": Layout(hf_llava.read_next, hf_llava.TABLE),
     "llava_onevision": Layout(
@@ -99,18 +106,21 @@ LAYOUTS: dict[str, Layout] = {
         llava_onevision.TABLE,
         write=llava_onevision.write,
         export_name="llava-onevision",
+        check=llava_onevision.check_expressible,
     ),
     "smolvlm": Layout(
         smolvlm.read,
         smolvlm.TABLE,
         write=smolvlm.write,
         export_name="smolvlm",
+        check=smolvlm.check_expressible,
     ),
     "idefics3": Layout(
         smolvlm.read,
         smolvlm.TABLE,
         write=smolvlm.write_idefics3,
         export_name="idefics3",
+        check=smolvlm.check_idefics3,
     ),
     "nanovlm": Layout(
         nanovlm.read,
@@ -118,8 +128,26 @@ LAYOUTS: dict[str, Layout] = {
         open_tensors=nanovlm.Unfused,
         write=nanovlm.write,
         export_name="nanovlm",
+        check=nanovlm.check_expressible,
     ),
 }
+
+
+def exports_to(model) -> list[str]:
+    """Return the names of export.py --to that can express a LLaVA, which may be without values."""
+    # Files of GGUF are written, and never read.
+    checks = {layout.export_name: layout.check for layout in LAYOUTS.values() if layout.write}
+    checks["gguf"] = gguf.check_expressible
+
+    names = []
+    for name, check in checks.items():
+        try:
+            if check is not None:
+                check(model)
+        except UserError:
+            continue
+        names.append(name)
+    return names
 
 
 class ReadCheckpoint(NamedTuple):
@@ -178,6 +206,7 @@ def read_config(folder: Path) -> LLaVAConfig:
     }
     return replace(
         config,
+        vision=vision_half(config.vision, places["vision"]),
         merged_adapters=tuple(fields.list(MERGED, str, default=[])),
         places=places | config.places,
     )
@@ -220,7 +249,7 @@ def config_from_recipe(c: Model, template: str, has_tokenizer: bool = True) -> L
 
     config = LLaVAConfig(
         text=text,
-        vision=vision,
+        vision=vision_half(vision, places["vision"]),
         preprocessor=preprocessor,
         connector=c.connector,
         connector_options=c.connector_options,

@@ -18,10 +18,15 @@ from torch import Tensor
 from checkpoints import hf_llava
 from checkpoints.fields import SIDE, VOCABULARY, Fields
 from checkpoints.files import read_json
-from checkpoints.folder import folder_readme, merged_field, named_tensors, write_folder
-from checkpoints.hf_tokenizer import chat_template, image_token, tokenizer_files
+from checkpoints.folder import (
+    folder_readme,
+    has_head_bias,
+    merged_field,
+    named_tensors,
+    write_folder,
+)
+from checkpoints.hf_tokenizer import chat_files, image_token, tokenizer_files
 from config import LLaVAConfig, UserError
-from inputs import templates
 from inputs.image_processor import preprocessor_place, read_preprocessor
 
 TABLE = hf_llava.TABLE
@@ -186,14 +191,8 @@ def contents(model, tokenizer) -> tuple[dict[str, Tensor], dict[str, dict | str]
         "video_token": "<video>",
     }
     if tokenizer:
-        template = templates.choose_template(c.template, tokenizer)
         files |= tokenizer_files(tokenizer, image, video)
-        files["chat_template.jinja"] = chat_template(template, tokenizer)
-        files["generation_config.json"] = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": templates.stop_id(tokenizer, c.template),
-            "pad_token_id": tokenizer.pad_id,
-        }
+        files |= chat_files(tokenizer, c.template)
     return tensors, files
 
 
@@ -215,7 +214,6 @@ def check_expressible(model):
     family = c.text["model_type"]
     tower = model.vision_tower
     encoder = tower.config.hf["model_type"]
-    head_bias = model.language_model.lm_head.bias
 
     if c.image_mode != MODE:
         reason = f"image mode {c.image_mode}: LLaVA-OneVision has {MODE} alone"
@@ -229,7 +227,7 @@ def check_expressible(model):
         reason = "features behind the encoder's final norm: a LLaVA-OneVision does not run it"
     elif tower.processor.crop:
         reason = f"{tower.processor.crop} pixels cropped: LLaVA-OneVision crops nothing"
-    elif head_bias is not None and head_bias.any():
+    elif has_head_bias(model):
         reason = "the bias of the language model's head: LLaVA-OneVision drops it"
     else:
         return

@@ -307,7 +307,8 @@ def write(folder: Path, model, tokenizer, transformers: int = 5):
     transformers: every layout's writer gets it; nanoVLM's layout is the same for both. Raises
     UserError, before anything is written, for what nanoVLM cannot express.
     """
-    check_expressible(model, tokenizer)
+    check_expressible(model)
+    check_tokenizer(tokenizer)
     files = {
         "README.md": folder_readme(model, OPENED_BY, videos=False),
         "config.json": config_json(model, tokenizer),
@@ -315,7 +316,7 @@ def write(folder: Path, model, tokenizer, transformers: int = 5):
     write_folder(folder, contents(model), files, tokenizer)
 
 
-def check_expressible(model, tokenizer: Tokenizer | None):
+def check_expressible(model):
     """Raise UserError naming the part that nanoVLM has no place for."""
     c = model.config
     tower = model.vision_tower.config
@@ -343,7 +344,14 @@ def check_expressible(model, tokenizer: Tokenizer | None):
         reason = "an image processor that normalises, or does not resize bicubic"
     elif c.template != "chat":
         reason = f"template {c.template}: nanoVLM has the tokenizer's own, chat"
-    elif tokenizer is None:
+    else:
+        return
+    raise UserError("--to nanovlm", reason, "export to barellava")
+
+
+def check_tokenizer(tokenizer: Tokenizer | None):
+    """Raise UserError for a tokenizer that nanoVLM would not make, or none."""
+    if tokenizer is None:
         reason = "no tokenizer: the marks around pictures of nanoVLM are its tokens"
     elif not (tokenizer.chat_template or "").startswith(nanovlm_tokenizer.BEFORE_CHAT):
         reason = "a chat template that is not nanoVLM's"

@@ -24,10 +24,15 @@ import torch
 
 from checkpoints.fields import SIDE, VOCABULARY, Fields
 from checkpoints.files import read_json
-from checkpoints.folder import folder_readme, merged_field, named_tensors, write_folder
-from checkpoints.hf_tokenizer import chat_template
+from checkpoints.folder import (
+    folder_readme,
+    has_head_bias,
+    merged_field,
+    named_tensors,
+    write_folder,
+)
+from checkpoints.hf_tokenizer import chat_files
 from config import LLaVAConfig, UserError
-from inputs import templates
 from inputs.image_processor import preprocessor_place, read_preprocessor
 from inputs.tiling_split import FAKE, MOST_EDGE, mark_names
 from inputs.tokenizer import Tokenizer, load_tokenizer
@@ -190,6 +195,9 @@ def with_marks(
 ) -> LLaVAConfig:
     """Return the config of a new model, with the marks, and embeddings for those that are new.
 
+    Its pictures are resized as SmolVLM's are, whatever its encoder's processor says: some programs
+    that run SmolVLM, llama.cpp for one, know no other way.
+
     tokenizer: it has them all (tiling_split.control_names). Without it each has one id, behind
     those of the language model. edge: 0 for that of one view. side: pixels of a view's side. Raises
     UserError.
@@ -206,7 +214,8 @@ def with_marks(
         marks = {name: tokenizer.encode(name)[0] for name in names}
         rows = max(rows, tokenizer.vocab_size)
     grown = config.text | {"vocab_size": rows}
-    return replace(config, text=grown, image_edge=edge, image_marks=marks)
+    images = config.preprocessor | {"resample": LANCZOS}
+    return replace(config, text=grown, preprocessor=images, image_edge=edge, image_marks=marks)
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -218,7 +227,10 @@ def write(folder: Path, model, tokenizer, transformers: int = 5, kind: str = "Sm
     transformers: every layout's writer gets it; both versions read the same files. Raises
     UserError, before anything is written, for what the layout cannot express.
     """
-    check_expressible(model, tokenizer, kind)
+    check_expressible(model, kind)
+    if tokenizer is None:
+        reason = f"no tokenizer: the marks around pictures of {kind} are its tokens"
+        raise UserError(f"--to {kind.lower()}", reason, "export to barellava")
     tensors = named_tensors(model, TABLE)
     files = contents(model, tokenizer, kind, tensors)
     files["README.md"] = folder_readme(model, OPENED_BY, videos=False)
@@ -228,12 +240,11 @@ def write(folder: Path, model, tokenizer, transformers: int = 5, kind: str = "Sm
 write_idefics3 = partial(write, kind="Idefics3")
 
 
-def check_expressible(model, tokenizer, kind: str):
+def check_expressible(model, kind: str = "SmolVLM"):
     """Raise UserError naming the part that neither class of transformers has a place for."""
     c = model.config
     tower = model.vision_tower.config
     family = c.text["model_type"]
-    bias = model.language_model.lm_head.bias
     options = {"factor": 2, "mlp_depth": 1} | c.connector_options
 
     if c.connector != "pixel_shuffle" or options["mlp_depth"] != 1:
@@ -244,7 +255,7 @@ def check_expressible(model, tokenizer, kind: str):
         reason = f"features without the encoder's final norm: {kind} has it (model.feature_norm)"
     elif c.feature_select != "cls_patch":
         reason = f"feature_select patch: {kind} keeps the first patch"
-    elif family not in FAMILIES or (bias is not None and bias.any()):
+    elif family not in FAMILIES or has_head_bias(model):
         reason = f"{family}: {kind} takes {', '.join(FAMILIES)}, with a head without bias"
     elif c.image_scale != 1:
         reason = f"image features scaled by {c.image_scale:g}: {kind} has no scale"
@@ -252,13 +263,14 @@ def check_expressible(model, tokenizer, kind: str):
         reason = f"image mode {c.image_mode}: {kind} writes {FAKE} around every picture"
     elif c.template != "chat":
         reason = f"template {c.template}: {kind} has the tokenizer's own, chat"
-    elif tokenizer is None:
-        reason = f"no tokenizer: the marks around pictures of {kind} are its tokens"
     else:
         grid = Fields(tower.hf | {"image_size": tower.image_size}, f"--to {kind.lower()}")
         check_positions(tower.image_size // tower.patch_size, grid)
         return
     raise UserError(f"--to {kind.lower()}", reason, "export to barellava")
+
+
+check_idefics3 = partial(check_expressible, kind="Idefics3")
 
 
 def contents(model, tokenizer, kind: str, tensors: dict) -> dict[str, dict | str]:
@@ -304,11 +316,4 @@ def contents(model, tokenizer, kind: str, tensors: dict) -> dict[str, dict | str
         "processor_class": f"{kind}Processor",
         "image_seq_len": view,
     }
-    template = templates.choose_template(c.template, tokenizer)
-    files["chat_template.jinja"] = chat_template(template, tokenizer)
-    files["generation_config.json"] = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": templates.stop_id(tokenizer, c.template),
-        "pad_token_id": tokenizer.pad_id,
-    }
-    return files
+    return files | chat_files(tokenizer, c.template)

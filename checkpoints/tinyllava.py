@@ -151,7 +151,7 @@ def _read_options(config: Fields, connector: str) -> dict[str, int]:
 
 
 def config_json(c: LLaVAConfig) -> dict:
-    """Return Factory's config.json. Raises UserError for what it cannot express."""
+    """Return Factory's config.json, of a model that it can express."""
     # Of a mixture of features Factory has the first encoder where it always is, the second beside.
     text = c.text
     vision = c.vision
@@ -160,8 +160,6 @@ def config_json(c: LLaVAConfig) -> dict:
     if vision["model_type"] == "mof":
         vision, second = vision["clip"], vision["dinov2"]
         prefix = "mof:"
-
-    check_expressible(c, vision.get("model_type"))
 
     # A path of this machine says nothing elsewhere: Factory gets a name that it knows instead.
     names = {key: name for key, name in c.sources.items() if name and not Path(name).is_absolute()}
@@ -213,11 +211,12 @@ def _option_fields(c: LLaVAConfig) -> dict:
     return fields
 
 
-def check_expressible(c: LLaVAConfig, encoder: str | None):
-    """Raise UserError that names the first thing Factory has no place for.
+def check_expressible(model):
+    """Raise UserError that names the first thing Factory has no place for."""
+    c = model.config
 
-    encoder: the encoder's model_type, in a mixture that of the first one.
-    """
+    # In a mixture the first encoder counts: the second is a DINOv2.
+    encoder = c.vision.get("clip", c.vision).get("model_type")
     family = c.text["model_type"]
     unknown_options = sorted(c.connector_options.keys() - OPTIONS.get(c.connector, ()))
 
@@ -334,6 +333,7 @@ def write(folder: Path, model, tokenizer, transformers: int = 5):
 
     Raises UserError, before anything is written, for what Factory cannot express.
     """
+    check_expressible(model)
     config = config_json(model.config)
     files = {
         "preprocessor_config.json": model.vision_tower.processor.to_hf(),

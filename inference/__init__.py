@@ -7,7 +7,7 @@ Read the files in this order, from the question to the token:
     engine.py        decoding: continuous batching, prefix cache, captured step
     cache.py         the keys and values of what has been read
     sampling.py      the choice of the next token
-    fast_linears.py  faster linear layers for decoding
+    fast_layers.py   faster linear layers, norms and rotations for decoding
     beam.py          beam search, which uses the cache without the engine
 
 and then, from the tokens back to those who asked:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.cache import Cache
-from inference.fast_linears import fast_linears, replaced_forwards
+from inference.fast_layers import fast_layers, replaced
 from inference.sampling import sample_tokens
 from kernels import fused
 from packing import IMAGE_TOKEN, Item, as_items, count_images, pack_prompts, send
@@ -156,7 +156,7 @@ class Engine:
         self.active = 0  # rows being decoded
         self.logits: Tensor | None = None  # (active, V), for the next token of each
         self.image_slots: dict[int, int] = {}  # by fingerprint, of the images in cached_ids
-        self.linears = fast_linears(self.lm)
+        self.fast_layers = fast_layers(self.lm)
 
         # A graph holds on to the addresses of the weights, and training moves them. It is made for
         # the kernels: the references are not kept from waiting for the GPU.
@@ -184,7 +184,7 @@ class Engine:
         """
         waiting = iter(requests)
         try:
-            with replaced_forwards(self.linears):
+            with replaced(self.fast_layers):
                 while True:
                     # Fill the free rows. This computes the logits of the new prompts.
                     free = len(self.rows) - self.active

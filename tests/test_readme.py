@@ -3,11 +3,16 @@
 import re
 import subprocess
 import tomllib
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import config
+from checkpoints import layouts, weights
+from model import LLaVA
 from tests.tools.environment import ROOT, run
+from training import planner
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [
@@ -86,3 +91,38 @@ def test_every_recipe_reads_and_is_written_back_equal(recipe, tmp_path):
     again.write_text(config.dumps(loaded))
     assert config.load([str(again)], recipe)[0] == loaded
     assert tomllib.loads(again.read_text())["train"]["output"].startswith("out/")
+
+
+def layouts_of(recipe: config.Recipe, scratch: Path) -> set[str]:
+    """Return to which layouts the model of a recipe exports; its parts are known by name."""
+    scratch.mkdir()
+    _, folders = planner.find_files(recipe, scratch, None)
+    parts = {part: str(folder) for part, folder in folders.items() if part != "tokenizer"}
+    template = list(recipe.stage.values())[-1].template
+    made = layouts.config_from_recipe(replace(recipe.model, **parts), template, False)
+    with weights.empty():
+        return set(layouts.exports_to(LLaVA(made)))
+
+
+def test_the_readme_says_to_which_layouts_each_recipe_exports(tmp_path):
+    """As its dry run does. Of a recipe that goes on from a model it is what that one can."""
+    said = {}
+    table = README.partition("| recipe | `export.py --to` |")[2].partition("\n\n")[0]
+    for row in table.splitlines()[2:]:
+        _, recipes, names, _ = row.split("|")
+        for recipe in re.findall("`([^`]+)`", recipes):
+            said[recipe] = {"barellava", *re.findall("`([^`]+)`", names)}
+
+    found = {}
+    for file in (ROOT / "recipes").glob("*.toml"):
+        recipe, _ = config.load([str(file)], file)
+        if recipe.model.llm or recipe.model.llm_config:
+            found[file.stem] = layouts_of(recipe, tmp_path / file.stem)
+    assert found == said
+
+
+@pytest.mark.parametrize("name", ["qwen2-siglip-base", "phi2-siglip-base", "gemma-siglip-base"])
+def test_with_all_patches_a_recipe_with_siglip_goes_to_llama_cpp(name, tmp_path):
+    file = ROOT / "recipes" / f"{name}.toml"
+    recipe, _ = config.load([str(file), "model.feature_select=cls_patch"], file)
+    assert "gguf" in layouts_of(recipe, tmp_path / "parts")

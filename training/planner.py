@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoints import layouts, weights
+from checkpoints import gguf, layouts, weights
 from checkpoints.files import read_json, write_file
 from config import Model, Recipe, Stage, UserError, load
 from data import Steps
@@ -407,6 +407,13 @@ class Plan:
             tokens += f" of one view, up to {most} of several"
         print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
 
+        merged = self.build(self.recipe, adapted=False)
+        print0(f"exports to: {', '.join(layouts.exports_to(merged))} (export.py --to)")
+        try:
+            gguf.check_expressible(merged)
+        except UserError as refusal:
+            print0(f"  not to llama.cpp: {refusal}")
+
         if self.room is None:
             print0("no GPU is here: what follows is what GPUs would take")
         for name in self.recipe.stage:
@@ -417,11 +424,15 @@ class Plan:
         print0(f"hours: at {SHARE:.0%} of the GPUs' peak in bfloat16, see training/estimate.py")
         print0("*: sharded over the GPUs (train.parallel fsdp, which auto takes where it must)")
 
-    def build(self, recipe: Recipe) -> LLaVA:
-        """Return the recipe's model on the meta device, with its adapters."""
+    def build(self, recipe: Recipe, adapted: bool = True) -> LLaVA:
+        """Return the recipe's model on the meta device, with or without its adapters."""
+        stages = list(recipe.stage.values())
+        template = stages[-1].template
+        has_tokenizer = self.tokenizer is not None
         with weights.empty():
-            model = LLaVA(layouts.config_from_recipe(recipe.model, "", self.tokenizer is not None))
-            self.script.adapt(model, list(recipe.stage.values()))
+            model = LLaVA(layouts.config_from_recipe(recipe.model, template, has_tokenizer))
+            if adapted:
+                self.script.adapt(model, stages)
         return model
 
     def measure(self, recipe: Recipe, name: str, row: RowSize) -> tuple[LLaVA, Memory]:

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
-from bench.common import OURS, PEER
-from bench.decoding import step_bytes, write
-from bench.generate import CPU, row
-from model import LLaVA
+from bench import llama_cpp
+from bench.common import LLAMA_CPP, OURS, PEER
+from bench.decoding import TINY, TOY, step_bytes, write
+from bench.generate import CPU, OF_LLAMA_CPP, heading, row
+from config import Model
+from model import LLaVA, init_weights
 from tests.tools.environment import ROOT, run
 
 
@@ -19,30 +22,54 @@ def test_a_toy_is_measured_beside_transformers(tmp_path):
     ).stdout
     assert "192 of 192" in out and "16 questions, float32" in out and "answers equal" in out
     (found,) = json.loads((tmp_path / "g.json").read_text())["models"].values()
-    assert [(c["kind"], c["batch"]) for c in found["cases"]] == [("float32", 8), ("int8", 1)]
+    peers = [PEER]
+    if llama_cpp.installed():
+        peers.append(LLAMA_CPP)
+    measured = [(c["kind"], c["batch"]) for c in found["cases"] if c["threads"] == 1]
+    assert measured == [("float32", 8), ("int8", 1)] and found["memory"]["1"] > 0
     for case in found["cases"]:
-        rates = [case["rates"][name] for name in (OURS, PEER)]
-        assert (
-            case["ratios"] == pytest.approx([a / b for a, b in zip(*rates, strict=True)])
-            and len(rates[0]) == 2
-        )
+        ours = case["rates"][OURS]
+        assert list(case["ratios"]) == peers and len(ours) == 2
+        for peer in peers:
+            ratios = [a / b for a, b in zip(ours, case["rates"][peer], strict=True)]
+            assert case["ratios"][peer] == pytest.approx(ratios)
+
+
+def test_llama_cpp_has_the_same_weights(tmp_path):
+    """In float32 it gives our tokens, of each sequence of a batch."""
+    if not llama_cpp.installed():
+        pytest.skip("xllamacpp and gguf are not installed")
+    torch.manual_seed(0)
+    text = TOY | {"num_key_value_heads": 2}
+    model = LLaVA.from_parts(Model(llm_config=text, vision_config=TINY), "plain").eval()
+    init_weights(model.language_model, 0.3)
+    llama_cpp.write(model.language_model, "float32", tmp_path / "toy.gguf")
+    prompts = torch.randint(3, 320, (3, 12))
+    theirs = llama_cpp.LlamaCpp(tmp_path / "toy.gguf", 3, 1).decode(prompts, 8)
+    assert torch.equal(theirs, model.generate(prompts, max_new_tokens=8))
 
 
 def test_a_number_below_its_target_is_called_missed():
+    key = ("bfloat16", 1)
     case = {
         "kind": "bfloat16",
         "batch": 1,
+        "threads": 1,
         "rates": {OURS: [5.0], PEER: [4.0]},
-        "ratios": [CPU["bfloat16", 1] - 0.01],
+        "ratios": {PEER: [CPU[key] - 0.01], LLAMA_CPP: [OF_LLAMA_CPP[key]]},
         "step_ms": 1.0,
         "bytes": 10,
-        "equal": 1,
+        "equal": {PEER: 1, LLAMA_CPP: 1},
         "tokens": 1,
     }
-    assert "MISSED" in row(case, 1e6, True)
-    assert row(case | {"ratios": [CPU["bfloat16", 1]]}, 1e6, True).endswith("target 1.3: met")
-    on_a_gpu = row(case | {"ratios": [7.0], "bytes": 76}, 100e3, False)
-    assert " 76%" in on_a_gpu and on_a_gpu.endswith("target 6: met target 0.75: met")
+    assert row(case, 1e6, True).endswith("target 2 x transformers: MISSED")
+    assert "llama.cpp" not in heading([case])
+    both = case | {"rates": case["rates"] | {LLAMA_CPP: [5.0]}}
+    assert row(both, 1e6, True).endswith("MISSED target 0.8 x llama.cpp: met")
+    assert len(heading([both])) == len(row(both, 1e6, True).split(" target")[0])
+    on_a_gpu = row(case | {"ratios": {PEER: [7.0]}, "bytes": 76}, 100e3, False)
+    assert " 76%" in on_a_gpu
+    assert on_a_gpu.endswith("target 6 x transformers: met target 0.75: met")
 
 
 def test_bytes_of_a_step(tmp_path):

@@ -69,7 +69,7 @@ def test_transformers_loads_what_we_write(version, tmp_path):
     models = {}
     for i, (family, tower) in enumerate(
         (f, t)
-        for f in ("llama", "qwen2", "gemma", "mistral", "smollm3", "phi3")
+        for f in ("llama", "qwen2", "gemma", "gemma3_text", "mistral", "smollm3", "phi3")
         for t in ("clip", "siglip")
     ):
         model = small(family, tower, feature_select="patch" if i % 2 else "cls_patch")

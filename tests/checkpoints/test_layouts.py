@@ -4,13 +4,15 @@ import json
 
 import pytest
 
+from checkpoints import weights
 from checkpoints.files import read_json
-from checkpoints.layouts import read_config
+from checkpoints.layouts import LAYOUTS, config_from_recipe, exports_to, read_config
 from config import Model, UserError
 from export import export
+from inputs.tiling_split import mark_names
 from model import LLaVA, lm_config, tiling_of
 from tests.tools.fuzz import places
-from tests.tools.small_llava import small
+from tests.tools.small_llava import NAFLEX, SIDE, VISION, small
 
 
 def test_unknown_layout_and_incomplete_config_are_one_line(tmp_path):
@@ -61,6 +63,73 @@ def test_a_wrong_field_is_named_with_its_file(layout, tmp_path):
                     assert is_named and "; fix: " in str(e), str(e)
         (folder / name).write_text(json.dumps(good))
     LLaVA.from_pretrained(folder)
+
+
+# What a model is made of -> the layouts that can express it, beside our own.
+EXPRESSED = (
+    ({"tower": "clip"}, {"tinyllava", "hf-llava"}),
+    ({"family": "phi"}, {"tinyllava"}),  # its head has a bias
+    ({"tower": "clip", "connector": "resampler"}, {"tinyllava"}),
+    (
+        {"tower": "siglip", "image_mode": "anyres_max", "feature_select": "cls_patch"},
+        {"llava-onevision"},
+    ),
+    (
+        {
+            "tower": "siglip",
+            "connector": "pixel_shuffle",
+            "connector_options": {"factor": 3},
+            "feature_layer": -1,
+            "feature_select": "cls_patch",
+            "feature_norm": True,
+            "image_mode": "split",
+            "image_edge": 2 * SIDE,
+            "image_marks": {name: [1] for name in mark_names(2 * SIDE, SIDE)},
+            "template": "chat",
+        },
+        {"smolvlm", "idefics3"},
+    ),
+    (NAFLEX, set()),
+)
+
+
+@pytest.mark.parametrize("parts, expected", EXPRESSED)
+def test_the_layouts_that_can_express_a_model_are_named(parts, expected, tmp_path):
+    """From the plan without values too; and each writer refuses what its check refuses."""
+    model = small(**parts)
+    if model.language_model.lm_head.bias is not None:
+        model.language_model.lm_head.bias.data.fill_(1)
+    assert set(exports_to(model)) == {"barellava"} | expected
+    with weights.empty():
+        assert exports_to(LLaVA(model.config)) == exports_to(model)
+
+    for layout in LAYOUTS.values():
+        if layout.export_name in exports_to(model) or not layout.write:
+            continue
+        with pytest.raises(UserError):
+            export(model, None, layout.export_name, tmp_path / layout.export_name)
+        assert not (tmp_path / layout.export_name).exists()
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_of_a_full_encoder_the_vision_half_counts(kind, tmp_path):
+    """The published folders have a text half, too; Factory knows encoders by their half's name."""
+    alone = small("llama", kind)
+    full = {"model_type": kind, "text_config": {"hidden_size": 3}, "vision_config": VISION}
+    (tmp_path / "config.json").write_text(json.dumps(full))
+    images = json.dumps(alone.vision_tower.processor.to_hf())
+    (tmp_path / "preprocessor_config.json").write_text(images)
+    recipe = Model(llm_config=alone.config.text, vision=str(tmp_path), connector="mlp2x_gelu")
+    made = config_from_recipe(recipe, "llama")
+    assert made.vision == VISION | {"model_type": f"{kind}_vision_model"}
+    with weights.empty():
+        assert exports_to(LLaVA(made)) == ["barellava", "tinyllava", "hf-llava"]
+
+    # So it is where a checkpoint of before says it.
+    export(alone, None, "barellava", tmp_path / "own")
+    config = read_json(tmp_path / "own" / "config.json")
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"vision_config": full}))
+    assert "tinyllava" in exports_to(LLaVA.from_pretrained(tmp_path / "own"))
 
 
 def test_random_weights_that_no_machine_holds_are_refused():

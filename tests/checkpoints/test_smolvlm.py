@@ -29,6 +29,7 @@ from tests.tools.environment import ROOT, run, shared
 from tests.tools.refused_exports import check_refusals
 from tests.tools.sample_rows import make_sample, turns
 from tests.tools.training_runs import one_line
+from tests.tools.vocabularies import byte_level
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install .[dev]")
 
@@ -52,7 +53,6 @@ TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-CORPUS = ["User: What is this?\n\nAssistant: A horse\n\n and\n a dog.", "\n\n", "How many?\n\n\n"]
 
 # Two small odd models: 9 x 9 patches in squares of 3, and 6 x 6 in squares of 2 with an odd edge.
 MODELS = {
@@ -71,24 +71,6 @@ MODELS = {
         "tied": False,
     },
 }
-
-
-def byte_level(controls: list[str], size: int):
-    """Return a byte-level vocabulary with these control tokens, in which line breaks merge."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = tokenizers.Tokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=controls,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator(CORPUS * 5, trainer)
-    return fast
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -605,6 +587,7 @@ def test_a_model_made_here_of_parts_answers_alike_as_smolvlm(tmp_path, edge):
         said += f" of one view, up to {longest} of several"
     assert said + "\n" in plan.stdout
     assert len(embeddings) == tok.vocab_size == 1 + max(*marks, tok.token_id("<image>"))
+    assert model.vision_tower.processor.resample == Image.Resampling.LANCZOS
 
     run("export.py", "--model", tmp_path / "out", "--to", "smolvlm", tmp_path / "hf")
     theirs, info = transformers.SmolVLMForConditionalGeneration.from_pretrained(

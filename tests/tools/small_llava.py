@@ -20,6 +20,19 @@ TEXT = {
     "llama": {"num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "gemma": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14},
+    "gemma3_text": {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 14,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 5,  # all prompts are longer
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0},
+        },
+        "pad_token_id": None,
+    },
     "phi": {"num_attention_heads": 4, "partial_rotary_factor": 0.5},
     "mistral": {"num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": None},
     "smollm3": {
@@ -73,9 +86,14 @@ def small(
     seed: int = 0,
     edge: int = SIDE,
     sizes: dict | None = None,
+    vision: dict | None = None,
+    processor: dict | None = None,
     **config,
 ) -> LLaVA:
-    """Return a model of random weights. sizes: fields of its language model."""
+    """Return a model of random weights.
+
+    sizes, vision, processor: fields of its language model, encoder and image processor.
+    """
     text = {
         "model_type": family,
         "vocab_size": vocab,
@@ -85,15 +103,16 @@ def small(
         **TEXT[family],
         **(sizes or {}),
     }
-    vision = {"model_type": f"{tower}_vision_model", **VISION}
+    encoder = {"model_type": f"{tower}_vision_model", **VISION, **(vision or {})}
     if tower == "clip":
         preprocessor = CLIP_SIDE | {"size": {"shortest_edge": edge}}
     elif tower == "siglip2":
         preprocessor = NAFLEX_PATCHES
     else:
         preprocessor = {"size": {"height": SIDE, "width": SIDE}}
+    preprocessor = preprocessor | (processor or {})
     torch.manual_seed(seed)
-    model = LLaVA(LLaVAConfig(text, vision, preprocessor, **config)).eval()
+    model = LLaVA(LLaVAConfig(text, encoder, preprocessor, **config)).eval()
     init_weights(model, 0.2)
     with torch.no_grad():
         for name, p in model.named_parameters():

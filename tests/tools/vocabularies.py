@@ -20,6 +20,13 @@ shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared wit
 load = cache(load_tokenizer)  # the real ones take half a second each
 
 
+LINE_BREAKS = [
+    "User: What is this?\n\nAssistant: A horse\n\n and\n a dog.",
+    "\n\n",
+    "How many?\n\n\n",
+]
+
+
 def turns(*values):
     """human, gpt, human, ... in LLaVA's form."""
     return [{"from": "gpt" if i % 2 else "human", "value": value} for i, value in enumerate(values)]
@@ -78,6 +85,21 @@ def gather(folder, *sources, **config):
     settings = json.loads(file.read_text()) if file.is_file() else {}
     file.write_text(json.dumps(settings | config))
     return folder
+
+
+def byte_level(controls: list[str], size: int):
+    """Return a byte-level vocabulary with these control tokens, in which line breaks merge."""
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=controls,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(LINE_BREAKS * 5, trainer)
+    return fast
 
 
 def from_ranks(folder):

@@ -169,6 +169,8 @@ def test_dry_run_of_the_demo():
     said = run("train.py", "--dry-run").stdout
     assert world.exists() == there  # it makes nothing
     assert said.count("found" if there else "train.py makes it") == 7 and "MISSING" not in said
+    assert "\nexports to: barellava, tinyllava, hf-llava, gguf (" in said
+    assert "not to llama.cpp" not in said
     r, _ = config.load([], ROOT / "recipes/demo.toml")
     model = build(
         r.model.llm_config, r.model.vision_config, connector=r.model.connector, feature_layer=-1
@@ -392,6 +394,11 @@ def test_a_recipe_whose_llm_gets_control_tokens_is_planned_without_its_tokenizer
     recipe = ROOT / "recipes" / "smollm2-360m-siglip2-shuffle.toml"
     said = run("train.py", recipe, "--dry-run", "model.image_edge=2048", ok=False).stdout
     assert "; 67 tokens per image of one view, up to" in said
+    assert "\nexports to: barellava, smolvlm, idefics3, gguf (" in said
+    assert "not to llama.cpp" not in said
+    said = run("train.py", recipe, "--dry-run", ok=False).stdout
+    assert "\nexports to: barellava, smolvlm, idefics3 (" in said
+    assert "\n  not to llama.cpp: --to gguf: pictures of one view: " in said
 
 
 def test_known_models_are_planned_without_the_hub():

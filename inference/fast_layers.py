@@ -1,0 +1,210 @@
+"""Faster layers for decoding: other kernels in place of the modules' own methods.
+
+    with replaced(fast_layers(language_model)):
+        ...  # every step of decoding in here is faster
+
+`fast_linears`: a step of decoding multiplies every weight with a few rows only, so its time is the
+time to read the weights. The modules' own forwards are made for training; these can do better:
+
+- on a CPU with a C++ compiler: kernels/cpu.py reads a weight at the speed of the memory.
+- bfloat16 on a CPU: oneDNN lays a weight out anew for every product. Here that is done once, for
+  what has more rows than a step.
+- NF4 on a CPU: no product reads its codes directly, so the weight is dequantized once.
+- other quantized weights: the product is called without the (empty) adapter of lora.Quantized.
+
+`fast_norms`, `fast_rotations`: with a C++ compiler each of them is one call, where torch needs ten,
+which together would take as long as reading the weights of a small model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import cpu, int8, nf4
+from kernels.lora import FORMATS
+from kernels.rope import rope
+from layers import LayerNorm, RMSNorm
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Replacement(NamedTuple):
+    """A function that takes the place of a module's attribute."""
+
+    module: nn.Module
+    name: str
+    function: Callable
+
+
+# Rows up to which kernels/cpu.py is faster than oneDNN in bfloat16.
+FEW_BFLOAT16 = 4
+
+
+def fast_layers(lm: nn.Module) -> list[Replacement]:
+    """Return all that is faster for the decoding of a language model."""
+    replacements = [Replacement(m, "forward", f) for m, f in fast_linears(lm).items()]
+    on_cpu = lm.model.norm.weight.is_cpu
+    if on_cpu and lm.model.norm.weight.dtype in cpu.WIDTHS and cpu.library() is not None:
+        replacements += fast_norms(lm)
+        replacements += fast_rotations(lm)
+    return replacements
+
+
+def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
+    """Return a faster forward for every linear layer of a language model that has one.
+
+    A weight that is laid out or dequantized takes its size in memory once more.
+    """
+    dtype = lm.model.norm.weight.dtype
+    on_cpu = lm.model.norm.weight.is_cpu
+
+    # What is none of the kinds above, such as a sharded weight, keeps its own forward.
+    fast = {}
+    for name, module in lm.named_modules():
+        # An adapter multiplies with its base layer itself, and never calls its forward.
+        if name.endswith("base_layer"):
+            continue
+
+        weight = getattr(module, "weight", None)
+        if type(weight) is nf4.NF4 and on_cpu:
+            fast[module] = _dense(nf4.dequantize(weight, dtype), module.bias)
+        elif type(weight) in FORMATS:
+            fast[module] = _quantized(weight, module.bias, dtype)
+        elif isinstance(module, nn.Linear) and on_cpu and _is_plain(weight, dtype):
+            fast[module] = _dense(weight.detach(), module.bias)
+    return fast
+
+
+def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a weight is an ordinary parameter: neither sharded nor of another dtype."""
+    return type(weight) is nn.Parameter and weight.dtype == dtype
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
+    """Return x -> x weight^T + bias."""
+    many = _many_rows(weight, bias)
+    if not cpu.fits(weight.dtype, weight):
+        return many
+
+    # With more rows oneDNN's arithmetic in bfloat16 is faster.
+    most = cpu.FEW
+    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        most = FEW_BFLOAT16
+
+    def linear(x: Tensor) -> Tensor:
+        if x.size(0) > most:
+            return many(x)
+        return _add_bias(cpu.product(x, weight), bias)
+
+    return linear
+
+
+def _many_rows(weight: Tensor, bias: Tensor | None) -> Forward:
+    """Return x -> x weight^T + bias by torch, a bfloat16 weight in oneDNN's own layout."""
+    if weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+
+        def linear(x: Tensor) -> Tensor:
+            return F.linear(x, weight, bias)
+
+        return linear
+
+    # Laying the weight out takes longer than the product with a few rows.
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def reordered_linear(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, reordered, bias, "none", [], "")
+
+    return reordered_linear
+
+
+def _quantized(weight: nf4.NF4 | int8.Int8, bias: Tensor | None, dtype: torch.dtype) -> Forward:
+    """Return x -> x weight^T + bias, with the product of the weight's format."""
+    matmul = FORMATS[type(weight)].matmul
+    reads_int8 = type(weight) is int8.Int8 and cpu.fits(dtype, weight.weight)
+
+    def linear(x: Tensor) -> Tensor:
+        if reads_int8 and x.size(0) <= cpu.FEW:
+            y = cpu.product(x, weight.weight, weight.SCB, int8.STEP)
+        else:
+            y = matmul(x, weight)
+        return _add_bias(y, bias)
+
+    return linear
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y + bias. It is in place: y is new, and nothing is differentiated here."""
+    if bias is None:
+        return y
+    return y.add_(bias)
+
+
+def fast_norms(lm: nn.Module) -> list[Replacement]:
+    """Return `forward` and `add` of every norm by kernels/cpu.py, for few rows."""
+    dtype = lm.model.norm.weight.dtype
+    replacements = []
+    for module in lm.modules():
+        if isinstance(module, (LayerNorm, RMSNorm)) and _is_plain(module.weight, dtype):
+            replacements += _norm(module)
+    return replacements
+
+
+def _norm(module: LayerNorm | RMSNorm) -> list[Replacement]:
+    """Return the two methods of one norm."""
+    weight = module.weight.detach()
+    rest = (weight, module.bias, module.eps, module.kind)
+
+    def fits(x: Tensor) -> bool:
+        return x.size(0) <= cpu.FEW and x.dtype == weight.dtype
+
+    def forward(x: Tensor) -> Tensor:
+        if not fits(x):
+            return type(module).forward(module, x)
+        normed, _ = cpu.norm(x, None, *rest)
+        return normed
+
+    def add(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if not fits(x) or residual.dtype != x.dtype:
+            return type(module).add(module, x, residual)
+        return cpu.norm(x, residual, *rest)
+
+    return [Replacement(module, "forward", forward), Replacement(module, "add", add)]
+
+
+def fast_rotations(lm: nn.Module) -> list[Replacement]:
+    """Return `rotate` of every attention that rotates, by kernels/cpu.py, for few rows."""
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if q.size(0) > cpu.FEW or q.dtype not in cpu.WIDTHS:
+            return rope(q, k, cos, sin)
+        return cpu.turn(q, cos, sin), cpu.turn(k, cos, sin)
+
+    replacements = []
+    for module in lm.modules():
+        if getattr(module, "rotate", None) is rope:
+            replacements.append(Replacement(module, "rotate", rotate))
+    return replacements
+
+
+@contextmanager
+def replaced(replacements: list[Replacement]) -> Iterator[None]:
+    """Give modules other attributes, and their own again at the end."""
+    before = []
+    try:
+        for module, name, function in replacements:
+            # An attribute of the module itself hides the method of its class.
+            before.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = function
+        yield
+    finally:
+        for module, name, own in before:
+            if own is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = own
