@@ -21,7 +21,7 @@ if not GPU:
 
 from tests.tools.training_runs import recipe, tiny_world, whole_run  # noqa: E402, F401
 
-# The files that take most of a minute or more on one core.
+# The files that take half a minute or more of one core.
 LONG_FILES = (
     "bench/test_bench_nanovlm.py",
     "bench/test_bench_training.py",
@@ -34,9 +34,10 @@ LONG_FILES = (
     "kernels/test_mutations.py",
     "test_lora.py",
     "test_model.py",
+    "test_serve.py",
     "test_train.py",
+    "training/test_output.py",
     "training/test_parallel.py",
-    "training/test_signals.py",
     "training/test_starts.py",
 )
 

@@ -18,10 +18,16 @@ import sys
 import PIL.Image  # noqa: F401
 import safetensors.torch  # noqa: F401
 import sentencepiece  # noqa: F401
-import torch._dynamo  # noqa: F401, every optimizer imports it
 import torch.distributed.fsdp  # noqa: F401
 import torch.utils.data  # noqa: F401
-import triton.language  # noqa: F401
+
+# What is imported by now stays. A collection in a fork need not look through it, which would copy
+# the memory page by page. Triton, imported below, complains at the end where it is not collected.
+gc.collect()
+gc.freeze()
+
+import torch._dynamo  # noqa: E402, F401, every optimizer imports it
+import triton.language  # noqa: E402, F401
 
 
 def fork(processes: list[dict]) -> dict | None:
@@ -51,11 +57,6 @@ def redirect(process: dict):
 
 
 def main():
-    # What is imported stays. A collection in a fork need not look through it, which would copy the
-    # memory page by page.
-    gc.collect()
-    gc.freeze()
-
     for line in sys.stdin:
         job = json.loads(line)
         process = fork(job["processes"])
