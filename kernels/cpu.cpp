@@ -16,10 +16,9 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-constexpr int LANES = 16;     // numbers of a vector
-constexpr long STEP = 32;     // columns that are multiplied at a time
-constexpr long ROWS = 4;      // of the weight, at a time: their sums do not wait for each other
-constexpr long AHEAD = 2048;  // bytes: how long before its use a piece of the weight is fetched
+constexpr int LANES = 16;   // numbers of a vector
+constexpr long STEP = 32;  // columns that are multiplied at a time
+constexpr long ROWS = 4;   // of the weight, at a time: their sums do not wait for each other
 
 // ------------------------------------------------------------------ numbers
 
@@ -75,7 +74,8 @@ static inline float sum(Floats v) {
 // y[m][n] = factor scales[n] sum_k x[m][k] w[n][k] for M rows of x, N rows of the weight and K
 // columns, a multiple of STEP. The weight is read once.
 
-// R rows of the weight and C rows of x, whose R C sums stay in registers.
+// R rows of the weight and C rows of x, whose R C sums stay in registers. Meanwhile the next R rows
+// of the weight are fetched.
 template <int R, int C, class X, class W>
 static inline void tile(const float* x, const W* w, const float* scales, float factor, X* y,
                         long N, long K) {
@@ -83,10 +83,10 @@ static inline void tile(const float* x, const W* w, const float* scales, float f
     for (long k = 0; k < K; k += STEP) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const char* soon = (const char*)(w + r * K + k) + AHEAD;
+            const char* next = (const char*)(w + (r + R) * K + k);
 #pragma GCC unroll 8
             for (int byte = 0; byte < STEP * (int)sizeof(W); byte += 64)
-                __builtin_prefetch(soon + byte);
+                __builtin_prefetch(next + byte);
         }
 
 #pragma GCC unroll 8
