@@ -86,6 +86,14 @@ def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
     return type(weight) is nn.Parameter and weight.dtype == dtype
 
 
+def _takes(x: Tensor, dtype: torch.dtype, most: int = cpu.FEW) -> bool:
+    """Return whether kernels/cpu.py takes these rows: few of them, in its dtype.
+
+    Autocast, which chooses the dtype of every product, does not know it.
+    """
+    return x.size(0) <= most and x.dtype == dtype and not torch.is_autocast_enabled("cpu")
+
+
 def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
     """Return x -> x weight^T + bias."""
     many = _many_rows(weight, bias)
@@ -98,7 +106,7 @@ def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
         most = FEW_BFLOAT16
 
     def linear(x: Tensor) -> Tensor:
-        if x.size(0) > most:
+        if not _takes(x, weight.dtype, most):
             return many(x)
         return _add_bias(cpu.product(x, weight), bias)
 
@@ -129,7 +137,7 @@ def _quantized(weight: nf4.NF4 | int8.Int8, bias: Tensor | None, dtype: torch.dt
     reads_int8 = type(weight) is int8.Int8 and cpu.fits(dtype, weight.weight)
 
     def linear(x: Tensor) -> Tensor:
-        if reads_int8 and x.size(0) <= cpu.FEW:
+        if reads_int8 and _takes(x, dtype):
             y = cpu.product(x, weight.weight, weight.SCB, int8.STEP)
         else:
             y = matmul(x, weight)
@@ -160,17 +168,14 @@ def _norm(module: LayerNorm | RMSNorm) -> list[Replacement]:
     weight = module.weight.detach()
     rest = (weight, module.bias, module.eps, module.kind)
 
-    def fits(x: Tensor) -> bool:
-        return x.size(0) <= cpu.FEW and x.dtype == weight.dtype
-
     def forward(x: Tensor) -> Tensor:
-        if not fits(x):
+        if not _takes(x, weight.dtype):
             return type(module).forward(module, x)
         normed, _ = cpu.norm(x, None, *rest)
         return normed
 
     def add(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if not fits(x) or residual.dtype != x.dtype:
+        if not _takes(x, weight.dtype) or residual.dtype != x.dtype:
             return type(module).add(module, x, residual)
         return cpu.norm(x, residual, *rest)
 
@@ -180,8 +185,10 @@ def _norm(module: LayerNorm | RMSNorm) -> list[Replacement]:
 def fast_rotations(lm: nn.Module) -> list[Replacement]:
     """Return `rotate` of every attention that rotates, by kernels/cpu.py, for few rows."""
 
+    dtype = lm.model.norm.weight.dtype
+
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        if q.size(0) > cpu.FEW or q.dtype not in cpu.WIDTHS:
+        if not _takes(q, dtype) or k.dtype != dtype:
             return rope(q, k, cos, sin)
         return cpu.turn(q, cos, sin), cpu.turn(k, cos, sin)
 
