@@ -9,7 +9,7 @@ time to read the weights. The modules' own forwards are made for training; these
 - on a CPU with a C++ compiler: kernels/cpu.py reads a weight at the speed of the memory.
 - bfloat16 on a CPU: oneDNN lays a weight out anew for every product. Here that is done once, for
   what has more rows than a step.
-- NF4 on a CPU: no product reads its codes directly, so the weight is dequantized once.
+- NF4 on a CPU: torch has no product that reads its codes, so the weight is dequantized once.
 - other quantized weights: the product is called without the (empty) adapter of lora.Quantized.
 
 `fast_norms`, `fast_rotations`: with a C++ compiler each of them is one call, where torch needs ten,
@@ -44,6 +44,7 @@ class Replacement(NamedTuple):
 
 # Rows up to which kernels/cpu.py is faster than oneDNN in bfloat16.
 FEW_BFLOAT16 = 4
+FEW_NF4 = 8  # and faster with codes than with the dequantized weight
 
 
 def fast_layers(lm: nn.Module) -> list[Replacement]:
@@ -73,7 +74,7 @@ def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
 
         weight = getattr(module, "weight", None)
         if type(weight) is nf4.NF4 and on_cpu:
-            fast[module] = _dense(nf4.dequantize(weight, dtype), module.bias)
+            fast[module] = _nf4(weight, module.bias, dtype)
         elif type(weight) in FORMATS:
             fast[module] = _quantized(weight, module.bias, dtype)
         elif isinstance(module, nn.Linear) and on_cpu and _is_plain(weight, dtype):
@@ -129,6 +130,25 @@ def _many_rows(weight: Tensor, bias: Tensor | None) -> Forward:
         return torch.ops.mkldnn._linear_pointwise.default(x, reordered, bias, "none", [], "")
 
     return reordered_linear
+
+
+def _nf4(weight: nf4.NF4, bias: Tensor | None, dtype: torch.dtype) -> Forward:
+    """Return x -> x weight^T + bias: few rows by the codes, others by the dequantized weight."""
+    dense = _dense(nf4.dequantize(weight, dtype), bias)
+    outputs, columns = weight.shape
+    if dtype not in cpu.WIDTHS or not cpu.fits_nf4(columns, weight.blocksize):
+        return dense
+
+    packed = weight.packed.contiguous()
+    scales = nf4.block_scales(weight).contiguous()
+    code = weight.quant_map.contiguous()
+
+    def linear(x: Tensor) -> Tensor:
+        if not _takes(x, dtype, FEW_NF4):
+            return dense(x)
+        return _add_bias(cpu.nf4(x, packed, scales, code, outputs), bias)
+
+    return linear
 
 
 def _quantized(weight: nf4.NF4 | int8.Int8, bias: Tensor | None, dtype: torch.dtype) -> Forward:
