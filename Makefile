@@ -26,8 +26,10 @@ moving: .venv/installed
 	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world --one-frame
 
 # One process per core. Tests of one file stay in one process, because they share what is slow to make.
+# Files go out in the order of tests/conftest.py, the longest first. Bytecode is kept even where the
+# environment forbids it: hundreds of short scripts would each compile the project again.
 test: .venv/installed .venv/hf4/installed
-	$(PY) -m pytest -n auto --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-full: .venv/installed
 	$(PY) -m pytest -m full -s

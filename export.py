@@ -53,7 +53,6 @@ for layout in layouts.LAYOUTS.values():
         WRITERS[layout.export_name] = layout.write
 
 ADAPTERS = ("peft", "gguf-lora")  # what --to names for a run's adapters
-QUANTIZED = ("q8_0", "q4_0")  # what --dtype names for GGUF files only
 
 
 def export(
@@ -274,7 +273,10 @@ def main(argv: list[str]):
         check_free(out)
 
     if args.to != "gguf":
-        for name, value in (("--check", args.check), ("--dtype", args.dtype in QUANTIZED)):
+        for name, value in (
+            ("--check", args.check),
+            ("--dtype", args.dtype in gguf_file.QUANTIZED),
+        ):
             if value:
                 raise UserError(f"{name} with --to {args.to}", "of GGUF files only", "leave it out")
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from checkpoints import gguf_tokenizer, gguf_vision
 from checkpoints.fields import Fields
-from checkpoints.gguf_file import ARCHITECTURE, FileTensor, compare, write_gguf
+from checkpoints.gguf_file import ARCHITECTURE, QUANTIZED, FileTensor, compare, write_gguf
 from checkpoints.names import Table, matches, rename
 from config import UserError
 
@@ -198,6 +198,8 @@ FAMILIES: dict[str, Family] = {
 FREQUENCIES = ("llama",)  # rope_freqs.weight: one divisor for each pair
 LONG_ROPE = ("phi3",)  # rope_factors_short.weight and rope_factors_long.weight
 
+FIX = "train with a language model that it has, or export to barellava"
+
 SMOLLM3_STEP = 4  # every such layer of its graph has no rotation
 
 # --------------------------------------------------------------------------------------- writing
@@ -238,12 +240,12 @@ def check_expressible(model):
 def notes(folder: Path, model, file_type: str | None) -> list[str]:
     """Return what is worth to know about the files of a folder, in lines."""
     lines = [f"llama-server -m {folder / MODEL} --mmproj {folder / MMPROJ} --jinja"]
-    if file_type not in ("q8_0", "q4_0"):
+    if file_type not in QUANTIZED:
         small = folder / "model-q4_k_m.gguf"
         lines.append(f"K-quants: llama-quantize {folder / MODEL} {small} Q4_K_M")
     context = context_length(model)
     if context < stated_context(model):
-        lines.append(f"up to {context} tokens llama.cpp computes the same, and it is told so")
+        lines.append(f"context: {context} tokens, as far as llama.cpp computes the same")
     return lines
 
 
@@ -261,6 +263,8 @@ def check_text(model):
     if kind not in FAMILIES:
         raise refusal(f"{kind}: llama.cpp has no graph that computes it")
     family = FAMILIES[kind]
+    if kind == "phi" and not isinstance(lm.blocks[0].self_attn.q_norm, nn.Identity):
+        raise refusal("qk_layernorm: llama.cpp has no norm of queries and keys in phi")
     for ours in lm.state_dict():
         name = file_name(ours.replace(".base_layer", ""), family)  # of a linear with an adapter
         if ours.endswith(".bias") and not matches(name.removesuffix(".bias"), family.biases):
@@ -268,8 +272,6 @@ def check_text(model):
 
     heads = {layer.heads for layer in c.layers}
     rotary = [layer.rotary for layer in c.layers]
-    if kind == "phi" and "model.layers.0.self_attn.q_norm.weight" in lm.state_dict():
-        raise refusal("qk_layernorm: llama.cpp has no norm of queries and keys in phi")
     if family.head == "tied" and not c.tied:
         raise refusal(f"a head of its own: llama.cpp's {kind} takes the embeddings")
     if not family.any_heads and heads != {c.width // c.head_dim}:
@@ -285,7 +287,7 @@ def check_text(model):
     check_rotation(c, family)
 
 
-def refusal(reason: str, fix: str = "export to barellava") -> UserError:
+def refusal(reason: str, fix: str = FIX) -> UserError:
     """Return the error for what llama.cpp cannot compute."""
     return UserError("--to gguf", reason, fix)
 
@@ -338,9 +340,8 @@ def text_fields(model, tokenizer) -> dict:
         own["attention.head_count"] = [layer.heads for layer in c.layers]
         own["attention.head_count_kv"] = [layer.kv_heads for layer in c.layers]
     if family.architecture == "stablelm":
-        own["use_parallel_residual"] = "model.layers.0.post_attention_layernorm.weight" not in (
-            lm.state_dict()
-        )
+        has_second_norm = hasattr(lm.blocks[0], "post_attention_layernorm")
+        own["use_parallel_residual"] = not has_second_norm
     if family.architecture == "gemma3":
         own |= window_pattern(c)
     own |= scaling_fields(c.rope_scaling)

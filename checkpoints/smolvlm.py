@@ -195,6 +195,9 @@ def with_marks(
 ) -> LLaVAConfig:
     """Return the config of a new model, with the marks, and embeddings for those that are new.
 
+    Its pictures are resized as SmolVLM's are, whatever its encoder's processor says: some programs
+    that run SmolVLM, llama.cpp for one, know no other way.
+
     tokenizer: it has them all (tiling_split.control_names). Without it each has one id, behind
     those of the language model. edge: 0 for that of one view. side: pixels of a view's side. Raises
     UserError.
@@ -211,7 +214,8 @@ def with_marks(
         marks = {name: tokenizer.encode(name)[0] for name in names}
         rows = max(rows, tokenizer.vocab_size)
     grown = config.text | {"vocab_size": rows}
-    return replace(config, text=grown, image_edge=edge, image_marks=marks)
+    images = config.preprocessor | {"resample": LANCZOS}
+    return replace(config, text=grown, preprocessor=images, image_edge=edge, image_marks=marks)
 
 
 # ----------------------------------------------------------------------------------------- writing

@@ -1,6 +1,7 @@
 """Before any test: one thread, no GPU unless a test asks for it, long tests only when asked for."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,39 @@ from tests.tools.environment import GPU  # noqa: E402
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before any test file imports the kernels
 
+    from tests.tools import interpreter
+
+    interpreter.patch_once()
+
 from tests.tools.training_runs import recipe, tiny_world, whole_run  # noqa: E402, F401
+
+# The files that take most of a minute or more on one core.
+LONG_FILES = (
+    "bench/test_bench_nanovlm.py",
+    "bench/test_bench_training.py",
+    "checkpoints/test_hf_llava.py",
+    "checkpoints/test_llava_onevision.py",
+    "checkpoints/test_nanovlm.py",
+    "checkpoints/test_smolvlm.py",
+    "kernels/test_accuracy.py",
+    "kernels/test_compile.py",
+    "kernels/test_mutations.py",
+    "test_lora.py",
+    "test_model.py",
+    "test_train.py",
+    "training/test_parallel.py",
+    "training/test_signals.py",
+    "training/test_starts.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the long files first, so that no process is left with one when the others have ended.
+
+    pytest-xdist hands out files in this order where it is told --no-loadscope-reorder.
+    """
+    long = {Path(__file__).parent / name for name in LONG_FILES}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)

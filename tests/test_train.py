@@ -30,6 +30,7 @@ from tests.tools.training_runs import (
     background,
     losses,
     losses_so_far,
+    on_ranks,
     torchrun,
     wait_for_steps,
 )
@@ -138,7 +139,7 @@ def test_rows_of_several_samples_on_ranks_and_killed(recipe, tiny_world, tmp_pat
     assert len(want) == 7 and all(map(math.isfinite, want))
 
     file, out = recipe("ranks")
-    torchrun(2, file, *options, "stage.finetune.micro_batch_tokens=100")
+    on_ranks(2, file, *options, "stage.finetune.micro_batch_tokens=100")
     assert losses(out) == pytest.approx(want, rel=1e-5)
 
     file, out = recipe("killed")

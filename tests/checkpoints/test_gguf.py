@@ -6,6 +6,7 @@ What llama.cpp answers with them is in test_llama_cpp.py.
 """
 
 import json
+import sys
 from dataclasses import replace
 
 import gguf as package
@@ -15,14 +16,14 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
+import export
 import lora
-from checkpoints import gguf, gguf_file, gguf_lora, gguf_tokenizer, weights
+from checkpoints import gguf, gguf_check, gguf_file, gguf_lora, gguf_tokenizer, peft, weights
 from config import LoRA, UserError
 from inputs import templates
 from inputs.tokenizer import WORDS, JsonTokenizer, load_tokenizer
 from model import LLaVA
-from tests.tools.environment import run
-from tests.tools.gguf_models import TOKENIZER, configurations, llava
+from tests.tools.gguf_models import CHAT, LISTS, TOKENIZER, configurations, llava, with_chat
 from tests.tools.vocabularies import train_pieces, turns, write
 
 CONFIGURATIONS = configurations()
@@ -159,6 +160,14 @@ def test_every_parameter_of_each_family_is_in_the_file(name, tmp_path):
     assert fields[f"{arch}.rope.freq_base"] == pytest.approx(c.rope_theta)
 
 
+def test_phi_has_a_head_and_a_bias_in_any_case(tmp_path):
+    changes = {"lm_head_bias": False, "tie_word_embeddings": True}
+    model = llava(CONFIGURATIONS["phi-0"] | changes)
+    _, tensors = text_file(model, tmp_path)
+    assert torch.equal(tensors["output.weight"], tensors["token_embd.weight"])
+    assert torch.equal(tensors["output.bias"], torch.zeros(CONFIGURATIONS["phi-0"]["vocab_size"]))
+
+
 def test_what_scales_the_rotation(tmp_path):
     """Divisors as tensors, one factor as a key; and how far both compute the same."""
     for name in ("llama-2", "mistral-1", "phi3-0", "phi3-1", "gemma3_text-0"):
@@ -196,7 +205,9 @@ def test_file_types(file_type, tmp_path):
     for tensor in package.GGUFReader(tmp_path / gguf.MODEL).tensors:
         types[tensor.name] = tensor.tensor_type.name
     _, matrices = gguf_file.FILE_TYPES[file_type]
-    assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == matrices
+    assert types["blk.0.attn_q.weight"] == matrices
+    head = "Q8_0" if file_type == "q4_0" else matrices
+    assert types["token_embd.weight"] == types["output.weight"] == head
     assert types["blk.0.attn_norm.weight"] == types["blk.0.attn_q_norm.weight"] == "F32"
     down = "F16" if file_type.startswith("q") else matrices
     assert types["blk.0.ffn_down.weight"] == down  # rows of 80
@@ -226,7 +237,7 @@ def test_the_type_of_the_weights_is_kept(tmp_path):
 @pytest.mark.parametrize(
     "name, changes, why",
     [
-        ("phi-1", {}, "q_norm.bias: llama.cpp adds no such bias"),
+        ("phi-1", {}, "qk_layernorm: llama.cpp has no norm of queries and keys in phi"),
         ("smollm3-1", {}, "q_proj.bias: llama.cpp adds no such bias in smollm3"),
         ("gemma3_text-1", {}, "q_proj.bias: llama.cpp adds no such bias in gemma3_text"),
         ("gemma-0", {"tie_word_embeddings": False}, "a head of its own"),
@@ -348,6 +359,40 @@ def test_a_tokenizer_that_splits_text_otherwise_is_refused(tokenizer, why):
         fields_of(tokenizer)
 
 
+def taking(tokenizer, **flags):
+    """Return a tokenizer whose </s> has these flags."""
+    spec = json.loads(tokenizer.files["tokenizer.json"])
+    for token in spec["added_tokens"]:
+        if token["content"] == "</s>":
+            token |= flags
+    return JsonTokenizer(tokenizer.files | {"tokenizer.json": json.dumps(spec).encode()})
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        ({"rstrip": True}, "'</s>' takes in the space behind it"),
+        ({"lstrip": True}, "'</s>' looks at what is before it"),
+        ({"single_word": True}, "'</s>' looks at what is before it"),
+    ],
+)
+def test_a_control_token_that_takes_in_space_is_refused(flags, why):
+    with pytest.raises(UserError, match=why):
+        fields_of(taking(TOKENIZER, **flags))
+
+
+def test_control_tokens_that_take_in_space_as_those_of_phi_3_do():
+    taking = {"<unk>": False, "<s>": False, "<|endoftext|>": False, "</s>": True, "<|end|>": True}
+    flags = {"lstrip": False, "single_word": False}
+    added = [{"content": name, "rstrip": takes, **flags} for name, takes in taking.items()]
+    fields = gguf_tokenizer.spaces_behind_controls({"added_tokens": added})
+    assert fields == {"general.name": "phi-3"}
+    for one in added:
+        other = [token | {"rstrip": token["rstrip"] != (token is one)} for token in added]
+        with pytest.raises(UserError, match="takes in the space behind it"):
+            gguf_tokenizer.spaces_behind_controls({"added_tokens": other})
+
+
 def test_a_token_without_an_embedding_is_refused():
     tokenizer = byte_level(GPT2)
     with pytest.raises(UserError, match="token 259 of the tokenizer has no embedding"):
@@ -407,6 +452,10 @@ def add_piece(spec):
             lambda spec: spec.update(pre_tokenizer={"type": "Whitespace"}),
             "the pre-tokenizer Whitespace",
         ),
+        (
+            lambda spec: spec["pre_tokenizer"].update(prepend_scheme="always"),
+            "the pre-tokenizer Metaspace",
+        ),
     ],
 )
 def test_a_sentencepiece_of_another_kind_is_refused(change, why, pieces):
@@ -420,11 +469,6 @@ def test_a_sentencepiece_of_another_kind_is_refused(change, why, pieces):
 
 # --------------------------------------------------------------------------------- the template
 
-CHAT = (
-    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}</s>{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
-)
-
 
 def rendered(fields, messages):
     """Return what the chat template of a file makes of messages."""
@@ -436,17 +480,16 @@ def rendered(fields, messages):
 MARK = "<__media_aB3x__>"
 
 
-@pytest.mark.parametrize("template", ["plain", "llama", "chat"])
+@pytest.mark.parametrize("template", ["plain", "llama", CHAT, LISTS])
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_the_template_writes_what_training_writes(template, kind, pieces):
     tokenizer, blank = TOKENIZER, ""
     if kind == "pieces":
         _, tokenizer, _ = pieces
         blank = " "
-    if template == "chat":
-        config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"chat_template": CHAT}
-        files = tokenizer.files | {"tokenizer_config.json": json.dumps(config).encode()}
-        tokenizer = JsonTokenizer(files)
+    if template in (CHAT, LISTS):
+        tokenizer = with_chat(tokenizer, template)
+        template = "chat"
     fields = fields_of(tokenizer, template=template)
 
     form = templates.choose_template(template, tokenizer)
@@ -465,7 +508,8 @@ def test_the_template_writes_what_training_writes(template, kind, pieces):
     assert rendered(fields, behind) == rendered(fields, messages[:1])
     text = templates.render(turns("<image>\n<image>\nWho?"), form, prompt=True).text
     two = [{"role": "user", "content": f"{MARK}{MARK}Who?"}]
-    assert rendered(fields, two) == blank + text.replace("<image>", MARK + blank)
+    expected = blank + text.replace("<image>", MARK + blank)
+    assert rendered(fields, two) == expected.replace(f"{MARK}{blank}{MARK}", MARK + MARK)
 
 
 # ------------------------------------------------------------------------------------ adapters
@@ -475,8 +519,9 @@ def adapted(name="llama-0", part="language_model", patterns="", **options):
     model = llava(CONFIGURATIONS[name])
     settings = {"r": 4, "alpha": 6.0, "dropout": 0.0, **options}
     lora.apply(model, LoRA(targets=patterns, **settings), [part])
+    generator = torch.Generator().manual_seed(0)
     for adapter in lora.adapters(model).values():
-        torch.nn.init.normal_(adapter.lora_B)
+        adapter.lora_B.data.normal_(generator=generator)
     return model
 
 
@@ -513,7 +558,7 @@ def test_adapters_of_several_scales_have_one_alpha(tmp_path):
         ({"part": "connector"}, "an adapter of connector.0: llama.cpp has those of"),
         ({"name": "phi3-2", "patterns": "q_proj"}, "in one tensor with others"),
         ({"name": "openelm", "patterns": "k_proj"}, "in one tensor with others"),
-        ({"name": "phi-1"}, "llama.cpp adds no such bias"),
+        ({"name": "phi-1"}, "qk_layernorm"),
     ],
 )
 def test_an_adapter_without_a_place_is_refused(options, why, tmp_path):
@@ -532,26 +577,66 @@ def test_what_was_trained_whole_is_refused(tmp_path):
 # ----------------------------------------------------------------------------------- the command
 
 
-def test_the_command(tmp_path):
-    model = llava(CONFIGURATIONS["llama-0"])
-    source = tmp_path / "model"
-    barellava_write(source, model)
-    export = ("export.py", "--model", source)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a run that tuned LoRA: a merged model, and the adapter beside it."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    model = peft.merge_and_save_adapters(adapted(), folder, "base")
+    export.export(model, TOKENIZER, "barellava", folder)
+    return folder
 
-    done = run(*export, "--to", "gguf", tmp_path / "a", "--dtype", "q8_0")
-    assert "llama-server" in done.stdout and "llama-quantize" not in done.stdout
+
+def exported(folder, *options):
+    """Run export.py in this process."""
+    export.main(["--model", str(folder), *map(str, options)])
+
+
+def test_the_command(folder, tmp_path, capsys):
+    exported(folder, "--to", "gguf", tmp_path / "a")
+    said = capsys.readouterr().out
+    assert "llama-server -m" in said and "Q4_K_M" in said
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["mmproj.gguf", "model.gguf"]
-    fields, _ = read(tmp_path / "a" / "model.gguf")
-    assert fields["general.file_type"] == 7
 
-    refused = run(*export, "--to", "tinyllava", tmp_path / "b", "--dtype", "q8_0", ok=False)
-    assert "of GGUF files only" in refused.stderr.splitlines()[-1]
-    refused = run(*export, "--to", "tinyllava", tmp_path / "b", "--check", ok=False)
-    assert "of GGUF files only" in refused.stderr.splitlines()[-1]
+    exported(folder, "--to", "gguf", tmp_path / "b", "--dtype", "q8_0")
+    assert "Q4_K_M" not in capsys.readouterr().out
+    fields, _ = read(tmp_path / "b" / gguf.MODEL)
+    assert fields["general.file_type"] == 7
+    fields, _ = read(tmp_path / "b" / gguf.MMPROJ)
+    assert fields["general.file_type"] == 1
+
+    exported(folder, "--to", "gguf-lora", tmp_path / "c")
+    _, tensors = read(tmp_path / "c" / gguf_lora.FILE)
+    assert torch.equal(tensors["blk.0.ffn_up.weight.lora_a"], first_adapter().lora_A)
+
+
+def first_adapter():
+    return adapted().language_model.model.layers[0].mlp.up_proj
+
+
+def test_options_of_gguf_files_only(folder, tmp_path):
+    for options in (["--dtype", "q4_0"], ["--check"]):
+        with pytest.raises(UserError, match="of GGUF files only"):
+            exported(folder, "--to", "tinyllava", tmp_path / "a", *options)
+    with pytest.raises(UserError, match="of GGUF files only"):
+        exported(folder, "--to", "gguf-lora", tmp_path / "a", "--check")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_check(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gguf_check.importlib.util, "find_spec", lambda name: None)
+    exported(folder, "--to", "gguf", tmp_path / "a", "--check", "--dtype", "float16")
+    said = capsys.readouterr().out
+    assert "every tensor, token and key" in said and "xllamacpp is not installed" in said
+
+    # Where it finds a mistake, nothing stays.
+    monkeypatch.setattr(gguf_file, "holds", lambda *_: False)
+    with pytest.raises(UserError, match="model.gguf:token_embd.weight: not what the model has"):
+        exported(folder, "--to", "gguf", tmp_path / "b", "--check")
     assert not (tmp_path / "b").exists()
 
 
-def barellava_write(folder, model):
-    from export import export
-
-    export(model, TOKENIZER, "barellava", folder)
+def test_without_the_package(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"not installed; fix: pip install '.\[gguf\]'"):
+        exported(folder, "--to", "gguf", tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -6,18 +6,22 @@ Pictures are in test_llama_cpp_vision.py.
 """
 
 import json
+import re
 
 import pytest
+import tokenizers
 import torch
 
 import lora
 from checkpoints import gguf, gguf_file, gguf_lora
-from checkpoints.gguf_check import both_answers
+from checkpoints.gguf_check import questions
+from checkpoints.gguf_tokenizer import specification
 from config import LoRA
+from export import check_gguf
 from inputs.templates import encode_prompt
-from inputs.tokenizer import load_tokenizer
-from tests.tools.gguf_models import TOKENIZER, configurations, llava
-from tests.tools.llama_cpp import assistant, needs_llama_cpp, serving, user
+from inputs.tokenizer import JsonTokenizer, load_tokenizer
+from tests.tools.gguf_models import CHAT, LISTS, TOKENIZER, configurations, llava, with_chat
+from tests.tools.llama_cpp import assistant, differences, needs_llama_cpp, serving, user
 from tests.tools.vocabularies import (
     LLAMA,
     PHI,
@@ -116,7 +120,7 @@ def test_a_context_is_only_as_long_as_both_are_alike(tmp_path):
     with serving(write_text(tmp_path, llava(hf)), context=256) as llama:
         assert llama.answer([user("a")], 1)
         with pytest.raises(OSError, match="400"):
-            llama.answer([user(QUESTION * 3)], 1)
+            llama.answer([user(QUESTION * 2)], 1)
 
 
 # ------------------------------------------------------------------------------------ adapters
@@ -146,6 +150,41 @@ def gpt2(folder):
     return load_tokenizer(gather(folder, "openai-community--gpt2/*", **settings))
 
 
+def phi3(folder):
+    """Return a tokenizer whose control tokens take in the space behind them, as Phi-3's do."""
+    spec = specification(load_tokenizer(write(folder, train_pieces())))
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["content"] == "</s>"
+    for content in ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"):
+        i = len(spec["model"]["vocab"]) + len(spec["added_tokens"])
+        added = spec["added_tokens"][0] | {"id": i, "content": content}
+        spec["added_tokens"].append(added | {"rstrip": content != "<|endoftext|>"})
+    settings = {"eos_token": "<|endoftext|>", "chat_template": PHI3_CHAT}
+    files = {"tokenizer.json": spec, "tokenizer_config.json": settings}
+    return JsonTokenizer({name: json.dumps(content).encode() for name, content in files.items()})
+
+
+def gemma(folder):
+    """Return a tokenizer that puts no word mark before a text, with steps as Gemma's."""
+    spec = specification(load_tokenizer(write(folder, train_pieces())))
+    blank = {"String": " "}
+    spec["normalizer"] = {"type": "Replace", "pattern": blank, "content": "\u2581"}
+    spec["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": blank,
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+    files = {"tokenizer.json": spec, "tokenizer_config.json": {"eos_token": "</s>"}}
+    return JsonTokenizer({name: json.dumps(content).encode() for name, content in files.items()})
+
+
+PHI3_CHAT = (
+    "{% for message in messages %}"
+    "{{ '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}"
+    "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+)
+
 TOKENIZERS = {
     "phi-2": ("phi", lambda folder: load(VOCABULARIES / PHI)),
     "gpt2": ("phi", gpt2),
@@ -153,6 +192,8 @@ TOKENIZERS = {
     "arcade": ("phi", lambda folder: load_tokenizer(from_ranks(folder))),
     "llama-2": ("llama", lambda folder: load(VOCABULARIES / LLAMA)),
     "llava-1.5": ("chat", lambda folder: load(VOCABULARIES / "llava-hf--llava-1.5-7b-hf")),
+    "phi-3": ("chat", phi3),
+    "gemma": ("llama", gemma),
     "pieces": ("llama", lambda folder: load_tokenizer(write(folder, train_pieces()))),
     "legacy": ("llama", lambda folder: load_tokenizer(write(folder, train_pieces(), legacy=True))),
 }
@@ -183,7 +224,9 @@ def test_texts_have_the_same_ids(name, tmp_path):
     with serving(write_text(tmp_path, model, tokenizer, "float16")) as llama:
         texts = [text for text in golden["texts"] if text]
         texts = [text for text in texts if not any(token in text for token in controls)]
-        assert len(texts) >= 60
+        if name == "phi-3":  # Metaspace adds no mark to a text that begins with a blank
+            texts = [text for text in texts if not text.startswith(" ")]
+        assert len(texts) >= 50
         for text in texts:
             ids, _ = tokenizer.encode(text)
             assert llama.token_ids(blank + text) == ids, text
@@ -197,12 +240,56 @@ def test_texts_have_the_same_ids(name, tmp_path):
             assert llama.prompt_tokens(messages) == len(ids)
 
 
+# ------------------------------------------------------------------------- both files, together
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3_text-0", "openelm", "smollm3-0", "phi3-1", "stablelm-1", "mistral-0"]
+)
+def test_pictures_reach_every_family(name, tmp_path):
+    """Others are in test_llama_cpp_vision.py. Gemma-3's graph scales embeddings of tokens alone."""
+    model = llava(CONFIGURATIONS[name])
+    gguf.write(tmp_path, model, TOKENIZER)
+    asked = []
+    for text, picture in questions():
+        asked.append(([text], [picture] if picture else []))
+    with serving(tmp_path / gguf.MODEL, tmp_path / gguf.MMPROJ, context=256) as llama:
+        assert max(differences(llama, model, TOKENIZER, asked)) < 0.02
+
+
+@pytest.mark.parametrize("template", ["llama", CHAT, LISTS])
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "legacy"])
+def test_conversations_with_pictures(kind, template, tmp_path):
+    """One picture and two turns, two pictures, and none."""
+    tokenizer = TOKENIZER
+    if kind != "bytes":
+        model = load_tokenizer(write(tmp_path / "model", train_pieces()))
+        fast = tokenizers.Tokenizer.from_str(json.dumps(specification(model)))
+        settings = {"eos_token": "</s>", "legacy": kind == "legacy"}
+        tokenizer = load_tokenizer(write(tmp_path / "json", fast, **settings))
+    if template != "llama":
+        tokenizer = with_chat(tokenizer, template)
+        template = "chat"
+    hf = CONFIGURATIONS["llama-0"] | {"vocab_size": tokenizer.vocab_size}
+    model = llava(hf, template=template)
+    gguf.write(tmp_path, model, tokenizer)
+
+    disc, square, *_ = [question.picture for question in questions()]
+    asked = [
+        (["What is it?", "A dog.", "Where is it, then?"], [disc]),
+        (["Which is red?"], [disc, square]),
+        (["What is it?", "A dog.", "Where is it, then?"], []),
+    ]
+    with serving(tmp_path / gguf.MODEL, tmp_path / gguf.MMPROJ, context=256) as llama:
+        assert max(differences(llama, model, tokenizer, asked)) < 0.02
+
+
 # ---------------------------------------------------------------------------------- the check
 
 
-def test_the_check_asks_both(tmp_path):
+def test_the_check_asks_both(tmp_path, capsys):
     model = llava(CONFIGURATIONS["llama-0"])
     gguf.write(tmp_path, model, TOKENIZER)
-    answers = both_answers(tmp_path, model, TOKENIZER)
-    assert len(answers) == 5 and answers[-1].question == "Who are you?"
-    assert sum(ours == theirs for _, ours, theirs in answers) >= 4
+    check_gguf(tmp_path, model, TOKENIZER, None)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("check: [45] of 5 answers are the same", last)

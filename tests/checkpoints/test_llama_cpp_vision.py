@@ -143,7 +143,7 @@ def conversations(photos) -> list[tuple[list[str], list]]:
         asked.append(([text], photos[:2]))
         asked.append(([text], photos))
         asked.append(([text, "A horse.", "And what else?"], photos[1:2]))
-        asked.append((["Hello", " \n\n two", text], photos[2:4]))
+        asked.append((["Hello", "So\n\n two", text], photos[2:4]))
     return asked
 
 

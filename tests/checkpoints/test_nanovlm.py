@@ -24,6 +24,7 @@ from tests.tools import nanovlm as reference
 from tests.tools.environment import ROOT, run, shared
 from tests.tools.refused_exports import check_refusals
 from tests.tools.sample_rows import make_sample, turns
+from tests.tools.transformers_versions import run_script
 
 PHOTOS = ("astronaut.png", "australia.jpg", "camera.png", "chelsea.png")
 PHOTOS += ("coffee.png", "cow_in_beach.jpg", "horse.png", "rocket.jpg")
@@ -47,7 +48,7 @@ def fetched(request, tmp_path_factory):
     reference.write_tokenizer(folder / "llm")
     config = folder / "wanted.json"
     config.write_text(json.dumps(reference.config_of(request.param, folder / "llm")))
-    reference.run("make", config, folder)
+    run_script("nanovlm.py", "4", "make", config, folder)
 
     names = []
     for name in PHOTOS:
@@ -62,7 +63,7 @@ def fetched(request, tmp_path_factory):
     talks += [(names[2:5], "Which?", "The first \n\n one."), ([], "And now?", "Nothing.")]
     asked = reference.cases(talks, "all", 0)
     (folder / "cases.json").write_text(json.dumps(asked))
-    reference.run("answer", folder)
+    run_script("nanovlm.py", "4", "answer", folder)
     return folder
 
 
@@ -194,7 +195,7 @@ def test_nanovlm_opens_what_goes_back(fetched, tmp_path):
     check_equal_folders(fetched, out)
     for file in [*fetched.glob("*.png"), fetched / "cases.json"]:
         (out / file.name).write_bytes(file.read_bytes())
-    reference.run("answer", out)
+    run_script("nanovlm.py", "4", "answer", out)
     before = load_file(fetched / "answers.safetensors")
     after = load_file(out / "answers.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -331,6 +332,7 @@ def test_such_a_folder_is_trained_and_asked_and_goes_back(golden, tmp_path):
         "train.workers=0",
         f"stage.own.data={tmp_path / 'rows.json'}",
         f"stage.own.images={tmp_path}",
+        "stage.own.epochs=3",
     )
     run("data.py", "inspect", *words, "--page", tmp_path / "page.html")
     assert "data:image" in (tmp_path / "page.html").read_text()

@@ -437,6 +437,7 @@ def test_the_recipe_trains_such_a_folder_and_the_result_goes_back(made, tmp_path
         "train.workers=0",
         f"stage.own.data={tmp_path / 'rows.json'}",
         f"stage.own.images={tmp_path}",
+        "stage.own.epochs=3",
     )
     answer = run("generate.py", "--model", out, "--image", tmp_path / "3.png", "--prompt", "Who?")
     assert answer.returncode == 0
@@ -586,6 +587,7 @@ def test_a_model_made_here_of_parts_answers_alike_as_smolvlm(tmp_path, edge):
         said += f" of one view, up to {longest} of several"
     assert said + "\n" in plan.stdout
     assert len(embeddings) == tok.vocab_size == 1 + max(*marks, tok.token_id("<image>"))
+    assert model.vision_tower.processor.resample == Image.Resampling.LANCZOS
 
     run("export.py", "--model", tmp_path / "out", "--to", "smolvlm", tmp_path / "hf")
     theirs, info = transformers.SmolVLMForConditionalGeneration.from_pretrained(

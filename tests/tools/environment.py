@@ -43,7 +43,7 @@ def run(*command, ok: bool = True, **env) -> subprocess.CompletedProcess:
     if command[0].endswith(".py") and not env:
         code = f"import runpy; runpy.run_path({command[0]!r}, run_name='__main__')"
         return run_warm(code, command, ok=ok)
-    if command[0] == "-m" and command[1].startswith("demo.") and not env:
+    if command[0] == "-m" and command[1].startswith(("demo.", "tests.")) and not env:
         module = command[1]
         code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
         return run_warm(code, command[1:], ok=ok)

@@ -1,5 +1,7 @@
 """Small random LLaVAs around a language model of each family, and a small tokenizer for them."""
 
+import json
+
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
@@ -64,3 +66,24 @@ def configurations() -> dict[str, dict]:
                 **difference,
             }
     return found
+
+
+CHAT = (
+    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}</s>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+
+
+# The same, for contents that are lists.
+LISTS = CHAT.replace(
+    "{{ message.content }}",
+    "{%- for part in message.content -%}{{ part.text if part.type == 'text' else '<image>' }}"
+    "{%- endfor -%}",
+)
+
+
+def with_chat(tokenizer, chat):
+    """Return a tokenizer with that chat template."""
+    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"chat_template": chat}
+    files = tokenizer.files | {"tokenizer_config.json": json.dumps(config).encode()}
+    return JsonTokenizer(files)

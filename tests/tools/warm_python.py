@@ -6,7 +6,8 @@ program once and writes it one job a line. A job is code and the processes to ru
     {"code": "print(1)", "argv": ["train.py"], "processes": [{"env": {}, "out": FILE, "err": FILE}]}
 
 The answer to each job is one line, the exit codes of its processes. Nothing of the project is
-imported here: a script that runs in a fork finds the modules that a fresh Python would import.
+imported here: a script that runs in a fork finds the modules that a fresh Python would import. Nor
+is tokenizers, of which transformers 4 wants its own version.
 """
 
 import gc
@@ -17,7 +18,6 @@ import sys
 import PIL.Image  # noqa: F401
 import safetensors.torch  # noqa: F401
 import sentencepiece  # noqa: F401
-import tokenizers  # noqa: F401
 import torch._dynamo  # noqa: F401, every optimizer imports it
 import torch.distributed.fsdp  # noqa: F401
 import torch.utils.data  # noqa: F401
