@@ -45,6 +45,7 @@ class Replacement(NamedTuple):
 # Rows up to which kernels/cpu.py is faster than oneDNN in bfloat16.
 FEW_BFLOAT16 = 4
 FEW_NF4 = 8  # and faster with codes than with the dequantized weight
+FEW_INT8 = 64  # and faster than dequantizing first, for each product anew
 
 
 def fast_layers(lm: nn.Module) -> list[Replacement]:
@@ -157,7 +158,7 @@ def _quantized(weight: nf4.NF4 | int8.Int8, bias: Tensor | None, dtype: torch.dt
     reads_int8 = type(weight) is int8.Int8 and cpu.fits(dtype, weight.weight)
 
     def linear(x: Tensor) -> Tensor:
-        if reads_int8 and _takes(x, dtype):
+        if reads_int8 and _takes(x, dtype, FEW_INT8):
             y = cpu.product(x, weight.weight, weight.SCB, int8.STEP)
         else:
             y = matmul(x, weight)

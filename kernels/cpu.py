@@ -35,7 +35,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 STEP = 32  # columns that cpu.cpp multiplies at a time
-FEW = 16  # rows up to which this is faster than torch's products of float32 and int8
+FEW = 16  # rows up to which this is faster than torch's products of float32
 
 # What torch calls the instructions of a CPU, and a compiler.
 ARCHITECTURES = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
