@@ -195,7 +195,7 @@ def decode(kind: str, batch: int, s: Setting, theirs) -> dict:
         file = s.folder / f"{kind}.gguf"
         if not file.exists():
             dense = load_ours(s.folder, "float32", s.device)
-            llama_cpp.write(dense.language_model, kind, file)
+            llama_cpp.write(dense, kind, file)
         llama = llama_cpp.LlamaCpp(file, batch, s.threads)
         calls[LLAMA_CPP] = partial(llama.decode, new=new)
 

@@ -1,6 +1,6 @@
 """llama.cpp as a peer of bench/generate.py: the same weights at the same bits, in its own server.
 
-    write(lm, "bfloat16", file)                  # a Llama as GGUF
+    write(model, "bfloat16", file)               # as GGUF
     peer = LlamaCpp(file, rows=8, threads=1)
     tokens = peer.decode(prompts, 64)            # (B, T) -> (B, 64), greedy
 
@@ -15,21 +15,14 @@ from pathlib import Path
 
 import torch
 
-# Of our kinds of weights, the type of llama.cpp with as many bits. Its head has it, too; ours is
-# bfloat16 beside int8 and NF4 weights.
-TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "nf4": "Q4_0"}
+from checkpoints.gguf import graph_fields, text_tensors
+from checkpoints.gguf_file import write_gguf
 
-LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+# Of our kinds of weights, llama.cpp's with as many bits. Its head has 8 bits in the last two; ours
+# is bfloat16 there.
+FILE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0", "nf4": "q4_0"}
+
+NORMAL = 1  # llama.cpp's type of a token that is neither control nor byte
 
 
 def installed() -> bool:
@@ -42,51 +35,17 @@ def installed() -> bool:
     return True
 
 
-def write(lm, kind: str, file: Path):
-    """Write a Llama with a tied head as GGUF; the tokens have no text."""
-    import gguf
-
-    c = lm.config
-    layer = c.layers[0]
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(len(c.layers))
-    writer.add_context_length(4096)
-    writer.add_embedding_length(c.width)
-    writer.add_feed_forward_length(layer.intermediate)
-    writer.add_head_count(layer.heads)
-    writer.add_head_count_kv(layer.kv_heads)
-    writer.add_layer_norm_rms_eps(lm.model.norm.eps)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_rope_dimension_count(c.rotary_dim)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{i}>" for i in range(c.vocab)])
-    writer.add_token_scores([0.0] * c.vocab)
-    writer.add_token_types([gguf.TokenType.NORMAL] * c.vocab)
-
-    def add(name: str, tensor: torch.Tensor):
-        values = tensor.detach().float().numpy()
-        type = gguf.GGMLQuantizationType[TYPES[kind]]
-        if values.ndim == 1:
-            type = gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{name}.weight", gguf.quantize(values, type), raw_dtype=type)
-
-    add("token_embd", lm.model.embed_tokens.weight)
-    if not c.tied:
-        add("output", lm.lm_head.weight)
-    add("output_norm", lm.model.norm.weight)
-    for i, block in enumerate(lm.blocks):
-        for ours, theirs in LAYER.items():
-            weight = block.get_submodule(ours).weight
-            if theirs in ("attn_q", "attn_k"):
-                # Its graph turns neighbours in a head where ours turns halves.
-                halves = weight.unflatten(0, (-1, 2, c.head_dim // 2))
-                weight = halves.transpose(1, 2).reshape(weight.shape)
-            add(f"blk.{i}.{theirs}", weight)
-
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def write(model, kind: str, file: Path):
+    """Write the language model of a LLaVA as GGUF. Token i has the text <i>."""
+    vocabulary = model.language_model.config.vocab
+    tokens = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [f"<{i}>" for i in range(vocabulary)],
+        "tokenizer.ggml.scores": [0.0] * vocabulary,
+        "tokenizer.ggml.token_type": [NORMAL] * vocabulary,
+    }
+    fields = graph_fields(model) | tokens
+    write_gguf(file, fields, text_tensors(model), FILE_TYPES[kind])
 
 
 class LlamaCpp:

@@ -311,6 +311,11 @@ def is_linear(scaling) -> bool:
 
 def text_fields(model, tokenizer) -> dict:
     """Return the keys of a text model and its tokenizer."""
+    return graph_fields(model) | gguf_tokenizer.tokenizer_fields(model, tokenizer)
+
+
+def graph_fields(model) -> dict:
+    """Return the keys of a text model: what its graph is built from."""
     lm = model.language_model
     c = lm.config
     family = FAMILIES[model.config.text["model_type"]]
@@ -349,7 +354,7 @@ def text_fields(model, tokenizer) -> dict:
     fields = {ARCHITECTURE: family.architecture, "general.type": "model"}
     for key, value in own.items():
         fields[f"{family.architecture}.{key}"] = value
-    return fields | gguf_tokenizer.tokenizer_fields(model, tokenizer)
+    return fields
 
 
 def context_length(model) -> int:

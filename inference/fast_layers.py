@@ -9,7 +9,7 @@ time to read the weights. The modules' own forwards are made for training; these
 - on a CPU with a C++ compiler: kernels/cpu.py reads a weight at the speed of the memory.
 - bfloat16 on a CPU: oneDNN lays a weight out anew for every product. Here that is done once, for
   what has more rows than a step.
-- NF4 on a CPU: no product reads its codes directly, so the weight is dequantized once.
+- NF4 on a CPU: torch has no product that reads its codes, so the weight is dequantized once.
 - other quantized weights: the product is called without the (empty) adapter of lora.Quantized.
 
 `fast_norms`, `fast_rotations`: with a C++ compiler each of them is one call, where torch needs ten,
@@ -44,6 +44,8 @@ class Replacement(NamedTuple):
 
 # Rows up to which kernels/cpu.py is faster than oneDNN in bfloat16.
 FEW_BFLOAT16 = 4
+FEW_NF4 = 8  # and faster with codes than with the dequantized weight
+FEW_INT8 = 64  # and faster than dequantizing first, for each product anew
 
 
 def fast_layers(lm: nn.Module) -> list[Replacement]:
@@ -73,7 +75,7 @@ def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
 
         weight = getattr(module, "weight", None)
         if type(weight) is nf4.NF4 and on_cpu:
-            fast[module] = _dense(nf4.dequantize(weight, dtype), module.bias)
+            fast[module] = _nf4(weight, module.bias, dtype)
         elif type(weight) in FORMATS:
             fast[module] = _quantized(weight, module.bias, dtype)
         elif isinstance(module, nn.Linear) and on_cpu and _is_plain(weight, dtype):
@@ -84,6 +86,14 @@ def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
 def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
     """Return whether a weight is an ordinary parameter: neither sharded nor of another dtype."""
     return type(weight) is nn.Parameter and weight.dtype == dtype
+
+
+def _takes(x: Tensor, dtype: torch.dtype, most: int = cpu.FEW) -> bool:
+    """Return whether kernels/cpu.py takes these rows: few of them, in its dtype.
+
+    Autocast, which chooses the dtype of every product, does not know it.
+    """
+    return x.size(0) <= most and x.dtype == dtype and not torch.is_autocast_enabled("cpu")
 
 
 def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
@@ -98,7 +108,7 @@ def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
         most = FEW_BFLOAT16
 
     def linear(x: Tensor) -> Tensor:
-        if x.size(0) > most:
+        if not _takes(x, weight.dtype, most):
             return many(x)
         return _add_bias(cpu.product(x, weight), bias)
 
@@ -123,13 +133,32 @@ def _many_rows(weight: Tensor, bias: Tensor | None) -> Forward:
     return reordered_linear
 
 
+def _nf4(weight: nf4.NF4, bias: Tensor | None, dtype: torch.dtype) -> Forward:
+    """Return x -> x weight^T + bias: few rows by the codes, others by the dequantized weight."""
+    dense = _dense(nf4.dequantize(weight, dtype), bias)
+    outputs, columns = weight.shape
+    if dtype not in cpu.WIDTHS or not cpu.fits_nf4(columns, weight.blocksize):
+        return dense
+
+    packed = weight.packed.contiguous()
+    scales = nf4.block_scales(weight).contiguous()
+    code = weight.quant_map.contiguous()
+
+    def linear(x: Tensor) -> Tensor:
+        if not _takes(x, dtype, FEW_NF4):
+            return dense(x)
+        return _add_bias(cpu.nf4(x, packed, scales, code, outputs), bias)
+
+    return linear
+
+
 def _quantized(weight: nf4.NF4 | int8.Int8, bias: Tensor | None, dtype: torch.dtype) -> Forward:
     """Return x -> x weight^T + bias, with the product of the weight's format."""
     matmul = FORMATS[type(weight)].matmul
     reads_int8 = type(weight) is int8.Int8 and cpu.fits(dtype, weight.weight)
 
     def linear(x: Tensor) -> Tensor:
-        if reads_int8 and x.size(0) <= cpu.FEW:
+        if reads_int8 and _takes(x, dtype, FEW_INT8):
             y = cpu.product(x, weight.weight, weight.SCB, int8.STEP)
         else:
             y = matmul(x, weight)
@@ -160,17 +189,14 @@ def _norm(module: LayerNorm | RMSNorm) -> list[Replacement]:
     weight = module.weight.detach()
     rest = (weight, module.bias, module.eps, module.kind)
 
-    def fits(x: Tensor) -> bool:
-        return x.size(0) <= cpu.FEW and x.dtype == weight.dtype
-
     def forward(x: Tensor) -> Tensor:
-        if not fits(x):
+        if not _takes(x, weight.dtype):
             return type(module).forward(module, x)
         normed, _ = cpu.norm(x, None, *rest)
         return normed
 
     def add(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if not fits(x) or residual.dtype != x.dtype:
+        if not _takes(x, weight.dtype) or residual.dtype != x.dtype:
             return type(module).add(module, x, residual)
         return cpu.norm(x, residual, *rest)
 
@@ -180,8 +206,10 @@ def _norm(module: LayerNorm | RMSNorm) -> list[Replacement]:
 def fast_rotations(lm: nn.Module) -> list[Replacement]:
     """Return `rotate` of every attention that rotates, by kernels/cpu.py, for few rows."""
 
+    dtype = lm.model.norm.weight.dtype
+
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        if q.size(0) > cpu.FEW or q.dtype not in cpu.WIDTHS:
+        if not _takes(q, dtype) or k.dtype != dtype:
             return rope(q, k, cos, sin)
         return cpu.turn(q, cos, sin), cpu.turn(k, cos, sin)
 

@@ -16,10 +16,9 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-constexpr int LANES = 16;     // numbers of a vector
-constexpr long STEP = 32;     // columns that are multiplied at a time
-constexpr long ROWS = 4;      // of the weight, at a time: their sums do not wait for each other
-constexpr long AHEAD = 2048;  // bytes: how long before its use a piece of the weight is fetched
+constexpr int LANES = 16;   // numbers of a vector
+constexpr long STEP = 32;  // columns that are multiplied at a time
+constexpr long ROWS = 4;   // of the weight, at a time: their sums do not wait for each other
 
 // ------------------------------------------------------------------ numbers
 
@@ -75,25 +74,68 @@ static inline float sum(Floats v) {
 // y[m][n] = factor scales[n] sum_k x[m][k] w[n][k] for M rows of x, N rows of the weight and K
 // columns, a multiple of STEP. The weight is read once.
 
-// R rows of the weight and C rows of x, whose R C sums stay in registers.
-template <int R, int C, class X, class W>
-static inline void tile(const float* x, const W* w, const float* scales, float factor, X* y,
-                        long N, long K) {
+// A weight that is stored as numbers, and where it is in memory.
+template <class W>
+struct Numbers {
+    static constexpr int BYTES = STEP * sizeof(W);  // of STEP columns
+    const W* w;
+    long K;
+
+    Numbers from(long n) const { return {w + n * K, K}; }
+    const char* address(long r, long k) const { return (const char*)(w + r * K + k); }
+
+    // Columns k + i to k + i + 15 of row r.
+    Floats at(long r, long k, int i) const { return load(w + r * K + k + i); }
+
+    // Where column k of x goes, so that it meets these columns.
+    static long place(long k) { return k; }
+};
+
+// A weight of 4-bit codes, two to a byte, with a scale for each 64 of them: nf4.py.
+struct NF4 {
+    static constexpr int BYTES = STEP / 2;
+    const uint8_t* packed;
+    const float* scales;
+    Floats code;
+    long K;
+
+    NF4 from(long n) const { return {packed + n * K / 2, scales + n * K / 64, code, K}; }
+    const char* address(long r, long k) const { return (const char*)packed + (r * K + k) / 2; }
+
+    // STEP columns are 16 bytes: their upper halves are the even columns, the lower ones the odd.
+    Floats at(long r, long k, int i) const {
+        const uint8_t* bytes = packed + (r * K + k) / 2;
+        Ints index;
+        for (int lane = 0; lane < LANES; lane++) index[lane] = bytes[lane];
+        if (i == 0)
+            index >>= 4;
+        else
+            index &= 15;
+        return __builtin_shuffle(code, index) * scales[(r * K + k) / 64];
+    }
+
+    static long place(long k) { return k / STEP * STEP + k % 2 * LANES + k % STEP / 2; }
+};
+
+// R rows of the weight and C rows of x, whose R C sums stay in registers. Meanwhile the next R rows
+// of the weight are fetched.
+template <int R, int C, class X, class Weight>
+static inline void tile(const float* x, Weight w, const float* scales, float factor, X* y, long N,
+                        long K) {
     Floats sums[R][C] = {};
     for (long k = 0; k < K; k += STEP) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const char* soon = (const char*)(w + r * K + k) + AHEAD;
+            const char* next = w.address(r + R, k);
 #pragma GCC unroll 8
-            for (int byte = 0; byte < STEP * (int)sizeof(W); byte += 64)
-                __builtin_prefetch(soon + byte);
+            for (int byte = 0; byte < Weight::BYTES; byte += 64) __builtin_prefetch(next + byte);
         }
 
 #pragma GCC unroll 8
         for (int i = 0; i < STEP; i += LANES) {
             Floats weights[R];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) weights[r] = load(w + r * K + k + i);
+            for (int r = 0; r < R; r++) weights[r] = w.at(r, k, i);
 #pragma GCC unroll 8
             for (int c = 0; c < C; c++) {
                 Floats inputs = load(x + c * K + k + i);
@@ -111,32 +153,33 @@ static inline void tile(const float* x, const W* w, const float* scales, float f
 }
 
 // R rows of the weight and all M of x. After the first tile these R rows are in the cache.
-template <int R, class X, class W>
-static inline void strip(const float* x, const W* w, const float* scales, float factor, X* y,
-                         long M, long N, long K) {
+template <int R, class X, class Weight>
+static inline void strip(const float* x, Weight w, const float* scales, float factor, X* y, long M,
+                         long N, long K) {
     long m = 0;
     for (; m + 4 <= M; m += 4) tile<R, 4>(x + m * K, w, scales, factor, y + m * N, N, K);
     for (; m + 2 <= M; m += 2) tile<R, 2>(x + m * K, w, scales, factor, y + m * N, N, K);
     for (; m < M; m++) tile<R, 1>(x + m * K, w, scales, factor, y + m * N, N, K);
 }
 
-template <class X, class W>
-static void product(const X* x, const W* w, const float* scales, float factor, X* y, long M,
-                    long N, long K, int threads) {
+template <class X, class Weight>
+static void product(const X* x, Weight w, const float* scales, float factor, X* y, long M, long N,
+                    long K, int threads) {
     std::vector<float> wide(M * K);
-    for (long i = 0; i < M * K; i++) wide[i] = widen(x[i]);
+    for (long m = 0; m < M; m++)
+        for (long k = 0; k < K; k++) wide[m * K + Weight::place(k)] = widen(x[m * K + k]);
 
     const long strips = N / ROWS;
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < strips; i++) {
         long n = i * ROWS;
         const float* of_rows = scales ? scales + n : nullptr;
-        strip<ROWS>(wide.data(), w + n * K, of_rows, factor, y + n, M, N, K);
+        strip<ROWS>(wide.data(), w.from(n), of_rows, factor, y + n, M, N, K);
     }
 
     for (long n = strips * ROWS; n < N; n++) {
         const float* of_row = scales ? scales + n : nullptr;
-        strip<1>(wide.data(), w + n * K, of_row, factor, y + n, M, N, K);
+        strip<1>(wide.data(), w.from(n), of_row, factor, y + n, M, N, K);
     }
 }
 
@@ -211,13 +254,22 @@ static void turn(const X* x, const float* cos, const float* sin, X* y, long T, l
 #define PRODUCT(name, X, W)                                                                      \
     extern "C" void name(const X* x, const W* w, const float* scales, float factor, X* y,        \
                          long M, long N, long K, int threads) {                                  \
-        product(x, w, scales, factor, y, M, N, K, threads);                                      \
+        product(x, Numbers<W>{w, K}, scales, factor, y, M, N, K, threads);                       \
     }
 
 PRODUCT(product_float32_float32, float, float)
 PRODUCT(product_float32_int8, float, int8_t)
 PRODUCT(product_bfloat16_bfloat16, bfloat16, bfloat16)
 PRODUCT(product_bfloat16_int8, bfloat16, int8_t)
+
+#define NF4_PRODUCT(name, X)                                                                     \
+    extern "C" void name(const X* x, const uint8_t* packed, const float* scales,                 \
+                         const float* code, X* y, long M, long N, long K, int threads) {         \
+        product(x, NF4{packed, scales, load(code), K}, nullptr, 1, y, M, N, K, threads);         \
+    }
+
+NF4_PRODUCT(nf4_float32, float)
+NF4_PRODUCT(nf4_bfloat16, bfloat16)
 
 #define LAYERS(norm_name, turn_name, X)                                                          \
     extern "C" void norm_name(const X* x, const X* residual, const X* weight, const X* bias,     \

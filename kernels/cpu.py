@@ -1,6 +1,7 @@
 """What a step of decoding computes on a CPU, for few rows: in C++, cpu.cpp.
 
     product    y_mn = f s_n sum_k x_mk w_nk        x (M, K), w (N, K), scales s (N,), a factor f
+    nf4        the same with the weight of nf4.py, whose codes are looked up in a register
     norm       as in norms.py
     turn       as in rope.py
 
@@ -34,7 +35,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 STEP = 32  # columns that cpu.cpp multiplies at a time
-FEW = 16  # rows up to which this is faster than torch's products of float32 and int8
+FEW = 16  # rows up to which this is faster than torch's products of float32
 
 # What torch calls the instructions of a CPU, and a compiler.
 ARCHITECTURES = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
@@ -53,6 +54,8 @@ LONG = ctypes.c_long
 ARGUMENTS = {
     # x, w, scales or None, factor, y, M, N, K, threads
     "product": [POINTER] * 3 + [ctypes.c_float, POINTER] + [LONG] * 3 + [ctypes.c_int],
+    # x, packed, scales, code, y, M, N, K, threads
+    "nf4": [POINTER] * 5 + [LONG] * 3 + [ctypes.c_int],
     # x, residual or None, weight, bias or None, y, s or None, rows, D, eps, kind
     "norm": [POINTER] * 6 + [LONG] * 2 + [ctypes.c_float, ctypes.c_int],
     # x, cos, sin, y, T, heads, D, R
@@ -150,6 +153,36 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None = None, factor: flo
         weight.data_ptr(),
         _address(scales),
         factor,
+        y.data_ptr(),
+        rows,
+        outputs,
+        columns,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def fits_nf4(columns: int, blocksize: int) -> bool:
+    """Return whether there is a product with such an NF4 weight: a register must hold its code."""
+    if columns % 64 or blocksize != 64 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return library() is not None
+
+
+def nf4(x: Tensor, packed: Tensor, scales: Tensor, code: Tensor, outputs: int) -> Tensor:
+    """Return x W^T in x's dtype: x (M, K), float32 or bfloat16 -> (M, outputs).
+
+    packed is NF4.packed; scales are those of its blocks and code its 16 numbers, in float32.
+    """
+    x = x.contiguous()
+    rows, columns = x.shape
+    y = x.new_empty(rows, outputs)
+    run = _function("nf4", x.dtype)
+    run(
+        x.data_ptr(),
+        packed.data_ptr(),
+        scales.data_ptr(),
+        code.data_ptr(),
         y.data_ptr(),
         rows,
         outputs,

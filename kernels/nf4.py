@@ -242,14 +242,19 @@ def quantize(weight: Tensor, double: bool = True, blocksize: int = 64) -> NF4:
     return NF4(packed, absmax, code, nested, codes, offset, shape, weight.dtype, blocksize)
 
 
+def block_scales(q: NF4) -> Tensor:
+    """Return the scale of each block, (blocks,) float32."""
+    if not q.double:
+        return q.absmax
+    codes = q.nested_quant_map[q.absmax.int()]
+    nested = F.pad(codes, (0, -len(codes) % NESTED)).view(-1, NESTED)
+    return (nested * q.nested_absmax[:, None] + q.nested_offset).view(-1)[: len(codes)]
+
+
 def reference(q: NF4, dtype: torch.dtype) -> Tensor:
     """Return the weight (N, K) in dtype."""
     n = q.shape[0] * q.shape[1]
-    scale = q.absmax
-    if q.double:
-        codes = q.nested_quant_map[q.absmax.int()]
-        nested = F.pad(codes, (0, -len(codes) % NESTED)).view(-1, NESTED)
-        scale = (nested * q.nested_absmax[:, None] + q.nested_offset).view(-1)[: len(codes)]
+    scale = block_scales(q)
 
     # One look-up for the two numbers of a byte.
     pairs = torch.cartesian_prod(q.quant_map, q.quant_map)  # (256, 2)

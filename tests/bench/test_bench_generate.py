@@ -43,7 +43,7 @@ def test_llama_cpp_has_the_same_weights(tmp_path):
     text = TOY | {"num_key_value_heads": 2}
     model = LLaVA.from_parts(Model(llm_config=text, vision_config=TINY), "plain").eval()
     init_weights(model.language_model, 0.3)
-    llama_cpp.write(model.language_model, "float32", tmp_path / "toy.gguf")
+    llama_cpp.write(model, "float32", tmp_path / "toy.gguf")
     prompts = torch.randint(3, 320, (3, 12))
     theirs = llama_cpp.LlamaCpp(tmp_path / "toy.gguf", 3, 1).decode(prompts, 8)
     assert torch.equal(theirs, model.generate(prompts, max_new_tokens=8))

@@ -67,6 +67,16 @@ def test_fast_layers_take_their_places_for_a_while(family, compiler):
     assert [m.__dict__ for m in lm.modules()] == before
 
 
+def test_autocast_has_the_products_that_it_has_without(compiler):
+    lm = build("stablelm").language_model
+    x, positions = torch.randn(3, 64), torch.tensor([0, 5, 9])
+    attend = packed_attention(torch.tensor([0, 1, 2, 3], dtype=torch.int32), 1)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        want = lm.lm_head(lm.model(x, positions, attend))
+        with replaced(fast_layers(lm)):
+            assert torch.equal(lm.lm_head(lm.model(x, positions, attend)), want)
+
+
 def test_few_rows_go_to_what_is_compiled_and_many_do_not(monkeypatch):
     if cpu.library() is None:
         pytest.skip("needs a C++ compiler and AVX2")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import cpu, norms, rope
+from kernels import cpu, nf4, norms, rope
 from tests.tools.compiler import needs_compiler
 
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 3e-3}  # a rounding of each
@@ -32,6 +32,23 @@ def test_products_are_torchs_and_a_row_has_no_company(dtypes):
                 assert torch.equal(cpu.product(x[i : i + 1], weight, scales, 0.5), y[i : i + 1])
     plain = cpu.product(x, weight)
     assert plain.dtype == of_x and distance(plain, cpu.reference(x, weight, None, 1)) < CLOSE[of_x]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", cpu.WIDTHS)
+@pytest.mark.parametrize("double", [True, False])
+def test_products_with_codes_are_those_with_the_numbers(double, dtype):
+    if not cpu.fits_nf4(64, 64):
+        pytest.skip("needs AVX512")
+    for rows in (1, 2, 5):
+        for N, K in ((1, 64), (7, 192), (64, 768)):
+            weight = nf4.quantize(torch.randn(N, K), double)
+            x = torch.randn(rows, K).to(dtype)
+            scales = nf4.block_scales(weight)
+            y = cpu.nf4(x, weight.packed, scales, weight.quant_map, N)
+            numbers = nf4.reference(weight, torch.float32)
+            assert distance(y, cpu.reference(x, numbers, None, 1)) < CLOSE[dtype]
+    assert not cpu.fits_nf4(96, 64) and not cpu.fits_nf4(128, 128)
 
 
 @needs_compiler
