@@ -32,6 +32,7 @@ from kernels.rope import rope
 from layers import LayerNorm, RMSNorm
 
 Forward = Callable[[Tensor], Tensor]
+Bias = Tensor | None
 
 
 class Replacement(NamedTuple):
@@ -50,9 +51,13 @@ FEW_INT8 = 64  # and faster than dequantizing first, for each product anew
 
 def fast_layers(lm: nn.Module) -> list[Replacement]:
     """Return all that is faster for the decoding of a language model."""
-    replacements = [Replacement(m, "forward", f) for m, f in fast_linears(lm).items()]
-    on_cpu = lm.model.norm.weight.is_cpu
-    if on_cpu and lm.model.norm.weight.dtype in cpu.WIDTHS and cpu.library() is not None:
+    replacements = []
+    for module, forward in fast_linears(lm).items():
+        replacements.append(Replacement(module, "forward", forward))
+
+    weight = lm.model.norm.weight
+    compiled = weight.is_cpu and cpu.library() is not None
+    if compiled and weight.dtype in cpu.WIDTHS:
         replacements += fast_norms(lm)
         replacements += fast_rotations(lm)
     return replacements
@@ -63,8 +68,9 @@ def fast_linears(lm: nn.Module) -> dict[nn.Module, Forward]:
 
     A weight that is laid out or dequantized takes its size in memory once more.
     """
-    dtype = lm.model.norm.weight.dtype
-    on_cpu = lm.model.norm.weight.is_cpu
+    some_weight = lm.model.norm.weight
+    dtype = some_weight.dtype
+    on_cpu = some_weight.is_cpu
 
     # What is none of the kinds above, such as a sharded weight, keeps its own forward.
     fast = {}
@@ -93,10 +99,12 @@ def _takes(x: Tensor, dtype: torch.dtype, most: int = cpu.FEW) -> bool:
 
     Autocast, which chooses the dtype of every product, does not know it.
     """
-    return x.size(0) <= most and x.dtype == dtype and not torch.is_autocast_enabled("cpu")
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return x.size(0) <= most and x.dtype == dtype
 
 
-def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
+def _dense(weight: Tensor, bias: Bias) -> Forward:
     """Return x -> x weight^T + bias."""
     many = _many_rows(weight, bias)
     if not cpu.fits(weight.dtype, weight):
@@ -104,10 +112,10 @@ def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
 
     # With more rows oneDNN's arithmetic in bfloat16 is faster.
     most = cpu.FEW
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if _suits_onednn(weight):
         most = FEW_BFLOAT16
 
-    def linear(x: Tensor) -> Tensor:
+    def linear(x):
         if not _takes(x, weight.dtype, most):
             return many(x)
         return _add_bias(cpu.product(x, weight), bias)
@@ -115,11 +123,18 @@ def _dense(weight: Tensor, bias: Tensor | None) -> Forward:
     return linear
 
 
-def _many_rows(weight: Tensor, bias: Tensor | None) -> Forward:
-    """Return x -> x weight^T + bias by torch, a bfloat16 weight in oneDNN's own layout."""
-    if weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+def _suits_onednn(weight: Tensor) -> bool:
+    """Return whether oneDNN has a layout of its own for a weight."""
+    if weight.dtype != torch.bfloat16:
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-        def linear(x: Tensor) -> Tensor:
+
+def _many_rows(weight: Tensor, bias: Bias) -> Forward:
+    """Return x -> x weight^T + bias by torch, a bfloat16 weight in oneDNN's own layout."""
+    if not _suits_onednn(weight):
+
+        def linear(x):
             return F.linear(x, weight, bias)
 
         return linear
@@ -127,13 +142,13 @@ def _many_rows(weight: Tensor, bias: Tensor | None) -> Forward:
     # Laying the weight out takes longer than the product with a few rows.
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
 
-    def reordered_linear(x: Tensor) -> Tensor:
+    def reordered_linear(x):
         return torch.ops.mkldnn._linear_pointwise.default(x, reordered, bias, "none", [], "")
 
     return reordered_linear
 
 
-def _nf4(weight: nf4.NF4, bias: Tensor | None, dtype: torch.dtype) -> Forward:
+def _nf4(weight: nf4.NF4, bias: Bias, dtype: torch.dtype) -> Forward:
     """Return x -> x weight^T + bias: few rows by the codes, others by the dequantized weight."""
     dense = _dense(nf4.dequantize(weight, dtype), bias)
     outputs, columns = weight.shape
@@ -144,7 +159,7 @@ def _nf4(weight: nf4.NF4, bias: Tensor | None, dtype: torch.dtype) -> Forward:
     scales = nf4.block_scales(weight).contiguous()
     code = weight.quant_map.contiguous()
 
-    def linear(x: Tensor) -> Tensor:
+    def linear(x):
         if not _takes(x, dtype, FEW_NF4):
             return dense(x)
         return _add_bias(cpu.nf4(x, packed, scales, code, outputs), bias)
@@ -152,12 +167,12 @@ def _nf4(weight: nf4.NF4, bias: Tensor | None, dtype: torch.dtype) -> Forward:
     return linear
 
 
-def _quantized(weight: nf4.NF4 | int8.Int8, bias: Tensor | None, dtype: torch.dtype) -> Forward:
+def _quantized(weight: nf4.NF4 | int8.Int8, bias: Bias, dtype: torch.dtype) -> Forward:
     """Return x -> x weight^T + bias, with the product of the weight's format."""
     matmul = FORMATS[type(weight)].matmul
     reads_int8 = type(weight) is int8.Int8 and cpu.fits(dtype, weight.weight)
 
-    def linear(x: Tensor) -> Tensor:
+    def linear(x):
         if reads_int8 and _takes(x, dtype, FEW_INT8):
             y = cpu.product(x, weight.weight, weight.SCB, int8.STEP)
         else:
@@ -167,7 +182,7 @@ def _quantized(weight: nf4.NF4 | int8.Int8, bias: Tensor | None, dtype: torch.dt
     return linear
 
 
-def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+def _add_bias(y: Tensor, bias: Bias) -> Tensor:
     """Return y + bias. It is in place: y is new, and nothing is differentiated here."""
     if bias is None:
         return y
@@ -186,32 +201,38 @@ def fast_norms(lm: nn.Module) -> list[Replacement]:
 
 def _norm(module: LayerNorm | RMSNorm) -> list[Replacement]:
     """Return the two methods of one norm."""
+    own = type(module)
     weight = module.weight.detach()
+    dtype = weight.dtype
     rest = (weight, module.bias, module.eps, module.kind)
 
-    def forward(x: Tensor) -> Tensor:
-        if not _takes(x, weight.dtype):
-            return type(module).forward(module, x)
+    def forward(x):
+        if not _takes(x, dtype):
+            return own.forward(module, x)
         normed, _ = cpu.norm(x, None, *rest)
         return normed
 
-    def add(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if not _takes(x, weight.dtype) or residual.dtype != x.dtype:
-            return type(module).add(module, x, residual)
+    def add(x, residual):
+        if not _takes(x, dtype) or residual.dtype != dtype:
+            return own.add(module, x, residual)
         return cpu.norm(x, residual, *rest)
 
-    return [Replacement(module, "forward", forward), Replacement(module, "add", add)]
+    return [
+        Replacement(module, "forward", forward),
+        Replacement(module, "add", add),
+    ]
 
 
 def fast_rotations(lm: nn.Module) -> list[Replacement]:
     """Return `rotate` of every attention that rotates, by kernels/cpu.py, for few rows."""
-
     dtype = lm.model.norm.weight.dtype
 
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(q, k, cos, sin):
         if not _takes(q, dtype) or k.dtype != dtype:
             return rope(q, k, cos, sin)
-        return cpu.turn(q, cos, sin), cpu.turn(k, cos, sin)
+        turned_q = cpu.turn(q, cos, sin)
+        turned_k = cpu.turn(k, cos, sin)
+        return turned_q, turned_k
 
     replacements = []
     for module in lm.modules():
