@@ -597,7 +597,7 @@ def announce(log: RunLog, model: LLaVA, start: int, steps: Steps, mode: str, sta
         sizes.append(size)
 
     line = f"{log.name}: {len(steps.rows)} rows, {len(steps)} steps, "
-    line += f"{model.views.tokens_text} tokens per image; {', '.join(sizes)}"
+    line += f"{model.views.tokens_per_image}; {', '.join(sizes)}"
     if log.ranks.size > 1:
         line += f"; {mode} on {log.ranks.size} ranks"
     print0(line)

@@ -279,16 +279,24 @@ def spaces_behind_controls(spec: dict) -> dict:
 
 # ----------------------------------------------------------------------------------- chat template
 
-# Makes every content a string. llama.cpp's server writes a mark with a random name into it for each
-# picture. One picture goes in front, as in training; several stay where they are.
-FLATTEN = """\
-{%- set ns = namespace(turns=[], text='', words='') -%}
-{%- for message in messages -%}
+# Sets ns.text to the whole text of a message.
+TEXT_OF_CONTENT = """\
 {%- if message.content is string -%}{%- set ns.text = message.content -%}
 {%- else -%}
 {%- set ns.text = '' -%}
 {%- for part in message.content -%}{%- set ns.text = ns.text + part.text -%}{%- endfor -%}
 {%- endif -%}
+"""
+
+# Makes every content a string. llama.cpp's server writes a mark with a random name into it for each
+# picture. One picture goes in front, as in training; several stay where they are.
+FLATTEN = (
+    """\
+{%- set ns = namespace(turns=[], text='', words='') -%}
+{%- for message in messages -%}
+"""
+    + TEXT_OF_CONTENT
+    + """\
 {%- set pieces = ns.text.split('<__media') -%}
 {%- set ns.text = pieces[0] -%}
 {%- for piece in pieces[1:] -%}
@@ -304,17 +312,17 @@ FLATTEN = """\
 {%- endfor -%}
 {%- set messages = ns.turns -%}
 """
+)
 
 # Makes every content a list, for a template that wants one. A picture is a part of it, and the
 # template writes `<image>` where it wants it. What is written is kept, and then gets the marks.
-LISTS = """\
+LISTS = (
+    """\
 {%- set ns = namespace(turns=[], parts=[], marks=[], text='') -%}
 {%- for message in messages -%}
-{%- if message.content is string -%}{%- set ns.text = message.content -%}
-{%- else -%}
-{%- set ns.text = '' -%}
-{%- for part in message.content -%}{%- set ns.text = ns.text + part.text -%}{%- endfor -%}
-{%- endif -%}
+"""
+    + TEXT_OF_CONTENT
+    + """\
 {%- set pieces = ns.text.replace('<image>', '<__image>').split('<__media') -%}
 {%- set ns.parts = [] -%}
 {%- if pieces | length == 1 -%}
@@ -341,6 +349,7 @@ LISTS = """\
 {{- piece.replace('<__image>', '<image>') -}}
 {%- endfor -%}
 """
+)
 
 
 def chat_template(template, tokenizer: Tokenizer) -> str:

@@ -137,6 +137,15 @@ class Tiling:
         """Return how many tokens a picture of one view takes, for people."""
         return f"{self.positions()}"
 
+    @property
+    def tokens_per_image(self) -> str:
+        """Return how many tokens pictures take, of one view and of the most, for people."""
+        said = f"{self.tokens_text} tokens per image"
+        most = max(self.positions(shape) for shape in self.largest())
+        if most > self.positions():
+            said += f" of one view, up to {most} of several"
+        return said
+
     def placeholder(self, shape: ItemShape = ONE_VIEW) -> list[int]:
         """Return an item's text: ids of marks, and IMAGE_TOKEN for each feature."""
         return self.positions(shape) * [IMAGE_TOKEN]

@@ -404,10 +404,7 @@ class Plan:
         # The model is built without the blocks behind the feature layer, so they are not counted.
         model = self.build(self.recipe)
         sizes = [f"{name} {_count(part):,}" for name, part in model.named_children()]
-        tokens = f"{model.views.tokens_text} tokens per image"
-        most = max(model.views.positions(shape) for shape in model.views.largest())
-        if most > model.image_tokens:
-            tokens += f" of one view, up to {most} of several"
+        tokens = model.views.tokens_per_image
         print0(f"parameters: {', '.join(sizes)} (without blocks that never run); {tokens}")
 
         merged = self.build(self.recipe, adapted=False)
