@@ -8,6 +8,7 @@ Read the files in this order, from the question to the token:
     cache.py         the keys and values of what has been read
     sampling.py      the choice of the next token
     fast_layers.py   faster linear layers, norms and rotations for decoding
+    cpu.py           those of a CPU, which cpu.cpp computes
     beam.py          beam search, which uses the cache without the engine
 
 and then, from the tokens back to those who asked:

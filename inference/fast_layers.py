@@ -6,7 +6,7 @@
 `fast_linears`: a step of decoding multiplies every weight with a few rows only, so its time is the
 time to read the weights. The modules' own forwards are made for training; these can do better:
 
-- on a CPU with a C++ compiler: kernels/cpu.py reads a weight at the speed of the memory.
+- on a CPU with a C++ compiler: inference/cpu.py reads a weight at the speed of the memory.
 - bfloat16 on a CPU: oneDNN lays a weight out anew for every product. Here that is done once, for
   what has more rows than a step.
 - NF4 on a CPU: torch has no product that reads its codes, so the weight is dequantized once.
@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import cpu, int8, nf4
+from inference import cpu
+from kernels import int8, nf4
 from kernels.lora import FORMATS
 from kernels.rope import rope
 from layers import LayerNorm, RMSNorm
@@ -43,7 +44,7 @@ class Replacement(NamedTuple):
     function: Callable
 
 
-# Rows up to which kernels/cpu.py is faster than oneDNN in bfloat16.
+# Rows up to which inference/cpu.py is faster than oneDNN in bfloat16.
 FEW_BFLOAT16 = 4
 FEW_NF4 = 8  # and faster with codes than with the dequantized weight
 FEW_INT8 = 64  # and faster than dequantizing first, for each product anew
@@ -95,7 +96,7 @@ def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _takes(x: Tensor, dtype: torch.dtype, most: int = cpu.FEW) -> bool:
-    """Return whether kernels/cpu.py takes these rows: few of them, in its dtype.
+    """Return whether inference/cpu.py takes these rows: few of them, in its dtype.
 
     Autocast, which chooses the dtype of every product, does not know it.
     """
@@ -190,7 +191,7 @@ def _add_bias(y: Tensor, bias: Bias) -> Tensor:
 
 
 def fast_norms(lm: nn.Module) -> list[Replacement]:
-    """Return `forward` and `add` of every norm by kernels/cpu.py, for few rows."""
+    """Return `forward` and `add` of every norm by inference/cpu.py, for few rows."""
     dtype = lm.model.norm.weight.dtype
     replacements = []
     for module in lm.modules():
@@ -224,7 +225,7 @@ def _norm(module: LayerNorm | RMSNorm) -> list[Replacement]:
 
 
 def fast_rotations(lm: nn.Module) -> list[Replacement]:
-    """Return `rotate` of every attention that rotates, by kernels/cpu.py, for few rows."""
+    """Return `rotate` of every attention that rotates, by inference/cpu.py, for few rows."""
     dtype = lm.model.norm.weight.dtype
 
     def rotate(q, k, cos, sin):

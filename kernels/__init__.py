@@ -10,8 +10,7 @@ Every operation's file has the same order, so one that is read explains the othe
 
 Begin with norms.py, where a program has one row. Then attention.py, whose tiles are in tiles.py;
 attention of one new token against a cache is decode.py. cross_entropy.py, glu.py, rope.py and
-lora.py are the rest of a model, nf4.py and int8.py are quantized weights. cpu.py has no
-Triton: it is C++ for decoding on a CPU.
+lora.py are the rest of a model, nf4.py and int8.py are quantized weights.
 
 Three words of Triton. A kernel is run by many programs at once, each of which asks `tl.program_id`
 which part of the work is its own. Its values are tiles, whose sizes (`tl.constexpr`) are powers of

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import lora
+from inference import cpu
 from inference.fast_layers import fast_layers, fast_linears, replaced
-from kernels import cpu, int8
+from kernels import int8
 from packing import packed_attention
 from tests.tools.decoding_models import build
 

@@ -2,6 +2,6 @@
 
 import pytest
 
-from kernels import cpu
+from inference import cpu
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="needs a C++ compiler and AVX2")

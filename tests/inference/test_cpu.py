@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels import cpu, nf4, norms, rope
+from inference import cpu
+from kernels import nf4, norms, rope
 from tests.tools.compiler import needs_compiler
 
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 3e-3}  # a rounding of each
@@ -98,7 +99,7 @@ def test_rotations_are_torchs(dtype):
 @needs_compiler
 def test_it_is_compiled_once_and_says_so(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for said in ("compiling kernels/cpu.cpp for this machine, once\n", ""):
+    for said in ("compiling inference/cpu.cpp for this machine, once\n", ""):
         assert cpu.library.__wrapped__() is not None
         assert capfd.readouterr().err == said
     (file,) = (tmp_path / "barellava").iterdir()

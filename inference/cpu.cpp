@@ -1,4 +1,4 @@
-// What a step of decoding computes: products, norms and rotations. kernels/cpu.py compiles it and
+// What a step of decoding computes: products, norms and rotations. inference/cpu.py compiles it and
 // has the formulas.
 //
 // Sums are float32, and numbers are added in the same order however many rows there are, so that a

@@ -1,9 +1,9 @@
 """What a step of decoding computes on a CPU, for few rows: in C++, cpu.cpp.
 
     product    y_mn = f s_n sum_k x_mk w_nk        x (M, K), w (N, K), scales s (N,), a factor f
-    nf4        the same with the weight of nf4.py, whose codes are looked up in a register
-    norm       as in norms.py
-    turn       as in rope.py
+    nf4        the same with the weight of kernels/nf4.py, whose codes are looked up in a register
+    norm       as in kernels/norms.py
+    turn       as in kernels/rope.py
 
 A step takes the time to read the weights. torch's own products are made for many rows: with one
 row oneDNN's in bfloat16 and torch's with int8 weights are bound by their arithmetic. These fetch
@@ -97,7 +97,7 @@ def library() -> ctypes.CDLL | None:
 
 def _compile(command: list[str], file: Path):
     """Compile cpu.cpp to a file, which is whole as soon as it is there."""
-    print("compiling kernels/cpu.cpp for this machine, once", file=sys.stderr)
+    print("compiling inference/cpu.cpp for this machine, once", file=sys.stderr)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         compiled = Path(folder) / "cpu.o"
