@@ -1,7 +1,7 @@
 """Write a model in another checkpoint layout, exactly, or refuse with the reason.
 
     python export.py --model out/demo --to hf-llava OUT               # Llava, for anyres LlavaNext
-    python export.py --model DIR --to hf-llava OUT --transformers 4   # differs for Gemma only
+    python export.py --model DIR --to hf-llava OUT --transformers 4   # and for 4
     python export.py --model DIR --to llava-onevision OUT             # for image mode anyres_max
     python export.py --model DIR --to smolvlm OUT                     # or idefics3, of such a model
     python export.py --model DIR --to nanovlm OUT                     # of what was one before

@@ -381,13 +381,6 @@ def versions() -> dict[str, str | None]:
 # ------------------------------------------------------------------ the file
 
 
-def read_results(file: Path) -> dict:
-    """Return what an earlier run wrote, to which this one adds."""
-    if file.exists():
-        return json.loads(file.read_text())
-    return {"operations": {}}
-
-
 def measure_operation(
     operation: str,
     made: dict[str, Callable],

@@ -1,7 +1,7 @@
 """Hugging Face's LLaVA, and LLaVA-NeXT for image mode anyres.
 
     python export.py --model DIR --to hf-llava OUT                    # for transformers 5
-    python export.py --model DIR --to hf-llava OUT --transformers 4   # differs for Gemma only
+    python export.py --model DIR --to hf-llava OUT --transformers 4   # and for 4
 
 Their classes are LlavaForConditionalGeneration and LlavaNextForConditionalGeneration. We read what
 transformers 4 and 5 write. We write folders that they load with nothing missing and nothing left

@@ -64,14 +64,6 @@ ARGUMENTS = {
 KINDS = {"rms": 0, "rms1": 1, "layer": 2}  # of norms, in cpu.cpp
 
 
-def reference(x: Tensor, weight: Tensor, scales: Tensor | None, factor: float) -> Tensor:
-    """Return what `product` does, in plain torch."""
-    y = x.float() @ weight.float().T
-    if scales is not None:
-        y = y * scales
-    return (y * factor).to(x.dtype)
-
-
 # ------------------------------------------------------------------ the compiler
 
 
