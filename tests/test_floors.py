@@ -30,6 +30,7 @@ FLOORS = [
     {"training", "evals"},
     {"demo"},
     {"train", "generate", "evaluate", "export", "serve", "visualize"},
+    {"laboratory"},
 ]
 
 # main() of a file below the scripts that is a script, too: it may import from all floors.
