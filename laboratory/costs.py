@@ -12,7 +12,6 @@ a few steps, and each cell takes as much longer as it has more operations.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import train
 from checkpoints import peft
 from config import PARTS, Recipe, UserError
 from laboratory.cells import controls, environment, is_finished, launch, why
+from laboratory.found import Cost
 from laboratory.grid import Cell, Grid
 from training import estimate, planner
 from training.run_log import read_log
@@ -32,31 +32,6 @@ MOST_FOR_CPU = 1e16  # operations of a training that a CPU can be meant for: two
 ASSUMED_GPU = "H100"
 
 SCRIPT = planner.Script(partial(peft.adapt, parts=PARTS), train.set_trainable, train.round_frozen)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one training of a cell takes, by its recipe."""
-
-    steps: dict[str, int]  # of each stage; 0 where the data that decide it are not there
-    trained: int  # parameters that the last stage trains
-    size: int  # parameters of the model, without blocks that never run
-    tokens: int  # that a picture takes in the text
-    step_flops: dict[str, float]  # of one optimizer step of each stage
-
-    @property
-    def all_steps(self) -> int | None:
-        """The steps of all stages; None if one is not known."""
-        if not all(self.steps.values()):
-            return None
-        return sum(self.steps.values())
-
-    @property
-    def flops(self) -> float | None:
-        """The operations of all steps; None if their number is not known."""
-        if self.all_steps is None:
-            return None
-        return sum(steps * self.step_flops[name] for name, steps in self.steps.items())
 
 
 def costs_of(grid: Grid) -> dict[Cell, Cost]:

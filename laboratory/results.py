@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 
@@ -32,7 +32,9 @@ from evals.origin import record_of
 from evals.shown import shown_names
 from evaluate import TASKS
 from laboratory.cells import answers_file, controls, error_of, is_finished
+from laboratory.found import CellResult, Results, RunCost
 from laboratory.grid import Cell, Grid, Measure, Run
+from laboratory.statistics import Answers
 from training.made_from import CODE
 from training.run_log import read_log
 
@@ -43,49 +45,6 @@ ROUNDED = 0.00501
 OF_STEPS = ("epochs", "steps", "global_batch")
 OF_DATA = ("data", "images", "columns", "at_least", "mixture", "validation")
 OF_WEIGHTS = ("checkpoint", "llm", "vision", "vision2", "allow_pickle")
-
-
-@dataclass
-class Answers:
-    """One score of some runs of a cell."""
-
-    name: str
-    scores: np.ndarray  # (seeds,), percent
-    chance: float | None
-    questions: int
-    blank: np.ndarray | None = None  # (seeds,), percent: the same with blanked pictures
-    credits: np.ndarray | None = None  # (seeds, questions), 0 to 1; None if it is no mean
-    weights: np.ndarray | None = None  # (seeds, questions): how much each question counts
-    clusters: np.ndarray | None = None  # (questions,): the number of its picture
-
-
-@dataclass
-class CellResult:
-    """All that the finished runs of a cell have shown."""
-
-    cell: Cell
-    seeds: tuple[int, ...]
-    answers: dict[str, Answers]
-    costs: list[RunCost]
-    noise: dict[str, Answers] = field(default_factory=dict)  # with the noise seeds
-
-
-@dataclass
-class RunCost:
-    """What the log of a run says that it took."""
-
-    steps: int
-    seconds: float | None  # of training; None if it was interrupted within a stage
-    memory_gb: float | None
-
-
-@dataclass
-class Results:
-    """All that a grid has shown so far."""
-
-    cells: list[CellResult]  # those that can be compared, the baseline first
-    errors: dict[Cell, str]  # of the others
-    notes: list[str]
 
 
 # ------------------------------------------------------------------------------- what is compared
@@ -122,7 +81,7 @@ def read_results(grid: Grid) -> Results:
             continue
         runs = grid.runs_of(cell, grid.seeds)
         costs = [cost_of(run) for run in runs]
-        result = CellResult(cell, grid.seeds, read_cell(asked, runs), costs)
+        result = CellResult(cell, read_cell(asked, runs), costs)
         if cell == grid.baseline and grid.noise_seeds:
             result.noise = read_cell(asked, grid.runs_of(cell, grid.noise_seeds))
         cells.append(result)

@@ -38,12 +38,25 @@ from typing import NamedTuple
 import numpy as np
 
 from evals import intervals
-from laboratory.results import Answers
 
 LEVEL = 0.05  # 1 - confidence
-DRAWS = 2000  # of the bootstrap
+DRAWS = 1000  # of the bootstrap: the variance is known to 5 % then
 FEW = 30  # degrees of freedom up to which Student's t is found by bisection
 LEAST_LEVEL = 1e-12  # below it nobody tells levels apart
+
+
+@dataclass
+class Answers:
+    """One score of some runs of a cell, and what every question earned in it."""
+
+    name: str
+    scores: np.ndarray  # (seeds,), percent
+    chance: float | None
+    questions: int
+    blank: np.ndarray | None = None  # (seeds,), percent: the same with blanked pictures
+    credits: np.ndarray | None = None  # (seeds, questions), 0 to 1; None if it is no mean
+    weights: np.ndarray | None = None  # (seeds, questions): how much each question counts
+    clusters: np.ndarray | None = None  # (questions,): the number of its picture
 
 
 class Part(NamedTuple):
