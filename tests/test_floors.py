@@ -29,7 +29,7 @@ FLOORS = [
     {"data"},
     {"training", "evals"},
     {"demo"},
-    {"train", "generate", "evaluate", "export", "serve", "visualize"},
+    {"train", "generate", "evaluate", "export", "serve", "visualize", "guide"},
 ]
 
 # main() of a file below the scripts that is a script, too: it may import from all floors.
