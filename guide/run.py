@@ -46,12 +46,16 @@ class Done(NamedTuple):
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of a reader's shell in which the environment is active."""
+    """Return the variables of a reader's shell in which the environment is active.
+
+    One thread unless OMP_NUM_THREADS says otherwise: with models this small, threads only wait.
+    """
     folder = Path(sys.executable).parent
     return {
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
         "COLUMNS": "100",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONUNBUFFERED": "1",  # so that errors stand among the output where a terminal has them
     }
 
