@@ -17,9 +17,11 @@ def column(x: float, title: str, users: str, parts: list[str]) -> str:
 
     # A branch leaves the stream below its first part and comes back at its "+".
     y = 390
+    below = y  # where the line to the next part begins
     begins = True
     for part in parts:
         if part == "+":
+            body += svg.line(x + 55, below, x + 55, y + 10)
             body += svg.arrow(x + 55, y + 10, stream - 10, y + 10)
             body += svg.circle(stream, y + 10, 9, svg.PALE[SUM], SUM)
             body += svg.text(stream, y + 15, "+", 14, anchor="middle")
@@ -29,8 +31,10 @@ def column(x: float, title: str, users: str, parts: list[str]) -> str:
         if begins:
             body += svg.line(stream, y + 24, x + 55, y + 24)
             begins = False
+            below = y + 24
             y -= 14
-        body += svg.line(x + 55, y + 38, x + 55, y - 22)
+        body += svg.line(x + 55, below, x + 55, y - 18)
+        below = y - 8
         colour = NORM if part == "norm" else PART
         body += svg.box(x, y - 8, 110, 30, part, colour, 13)
         y -= 40
