@@ -31,6 +31,7 @@ FLOORS = [
     {"demo"},
     {"train", "generate", "evaluate", "export", "serve", "visualize"},
     {"laboratory"},
+    {"guide"},
 ]
 
 # main() of a file below the scripts that is a script, too: it may import from all floors.
