@@ -1,7 +1,7 @@
 """What the cells of a grid take, before anything is trained: steps, parameters, operations, hours.
 
     costs = costs_of(grid)              # {cell: Cost}
-    print_plan(grid, workers=1)         # --dry-run
+    print_plan(grid, costs, workers=1)  # --dry-run
 
 The numbers are those of `train.py --dry-run` (training/planner.py): the model is built without its
 weights, and the operations are counted (training/estimate.py). Hours on a GPU follow from the peak
@@ -11,6 +11,7 @@ a few steps, and each cell takes as much longer as it has more operations.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from checkpoints import peft
 from config import PARTS, Recipe, UserError
 from laboratory.cells import controls, environment, is_finished, launch, why
 from laboratory.found import Cost
-from laboratory.grid import Cell, Grid
+from laboratory.grid import OF_STEPS, Cell, Grid
 from training import estimate, planner
 from training.run_log import read_log
 
@@ -35,13 +36,17 @@ SCRIPT = planner.Script(partial(peft.adapt, parts=PARTS), train.set_trainable, t
 
 
 def costs_of(grid: Grid) -> dict[Cell, Cost]:
-    """Return what each cell takes; a cell whose models are not there is left out."""
+    """Return what each cell takes, without cells whose models are not there or cannot be built.
+
+    What is wrong with those their own runs will say.
+    """
     costs = {}
     for cell in grid.cells:
         recipe = grid.recipe_of(grid.runs_of(cell, grid.seeds)[0])
-        cost = cost_of(recipe)
-        if cost is not None:
-            costs[cell] = cost
+        with contextlib.suppress(UserError):
+            cost = cost_of(recipe)
+            if cost is not None:
+                costs[cell] = cost
     return costs
 
 
@@ -69,12 +74,29 @@ def cost_of(recipe: Recipe) -> Cost | None:
     return Cost(steps, trained, size, model.views.positions(), step_flops)
 
 
+def check_steps(grid: Grid, costs: dict[Cell, Cost]):
+    """Raise UserError if the steps of two cells differ and no axis says so.
+
+    Rows make steps, so an axis of data may change them unseen. results.py looks again when all is
+    trained; this is before anything is.
+    """
+    first = {}
+    for cell, cost in costs.items():
+        for name, steps in cost.steps.items():
+            fields = [f"stage.{name}.{key}" for key in OF_STEPS]
+            labels = grid.labels_that_decide(cell, fields)
+            expected, other = first.setdefault((name, labels), (steps, cell))
+            if steps != expected and steps and expected:
+                what = f"{name} has {steps} steps in {cell} and {expected} in {other}"
+                fix = f"make them equal, or name {' or '.join(fields)} in the overrides of an axis"
+                raise UserError(grid.file, what, fix)
+
+
 # ---------------------------------------------------------------------------------- --dry-run
 
 
-def print_plan(grid: Grid, workers: int):
+def print_plan(grid: Grid, costs: dict[Cell, Cost], workers: int):
     """Print the cells with their steps, parameters, operations and hours, and the sum of those."""
-    costs = costs_of(grid)
     runs = grid.runs()
     left = [run for run in runs if not is_finished(grid, run)]
     asked = sum(len(controls(measure)) for measure in grid.measures)
@@ -105,7 +127,7 @@ def print_plan(grid: Grid, workers: int):
 def describe(cost: Cost | None, rate: float) -> str:
     """Return what a run of a cell takes, for people. rate: seconds for each operation."""
     if cost is None:
-        return "its models are not there"
+        return "what they take is not known: train.py --dry-run says why"
     said = f"trains {cost.trained:,} of {cost.size:,} parameters, {cost.tokens} tokens a picture"
     if cost.flops is None:
         return f"{said}, steps unknown: its data are not there"

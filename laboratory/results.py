@@ -33,7 +33,7 @@ from evals.shown import shown_names
 from evaluate import TASKS
 from laboratory.cells import answers_file, controls, error_of, is_finished
 from laboratory.found import CellResult, Results, RunCost
-from laboratory.grid import Cell, Grid, Measure, Run
+from laboratory.grid import OF_STEPS, Cell, Grid, Measure, Run
 from laboratory.statistics import Answers
 from training.made_from import CODE
 from training.run_log import read_log
@@ -41,13 +41,22 @@ from training.run_log import read_log
 # evaluate.py's tasks round a score to two decimals.
 ROUNDED = 0.00501
 
-# The field of a stage in which axes say how many steps it has.
-OF_STEPS = ("epochs", "steps", "global_batch")
+# The fields of a stage, and of the model, that say what files are read.
 OF_DATA = ("data", "images", "columns", "at_least", "mixture", "validation")
 OF_WEIGHTS = ("checkpoint", "llm", "vision", "vision2", "allow_pickle")
 
 
 # ------------------------------------------------------------------------------- what is compared
+
+
+def check_tasks(grid: Grid):
+    """Raise UserError for a measure that gives no scores by itself."""
+    known = [name for name, task in TASKS.items() if hasattr(task, "score")]
+    for measure in grid.measures:
+        if measure.task not in known:
+            what = f"no task {measure.task!r} that gives scores by itself"
+            fix = f"one of: {', '.join(known)}"
+            raise UserError(f"{grid.file}:measure.{measure.name}", what, fix)
 
 
 def read_results(grid: Grid) -> Results:
@@ -186,43 +195,29 @@ def differing(grid: Grid, finished: dict[Cell, list[Facts]]) -> dict[Cell, str]:
     A fact may depend on the labels of those axes whose overrides name a field that decides it. Of
     the cells with the same such labels, all must have it as the first one has.
     """
-    named = {axis: fields_of(labels) for axis, labels in grid.axes.items()}
     first: dict[Hashable, tuple[object, Run]] = {}
     errors = {}
     for cell, of_runs in finished.items():
         for facts in of_runs:
             for name, value in facts.values.items():
-                axes = deciding_axes(named, facts.decided_by[name])
-                labels = tuple(label for axis, label in cell.labels if axis in axes)
+                fields = facts.decided_by[name]
+                labels = grid.labels_that_decide(cell, fields)
                 expected, other = first.setdefault((name, labels), (value, facts.run))
-                if value != expected:
-                    what = f"{name} {in_short(value)}differ from {in_short(expected)}of {other}"
-                    why = "no axis names " + " or ".join(facts.decided_by[name])
-                    errors.setdefault(cell, f"seed {facts.run.seed}: refused: {what}, and {why}")
+                if value == expected:
+                    continue
+                what = f"refused: seed {facts.run.seed}: {how(name, value, expected)} in {other}"
+                if fields:
+                    what += f", and no axis names {' or '.join(fields)}"
+                errors.setdefault(cell, what)
     return errors
 
 
-def in_short(value) -> str:
-    """Return a number or a short text for a message, and nothing for what is longer."""
-    if isinstance(value, (int, float, str)) and len(str(value)) < 60:
-        return f"({value}) "
-    return ""
-
-
-def fields_of(labels: dict[str, tuple[str, ...]]) -> set[str]:
-    """Return the fields that the overrides of an axis name."""
-    return {override.partition("=")[0] for overrides in labels.values() for override in overrides}
-
-
-def deciding_axes(named: dict[str, set[str]], decided_by: tuple[str, ...]) -> set[str]:
-    """Return the axes whose overrides name one of these fields, or a table around or in it."""
-    found = set()
-    for axis, names in named.items():
-        for name in names:
-            for one in decided_by:
-                if f"{name}.".startswith(f"{one}.") or f"{one}.".startswith(f"{name}."):
-                    found.add(axis)
-    return found
+def how(name: str, value, expected) -> str:
+    """Return in words how a fact differs; what is longer than a number or a name is not quoted."""
+    for one in (value, expected):
+        if not isinstance(one, (int, float, str)) or len(str(one)) > 60:
+            return f"{name} not as"
+    return f"{name} {value}, not {expected} as"
 
 
 def notes_of(finished: dict[Cell, list[Facts]]) -> list[str]:
