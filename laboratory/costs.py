@@ -99,24 +99,35 @@ def print_plan(grid: Grid, costs: dict[Cell, Cost], workers: int):
     """Print the cells with their steps, parameters, operations and hours, and the sum of those."""
     runs = grid.runs()
     left = [run for run in runs if not is_finished(grid, run)]
-    asked = sum(len(controls(measure)) for measure in grid.measures)
     print(f"{grid.file}: {len(grid.cells)} cells, {len(runs)} runs, {len(left)} of them to be done")
-    print(f"each is trained, then asked {asked} times by evaluate.py; folder: {grid.output}")
-    for path, command in grid.prepare.items():
-        state = "is there" if Path(path).exists() else f"will be made by: {command}"
-        print(f"  {path} {state}")
 
+    asked = 0
+    for measure in grid.measures:
+        asked += len(controls(measure))
+    print(f"each is trained, then asked {asked} times by evaluate.py; folder: {grid.output}")
+
+    for path, command in grid.prepare.items():
+        if Path(path).exists():
+            print(f"  {path} is there")
+        else:
+            print(f"  {path} will be made by: {command}")
+
+    # The cells, and the sum of their hours.
     rate, source = seconds_of_operation(grid, costs.get(grid.baseline))
     hours = 0.0
     unknown = 0
     for cell in grid.cells:
+        todo = 0
+        for run in left:
+            if run.cell == cell:
+                todo += 1
         cost = costs.get(cell)
-        todo = sum(run.cell == cell for run in left)
         print(f"{cell}: {todo} runs, {describe(cost, rate)}")
         if cost is None or cost.flops is None:
             unknown += todo
         else:
             hours += todo * cost.flops * rate / 3600
+
     print(f"hours of training, one run after the other: {hours:.2f}; {source}")
     if workers > 1:
         print(f"with {workers} workers down to {hours / workers:.2f}, if as many cores are free")
@@ -131,21 +142,27 @@ def describe(cost: Cost | None, rate: float) -> str:
     said = f"trains {cost.trained:,} of {cost.size:,} parameters, {cost.tokens} tokens a picture"
     if cost.flops is None:
         return f"{said}, steps unknown: its data are not there"
+
     stages = ", ".join(f"{name} {steps}" for name, steps in cost.steps.items())
-    return f"{said}, steps: {stages}, {cost.flops:.2e} FLOPs, {cost.flops * rate / 3600:.3f} h"
+    hours = cost.flops * rate / 3600
+    return f"{said}, steps: {stages}, {cost.flops:.2e} FLOPs, {hours:.3f} h"
 
 
 def seconds_of_operation(grid: Grid, cost: Cost | None) -> tuple[float, str]:
     """Return how long an operation takes, and what that is based on."""
     is_for_cpu = cost is not None and cost.flops is not None and cost.flops < MOST_FOR_CPU
-    if torch.cuda.is_available() or not is_for_cpu:
-        name = ASSUMED_GPU
+    if is_for_cpu and not torch.cuda.is_available():
+        return time_baseline(grid, cost)
+
+    # The GPU that is here, if the table has it.
+    name = ASSUMED_GPU
+    if torch.cuda.is_available():
+        here = torch.cuda.get_device_name()
         for known in estimate.GPUS:
-            if torch.cuda.is_available() and known.split("-")[0] in torch.cuda.get_device_name():
+            if known.split("-")[0] in here:
                 name = known
-        rate = 1 / (estimate.GPUS[name].peak * estimate.SHARE)
-        return rate, f"at {estimate.SHARE:.0%} of the peak of one {name} (training/estimate.py)"
-    return time_baseline(grid, cost)
+    rate = 1 / (estimate.GPUS[name].peak * estimate.SHARE)
+    return rate, f"at {estimate.SHARE:.0%} of the peak of one {name} (training/estimate.py)"
 
 
 def time_baseline(grid: Grid, cost: Cost) -> tuple[float, str]:
@@ -153,25 +170,33 @@ def time_baseline(grid: Grid, cost: Cost) -> tuple[float, str]:
     run = grid.runs()[0]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "timed"
-        few = [f"train.output={folder}", "train.log_every=1", "train.keep_best=false"]
+        command = ["train.py", *grid.arguments_of(run)]
+        command += [f"train.output={folder}", "train.log_every=1", "train.keep_best=false"]
         for name in cost.steps:
-            few += [f"stage.{name}.steps={TIMED_STEPS}", f"stage.{name}.validation="]
+            command.append(f"stage.{name}.steps={TIMED_STEPS}")
+            command.append(f"stage.{name}.validation=")
+
         said = Path(scratch) / "said.txt"
-        command = ["train.py", *grid.arguments_of(run), *few]
         with open(said, "wb") as file:
-            code = launch(command, file, environment(grid.threads)).wait()
+            process = launch(command, file, environment(grid.threads))
+            code = process.wait()
         if code != 0:
             what = why(said, "train.py", code)
             raise UserError(f"{grid.file}: {run.cell}", what, "mend that first")
         log = read_log(folder / "log.jsonl")
 
-    # The log has the seconds since a stage began, at each step.
+    # The log has the seconds since a stage began, at each step. The first steps do not count.
     seconds = 0.0
-    flops = 0.0
-    for name in cost.steps:
-        at = {r["step"]: r["seconds"] for r in log if r["event"] == "step" and r["stage"] == name}
-        seconds += at[TIMED_STEPS] - at[FIRST_STEPS]
-        flops += (TIMED_STEPS - FIRST_STEPS) * cost.step_flops[name]
+    for row in log:
+        if row["event"] != "step":
+            continue
+        if row["step"] == FIRST_STEPS:
+            seconds -= row["seconds"]
+        elif row["step"] == TIMED_STEPS:
+            seconds += row["seconds"]
     counted = TIMED_STEPS - FIRST_STEPS
-    based = f"based on {counted} steps of the baseline here, {seconds / counted:.2f} s each"
+    flops = counted * sum(cost.step_flops.values())
+
+    mean = seconds / counted / len(cost.steps)
+    based = f"based on {counted} steps of each stage of the baseline here, {mean:.2f} s each"
     return seconds / flops, f"{based} with {grid.threads} threads; the rest by its FLOPs"

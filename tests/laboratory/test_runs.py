@@ -135,7 +135,7 @@ def test_a_dry_run_says_what_it_is_based_on(undisturbed, tmp_path, tiny_world, c
     said = capsys.readouterr().out
     assert "3 cells, 6 runs, 6 of them to be done" in said
     assert "steps: pretrain 2, finetune 6" in said
-    assert "based on 6 steps of the baseline here" in said
+    assert "based on 6 steps of each stage of the baseline here" in said
     assert not (tmp_path / "dry" / "out").exists()
 
 
