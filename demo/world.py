@@ -13,7 +13,7 @@ This file writes them to OUT:
     tokenizer/                     a byte-level BPE of 512 entries, trained on the rows above
     benchmark/existence_*.jsonl    yes or no, in the row format and with the negatives of POPE
     benchmark/attributes.jsonl     colour, shape, count, relation: answers of one word
-    benchmark/unseen_*.jsonl       all kinds of questions, about pictures that look as none in training
+    benchmark/unseen_*.jsonl       all kinds of questions about pictures of a look not trained on
     benchmark/text_only.json       the percentages that the best answer to the words alone reaches
     world.json                     seed and sizes; written last
 
@@ -438,7 +438,7 @@ def benchmark_rows(
     return rows
 
 
-def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"):
+def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
     """Write the whole data set into the folder `out`, which it makes.
 
     The benchmark is about the compositions of the split `asks_about`.
@@ -480,10 +480,16 @@ def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"
 
 # ---------------------------------------------------------------------- the command
 
-Fill = Callable[[Path, int, int], None]  # writes (folder, seed, scenes)
+Fill = Callable[[Path, int, int, str], None]  # writes (folder, seed, scenes, asks_about)
 
 
-def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fill_folder):
+def write(
+    out: str | Path,
+    seed: int = 0,
+    scenes: int = SCENES,
+    fill: Fill = fill_folder,
+    asks_about: str = "benchmark",
+):
     """Write a data set to the new folder `out` with `fill`.
 
     Nothing is left there if it does not finish. Raises FileExistsError if `out` exists.
@@ -495,7 +501,7 @@ def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fil
     # Fill a folder beside it and rename that: whoever sees `out` sees all of it.
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
-        fill(temporary, seed, scenes)
+        fill(temporary, seed, scenes, asks_about)
         # The pictures are not fsynced: after a power cut the same seed makes them again.
         temporary.rename(out)
     finally:
@@ -518,10 +524,16 @@ def main(doc: str = __doc__, scenes: int = SCENES, fill: Fill = fill_folder):
         default=scenes,
         help=f"how many to train on (default {scenes})",
     )
+    parser.add_argument(
+        "--asks-about",
+        choices=("benchmark", "val"),
+        default="benchmark",
+        help="the split that OUT/benchmark is about: val to choose a recipe by (default benchmark)",
+    )
 
     def command(argv: list[str]):
         args = parser.parse_args(argv)
-        write(args.out, args.seed, args.scenes, fill)
+        write(args.out, args.seed, args.scenes, fill, args.asks_about)
 
     command_line.cli(command, doc)
 
