@@ -162,16 +162,22 @@ class Facts:
             self.add(f"{stage} steps", row["steps"], [f"{stage}.{key}" for key in OF_STEPS])
 
     def add_questions(self, grid: Grid, run: Run):
-        """Add what was asked: the ids, the pictures, and the options of evaluate.py."""
+        """Add what was asked: the questions, their pictures, and the options of evaluate.py."""
         for measure in grid.measures:
             for control in controls(measure):
+                what = measure.name
+                if control:
+                    what += f" {control}"
+
                 file = answers_file(run, measure, control)
-                what = " ".join(filter(None, (measure.name, control)))
                 record = read_json(record_of(file))
                 self.add(f"the pictures of {what}", record.get("shown"))
                 self.add(f"the options of {what}", record.get("options"))
-                rows = [json.loads(line) for line in file.read_text().splitlines()]
-                asked = [(row["id"], row["question"], row["label"]) for row in rows]
+
+                asked = []
+                for line in file.read_text().splitlines():
+                    row = json.loads(line)
+                    asked.append((row["id"], row["question"], row["label"]))
                 self.add(f"the questions of {what}", asked)
 
 
@@ -325,11 +331,15 @@ def add_credits(answers: Answers, name: str, credits: list[dict], clusters: np.n
         return
     earned = np.stack([of_run[name][0] for of_run in credits])
     weights = np.stack([of_run[name][1] for of_run in credits])
-    if not weights.sum(1).all():
+    totals = weights.sum(1)
+    if not totals.all():
         return
-    means = 100 * (earned * weights).sum(1) / weights.sum(1)
-    if np.abs(means - answers.scores).max() > ROUNDED:
+    means = 100 * (earned * weights).sum(1) / totals
+    farthest = np.abs(means - answers.scores).max()
+    if farthest > ROUNDED:
         return
+
+    # Only the questions that count in this score, in any run.
     counts = weights.any(0)
     answers.scores = means
     answers.credits = earned[:, counts]

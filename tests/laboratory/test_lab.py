@@ -228,10 +228,9 @@ def test_what_a_grid_needs_is_made_once(tmp_path, scripts):
 
 
 def test_a_command_that_makes_nothing_is_an_error(tmp_path, scripts):
-    grid = write_grid(tmp_path, **{"[[measure]]": "[prepare]\n'nowhere' = 'exit 3'\n[[measure]]"})
-    with pytest.raises(
-        UserError, match=r"prepare.nowhere: not made by its command \(exit code 3\)"
-    ):
+    table = f"[prepare]\n'{tmp_path}/made' = 'exit 3'\n[[measure]]"
+    grid = write_grid(tmp_path, **{"[[measure]]": table})
+    with pytest.raises(UserError, match=r"made: not made by its command \(exit code 3\)"):
         lab.main([str(grid)])
     assert scripts.started == []
 
