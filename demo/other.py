@@ -9,8 +9,7 @@ names. A scene of the other world is a scene of the demo in which each colour an
 become another one, in the picture and in every word. Written to OUT:
 
     images/{pretrain,finetune}/*.png
-    pretrain.json                   captions: what stands where, from which an encoder learns fast
-    finetune.json                   questions, as world.py's
+    pretrain.json  finetune.json    as world.py's
     tokenizer/                      as world.py's, with a token for each word of both worlds
     world.json                      seed and sizes; written last
 
@@ -27,7 +26,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from demo import world
-from demo.questions import COLUMNS, ROWS, Balance, named
+from demo.questions import Balance
 from demo.scenes import IMAGE_SIZE, SCALE, Colour, Look, Scene, Thing, draw_background, draw_scene
 
 # What each colour becomes, and by how many degrees its hue is turned for that.
@@ -45,8 +44,6 @@ WORDS = {colour: name for colour, (name, _) in COLOURS.items()}
 for shape, other in SHAPES.items():
     WORDS[shape] = other
     WORDS[f"{shape}s"] = f"{other}s"
-
-CAPTIONS = 1000  # of the demo's world: enough to meet all of its words
 
 LOOK = Look(background=(150, 200))  # the grounds of the demo are lighter
 
@@ -100,37 +97,30 @@ def render(scene: Scene, background: Colour) -> Image.Image:
 # ---------------------------------------------------------------------- rows
 
 
-def caption(scene: Scene) -> str:
-    """Return what stands where, in reading order: "top left: red circle. bottom right: ..."."""
-    notes = []
-    for thing in scene:
-        row, column = thing["cell"]
-        notes.append(f"{ROWS[row]} {COLUMNS[column]}: {named(thing)}")
-    return ". ".join(notes) + "."
-
-
 def demo_rows(split: str, rng: random.Random, count: int, out: Path) -> list[dict]:
     """Return rows about scenes in the words of the demo, and write pictures of the other world."""
-    (out / "images" / split).mkdir(parents=True)
     balance = Balance()
+    (out / "images" / split).mkdir(parents=True)
     rows = []
     for i in range(count):
         scene = draw_scene(rng, "train")
-        image = f"{split}/{i:05d}.png"
+        name = f"{split}/{i:05d}.png"
         picture = render(scene, draw_background(rng, LOOK))
-        picture.save(out / "images" / image, compress_level=1)
-
-        name = f"{split}-{i:05d}"
+        picture.save(out / "images" / name, compress_level=1)
+        row_name = f"{split}-{i:05d}"
         if split == "pretrain":
-            row = world.make_row(name, image, scene, [("Describe the scene.", caption(scene))])
+            row = world.caption_row(row_name, name, scene, rng)
         else:
-            row = world.question_row(name, image, scene, rng, balance)
+            row = world.question_row(row_name, name, scene, rng, balance)
         rows.append(row)
     return rows
 
 
-def fill_folder(out: Path, seed: int, scenes: int):
-    """Write the whole data set into the folder `out`, which it makes."""
+def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
+    """Write the whole data set into the folder `out`, which it makes.
+
+    There is no benchmark, so `asks_about` decides nothing here.
+    """
     counts = {"pretrain": scenes // 2, "finetune": scenes - scenes // 2}
     streams = world.random_streams(seed)
     texts = []
@@ -140,11 +130,7 @@ def fill_folder(out: Path, seed: int, scenes: int):
         world.write_rows(out / f"{split}.json", others)
         texts += rows + others
 
-    # Models that start from this world go on with the demo's words, those of its captions too.
-    rng = streams["val"]
-    balance = Balance()
-    for _ in range(CAPTIONS):
-        texts.append(world.caption_row("", "", draw_scene(rng, "train"), rng, balance))
+    # The models that start from this world's go on with the demo's words.
     world.train_tokenizer(texts, out / "tokenizer")
     world.write_summary(out / "world.json", seed, scenes, counts)
 
