@@ -31,6 +31,7 @@ from checkpoints.owned import own
 from config import UserError
 from laboratory import cells, costs
 from laboratory.grid import Grid, read_grid
+from laboratory.page import write_page
 from laboratory.results import read_results
 from laboratory.table import make_table, write_table
 
@@ -68,7 +69,8 @@ def print_table(grid: Grid):
     results = read_results(grid)
     table = make_table(grid, results, costs.costs_of(grid))
     print(write_table(grid, table))
-    print(f"the table: {grid.output}/table.md, table.json")
+    write_page(grid, table)
+    print(f"the table: {grid.output}/table.md, table.json, and with plots table.html")
     if results.errors:
         cell, error = next(iter(results.errors.items()))
         what = f"{len(results.errors)} of {len(grid.cells)} cells are not compared; {cell}: {error}"

@@ -17,6 +17,7 @@ The file in order: what becomes what, pictures, rows, the whole folder. The same
 same bytes.
 """
 
+import colorsys
 import json
 import random
 import re
@@ -26,14 +27,14 @@ from PIL import Image, ImageDraw
 
 from demo import world
 from demo.questions import Balance
-from demo.scenes import IMAGE_SIZE, SCALE, Scene, draw_scene
+from demo.scenes import IMAGE_SIZE, SCALE, Colour, Look, Scene, Thing, draw_background, draw_scene
 
-# What each colour becomes, and how that looks.
+# What each colour becomes, and by how many degrees its hue is turned for that.
 COLOURS = {
-    "red": ("pink", (235, 110, 170)),
-    "green": ("brown", (120, 75, 30)),
-    "blue": ("cyan", (30, 190, 200)),
-    "yellow": ("purple", (130, 50, 150)),
+    "red": ("copper", 28),
+    "green": ("teal", 50),
+    "blue": ("purple", 55),
+    "yellow": ("pink", 280),
 }
 
 # What each shape becomes. `draw_shape` draws it.
@@ -44,9 +45,7 @@ for shape, other in SHAPES.items():
     WORDS[shape] = other
     WORDS[f"{shape}s"] = f"{other}s"
 
-LEAST, MOST = 170, 210  # of a ground's red, green and blue: the demo's are lighter
-
-Colour = tuple[int, int, int]
+LOOK = Look(background=(150, 200))  # the grounds of the demo are lighter
 
 
 def translated(row: dict) -> dict:
@@ -56,6 +55,15 @@ def translated(row: dict) -> dict:
 
 
 # ---------------------------------------------------------------------- pictures
+
+
+def fill_of(thing: Thing) -> Colour:
+    """Return the colour that an object of the demo has in the other world."""
+    channels = [channel / 255 for channel in thing["fill"]]
+    hue, saturation, brightness = colorsys.rgb_to_hsv(*channels)
+    _, degrees = COLOURS[thing["colour"]]
+    red, green, blue = colorsys.hsv_to_rgb((hue + degrees / 360) % 1, saturation, brightness)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: list[float], colour: Colour):
@@ -75,24 +83,15 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: list[float], colour: 
         draw.rectangle([middle_x - half, top, middle_x + half, bottom], fill=colour)
 
 
-def render(scene: Scene, ground: Colour) -> Image.Image:
+def render(scene: Scene, background: Colour) -> Image.Image:
     """Return the picture of a scene of the demo as it looks in the other world."""
     side = IMAGE_SIZE * SCALE
-    image = Image.new("RGB", (side, side), ground)
+    image = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(image)
     for thing in scene:
         box = [edge * SCALE for edge in thing["box"]]
-        _, colour = COLOURS[thing["colour"]]
-        draw_shape(draw, SHAPES[thing["shape"]], box, colour)
+        draw_shape(draw, SHAPES[thing["shape"]], box, fill_of(thing))
     return image.reduce(SCALE)
-
-
-def draw_ground(rng: random.Random) -> Colour:
-    """Return a random ground, (red, green, blue)."""
-    red = rng.randint(LEAST, MOST)
-    green = rng.randint(LEAST, MOST)
-    blue = rng.randint(LEAST, MOST)
-    return red, green, blue
 
 
 # ---------------------------------------------------------------------- rows
@@ -110,7 +109,8 @@ def demo_rows(split: str, rng: random.Random, count: int, out: Path) -> list[dic
     for i in range(count):
         scene = draw_scene(rng, "train")
         name = f"{split}/{i:05d}.png"
-        render(scene, draw_ground(rng)).save(out / "images" / name, compress_level=1)
+        picture = render(scene, draw_background(rng, LOOK))
+        picture.save(out / "images" / name, compress_level=1)
         rows.append(make_row(f"{split}-{i:05d}", name, scene, rng, balance))
     return rows
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import command_line
 from config import UserError
-from demo.questions import DIRECTIONS, NUMBERS, named
-from demo.scenes import COLOURS, SHAPES, SIZES, Scene
+from demo.questions import COLUMNS, NUMBERS, ROWS, named
+from demo.scenes import COLOURS, SHAPES, Scene
 from demo.world import write_rows
 
 SEED = 0
@@ -27,15 +27,15 @@ GROUPS = (
     tuple(COLOURS),
     SHAPES,
     tuple(f"{shape}s" for shape in SHAPES),
-    tuple(SIZES),
     NUMBERS[1:],
     ("yes", "no"),
-    ("top", "bottom"),
-    *DIRECTIONS,
+    ROWS,
+    COLUMNS,
+    ("above", "below"),
 )
 
-# What parts the statements of a caption: those of notes, then those of a list.
-BETWEEN = re.compile(r"(\. |: a |, a | and a )")
+# A list of objects: what opens it, and the list.
+LIST = re.compile(r"(There (?:is|are) \w+: )(.*)")
 
 
 def with_wrong_words(caption: str, rng: random.Random, share: float) -> str:
@@ -53,20 +53,21 @@ def with_wrong_words(caption: str, rng: random.Random, share: float) -> str:
 
 def with_missing_statements(caption: str, rng: random.Random, share: float) -> str:
     """Return a caption from which each statement is left out with this chance, but for one."""
-    # A split at a group keeps what it splits at: pieces and what stands before them alternate.
-    first, *rest = BETWEEN.split(caption.removesuffix("."))
-    statements = [("", first), *zip(rest[::2], rest[1::2], strict=True)]
+    text = caption.removesuffix(".")
+    opening = ""
+    between = ". "
+    is_list = LIST.fullmatch(text)
+    if is_list:
+        # What opens a list says how many objects there are, whichever of them it names.
+        opening, text = is_list.groups()
+        between = ", "
+        text = text.replace(" and ", between)
 
-    # What opens a list says how many objects there are, and names none.
-    opening = []
-    if first.startswith("There "):
-        opening = [statements.pop(0)]
-
+    statements = text.split(between)
     kept = [statement for statement in statements if rng.random() >= share]
     if not kept:
         kept = [rng.choice(statements)]
-    text = "".join(before + statement for before, statement in opening + kept)
-    return text.removeprefix(". ") + "."
+    return f"{opening}{between.join(kept)}."
 
 
 def terse(scene: Scene, rng: random.Random) -> str:

@@ -54,7 +54,7 @@ def examples(data_dir):
                 "where": example["where"],
             }
             captions.append(caption)
-        elif example["label"] == "no":
+        elif example["split"].startswith("existence") and example["label"] == "no":
             questions.append(example)
     return questions + captions
 

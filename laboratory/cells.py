@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -270,20 +271,24 @@ class Laboratory:
         """Run a script of this project. Raises Failed if it does not end well."""
         if self.stops.is_set():
             raise Failed("stopped")
-        script = str(ROOT / command[0])
         with open(said_file(run), "ab") as said:
-            process = subprocess.Popen(
-                [sys.executable, script, *command[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                env=variables,
-            )
+            process = launch(command, said, variables)
             self.processes.add(process)
             code = process.wait()
             self.processes.discard(process)
         if code != 0:
             raise Failed(why(said_file(run), command[0], code))
+
+
+def launch(command: list[str], said: BinaryIO, variables: dict[str, str]) -> subprocess.Popen:
+    """Start a script of this project; what it says goes to a file."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=said,
+        stderr=subprocess.STDOUT,
+        env=variables,
+    )
 
 
 def run_all(grid: Grid, workers: int):

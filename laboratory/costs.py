@@ -11,8 +11,6 @@ a few steps, and each cell takes as much longer as it has more operations.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +21,7 @@ import torch
 import train
 from checkpoints import peft
 from config import PARTS, Recipe, UserError
-from laboratory.cells import ROOT, controls, environment, is_finished, why
+from laboratory.cells import controls, environment, is_finished, launch, why
 from laboratory.grid import Cell, Grid
 from training import estimate, planner
 from training.run_log import read_log
@@ -162,12 +160,11 @@ def time_baseline(grid: Grid, cost: Cost) -> tuple[float, str]:
         for name in cost.steps:
             few += [f"stage.{name}.steps={TIMED_STEPS}", f"stage.{name}.validation="]
         said = Path(scratch) / "said.txt"
-        command = [sys.executable, str(ROOT / "train.py"), *grid.arguments_of(run), *few]
-        with open(said, "w") as file:
-            variables = environment(grid.threads)
-            done = subprocess.run(command, stdout=file, stderr=file, env=variables)
-        if done.returncode:
-            what = why(said, "train.py", done.returncode)
+        command = ["train.py", *grid.arguments_of(run), *few]
+        with open(said, "wb") as file:
+            code = launch(command, file, environment(grid.threads)).wait()
+        if code != 0:
+            what = why(said, "train.py", code)
             raise UserError(f"{grid.file}: {run.cell}", what, "mend that first")
         log = read_log(folder / "log.jsonl")
 

@@ -1,6 +1,6 @@
 """What a difference between two cells is worth: its interval over questions and seeds.
 
-    found = compare(cell, baseline)                # Difference(mean, low, high, p)
+    found = compare(cell, baseline)                # found.mean, found.interval, found.p
     apart = holm([found.p, ...])                   # which of many count, all at 5 % together
 
 Two things would come out otherwise another time: other questions would have been asked, and other
@@ -30,26 +30,64 @@ p is the level at which the interval would just reach zero.
 
 from __future__ import annotations
 
+import functools
 import math
-from statistics import NormalDist
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from evals import intervals
 from laboratory.results import Answers
 
 LEVEL = 0.05  # 1 - confidence
 DRAWS = 2000  # of the bootstrap
-MANY = 100  # degrees of freedom from which Student's t counts as normal
+FEW = 30  # degrees of freedom up to which Student's t is found by bisection
+LEAST_LEVEL = 1e-12  # below it nobody tells levels apart
 
 
-class Difference(NamedTuple):
+class Part(NamedTuple):
+    """One part of a difference's variance."""
+
+    variance: float
+    freedom: int  # from how many independent draws it is known, less one
+
+
+@dataclass(frozen=True)
+class Difference:
     """How many points a cell scores more than another one."""
 
     mean: float
-    low: float | None  # of the 95 % interval; None with one seed
-    high: float | None
-    p: float | None
+    seeds: Part
+    questions: Part | None  # None: the score is no mean over questions
+
+    def half(self, level: float) -> float:
+        """Return half the width of the interval that misses the truth in `level` of all cases."""
+        squared = student(level, self.seeds.freedom) ** 2 * self.seeds.variance
+        if self.questions is not None:
+            squared += student(level, self.questions.freedom) ** 2 * self.questions.variance
+        return math.sqrt(squared)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        half = self.half(LEVEL)
+        return self.mean - half, self.mean + half
+
+    @property
+    def p(self) -> float:
+        """The level at which the interval just reaches zero, by bisection."""
+        low = LEAST_LEVEL
+        high = 1.0
+        if self.half(low) <= abs(self.mean):
+            return low
+        for _ in range(50):
+            middle = math.sqrt(low * high)
+            if self.half(middle) > abs(self.mean):
+                low = middle
+            else:
+                high = middle
+        return high
 
 
 def mean_and_deviation(scores: np.ndarray) -> tuple[float, float | None]:
@@ -59,39 +97,32 @@ def mean_and_deviation(scores: np.ndarray) -> tuple[float, float | None]:
     return float(scores.mean()), float(scores.std(ddof=1))
 
 
-def compare(cell: Answers, other: Answers, paired: bool = True) -> Difference:
-    """Return the difference of one score in two cells, over questions and seeds.
+def compare(cell: Answers, other: Answers, paired: bool = True) -> Difference | None:
+    """Return the difference of one score in two cells; None if one of them has a single seed.
 
     paired: the runs of both have the same seeds, in one order. Otherwise the seeds are others, as
     in the two sets of the noise floor.
     """
-    mean = float(cell.scores.mean() - other.scores.mean())
-    if min(len(cell.scores), len(other.scores)) < 2:
-        return Difference(mean, None, None, None)
+    fewest = min(len(cell.scores), len(other.scores))
+    if fewest < 2:
+        return None
 
     # Over seeds. Of two sets the smaller one says how well the variance is known.
     if paired:
         of_seeds = variance_of_mean(cell.scores - other.scores)
     else:
         of_seeds = variance_of_mean(cell.scores) + variance_of_mean(other.scores)
-    freedom_of_seeds = min(len(cell.scores), len(other.scores)) - 1
 
     # Over questions.
-    of_questions = 0.0
-    freedom_of_questions = 1
+    questions = None
     if cell.credits is not None and other.credits is not None:
         pictures = len(np.unique(cell.clusters))
-        freedom_of_questions = max(1, pictures - 1)
         of_questions = float(np.var(drawn(cell) - drawn(other)))
         of_questions = max(of_questions, 2 * (100 / (pictures + 2)) ** 2)
+        questions = Part(of_questions, max(1, pictures - 1))
 
-    def half(level: float) -> float:
-        t_seeds = student(level, freedom_of_seeds)
-        t_questions = student(level, freedom_of_questions)
-        return math.sqrt(t_seeds**2 * of_seeds + t_questions**2 * of_questions)
-
-    width = half(LEVEL)
-    return Difference(mean, mean - width, mean + width, level_of(abs(mean), half))
+    mean = float(cell.scores.mean() - other.scores.mean())
+    return Difference(mean, Part(of_seeds, fewest - 1), questions)
 
 
 def variance_of_mean(values: np.ndarray) -> float:
@@ -107,8 +138,7 @@ def drawn(answers: Answers) -> np.ndarray:
     """
     numbers, members = np.unique(answers.clusters, return_inverse=True)
     pictures = len(numbers)
-    generator = np.random.default_rng(0)
-    times = generator.multinomial(pictures, np.full(pictures, 1 / pictures), DRAWS)  # (DRAWS, n)
+    times = times_drawn(pictures)
 
     means = np.zeros(DRAWS)
     for earned, weights in zip(answers.credits, answers.weights, strict=True):
@@ -116,6 +146,13 @@ def drawn(answers: Answers) -> np.ndarray:
         totals = np.bincount(members, weights, pictures)
         means += 100 * (times @ sums) / np.maximum(times @ totals, 1e-9)
     return means / len(answers.credits)
+
+
+@functools.lru_cache(maxsize=4)
+def times_drawn(pictures: int) -> np.ndarray:
+    """Return how often each picture comes in each draw of as many pictures, (DRAWS, pictures)."""
+    generator = np.random.default_rng(0)
+    return generator.multinomial(pictures, np.full(pictures, 1 / pictures), DRAWS).astype(float)
 
 
 def holm(levels: list[float]) -> list[bool]:
@@ -136,56 +173,50 @@ def holm(levels: list[float]) -> list[bool]:
 # ------------------------------------------------------------------------------- Student's t
 
 
-def level_of(size: float, half) -> float:
-    """Return the level at which `half`, half the width of an interval, is `size`: by bisection."""
-    low = 1e-12
-    high = 1.0
-    if half(low) <= size:
-        return low
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        if half(middle) > size:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
 def student(level: float, freedom: int) -> float:
-    """Return t: beyond -t and t lies `level` of Student's distribution; by bisection."""
+    """Return t: beyond -t and t lies `level` of Student's distribution.
+
+    With many degrees of freedom it is the normal quantile with the corrections of evals/intervals.
+    With few it is found by bisection.
+    """
     if level >= 1:
         return 0.0
-    if freedom > MANY:
-        return NormalDist().inv_cdf(1 - level / 2)
+    if freedom > FEW:
+        return intervals.student(freedom, 1 - level)
     low = 0.0
     high = 1.0
-    while 1 - within(high, freedom) > level and high < 1e15:
+    while beyond(high, freedom) > level:
         high *= 2
-    for _ in range(80):
+    for _ in range(50):
         middle = (low + high) / 2
-        if 1 - within(middle, freedom) > level:
+        if beyond(middle, freedom) > level:
             low = middle
         else:
             high = middle
     return high
 
 
-def within(t: float, freedom: int) -> float:
-    """Return the share of Student's distribution between -t and t.
+def beyond(t: float, freedom: int) -> float:
+    """Return the share of Student's distribution beyond -t and t.
 
-    It is a finite sum of powers of the cosine for a whole number of degrees of freedom (Abramowitz
-    and Stegun, 1964, 26.7.3 and 26.7.4).
+    Within is a finite sum of powers of the cosine for a whole number of degrees of freedom
+    (Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4).
     """
     angle = math.atan(t / math.sqrt(freedom))
+    sine = math.sin(angle)
     cosine = math.cos(angle)
 
-    # Odd: 1, 2/3, 2/3 * 4/5 ...; even: 1, 1/2, 1/2 * 3/4 ...
-    is_odd = freedom % 2 == 1
-    term = cosine if is_odd else 1.0
+    # Odd: cos, 2/3 cos^3, 2/3 * 4/5 cos^5 ...; even: 1, 1/2 cos^2, 1/2 * 3/4 cos^4 ...
     total = 0.0
-    for k in range(2 if is_odd else 1, freedom, 2):
+    if freedom % 2 == 1:
+        term = cosine
+        for k in range(2, freedom, 2):
+            total += term
+            term *= cosine**2 * k / (k + 1)
+        return 1 - 2 / math.pi * (angle + sine * total)
+
+    term = 1.0
+    for k in range(1, freedom, 2):
         total += term
         term *= cosine**2 * k / (k + 1)
-    if is_odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    return 1 - sine * total

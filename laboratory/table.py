@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from checkpoints.files import write_file, writing
 from laboratory.costs import Cost
@@ -28,20 +29,19 @@ def make_table(grid: Grid, results: Results, costs: dict[Cell, Cost]) -> dict:
     baseline = results.cells[0]
     floor = {}
     for name, answers in baseline.noise.items():
-        found = compare(baseline.answers[name], answers, paired=False)
-        floor[name] = rounded(found._asdict())
+        floor[name] = as_json(baseline.answers[name], answers, paired=False)
 
     # The comparisons: every score of every cell but the baseline.
     rows = {result.cell: cell_row(result) for result in results.cells}
     compared = []
     for result in results.cells[1:]:
         for name, answers in result.answers.items():
-            found = compare(answers, baseline.answers[name])
-            score = rows[result.cell]["scores"][name]
-            score["difference"] = rounded(found._asdict())
-            if found.p is not None:
-                compared.append((found.p, score["difference"]))
-    for counts, (_, difference) in zip(holm([p for p, _ in compared]), compared, strict=True):
+            difference = as_json(answers, baseline.answers[name])
+            rows[result.cell]["scores"][name]["difference"] = difference
+            if difference["p"] is not None:
+                compared.append(difference)
+    levels = [difference["p"] for difference in compared]
+    for difference, counts in zip(compared, holm(levels), strict=True):
         difference["counts"] = counts
 
     # In the order of the grid.
@@ -63,6 +63,16 @@ def make_table(grid: Grid, results: Results, costs: dict[Cell, Cost]) -> dict:
         },
         "costs": [cost_row(result, costs.get(result.cell)) for result in results.cells],
     }
+
+
+def as_json(answers: Answers, other: Answers, paired: bool = True) -> dict:
+    """Return how many points one score has more than another; of a single seed that alone."""
+    found = compare(answers, other, paired)
+    if found is None:
+        mean = float(answers.scores.mean() - other.scores.mean())
+        return rounded({"mean": mean, "low": None, "high": None, "p": None})
+    low, high = found.interval
+    return rounded({"mean": found.mean, "low": low, "high": high, "p": found.p})
 
 
 def cell_row(result: CellResult) -> dict:
@@ -124,143 +134,168 @@ def write_table(grid: Grid, table: dict) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------- as Markdown
+# ------------------------------------------------------------------------------ for a reader
 
 
-def markdown(table: dict) -> str:
-    """Return the table as Markdown: the noise floor, each score, then what the cells cost."""
+@dataclass(frozen=True)
+class Section:
+    """A heading, and a table of texts with a note above or below it; any of them may be empty."""
+
+    title: str
+    above: str = ""
+    heads: tuple[str, ...] = ()
+    texts: int = 0  # how many columns are no numbers: the first ones
+    rows: tuple[tuple[str, ...], ...] = ()  # a short one ends with a message over the other columns
+    below: str = ""
+
+
+def sections(table: dict) -> list[Section]:
+    """Return the table for a reader: the noise floor, each score, then what the cells cost."""
     results = table["results"]
-    seeds = ", ".join(map(str, results["seeds"]))
-    lines = [f"# {results['grid']}", "", f"Seeds {seeds}. Percent; mean ± deviation over seeds."]
-    lines += [f"Note: {note}." for note in results["notes"]]
-    lines += ["", *noise_lines(results), ""]
-    names = list(next(row for row in results["cells"] if "scores" in row)["scores"])
-    for name in names:
-        lines += [f"## {name}", "", *score_lines(results, name), ""]
-    lines += [*comparison_lines(results), "", "## What it cost", "", *cost_lines(table), ""]
-    return "\n".join(lines)
+    names = []
+    for row in results["cells"]:
+        names = names or list(row.get("scores", {}))
+
+    found = [noise_section(results)]
+    found += [score_section(results, name) for name in names]
+    found.append(Section("Comparisons", comparisons(results["comparisons"])))
+    found.append(cost_section(table["costs"]))
+    return found
 
 
-def noise_lines(results: dict) -> list[str]:
+def noise_section(results: dict) -> Section:
     """Return the noise floor: what the baseline differs from itself, with other seeds."""
+    title = "Noise floor"
     if not results["noise_floor"]:
-        return ["No noise floor: the grid has no noise_seeds."]
-    seeds = ", ".join(map(str, results["noise_seeds"]))
-    lines = [
-        "Noise floor: the baseline differs from itself, with the seeds "
-        f"{seeds} in place of its own, by so much:",
-        "",
-        "| score | difference | 95 % interval |",
-        "|---|--:|--:|",
-    ]
+        return Section(title, "Not known: the grid has no noise_seeds.")
+    mine = ", ".join(map(str, results["seeds"]))
+    others = ", ".join(map(str, results["noise_seeds"]))
+    above = f"The baseline with the seeds {mine} less the same with the seeds {others}."
+    rows = []
     for name, found in results["noise_floor"].items():
-        lines.append(f"| {name} | {found['mean']:+.2f} | {interval(found)} |")
-    return lines
+        rows.append((name, signed(found["mean"]), interval(found)))
+    return Section(title, above, ("score", "difference", "95 % interval"), 1, tuple(rows))
 
 
-def score_lines(results: dict, name: str) -> list[str]:
+def score_section(results: dict, name: str) -> Section:
     """Return the table of one score."""
-    axes = list(results["cells"][0]["labels"])
-    has_blank = False
+    axes = tuple(results["cells"][0]["labels"])
+    heads = ("score", "blanked", "chance", "difference", "95 % interval", "p", "")
+    rows = []
     for row in results["cells"]:
-        has_blank = has_blank or "blank" in row.get("scores", {}).get(name, {})
-    heads = [*axes, "score", "blanked"] if has_blank else [*axes, "score"]
-    heads += ["chance", "difference", "95 % interval", "p", ""]
-    lines = [as_row(heads), as_row(["---"] * len(axes) + ["--:"] * (len(heads) - len(axes)))]
-
-    for row in results["cells"]:
-        labels = list(row["labels"].values())
+        labels = tuple(row["labels"].values())
         if "error" in row:
-            lines.append(as_row([*labels, cell_text(row["error"])]))
+            rows.append((*labels, row["error"]))
             continue
         score = row["scores"][name]
-        cells = [*labels, with_deviation(score)]
-        if has_blank:
-            cells.append(number(score.get("blank")))
-        cells += [number(score["chance"]), *difference_cells(score.get("difference"))]
-        lines.append(as_row(cells))
-    return lines
+        own = (with_deviation(score), number(score.get("blank")), number(score["chance"]))
+        rows.append((*labels, *own, *difference_cells(score.get("difference"))))
+    return Section(name, "", (*axes, *heads), len(axes), tuple(rows))
 
 
-def difference_cells(difference: dict | None) -> list[str]:
+def difference_cells(difference: dict | None) -> tuple[str, ...]:
     """Return the cells of a difference: itself, its interval, p, and whether it counts."""
     if difference is None:
-        return ["baseline", "", "", ""]
-    mark = "*" if difference.get("counts") else ""
+        return ("baseline", "", "", "")
+    mean = signed(difference["mean"])
     p = difference["p"]
     if p is None:
-        return [f"{difference['mean']:+.2f}", "", "", ""]
-    shown = f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
-    return [f"{difference['mean']:+.2f}", interval(difference), shown, mark]
+        return (mean, "", "", "")
+    shown = "< 0.0001"
+    if p >= 0.0001:
+        shown = f"{p:.4f}"
+    mark = "*" if difference["counts"] else ""
+    return (mean, interval(difference), shown, mark)
 
 
-def comparison_lines(results: dict) -> list[str]:
+def comparisons(count: int) -> str:
     """Return how many comparisons there are, and what that asks of each."""
-    count = results["comparisons"]
     if count == 0:
-        return ["Nothing is compared: that takes two seeds and two cells."]
-    return [
-        f"{count} comparisons. An interval excludes zero by chance in one of twenty. *: this one "
-        f"counts among all of them by Holm's procedure, whose first threshold is p = {LEVEL} / "
-        f"{count} = {LEVEL / count:.2g}."
-    ]
+        return "Nothing is compared: that takes two cells and two seeds."
+    return (
+        f"{count}. By chance one in twenty intervals excludes zero. A difference with a * counts "
+        f"among all {count} by Holm's procedure: its first threshold is p = {LEVEL} / {count} = "
+        f"{LEVEL / count:.2g}."
+    )
 
 
-def cost_lines(table: dict) -> list[str]:
+def cost_section(costs: list[dict]) -> Section:
     """Return the table of what the cells cost."""
-    axes = list(table["costs"][0]["labels"])
-    heads = [*axes, "steps", "trained", "size", "tokens per picture", "FLOPs", "s", "GB"]
-    lines = [as_row(heads), as_row(["---"] * len(axes) + ["--:"] * (len(heads) - len(axes)))]
-    is_marked = False
-    for row in table["costs"]:
-        seconds = number(row["seconds"], "{:.0f}")
-        if row["interrupted"]:
-            seconds += f" ({row['interrupted']} left out)"
-            is_marked = True
-        cells = [
-            *row["labels"].values(),
+    axes = tuple(costs[0]["labels"])
+    heads = ("steps", "trained", "size", "tokens per picture", "FLOPs", "seconds", "GB")
+    rows = []
+    for row in costs:
+        cells = (
             number(row["steps"], "{:,}"),
             number(row["trained"], "{:,}"),
             number(row["size"], "{:,}"),
             number(row["tokens"], "{}"),
             number(row["flops"], "{:.2e}"),
-            seconds,
+            number(row["seconds"], "{:.0f}"),
             number(row["memory_gb"], "{:.2f}"),
-        ]
-        lines.append(as_row(cells))
-    lines += [
-        "",
-        "trained: parameters of the last stage; size: of the model; FLOPs: of one training, "
-        "forward and backward, by training/estimate.py; s: of training, mean of the seeds; GB: the "
-        "peak.",
-    ]
-    if is_marked:
-        lines.append("Left out of the seconds: runs that were interrupted within a stage.")
-    return lines
+        )
+        rows.append((*row["labels"].values(), *cells))
+
+    below = (
+        "Trained: parameters of the last stage. Size: of the model, without blocks that never run. "
+        "FLOPs: of one training, by training/estimate.py. Seconds: of training, mean of the runs. "
+        "GB: peak memory of the process."
+    )
+    left_out = sum(row["interrupted"] for row in costs)
+    if left_out:
+        below += f" {left_out} runs were interrupted within a stage: their seconds are left out."
+    return Section("What it cost", "", (*axes, *heads), len(axes), tuple(rows), below)
 
 
-def as_row(cells: list[str]) -> str:
-    """Return a row of a table."""
-    return f"| {' | '.join(cells)} |"
+def introduction(results: dict) -> str:
+    """Return what the numbers of the scores are."""
+    seeds = ", ".join(map(str, results["seeds"]))
+    said = f"Seeds {seeds}. Scores in percent: mean ± standard deviation over seeds."
+    for note in results["notes"]:
+        said += f" Note: {note}."
+    return said
 
 
-def cell_text(text: str) -> str:
-    """Return a text as it may stand in a cell."""
-    return text.replace("|", "\\|")
+def markdown(table: dict) -> str:
+    """Return the table as Markdown."""
+    results = table["results"]
+    lines = [f"# {results['grid']}", "", introduction(results)]
+    for section in sections(table):
+        lines += ["", f"## {section.title}"]
+        if section.above:
+            lines += ["", section.above]
+        if section.rows:
+            numbers = len(section.heads) - section.texts
+            lines += ["", as_row(section.heads)]
+            lines.append(as_row(("---",) * section.texts + ("--:",) * numbers))
+            lines += [as_row(row) for row in section.rows]
+        if section.below:
+            lines += ["", section.below]
+    return "\n".join(lines) + "\n"
+
+
+def as_row(cells: tuple[str, ...]) -> str:
+    """Return a row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign."""
+    return f"{value:+.2f}"
 
 
 def interval(found: dict) -> str:
     """Return [low, high]; nothing where there is none."""
     if found["low"] is None:
         return ""
-    return f"[{found['low']:+.2f}, {found['high']:+.2f}]"
+    return f"[{signed(found['low'])}, {signed(found['high'])}]"
 
 
 def with_deviation(score: dict) -> str:
     """Return mean ± deviation."""
     if score["deviation"] is None:
-        return f"{score['mean']:.2f}"
-    return f"{score['mean']:.2f} ± {score['deviation']:.2f}"
+        return number(score["mean"])
+    return f"{number(score['mean'])} ± {number(score['deviation'])}"
 
 
 def number(value: float | None, form: str = "{:.2f}") -> str:
