@@ -17,7 +17,8 @@ def supervised(row: int) -> int:
     scene = draw_scene(random.Random(row), "train")
     answer = str(len(scene))
     if row % 2:
-        answer = ", ".join(f"a {thing['colour']} {thing['shape']}" for thing in scene)
+        names = [f"a {thing['colour']} {thing['shape']}" for thing in scene]
+        answer = ", ".join(names)
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}]
     _, labels = encode(turns, byte_tokenizer(), "plain")
     return sum(label != IGNORE for label in labels)
@@ -25,9 +26,16 @@ def supervised(row: int) -> int:
 
 def weights() -> str:
     """Draw how often a token of each micro-batch counts, with one mean and with a mean of means."""
-    tokens = [sum(supervised(row) for row in group) for group in GROUPS]
-    factors = [sum(tokens) / (len(tokens) * count) for count in tokens]
-    names = [f"{name}, {count} tokens" for name, count in zip(NAMES, tokens, strict=True)]
+    tokens = []  # of each micro-batch
+    names = []
+    for name, group in zip(NAMES, GROUPS, strict=True):
+        count = sum(map(supervised, group))
+        tokens.append(count)
+        names.append(f"{name}, {count} tokens")
+
+    # Where means are averaged, every micro-batch counts as much as the average one.
+    average = sum(tokens) / len(tokens)
+    factors = [average / count for count in tokens]
     most = max(factors)
 
     body = svg.text(20, 28, "How often a token counts", bold=True)
