@@ -21,17 +21,17 @@ from dataclasses import dataclass
 
 from demo.scenes import COLOURS, PAIRS, POPULAR, SHAPES, Pair, Scene, Thing, composition, pair_of
 
-NUMBERS = ("zero", "one", "two", "three")
+NUMBERS = ("zero", "one", "two", "three", "four")
 DIRECTIONS = (("above", "below"), ("left", "right"))  # by axis: of rows, of columns
-POSITIONS = (
-    ("at the top left", "at the top right"),
-    ("at the bottom left", "at the bottom right"),
-)
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "centre", "right")
 
 # At least and at most how many.
 ASKED = (6, 8)  # questions about a picture
 NOTED = (8, 12)  # notes of a caption
-LISTED = 1 / 3  # share of the captions that list the objects; the others are notes
+LISTED = 0.25  # share of the captions that list the objects
+RELATED = 0.4
+PAIRED = 5
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,10 @@ def count_questions(scene: Scene) -> list[Question]:
 
     found = []
     for what, n in counts.items():
+        # Of more objects than training has, some counts have no word.
+        if n >= len(NUMBERS):
+            continue
+
         choices = NUMBERS
         if what == "objects":
             choices = NUMBERS[1:]  # no scene is empty
@@ -166,16 +170,19 @@ def relation_questions(scene: Scene) -> list[Question]:
 
     They call an object by its colour and shape, so no other object may have both.
     """
-    pairs = Counter(composition(scene))
-    unique = [i for i, thing in enumerate(scene) if pairs[pair_of(thing)] == 1]
-
     found = []
-    for i, j in itertools.permutations(unique, 2):
+    for i, j in itertools.permutations(unique_objects(scene), 2):
         for axis in range(2):
             # Two objects of one row are neither above nor below each other.
             if scene[i]["cell"][axis] != scene[j]["cell"][axis]:
                 found.append(relation_question(scene, i, j, axis))
     return found
+
+
+def unique_objects(scene: Scene) -> list[int]:
+    """Return the numbers of the objects whose colour and shape no other object has both."""
+    pairs = Counter(composition(scene))
+    return [i for i, thing in enumerate(scene) if pairs[pair_of(thing)] == 1]
 
 
 def relation_question(scene: Scene, i: int, j: int, axis: int) -> Question:
@@ -340,15 +347,32 @@ def caption(scene: Scene, rng: random.Random, balance: Balance) -> str:
     A caption is never both: notes behind a list could be copied from the text, and would teach
     nothing about the picture.
     """
-    if rng.random() < LISTED:
+    draw = rng.random()
+    if draw < LISTED:
         shuffled = rng.sample(scene, len(scene))
         return list_objects(shuffled)
+    if draw < LISTED + RELATED and len(unique_objects(scene)) > 1:
+        return relate_objects(scene, rng)
     return write_notes(interview(scene, rng, balance, NOTED))
 
 
 def write_notes(answered: list[Question]) -> str:
     """Return questions with their answers in few words: "red circle: yes. circle colour: red."."""
     notes = [f"{question.note}: {question.answer}" for question in answered]
+    return ". ".join(notes) + "."
+
+
+def relate_objects(scene, rng):
+    pairs = list(itertools.permutations(unique_objects(scene), 2))
+    rng.shuffle(pairs)
+    notes = []
+    for i, j in pairs[:PAIRED]:
+        words = []
+        for axis in (0, 1):
+            before, after = DIRECTIONS[axis]
+            a, b = scene[i]["cell"][axis], scene[j]["cell"][axis]
+            words.append("level" if a == b else before if a < b else after)
+        notes.append(f"{named(scene[i])} {named(scene[j])}: {' '.join(words)}")
     return ". ".join(notes) + "."
 
 
@@ -361,8 +385,7 @@ def list_objects(things: list[Thing]) -> str:
     phrases = []
     for thing in things:
         row, column = thing["cell"]
-        position = POSITIONS[row][column]
-        phrases.append(f"a {thing['size']} {named(thing)} {position}")
+        phrases.append(f"a {named(thing)} at the {ROWS[row]} {COLUMNS[column]}")
 
     number = NUMBERS[len(things)]
     *all_but_last, last = phrases

@@ -13,6 +13,7 @@ This file writes them to OUT:
     tokenizer/                     a byte-level BPE of 512 entries, trained on the rows above
     benchmark/existence_*.jsonl    yes or no, in the row format and with the negatives of POPE
     benchmark/attributes.jsonl     colour, shape, count, relation: answers of one word
+    benchmark/unseen_*.jsonl       all kinds of questions, about pictures that look as none in training
     benchmark/text_only.json       the percentages that the best answer to the words alone reaches
     world.json                     seed and sizes; written last
 
@@ -31,6 +32,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,13 +47,25 @@ from demo.questions import (
     negatives,
     questions,
 )
-from demo.scenes import IMAGE_SIZE, PAIRS, POPULAR, Scene, draw_background, draw_scene, render
+from demo.scenes import (
+    IMAGE_SIZE,
+    PAIRS,
+    POPULAR,
+    TRAINED,
+    UNSEEN,
+    Look,
+    Scene,
+    draw_background,
+    draw_scene,
+    render,
+)
 
 SCENES = 24_000  # training scenes, half with captions and half with questions
 EASY_SHARE = 0.15  # of the captions: scenes with a single object come first, to start easily
 VAL_SCENES = 300
 EXISTENCE_QUESTIONS = 300  # per split
 ATTRIBUTE_QUESTIONS = 150  # per kind
+UNSEEN_QUESTIONS = 30  # per kind and look
 ATTRIBUTES = ("colour", "shape", "count", "relation")
 SPLITS = ("pretrain", "finetune", "val", "benchmark")
 
@@ -59,6 +73,14 @@ VOCAB_SIZE = 512
 EOS = "<eos>"
 
 Asked = tuple[Question, Scene]
+
+
+@dataclass
+class BenchmarkFile:
+    """The questions of a file of the benchmark, and how its pictures look."""
+
+    asked: list[Asked]
+    look: Look = TRAINED
 
 
 # ---------------------------------------------------------------------- the benchmark
@@ -152,17 +174,14 @@ class HeldOut:
         return asked
 
 
-def make_benchmark(rng: random.Random) -> dict[str, list[Asked]]:
-    """Return the questions of each benchmark file and the scenes that they are about.
+def make_benchmark(rng: random.Random, split: str) -> dict[str, BenchmarkFile]:
+    """Return each benchmark file: its questions, and the scenes of `split` that they are about.
 
     Every text comes once with each of its possible answers, each time with another scene. Whoever
     answers from the words alone reaches exactly the chance level.
     """
     total = 3 * EXISTENCE_QUESTIONS + len(ATTRIBUTES) * ATTRIBUTE_QUESTIONS
-
-    # Twice as many scenes as questions: each is used once, and not every scene has a rare answer.
-    scenes = [draw_scene(rng, "benchmark") for _ in range(2 * total)]
-    held_out = HeldOut(scenes)
+    held_out = draw_held_out(rng, split, total, TRAINED)
 
     files = {}
     for name in ("random", "popular", "adversarial"):
@@ -170,26 +189,41 @@ def make_benchmark(rng: random.Random) -> dict[str, list[Asked]]:
         if name == "popular":
             pairs = POPULAR  # others have no "no" that is popular, and a search for one takes long
         texts = map(existence_text, pairs)
-        files[f"existence_{name}"] = held_out.ask(rng, texts, EXISTENCE_QUESTIONS, name)
+        asked = held_out.ask(rng, texts, EXISTENCE_QUESTIONS, name)
+        files[f"existence_{name}"] = BenchmarkFile(asked)
 
-    files["attributes"] = []
+    asked = []
     for kind in ATTRIBUTES:
-        files["attributes"] += held_out.ask(rng, held_out.texts[kind], ATTRIBUTE_QUESTIONS)
+        asked += held_out.ask(rng, held_out.texts[kind], ATTRIBUTE_QUESTIONS)
+    files["attributes"] = BenchmarkFile(asked)
+
+    for name, look in UNSEEN.items():
+        held_out = draw_held_out(rng, split, (1 + len(ATTRIBUTES)) * UNSEEN_QUESTIONS, look)
+        asked = held_out.ask(rng, map(existence_text, PAIRS), UNSEEN_QUESTIONS, "random")
+        for kind in ATTRIBUTES:
+            asked += held_out.ask(rng, held_out.texts[kind], UNSEEN_QUESTIONS)
+        files[f"unseen_{name}"] = BenchmarkFile(asked, look)
     return files
 
 
-def text_only(files: dict[str, list[Asked]], balance: Balance) -> dict[str, float]:
+def draw_held_out(rng: random.Random, split: str, questions: int, look: Look) -> HeldOut:
+    """Return random scenes of `split` that suffice for so many questions."""
+    # More scenes than questions: each is used once, and not every scene has a rare answer.
+    return HeldOut([draw_scene(rng, split, look=look) for _ in range(3 * questions)])
+
+
+def text_only(files: dict[str, BenchmarkFile], balance: Balance) -> dict[str, float]:
     """Return the percentage of each file and kind that the words alone get right.
 
     `balance` has counted the answers of the training rows.
     """
     answered = Counter()
     right = Counter()
-    for name, asked in files.items():
-        for question, _ in asked:
-            # Existence has a percentage for each file, not one of its own.
+    for name, file in files.items():
+        for question, _ in file.asked:
+            # The kinds of the attributes have percentages of their own.
             groups = [name]
-            if question.kind != "existence":
+            if name == "attributes":
                 groups.append(question.kind)
 
             is_right = question.answer == balance.majority(question)
@@ -319,10 +353,12 @@ class PictureWriter:
         for split in SPLITS:
             (out / "images" / split).mkdir(parents=True)
 
-    def save(self, split: str, number: int, scene: Scene, rng: random.Random) -> str:
+    def save(
+        self, split: str, number: int, scene: Scene, rng: random.Random, look: Look = TRAINED
+    ) -> str:
         """Write the picture of a scene on a random background; return its name for a row."""
         name = f"{split}/{number:05d}.png"
-        picture = render(scene, draw_background(rng))
+        picture = render(scene, draw_background(rng, look))
         # Files are small at any level, and this one writes fastest.
         picture.save(self.out / "images" / name, compress_level=1)
 
@@ -383,14 +419,14 @@ def held_out_rows(pictures: PictureWriter, rng: random.Random) -> dict[str, list
 
 
 def benchmark_rows(
-    asked: list[Asked], first: int, pictures: PictureWriter, rng: random.Random
+    file: BenchmarkFile, first: int, pictures: PictureWriter, rng: random.Random
 ) -> list[dict]:
     """Return the rows of a benchmark file and write their pictures, numbered from `first` on."""
     rows = []
-    for i, (question, scene) in enumerate(asked):
+    for i, (question, scene) in enumerate(file.asked):
         row = {
             "question_id": i + 1,
-            "image": pictures.save("benchmark", first + i, scene, rng),
+            "image": pictures.save("benchmark", first + i, scene, rng, file.look),
             "text": question.text,
             "label": question.answer,
             "kind": question.kind,
@@ -402,8 +438,11 @@ def benchmark_rows(
     return rows
 
 
-def fill_folder(out: Path, seed: int, scenes: int):
-    """Write the whole data set into the folder `out`, which it makes."""
+def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"):
+    """Write the whole data set into the folder `out`, which it makes.
+
+    The benchmark is about the compositions of the split `asks_about`.
+    """
     pictures = PictureWriter(out)
     streams = random_streams(seed)
 
@@ -425,10 +464,10 @@ def fill_folder(out: Path, seed: int, scenes: int):
     # The benchmark. Its pictures have one numbering over all files.
     (out / "benchmark").mkdir()
     rng = streams["benchmark"]
-    benchmark = make_benchmark(rng)
+    benchmark = make_benchmark(rng, asks_about)
     first = 0
-    for name, asked in benchmark.items():
-        rows = benchmark_rows(asked, first, pictures, rng)
+    for name, file in benchmark.items():
+        rows = benchmark_rows(file, first, pictures, rng)
         write_lines(out / "benchmark" / f"{name}.jsonl", rows)
         counts[name] = len(rows)
         first += len(rows)
