@@ -1,11 +1,13 @@
 """Run the blocks of a chapter, so that a figure is drawn from the very tensors that it shows."""
 
 import contextlib
+import functools
 import io
 
 from guide.blocks import GUIDE, read_blocks
 
 
+@functools.cache  # several figures of a chapter share one run
 def names_after(chapter: str, line: str) -> dict:
     """Return the names of a chapter's python blocks, up to and with the block that has a line.
 
