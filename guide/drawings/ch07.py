@@ -3,10 +3,12 @@
 from guide.drawings.replay import names_after
 from guide.drawings.svg import BLUE, GREEN, GREY, ORANGE, PINK, bars, figure, heat_map, text
 
+LAST = "costs[name] = operations"  # of the block that has all that is drawn
+
 
 def soft_words() -> str:
     """Draw the cosines of the connector's outputs with the word embeddings, after stage 1."""
-    names = names_after("07-stages.md", "cosine = F.cosine_similarity")
+    names = names_after("07-stages.md", LAST)
     cell = 40
     left = 100
     top = 92
@@ -16,7 +18,7 @@ def soft_words() -> str:
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             middle = left + (j + 0.5) * cell
-            body += text(middle, top + (i + 0.5) * cell + 4, f"{value:.1f}", 11, anchor="middle")
+            body += text(middle, top + (i + 0.5) * cell + 4, f"{value:.2f}", 11, anchor="middle")
     return figure(
         720, 275, body, "The outputs of a connector lie nearest to the words they stand for."
     )
@@ -24,7 +26,7 @@ def soft_words() -> str:
 
 def cost() -> str:
     """Draw the operations of a row in four tuning modes."""
-    costs = names_after("07-stages.md", "costs[name] = operations")["costs"]
+    costs = names_after("07-stages.md", LAST)["costs"]
     body = text(
         24, 30, "TFLOP for one row, forward and backward: TinyLlama-1.1B with CLIP-L", 13, GREY
     )
