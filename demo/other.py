@@ -100,10 +100,6 @@ def render(scene: Scene, background: Colour) -> Image.Image:
 def demo_rows(split: str, rng: random.Random, count: int, out: Path) -> list[dict]:
     """Return rows about scenes in the words of the demo, and write pictures of the other world."""
     balance = Balance()
-    make_row = world.question_row
-    if split == "pretrain":
-        make_row = world.caption_row
-
     (out / "images" / split).mkdir(parents=True)
     rows = []
     for i in range(count):
@@ -111,12 +107,20 @@ def demo_rows(split: str, rng: random.Random, count: int, out: Path) -> list[dic
         name = f"{split}/{i:05d}.png"
         picture = render(scene, draw_background(rng, LOOK))
         picture.save(out / "images" / name, compress_level=1)
-        rows.append(make_row(f"{split}-{i:05d}", name, scene, rng, balance))
+        row_name = f"{split}-{i:05d}"
+        if split == "pretrain":
+            row = world.caption_row(row_name, name, scene, rng)
+        else:
+            row = world.question_row(row_name, name, scene, rng, balance)
+        rows.append(row)
     return rows
 
 
-def fill_folder(out: Path, seed: int, scenes: int):
-    """Write the whole data set into the folder `out`, which it makes."""
+def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
+    """Write the whole data set into the folder `out`, which it makes.
+
+    There is no benchmark, so `asks_about` decides nothing here.
+    """
     counts = {"pretrain": scenes // 2, "finetune": scenes - scenes // 2}
     streams = world.random_streams(seed)
     texts = []

@@ -13,7 +13,7 @@ This file writes them to OUT:
     tokenizer/                     a byte-level BPE of 512 entries, trained on the rows above
     benchmark/existence_*.jsonl    yes or no, in the row format and with the negatives of POPE
     benchmark/attributes.jsonl     colour, shape, count, relation: answers of one word
-    benchmark/unseen_*.jsonl       all kinds of questions, about pictures that look as none in training
+    benchmark/unseen_*.jsonl       all kinds of questions about pictures of a look not trained on
     benchmark/text_only.json       the percentages that the best answer to the words alone reaches
     world.json                     seed and sizes; written last
 
@@ -41,11 +41,12 @@ import command_line
 from demo.questions import (
     Balance,
     Question,
-    caption,
     existence_text,
+    find_objects,
     interview,
     negatives,
     questions,
+    read_places,
 )
 from demo.scenes import (
     IMAGE_SIZE,
@@ -61,7 +62,7 @@ from demo.scenes import (
 )
 
 SCENES = 24_000  # training scenes, half with captions and half with questions
-EASY_SHARE = 0.15  # of the captions: scenes with a single object come first, to start easily
+FOUND = 0.5  # share of the captions that tell where each object is; the others read the picture
 VAL_SCENES = 300
 EXISTENCE_QUESTIONS = 300  # per split
 ATTRIBUTE_QUESTIONS = 150  # per kind
@@ -263,9 +264,13 @@ def make_row(name: str, image: str, scene: Scene, turns: list[tuple[str, str]]) 
     }
 
 
-def caption_row(name: str, image: str, scene: Scene, rng: random.Random, balance: Balance) -> dict:
+def caption_row(name: str, image: str, scene: Scene, rng: random.Random) -> dict:
     """Return a row for pretraining."""
-    return make_row(name, image, scene, [("Describe the scene.", caption(scene, rng, balance))])
+    if rng.random() < FOUND:
+        turn = ("Where is what?", find_objects(scene, rng))
+    else:
+        turn = ("What is where?", read_places(scene))
+    return make_row(name, image, scene, [turn])
 
 
 def question_row(name: str, image: str, scene: Scene, rng: random.Random, balance: Balance) -> dict:
@@ -379,16 +384,12 @@ class PictureWriter:
 
 
 def caption_rows(pictures: PictureWriter, rng: random.Random, count: int) -> list[dict]:
-    """Return the rows of pretraining, the easiest first, and write their pictures."""
-    balance = Balance()
+    """Return the rows of pretraining and write their pictures."""
     rows = []
     for i in range(count):
-        objects = None
-        if i < EASY_SHARE * count:
-            objects = 1
-        scene = draw_scene(rng, "train", objects)
+        scene = draw_scene(rng, "train")
         image = pictures.save("pretrain", i, scene, rng)
-        rows.append(caption_row(f"pretrain-{i:05d}", image, scene, rng, balance))
+        rows.append(caption_row(f"pretrain-{i:05d}", image, scene, rng))
     return rows
 
 
@@ -407,13 +408,12 @@ def question_rows(
 def held_out_rows(pictures: PictureWriter, rng: random.Random) -> dict[str, list[dict]]:
     """Return the rows of both validation files, two about each picture, and write the pictures."""
     balance = Balance()
-    caption_balance = Balance()
     files = {"val": [], "val_pretrain": []}
     for i in range(VAL_SCENES):
         scene = draw_scene(rng, "val")
         image = pictures.save("val", i, scene, rng)
         files["val"].append(question_row(f"val-{i:05d}", image, scene, rng, balance))
-        row = caption_row(f"val-pretrain-{i:05d}", image, scene, rng, caption_balance)
+        row = caption_row(f"val-pretrain-{i:05d}", image, scene, rng)
         files["val_pretrain"].append(row)
     return files
 
@@ -438,7 +438,7 @@ def benchmark_rows(
     return rows
 
 
-def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"):
+def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
     """Write the whole data set into the folder `out`, which it makes.
 
     The benchmark is about the compositions of the split `asks_about`.
@@ -480,10 +480,16 @@ def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"
 
 # ---------------------------------------------------------------------- the command
 
-Fill = Callable[[Path, int, int], None]  # writes (folder, seed, scenes)
+Fill = Callable[[Path, int, int, str], None]  # writes (folder, seed, scenes, asks_about)
 
 
-def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fill_folder):
+def write(
+    out: str | Path,
+    seed: int = 0,
+    scenes: int = SCENES,
+    fill: Fill = fill_folder,
+    asks_about: str = "benchmark",
+):
     """Write a data set to the new folder `out` with `fill`.
 
     Nothing is left there if it does not finish. Raises FileExistsError if `out` exists.
@@ -495,7 +501,7 @@ def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fil
     # Fill a folder beside it and rename that: whoever sees `out` sees all of it.
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
-        fill(temporary, seed, scenes)
+        fill(temporary, seed, scenes, asks_about)
         # The pictures are not fsynced: after a power cut the same seed makes them again.
         temporary.rename(out)
     finally:
@@ -518,10 +524,16 @@ def main(doc: str = __doc__, scenes: int = SCENES, fill: Fill = fill_folder):
         default=scenes,
         help=f"how many to train on (default {scenes})",
     )
+    parser.add_argument(
+        "--asks-about",
+        choices=("benchmark", "val"),
+        default="benchmark",
+        help="the split that OUT/benchmark is about: val to choose a recipe by (default benchmark)",
+    )
 
     def command(argv: list[str]):
         args = parser.parse_args(argv)
-        write(args.out, args.seed, args.scenes, fill)
+        write(args.out, args.seed, args.scenes, fill, args.asks_about)
 
     command_line.cli(command, doc)
 
