@@ -4,6 +4,8 @@
 # make test-full   the long matrices of kills, ranks and tuning modes (half an hour on two cores)
 # make test-page   serve.py's page and API, with gradio and openai, in a Chromium if there is one
 # make test-gguf   exported GGUF files in the real llama.cpp, of the package xllamacpp
+# make guide  build the guide as one page to read offline, out/guide.html
+# make test-guide   run every command and every line of code in the guide (ten minutes on two cores)
 # make lint   check style: ruff, what no formatter forbids, and the floors of the imports
 #
 # PYTHON=python3.12   the Python to use, 3.11 or newer
@@ -39,6 +41,14 @@ test-page: .venv/installed .venv/page/installed
 
 test-gguf: .venv/installed .venv/llama/installed
 	PYTHONPATH=.venv/llama $(PY) -m pytest tests/checkpoints/test_llama_cpp.py tests/checkpoints/test_llama_cpp_vision.py
+
+guide: .venv/installed
+	$(PY) -m guide.build
+
+# The chapters that ask a trained model take the demo's.
+test-guide: .venv/installed
+	test -f out/demo/model.safetensors || $(MAKE) demo
+	OMP_NUM_THREADS=1 $(PY) -m guide.run --all
 
 lint: .venv/installed
 	$(PY) -m ruff check .
@@ -77,4 +87,4 @@ clean:
 	$(PIP) --no-deps --target .venv/llama xllamacpp==2026.10.11549
 	touch $@
 
-.PHONY: demo moving test test-full test-page test-gguf lint clean
+.PHONY: demo moving test test-full test-page test-gguf guide test-guide lint clean

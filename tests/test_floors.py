@@ -30,6 +30,8 @@ FLOORS = [
     {"training", "evals"},
     {"demo"},
     {"train", "generate", "evaluate", "export", "serve", "visualize"},
+    {"laboratory"},
+    {"guide"},
 ]
 
 # main() of a file below the scripts that is a script, too: it may import from all floors.
