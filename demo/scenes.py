@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 IMAGE_SIZE = 72  # pixels
 GRID = 3  # cells a side
 CELL = IMAGE_SIZE // GRID  # pixels: two patches of the demo's encoder
+SHIFT = 2  # pixels: how far from the middle of its cell an object may be, each way
 SCALE = 4  # pictures are drawn four times larger and averaged down, for clean edges
 
 # The hues of each colour, least and greatest, in degrees. Saturation and brightness vary, too.
@@ -82,7 +83,7 @@ class Look:
 
     counts: tuple[int, ...] = (1, 2, 3, 4)  # how many objects a scene may have
     count_weights: tuple[int, ...] = (1, 2, 3, 3)  # how often: of one there is little to ask
-    widths: tuple[int, ...] = tuple(range(11, 20))  # pixels across
+    widths: tuple[int, ...] = tuple(range(13, 21))  # pixels across
     grid: int = GRID  # cells a side that objects may stand in
     offset: int = 0  # pixels from the picture's corner to that of the first cell, both ways
     background: tuple[int, int] = (225, 250)  # least and greatest of red, of green and of blue
@@ -93,7 +94,7 @@ TRAINED = Look()
 # Each differs from what is trained on in one thing. Between the cells are the places where no
 # trained object has its middle: the corners that four cells share.
 UNSEEN = {
-    "sizes": replace(TRAINED, widths=(7, 8, 22, 23)),
+    "sizes": replace(TRAINED, widths=(8, 9, 10, 22, 23)),
     "positions": replace(TRAINED, grid=GRID - 1, offset=CELL // 2),
     "backgrounds": replace(TRAINED, background=(120, 190)),
     "objects": replace(TRAINED, counts=(5, 6), count_weights=(1, 1)),
@@ -180,10 +181,11 @@ def place(rng: random.Random, pair: Pair, cell: tuple[int, int], look: Look = TR
     # Half a pixel stays free on each side, so that neighbours never touch.
     width = rng.choice(look.widths) * SCALE
     cell_width = CELL * SCALE
-    free = cell_width - width
+    margin = (cell_width - width) // 2
+    shift = min(SHIFT * SCALE, margin - 2)
     row, column = cell
-    top = look.offset * SCALE + row * cell_width + rng.randint(2, free - 2)
-    left = look.offset * SCALE + column * cell_width + rng.randint(2, free - 2)
+    top = look.offset * SCALE + row * cell_width + margin + rng.randint(-shift, shift)
+    left = look.offset * SCALE + column * cell_width + margin + rng.randint(-shift, shift)
     bottom = top + width
     right = left + width
 

@@ -36,7 +36,10 @@ MAX_NEW_TOKENS = 5  # one word and the end of the answer, with room for a wrong 
 
 
 def examples(data_dir):
-    """Return the questions in the order of the files. Own keys: "kind", "choices", "split"."""
+    """Return the questions in the order of the files.
+
+    Own keys: "kind", "choices", "split"; "objects", the (colour, shape) of those in the picture.
+    """
     found = []
     for split in SPLITS:
         file = Path(data_dir) / "benchmark" / f"{split}.jsonl"
@@ -53,6 +56,7 @@ def examples(data_dir):
                 "kind": row.text("kind"),
                 "choices": row.options("choices"),
                 "split": split,
+                "objects": [(o.text("colour"), o.text("shape")) for o in row.rows("scene")],
                 "where": where,
             }
             found.append(example)

@@ -32,6 +32,7 @@ LONG_FILES = (
     "kernels/test_accuracy.py",
     "kernels/test_compile.py",
     "kernels/test_mutations.py",
+    "test_guide.py",
     "test_lora.py",
     "test_model.py",
     "test_serve.py",
