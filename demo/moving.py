@@ -9,7 +9,7 @@ once, into a cell beside its own. Between the moves they are not beside each oth
 always room. Pairs of objects are held out as the compositions of scenes are. Written to OUT:
 
     videos/{pretrain,finetune,val,benchmark}/*.gif
-    pretrain.json                  tracks: where both objects are, frame by frame, or their moves
+    pretrain.json                  captions: where both objects are, frame by frame, or their moves
     finetune.json                  three questions about each clip, with short answers
     val.json  val_pretrain.json    held-out rows of both sorts, for the validation loss
     tokenizer/                     as world.py's, trained on the rows above
@@ -58,9 +58,9 @@ from demo.scenes import (
 )
 
 WAYS = (("up", "down"), ("left", "right"))  # by axis: of rows, of columns
-SCENES = 16_000  # training clips, half with tracks and half with questions
+SCENES = 16_000  # training clips, half with captions and half with questions
 VAL_SCENES = 200
-PLACED = 0.5  # share of the tracks that say where the objects are; the others say how they move
+PLACED = 0.5  # share of the captions that say where the objects are; the others say how they move
 GROUPS = 56  # of the benchmark's clips, eight clips each
 
 Cell = tuple[int, int]  # (row, column)
@@ -78,21 +78,22 @@ class Move:
 # ---------------------------------------------------------------------- clips
 
 
-def beside(rng: random.Random, cell: Cell) -> list[Cell]:
-    """Return a cell beside `cell` in its column and one in its row, each a random one of two.
+def beside(rng: random.Random, cell: Sequence[int]) -> list[Cell]:
+    """Return a cell beside a (row, column) in its column and one in its row.
 
-    At an edge of the picture there is only one.
+    Each is a random one of two. At an edge of the picture there is only one.
     """
-    found = []
-    for axis in range(2):
-        candidates = []
-        for step in (-1, 1):
-            other = list(cell)
-            other[axis] += step
-            if 0 <= other[axis] < GRID:
-                candidates.append(tuple(other))
-        found.append(rng.choice(candidates))
-    return found
+    row, column = cell
+    return [(beside_number(rng, row), column), (row, beside_number(rng, column))]
+
+
+def beside_number(rng: random.Random, number: int) -> int:
+    """Return the number of a random row beside a row, or of a column beside a column."""
+    if number == 0:
+        return 1
+    if number == GRID - 1:
+        return number - 1
+    return number + rng.choice((-1, 1))
 
 
 def draw_cells(rng: random.Random) -> tuple[Cell, Cell]:
@@ -142,8 +143,10 @@ def of_two_colours(pairs: Sequence[Pair]) -> bool:
 
 def draw_between(rng: random.Random, pairs: Sequence[Pair]) -> Scene:
     """Return the frame between the moves of two random objects of these (colour, shape) pairs."""
-    cells = draw_cells(rng)
-    return [place(rng, pair, cell) for pair, cell in zip(pairs, cells, strict=True)]
+    between = []
+    for pair, cell in zip(pairs, draw_cells(rng), strict=True):
+        between.append(place(rng, pair, cell))
+    return between
 
 
 def draw_clip(rng: random.Random, split: str) -> Clip:
@@ -156,7 +159,9 @@ def draw_clip(rng: random.Random, split: str) -> Clip:
 
     # A composition is sorted. Which of its objects gets number 0 must be random.
     between = draw_between(rng, rng.sample(pairs, 2))
-    others = [rng.choice(beside(rng, tuple(thing["cell"]))) for thing in between]
+    others = []
+    for thing in between:
+        others.append(rng.choice(beside(rng, thing["cell"])))
     return film(between, rng.randrange(2), others)
 
 
@@ -177,7 +182,13 @@ def moves(clip: Clip) -> list[Move]:
 
 def steps(clip: Clip, thing: int) -> list[str]:
     """Return what an object does between each two frames: a way of WAYS, or "still"."""
-    return [move.way if move.thing == thing else "still" for move in moves(clip)]
+    words = []
+    for move in moves(clip):
+        if move.thing == thing:
+            words.append(move.way)
+        else:
+            words.append("still")
+    return words
 
 
 # ---------------------------------------------------------------------- words about a clip
@@ -250,30 +261,21 @@ def interview(clip: Clip, rng: random.Random) -> list[Question]:
     return rng.sample([order, way, direction_or_way], 3)
 
 
-def track(clip: Clip, rng: random.Random) -> tuple[str, str]:
-    """Return a question and an answer that follow both objects through the frames.
+def caption(clip: Clip, rng: random.Random) -> str:
+    """Return what pretraining says of either object: where it is in each frame, or how it moves.
 
-    The answer says where each is in each frame, or how it moves from one frame to the next. It is
-    never both: the moves could be read off the places, and would teach nothing about the frames.
-    The question has the names, so that they are copied and need not be recognized.
+    It is never both: the moves could be read off the places, and would teach nothing about the
+    frames.
     """
-    names = [named(thing) for thing in clip[0]]
-    one, other = rng.sample(names, 2)
     tells_places = rng.random() < PLACED
-    if tells_places:
-        question = f"Where are the {one} and the {other}?"
-    else:
-        question = f"How do the {one} and the {other} move?"
-
-    # Not in the order of the question: which object a name is must be read from the name.
     tracks = []
     for i in rng.sample(range(2), 2):
         if tells_places:
             words = [placed(scene[i]) for scene in clip]
         else:
             words = steps(clip, i)
-        tracks.append(f"{names[i]}: {', '.join(words)}")
-    return question, ". ".join(tracks) + "."
+        tracks.append(f"{named(clip[0][i])}: {', '.join(words)}")
+    return ". ".join(tracks) + "."
 
 
 # ---------------------------------------------------------------------- the benchmark
@@ -284,7 +286,7 @@ def every_clip(rng: random.Random, between: Scene) -> list[Clip]:
 
     An object has one other cell along either axis, in all eight.
     """
-    choices = [beside(rng, tuple(thing["cell"])) for thing in between]
+    choices = [beside(rng, thing["cell"]) for thing in between]
     clips = []
     for first in range(2):
         for others in itertools.product(*choices):
@@ -318,9 +320,9 @@ def make_row(name: str, video: str, clip: Clip, turns: list[tuple[str, str]]) ->
     return {"id": name, "video": video, "conversations": conversation, "scene": clip}
 
 
-def track_row(name: str, video: str, clip: Clip, rng: random.Random) -> dict:
+def caption_row(name: str, video: str, clip: Clip, rng: random.Random) -> dict:
     """Return a row for pretraining."""
-    return make_row(name, video, clip, [track(clip, rng)])
+    return make_row(name, video, clip, [("What happens?", caption(clip, rng))])
 
 
 def question_row(name: str, video: str, clip: Clip, rng: random.Random) -> dict:
@@ -339,13 +341,13 @@ def save_clip(
     return name
 
 
-def track_rows(out: Path, rng: random.Random, count: int) -> list[dict]:
+def caption_rows(out: Path, rng: random.Random, count: int) -> list[dict]:
     """Return the rows of pretraining and write their clips."""
     rows = []
     for i in range(count):
         clip = draw_clip(rng, "train")
         video = save_clip(out, "pretrain", i, clip, draw_background(rng))
-        rows.append(track_row(f"pretrain-{i:05d}", video, clip, rng))
+        rows.append(caption_row(f"pretrain-{i:05d}", video, clip, rng))
     return rows
 
 
@@ -365,7 +367,7 @@ def held_out_rows(out: Path, rng: random.Random) -> dict[str, list[dict]]:
     for i in range(VAL_SCENES):
         clip = draw_clip(rng, "val")
         video = save_clip(out, "val", i, clip, draw_background(rng))
-        files["val_pretrain"].append(track_row(f"val_pretrain-{i:05d}", video, clip, rng))
+        files["val_pretrain"].append(caption_row(f"val_pretrain-{i:05d}", video, clip, rng))
         files["val"].append(question_row(f"val-{i:05d}", video, clip, rng))
     return files
 
@@ -406,10 +408,10 @@ def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"
 
     # The clips, and the rows about them.
     streams = world.random_streams(seed)
-    n_tracks = scenes // 2
+    n_captions = scenes // 2
     files = {
-        "pretrain": track_rows(out, streams["pretrain"], n_tracks),
-        "finetune": question_rows(out, streams["finetune"], scenes - n_tracks),
+        "pretrain": caption_rows(out, streams["pretrain"], n_captions),
+        "finetune": question_rows(out, streams["finetune"], scenes - n_captions),
         **held_out_rows(out, streams["val"]),
     }
     benchmark = benchmark_rows(out, streams["benchmark"], asks_about)
