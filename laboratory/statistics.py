@@ -91,6 +91,8 @@ class Difference:
     @property
     def p(self) -> float:
         """The level at which the interval just reaches zero, by bisection."""
+        if self.mean == 0:
+            return 1.0
         low = LEAST_LEVEL
         high = 1.0
         if self.half(low) <= abs(self.mean):

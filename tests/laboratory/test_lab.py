@@ -67,8 +67,11 @@ def test_the_table_tells_a_difference_from_none(finished):
     assert worse["scores"]["all"]["mean"] == pytest.approx(20, abs=8)
 
     # The labels of a null axis change nothing, so with the same seeds nothing differs.
+    for name, score in same["scores"].items():
+        nothing = score["difference"]
+        assert nothing["mean"] == 0 and nothing["p"] == 1 and not nothing["counts"], name
     nothing = same["scores"]["all"]["difference"]
-    assert nothing["mean"] == 0 and nothing["low"] < 0 < nothing["high"] and not nothing["counts"]
+    assert nothing["low"] < 0 < nothing["high"]
     assert "difference" not in right["scores"]["all"]
     assert table["comparisons"] == 2 * 3
     assert table["noise_floor"]["all"]["low"] < 0 < table["noise_floor"]["all"]["high"]
