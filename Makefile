@@ -48,7 +48,7 @@ guide: .venv/installed
 # The chapters that ask a trained model take the demo's.
 test-guide: .venv/installed
 	test -f out/demo/model.safetensors || $(MAKE) demo
-	OMP_NUM_THREADS=1 $(PY) -m guide.run --all
+	$(PY) -m guide.run --all
 
 lint: .venv/installed
 	$(PY) -m ruff check .

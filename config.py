@@ -688,10 +688,10 @@ def _override(table: dict, text: str):
         fix = "write section.key=value, or one recipe.toml first"
         raise UserError(f"command line:{text}", "not an override", fix)
 
-    # A string needs no quotes on the command line. Anything else is read as TOML.
+    # A string needs no quotes on the command line, and may have them. Anything else is TOML.
     kind = _type_of(dotted, table)
     if kind is str or raw == AUTO:
-        value: object = raw
+        value: object = _without_quotes(raw)
     elif kind == TEXT_OR_NUMBER:
         value = _number_or_text(raw)
     else:
@@ -710,6 +710,13 @@ def _override(table: dict, text: str):
             what = f"{'.'.join(outer[:depth])} is not a table there"
             raise UserError(f"command line:{dotted}", what, "correct the recipe's file")
     table[last] = value
+
+
+def _without_quotes(raw: str) -> str:
+    """Return the text that a TOML string in quotes writes; any other text as it is."""
+    if not re.fullmatch(r"\"[^\"\\]*\"|'[^']*'", raw):
+        return raw
+    return raw[1:-1]
 
 
 def _number_or_text(raw: str) -> int | float | str:

@@ -82,6 +82,7 @@ from evals import (
     videomme,
     vqav2,
     world,
+    world_hallucination,
 )
 from evals.judge import Judge
 from evals.kept import Ranks, answer_examples
@@ -116,6 +117,7 @@ def variant(task: Task, max_new_tokens: int | None = None, **options) -> Task:
 
 TASKS: dict[str, Task] = {
     "world": world,
+    "world-hallucination": world_hallucination,
     "vqav2": vqav2,
     "vqav2-val": variant(vqav2, split="val2014"),
     "gqa": gqa,

@@ -2,7 +2,8 @@
 
     every = questions(scene)                  # all that have exactly one right answer
     asked = interview(scene, rng, Balance())  # six to eight of them, for a training row
-    text = caption(scene, rng, Balance())     # what pretraining says about the picture
+    text = read_places(scene)                 # what pretraining says about the picture
+    text = find_objects(scene, rng)           # the same, by name
 
 There are five kinds of questions: existence ("Is there a red circle?"), colour, shape, count and
 relation ("Is the red circle above or below the blue square?").
@@ -21,33 +22,27 @@ from dataclasses import dataclass
 
 from demo.scenes import COLOURS, PAIRS, POPULAR, SHAPES, Pair, Scene, Thing, composition, pair_of
 
-NUMBERS = ("zero", "one", "two", "three")
+NUMBERS = ("zero", "one", "two", "three", "four")
 DIRECTIONS = (("above", "below"), ("left", "right"))  # by axis: of rows, of columns
-POSITIONS = (
-    ("at the top left", "at the top right"),
-    ("at the bottom left", "at the bottom right"),
-)
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "centre", "right")
 
-# At least and at most how many.
-ASKED = (6, 8)  # questions about a picture
-NOTED = (8, 12)  # notes of a caption
-LISTED = 1 / 3  # share of the captions that list the objects; the others are notes
+ASKED = (6, 8)  # questions about a training picture, at least and at most
 
 
 @dataclass(frozen=True)
 class Question:
     """A question and its answer.
 
-    `about` identifies the fact that the answer tells, which questions in other words may tell too:
-    (object,) for its colour or shape, (axis, object, object) for a relation, where an object is its
-    number in the scene. It is empty where no other text asks for the same fact.
+    `about` holds what the answer tells something of, so that a later question is not answered by
+    it: an object for its colour or shape, and (axis, object) for both objects of a relation, where
+    an object is its number in the scene. It is empty where no other text asks for the same.
     """
 
     kind: str
     text: str
     answer: str
     choices: tuple[str, ...]  # every answer that this text can have
-    note: str  # what a caption says before the answer
     about: tuple = ()
 
 
@@ -86,7 +81,6 @@ def existence_questions(scene: Scene) -> list[Question]:
             text=existence_text(pair),
             answer="yes" if pair in present else "no",
             choices=("yes", "no"),
-            note=f"{colour} {shape}",
         )
         found.append(question)
     return found
@@ -118,7 +112,6 @@ def attribute_questions(scene: Scene) -> list[Question]:
                 text=f"What colour is the {shape}?",
                 answer=colour,
                 choices=tuple(COLOURS),
-                note=f"{shape} colour",
                 about=(i,),
             )
             found.append(question)
@@ -128,7 +121,6 @@ def attribute_questions(scene: Scene) -> list[Question]:
                 text=f"What shape is the {colour} object?",
                 answer=shape,
                 choices=SHAPES,
-                note=f"{colour} shape",
                 about=(i,),
             )
             found.append(question)
@@ -146,6 +138,10 @@ def count_questions(scene: Scene) -> list[Question]:
 
     found = []
     for what, n in counts.items():
+        # Of more objects than training has, some counts have no word.
+        if n >= len(NUMBERS):
+            continue
+
         choices = NUMBERS
         if what == "objects":
             choices = NUMBERS[1:]  # no scene is empty
@@ -155,7 +151,6 @@ def count_questions(scene: Scene) -> list[Question]:
             text=f"How many {what} are there?",
             answer=NUMBERS[n],
             choices=choices,
-            note=what,
         )
         found.append(question)
     return found
@@ -166,16 +161,19 @@ def relation_questions(scene: Scene) -> list[Question]:
 
     They call an object by its colour and shape, so no other object may have both.
     """
-    pairs = Counter(composition(scene))
-    unique = [i for i, thing in enumerate(scene) if pairs[pair_of(thing)] == 1]
-
     found = []
-    for i, j in itertools.permutations(unique, 2):
+    for i, j in itertools.permutations(unique_objects(scene), 2):
         for axis in range(2):
             # Two objects of one row are neither above nor below each other.
             if scene[i]["cell"][axis] != scene[j]["cell"][axis]:
                 found.append(relation_question(scene, i, j, axis))
     return found
+
+
+def unique_objects(scene: Scene) -> list[int]:
+    """Return the numbers of the objects whose colour and shape no other object has both."""
+    pairs = Counter(composition(scene))
+    return [i for i, thing in enumerate(scene) if pairs[pair_of(thing)] == 1]
 
 
 def relation_question(scene: Scene, i: int, j: int, axis: int) -> Question:
@@ -185,17 +183,13 @@ def relation_question(scene: Scene, i: int, j: int, axis: int) -> Question:
     if scene[i]["cell"][axis] < scene[j]["cell"][axis]:
         answer = before
 
-    one = f"{named(scene[i])} {before} or {after}"
-    other = named(scene[j])
     of_the = "of the" if before == "left" else "the"
     return Question(
         kind="relation",
-        text=f"Is the {one} {of_the} {other}?",
+        text=f"Is the {named(scene[i])} {before} or {after} {of_the} {named(scene[j])}?",
         answer=answer,
         choices=(before, after),
-        note=f"{one} {other}",
-        # The same for (i, j) and (j, i): either question answers the other.
-        about=(axis, min(i, j), max(i, j)),
+        about=((axis, i), (axis, j)),
     )
 
 
@@ -260,23 +254,21 @@ class Balance:
         return max(sorted(counts), key=counts.get)
 
 
-def interview(
-    scene: Scene, rng: random.Random, balance: Balance, limits: tuple[int, int] = ASKED
-) -> list[Question]:
+def interview(scene: Scene, rng: random.Random, balance: Balance) -> list[Question]:
     """Return the questions asked about one training scene, in random order.
 
-    `limits` are the least and the largest number of them. A scene of few objects may have fewer.
+    A scene of few objects may have fewer than the least number.
     """
-    least, most = limits
+    least, most = ASKED
     by_kind = defaultdict(list)
     for question in questions(scene):
         by_kind[question.kind].append(question)
 
-    # One existence question per distinct object, each "yes" or "no" by a fair coin: then the
-    # answers to the earlier ones say nothing about the next. With more of them, the objects that
-    # can be a "yes" would run out.
-    plan = ["existence"] * len(set(composition(scene)))
-    plan += ["relation", "relation", "colour", "shape", "count", "relation", "colour", "shape"]
+    # At most one existence question per distinct object, each "yes" or "no" by a fair coin: then
+    # the answers to the earlier ones say nothing about the next. With more of them, the objects
+    # that can be a "yes" would run out.
+    plan = ["existence"] * min(2, len(set(composition(scene))))
+    plan += ["relation", "relation", "colour", "shape", "count", "count", "colour", "shape"]
 
     # A scene of one object has few questions. Counts fill it up to the least number.
     planned = len(plan)
@@ -300,14 +292,15 @@ def interview(
 def untold(candidates: list[Question], chosen: list[Question]) -> list[Question]:
     """Return the candidates whose answer is not yet told by those already chosen.
 
-    A fact is asked for once: asked again in other words, its answer would stand in the text.
+    A fact is asked for once: asked again in other words, its answer would stand in the text. And of
+    two relations along one axis, none may share an object. What is left of one object is mostly
+    left of the next one, too: a model learns that rule from the text, and never looks.
     """
     told = set()
     for question in chosen:
-        if question.about:
-            told.add(question.about)
+        told.update(question.about)
 
-    return [q for q in candidates if q not in chosen and q.about not in told]
+    return [q for q in candidates if q not in chosen and not told.intersection(q.about)]
 
 
 def tempting_existence(
@@ -334,38 +327,33 @@ def tempting_existence(
 # ---------------------------------------------------------------------- captions
 
 
-def caption(scene: Scene, rng: random.Random, balance: Balance) -> str:
-    """Return what pretraining says of a scene: a sentence that lists the objects, or notes.
+def place_of(thing: Thing) -> str:
+    """Return where an object stands: "top left"."""
+    row, column = thing["cell"]
+    return f"{ROWS[row]} {COLUMNS[column]}"
 
-    A caption is never both: notes behind a list could be copied from the text, and would teach
-    nothing about the picture.
+
+def read_places(scene: Scene) -> str:
+    """Return what stands where, in reading order: "top left: red circle. middle right: ...".
+
+    Every word follows from the picture and the words before it. So it teaches to see: first where
+    something is, then what.
     """
-    if rng.random() < LISTED:
-        shuffled = rng.sample(scene, len(scene))
-        return list_objects(shuffled)
-    return write_notes(interview(scene, rng, balance, NOTED))
+    phrases = [f"{place_of(thing)}: {named(thing)}" for thing in scene]
+    return ". ".join(phrases) + "."
 
 
-def write_notes(answered: list[Question]) -> str:
-    """Return questions with their answers in few words: "red circle: yes. circle colour: red."."""
-    notes = [f"{question.note}: {question.answer}" for question in answered]
-    return ". ".join(notes) + "."
+def find_objects(scene: Scene, rng: random.Random) -> str:
+    """Return where each object stands, in random order: "red circle top left, blue square ...".
 
-
-def list_objects(things: list[Thing]) -> str:
-    """Return a sentence that lists objects in the order given.
-
-    The caller shuffles them: then each word must be looked up in the picture by what was said
-    before it, and cannot be found by reading the cells in order.
+    The place must be looked up in the picture by the name before it, and cannot be found by reading
+    the cells in order. An object whose name another one has, too, has no such place.
     """
+    unique = unique_objects(scene)
+    if not unique:
+        return read_places(scene)
+
     phrases = []
-    for thing in things:
-        row, column = thing["cell"]
-        position = POSITIONS[row][column]
-        phrases.append(f"a {thing['size']} {named(thing)} {position}")
-
-    number = NUMBERS[len(things)]
-    *all_but_last, last = phrases
-    if not all_but_last:
-        return f"There is {number}: {last}."
-    return f"There are {number}: {', '.join(all_but_last)} and {last}."
+    for i in rng.sample(unique, len(unique)):
+        phrases.append(f"{named(scene[i])} {place_of(scene[i])}")
+    return ", ".join(phrases) + "."

@@ -13,7 +13,6 @@ The file in order: charts, then a function for each part of the page from top to
 returns HTML, then the whole page and the command.
 """
 
-import math
 from html import escape
 from pathlib import Path
 
@@ -29,6 +28,8 @@ from demo.results import (
     read_run,
     running_mean,
 )
+from inputs import charts
+from inputs.charts import Frame
 from inputs.preview import html_page, image_tag
 
 ZOOM = 4  # of the sample pictures
@@ -56,98 +57,31 @@ POINT_MARK = '<svg width="10" height="10"><circle class="point" cx="5" cy="5" r=
 # ---------------------------------------------------------------------- charts
 
 
-class LossAxes:
-    """The axes of a loss chart: where a step and a loss lie. The loss axis is logarithmic.
-
-    Lengths are in the units of the SVG, whose y grows downwards.
-    """
-
-    WIDTH = 440
-    HEIGHT = 250
-    LEFT = 44
-    RIGHT = WIDTH - 8
-    TOP = 8
-    BOTTOM = HEIGHT - 34
-    LEAST = 1e-4  # a loss of zero has no logarithm
-
-    def __init__(self, rows: list[dict]):
-        # The range of the losses, in decades, with a little room below and above.
-        decades = [self.decade(row["loss"]) for row in rows]
-        self.low = min(decades) - 0.04
-        self.high = max(decades) + 0.04
-        self.last_step = max(row["step"] for row in rows)
-
-    def decade(self, loss: float) -> float:
-        """Return the logarithm of a loss."""
-        return math.log10(max(loss, self.LEAST))
-
-    def x(self, step: int) -> float:
-        """Return where a step lies; a tenth of a pixel is exact enough."""
-        return round(self.LEFT + (self.RIGHT - self.LEFT) * step / self.last_step, 1)
-
-    def y(self, loss: float) -> float:
-        """Return where a loss lies."""
-        share = (self.decade(loss) - self.low) / (self.high - self.low)
-        return round(self.BOTTOM - (self.BOTTOM - self.TOP) * share, 1)
-
-    def loss_ticks(self) -> list[float]:
-        """Return 1, 2 and 5 times the powers of ten in range."""
-        ticks = []
-        for decade in range(math.floor(self.low), math.ceil(self.high) + 1):
-            for digit in (1, 2, 5):
-                tick = digit * 10.0**decade
-                if self.low <= math.log10(tick) <= self.high:
-                    ticks.append(tick)
-        return ticks
-
-    def step_ticks(self) -> list[int]:
-        """Return 0 and up to five round numbers, the last no larger than the last step."""
-        size = 10 ** math.floor(math.log10(max(self.last_step, 1)))
-
-        # Take the smallest round distance that leaves room between the numbers.
-        for factor in (0.1, 0.2, 0.5, 1, 2, 5):
-            distance = size * factor
-            if distance >= 1 and self.last_step / distance <= 5:
-                break
-        count = int(self.last_step / distance)
-        return [round(distance * i) for i in range(count + 1)]
-
-
-def loss_curve(kind: str, points: list[tuple[int, float]], axes: LossAxes) -> str:
-    """Return a line through points, which are (step, loss); report.css draws each kind its way."""
-    coordinates = " ".join(f"{axes.x(step)},{axes.y(loss)}" for step, loss in points)
-    return f'<polyline class="{kind}" points="{coordinates}"/>'
+LEAST_LOSS = 1e-4  # a loss of zero has no logarithm
+ROOM = 1.1  # a factor on the largest loss, and under the smallest
 
 
 def loss_chart(stage: StageResult) -> str:
     """Return the training loss (faint), its running mean, and validation points, over steps."""
-    axes = LossAxes(stage.steps + stage.validations)
-    size = f"{axes.WIDTH} {axes.HEIGHT}"
-    parts = [f'<svg viewBox="0 0 {size}" role="img" aria-label="loss over steps">']
+    rows = stage.steps + stage.validations
+    shown = [max(row["loss"], LEAST_LOSS) for row in rows]
+    last_step = max(row["step"] for row in rows)
+    x = charts.Linear(0, last_step, Frame.LEFT, Frame.RIGHT)
+    y = charts.Log(min(shown) / ROOM, max(shown) * ROOM, Frame.BOTTOM, Frame.TOP)
 
-    # The axes. Numbers of losses stand half a line lower, to be level with their rules.
-    for tick in axes.loss_ticks():
-        y = axes.y(tick)
-        parts.append(f'<line class="axis" x1="{axes.LEFT}" x2="{axes.RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{axes.LEFT - 7}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
-    for step in axes.step_ticks():
-        x = axes.x(step)
-        parts.append(f'<text x="{x}" y="{axes.BOTTOM + 17}" text-anchor="middle">{step}</text>')
-    middle = (axes.LEFT + axes.RIGHT) / 2
-    below = axes.HEIGHT - 2
-    parts.append(f'<text x="{middle}" y="{below}" text-anchor="middle">optimizer steps</text>')
+    parts = [charts.opening("loss over steps"), *charts.rules(y)]
+    parts += charts.numbers_below(x, "optimizer steps")
 
     # The curves.
-    losses = [(row["step"], row["loss"]) for row in stage.steps]
-    parts.append(loss_curve("raw", losses, axes))
-    parts.append(loss_curve("curve", running_mean(losses), axes))
+    losses = [(row["step"], max(row["loss"], LEAST_LOSS)) for row in stage.steps]
+    parts.append(charts.line("raw", losses, x, y))
+    parts.append(charts.line("curve", running_mean(losses), x, y))
 
     # The validation points, over the curves.
     for row in stage.validations:
-        x = axes.x(row["step"])
-        y = axes.y(row["loss"])
+        place = f'cx="{x.at(row["step"])}" cy="{y.at(max(row["loss"], LEAST_LOSS))}"'
         title = f"<title>validation loss {row['loss']:.3f} at step {row['step']}</title>"
-        parts.append(f'<circle class="point" r="4.5" cx="{x}" cy="{y}">{title}</circle>')
+        parts.append(f'<circle class="point" r="4.5" {place}>{title}</circle>')
     return "".join(parts) + "</svg>"
 
 

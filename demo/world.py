@@ -13,6 +13,7 @@ This file writes them to OUT:
     tokenizer/                     a byte-level BPE of 512 entries, trained on the rows above
     benchmark/existence_*.jsonl    yes or no, in the row format and with the negatives of POPE
     benchmark/attributes.jsonl     colour, shape, count, relation: answers of one word
+    benchmark/unseen_*.jsonl       all kinds of questions about pictures of a look not trained on
     benchmark/text_only.json       the percentages that the best answer to the words alone reaches
     world.json                     seed and sizes; written last
 
@@ -31,6 +32,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,19 +41,32 @@ import command_line
 from demo.questions import (
     Balance,
     Question,
-    caption,
     existence_text,
+    find_objects,
     interview,
     negatives,
     questions,
+    read_places,
 )
-from demo.scenes import IMAGE_SIZE, PAIRS, POPULAR, Scene, draw_background, draw_scene, render
+from demo.scenes import (
+    IMAGE_SIZE,
+    PAIRS,
+    POPULAR,
+    TRAINED,
+    UNSEEN,
+    Look,
+    Scene,
+    draw_background,
+    draw_scene,
+    render,
+)
 
 SCENES = 24_000  # training scenes, half with captions and half with questions
-EASY_SHARE = 0.15  # of the captions: scenes with a single object come first, to start easily
+FOUND = 0.5  # share of the captions that tell where each object is; the others read the picture
 VAL_SCENES = 300
 EXISTENCE_QUESTIONS = 300  # per split
 ATTRIBUTE_QUESTIONS = 150  # per kind
+UNSEEN_QUESTIONS = 30  # per kind and look
 ATTRIBUTES = ("colour", "shape", "count", "relation")
 SPLITS = ("pretrain", "finetune", "val", "benchmark")
 
@@ -59,6 +74,14 @@ VOCAB_SIZE = 512
 EOS = "<eos>"
 
 Asked = tuple[Question, Scene]
+
+
+@dataclass
+class BenchmarkFile:
+    """The questions of a file of the benchmark, and how its pictures look."""
+
+    asked: list[Asked]
+    look: Look = TRAINED
 
 
 # ---------------------------------------------------------------------- the benchmark
@@ -152,17 +175,14 @@ class HeldOut:
         return asked
 
 
-def make_benchmark(rng: random.Random) -> dict[str, list[Asked]]:
-    """Return the questions of each benchmark file and the scenes that they are about.
+def make_benchmark(rng: random.Random, split: str) -> dict[str, BenchmarkFile]:
+    """Return each benchmark file: its questions, and the scenes of `split` that they are about.
 
     Every text comes once with each of its possible answers, each time with another scene. Whoever
     answers from the words alone reaches exactly the chance level.
     """
     total = 3 * EXISTENCE_QUESTIONS + len(ATTRIBUTES) * ATTRIBUTE_QUESTIONS
-
-    # Twice as many scenes as questions: each is used once, and not every scene has a rare answer.
-    scenes = [draw_scene(rng, "benchmark") for _ in range(2 * total)]
-    held_out = HeldOut(scenes)
+    held_out = draw_held_out(rng, split, total, TRAINED)
 
     files = {}
     for name in ("random", "popular", "adversarial"):
@@ -170,26 +190,41 @@ def make_benchmark(rng: random.Random) -> dict[str, list[Asked]]:
         if name == "popular":
             pairs = POPULAR  # others have no "no" that is popular, and a search for one takes long
         texts = map(existence_text, pairs)
-        files[f"existence_{name}"] = held_out.ask(rng, texts, EXISTENCE_QUESTIONS, name)
+        asked = held_out.ask(rng, texts, EXISTENCE_QUESTIONS, name)
+        files[f"existence_{name}"] = BenchmarkFile(asked)
 
-    files["attributes"] = []
+    asked = []
     for kind in ATTRIBUTES:
-        files["attributes"] += held_out.ask(rng, held_out.texts[kind], ATTRIBUTE_QUESTIONS)
+        asked += held_out.ask(rng, held_out.texts[kind], ATTRIBUTE_QUESTIONS)
+    files["attributes"] = BenchmarkFile(asked)
+
+    for name, look in UNSEEN.items():
+        held_out = draw_held_out(rng, split, (1 + len(ATTRIBUTES)) * UNSEEN_QUESTIONS, look)
+        asked = held_out.ask(rng, map(existence_text, PAIRS), UNSEEN_QUESTIONS, "random")
+        for kind in ATTRIBUTES:
+            asked += held_out.ask(rng, held_out.texts[kind], UNSEEN_QUESTIONS)
+        files[f"unseen_{name}"] = BenchmarkFile(asked, look)
     return files
 
 
-def text_only(files: dict[str, list[Asked]], balance: Balance) -> dict[str, float]:
+def draw_held_out(rng: random.Random, split: str, questions: int, look: Look) -> HeldOut:
+    """Return random scenes of `split` that suffice for so many questions."""
+    # More scenes than questions: each is used once, and not every scene has a rare answer.
+    return HeldOut([draw_scene(rng, split, look=look) for _ in range(3 * questions)])
+
+
+def text_only(files: dict[str, BenchmarkFile], balance: Balance) -> dict[str, float]:
     """Return the percentage of each file and kind that the words alone get right.
 
     `balance` has counted the answers of the training rows.
     """
     answered = Counter()
     right = Counter()
-    for name, asked in files.items():
-        for question, _ in asked:
-            # Existence has a percentage for each file, not one of its own.
+    for name, file in files.items():
+        for question, _ in file.asked:
+            # The kinds of the attributes have percentages of their own.
             groups = [name]
-            if question.kind != "existence":
+            if name == "attributes":
                 groups.append(question.kind)
 
             is_right = question.answer == balance.majority(question)
@@ -229,9 +264,13 @@ def make_row(name: str, image: str, scene: Scene, turns: list[tuple[str, str]]) 
     }
 
 
-def caption_row(name: str, image: str, scene: Scene, rng: random.Random, balance: Balance) -> dict:
+def caption_row(name: str, image: str, scene: Scene, rng: random.Random) -> dict:
     """Return a row for pretraining."""
-    return make_row(name, image, scene, [("Describe the scene.", caption(scene, rng, balance))])
+    if rng.random() < FOUND:
+        turn = ("Where is what?", find_objects(scene, rng))
+    else:
+        turn = ("What is where?", read_places(scene))
+    return make_row(name, image, scene, [turn])
 
 
 def question_row(name: str, image: str, scene: Scene, rng: random.Random, balance: Balance) -> dict:
@@ -319,10 +358,12 @@ class PictureWriter:
         for split in SPLITS:
             (out / "images" / split).mkdir(parents=True)
 
-    def save(self, split: str, number: int, scene: Scene, rng: random.Random) -> str:
+    def save(
+        self, split: str, number: int, scene: Scene, rng: random.Random, look: Look = TRAINED
+    ) -> str:
         """Write the picture of a scene on a random background; return its name for a row."""
         name = f"{split}/{number:05d}.png"
-        picture = render(scene, draw_background(rng))
+        picture = render(scene, draw_background(rng, look))
         # Files are small at any level, and this one writes fastest.
         picture.save(self.out / "images" / name, compress_level=1)
 
@@ -343,16 +384,12 @@ class PictureWriter:
 
 
 def caption_rows(pictures: PictureWriter, rng: random.Random, count: int) -> list[dict]:
-    """Return the rows of pretraining, the easiest first, and write their pictures."""
-    balance = Balance()
+    """Return the rows of pretraining and write their pictures."""
     rows = []
     for i in range(count):
-        objects = None
-        if i < EASY_SHARE * count:
-            objects = 1
-        scene = draw_scene(rng, "train", objects)
+        scene = draw_scene(rng, "train")
         image = pictures.save("pretrain", i, scene, rng)
-        rows.append(caption_row(f"pretrain-{i:05d}", image, scene, rng, balance))
+        rows.append(caption_row(f"pretrain-{i:05d}", image, scene, rng))
     return rows
 
 
@@ -371,26 +408,25 @@ def question_rows(
 def held_out_rows(pictures: PictureWriter, rng: random.Random) -> dict[str, list[dict]]:
     """Return the rows of both validation files, two about each picture, and write the pictures."""
     balance = Balance()
-    caption_balance = Balance()
     files = {"val": [], "val_pretrain": []}
     for i in range(VAL_SCENES):
         scene = draw_scene(rng, "val")
         image = pictures.save("val", i, scene, rng)
         files["val"].append(question_row(f"val-{i:05d}", image, scene, rng, balance))
-        row = caption_row(f"val-pretrain-{i:05d}", image, scene, rng, caption_balance)
+        row = caption_row(f"val-pretrain-{i:05d}", image, scene, rng)
         files["val_pretrain"].append(row)
     return files
 
 
 def benchmark_rows(
-    asked: list[Asked], first: int, pictures: PictureWriter, rng: random.Random
+    file: BenchmarkFile, first: int, pictures: PictureWriter, rng: random.Random
 ) -> list[dict]:
     """Return the rows of a benchmark file and write their pictures, numbered from `first` on."""
     rows = []
-    for i, (question, scene) in enumerate(asked):
+    for i, (question, scene) in enumerate(file.asked):
         row = {
             "question_id": i + 1,
-            "image": pictures.save("benchmark", first + i, scene, rng),
+            "image": pictures.save("benchmark", first + i, scene, rng, file.look),
             "text": question.text,
             "label": question.answer,
             "kind": question.kind,
@@ -402,8 +438,11 @@ def benchmark_rows(
     return rows
 
 
-def fill_folder(out: Path, seed: int, scenes: int):
-    """Write the whole data set into the folder `out`, which it makes."""
+def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
+    """Write the whole data set into the folder `out`, which it makes.
+
+    The benchmark is about the compositions of the split `asks_about`.
+    """
     pictures = PictureWriter(out)
     streams = random_streams(seed)
 
@@ -425,10 +464,10 @@ def fill_folder(out: Path, seed: int, scenes: int):
     # The benchmark. Its pictures have one numbering over all files.
     (out / "benchmark").mkdir()
     rng = streams["benchmark"]
-    benchmark = make_benchmark(rng)
+    benchmark = make_benchmark(rng, asks_about)
     first = 0
-    for name, asked in benchmark.items():
-        rows = benchmark_rows(asked, first, pictures, rng)
+    for name, file in benchmark.items():
+        rows = benchmark_rows(file, first, pictures, rng)
         write_lines(out / "benchmark" / f"{name}.jsonl", rows)
         counts[name] = len(rows)
         first += len(rows)
@@ -441,10 +480,16 @@ def fill_folder(out: Path, seed: int, scenes: int):
 
 # ---------------------------------------------------------------------- the command
 
-Fill = Callable[[Path, int, int], None]  # writes (folder, seed, scenes)
+Fill = Callable[[Path, int, int, str], None]  # writes (folder, seed, scenes, asks_about)
 
 
-def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fill_folder):
+def write(
+    out: str | Path,
+    seed: int = 0,
+    scenes: int = SCENES,
+    fill: Fill = fill_folder,
+    asks_about: str = "benchmark",
+):
     """Write a data set to the new folder `out` with `fill`.
 
     Nothing is left there if it does not finish. Raises FileExistsError if `out` exists.
@@ -456,7 +501,7 @@ def write(out: str | Path, seed: int = 0, scenes: int = SCENES, fill: Fill = fil
     # Fill a folder beside it and rename that: whoever sees `out` sees all of it.
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
-        fill(temporary, seed, scenes)
+        fill(temporary, seed, scenes, asks_about)
         # The pictures are not fsynced: after a power cut the same seed makes them again.
         temporary.rename(out)
     finally:
@@ -479,10 +524,16 @@ def main(doc: str = __doc__, scenes: int = SCENES, fill: Fill = fill_folder):
         default=scenes,
         help=f"how many to train on (default {scenes})",
     )
+    parser.add_argument(
+        "--asks-about",
+        choices=("benchmark", "val"),
+        default="benchmark",
+        help="the split that OUT/benchmark is about: val to choose a recipe by (default benchmark)",
+    )
 
     def command(argv: list[str]):
         args = parser.parse_args(argv)
-        write(args.out, args.seed, args.scenes, fill)
+        write(args.out, args.seed, args.scenes, fill, args.asks_about)
 
     command_line.cli(command, doc)
 

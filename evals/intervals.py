@@ -133,14 +133,14 @@ def freedom_of(sums: np.ndarray) -> float:
     return 3 * float(squares.sum()) ** 2 / float((squares**2).sum())
 
 
-def student(freedom: float) -> float:
-    """Return Student's t: 95 % of his distribution lie between -t and t.
+def student(freedom: float, confidence: float = CONFIDENCE) -> float:
+    """Return Student's t: 95 % of his distribution, or another share, lie between -t and t.
 
     It is the normal distribution's 1.96 with the corrections in 1 / freedom of Cornish and Fisher's
     expansion (1960), to 3 % from 2 degrees of freedom on; fewer count as 2.
     """
     freedom = max(2.0, freedom)
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

@@ -22,12 +22,24 @@ from evals.files import check_file, read_rows
 from evals.pope import yes_or_no
 from evals.scores import Result, group_scores
 
-SPLITS = ("existence_random", "existence_popular", "existence_adversarial", "attributes")
+SPLITS = (
+    "existence_random",
+    "existence_popular",
+    "existence_adversarial",
+    "attributes",
+    "unseen_sizes",
+    "unseen_positions",
+    "unseen_backgrounds",
+    "unseen_objects",
+)
 MAX_NEW_TOKENS = 5  # one word and the end of the answer, with room for a wrong habit to show
 
 
 def examples(data_dir):
-    """Return the questions in the order of the files. Own keys: "kind", "choices", "split"."""
+    """Return the questions in the order of the files.
+
+    Own keys: "kind", "choices", "split"; "objects", the (colour, shape) of those in the picture.
+    """
     found = []
     for split in SPLITS:
         file = Path(data_dir) / "benchmark" / f"{split}.jsonl"
@@ -44,6 +56,7 @@ def examples(data_dir):
                 "kind": row.text("kind"),
                 "choices": row.options("choices"),
                 "split": split,
+                "objects": [(o.text("colour"), o.text("shape")) for o in row.rows("scene")],
                 "where": where,
             }
             found.append(example)
@@ -51,12 +64,12 @@ def examples(data_dir):
 
 
 def score(examples, answers):
-    """Return the scores of the three existence splits, of all attributes, and of their kinds."""
+    """Return the scores of each split, and of each kind of the attributes."""
     results = []
     for example, answer in zip(examples, answers, strict=True):
-        # Existence has a score for each split, not one of its own.
+        # The kinds of the attributes have scores of their own.
         groups = [example["split"]]
-        if example["kind"] not in ("existence", example["split"]):
+        if example["split"] == "attributes":
             groups.append(example["kind"])
         results.append(Result(groups, is_right(example, answer), 1 / len(example["choices"])))
     scores = group_scores(results)

@@ -29,7 +29,10 @@ FLOORS = [
     {"data"},
     {"training", "evals"},
     {"demo"},
-    {"train", "generate", "evaluate", "export", "serve", "visualize", "guide"},
+    {"train", "generate", "evaluate", "export", "serve", "visualize"},
+    {"laboratory"},
+    {"lab"},
+    {"guide"},
 ]
 
 # main() of a file below the scripts that is a script, too: it may import from all floors.

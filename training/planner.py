@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from config import Model, Recipe, Stage, UserError, load
 from data import Steps
 from inputs import hub
 from inputs.holdout import open_stage, validation_file
-from inputs.rows import is_here
+from inputs.rows import RowMixture, Rows, is_here
 from inputs.sample import SampleSpec
 from inputs.tokenizer import Tokenizer, load_tokenizer
 from model import LLaVA
@@ -358,19 +359,9 @@ def dry_run(
         for one in found:
             print0(f"  {one.key:<28}{one.value:<50} {one.where}")
 
-        # The model needs the config files of all its parts. The tokenizer makes the plan exact.
-        tokenizer_folder = folders.pop("tokenizer")
-        if all(folders.values()):
-            local = {part: str(folder) for part, folder in folders.items()}
-            if tokenizer_folder is not None and not recipe.model.checkpoint:
-                local["tokenizer"] = str(tokenizer_folder)
-            local_recipe = replace(recipe, model=replace(recipe.model, **local))
-            tokenizer = None
-            if tokenizer_folder is not None:
-                with suppress(UserError):
-                    tokenizer = layouts.load_recipe_tokenizer(local_recipe.model)
-            local_recipe = small_sets.fill(local_recipe, assumed=ASSUMED_ROWS)
-            Plan(local_recipe, script, tokenizer, memory).print()
+        plan = make_plan(recipe, script, folders, memory)
+        if plan is not None:
+            plan.print()
 
     # The first that is missing; if none is, the first that cannot be reached.
     for one in found:
@@ -381,6 +372,38 @@ def dry_run(
         if "cannot be reached" in one.where:
             fix = "connect, or name a local folder"
             raise UserError(f"{path}:{one.key}", f"{one.value!r}: {one.where}", fix)
+
+
+def make_plan(
+    recipe: Recipe, script: Script, folders: dict[str, Path | None], memory: float | None = None
+) -> Plan | None:
+    """Return the plan of a recipe, whose parts lie in the folders of `find_files`.
+
+    Returns None if the config files of a part are not there. A tokenizer that is not there makes
+    the plan less exact.
+    """
+    parts = dict(folders)
+    tokenizer_folder = parts.pop("tokenizer")
+    if not all(parts.values()):
+        return None
+    local = {part: str(folder) for part, folder in parts.items()}
+    if tokenizer_folder is not None and not recipe.model.checkpoint:
+        local["tokenizer"] = str(tokenizer_folder)
+    local_recipe = replace(recipe, model=replace(recipe.model, **local))
+    tokenizer = None
+    if tokenizer_folder is not None:
+        with suppress(UserError):
+            tokenizer = layouts.load_recipe_tokenizer(local_recipe.model)
+    local_recipe = small_sets.fill(local_recipe, assumed=ASSUMED_ROWS)
+    return Plan(local_recipe, script, tokenizer, memory)
+
+
+class StageData(NamedTuple):
+    """What the data of a stage make of it."""
+
+    rows: Rows | RowMixture | None  # None: they are not there
+    steps: int  # 0: not known
+    row: RowSize  # one of them on average, or what is assumed
 
 
 class Plan:
@@ -446,8 +469,8 @@ class Plan:
             self.script.round_frozen(model)
         return model, measure(model, stage, row, self.bf16)
 
-    def print_stage(self, name: str):
-        """Print what trains in a stage, its steps, a row of its data, and its memory and hours."""
+    def data_of(self, name: str) -> StageData:
+        """Return what is known of the data of a stage."""
         stage = self.recipe.stage[name]
         views = self.build(self.recipe).views
 
@@ -462,6 +485,12 @@ class Plan:
         if self.tokenizer is not None:
             spec = SampleSpec(self.tokenizer, stage.template, stage.max_tokens, views)
         row = mean_row(rows, stage.template, views, spec)
+        return StageData(rows, steps, row)
+
+    def print_stage(self, name: str):
+        """Print what trains in a stage, its steps, a row of its data, and its memory and hours."""
+        stage = self.recipe.stage[name]
+        rows, steps, row = self.data_of(name)
         model, memory = self.measure(self.recipe, name, row)
 
         # Without steps the number of rows is not known, so the hours are for that many.
