@@ -30,9 +30,10 @@ import command_line
 from checkpoints.owned import own
 from config import UserError
 from laboratory import cells, costs
-from laboratory.grid import Grid, read_grid
+from laboratory.found import Cost
+from laboratory.grid import Cell, Grid, read_grid
 from laboratory.page import write_page
-from laboratory.results import read_results
+from laboratory.results import check_tasks, read_results
 from laboratory.table import make_table, write_table
 
 
@@ -50,24 +51,36 @@ def main(argv: list[str]):
     args = parser.parse_args(argv)
 
     grid = read_grid(Path(args.grid))
-    if args.dry_run:
-        costs.print_plan(grid, args.workers)
-    elif args.commands:
+    check_tasks(grid)
+    if args.commands:
         cells.print_commands(grid)
-    elif args.table:
-        print_table(grid)
+        return
+    if args.table or args.dry_run:
+        of_cells = costs.costs_of(grid)
     else:
-        own(grid.output, "laboratory")
-        with cells.alone(grid):
-            cells.prepare(grid)
-            cells.run_all(grid, args.workers)
-        print_table(grid)
+        of_cells = run(grid, args.workers)
+    if args.dry_run:
+        costs.check_steps(grid, of_cells)
+        costs.print_plan(grid, of_cells, args.workers)
+    else:
+        print_table(grid, of_cells)
 
 
-def print_table(grid: Grid):
+def run(grid: Grid, workers: int) -> dict[Cell, Cost]:
+    """Do what is left of a grid, and return what its cells take."""
+    own(grid.output, "laboratory")
+    with cells.alone(grid):
+        cells.prepare(grid)
+        of_cells = costs.costs_of(grid)
+        costs.check_steps(grid, of_cells)
+        cells.run_all(grid, workers)
+    return of_cells
+
+
+def print_table(grid: Grid, of_cells: dict[Cell, Cost]):
     """Print and write the table. Raises UserError, after that, if a run has failed."""
     results = read_results(grid)
-    table = make_table(grid, results, costs.costs_of(grid))
+    table = make_table(grid, results, of_cells)
     print(write_table(grid, table))
     write_page(grid, table)
     print(f"the table: {grid.output}/table.md, table.json, and with plots table.html")

@@ -51,9 +51,14 @@ class Linear:
             distance = size * factor
             if span / distance <= 5:
                 break
+
         first = math.ceil(self.low / distance)
         last = math.floor(self.high / distance)
-        return [round(distance * i, 10) for i in range(first, last + 1)]
+        ticks = []
+        for i in range(first, last + 1):
+            tick = distance * i
+            ticks.append(round(tick, 10))  # 0.3, not 0.30000000000000004
+        return ticks
 
 
 class Log(Linear):
@@ -90,6 +95,7 @@ def rules(y: Linear) -> list[str]:
         place = y.at(tick)
         ends = f'x1="{Frame.LEFT}" x2="{Frame.RIGHT}" y1="{place}" y2="{place}"'
         parts.append(f'<line class="axis" {ends}/>')
+
         # Half a line lower, to be level with the rule.
         parts.append(text(Frame.LEFT - 7, place + 4, f"{tick:g}", "end"))
     return parts
@@ -97,13 +103,19 @@ def rules(y: Linear) -> list[str]:
 
 def numbers_below(x: Linear, name: str) -> list[str]:
     """Return the number of each tick below the chart, and below them the name of the axis."""
-    return names_below({x.at(tick): f"{tick:g}" for tick in x.ticks()}, name)
+    numbers = {}
+    for tick in x.ticks():
+        numbers[x.at(tick)] = f"{tick:g}"
+    return names_below(numbers, name)
 
 
 def names_below(names: dict[float, str], name: str) -> list[str]:
     """Return names below the chart, {place: name}, and below them the name of the axis."""
-    parts = [text(place, Frame.BOTTOM + 17, shown) for place, shown in names.items()]
-    parts.append(text((Frame.LEFT + Frame.RIGHT) / 2, Frame.HEIGHT - 2, name))
+    parts = []
+    for place, shown in names.items():
+        parts.append(text(place, Frame.BOTTOM + 17, shown))
+    middle = (Frame.LEFT + Frame.RIGHT) / 2
+    parts.append(text(middle, Frame.HEIGHT - 2, name))
     return parts
 
 

@@ -189,6 +189,7 @@ def prepare(grid: Grid):
         print(f"prepares {name}: {command}", flush=True)
         with writing(path):
             write_file(unfinished, f"{command}\n")
+        wait_for_orphan(path)
         code = subprocess.run(command, shell=True, env=environment(grid.threads)).returncode
         if code != 0 or not path.exists():
             what = f"not made by its command (exit code {code}): {command}"

@@ -1,7 +1,7 @@
 """What the cells of a grid take, before anything is trained: steps, parameters, operations, hours.
 
     costs = costs_of(grid)              # {cell: Cost}
-    print_plan(grid, workers=1)         # --dry-run
+    print_plan(grid, costs, workers=1)  # --dry-run
 
 The numbers are those of `train.py --dry-run` (training/planner.py): the model is built without its
 weights, and the operations are counted (training/estimate.py). Hours on a GPU follow from the peak
@@ -11,8 +11,8 @@ a few steps, and each cell takes as much longer as it has more operations.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import train
 from checkpoints import peft
 from config import PARTS, Recipe, UserError
 from laboratory.cells import controls, environment, is_finished, launch, why
-from laboratory.grid import Cell, Grid
+from laboratory.found import Cost
+from laboratory.grid import OF_STEPS, Cell, Grid
 from training import estimate, planner
 from training.run_log import read_log
 
@@ -34,39 +35,18 @@ ASSUMED_GPU = "H100"
 SCRIPT = planner.Script(partial(peft.adapt, parts=PARTS), train.set_trainable, train.round_frozen)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one training of a cell takes, by its recipe."""
-
-    steps: dict[str, int]  # of each stage; 0 where the data that decide it are not there
-    trained: int  # parameters that the last stage trains
-    size: int  # parameters of the model, without blocks that never run
-    tokens: int  # that a picture takes in the text
-    step_flops: dict[str, float]  # of one optimizer step of each stage
-
-    @property
-    def all_steps(self) -> int | None:
-        """The steps of all stages; None if one is not known."""
-        if not all(self.steps.values()):
-            return None
-        return sum(self.steps.values())
-
-    @property
-    def flops(self) -> float | None:
-        """The operations of all steps; None if their number is not known."""
-        if self.all_steps is None:
-            return None
-        return sum(steps * self.step_flops[name] for name, steps in self.steps.items())
-
-
 def costs_of(grid: Grid) -> dict[Cell, Cost]:
-    """Return what each cell takes; a cell whose models are not there is left out."""
+    """Return what each cell takes, without cells whose models are not there or cannot be built.
+
+    What is wrong with those their own runs will say.
+    """
     costs = {}
     for cell in grid.cells:
         recipe = grid.recipe_of(grid.runs_of(cell, grid.seeds)[0])
-        cost = cost_of(recipe)
-        if cost is not None:
-            costs[cell] = cost
+        with contextlib.suppress(UserError):
+            cost = cost_of(recipe)
+            if cost is not None:
+                costs[cell] = cost
     return costs
 
 
@@ -94,32 +74,60 @@ def cost_of(recipe: Recipe) -> Cost | None:
     return Cost(steps, trained, size, model.views.positions(), step_flops)
 
 
+def check_steps(grid: Grid, costs: dict[Cell, Cost]):
+    """Raise UserError if the steps of two cells differ and no axis says so.
+
+    Rows make steps, so an axis of data may change them unseen. results.py looks again when all is
+    trained; this is before anything is.
+    """
+    first = {}
+    for cell, cost in costs.items():
+        for name, steps in cost.steps.items():
+            fields = [f"stage.{name}.{key}" for key in OF_STEPS]
+            labels = grid.labels_that_decide(cell, fields)
+            expected, other = first.setdefault((name, labels), (steps, cell))
+            if steps != expected and steps and expected:
+                what = f"{name} has {steps} steps in {cell} and {expected} in {other}"
+                fix = f"make them equal, or name {' or '.join(fields)} in the overrides of an axis"
+                raise UserError(grid.file, what, fix)
+
+
 # ---------------------------------------------------------------------------------- --dry-run
 
 
-def print_plan(grid: Grid, workers: int):
+def print_plan(grid: Grid, costs: dict[Cell, Cost], workers: int):
     """Print the cells with their steps, parameters, operations and hours, and the sum of those."""
-    costs = costs_of(grid)
     runs = grid.runs()
     left = [run for run in runs if not is_finished(grid, run)]
-    asked = sum(len(controls(measure)) for measure in grid.measures)
     print(f"{grid.file}: {len(grid.cells)} cells, {len(runs)} runs, {len(left)} of them to be done")
-    print(f"each is trained, then asked {asked} times by evaluate.py; folder: {grid.output}")
-    for path, command in grid.prepare.items():
-        state = "is there" if Path(path).exists() else f"will be made by: {command}"
-        print(f"  {path} {state}")
 
+    asked = 0
+    for measure in grid.measures:
+        asked += len(controls(measure))
+    print(f"each is trained, then asked {asked} times by evaluate.py; folder: {grid.output}")
+
+    for path, command in grid.prepare.items():
+        if Path(path).exists():
+            print(f"  {path} is there")
+        else:
+            print(f"  {path} will be made by: {command}")
+
+    # The cells, and the sum of their hours.
     rate, source = seconds_of_operation(grid, costs.get(grid.baseline))
     hours = 0.0
     unknown = 0
     for cell in grid.cells:
+        todo = 0
+        for run in left:
+            if run.cell == cell:
+                todo += 1
         cost = costs.get(cell)
-        todo = sum(run.cell == cell for run in left)
         print(f"{cell}: {todo} runs, {describe(cost, rate)}")
         if cost is None or cost.flops is None:
             unknown += todo
         else:
             hours += todo * cost.flops * rate / 3600
+
     print(f"hours of training, one run after the other: {hours:.2f}; {source}")
     if workers > 1:
         print(f"with {workers} workers down to {hours / workers:.2f}, if as many cores are free")
@@ -130,25 +138,31 @@ def print_plan(grid: Grid, workers: int):
 def describe(cost: Cost | None, rate: float) -> str:
     """Return what a run of a cell takes, for people. rate: seconds for each operation."""
     if cost is None:
-        return "its models are not there"
+        return "what they take is not known: train.py --dry-run says why"
     said = f"trains {cost.trained:,} of {cost.size:,} parameters, {cost.tokens} tokens a picture"
     if cost.flops is None:
         return f"{said}, steps unknown: its data are not there"
+
     stages = ", ".join(f"{name} {steps}" for name, steps in cost.steps.items())
-    return f"{said}, steps: {stages}, {cost.flops:.2e} FLOPs, {cost.flops * rate / 3600:.3f} h"
+    hours = cost.flops * rate / 3600
+    return f"{said}, steps: {stages}, {cost.flops:.2e} FLOPs, {hours:.3f} h"
 
 
 def seconds_of_operation(grid: Grid, cost: Cost | None) -> tuple[float, str]:
     """Return how long an operation takes, and what that is based on."""
     is_for_cpu = cost is not None and cost.flops is not None and cost.flops < MOST_FOR_CPU
-    if torch.cuda.is_available() or not is_for_cpu:
-        name = ASSUMED_GPU
+    if is_for_cpu and not torch.cuda.is_available():
+        return time_baseline(grid, cost)
+
+    # The GPU that is here, if the table has it.
+    name = ASSUMED_GPU
+    if torch.cuda.is_available():
+        here = torch.cuda.get_device_name()
         for known in estimate.GPUS:
-            if torch.cuda.is_available() and known.split("-")[0] in torch.cuda.get_device_name():
+            if known.split("-")[0] in here:
                 name = known
-        rate = 1 / (estimate.GPUS[name].peak * estimate.SHARE)
-        return rate, f"at {estimate.SHARE:.0%} of the peak of one {name} (training/estimate.py)"
-    return time_baseline(grid, cost)
+    rate = 1 / (estimate.GPUS[name].peak * estimate.SHARE)
+    return rate, f"at {estimate.SHARE:.0%} of the peak of one {name} (training/estimate.py)"
 
 
 def time_baseline(grid: Grid, cost: Cost) -> tuple[float, str]:
@@ -156,25 +170,33 @@ def time_baseline(grid: Grid, cost: Cost) -> tuple[float, str]:
     run = grid.runs()[0]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "timed"
-        few = [f"train.output={folder}", "train.log_every=1", "train.keep_best=false"]
+        command = ["train.py", *grid.arguments_of(run)]
+        command += [f"train.output={folder}", "train.log_every=1", "train.keep_best=false"]
         for name in cost.steps:
-            few += [f"stage.{name}.steps={TIMED_STEPS}", f"stage.{name}.validation="]
+            command.append(f"stage.{name}.steps={TIMED_STEPS}")
+            command.append(f"stage.{name}.validation=")
+
         said = Path(scratch) / "said.txt"
-        command = ["train.py", *grid.arguments_of(run), *few]
         with open(said, "wb") as file:
-            code = launch(command, file, environment(grid.threads)).wait()
+            process = launch(command, file, environment(grid.threads))
+            code = process.wait()
         if code != 0:
             what = why(said, "train.py", code)
             raise UserError(f"{grid.file}: {run.cell}", what, "mend that first")
         log = read_log(folder / "log.jsonl")
 
-    # The log has the seconds since a stage began, at each step.
+    # The log has the seconds since a stage began, at each step. The first steps do not count.
     seconds = 0.0
-    flops = 0.0
-    for name in cost.steps:
-        at = {r["step"]: r["seconds"] for r in log if r["event"] == "step" and r["stage"] == name}
-        seconds += at[TIMED_STEPS] - at[FIRST_STEPS]
-        flops += (TIMED_STEPS - FIRST_STEPS) * cost.step_flops[name]
+    for row in log:
+        if row["event"] != "step":
+            continue
+        if row["step"] == FIRST_STEPS:
+            seconds -= row["seconds"]
+        elif row["step"] == TIMED_STEPS:
+            seconds += row["seconds"]
     counted = TIMED_STEPS - FIRST_STEPS
-    based = f"based on {counted} steps of the baseline here, {seconds / counted:.2f} s each"
+    flops = counted * sum(cost.step_flops.values())
+
+    mean = seconds / counted / len(cost.steps)
+    based = f"based on {counted} steps of each stage of the baseline here, {mean:.2f} s each"
     return seconds / flops, f"{based} with {grid.threads} threads; the rest by its FLOPs"

@@ -47,13 +47,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import config
 from checkpoints.fields import Fields
 from config import Recipe, UserError, printable
+
+# The fields of a stage that say how many steps it has.
+OF_STEPS = ("epochs", "steps", "global_batch")
 
 FIX = "correct the grid; laboratory/grid.py says what it may hold"
 MOST_CELLS = 10_000
@@ -164,6 +167,19 @@ class Grid:
         folder = self.output / cell.folder_name
         return [Run(cell, seed, folder / f"seed-{seed}") for seed in seeds]
 
+    def labels_that_decide(self, cell: Cell, fields: Iterable[str]) -> tuple[str, ...]:
+        """Return the labels of a cell on the axes whose overrides name one of these fields.
+
+        A field is also named by the table that it is in, and by a key in it.
+        """
+        found = []
+        for axis, label in cell.labels:
+            overrides = itertools.chain(*self.axes[axis].values())
+            names = [override.partition("=")[0] for override in overrides]
+            if any(are_nested(name, field) for name in names for field in fields):
+                found.append(label)
+        return tuple(found)
+
     def arguments_of(self, run: Run) -> list[str]:
         """Return the command line of train.py for a run."""
         own = [f"train.seed={run.seed}", f"train.output={run.folder}"]
@@ -177,6 +193,11 @@ class Grid:
             what, _, fix = str(e).rpartition("; fix: ")
             raise UserError(f"{self.file}: {run.cell}", what, fix) from None
         return recipe
+
+
+def are_nested(name: str, other: str) -> bool:
+    """Say whether two dotted names are one, or one is in the table of the other."""
+    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
 
 
 def as_file_name(text: str) -> str:

@@ -19,7 +19,7 @@ from inputs import charts
 from inputs.charts import Frame, Linear, Log
 from inputs.preview import html_page
 from laboratory.grid import FIX, Grid, Plot
-from laboratory.table import Section, introduction, sections
+from laboratory.table import Section, introduction, sections, with_deviation
 
 DEMO_STYLE = Path(__file__).resolve().parents[1] / "demo" / "report.css"
 
@@ -69,15 +69,25 @@ def body(grid: Grid, table: dict) -> str:
 
 def figure(grid: Grid, plot: Plot, table: dict) -> str:
     """Return one plot with its heading and what its lines are."""
+    name = plot.x
+    if plot.x not in grid.axes:
+        name = COLUMNS.get(plot.x, "")
+    if not name:
+        known = ", ".join([*grid.axes, *COLUMNS])
+        raise UserError(f"{grid.file}:plot", f"x = {plot.x!r}: no axis, no column", f"one: {known}")
+
     points = points_of(grid, plot, table)
     lines = list(dict.fromkeys(point.line for point in points))
     caption = ""
     if plot.by:
         keys = [key(i, f"{plot.by} {line}") for i, line in enumerate(lines)]
         caption = f"<figcaption>{''.join(keys)}</figcaption>"
-    name = plot.x if plot.x in grid.axes else COLUMNS[plot.x]
+
     heading = f"<h3>{escape(plot.y)}, %, by {escape(name)}</h3>"
-    return f"<figure>{heading}{chart(plot, points, lines, name)}{caption}</figure>"
+    drawn = "<p>No cell has both.</p>"
+    if points:
+        drawn = chart(plot.x in grid.axes, points, lines, name)
+    return f"<figure>{heading}{drawn}{caption}</figure>"
 
 
 def key(number: int, text: str) -> str:
@@ -92,48 +102,49 @@ def colour(number: int) -> str:
 
 
 def points_of(grid: Grid, plot: Plot, table: dict) -> list[Point]:
-    """Return the cells that have both coordinates. Raises UserError for a plot of what is not."""
-    if plot.x not in grid.axes and plot.x not in COLUMNS:
-        known = ", ".join([*grid.axes, *COLUMNS])
-        raise UserError(f"{grid.file}:plot", f"x = {plot.x!r}: no axis, no column", f"one: {known}")
+    """Return the cells that have both coordinates. Raises UserError for a score that is not."""
+    costs = {}
+    for row in table["costs"]:
+        costs[tuple(row["labels"].items())] = row
 
-    costs = {tuple(row["labels"].items()): row for row in table["costs"]}
     points = []
     names = set()
     for row in table["results"]["cells"]:
-        names |= set(row.get("scores", {}))
-        score = row.get("scores", {}).get(plot.y)
-        if score is None:
+        scores = row.get("scores", {})
+        names.update(scores)
+        if plot.y not in scores:
             continue
+
         labels = row["labels"]
         if plot.x in grid.axes:
-            x = float(list(grid.axes[plot.x]).index(labels[plot.x]))
+            label = labels[plot.x]
+            x = list(grid.axes[plot.x]).index(label)
         else:
+            label = ""
             x = costs[tuple(labels.items())][plot.x]
         if x is not None:
-            label = labels.get(plot.x, "")
-            points.append(Point(x, label, labels.get(plot.by, ""), score))
+            points.append(Point(float(x), label, labels.get(plot.by, ""), scores[plot.y]))
+
     if plot.y not in names:
         what = f"y = {plot.y!r}: no such score"
         raise UserError(f"{grid.file}:plot", what, f"one of: {', '.join(sorted(names))}; {FIX}")
     return points
 
 
-def chart(plot: Plot, points: list[Point], lines: list[str], name: str) -> str:
-    """Return the SVG of a plot."""
-    if not points:
-        return "<p>No cell has both.</p>"
-    is_axis = plot.x not in COLUMNS or bool(points[0].label)
-    x = axis_of_x([point.x for point in points], is_axis)
+def chart(is_axis: bool, points: list[Point], lines: list[str], name: str) -> str:
+    """Return the SVG of a plot. is_axis: whether x is an axis of the grid, of this name."""
+    x = axis_of_x(points, is_axis)
     y = axis_of_y(points)
-
-    parts = [charts.opening(f"{plot.y} by {plot.x}"), *charts.rules(y)]
+    parts = [charts.opening(f"scores by {name}"), *charts.rules(y)]
     if is_axis:
-        parts += charts.names_below({x.at(point.x): point.label for point in points}, name)
+        names = {x.at(point.x): point.label for point in points}
+        parts += charts.names_below(names, name)
     else:
         parts += charts.numbers_below(x, name)
+
     for number, line in enumerate(lines):
-        of_line = sorted(point for point in points if point.line == line)
+        of_line = [point for point in points if point.line == line]
+        of_line.sort(key=lambda point: point.x)
         means = [(point.x, point.score["mean"]) for point in of_line]
         parts.append(charts.line(f"curve line{number % COLOURS}", means, x, y))
         for point in of_line:
@@ -141,14 +152,15 @@ def chart(plot: Plot, points: list[Point], lines: list[str], name: str) -> str:
     return "".join(parts) + "</svg>"
 
 
-def axis_of_x(values: list[float], is_axis: bool) -> Linear:
+def axis_of_x(points: list[Point], is_axis: bool) -> Linear:
     """Return the axis of x: logarithmic for a column that spans much."""
+    values = [point.x for point in points]
     low = min(values)
     high = max(values)
     if not is_axis and low > 0 and high / low > WIDE:
         factor = (high / low) ** ROOM
         return Log(low / factor, high * factor, Frame.LEFT, Frame.RIGHT)
-    room = ROOM * (high - low) or 0.5
+    room = room_of(values)
     return Linear(low - room, high + room, Frame.LEFT, Frame.RIGHT)
 
 
@@ -156,11 +168,19 @@ def axis_of_y(points: list[Point]) -> Linear:
     """Return the axis of y, with room for deviations and for each seed."""
     values = []
     for point in points:
+        mean = point.score["mean"]
         deviation = point.score["deviation"] or 0.0
-        values += [point.score["mean"] - deviation, point.score["mean"] + deviation]
-        values += point.score["of_seeds"]
-    room = ROOM * (max(values) - min(values)) or 0.5
+        values += [mean - deviation, mean + deviation, *point.score["of_seeds"]]
+    room = room_of(values)
     return Linear(min(values) - room, max(values) + room, Frame.BOTTOM, Frame.TOP)
+
+
+def room_of(values: list[float]) -> float:
+    """Return how far an axis goes on beyond these values."""
+    span = max(values) - min(values)
+    if span == 0:
+        return 0.5
+    return ROOM * span
 
 
 def marks(point: Point, number: int, x: Linear, y: Linear) -> list[str]:
@@ -171,13 +191,13 @@ def marks(point: Point, number: int, x: Linear, y: Linear) -> list[str]:
         parts.append(f'<circle class="seed" cx="{at}" cy="{y.at(score)}" r="1.8"/>')
 
     mean = point.score["mean"]
-    said = f"{mean:.2f}"
-    if point.score["deviation"] is not None:
-        deviation = point.score["deviation"]
-        said += f" ± {deviation:.2f}"
+    deviation = point.score["deviation"]
+    if deviation is not None:
         ends = f"M{at},{y.at(mean - deviation)}V{y.at(mean + deviation)}"
         parts.append(f'<path class="whisker" d="{ends}"/>')
-    title = f"<title>{escape(f'{point.label} {point.line} {said}'.strip())}</title>"
+
+    said = f"{point.label} {point.line} {with_deviation(point.score)}"
+    title = f"<title>{escape(said.strip())}</title>"
     circle = f'class="{colour(number)}" cx="{at}" cy="{y.at(mean)}" r="4"'
     parts.append(f"<circle {circle}>{title}</circle>")
     return parts

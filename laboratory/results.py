@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 
@@ -32,63 +32,31 @@ from evals.origin import record_of
 from evals.shown import shown_names
 from evaluate import TASKS
 from laboratory.cells import answers_file, controls, error_of, is_finished
-from laboratory.grid import Cell, Grid, Measure, Run
+from laboratory.found import CellResult, Results, RunCost
+from laboratory.grid import OF_STEPS, Cell, Grid, Measure, Run
+from laboratory.statistics import Answers
 from training.made_from import CODE
 from training.run_log import read_log
 
 # evaluate.py's tasks round a score to two decimals.
 ROUNDED = 0.00501
 
-# The field of a stage in which axes say how many steps it has.
-OF_STEPS = ("epochs", "steps", "global_batch")
+# The fields of a stage, and of the model, that say what files are read.
 OF_DATA = ("data", "images", "columns", "at_least", "mixture", "validation")
 OF_WEIGHTS = ("checkpoint", "llm", "vision", "vision2", "allow_pickle")
 
 
-@dataclass
-class Answers:
-    """One score of some runs of a cell."""
-
-    name: str
-    scores: np.ndarray  # (seeds,), percent
-    chance: float | None
-    questions: int
-    blank: np.ndarray | None = None  # (seeds,), percent: the same with blanked pictures
-    credits: np.ndarray | None = None  # (seeds, questions), 0 to 1; None if it is no mean
-    weights: np.ndarray | None = None  # (seeds, questions): how much each question counts
-    clusters: np.ndarray | None = None  # (questions,): the number of its picture
-
-
-@dataclass
-class CellResult:
-    """All that the finished runs of a cell have shown."""
-
-    cell: Cell
-    seeds: tuple[int, ...]
-    answers: dict[str, Answers]
-    costs: list[RunCost]
-    noise: dict[str, Answers] = field(default_factory=dict)  # with the noise seeds
-
-
-@dataclass
-class RunCost:
-    """What the log of a run says that it took."""
-
-    steps: int
-    seconds: float | None  # of training; None if it was interrupted within a stage
-    memory_gb: float | None
-
-
-@dataclass
-class Results:
-    """All that a grid has shown so far."""
-
-    cells: list[CellResult]  # those that can be compared, the baseline first
-    errors: dict[Cell, str]  # of the others
-    notes: list[str]
-
-
 # ------------------------------------------------------------------------------- what is compared
+
+
+def check_tasks(grid: Grid):
+    """Raise UserError for a measure that gives no scores by itself."""
+    known = [name for name, task in TASKS.items() if hasattr(task, "score")]
+    for measure in grid.measures:
+        if measure.task not in known:
+            what = f"no task {measure.task!r} that gives scores by itself"
+            fix = f"one of: {', '.join(known)}"
+            raise UserError(f"{grid.file}:measure.{measure.name}", what, fix)
 
 
 def read_results(grid: Grid) -> Results:
@@ -122,7 +90,7 @@ def read_results(grid: Grid) -> Results:
             continue
         runs = grid.runs_of(cell, grid.seeds)
         costs = [cost_of(run) for run in runs]
-        result = CellResult(cell, grid.seeds, read_cell(asked, runs), costs)
+        result = CellResult(cell, read_cell(asked, runs), costs)
         if cell == grid.baseline and grid.noise_seeds:
             result.noise = read_cell(asked, grid.runs_of(cell, grid.noise_seeds))
         cells.append(result)
@@ -194,16 +162,22 @@ class Facts:
             self.add(f"{stage} steps", row["steps"], [f"{stage}.{key}" for key in OF_STEPS])
 
     def add_questions(self, grid: Grid, run: Run):
-        """Add what was asked: the ids, the pictures, and the options of evaluate.py."""
+        """Add what was asked: the questions, their pictures, and the options of evaluate.py."""
         for measure in grid.measures:
             for control in controls(measure):
+                what = measure.name
+                if control:
+                    what += f" {control}"
+
                 file = answers_file(run, measure, control)
-                what = " ".join(filter(None, (measure.name, control)))
                 record = read_json(record_of(file))
                 self.add(f"the pictures of {what}", record.get("shown"))
                 self.add(f"the options of {what}", record.get("options"))
-                rows = [json.loads(line) for line in file.read_text().splitlines()]
-                asked = [(row["id"], row["question"], row["label"]) for row in rows]
+
+                asked = []
+                for line in file.read_text().splitlines():
+                    row = json.loads(line)
+                    asked.append((row["id"], row["question"], row["label"]))
                 self.add(f"the questions of {what}", asked)
 
 
@@ -227,43 +201,29 @@ def differing(grid: Grid, finished: dict[Cell, list[Facts]]) -> dict[Cell, str]:
     A fact may depend on the labels of those axes whose overrides name a field that decides it. Of
     the cells with the same such labels, all must have it as the first one has.
     """
-    named = {axis: fields_of(labels) for axis, labels in grid.axes.items()}
     first: dict[Hashable, tuple[object, Run]] = {}
     errors = {}
     for cell, of_runs in finished.items():
         for facts in of_runs:
             for name, value in facts.values.items():
-                axes = deciding_axes(named, facts.decided_by[name])
-                labels = tuple(label for axis, label in cell.labels if axis in axes)
+                fields = facts.decided_by[name]
+                labels = grid.labels_that_decide(cell, fields)
                 expected, other = first.setdefault((name, labels), (value, facts.run))
-                if value != expected:
-                    what = f"{name} {in_short(value)}differ from {in_short(expected)}of {other}"
-                    why = "no axis names " + " or ".join(facts.decided_by[name])
-                    errors.setdefault(cell, f"seed {facts.run.seed}: refused: {what}, and {why}")
+                if value == expected:
+                    continue
+                what = f"refused: seed {facts.run.seed}: {how(name, value, expected)} in {other}"
+                if fields:
+                    what += f", and no axis names {' or '.join(fields)}"
+                errors.setdefault(cell, what)
     return errors
 
 
-def in_short(value) -> str:
-    """Return a number or a short text for a message, and nothing for what is longer."""
-    if isinstance(value, (int, float, str)) and len(str(value)) < 60:
-        return f"({value}) "
-    return ""
-
-
-def fields_of(labels: dict[str, tuple[str, ...]]) -> set[str]:
-    """Return the fields that the overrides of an axis name."""
-    return {override.partition("=")[0] for overrides in labels.values() for override in overrides}
-
-
-def deciding_axes(named: dict[str, set[str]], decided_by: tuple[str, ...]) -> set[str]:
-    """Return the axes whose overrides name one of these fields, or a table around or in it."""
-    found = set()
-    for axis, names in named.items():
-        for name in names:
-            for one in decided_by:
-                if f"{name}.".startswith(f"{one}.") or f"{one}.".startswith(f"{name}."):
-                    found.add(axis)
-    return found
+def how(name: str, value, expected) -> str:
+    """Return in words how a fact differs; what is longer than a number or a name is not quoted."""
+    for one in (value, expected):
+        if not isinstance(one, (int, float, str)) or len(str(one)) > 60:
+            return f"{name} not as"
+    return f"{name} {value}, not {expected} as"
 
 
 def notes_of(finished: dict[Cell, list[Facts]]) -> list[str]:
@@ -371,11 +331,15 @@ def add_credits(answers: Answers, name: str, credits: list[dict], clusters: np.n
         return
     earned = np.stack([of_run[name][0] for of_run in credits])
     weights = np.stack([of_run[name][1] for of_run in credits])
-    if not weights.sum(1).all():
+    totals = weights.sum(1)
+    if not totals.all():
         return
-    means = 100 * (earned * weights).sum(1) / weights.sum(1)
-    if np.abs(means - answers.scores).max() > ROUNDED:
+    means = 100 * (earned * weights).sum(1) / totals
+    farthest = np.abs(means - answers.scores).max()
+    if farthest > ROUNDED:
         return
+
+    # Only the questions that count in this score, in any run.
     counts = weights.any(0)
     answers.scores = means
     answers.credits = earned[:, counts]

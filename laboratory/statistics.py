@@ -17,10 +17,11 @@ The interval is the difference +- sqrt(t_q^2 V_q + t_s^2 V_s). t_q is Student's 
 degrees of freedom as there are pictures less one, t_s with S - 1 (Cochran's combination of
 variances with few degrees of freedom, 1964). Why not draw seeds as well, and take percentiles? Of
 three seeds a bootstrap sees two thirds of the variance, and a normal distribution where Student's
-has 4.3 in place of 2: tests/laboratory/test_statistics.py draws models and questions of known truth
-and finds the truth within such a 95 % interval in 80 to 90 of 100 tries, and in this one in 95 or
-more. The price of three seeds is a wide interval. More seeds make it narrower: t_s is 2.8 with five
-and 2.3 with ten.
+t is 4.3 and not 2. tests/laboratory/test_statistics.py draws models and questions of known truth,
+400 times. Such percentiles call cells of equal truth a difference in 47 of them, where 20 were
+promised; this interval in 1 to 12, by how much seeds and questions matter. It errs on the wide
+side, because the chance in single answers is in both variances, and three seeds are few. Five make
+it much narrower: t_s is 2.8 then.
 
 A score that is no mean over questions has an interval over seeds alone. With one seed there is no
 interval: nobody knows then what another seed would have made.
@@ -38,12 +39,25 @@ from typing import NamedTuple
 import numpy as np
 
 from evals import intervals
-from laboratory.results import Answers
 
 LEVEL = 0.05  # 1 - confidence
-DRAWS = 2000  # of the bootstrap
+DRAWS = 1000  # of the bootstrap: the variance is known to 5 % then
 FEW = 30  # degrees of freedom up to which Student's t is found by bisection
 LEAST_LEVEL = 1e-12  # below it nobody tells levels apart
+
+
+@dataclass
+class Answers:
+    """One score of some runs of a cell, and what every question earned in it."""
+
+    name: str
+    scores: np.ndarray  # (seeds,), percent
+    chance: float | None
+    questions: int
+    blank: np.ndarray | None = None  # (seeds,), percent: the same with blanked pictures
+    credits: np.ndarray | None = None  # (seeds, questions), 0 to 1; None if it is no mean
+    weights: np.ndarray | None = None  # (seeds, questions): how much each question counts
+    clusters: np.ndarray | None = None  # (questions,): the number of its picture
 
 
 class Part(NamedTuple):

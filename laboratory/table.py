@@ -13,10 +13,9 @@ import json
 from dataclasses import dataclass
 
 from checkpoints.files import write_file, writing
-from laboratory.costs import Cost
+from laboratory.found import CellResult, Cost, Results
 from laboratory.grid import Cell, Grid
-from laboratory.results import Answers, CellResult, Results
-from laboratory.statistics import LEVEL, compare, holm, mean_and_deviation
+from laboratory.statistics import LEVEL, Answers, compare, holm, mean_and_deviation
 
 DIGITS = 6  # of what table.json holds
 

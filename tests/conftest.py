@@ -32,6 +32,8 @@ LONG_FILES = (
     "kernels/test_accuracy.py",
     "kernels/test_compile.py",
     "kernels/test_mutations.py",
+    "laboratory/test_lab.py",
+    "laboratory/test_runs.py",
     "test_guide.py",
     "test_lora.py",
     "test_model.py",

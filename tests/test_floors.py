@@ -31,6 +31,7 @@ FLOORS = [
     {"demo"},
     {"train", "generate", "evaluate", "export", "serve", "visualize"},
     {"laboratory"},
+    {"lab"},
     {"guide"},
 ]
 

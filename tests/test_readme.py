@@ -23,6 +23,7 @@ SCRIPTS = [
     "data.py",
     "serve.py",
     "visualize.py",
+    "lab.py",
     "-m demo.report",
     "-m demo.world",
     "-m demo.moving",

@@ -43,7 +43,7 @@ def patches() -> str:
     rows = [flat[i : i + IMAGE_SIZE] for i in range(0, len(flat), IMAGE_SIZE)]
 
     # The picture, and the lines between its patches with the number of each.
-    scale = 4
+    scale = 192 / IMAGE_SIZE
     left, top = 20, 66
     side = IMAGE_SIZE * scale
     step = side / grid

@@ -6,60 +6,90 @@ from guide.drawings import svg
 from kernels.rope import rope
 from model import rope_table
 
-NORM, PART, SUM = svg.GREY, svg.BLUE, svg.ORANGE
+NORM = svg.GREY
+PART = svg.BLUE
+SUM = svg.ORANGE
+BOTTOM = 420
 
 
-def column(x: float, title: str, users: str, parts: list[str]) -> str:
+def stream(x: float, title: str, users: str) -> str:
+    """Draw the residual stream of a block at x + 150, and the names above it."""
+    body = svg.text(x, 28, title, bold=True)
+    body += svg.text(x, 47, users, 12, svg.GREY)
+    return body + svg.arrow(x + 150, BOTTOM, x + 150, 66, svg.INK, 2)
+
+
+def plus(x: float, y: float) -> str:
+    """Draw the place where something is added to the stream."""
+    body = svg.circle(x, y, 9, svg.PALE[SUM], SUM)
+    return body + svg.text(x, y + 5, "+", 14, anchor="middle")
+
+
+def column(x: float, title: str, users: str, parts: str) -> str:
     """Draw a block whose parts follow each other, from the bottom up; "+" adds to the stream."""
-    stream = x + 150
-    body = svg.text(x, 28, title, bold=True) + svg.text(x, 47, users, 12, svg.GREY)
-    body += svg.arrow(stream, 420, stream, 66, svg.INK, 2)
+    body = stream(x, title, users)
+    middle = x + 55
+    right = x + 150
 
-    # A branch leaves the stream below its first part and comes back at its "+".
+    # A branch leaves the stream below its first part and comes back at its "+". `below` is where
+    # the line to the next part begins.
     y = 390
-    below = y  # where the line to the next part begins
+    below = y
     begins = True
-    for part in parts:
+    for part in parts.split():
         if part == "+":
-            body += svg.line(x + 55, below, x + 55, y + 10)
-            body += svg.arrow(x + 55, y + 10, stream - 10, y + 10)
-            body += svg.circle(stream, y + 10, 9, svg.PALE[SUM], SUM)
-            body += svg.text(stream, y + 15, "+", 14, anchor="middle")
+            body += svg.line(middle, below, middle, y + 10)
+            body += svg.arrow(middle, y + 10, right - 10, y + 10)
+            body += plus(right, y + 10)
             begins = True
             y -= 26
             continue
+
         if begins:
-            body += svg.line(stream, y + 24, x + 55, y + 24)
-            begins = False
             below = y + 24
+            body += svg.line(right, below, middle, below)
+            begins = False
             y -= 14
-        body += svg.line(x + 55, below, x + 55, y - 18)
+        body += svg.line(middle, below, middle, y - 18)
         below = y - 8
-        colour = NORM if part == "norm" else PART
-        body += svg.box(x, y - 8, 110, 30, part, colour, 13)
+
+        colour = PART
+        if part == "norm":
+            colour = NORM
+        body += svg.box(x, below, 110, 30, part, colour, 13)
         y -= 40
     return body
 
 
+def fork(x: float, title: str, users: str) -> str:
+    """Draw a block whose two parts read the same norm: one branch that forks."""
+    body = stream(x, title, users)
+    right = x + 150
+    left_part = x
+    right_part = x + 90
+
+    # From the stream to the norm, and from there to both parts.
+    body += svg.line(right, 400, x + 45, 400)
+    body += svg.line(x + 45, 400, x + 45, 380)
+    body += svg.box(x - 10, 350, 110, 30, "norm", NORM, 13)
+    body += svg.arrow(x + 20, 350, left_part, 296)
+    body += svg.arrow(x + 70, 350, right_part, 296)
+    body += svg.box(left_part - 45, 266, 85, 30, "attention", PART, 13)
+    body += svg.box(right_part - 40, 266, 80, 30, "MLP", PART, 13)
+
+    # Both come together.
+    body += svg.line(left_part, 266, left_part, 220)
+    body += svg.line(right_part, 266, right_part, 220)
+    body += svg.arrow(left_part, 220, right - 10, 220)
+    return body + plus(right, 220)
+
+
 def blocks() -> str:
     """Draw the blocks of Llama, Gemma-3 and Phi."""
-    body = column(30, "Block", "Llama, Qwen, Mistral, Gemma", "norm attention + norm MLP +".split())
-    sandwich = "norm attention norm + norm MLP norm +".split()
+    body = column(30, "Block", "Llama, Qwen, Mistral, Gemma", "norm attention + norm MLP +")
+    sandwich = "norm attention norm + norm MLP norm +"
     body += column(270, "SandwichBlock", "Gemma-2, Gemma-3", sandwich)
-
-    # Both parts read the same norm, so there is one branch, which forks.
-    x, stream = 500, 690
-    body += svg.text(x, 28, "ParallelBlock", bold=True) + svg.text(x, 47, "Phi-2", 12, svg.GREY)
-    body += svg.arrow(stream, 420, stream, 66, svg.INK, 2)
-    body += svg.line(stream, 400, x + 85, 400) + svg.line(x + 85, 400, x + 85, 380)
-    body += svg.box(x + 30, 350, 110, 30, "norm", NORM, 13)
-    body += svg.arrow(x + 60, 350, x + 40, 296) + svg.arrow(x + 110, 350, x + 130, 296)
-    body += svg.box(x - 5, 266, 85, 30, "attention", PART, 13)
-    body += svg.box(x + 90, 266, 80, 30, "MLP", PART, 13)
-    body += svg.line(x + 38, 266, x + 38, 220) + svg.line(x + 130, 266, x + 130, 220)
-    body += svg.arrow(x + 38, 220, stream - 10, 220)
-    body += svg.circle(stream, 220, 9, svg.PALE[SUM], SUM)
-    body += svg.text(stream, 225, "+", 14, anchor="middle")
+    body += fork(540, "ParallelBlock", "Phi-2")
     return svg.figure(720, 440, body, "The three kinds of blocks, read from the bottom up")
 
 
@@ -71,8 +101,8 @@ def distance() -> str:
     for theta in (100.0, 10000.0):
         turned, _ = rope(ones, ones, *rope_table(positions, 64, theta))
         products = (turned[:1] * turned).sum(-1)[:, 0] / 64
-        points = zip(positions.tolist(), products.tolist(), strict=True)
-        series[f"base {theta:.0f}"] = list(points)
+        points = torch.stack([positions, products], dim=1)  # (T, 2)
+        series[f"base {theta:.0f}"] = points.tolist()
     body = svg.curves(20, 16, 680, 300, series, "distance in tokens", "product")
     return svg.figure(720, 330, body, "The product of a turned query and key by their distance")
 

@@ -7,13 +7,13 @@ import pytest
 
 from demo import rewrite
 
-LISTED = "There are two: a red circle at the top left and a blue square at the middle right."
-NOTED = "red circle: yes. squares: one. red circle above or below blue square: above."
+PLACES = "top left: red circle. middle centre: green triangle. middle right: blue square."
+FOUND = "blue square middle right, red circle top left."
 SCENE = [{"colour": "red", "shape": "circle"}, {"colour": "blue", "shape": "square"}]
 
 
 def row(caption):
-    turns = [("human", "<image>\nDescribe the scene."), ("gpt", caption)]
+    turns = [("human", "<image>\nWhat is where?"), ("gpt", caption)]
     conversation = [{"from": who, "value": text} for who, text in turns]
     return {"id": "a", "image": "a.png", "conversations": conversation, "scene": SCENE}
 
@@ -24,7 +24,7 @@ def rewritten(tmp_path, rows, *options):
     return json.loads((tmp_path / "new" / "out.json").read_text())
 
 
-@pytest.mark.parametrize("caption", [LISTED, NOTED])
+@pytest.mark.parametrize("caption", [PLACES, FOUND])
 def test_every_word_that_names_something_can_be_wrong(caption):
     wrong = rewrite.with_wrong_words(caption, random.Random(0), 1.0)
     for before, after in zip(caption.split(), wrong.split(), strict=True):
@@ -45,23 +45,19 @@ def test_about_the_share_of_the_words_is_wrong():
 
 
 def test_missing_statements():
-    of_list = {
-        "There are two: a red circle at the top left.",
-        "There are two: a blue square at the middle right.",
-        "There are two: a red circle at the top left, a blue square at the middle right.",
-    }
     rng = random.Random(0)
-    assert {rewrite.with_missing_statements(LISTED, rng, 0.5) for _ in range(50)} == of_list
+    one = {"blue square middle right.", "red circle top left."}
+    assert {rewrite.with_missing_statements(FOUND, rng, 0.5) for _ in range(50)} == one | {FOUND}
 
-    kept = {rewrite.with_missing_statements(NOTED, rng, 0.5) for _ in range(200)}
-    assert len(kept) == 7 and NOTED in kept and "squares: one." in kept
+    kept = {rewrite.with_missing_statements(PLACES, rng, 0.5) for _ in range(200)}
+    assert len(kept) == 7 and PLACES in kept and "middle centre: green triangle." in kept
 
     # Never nothing: a row without an answer would train nothing.
-    assert rewrite.with_missing_statements(NOTED, rng, 1.0) in kept
+    assert rewrite.with_missing_statements(PLACES, rng, 1.0) in kept
 
 
 def test_rows_keep_all_but_the_words_of_the_caption(tmp_path):
-    rows = [row(LISTED), row(NOTED)]
+    rows = [row(PLACES), row(FOUND)]
     for options in (["--wrong", "0.9"], ["--missing", "0.9"], ["--terse"]):
         found = rewritten(tmp_path, rows, *options)
         assert found != rows
@@ -73,15 +69,15 @@ def test_rows_keep_all_but_the_words_of_the_caption(tmp_path):
 
 
 def test_terse_captions_name_the_objects_and_nothing_else(tmp_path):
-    (found,) = rewritten(tmp_path, [row(LISTED)], "--terse")
+    (found,) = rewritten(tmp_path, [row(FOUND)], "--terse")
     assert found["conversations"][1]["value"] in (
-        "a red circle, a blue square.",
-        "a blue square, a red circle.",
+        "red circle, blue square.",
+        "blue square, red circle.",
     )
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path):
-    rows = [row(NOTED)] * 20
+    rows = [row(PLACES)] * 20
     assert rewritten(tmp_path, rows, "--wrong", "0.5") == rewritten(
         tmp_path, rows, "--wrong", "0.5"
     )

@@ -15,12 +15,8 @@ BLUE_SQUARE = ("blue", "square")
 @pytest.mark.parametrize(
     "text, named",
     [
-        (
-            "There are two: a large red circle at the top and a small blue square.",
-            [RED_CIRCLE, BLUE_SQUARE],
-        ),
-        ("red circle: yes. blue square: no. circle colour: blue.", [RED_CIRCLE]),
-        ("Red circle left or right blue square: left.", [RED_CIRCLE, BLUE_SQUARE]),
+        ("top left: red circle. middle right: blue square.", [RED_CIRCLE, BLUE_SQUARE]),
+        ("Blue square middle right, red circle top left.", [BLUE_SQUARE, RED_CIRCLE]),
         ("a red circle and a red circle", [RED_CIRCLE, RED_CIRCLE]),
         ("circle red. green circle. redcircle", []),
         ("", []),
