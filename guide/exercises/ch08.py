@@ -20,13 +20,13 @@ def chair(described: list[list[str]], present: list[set[str]]) -> dict[str, floa
 
 
 def blind_accuracy(seen: list[tuple[str, str]], asked: list[tuple[str, str]]) -> float:
-    """Return the share of right answers, 0 to 1, of somebody who sees no pictures.
+    """Return the share of right answers, 0 to 1, of a program that sees no pictures.
 
     seen: (question, answer) of the training rows
     asked: (question, answer) of the test
 
-    He gives the answer that was most frequent for this very question in training; of several
-    that were equally frequent, the first in the alphabet. To a question that he has never seen he
-    has no answer, which is wrong.
+    It gives the answer that was most frequent for this very question in training; of several that
+    were equally frequent, the first in the alphabet. To a question that it has never seen it has no
+    answer, which is wrong.
     """
     raise NotImplementedError

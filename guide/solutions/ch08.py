@@ -26,7 +26,7 @@ def chair(described: list[list[str]], present: list[set[str]]) -> dict[str, floa
 
 
 def blind_accuracy(seen: list[tuple[str, str]], asked: list[tuple[str, str]]) -> float:
-    """Return the share of right answers, 0 to 1, of somebody who sees no pictures."""
+    """Return the share of right answers, 0 to 1, of a program that sees no pictures."""
     answers = defaultdict(Counter)
     for question, answer in seen:
         answers[question][answer] += 1
