@@ -50,7 +50,12 @@ LOOK = Look(background=(150, 200))  # the grounds of the demo are lighter
 
 def translated(row: dict) -> dict:
     """Return a row of the demo's world, each word of which has become the other world's."""
-    text = re.sub(r"\w+", lambda match: WORDS.get(match[0], match[0]), json.dumps(row))
+
+    def translate(match: re.Match) -> str:
+        word = match[0]
+        return WORDS.get(word, word)
+
+    text = re.sub(r"\w+", translate, json.dumps(row))
     return json.loads(text)
 
 
@@ -61,9 +66,13 @@ def fill_of(thing: Thing) -> Colour:
     """Return the colour that an object of the demo has in the other world."""
     channels = [channel / 255 for channel in thing["fill"]]
     hue, saturation, brightness = colorsys.rgb_to_hsv(*channels)
+
+    # Shades stay as they are: only the hue is turned.
     _, degrees = COLOURS[thing["colour"]]
-    red, green, blue = colorsys.hsv_to_rgb((hue + degrees / 360) % 1, saturation, brightness)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    hue += degrees / 360
+    channels = colorsys.hsv_to_rgb(hue % 1, saturation, brightness)
+    red, green, blue = [round(255 * channel) for channel in channels]
+    return red, green, blue
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: list[float], colour: Colour):
@@ -75,12 +84,20 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: list[float], colour: 
     if shape == "ring":
         draw.ellipse(box, outline=colour, width=round(width / 4))
     elif shape == "diamond":
-        corners = [(middle_x, top), (right, middle_y), (middle_x, bottom), (left, middle_y)]
+        corners = [
+            (middle_x, top),
+            (right, middle_y),
+            (middle_x, bottom),
+            (left, middle_y),
+        ]
         draw.polygon(corners, fill=colour)
     else:
+        # Two bars, each a third as thick as it is long.
         half = width / 6
-        draw.rectangle([left, middle_y - half, right, middle_y + half], fill=colour)
-        draw.rectangle([middle_x - half, top, middle_x + half, bottom], fill=colour)
+        lying = [left, middle_y - half, right, middle_y + half]
+        standing = [middle_x - half, top, middle_x + half, bottom]
+        draw.rectangle(lying, fill=colour)
+        draw.rectangle(standing, fill=colour)
 
 
 def render(scene: Scene, background: Colour) -> Image.Image:
@@ -100,13 +117,16 @@ def render(scene: Scene, background: Colour) -> Image.Image:
 def demo_rows(split: str, rng: random.Random, count: int, out: Path) -> list[dict]:
     """Return rows about scenes in the words of the demo, and write pictures of the other world."""
     balance = Balance()
-    (out / "images" / split).mkdir(parents=True)
+    images = out / "images"
+    (images / split).mkdir(parents=True)
     rows = []
     for i in range(count):
         scene = draw_scene(rng, "train")
         name = f"{split}/{i:05d}.png"
-        picture = render(scene, draw_background(rng, LOOK))
-        picture.save(out / "images" / name, compress_level=1)
+        background = draw_background(rng, LOOK)
+        picture = render(scene, background)
+        picture.save(images / name, compress_level=1)
+
         row_name = f"{split}-{i:05d}"
         if split == "pretrain":
             row = world.caption_row(row_name, name, scene, rng)
@@ -123,15 +143,16 @@ def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
     """
     counts = {"pretrain": scenes // 2, "finetune": scenes - scenes // 2}
     streams = world.random_streams(seed)
-    texts = []
+    said = []
     for split, count in counts.items():
         rows = demo_rows(split, streams[split], count, out)
         others = [translated(row) for row in rows]
         world.write_rows(out / f"{split}.json", others)
-        texts += rows + others
+        said += rows
+        said += others
 
-    # The models that start from this world's go on with the demo's words.
-    world.train_tokenizer(texts, out / "tokenizer")
+    # Models that start from this world go on with the demo's words.
+    world.train_tokenizer(said, out / "tokenizer")
     world.write_summary(out / "world.json", seed, scenes, counts)
 
 
