@@ -17,6 +17,8 @@ from guide.blocks import GUIDE, NUMBER
 
 IMAGES = GUIDE / "images"
 HEX = re.compile("#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})")
+WORDS = re.compile(">([^<]+)<")  # what is read in the picture
+WHOLE = re.compile(r"(?<![\d.])\d+(?![\d.])")
 
 # How far numbers of two drawings of one figure may be apart: machines round differently.
 RELATIVE = 0.02
@@ -46,7 +48,14 @@ def same_figure(a: str, b: str) -> bool:
             return False
         if not same_numbers(HEX.sub("#", x), HEX.sub("#", y)):
             return False
+        if whole_numbers(x) != whole_numbers(y):
+            return False
     return True
+
+
+def whole_numbers(line: str) -> list[str]:
+    """Return the whole numbers that are read in a line: counts and ids, which nothing rounds."""
+    return [number for words in WORDS.findall(line) for number in WHOLE.findall(words)]
 
 
 def same_numbers(a: str, b: str) -> bool:

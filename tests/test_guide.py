@@ -299,3 +299,4 @@ def test_figures_may_differ_by_roundings_only():
     assert not figures.same_figure(here, here.replace("10.02", "11.5"))
     assert not figures.same_figure(here, here.replace("#0b68a8", "#0b78a8"))
     assert not figures.same_figure(here, here.replace("loss", "Loss"))
+    assert not figures.same_figure("<text>id 294</text>", "<text>id 295</text>")
