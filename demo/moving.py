@@ -5,11 +5,11 @@
 
 A clip is a list of three scenes (scenes.py), one a frame: before, between and after two moves. Its
 two objects have different colours and keep their numbers, 0 and 1, in all three scenes. Each moves
-once, by one cell. Between the moves they stand on a diagonal, so there is always room. Pairs of
-objects are held out as the compositions of scenes are. Written to OUT:
+once, into a cell beside its own. Between the moves they are not beside each other, so there is
+always room. Pairs of objects are held out as the compositions of scenes are. Written to OUT:
 
     videos/{pretrain,finetune,val,benchmark}/*.gif
-    pretrain.json                  captions: where both objects are, frame by frame, or notes
+    pretrain.json                  captions: where both objects are, frame by frame, or their moves
     finetune.json                  three questions about each clip, with short answers
     val.json  val_pretrain.json    held-out rows of both sorts, for the validation loss
     tokenizer/                     as world.py's, trained on the rows above
@@ -17,13 +17,15 @@ objects are held out as the compositions of scenes are. Written to OUT:
                                    way (which way did it move?)
     moving.json                    seed and sizes; written last
 
-The benchmark has every clip that a pair of objects can make, so no single frame decides a question:
+What a single frame tells about a question of the benchmark:
 
-- Eight clips share the frame between the moves. Of each question about them, every answer is
-  equally often right.
-- Each clip is there in reverse too. A frame that may be any of the three therefore tells nothing.
-- Somebody who knows that a frame is the first or the last can tell half of the directions from it:
-  what stands at the left edge does not move further left.
+- The frame between the moves tells nothing. Eight clips share it, and of each question about them
+  every answer is equally often right. `evaluate.py --one-frame` shows only this frame.
+- The first frame, or the last, tells something to somebody who knows which of the two it is: what
+  stands at the left edge does not move further left. The best guess is right about order in two of
+  three cases, about direction in three of four, and about way in nearly half.
+- Each clip is there in reverse too, with the other order and the opposite ways. So no frame
+  decides those to somebody who does not know which it is.
 
 Rows hold the scenes of the three frames under "scene". The same seed writes the same bytes.
 
@@ -39,10 +41,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo import world
-from demo.questions import Question, named, write_notes
+from demo.questions import COLUMNS, ROWS, Question, named
 from demo.scenes import (
+    CELL,
     GRID,
-    IMAGE_SIZE,
     PAIRS,
     Pair,
     Scene,
@@ -56,12 +58,12 @@ from demo.scenes import (
 )
 
 WAYS = (("up", "down"), ("left", "right"))  # by axis: of rows, of columns
-CELLS = tuple(itertools.product(range(GRID), repeat=2))
-ALIKE = 0.3  # share of the training clips whose objects move along the same axis
 SCENES = 16_000  # training clips, half with captions and half with questions
 VAL_SCENES = 200
-TRACKED = 0.5  # share of the captions that follow the objects; the others are notes
+PLACED = 0.5  # share of the captions that say where the objects are; the others say how they move
+GROUPS = 56  # of the benchmark's clips, eight clips each
 
+Cell = tuple[int, int]  # (row, column)
 Clip = list[Scene]
 
 
@@ -76,48 +78,60 @@ class Move:
 # ---------------------------------------------------------------------- clips
 
 
-def shifted(thing: Thing, axis: int) -> Thing:
-    """Return the same object in the other cell along an axis (0: of rows, 1: of columns)."""
-    old = thing["cell"][axis]
-    new = 1 - old
-    cell = list(thing["cell"])
-    cell[axis] = new
+def beside(rng: random.Random, cell: Sequence[int]) -> list[Cell]:
+    """Return a cell beside a (row, column) in its column and one in its row.
 
-    # A box is x, y, x, y, but a cell is row, column: axis 0 moves the edges 1 and 3.
-    distance = (new - old) * IMAGE_SIZE / GRID
-    box = list(thing["box"])
-    box[1 - axis] += distance
-    box[3 - axis] += distance
-    return thing | {"cell": cell, "box": box}
-
-
-def diagonal(things: list[Thing], cell: tuple[int, int]) -> Scene:
-    """Return two objects of the top left cell, object 0 moved to `cell`, object 1 to the opposite.
-
-    Along each axis exactly one of them moves.
+    Each is a random one of two. At an edge of the picture there is only one.
     """
-    one, other = things
-    for axis in range(2):
-        if cell[axis] == 1:
-            one = shifted(one, axis)
-        else:
-            other = shifted(other, axis)
-    return [one, other]
+    row, column = cell
+    return [(beside_number(rng, row), column), (row, beside_number(rng, column))]
 
 
-def film(between: Scene, first: int, axes: tuple[int, int]) -> Clip:
+def beside_number(rng: random.Random, number: int) -> int:
+    """Return the number of a random row beside a row, or of a column beside a column."""
+    if number == 0:
+        return 1
+    if number == GRID - 1:
+        return number - 1
+    return number + rng.choice((-1, 1))
+
+
+def draw_cells(rng: random.Random) -> tuple[Cell, Cell]:
+    """Return two random cells that are not beside each other."""
+    cells = list(itertools.product(range(GRID), repeat=2))
+    while True:
+        one, other = rng.sample(cells, 2)
+        distance = abs(one[0] - other[0]) + abs(one[1] - other[1])
+        if distance > 1:
+            return one, other
+
+
+def moved(thing: Thing, cell: Cell) -> Thing:
+    """Return the same object in another cell, at the same place within it."""
+    row, column = thing["cell"]
+    new_row, new_column = cell
+    down = (new_row - row) * CELL
+    right = (new_column - column) * CELL
+
+    x0, y0, x1, y1 = thing["box"]
+    box = [x0 + right, y0 + down, x1 + right, y1 + down]
+    return thing | {"cell": [new_row, new_column], "box": box}
+
+
+def film(between: Scene, first: int, others: Sequence[Cell]) -> Clip:
     """Return the clip in which object `first` moves, then the other.
 
-    `axes` has the axis along which object 0 moves, then that of object 1.
+    `others` has the second cell of either object, beside the one in which it stands between the
+    moves.
     """
     second = 1 - first
 
-    # The first arrives at its place in the scene between, so it comes from the cell beside it. The
-    # second leaves its place there.
+    # The first arrives at its place in the scene between, so it comes from its other cell. The
+    # second leaves for its own.
     before = list(between)
-    before[first] = shifted(between[first], axes[first])
+    before[first] = moved(between[first], others[first])
     after = list(between)
-    after[second] = shifted(between[second], axes[second])
+    after[second] = moved(between[second], others[second])
     return [before, between, after]
 
 
@@ -125,6 +139,14 @@ def of_two_colours(pairs: Sequence[Pair]) -> bool:
     """Say whether two (colour, shape) pairs differ in colour."""
     (colour, _), (other_colour, _) = pairs
     return colour != other_colour
+
+
+def draw_between(rng: random.Random, pairs: Sequence[Pair]) -> Scene:
+    """Return the frame between the moves of two random objects of these (colour, shape) pairs."""
+    between = []
+    for pair, cell in zip(pairs, draw_cells(rng), strict=True):
+        between.append(place(rng, pair, cell))
+    return between
 
 
 def draw_clip(rng: random.Random, split: str) -> Clip:
@@ -136,17 +158,11 @@ def draw_clip(rng: random.Random, split: str) -> Clip:
             break
 
     # A composition is sorted. Which of its objects gets number 0 must be random.
-    things = []
-    for pair in rng.sample(pairs, 2):
-        things.append(place(rng, pair, (0, 0)))
-
-    axis = rng.randrange(2)
-    if rng.random() < ALIKE:
-        axes = (axis, axis)
-    else:
-        axes = (axis, 1 - axis)
-    between = diagonal(things, rng.choice(CELLS))
-    return film(between, rng.randrange(2), axes)
+    between = draw_between(rng, rng.sample(pairs, 2))
+    others = []
+    for thing in between:
+        others.append(rng.choice(beside(rng, thing["cell"])))
+    return film(between, rng.randrange(2), others)
 
 
 def moves(clip: Clip) -> list[Move]:
@@ -164,15 +180,24 @@ def moves(clip: Clip) -> list[Move]:
     return found
 
 
+def steps(clip: Clip, thing: int) -> list[str]:
+    """Return what an object does between each two frames: a way of WAYS, or "still"."""
+    words = []
+    for move in moves(clip):
+        if move.thing == thing:
+            words.append(move.way)
+        else:
+            words.append("still")
+    return words
+
+
 # ---------------------------------------------------------------------- words about a clip
 
 
 def placed(thing: Thing) -> str:
     """Return where an object stands: "top left"."""
     row, column = thing["cell"]
-    vertical = ("top", "bottom")[row]
-    horizontal = ("left", "right")[column]
-    return f"{vertical} {horizontal}"
+    return f"{ROWS[row]} {COLUMNS[column]}"
 
 
 def questions(clip: Clip) -> list[Question]:
@@ -237,48 +262,52 @@ def interview(clip: Clip, rng: random.Random) -> list[Question]:
 
 
 def caption(clip: Clip, rng: random.Random) -> str:
-    """Return what pretraining says of a clip: where each object is in each frame, or notes.
+    """Return what pretraining says of either object: where it is in each frame, or how it moves.
 
-    The tracks teach to recognize an object from frame to frame. Notes are questions with their
-    answers, in few words. A caption is never both: the notes could be read off the tracks.
+    It is never both: the moves could be read off the places, and would teach nothing about the
+    frames.
     """
-    if rng.random() >= TRACKED:
-        return write_notes(interview(clip, rng))
-
+    tells_places = rng.random() < PLACED
     tracks = []
-    for i in range(2):
-        places = [placed(scene[i]) for scene in clip]
-        tracks.append(f"{named(clip[0][i])}: {', '.join(places)}")
-    shuffled = rng.sample(tracks, 2)
-    return ". ".join(shuffled) + "."
+    for i in rng.sample(range(2), 2):
+        if tells_places:
+            words = [placed(scene[i]) for scene in clip]
+        else:
+            words = steps(clip, i)
+        tracks.append(f"{named(clip[0][i])}: {', '.join(words)}")
+    return ". ".join(tracks) + "."
 
 
 # ---------------------------------------------------------------------- the benchmark
 
 
-def every_clip(things: list[Thing]) -> list[Clip]:
-    """Return all clips of two objects: by place between, by who is first, by the axes."""
-    every_axes = list(itertools.product(range(2), repeat=2))
+def every_clip(rng: random.Random, between: Scene) -> list[Clip]:
+    """Return eight clips with the frame `between`: by who is first, by the axes of the moves.
+
+    An object has one other cell along either axis, in all eight.
+    """
+    choices = [beside(rng, thing["cell"]) for thing in between]
     clips = []
-    for cell in CELLS:
-        between = diagonal(things, cell)
-        for first in range(2):
-            for axes in every_axes:
-                clips.append(film(between, first, axes))
+    for first in range(2):
+        for others in itertools.product(*choices):
+            clips.append(film(between, first, others))
     return clips
 
 
-def make_benchmark(rng: random.Random) -> list[list[Clip]]:
-    """Return all clips of each held-out pair of objects, one list a pair.
+def make_benchmark(rng: random.Random, split: str) -> list[list[Clip]]:
+    """Return groups of eight clips about the pairs of objects of `split`, in turn.
 
-    A pair comes twice, because the questions name either object first.
+    A pair comes in both orders, because the questions name either object first.
     """
-    groups = []
+    held_out = []
     for pairs in itertools.permutations(PAIRS, 2):
-        # Place all pairs, held out or not: the random draws do not depend on the split then.
-        things = [place(rng, pair, (0, 0)) for pair in pairs]
-        if of_two_colours(pairs) and split_of(pairs) == "benchmark":
-            groups.append(every_clip(things))
+        if of_two_colours(pairs) and split_of(pairs) == split:
+            held_out.append(pairs)
+
+    groups = []
+    for pairs in itertools.islice(itertools.cycle(held_out), GROUPS):
+        between = draw_between(rng, pairs)
+        groups.append(every_clip(rng, between))
     return groups
 
 
@@ -343,11 +372,11 @@ def held_out_rows(out: Path, rng: random.Random) -> dict[str, list[dict]]:
     return files
 
 
-def benchmark_rows(out: Path, rng: random.Random) -> list[dict]:
+def benchmark_rows(out: Path, rng: random.Random, split: str) -> list[dict]:
     """Return the rows of the benchmark and write its clips."""
     rows = []
     clip_number = 0
-    for group, clips in enumerate(make_benchmark(rng)):
+    for group, clips in enumerate(make_benchmark(rng, split)):
         # One background for the group, so that equal scenes are equal frames.
         background = draw_background(rng)
         for clip in clips:
@@ -368,8 +397,11 @@ def benchmark_rows(out: Path, rng: random.Random) -> list[dict]:
     return rows
 
 
-def fill_folder(out: Path, seed: int, scenes: int):
-    """Write the whole data set into the folder `out`, which it makes."""
+def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"):
+    """Write the whole data set into the folder `out`, which it makes.
+
+    The benchmark is about the pairs of objects of the split `asks_about`.
+    """
     for split in world.SPLITS:
         (out / "videos" / split).mkdir(parents=True)
     (out / "benchmark").mkdir()
@@ -382,7 +414,7 @@ def fill_folder(out: Path, seed: int, scenes: int):
         "finetune": question_rows(out, streams["finetune"], scenes - n_captions),
         **held_out_rows(out, streams["val"]),
     }
-    benchmark = benchmark_rows(out, streams["benchmark"])
+    benchmark = benchmark_rows(out, streams["benchmark"], asks_about)
 
     # The files that hold the rows.
     for name, rows in files.items():
