@@ -42,6 +42,10 @@ LABELS = {
     "shape": "Shape",
     "count": "Count",
     "relation": "Relation",
+    "unseen_sizes": "Unseen sizes",
+    "unseen_positions": "Unseen positions",
+    "unseen_backgrounds": "Unseen backgrounds",
+    "unseen_objects": "More objects",
 }
 PARTS_OF_ATTRIBUTES = ("colour", "shape", "count", "relation")
 BAR_WIDTH = 232  # pixels
@@ -199,7 +203,9 @@ def scores_section(run: Run) -> str:
 <h2>Scores</h2>
 <p class="dim">Percent right on held-out pictures, with the 95 % interval. <em>Blanked</em>: the
 same questions with every picture replaced by the mean of many. <em>Text only</em>: the answer that
-the training rows give most often to the same words.</p>
+the training rows give most often to the same words. The last four rows ask all kinds of questions
+about pictures that differ from training in one thing: smaller and larger objects, objects between
+the cells, darker backgrounds, five or six objects.</p>
 <div>{key(MODEL_MARK, "model")}
 {key(BLANK_MARK, "pictures blanked")}
 {key(TEXT_MARK, "text only")}</div>

@@ -31,6 +31,10 @@ SAMPLES = {
     "shape": 3,
     "count": 3,
     "relation": 4,
+    "unseen_sizes": 2,
+    "unseen_positions": 2,
+    "unseen_backgrounds": 2,
+    "unseen_objects": 2,
 }
 MISTAKES = 16  # further wrong answers
 

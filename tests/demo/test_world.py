@@ -1,5 +1,6 @@
 """The demo world: the same bytes for a seed, nothing held out in training, true answers."""
 
+import colorsys
 import itertools
 import json
 import random
@@ -32,12 +33,17 @@ def benchmark(folder):
     }
 
 
+def trained_look(folder):
+    """The benchmark's files whose pictures look as those in training do."""
+    return {name: f for name, f in benchmark(folder).items() if not name.startswith("unseen_")}
+
+
 def truth(question, scene):
     """Return the answer from the words and the boxes, with nothing of the world's own logic."""
     words = question.rstrip("?").split()
     colours = [thing["colour"] for thing in scene]
     shapes = [thing["shape"] for thing in scene]
-    numbers = ["zero", "one", "two", "three"]
+    numbers = ["zero", "one", "two", "three", "four"]
     if question.startswith("Is there"):
         return "yes" if (words[3], words[4]) in set(zip(colours, shapes, strict=True)) else "no"
     if question.startswith("What colour"):
@@ -66,21 +72,6 @@ def truth(question, scene):
     return words[6]
 
 
-def spelled_out(note):
-    """The question that a caption's note answers."""
-    words = note.split()
-    if " or " in note:
-        of = "of the" if words[2] == "left" else "the"
-        return f"Is the {' '.join(words[:5])} {of} {' '.join(words[5:])}?"
-    if words[-1] == "colour":
-        return f"What colour is the {words[0]}?"
-    if words[-1] == "shape":
-        return f"What shape is the {words[0]} object?"
-    if note.endswith("s"):
-        return f"How many {note} are there?"
-    return f"Is there a {note}?"
-
-
 def test_same_seed_same_bytes_from_the_command_line(folder, tmp_path):
     """In another process, whose sets have another order."""
     run("-m", "demo.world", tmp_path / "again", "--seed", 3, "--scenes", 1000, PYTHONHASHSEED="7")
@@ -88,10 +79,10 @@ def test_same_seed_same_bytes_from_the_command_line(folder, tmp_path):
 
 
 def test_another_seed_other_scenes(folder):
-    other = world.make_benchmark(random.Random("4/benchmark"))["attributes"]
+    other = world.make_benchmark(random.Random("4/benchmark"), "benchmark")["attributes"]
     same = [
         row["scene"] == scene
-        for row, (_, scene) in zip(benchmark(folder)["attributes"], other, strict=False)
+        for row, (_, scene) in zip(benchmark(folder)["attributes"], other.asked, strict=False)
     ]
     assert sum(same) < 3
 
@@ -133,62 +124,166 @@ def test_every_answer_is_true(folder):
     assert count > 5000
 
 
-def test_captions_list_every_object_or_note_true_answers(folder):
-    listed = notes = 0
+def test_captions_say_what_is_where_and_where_what_is(folder):
+    read = found = 0
     captions = rows(folder, "pretrain") + rows(folder, "val_pretrain")
     for row in captions:
-        ((_, text),) = asked(row)
-        assert len(row["scene"]) == row["objects"]
-        if text.startswith("There "):
-            listed += 1
-            for thing in row["scene"]:
-                assert "a {size} {colour} {shape} {at}".format(**thing, at=place(thing)) in text
-            assert text.count(" a ") == row["objects"]
+        ((question, text),) = asked(row)
+        scene = row["scene"]
+        names = [f"{thing['colour']} {thing['shape']}" for thing in scene]
+        assert len(scene) == row["objects"]
+        if question == "What is where?":
+            read += 1
+        if ": " in text:
+            # Every object in reading order.
+            expected = [f"{place(t)}: {name}" for t, name in zip(scene, names, strict=True)]
+            assert text == ". ".join(expected) + "."
         else:
-            for note in text.rstrip(".").split(". "):
-                notes += 1
-                question, answer = spelled_out(note.partition(": ")[0]), note.partition(": ")[2]
-                assert answer == truth(question, row["scene"]), (row["id"], note)
-    assert 0.25 < listed / len(captions) < 0.42
-    assert notes > 2000
-    assert all(row["objects"] == 1 for row in rows(folder, "pretrain")[:75])
+            # Every object whose name is its own, in any order.
+            assert question == "Where is what?"
+            found += 1
+            expected = [f"{n} {place(t)}" for t, n in zip(scene, names, strict=True)]
+            own = [e for e, name in zip(expected, names, strict=True) if names.count(name) == 1]
+            assert sorted(text.removesuffix(".").split(", ")) == sorted(own)
+    assert 0.4 < read / len(captions) < 0.6
+    assert found > 200
+
+
+def middle(thing):
+    """The middle of an object from its box, (x, y)."""
+    left, top, right, bottom = thing["box"]
+    return (left + right) / 2, (top + bottom) / 2
 
 
 def place(thing):
-    """Where the middle of an object lies, from its box."""
-    left, top, right, bottom = thing["box"]
-    x = int((left + right) / 2 // (scenes.IMAGE_SIZE / 2))
-    y = int((top + bottom) / 2 // (scenes.IMAGE_SIZE / 2))
-    return f"at the {('top', 'bottom')[y]} {('left', 'right')[x]}"
+    """Where the middle of an object lies, in words."""
+    x, y = middle(thing)
+    row = ("top", "middle", "bottom")[int(y // 24)]
+    column = ("left", "centre", "right")[int(x // 24)]
+    return f"{row} {column}"
 
 
 def test_pictures_show_the_objects(folder):
-    for row in rows(folder, "finetune")[:200] + benchmark(folder)["attributes"][:100]:
+    shown = rows(folder, "finetune")[:200] + benchmark(folder)["attributes"][:100]
+    for row in shown:
         image = Image.open(folder / "images" / row["image"])
-        assert image.size == (48, 48) and image.mode == "RGB"
+        assert image.size == (72, 72) and image.mode == "RGB"
 
-        # The first corner is free unless the first object is there.
-        background = image.getpixel((47, 47))
-        if row["scene"][0]["cell"] != [0, 0]:
-            background = image.getpixel((0, 0))
+        # The corner of the picture is always free: no object reaches the edge of its cell.
+        background = image.getpixel((0, 0))
+        assert min(background) >= 225
         for thing in row["scene"]:
             left, top, right, bottom = thing["box"]
-            assert 0 < left < right < 48 and 0 < top < bottom < 48
-            colour = scenes.COLOURS[thing["colour"]]
-            middle = (int((left + right) / 2), int((top + bottom) / 2))
-            assert image.getpixel(middle) == colour
+            assert 0 < left < right < 72 and 0 < top < bottom < 72
+            fill = tuple(thing["fill"])
+            x, y = middle(thing)
+            assert image.getpixel((int(x), int(y))) == fill
 
             # The top left corner of its box belongs to a square only, the bottom left one to all
             # but a circle. A triangle is so thin there that a pixel may be mixed.
             top_corner = image.getpixel((int(left + 1), int(top + 1)))
             bottom_corner = image.getpixel((int(left + 1), int(bottom - 1)))
-            assert (top_corner == colour) == (thing["shape"] == "square")
+            assert (top_corner == fill) == (thing["shape"] == "square")
             if thing["shape"] == "circle":
-                assert bottom_corner != colour
+                assert bottom_corner != fill
             elif thing["shape"] == "square":
-                assert bottom_corner == colour
+                assert bottom_corner == fill
             else:
                 assert image.getpixel((int(left + 2), int(bottom - 1))) != background
+
+
+def test_an_object_covers_several_patches_and_has_many_shades_and_sizes(folder):
+    """Of the demo's encoder, whose patches have 12 pixels."""
+    widths = set()
+    fills = defaultdict(set)
+    for row in rows(folder, "finetune"):
+        for thing in row["scene"]:
+            left, top, right, bottom = thing["box"]
+            widths.add(right - left)
+            fills[thing["colour"]].add(tuple(thing["fill"]))
+            columns = int((right - 0.25) // 12) - int(left // 12) + 1
+            lines = int((bottom - 0.25) // 12) - int(top // 12) + 1
+            assert columns * lines >= 4
+    assert widths == set(range(13, 21))
+    assert fills.keys() == scenes.COLOURS.keys()
+    for colour, shades in fills.items():
+        assert len(shades) > 100, colour
+        for shade in shades:
+            # The nearest colour word is the right one, by hue.
+            hue = 360 * colorsys.rgb_to_hsv(*shade)[0]
+            distances = {}
+            for name, hues in scenes.COLOURS.items():
+                away = abs(hue - sum(hues) / 2) % 360
+                distances[name] = min(away, 360 - away)
+            assert min(distances, key=distances.get) == colour
+
+
+def test_unseen_looks_are_what_training_never_shows(folder):
+    trained = rows(folder, "pretrain") + rows(folder, "finetune")
+    widths = set()
+    places = set()
+    for row in trained:
+        assert len(row["scene"]) <= 4
+        for thing in row["scene"]:
+            widths.add(thing["box"][2] - thing["box"][0])
+            x, y = middle(thing)
+            places.add((x % 24, y % 24))
+
+    files = benchmark(folder)
+    assert {name for name in files if name.startswith("unseen_")} == {
+        "unseen_sizes",
+        "unseen_positions",
+        "unseen_backgrounds",
+        "unseen_objects",
+    }
+    for row in files["unseen_sizes"]:
+        for thing in row["scene"]:
+            assert thing["box"][2] - thing["box"][0] not in widths
+    for row in files["unseen_positions"]:
+        for thing in row["scene"]:
+            # Near a corner of the cells, where all trained middles are far from.
+            x, y = middle(thing)
+            assert abs((x + 12) % 24 - 12) < 3 and abs((y + 12) % 24 - 12) < 3
+    assert all(9 <= x <= 15 and 9 <= y <= 15 for x, y in places)
+    for row in files["unseen_backgrounds"]:
+        image = Image.open(folder / "images" / row["image"])
+        assert max(image.getpixel((0, 0))) <= 190
+    for row in files["unseen_objects"]:
+        assert len(row["scene"]) > 4
+    for name in files:
+        if name.startswith("unseen_"):
+            kinds = Counter(row["kind"] for row in files[name])
+            assert kinds.keys() == {"existence", "colour", "shape", "count", "relation"}
+            assert min(kinds.values()) >= 30
+
+
+def test_relations_of_a_row_share_no_object(folder):
+    """Else the text tells: what is left of one object is mostly left of the next one, too."""
+    count = 0
+    for row in rows(folder, "finetune"):
+        seen = set()
+        for question, _ in asked(row):
+            words = question.rstrip("?").split()
+            if words[:2] == ["Is", "the"]:
+                axis = words[4] == "left"
+                for name in (" ".join(words[2:4]), " ".join(words[-2:])):
+                    assert (axis, name) not in seen
+                    seen.add((axis, name))
+                    count += 1
+    assert count > 500
+
+
+def test_a_benchmark_to_choose_recipes_by_asks_about_val(tmp_path, folder):
+    world.write(tmp_path / "dev", seed=3, scenes=1000, asks_about="val")
+    asked_about = compositions(itertools.chain.from_iterable(benchmark(tmp_path / "dev").values()))
+    held = compositions(itertools.chain.from_iterable(benchmark(folder).values()))
+    assert not asked_about & held
+    assert not asked_about & compositions(rows(folder, "pretrain") + rows(folder, "finetune"))
+
+    # All else is the same.
+    for name in ("pretrain", "finetune", "val"):
+        file = f"{name}.json"
+        assert (tmp_path / "dev" / file).read_bytes() == (folder / file).read_bytes()
 
 
 def test_training_answers_are_balanced(folder):
@@ -221,12 +316,14 @@ def test_training_answers_are_balanced(folder):
 def test_text_alone_gets_chance_in_the_benchmark(folder):
     """Whatever the training rows say: each text comes equally often with each of its answers."""
     stated = json.loads((folder / "benchmark" / "text_only.json").read_text())
-    for name, file in benchmark(folder).items():
+    for file in benchmark(folder).values():
         answers = defaultdict(Counter)
         for row in file:
             answers[row["text"]][row["label"]] += 1
         for text, counts in answers.items():
             assert len(set(counts.values())) == 1, text
+
+    for name, file in trained_look(folder).items():
         if name == "attributes":
             kinds = Counter(row["kind"] for row in file)
             assert kinds.keys() == {"colour", "shape", "count", "relation"}
