@@ -236,10 +236,9 @@ def test_what_the_first_frame_or_the_last_tells(folder):
             share = 1
             for cell, other in zip(places, others, strict=True):
                 share *= math.dist(cell, other) == 1
-                if cell[0] == other[0]:
-                    share /= 1 + (cell[1] == 1)
-                else:
-                    share /= 1 + (cell[0] == 1)
+                along = 1 if cell[0] == other[0] else 0
+                if cell[along] == 1:
+                    share /= 2
             for first in range(2):
                 clip = moving.film(between, first, others)
                 for question in moving.questions(clip) if share else []:
