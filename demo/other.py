@@ -1,4 +1,4 @@
-"""The other world: the demo's scenes in hues and shapes that the demo lacks, on darker grounds.
+"""The other world: the demo's scenes in hues and shapes that the demo lacks.
 
     python -m demo.other out/lab/other --seed 1 --scenes 12000
 
@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 
 from demo import world
 from demo.questions import Balance
-from demo.scenes import IMAGE_SIZE, SCALE, Colour, Look, Scene, Thing, draw_background, draw_scene
+from demo.scenes import IMAGE_SIZE, SCALE, Colour, Scene, Thing, draw_background, draw_scene
 
 # What each colour becomes, and by how many degrees its hue is turned for that.
 COLOURS = {
@@ -44,8 +44,6 @@ WORDS = {colour: name for colour, (name, _) in COLOURS.items()}
 for shape, other in SHAPES.items():
     WORDS[shape] = other
     WORDS[f"{shape}s"] = f"{other}s"
-
-LOOK = Look(background=(150, 200))  # the grounds of the demo are lighter
 
 
 def translated(row: dict) -> dict:
@@ -123,7 +121,7 @@ def demo_rows(split: str, rng: random.Random, count: int, out: Path) -> list[dic
     for i in range(count):
         scene = draw_scene(rng, "train")
         name = f"{split}/{i:05d}.png"
-        background = draw_background(rng, LOOK)
+        background = draw_background(rng)
         picture = render(scene, background)
         picture.save(images / name, compress_level=1)
 

@@ -43,7 +43,7 @@ def test_the_picture_shows_what_the_row_says(folder):
         image = Image.open(folder / "images" / row["image"])
         assert image.size == (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
         background = image.getpixel((0, 0))
-        assert all(150 <= channel <= 200 for channel in background)
+        assert all(225 <= channel <= 250 for channel in background)
 
         for thing in row["scene"]:
             assert thing["colour"] in other.WORDS.values()
