@@ -364,8 +364,8 @@ def test_report(finished, data, capsys):
     assert "2 min 30 s" in html and "&lt;b&gt;" in html and "[train]" in html
 
     cards = html.split("<h2>What it sees</h2>")[1].split("<details>")[0]
-    assert cards.count("<img") == 24 == cards.count("✓") + cards.count("✗")
-    assert 1 <= cards.count("✗") <= 4  # a tenth of 24
+    assert cards.count("<img") == 32 == cards.count("✓") + cards.count("✗")
+    assert 1 <= cards.count("✗") <= 5  # a tenth of 32
     assert cards.count("truth: ") == cards.count("✗")
     text = re.sub(r"<[^>]+>", "", cards)
     for kind in (
@@ -384,8 +384,8 @@ def test_samples_are_wrong_as_often_as_the_model(data):
         rng = random.Random(1)
         right = {e["id"]: rng.random() >= share for e in examples}
         samples, mistakes = report.choose_samples(examples, right)
-        assert len(samples) == 24 == len({e["id"] for e in samples})
-        assert abs(sum(not right[e["id"]] for e in samples) - 24 * share) <= 1.5
+        assert len(samples) == 32 == len({e["id"] for e in samples})
+        assert abs(sum(not right[e["id"]] for e in samples) - 32 * share) <= 1.5
         assert not any(right[e["id"]] for e in mistakes)
         assert not {e["id"] for e in samples} & {e["id"] for e in mistakes}
 
