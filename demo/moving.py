@@ -3,13 +3,15 @@
     python -m demo.moving out/moving/world       # the data of recipes/moving.toml: 16,000 clips
     python -m demo.moving out/moving/world --seed 1 --scenes 2000
 
-A clip is a list of three scenes (scenes.py), one a frame: before, between and after two moves. Its
-two objects have different colours and keep their numbers, 0 and 1, in all three scenes. Each moves
-once, into a cell beside its own. Between the moves they are not beside each other, so there is
-always room. Pairs of objects are held out as the compositions of scenes are. Written to OUT:
+A clip is a list of three scenes (scenes.py), one a frame: before, between and after two moves. It
+is smaller than the world of still pictures: 2 x 2 cells, one patch of the encoder each, two sizes
+and one shade of a colour. Its two objects have different colours and keep their numbers, 0 and 1,
+in all three scenes. Each moves once, by one cell. Between the moves they stand on a diagonal, so
+there is always room. Pairs of objects are held out as the compositions of scenes are. Written to
+OUT:
 
     videos/{pretrain,finetune,val,benchmark}/*.gif
-    pretrain.json                  captions: where both objects are, frame by frame, or their moves
+    pretrain.json                  captions: where both objects are, frame by frame, or notes
     finetune.json                  three questions about each clip, with short answers
     val.json  val_pretrain.json    held-out rows of both sorts, for the validation loss
     tokenizer/                     as world.py's, trained on the rows above
@@ -17,15 +19,13 @@ always room. Pairs of objects are held out as the compositions of scenes are. Wr
                                    way (which way did it move?)
     moving.json                    seed and sizes; written last
 
-What a single frame tells about a question of the benchmark:
+The benchmark has every clip that a pair of objects can make, so no single frame decides a question:
 
-- The frame between the moves tells nothing. Eight clips share it, and of each question about them
-  every answer is equally often right. `evaluate.py --one-frame` shows only this frame.
-- The first frame, or the last, tells something to somebody who knows which of the two it is: what
-  stands at the left edge does not move further left. The best guess is right about order in two of
-  three cases, about direction in three of four, and about way in nearly half.
-- Each clip is there in reverse too, with the other order and the opposite ways. So no frame
-  decides those to somebody who does not know which it is.
+- Eight clips share the frame between the moves. Of each question about them, every answer is
+  equally often right.
+- Each clip is there in reverse too. A frame that may be any of the three therefore tells nothing.
+- Somebody who knows that a frame is the first or the last can tell half of the directions from it:
+  what stands at the left edge does not move further left.
 
 Rows hold the scenes of the three frames under "scene". The same seed writes the same bytes.
 
@@ -41,29 +41,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo import world
-from demo.questions import COLUMNS, ROWS, Question, named
+from demo.questions import Question, named
 from demo.scenes import (
-    CELL,
-    GRID,
     PAIRS,
+    SCALE,
     Pair,
     Scene,
     Thing,
-    composition,
     draw_background,
-    draw_scene,
-    place,
+    draw_pairs,
     render,
     split_of,
 )
 
+IMAGE_SIZE = 48  # pixels
+GRID = 2  # cells a side
+CELL = IMAGE_SIZE // GRID  # pixels: one patch of the encoder
+WIDTHS = (12, 19)  # of objects, pixels
+FILLS = {
+    "red": (214, 40, 40),
+    "green": (46, 150, 60),
+    "blue": (40, 80, 210),
+    "yellow": (240, 190, 20),
+}
+
 WAYS = (("up", "down"), ("left", "right"))  # by axis: of rows, of columns
+CELLS = tuple(itertools.product(range(GRID), repeat=2))
+ALIKE = 0.3  # share of the training clips whose objects move along the same axis
 SCENES = 16_000  # training clips, half with captions and half with questions
 VAL_SCENES = 200
-PLACED = 0.5  # share of the captions that say where the objects are; the others say how they move
-GROUPS = 56  # of the benchmark's clips, eight clips each
+TRACKED = 0.5  # share of the captions that follow the objects; the others are notes
 
-Cell = tuple[int, int]  # (row, column)
 Clip = list[Scene]
 
 
@@ -78,60 +86,67 @@ class Move:
 # ---------------------------------------------------------------------- clips
 
 
-def beside(rng: random.Random, cell: Sequence[int]) -> list[Cell]:
-    """Return a cell beside a (row, column) in its column and one in its row.
+def place(rng: random.Random, pair: Pair) -> Thing:
+    """Return one object of random size in the first cell, up to a pixel from its middle."""
+    # All in quarters of a pixel, the grid that `render` draws on: its edges are then whole numbers.
+    width = rng.choice(WIDTHS) * SCALE
+    margin = (CELL * SCALE - width) // 2
+    top = margin + rng.randint(-SCALE, SCALE)
+    left = margin + rng.randint(-SCALE, SCALE)
+    box = [left, top, left + width, top + width]
 
-    Each is a random one of two. At an edge of the picture there is only one.
+    colour, shape = pair
+    return {
+        "colour": colour,
+        "shape": shape,
+        "cell": [0, 0],
+        "box": [edge / SCALE for edge in box],
+        "fill": list(FILLS[colour]),
+    }
+
+
+def shifted(thing: Thing, axis: int) -> Thing:
+    """Return the same object in the other cell along an axis (0: of rows, 1: of columns)."""
+    old = thing["cell"][axis]
+    new = 1 - old
+    cell = list(thing["cell"])
+    cell[axis] = new
+
+    # A box is x, y, x, y, but a cell is row, column: axis 0 moves the edges 1 and 3.
+    distance = (new - old) * IMAGE_SIZE / GRID
+    box = list(thing["box"])
+    box[1 - axis] += distance
+    box[3 - axis] += distance
+    return thing | {"cell": cell, "box": box}
+
+
+def diagonal(things: list[Thing], cell: tuple[int, int]) -> Scene:
+    """Return two objects of the top left cell, object 0 moved to `cell`, object 1 to the opposite.
+
+    Along each axis exactly one of them moves.
     """
-    row, column = cell
-    return [(beside_number(rng, row), column), (row, beside_number(rng, column))]
+    one, other = things
+    for axis in range(2):
+        if cell[axis] == 1:
+            one = shifted(one, axis)
+        else:
+            other = shifted(other, axis)
+    return [one, other]
 
 
-def beside_number(rng: random.Random, number: int) -> int:
-    """Return the number of a random row beside a row, or of a column beside a column."""
-    if number == 0:
-        return 1
-    if number == GRID - 1:
-        return number - 1
-    return number + rng.choice((-1, 1))
-
-
-def draw_cells(rng: random.Random) -> tuple[Cell, Cell]:
-    """Return two random cells that are not beside each other."""
-    cells = list(itertools.product(range(GRID), repeat=2))
-    while True:
-        one, other = rng.sample(cells, 2)
-        distance = abs(one[0] - other[0]) + abs(one[1] - other[1])
-        if distance > 1:
-            return one, other
-
-
-def moved(thing: Thing, cell: Cell) -> Thing:
-    """Return the same object in another cell, at the same place within it."""
-    row, column = thing["cell"]
-    new_row, new_column = cell
-    down = (new_row - row) * CELL
-    right = (new_column - column) * CELL
-
-    x0, y0, x1, y1 = thing["box"]
-    box = [x0 + right, y0 + down, x1 + right, y1 + down]
-    return thing | {"cell": [new_row, new_column], "box": box}
-
-
-def film(between: Scene, first: int, others: Sequence[Cell]) -> Clip:
+def film(between: Scene, first: int, axes: tuple[int, int]) -> Clip:
     """Return the clip in which object `first` moves, then the other.
 
-    `others` has the second cell of either object, beside the one in which it stands between the
-    moves.
+    `axes` has the axis along which object 0 moves, then that of object 1.
     """
     second = 1 - first
 
-    # The first arrives at its place in the scene between, so it comes from its other cell. The
-    # second leaves for its own.
+    # The first arrives at its place in the scene between, so it comes from the cell beside it. The
+    # second leaves its place there.
     before = list(between)
-    before[first] = moved(between[first], others[first])
+    before[first] = shifted(between[first], axes[first])
     after = list(between)
-    after[second] = moved(between[second], others[second])
+    after[second] = shifted(between[second], axes[second])
     return [before, between, after]
 
 
@@ -141,28 +156,21 @@ def of_two_colours(pairs: Sequence[Pair]) -> bool:
     return colour != other_colour
 
 
-def draw_between(rng: random.Random, pairs: Sequence[Pair]) -> Scene:
-    """Return the frame between the moves of two random objects of these (colour, shape) pairs."""
-    between = []
-    for pair, cell in zip(pairs, draw_cells(rng), strict=True):
-        between.append(place(rng, pair, cell))
-    return between
-
-
 def draw_clip(rng: random.Random, split: str) -> Clip:
     """Return a random clip whose objects are of `split`."""
-    # A scene of two objects, of which only the composition is used: they are placed anew below.
     while True:
-        pairs = composition(draw_scene(rng, split, 2))
-        if of_two_colours(pairs):
+        pairs = draw_pairs(rng, 2)
+        if split_of(pairs) == split and of_two_colours(pairs):
             break
+    things = [place(rng, pair) for pair in pairs]
 
-    # A composition is sorted. Which of its objects gets number 0 must be random.
-    between = draw_between(rng, rng.sample(pairs, 2))
-    others = []
-    for thing in between:
-        others.append(rng.choice(beside(rng, thing["cell"])))
-    return film(between, rng.randrange(2), others)
+    axis = rng.randrange(2)
+    if rng.random() < ALIKE:
+        axes = (axis, axis)
+    else:
+        axes = (axis, 1 - axis)
+    between = diagonal(things, rng.choice(CELLS))
+    return film(between, rng.randrange(2), axes)
 
 
 def moves(clip: Clip) -> list[Move]:
@@ -180,24 +188,15 @@ def moves(clip: Clip) -> list[Move]:
     return found
 
 
-def steps(clip: Clip, thing: int) -> list[str]:
-    """Return what an object does between each two frames: a way of WAYS, or "still"."""
-    words = []
-    for move in moves(clip):
-        if move.thing == thing:
-            words.append(move.way)
-        else:
-            words.append("still")
-    return words
-
-
 # ---------------------------------------------------------------------- words about a clip
 
 
 def placed(thing: Thing) -> str:
     """Return where an object stands: "top left"."""
     row, column = thing["cell"]
-    return f"{ROWS[row]} {COLUMNS[column]}"
+    vertical = ("top", "bottom")[row]
+    horizontal = ("left", "right")[column]
+    return f"{vertical} {horizontal}"
 
 
 def questions(clip: Clip) -> list[Question]:
@@ -261,53 +260,55 @@ def interview(clip: Clip, rng: random.Random) -> list[Question]:
     return rng.sample([order, way, direction_or_way], 3)
 
 
-def caption(clip: Clip, rng: random.Random) -> str:
-    """Return what pretraining says of either object: where it is in each frame, or how it moves.
+def write_notes(answered: list[Question]) -> str:
+    """Return questions with their answers in few words: "first: red circle. blue square: up."."""
+    notes = [f"{question.note}: {question.answer}" for question in answered]
+    return ". ".join(notes) + "."
 
-    It is never both: the moves could be read off the places, and would teach nothing about the
-    frames.
+
+def caption(clip: Clip, rng: random.Random) -> str:
+    """Return what pretraining says of a clip: where each object is in each frame, or notes.
+
+    The tracks teach to recognize an object from frame to frame. Notes are questions with their
+    answers, in few words. A caption is never both: the notes could be read off the tracks.
     """
-    tells_places = rng.random() < PLACED
+    if rng.random() >= TRACKED:
+        return write_notes(interview(clip, rng))
+
     tracks = []
-    for i in rng.sample(range(2), 2):
-        if tells_places:
-            words = [placed(scene[i]) for scene in clip]
-        else:
-            words = steps(clip, i)
-        tracks.append(f"{named(clip[0][i])}: {', '.join(words)}")
-    return ". ".join(tracks) + "."
+    for i in range(2):
+        places = [placed(scene[i]) for scene in clip]
+        tracks.append(f"{named(clip[0][i])}: {', '.join(places)}")
+    shuffled = rng.sample(tracks, 2)
+    return ". ".join(shuffled) + "."
 
 
 # ---------------------------------------------------------------------- the benchmark
 
 
-def every_clip(rng: random.Random, between: Scene) -> list[Clip]:
-    """Return eight clips with the frame `between`: by who is first, by the axes of the moves.
-
-    An object has one other cell along either axis, in all eight.
-    """
-    choices = [beside(rng, thing["cell"]) for thing in between]
+def every_clip(things: list[Thing]) -> list[Clip]:
+    """Return all clips of two objects: by place between, by who is first, by the axes."""
+    every_axes = list(itertools.product(range(2), repeat=2))
     clips = []
-    for first in range(2):
-        for others in itertools.product(*choices):
-            clips.append(film(between, first, others))
+    for cell in CELLS:
+        between = diagonal(things, cell)
+        for first in range(2):
+            for axes in every_axes:
+                clips.append(film(between, first, axes))
     return clips
 
 
 def make_benchmark(rng: random.Random, split: str) -> list[list[Clip]]:
-    """Return groups of eight clips about the pairs of objects of `split`, in turn.
+    """Return all clips of each pair of objects of `split`, one list a pair.
 
-    A pair comes in both orders, because the questions name either object first.
+    A pair comes twice, because the questions name either object first.
     """
-    held_out = []
-    for pairs in itertools.permutations(PAIRS, 2):
-        if of_two_colours(pairs) and split_of(pairs) == split:
-            held_out.append(pairs)
-
     groups = []
-    for pairs in itertools.islice(itertools.cycle(held_out), GROUPS):
-        between = draw_between(rng, pairs)
-        groups.append(every_clip(rng, between))
+    for pairs in itertools.permutations(PAIRS, 2):
+        # Place all pairs, held out or not: the random draws do not depend on the split then.
+        things = [place(rng, pair) for pair in pairs]
+        if of_two_colours(pairs) and split_of(pairs) == split:
+            groups.append(every_clip(things))
     return groups
 
 
@@ -336,7 +337,7 @@ def save_clip(
 ) -> str:
     """Write a clip as a GIF and return its name for a row. So few colours make it lossless."""
     name = f"{split}/{number:05d}.gif"
-    first, *rest = [render(scene, background) for scene in clip]
+    first, *rest = [render(scene, background, IMAGE_SIZE) for scene in clip]
     first.save(out / "videos" / name, save_all=True, append_images=rest, duration=500, loop=0)
     return name
 
@@ -397,7 +398,7 @@ def benchmark_rows(out: Path, rng: random.Random, split: str) -> list[dict]:
     return rows
 
 
-def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"):
+def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
     """Write the whole data set into the folder `out`, which it makes.
 
     The benchmark is about the pairs of objects of the split `asks_about`.
@@ -425,7 +426,7 @@ def fill_folder(out: Path, seed: int, scenes: int, asks_about: str = "benchmark"
     # The summary comes last: a folder that has it is complete.
     counts = {name: len(rows) for name, rows in files.items()}
     counts["moving"] = len(benchmark)
-    world.write_summary(out / "moving.json", seed, scenes, counts)
+    world.write_summary(out / "moving.json", seed, scenes, IMAGE_SIZE, counts)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
 
     # Models that start from this world go on with the demo's words.
     world.train_tokenizer(said, out / "tokenizer")
-    world.write_summary(out / "world.json", seed, scenes, counts)
+    world.write_summary(out / "world.json", seed, scenes, IMAGE_SIZE, counts)
 
 
 if __name__ == "__main__":

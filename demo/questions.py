@@ -44,6 +44,7 @@ class Question:
     answer: str
     choices: tuple[str, ...]  # every answer that this text can have
     about: tuple = ()
+    note: str = ""  # what a caption of moving.py says before the answer
 
 
 def named(thing: Thing) -> str:

@@ -219,9 +219,9 @@ def draw_background(rng: random.Random, look: Look = TRAINED) -> Colour:
 # ---------------------------------------------------------------------- its picture
 
 
-def render(scene: Scene, background: Colour) -> Image.Image:
-    """Return the picture of a scene, (IMAGE_SIZE, IMAGE_SIZE) RGB."""
-    drawn_size = IMAGE_SIZE * SCALE
+def render(scene: Scene, background: Colour, size: int = IMAGE_SIZE) -> Image.Image:
+    """Return the picture of a scene, (size, size) RGB."""
+    drawn_size = size * SCALE
     image = Image.new("RGB", (drawn_size, drawn_size), background)
     draw = ImageDraw.Draw(image)
     for thing in scene:

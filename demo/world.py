@@ -287,9 +287,9 @@ def write_json(file: Path, value: dict):
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_summary(file: Path, seed: int, scenes: int, counts: dict[str, int]):
+def write_summary(file: Path, seed: int, scenes: int, image_size: int, counts: dict[str, int]):
     """Write what a data set was made from, and how many rows each of its files has."""
-    summary = {"seed": seed, "scenes": scenes, "image_size": IMAGE_SIZE, "rows": counts}
+    summary = {"seed": seed, "scenes": scenes, "image_size": image_size, "rows": counts}
     write_json(file, summary)
 
 
@@ -474,7 +474,7 @@ def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
     write_json(out / "benchmark" / "text_only.json", text_only(benchmark, trained_answers))
 
     # The summary comes last: a folder that has it is complete.
-    write_summary(out / "world.json", seed, scenes, counts)
+    write_summary(out / "world.json", seed, scenes, IMAGE_SIZE, counts)
     pictures.show(f"{pictures.done:,} pictures in {pictures.seconds():.0f} s")
 
 
