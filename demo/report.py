@@ -32,7 +32,7 @@ from inputs import charts
 from inputs.charts import Frame
 from inputs.preview import html_page, image_tag
 
-ZOOM = 4  # of the sample pictures
+ZOOM = 3  # of the sample pictures
 LABELS = {
     "existence_random": "Existence, random negatives",
     "existence_popular": "Existence, popular negatives",
