@@ -169,11 +169,15 @@ def test_dry_run_of_the_demo():
     said = run("train.py", "--dry-run").stdout
     assert world.exists() == there  # it makes nothing
     assert said.count("found" if there else "train.py makes it") == 7 and "MISSING" not in said
-    assert "\nexports to: barellava, tinyllava, hf-llava, gguf (" in said
-    assert "not to llama.cpp" not in said
+    assert "\nexports to: barellava (" in said
+    assert "not to llama.cpp: --to gguf: image mode square" in said
     r, _ = config.load([], ROOT / "recipes/demo.toml")
     model = build(
-        r.model.llm_config, r.model.vision_config, connector=r.model.connector, feature_layer=-1
+        r.model.llm_config,
+        r.model.vision_config,
+        connector=r.model.connector,
+        feature_layer=-1,
+        feature_select="cls_patch",
     )
     for part in (model.language_model, model.vision_tower, model.connector):
         assert f" {count(part):,}" in said
@@ -395,7 +399,7 @@ def test_a_recipe_whose_llm_gets_control_tokens_is_planned_without_its_tokenizer
     said = run("train.py", recipe, "--dry-run", "model.image_edge=2048", ok=False).stdout
     assert "; 67 tokens per image of one view, up to" in said
     assert "\nexports to: barellava, smolvlm, idefics3, gguf (" in said
-    assert "not to llama.cpp" not in said
+    assert "not to llama.cpp: --to gguf: image mode square" in said
     said = run("train.py", recipe, "--dry-run", ok=False).stdout
     assert "\nexports to: barellava, smolvlm, idefics3 (" in said
     assert "\n  not to llama.cpp: --to gguf: pictures of one view: " in said
