@@ -399,7 +399,7 @@ def test_a_recipe_whose_llm_gets_control_tokens_is_planned_without_its_tokenizer
     said = run("train.py", recipe, "--dry-run", "model.image_edge=2048", ok=False).stdout
     assert "; 67 tokens per image of one view, up to" in said
     assert "\nexports to: barellava, smolvlm, idefics3, gguf (" in said
-    assert "not to llama.cpp: --to gguf: image mode square" in said
+    assert "not to llama.cpp" not in said
     said = run("train.py", recipe, "--dry-run", ok=False).stdout
     assert "\nexports to: barellava, smolvlm, idefics3 (" in said
     assert "\n  not to llama.cpp: --to gguf: pictures of one view: " in said
