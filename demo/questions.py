@@ -294,8 +294,8 @@ def untold(candidates: list[Question], chosen: list[Question]) -> list[Question]
     """Return the candidates whose answer is not yet told by those already chosen.
 
     A fact is asked for once: asked again in other words, its answer would stand in the text. And of
-    two relations along one axis, none may share an object. What is left of one object is mostly
-    left of the next one, too: a model learns that rule from the text, and never looks.
+    two relations along one axis, none may share an object. What is left of one object is left of
+    another one more often than not, too: a model could learn that rule from the text alone.
     """
     told = set()
     for question in chosen:

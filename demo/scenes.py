@@ -4,9 +4,9 @@
     image = render(scene, background=(240, 240, 240))
 
 A scene is a list of one to four objects on a 3 x 3 grid, in reading order. An object is a
-dictionary (`Thing`), because the rows of the data set hold it as it is. It lies anywhere in its
-cell, has any of nine sizes and any shade of its colour, so no two pictures of "a red circle" are
-alike, and it covers several patches of the demo's encoder.
+dictionary (`Thing`), because the rows of the data set hold it as it is. It lies within two pixels
+of the middle of its cell, has one of eight sizes and any shade of its colour, so no two pictures of
+"a red circle" are alike, and it covers several patches of the demo's encoder.
 
 The *composition* of a scene is the multiset of its (colour, shape) pairs. It alone decides whether
 the scene may be trained on, so a model is tested on combinations of objects that it has never seen
@@ -176,9 +176,10 @@ def draw_scene(
 
 
 def place(rng: random.Random, pair: Pair, cell: tuple[int, int], look: Look = TRAINED) -> Thing:
-    """Return one object of random size and shade, anywhere in its cell."""
+    """Return one object of random size and shade, near the middle of its cell."""
     # All in quarters of a pixel, the grid that `render` draws on: its edges are then whole numbers.
-    # Half a pixel stays free on each side, so that neighbours never touch.
+    # Half a pixel stays free on each side, so that neighbours never touch: the largest objects of
+    # `UNSEEN` cannot be shifted as far as others.
     width = rng.choice(look.widths) * SCALE
     cell_width = CELL * SCALE
     margin = (cell_width - width) // 2
