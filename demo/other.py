@@ -127,7 +127,7 @@ def demo_rows(split: str, rng: random.Random, count: int, out: Path) -> list[dic
 
         row_name = f"{split}-{i:05d}"
         if split == "pretrain":
-            row = world.caption_row(row_name, name, scene, rng)
+            row = world.caption_row(row_name, name, scene)
         else:
             row = world.question_row(row_name, name, scene, rng, balance)
         rows.append(row)

@@ -3,7 +3,6 @@
     every = questions(scene)                  # all that have exactly one right answer
     asked = interview(scene, rng, Balance())  # six to eight of them, for a training row
     text = read_places(scene)                 # what pretraining says about the picture
-    text = find_objects(scene, rng)           # the same, by name
 
 There are five kinds of questions: existence ("Is there a red circle?"), colour, shape, count and
 relation ("Is the red circle above or below the blue square?").
@@ -342,19 +341,3 @@ def read_places(scene: Scene) -> str:
     """
     phrases = [f"{place_of(thing)}: {named(thing)}" for thing in scene]
     return ". ".join(phrases) + "."
-
-
-def find_objects(scene: Scene, rng: random.Random) -> str:
-    """Return where each object stands, in random order: "red circle top left, blue square ...".
-
-    The place must be looked up in the picture by the name before it, and cannot be found by reading
-    the cells in order. An object whose name another one has, too, has no such place.
-    """
-    unique = unique_objects(scene)
-    if not unique:
-        return read_places(scene)
-
-    phrases = []
-    for i in rng.sample(unique, len(unique)):
-        phrases.append(f"{named(scene[i])} {place_of(scene[i])}")
-    return ", ".join(phrases) + "."

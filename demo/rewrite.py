@@ -41,16 +41,11 @@ def with_wrong_words(caption: str, rng: random.Random, share: float) -> str:
 
 def with_missing_statements(caption: str, rng: random.Random, share: float) -> str:
     """Return a caption from which each statement is left out with this chance, but for one."""
-    text = caption.removesuffix(".")
-    between = ", "
-    if ": " in text:  # what is where, in sentences
-        between = ". "
-
-    statements = text.split(between)
+    statements = caption.removesuffix(".").split(". ")
     kept = [statement for statement in statements if rng.random() >= share]
     if not kept:
         kept = [rng.choice(statements)]
-    return between.join(kept) + "."
+    return ". ".join(kept) + "."
 
 
 def terse(scene: Scene, rng: random.Random) -> str:

@@ -42,7 +42,6 @@ from demo.questions import (
     Balance,
     Question,
     existence_text,
-    find_objects,
     interview,
     negatives,
     questions,
@@ -62,7 +61,6 @@ from demo.scenes import (
 )
 
 SCENES = 24_000  # training scenes, half with captions and half with questions
-FOUND = 0.5  # share of the captions that tell where each object is; the others read the picture
 VAL_SCENES = 300
 EXISTENCE_QUESTIONS = 300  # per split
 ATTRIBUTE_QUESTIONS = 150  # per kind
@@ -264,13 +262,9 @@ def make_row(name: str, image: str, scene: Scene, turns: list[tuple[str, str]]) 
     }
 
 
-def caption_row(name: str, image: str, scene: Scene, rng: random.Random) -> dict:
+def caption_row(name: str, image: str, scene: Scene) -> dict:
     """Return a row for pretraining."""
-    if rng.random() < FOUND:
-        turn = ("Where is what?", find_objects(scene, rng))
-    else:
-        turn = ("What is where?", read_places(scene))
-    return make_row(name, image, scene, [turn])
+    return make_row(name, image, scene, [("What is where?", read_places(scene))])
 
 
 def question_row(name: str, image: str, scene: Scene, rng: random.Random, balance: Balance) -> dict:
@@ -389,7 +383,7 @@ def caption_rows(pictures: PictureWriter, rng: random.Random, count: int) -> lis
     for i in range(count):
         scene = draw_scene(rng, "train")
         image = pictures.save("pretrain", i, scene, rng)
-        rows.append(caption_row(f"pretrain-{i:05d}", image, scene, rng))
+        rows.append(caption_row(f"pretrain-{i:05d}", image, scene))
     return rows
 
 
@@ -413,8 +407,7 @@ def held_out_rows(pictures: PictureWriter, rng: random.Random) -> dict[str, list
         scene = draw_scene(rng, "val")
         image = pictures.save("val", i, scene, rng)
         files["val"].append(question_row(f"val-{i:05d}", image, scene, rng, balance))
-        row = caption_row(f"val-pretrain-{i:05d}", image, scene, rng)
-        files["val_pretrain"].append(row)
+        files["val_pretrain"].append(caption_row(f"val-pretrain-{i:05d}", image, scene))
     return files
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from demo import rewrite
 
-PLACES = "top left: red circle. middle centre: green triangle. middle right: blue square."
-FOUND = "blue square middle right, red circle top left."
+THREE = "top left: red circle. middle centre: green triangle. middle right: blue square."
+TWO = "top left: red circle. middle right: blue square."
 SCENE = [{"colour": "red", "shape": "circle"}, {"colour": "blue", "shape": "square"}]
 
 
@@ -24,7 +24,7 @@ def rewritten(tmp_path, rows, *options):
     return json.loads((tmp_path / "new" / "out.json").read_text())
 
 
-@pytest.mark.parametrize("caption", [PLACES, FOUND])
+@pytest.mark.parametrize("caption", [THREE, TWO])
 def test_every_word_that_names_something_can_be_wrong(caption):
     wrong = rewrite.with_wrong_words(caption, random.Random(0), 1.0)
     for before, after in zip(caption.split(), wrong.split(), strict=True):
@@ -46,18 +46,18 @@ def test_about_the_share_of_the_words_is_wrong():
 
 def test_missing_statements():
     rng = random.Random(0)
-    one = {"blue square middle right.", "red circle top left."}
-    assert {rewrite.with_missing_statements(FOUND, rng, 0.5) for _ in range(50)} == one | {FOUND}
+    one = {"top left: red circle.", "middle right: blue square."}
+    assert {rewrite.with_missing_statements(TWO, rng, 0.5) for _ in range(50)} == one | {TWO}
 
-    kept = {rewrite.with_missing_statements(PLACES, rng, 0.5) for _ in range(200)}
-    assert len(kept) == 7 and PLACES in kept and "middle centre: green triangle." in kept
+    kept = {rewrite.with_missing_statements(THREE, rng, 0.5) for _ in range(200)}
+    assert len(kept) == 7 and THREE in kept and "middle centre: green triangle." in kept
 
     # Never nothing: a row without an answer would train nothing.
-    assert rewrite.with_missing_statements(PLACES, rng, 1.0) in kept
+    assert rewrite.with_missing_statements(THREE, rng, 1.0) in kept
 
 
 def test_rows_keep_all_but_the_words_of_the_caption(tmp_path):
-    rows = [row(PLACES), row(FOUND)]
+    rows = [row(THREE), row(TWO)]
     for options in (["--wrong", "0.9"], ["--missing", "0.9"], ["--terse"]):
         found = rewritten(tmp_path, rows, *options)
         assert found != rows
@@ -69,7 +69,7 @@ def test_rows_keep_all_but_the_words_of_the_caption(tmp_path):
 
 
 def test_terse_captions_name_the_objects_and_nothing_else(tmp_path):
-    (found,) = rewritten(tmp_path, [row(FOUND)], "--terse")
+    (found,) = rewritten(tmp_path, [row(TWO)], "--terse")
     assert found["conversations"][1]["value"] in (
         "red circle, blue square.",
         "blue square, red circle.",
@@ -77,7 +77,7 @@ def test_terse_captions_name_the_objects_and_nothing_else(tmp_path):
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path):
-    rows = [row(PLACES)] * 20
+    rows = [row(THREE)] * 20
     assert rewritten(tmp_path, rows, "--wrong", "0.5") == rewritten(
         tmp_path, rows, "--wrong", "0.5"
     )
