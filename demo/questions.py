@@ -1,7 +1,7 @@
 """What can be asked and said about a scene: questions with one answer each, captions, negatives.
 
     every = questions(scene)                  # all that have exactly one right answer
-    asked = interview(scene, rng, Balance())  # six to eight of them, for a training row
+    asked = interview(scene, rng, Balance())  # four to six of them, for a training row
     text = read_places(scene)                 # what pretraining says about the picture
 
 There are five kinds of questions: existence ("Is there a red circle?"), colour, shape, count and
@@ -26,16 +26,17 @@ DIRECTIONS = (("above", "below"), ("left", "right"))  # by axis: of rows, of col
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
-ASKED = (6, 8)  # questions about a training picture, at least and at most
+FEWEST = 4  # questions about a training picture
+RELATED = 0.35  # share of the pictures that are asked how two of their objects stand to each other
 
 
 @dataclass(frozen=True)
 class Question:
     """A question and its answer.
 
-    `about` holds what the answer tells something of, so that a later question is not answered by
-    it: an object for its colour or shape, and (axis, object) for both objects of a relation, where
-    an object is its number in the scene. It is empty where no other text asks for the same.
+    A fact is the number of an object in the scene, for its colour and its shape, or (axis, number)
+    for where it stands. `about` holds the facts that are asked for, and `names` those that the text
+    of the question gives away. A question that is asked tells both.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Question:
     answer: str
     choices: tuple[str, ...]  # every answer that this text can have
     about: tuple = ()
+    names: tuple = ()
     note: str = ""  # what a caption of moving.py says before the answer
 
 
@@ -75,12 +77,12 @@ def existence_questions(scene: Scene) -> list[Question]:
     present = composition(scene)
     found = []
     for pair in PAIRS:
-        colour, shape = pair
         question = Question(
             kind="existence",
             text=existence_text(pair),
             answer="yes" if pair in present else "no",
             choices=("yes", "no"),
+            about=tuple(i for i, thing in enumerate(scene) if pair_of(thing) == pair),
         )
         found.append(question)
     return found
@@ -190,6 +192,7 @@ def relation_question(scene: Scene, i: int, j: int, axis: int) -> Question:
         answer=answer,
         choices=(before, after),
         about=((axis, i), (axis, j)),
+        names=(i, j),
     )
 
 
@@ -255,29 +258,27 @@ class Balance:
 
 
 def interview(scene: Scene, rng: random.Random, balance: Balance) -> list[Question]:
-    """Return the questions asked about one training scene, in random order.
-
-    A scene of few objects may have fewer than the least number.
-    """
-    least, most = ASKED
+    """Return the four to six questions asked about one training scene, in random order."""
     by_kind = defaultdict(list)
     for question in questions(scene):
         by_kind[question.kind].append(question)
 
-    # At most one existence question per distinct object, each "yes" or "no" by a fair coin: then
-    # the answers to the earlier ones say nothing about the next. With more of them, the objects
-    # that can be a "yes" would run out.
-    plan = ["existence"] * min(2, len(set(composition(scene))))
-    plan += ["relation", "relation", "colour", "shape", "count", "count", "colour", "shape"]
+    # A relation names its objects, so nothing else can be asked about them beside it.
+    if by_kind["relation"] and rng.random() < RELATED:
+        plan = ["relation", "relation"]
+    else:
+        plan = ["existence", "existence", "colour", "shape"]
+        rng.shuffle(plan)
 
-    # A scene of one object has few questions. Counts fill it up to the least number.
+    plan += ["count", "count"]
+
+    # A scene of few objects leaves some of the plan out. Counts fill it up.
     planned = len(plan)
-    plan += ["count"] * least
+    plan += ["count"] * FEWEST
 
     chosen = []
     for i, kind in enumerate(plan):
-        limit = most if i < planned else least
-        if len(chosen) >= limit:
+        if i >= planned and len(chosen) >= FEWEST:
             break
 
         candidates = untold(by_kind[kind], chosen)
@@ -290,17 +291,26 @@ def interview(scene: Scene, rng: random.Random, balance: Balance) -> list[Questi
 
 
 def untold(candidates: list[Question], chosen: list[Question]) -> list[Question]:
-    """Return the candidates whose answer is not yet told by those already chosen.
+    """Return the candidates that neither tell nor are told by what is already chosen.
 
     A fact is asked for once: asked again in other words, its answer would stand in the text. And of
     two relations along one axis, none may share an object. What is left of one object is left of
     another one more often than not, too: a model could learn that rule from the text alone.
     """
+    asked = set()
     told = set()
     for question in chosen:
-        told.update(question.about)
+        asked.update(question.about)
+        told.update(question.about, question.names)
 
-    return [q for q in candidates if q not in chosen and not told.intersection(q.about)]
+    # In both directions, because the order in which they are asked is not settled yet.
+    return [
+        candidate
+        for candidate in candidates
+        if candidate not in chosen
+        and told.isdisjoint(candidate.about)
+        and asked.isdisjoint(candidate.names)
+    ]
 
 
 def tempting_existence(
@@ -308,19 +318,21 @@ def tempting_existence(
 ) -> list[Question]:
     """Return the candidates with "yes" or those with "no", by a fair coin.
 
-    Those with "no" ask for one of POPE's kinds of negatives, as the benchmark does. If none of that
-    kind is left, they are all that have "no".
+    There are none if no candidate has "yes": with "no" as the only answer left, the coin would not
+    be fair, and the questions before it would tell. Those with "no" ask for one of POPE's kinds of
+    negatives, as the benchmark does. If none of that kind is left, they are all that have "no".
     """
     answer = rng.choice(("yes", "no"))
-    with_answer = [q for q in candidates if q.answer == answer]
-    if answer == "yes":
-        return with_answer
+    with_yes = [q for q in candidates if q.answer == "yes"]
+    if answer == "yes" or not with_yes:
+        return with_yes
 
+    with_no = [q for q in candidates if q.answer == "no"]
     pairs = rng.choice(list(negatives(scene).values()))
     texts = list(map(existence_text, pairs))
-    tempting = [q for q in with_answer if q.text in texts]
+    tempting = [q for q in with_no if q.text in texts]
     if not tempting:
-        return with_answer
+        return with_no
     return tempting
 
 
