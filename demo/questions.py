@@ -1,7 +1,7 @@
 """What can be asked and said about a scene: questions with one answer each, captions, negatives.
 
     every = questions(scene)                  # all that have exactly one right answer
-    asked = interview(scene, rng, Balance())  # four to six of them, for a training row
+    asked = interview(scene, rng, Balance())  # four to seven of them, for a training row
     text = read_places(scene)                 # what pretraining says about the picture
 
 There are five kinds of questions: existence ("Is there a red circle?"), colour, shape, count and
@@ -26,8 +26,7 @@ DIRECTIONS = (("above", "below"), ("left", "right"))  # by axis: of rows, of col
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
-FEWEST = 4  # questions about a training picture
-RELATED = 0.35  # share of the pictures that are asked how two of their objects stand to each other
+RELATED = 0.2  # share of the pictures that are asked how two of their objects stand to each other
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,7 @@ class Balance:
 
 
 def interview(scene: Scene, rng: random.Random, balance: Balance) -> list[Question]:
-    """Return the four to six questions asked about one training scene, in random order."""
+    """Return the four to seven questions asked about one training scene, in random order."""
     by_kind = defaultdict(list)
     for question in questions(scene):
         by_kind[question.kind].append(question)
@@ -269,18 +268,11 @@ def interview(scene: Scene, rng: random.Random, balance: Balance) -> list[Questi
     else:
         plan = ["existence", "existence", "colour", "shape"]
         rng.shuffle(plan)
+    plan += ["count", "count", "count"]
 
-    plan += ["count", "count"]
-
-    # A scene of few objects leaves some of the plan out. Counts fill it up.
-    planned = len(plan)
-    plan += ["count"] * FEWEST
-
+    # A scene of few objects leaves some of the plan out.
     chosen = []
-    for i, kind in enumerate(plan):
-        if i >= planned and len(chosen) >= FEWEST:
-            break
-
+    for kind in plan:
         candidates = untold(by_kind[kind], chosen)
         if kind == "existence":
             candidates = tempting_existence(scene, rng, candidates)

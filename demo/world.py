@@ -8,7 +8,7 @@ This file writes them to OUT:
 
     images/{pretrain,finetune,val,benchmark}/*.png
     pretrain.json                  captions, from which a model learns to see
-    finetune.json                  4 to 6 questions about each picture, with short answers
+    finetune.json                  4 to 7 questions about each picture, with short answers
     val.json  val_pretrain.json    held-out rows of both sorts, for the validation loss
     tokenizer/                     a byte-level BPE of 512 entries, trained on the rows above
     benchmark/existence_*.jsonl    yes or no, in the row format and with the negatives of POPE
