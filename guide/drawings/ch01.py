@@ -68,7 +68,7 @@ def labelled_tokens() -> str:
     body = text(20, 32, "tokens, and below each its label (– is -100: not learned)", 13, GREY)
     body += tokens(20, 46, words, colours, below)
     title = (
-        "A conversation of two turns as tokens: those of the answers and their ends have labels."
+        "A conversation of four turns as tokens: those of the answers and their ends have labels."
     )
     return figure(720, 148, body, title)
 
@@ -83,10 +83,10 @@ FAULTS = (
 
 
 def faults() -> str:
-    """Draw the last turn with the labels that four ways of making them give."""
+    """Draw the last two turns with the labels that four ways of making them give."""
     tok = train_tokenizer()
-    turn = CONVERSATION[2:]
-    rendered = render(turn, choose_template("plain", tok))
+    last_two = CONVERSATION[2:]
+    rendered = render(last_two, choose_template("plain", tok))
     ids, labels, offsets = tokenize(*rendered, tok)
     learned = [i for i, label in enumerate(labels) if label != IGNORE]
 
@@ -113,7 +113,7 @@ def faults() -> str:
             body += rectangle(at, top + 22, width - 3, 22, fill, stroke, 3)
             body += text(at + (width - 3) / 2, top + 37, word, 12, anchor="middle", mono=True)
             at += width
-    title = "The tokens of one turn four times, with the labels that four ways of making them give."
+    title = "The tokens of two turns, with the labels that four ways of making them give."
     return figure(720, 290, body, title)
 
 
