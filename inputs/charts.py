@@ -70,12 +70,18 @@ class Log(Linear):
         return round(self.begin + (self.end - self.begin) * share, 1)
 
     def ticks(self) -> list[float]:
-        """Return 1, 2 and 5 times the powers of ten within the axis."""
+        """Return powers of ten within the axis, at most seven, or on a short one 1, 2 and 5 times."""
         first = math.floor(math.log10(self.low))
         last = math.ceil(math.log10(self.high))
+        digits = (1,)
+        if last - first <= 3:
+            digits = (1, 2, 5)
+
+        # Of many powers only every second, or third, ...
+        apart = max(1, math.ceil((last - first) / 6))
         ticks = []
-        for decade in range(first, last + 1):
-            for digit in (1, 2, 5):
+        for decade in range(first, last + 1, apart):
+            for digit in digits:
                 tick = digit * 10.0**decade
                 if self.low <= tick <= self.high:
                     ticks.append(tick)

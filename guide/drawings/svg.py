@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from inputs.charts import Linear, Log
+
 # A palette that also those who see few colours can tell apart (Okabe and Ito, 2008), a bit darker.
 INK = "#1d2430"
 GREY = "#6b7280"
@@ -330,35 +332,26 @@ def curves(
     if high is None:
         high = max(point[1] for point in points)
 
-    def scaled(value: float) -> float:
-        return math.log(value) if logarithmic else value
+    axis_x = Linear(first, last, left, right)
+    axis_y = Linear(low, high, bottom, top)
+    if logarithmic:
+        axis_y = Log(low, high, bottom, top)
 
-    span_x = (last - first) or 1.0
-    span_y = (scaled(high) - scaled(low)) or 1.0
-
-    def across(value: float) -> float:
-        return left + (value - first) / span_x * (right - left)
-
-    def down(value: float) -> float:
-        return bottom - (scaled(value) - scaled(low)) / span_y * (bottom - top)
-
+    # Round numbers at the axes, where there are any between their ends.
     found = line(left, bottom, right, bottom) + line(left, top, left, bottom)
-    for i in range(5):
-        share = i / 4
-        value = low + share * (high - low)
-        if logarithmic:
-            value = math.exp(scaled(low) + share * span_y)
-        found += line(left, down(value), right, down(value), LIGHT, 1)
-        found += text(left - 6, down(value) + 4, f"{value:.3g}", 12, GREY, "end")
-        place = first + share * span_x
-        found += text(across(place), bottom + 17, f"{place:.4g}", 12, GREY, "middle")
+    for value in axis_y.ticks():
+        above = axis_y.at(value)
+        found += line(left, above, right, above, LIGHT, 1)
+        found += text(left - 6, above + 4, f"{value:.6g}", 12, GREY, "end")
+    for place in axis_x.ticks():
+        found += text(axis_x.at(place), bottom + 17, f"{place:.6g}", 12, GREY, "middle")
     found += text((left + right) / 2, bottom + 35, x_label, 12, GREY, "middle")
     found += text(x, y + 12, y_label, 12, GREY)
 
     legend = left + 8 + 7 * len(y_label)
     for i, (name, one) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
-        path = " ".join(f"{number(across(a))},{number(down(b))}" for a, b in one)
+        path = " ".join(f"{number(axis_x.at(a))},{number(axis_y.at(b))}" for a, b in one)
         found += (
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.2" '
             'stroke-linejoin="round"/>\n'
