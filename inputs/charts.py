@@ -70,7 +70,7 @@ class Log(Linear):
         return round(self.begin + (self.end - self.begin) * share, 1)
 
     def ticks(self) -> list[float]:
-        """Return powers of ten within the axis, at most seven, or on a short one 1, 2 and 5 times."""
+        """Return powers of ten within the axis, at most seven; on a short one 1, 2 and 5 times."""
         first = math.floor(math.log10(self.low))
         last = math.ceil(math.log10(self.high))
         digits = (1,)

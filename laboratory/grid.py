@@ -36,7 +36,7 @@ A grid is a TOML file. Its paths are relative to the current directory, as those
     [[plot]]                            # of the page; optional
     x = "share"                         # an axis, or trained, size, tokens, steps, flops, seconds
     y = "relation"                      # a score; "NAME.relation" where several measures have it
-    by = "size"                         # an axis: a line for each of its labels; optional
+    by = "size"                         # an axis that makes the lines, if x is a column; optional
 
 A seed is train.seed: it decides the initial weights that are random, the order of the samples and
 dropout. The data, and weights that are loaded, are the same for all seeds. Whatever a grid compares
@@ -128,7 +128,7 @@ class Plot:
 
     x: str  # an axis, or a column of costs
     y: str  # a score
-    by: str  # an axis that makes the lines, or ""
+    by: str  # where x is a column, an axis that makes the lines, or ""
 
 
 @dataclass(frozen=True)
@@ -372,6 +372,8 @@ def read_plots(fields: Fields, axes: dict) -> Iterator[Plot]:
         plot = Plot(one.text("x"), one.text("y"), one.text("by", default=""))
         if plot.by and plot.by not in axes:
             raise one.refuse("by", f"not an axis: {', '.join(axes)}")
+        if plot.by and plot.x in axes:
+            raise one.refuse("by", "needed beside a column only: here all other axes make lines")
         yield plot
 
 

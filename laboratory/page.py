@@ -79,8 +79,8 @@ def figure(grid: Grid, plot: Plot, table: dict) -> str:
     points = points_of(grid, plot, table)
     lines = list(dict.fromkeys(point.line for point in points))
     caption = ""
-    if plot.by:
-        keys = [key(i, f"{plot.by} {line}") for i, line in enumerate(lines)]
+    if any(lines):
+        keys = [key(i, line) for i, line in enumerate(lines)]
         caption = f"<figcaption>{''.join(keys)}</figcaption>"
 
     heading = f"<h3>{escape(plot.y)}, %, by {escape(name)}</h3>"
@@ -123,12 +123,25 @@ def points_of(grid: Grid, plot: Plot, table: dict) -> list[Point]:
             label = ""
             x = costs[tuple(labels.items())][plot.x]
         if x is not None:
-            points.append(Point(float(x), label, labels.get(plot.by, ""), scores[plot.y]))
+            points.append(Point(float(x), label, line_of(plot, labels), scores[plot.y]))
 
     if plot.y not in names:
         what = f"y = {plot.y!r}: no such score"
         raise UserError(f"{grid.file}:plot", what, f"one of: {', '.join(sorted(names))}; {FIX}")
     return points
+
+
+def line_of(plot: Plot, labels: dict[str, str]) -> str:
+    """Return the line of a cell: "batch 16, epochs 0.2".
+
+    Where x is an axis, cells with the same label of it differ in another one: each combination of
+    the others is a line. Else plot.by is the axis that makes the lines.
+    """
+    axes = [plot.by]
+    if plot.x in labels:
+        axes = list(labels)
+        axes.remove(plot.x)
+    return ", ".join(f"{axis} {labels[axis]}" for axis in axes if axis)
 
 
 def chart(is_axis: bool, points: list[Point], lines: list[str], name: str) -> str:
@@ -212,7 +225,12 @@ def section_html(section: Section) -> str:
     if section.above:
         parts.append(f"<p>{escape(section.above)}</p>")
     if section.rows:
-        heads = "".join(f"<th>{escape(head)}</th>" for head in section.heads)
+        heads = ""
+        for i, head in enumerate(section.heads):
+            kind = ""
+            if i < section.texts:
+                kind = ' class="label"'
+            heads += f"<th{kind}>{escape(head)}</th>"
         rows = "".join(row_html(row, section) for row in section.rows)
         table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
         parts.append(f'<div class="wide">{table}</div>')

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from laboratory.grid import read_grid
+from laboratory.grid import Plot, read_grid
+from laboratory.page import line_of
 from tests.tools.environment import ROOT
 from tests.tools.toy_grid import write_grid
 
@@ -91,6 +92,7 @@ def test_an_axis_names_the_fields_around_and_in_its_own(tmp_path):
         ("rate=0.2", "rate=-1", "-1.0 is out of range"),
         ('"worse"', '"RIGHT"', "would have one folder"),
         ('by = "rate"', 'by = "colour"', "'colour' is not an axis: rate, size"),
+        ('x = "flops"', 'x = "size"', "'rate' is needed beside a column only"),
         ("seeds = [0, 1, 2]", "seeds = [0, 1, 2]]", "not TOML"),
         ("seeds = [0, 1, 2]", "threads = 0\nseeds = [0]", "threads: 0 is not a whole number"),
     ],
@@ -121,3 +123,11 @@ def test_the_grid_that_the_readme_names_is_one(monkeypatch):
     grid = read_grid(Path("recipes/lab/first.toml"))
     assert [str(cell) for cell in grid.cells] == ["encoder tuned", "encoder frozen"]
     assert len(grid.runs()) == 9
+
+
+def test_a_plot_has_a_line_for_each_combination_of_the_axes_that_x_is_not():
+    """Else cells with the same label of x would lie above each other on one line."""
+    labels = {"rate": "1e-3", "batch": "16", "epochs": "0.2"}
+    assert line_of(Plot(x="rate", y="score", by=""), labels) == "batch 16, epochs 0.2"
+    assert line_of(Plot(x="tokens", y="score", by="batch"), labels) == "batch 16"
+    assert line_of(Plot(x="tokens", y="score", by=""), labels) == ""
