@@ -17,7 +17,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
 # Two processes of one thread each: with matrices this small, one of two threads takes nearly twice as long.
 demo: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc_per_node 2 train.py
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 2 train.py
 	$(PY) evaluate.py --model out/demo --task world --data out/demo/world
 	$(PY) evaluate.py --model out/demo --task world --data out/demo/world --blank
 	$(PY) -m demo.report out/demo
