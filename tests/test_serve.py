@@ -1219,14 +1219,14 @@ def test_the_page_in_a_browser(jobs, page, tmp_path, monkeypatch):
         ask("How many?", "red.png")
         wait(lambda: answers.count() == 1 and answers.inner_text().strip())
         first = answers.inner_text().strip()  # the model stands still at its sixth token
-        stop = window.locator("button.stop-button")
-        wait(stop.is_visible)
+        generating = window.locator(".generating")
+        assert generating.count() == 1
         go.set()
         whole = said(jobs, job(jobs, "hello"))  # behind the first in the queue
         assert whole
         wait(lambda: len(answers.inner_text().strip()) > len(first))
         # While an answer is coming the page takes no question.
-        wait(lambda: not stop.is_visible())
+        wait(lambda: generating.count() == 0)
         ask("And now?")
         wait(
             lambda: answers.count() == 2 and len(asked) == 3 and answers.nth(1).inner_text().strip()
