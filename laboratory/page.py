@@ -158,8 +158,11 @@ def chart(is_axis: bool, points: list[Point], lines: list[str], name: str) -> st
     for number, line in enumerate(lines):
         of_line = [point for point in points if point.line == line]
         of_line.sort(key=lambda point: point.x)
-        means = [(point.x, point.score["mean"]) for point in of_line]
-        parts.append(charts.line(f"curve line{number % COLOURS}", means, x, y))
+
+        # Neighbours in a column need have nothing in common but the line's label.
+        if is_axis:
+            means = [(point.x, point.score["mean"]) for point in of_line]
+            parts.append(charts.line(f"curve line{number % COLOURS}", means, x, y))
         for point in of_line:
             parts += marks(point, number, x, y)
     return "".join(parts) + "</svg>"
