@@ -21,6 +21,7 @@ Below the class: what may be a shard (`whole`, `local_part`, `shard_like`), and 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -140,12 +141,15 @@ class ParallelModel:
             device_ids = None
             if ranks.device.type == "cuda":
                 device_ids = [ranks.device]
-            self.module = DistributedDataParallel(
-                self.whole,
-                device_ids=device_ids,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # they are quantized weights, which never change
-            )
+            with warnings.catch_warnings():
+                # torch 2.13 has another name for it, which 2.11 does not know.
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+                self.module = DistributedDataParallel(
+                    self.whole,
+                    device_ids=device_ids,
+                    gradient_as_bucket_view=True,
+                    broadcast_buffers=False,  # they are quantized weights, which never change
+                )
             if ranks.size > 2:
                 self._settle_buckets(bf16)
 

@@ -215,6 +215,13 @@ def test_the_mesh_is_of_the_ranks_and_not_of_the_torch_build(one_rank, monkeypat
     step(sharded(one_rank, llm="full", connector="full"))
 
 
+@pytest.mark.filterwarnings("error")
+def test_ddp_warns_of_nothing_that_its_user_could_change(one_rank):
+    model = small().train()
+    train.set_trainable(model, Tune(llm="full"))
+    ParallelModel(model, "ddp", one_rank)
+
+
 def test_validation_leaves_shards_and_no_engine_behind(one_rank):
     """Even after an error: the run goes on when an answer has failed."""
     parallel_model = sharded(one_rank, llm="full", connector="full")
