@@ -80,7 +80,9 @@ def main(argv: list[str]):
     for name, write_section in SECTIONS.items():
         results = {}
         for file in sorted(args.results.glob(f"*/{name}.json")):
-            results[file] = json.loads(file.read_text())
+            # lab/ is no machine's folder: it has the laboratory's tables, which LAB.md shows.
+            if file.parent.name != "lab":
+                results[file] = json.loads(file.read_text())
         text = replace_section(text, name, write_section(results, args.page), args.page)
         print(f"{name}: {len(results)} files")
     write_file(args.page, text)
