@@ -1,4 +1,4 @@
-# make demo   train a small multimodal model through both stages, test it, write out/demo/report.html
+# make demo   train a small multimodal model in four stages, test it, write out/demo/report.html
 # make moving   the same with time in it: clips of two shapes that move, out/moving
 # make test   run every test
 # make test-full   the long matrices of kills, ranks and tuning modes (half an hour on two cores)

@@ -2,14 +2,15 @@
 
     every = questions(scene)                  # all that have exactly one right answer
     asked = interview(scene, rng, Balance())  # four to seven of them, for a training row
+    asked = relations(scene, rng, Balance())  # up to four about where its objects stand
     text = read_places(scene)                 # what pretraining says about the picture
 
 There are five kinds of questions: existence ("Is there a red circle?"), colour, shape, count and
-relation ("Is the red circle above or below the blue square?").
+relation ("Is red above or below blue?").
 
 Two rules keep a model from answering without looking at the picture. Over the training rows,
 `Balance` uses the answers to each question text evenly, so the words alone give little away. Within
-a row, no question can be answered from the turns before it (`interview`).
+a row, no question can be answered from the turns before it (`untold`).
 
 The file in order: the questions of each kind, negatives, which questions are asked, captions.
 """
@@ -26,15 +27,14 @@ DIRECTIONS = (("above", "below"), ("left", "right"))  # by axis: of rows, of col
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
-RELATED = 0.2  # share of the pictures that are asked how two of their objects stand to each other
-
 
 @dataclass(frozen=True)
 class Question:
     """A question and its answer.
 
-    A fact is the number of an object in the scene, for its colour and its shape, or (axis, number)
-    for where it stands. `about` holds the facts that are asked for, and `names` those that the text
+    A fact is the number of an object in the scene, for its colour and its shape; (axis, number) for
+    where it stands; or a colour or a shape, for how many objects have it: "the red object" says
+    that there is one. `about` holds the facts that are asked for, and `names` those that the text
     of the question gives away. A question that is asked tells both.
     """
 
@@ -114,6 +114,7 @@ def attribute_questions(scene: Scene) -> list[Question]:
                 answer=colour,
                 choices=tuple(COLOURS),
                 about=(i,),
+                names=(shape,),
             )
             found.append(question)
         if colours[colour] == 1:
@@ -123,6 +124,7 @@ def attribute_questions(scene: Scene) -> list[Question]:
                 answer=shape,
                 choices=SHAPES,
                 about=(i,),
+                names=(colour,),
             )
             found.append(question)
     return found
@@ -131,14 +133,14 @@ def attribute_questions(scene: Scene) -> list[Question]:
 def count_questions(scene: Scene) -> list[Question]:
     """Return the questions how many objects there are: in all, of each colour, of each shape."""
     colours, shapes = count_attributes(scene)
-    counts = {"objects": len(scene)}
+    counts = {("objects",): len(scene)}
     for colour in COLOURS:
-        counts[f"{colour} objects"] = colours[colour]
+        counts[f"{colour} objects", colour] = colours[colour]
     for shape in SHAPES:
-        counts[f"{shape}s"] = shapes[shape]
+        counts[f"{shape}s", shape] = shapes[shape]
 
     found = []
-    for what, n in counts.items():
+    for (what, *attribute), n in counts.items():
         # Of more objects than training has, some counts have no word.
         if n >= len(NUMBERS):
             continue
@@ -152,6 +154,7 @@ def count_questions(scene: Scene) -> list[Question]:
             text=f"How many {what} are there?",
             answer=NUMBERS[n],
             choices=choices,
+            about=tuple(attribute),
         )
         found.append(question)
     return found
@@ -160,21 +163,18 @@ def count_questions(scene: Scene) -> list[Question]:
 def relation_questions(scene: Scene) -> list[Question]:
     """Return the questions how two objects stand to each other.
 
-    They call an object by its colour and shape, so no other object may have both.
+    They call an object by its colour, so no other object may have that.
     """
+    colours, _ = count_attributes(scene)
+    named = [i for i, thing in enumerate(scene) if colours[thing["colour"]] == 1]
+
     found = []
-    for i, j in itertools.permutations(unique_objects(scene), 2):
+    for i, j in itertools.permutations(named, 2):
         for axis in range(2):
             # Two objects of one row are neither above nor below each other.
             if scene[i]["cell"][axis] != scene[j]["cell"][axis]:
                 found.append(relation_question(scene, i, j, axis))
     return found
-
-
-def unique_objects(scene: Scene) -> list[int]:
-    """Return the numbers of the objects whose colour and shape no other object has both."""
-    pairs = Counter(composition(scene))
-    return [i for i, thing in enumerate(scene) if pairs[pair_of(thing)] == 1]
 
 
 def relation_question(scene: Scene, i: int, j: int, axis: int) -> Question:
@@ -184,14 +184,16 @@ def relation_question(scene: Scene, i: int, j: int, axis: int) -> Question:
     if scene[i]["cell"][axis] < scene[j]["cell"][axis]:
         answer = before
 
-    of_the = "of the" if before == "left" else "the"
+    first = scene[i]["colour"]
+    second = scene[j]["colour"]
+    of = "of " if before == "left" else ""
     return Question(
         kind="relation",
-        text=f"Is the {named(scene[i])} {before} or {after} {of_the} {named(scene[j])}?",
+        text=f"Is {first} {before} or {after} {of}{second}?",
         answer=answer,
         choices=(before, after),
         about=((axis, i), (axis, j)),
-        names=(i, j),
+        names=(i, j, first, second),
     )
 
 
@@ -258,19 +260,29 @@ class Balance:
 
 def interview(scene: Scene, rng: random.Random, balance: Balance) -> list[Question]:
     """Return the four to seven questions asked about one training scene, in random order."""
+    plan = ["existence", "existence", "colour", "shape"]
+    rng.shuffle(plan)
+    plan += ["count", "count", "count"]
+    return choose(scene, plan, rng, balance)
+
+
+def relations(scene: Scene, rng: random.Random, balance: Balance) -> list[Question]:
+    """Return up to four questions how objects of a scene stand to each other, in random order.
+
+    A scene in which fewer than two objects have a colour of their own has none.
+    """
+    return choose(scene, ["relation"] * 4, rng, balance)
+
+
+def choose(scene: Scene, plan: list[str], rng: random.Random, balance: Balance) -> list[Question]:
+    """Return a question for each kind that the plan names, in random order.
+
+    A scene of few objects leaves some of the plan out.
+    """
     by_kind = defaultdict(list)
     for question in questions(scene):
         by_kind[question.kind].append(question)
 
-    # A relation names its objects, so nothing else can be asked about them beside it.
-    if by_kind["relation"] and rng.random() < RELATED:
-        plan = ["relation", "relation"]
-    else:
-        plan = ["existence", "existence", "colour", "shape"]
-        rng.shuffle(plan)
-    plan += ["count", "count", "count"]
-
-    # A scene of few objects leaves some of the plan out.
     chosen = []
     for kind in plan:
         candidates = untold(by_kind[kind], chosen)

@@ -152,7 +152,7 @@ def figures(run: Run) -> str:
         "existence, the worst of three splits (chance 50)": f"{min(existence):.1f} %",
         f"attributes (chance {attributes['chance']:.0f})": f"{attributes['score']:.1f} %",
         "parameters, language model to pixels": f"{millions:.2f} M",
-        "training, both stages": duration(training),
+        "training, all stages": duration(training),
     }
     cells = ""
     for what, value in shown.items():

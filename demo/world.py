@@ -9,7 +9,8 @@ This file writes them to OUT:
     images/{pretrain,finetune,val,benchmark}/*.png
     pretrain.json                  captions, from which a model learns to see
     finetune.json                  4 to 7 questions about each picture, with short answers
-    val.json  val_pretrain.json    held-out rows of both sorts, for the validation loss
+    relations.json                 how objects of these pictures stand to each other
+    val.json  val_*.json           held-out rows of all three sorts, for the validation loss
     tokenizer/                     a byte-level BPE of 512 entries, trained on the rows above
     benchmark/existence_*.jsonl    yes or no, in the row format and with the negatives of POPE
     benchmark/attributes.jsonl     colour, shape, count, relation: answers of one word
@@ -46,6 +47,7 @@ from demo.questions import (
     negatives,
     questions,
     read_places,
+    relations,
 )
 from demo.scenes import (
     IMAGE_SIZE,
@@ -273,6 +275,20 @@ def question_row(name: str, image: str, scene: Scene, rng: random.Random, balanc
     return make_row(name, image, scene, turns)
 
 
+def relation_rows(rows: list[dict], rng: random.Random, balance: Balance) -> list[dict]:
+    """Return rows of questions about relations, one for each picture of `rows` that has some.
+
+    `balance` counts the answers.
+    """
+    found = []
+    for row in rows:
+        asked = relations(row["scene"], rng, balance)
+        if asked:
+            turns = [(q.text, q.answer) for q in asked]
+            found.append(make_row(f"{row['id']}-relations", row["image"], row["scene"], turns))
+    return found
+
+
 # ---------------------------------------------------------------------- files
 
 
@@ -338,8 +354,11 @@ def train_tokenizer(rows: list[dict], folder: Path):
 
 
 def random_streams(seed: int) -> dict[str, random.Random]:
-    """Return a stream of random numbers for each split, whose size then changes no other split."""
-    return {split: random.Random(f"{seed}/{split}") for split in SPLITS}
+    """Return a stream of random numbers for each split, whose size then changes no other split.
+
+    Relations have one of their own, because they are asked about pictures of two splits.
+    """
+    return {name: random.Random(f"{seed}/{name}") for name in (*SPLITS, "relations")}
 
 
 class PictureWriter:
@@ -400,7 +419,7 @@ def question_rows(
 
 
 def held_out_rows(pictures: PictureWriter, rng: random.Random) -> dict[str, list[dict]]:
-    """Return the rows of both validation files, two about each picture, and write the pictures."""
+    """Return the rows of the validation files, up to three about a picture; write the pictures."""
     balance = Balance()
     files = {"val": [], "val_pretrain": []}
     for i in range(VAL_SCENES):
@@ -408,6 +427,7 @@ def held_out_rows(pictures: PictureWriter, rng: random.Random) -> dict[str, list
         image = pictures.save("val", i, scene, rng)
         files["val"].append(question_row(f"val-{i:05d}", image, scene, rng, balance))
         files["val_pretrain"].append(caption_row(f"val-pretrain-{i:05d}", image, scene))
+    files["val_relations"] = relation_rows(files["val"], rng, balance)
     return files
 
 
@@ -442,16 +462,17 @@ def fill_folder(out: Path, seed: int, scenes: int, asks_about: str):
     # The rows to train and to validate on.
     n_captions = scenes // 2
     trained_answers = Balance()
+    captions = caption_rows(pictures, streams["pretrain"], n_captions)
+    asked = question_rows(pictures, streams["finetune"], scenes - n_captions, trained_answers)
     files = {
-        "pretrain": caption_rows(pictures, streams["pretrain"], n_captions),
-        "finetune": question_rows(
-            pictures, streams["finetune"], scenes - n_captions, trained_answers
-        ),
+        "pretrain": captions,
+        "finetune": asked,
+        "relations": relation_rows(captions + asked, streams["relations"], trained_answers),
         **held_out_rows(pictures, streams["val"]),
     }
     for name, rows in files.items():
         write_rows(out / f"{name}.json", rows)
-    train_tokenizer(files["pretrain"] + files["finetune"], out / "tokenizer")
+    train_tokenizer(captions + asked + files["relations"], out / "tokenizer")
     counts = {name: len(rows) for name, rows in files.items()}
 
     # The benchmark. Its pictures have one numbering over all files.
