@@ -1,7 +1,7 @@
 """What can be asked and said about a scene: questions with one answer each, captions, negatives.
 
     every = questions(scene)                  # all that have exactly one right answer
-    asked = interview(scene, rng, Balance())  # four to seven of them, for a training row
+    asked = interview(scene, rng, Balance())  # three to six of them, for a training row
     asked = relations(scene, rng, Balance())  # up to four about where its objects stand
     text = read_places(scene)                 # what pretraining says about the picture
 
@@ -259,10 +259,10 @@ class Balance:
 
 
 def interview(scene: Scene, rng: random.Random, balance: Balance) -> list[Question]:
-    """Return the four to seven questions asked about one training scene, in random order."""
+    """Return the three to six questions asked about one training scene, in random order."""
     plan = ["existence", "existence", "colour", "shape"]
     rng.shuffle(plan)
-    plan += ["count", "count", "count"]
+    plan += ["count", "count"]
     return choose(scene, plan, rng, balance)
 
 

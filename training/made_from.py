@@ -55,6 +55,7 @@ Contents = dict[str, dict[str, str]]
 
 PICTURE_ROWS = 256  # of each data set, whose pictures are looked at
 END = 2**16  # bytes at each end of a picture that are hashed
+NOT_THERE = "not there"
 WHOLE_PARQUET = 2**28  # bytes of parquet files up to which each of them is hashed
 PIECE = 2**12  # bytes of a row group, at two places
 
@@ -92,7 +93,9 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
             of_source = " ".join(filter(None, (label, source_name)))
             rows = open_rows(source.data, source.images, source.columns)
             found[f"{of_source} rows"] = contents_of_rows(rows)
-            found[f"{of_source} pictures"] = contents_of_pictures(rows)
+            pictures = contents_of_pictures(rows)
+            check_some_are_there(pictures, of_source, source)
+            found[f"{of_source} pictures"] = pictures
         if validation_file(stage):
             rows = open_rows(stage.validation, stage.images, stage.columns)
             found[label + HELD_OUT] = contents_of_rows(rows) | contents_of_pictures(rows)
@@ -109,6 +112,17 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
         folder = resolve(model.tokenizer_source, small=True)
         found["tokenizer"] = {name: digest(data) for name, data in read_files(folder).items()}
     return found
+
+
+def check_some_are_there(pictures: dict[str, str], name: str, source: Source):
+    """Raise UserError if no picture of a data set is at its place.
+
+    The folder is then a wrong one. That of a later stage would be found out only when that begins.
+    """
+    if pictures and set(pictures.values()) == {NOT_THERE}:
+        folder = source.images or Path(source.data).parent
+        what = f"none of its pictures is at its place, as {next(iter(pictures))} in {folder}"
+        raise UserError(name, what, "name the folder that they lie in as its images")
 
 
 def sources_of(stage: Stage) -> dict[str, Source]:
@@ -232,7 +246,7 @@ def identity_of_medium(source: Path) -> str:
         with open_regular(source) as file:
             return identity_of_ends(file, 0, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
-        return "not there"
+        return NOT_THERE
     except OSError:
         return "not a file"
 

@@ -276,6 +276,17 @@ def test_an_output_that_is_no_folder_of_ours_is_one_line(tiny_world, tmp_path, o
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_a_later_stage_with_a_wrong_folder_of_pictures_does_not_begin(tiny_world, tmp_path):
+    """Neither does the stage before it: else its hours pass before the mistake is seen."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(world=tiny_world, out=tmp_path / "out"))
+    wrong = (*STEPS, f"stage.finetune.images={tiny_world}/images/finetune")
+    assert launch(str(recipe), tmp_path / "out", 1, wrong) == [1]
+    text = said(tmp_path / "out")
+    assert "stage.finetune: none of its pictures is at its place" in error(text)
+    assert "pretrain 1/" not in text
+
+
 # --------------------------------------------------------------------------- what only reports
 
 
