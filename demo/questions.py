@@ -1,7 +1,7 @@
 """What can be asked and said about a scene: questions with one answer each, captions, negatives.
 
     every = questions(scene)                  # all that have exactly one right answer
-    asked = interview(scene, rng, Balance())  # three to six of them, for a training row
+    asked = interview(scene, rng, Balance())  # four to seven of them, for a training row
     asked = relations(scene, rng, Balance())  # up to four about where its objects stand
     text = read_places(scene)                 # what pretraining says about the picture
 
@@ -26,6 +26,8 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 DIRECTIONS = (("above", "below"), ("left", "right"))  # by axis: of rows, of columns
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
+
+COUNT_OF_A_SHAPE = "count of a shape"  # asked for by itself: shapes are harder to count than colours
 
 
 @dataclass(frozen=True)
@@ -259,10 +261,10 @@ class Balance:
 
 
 def interview(scene: Scene, rng: random.Random, balance: Balance) -> list[Question]:
-    """Return the three to six questions asked about one training scene, in random order."""
+    """Return the four to seven questions asked about one training scene, in random order."""
     plan = ["existence", "existence", "colour", "shape"]
     rng.shuffle(plan)
-    plan += ["count", "count"]
+    plan += [COUNT_OF_A_SHAPE, "count", "count"]
     return choose(scene, plan, rng, balance)
 
 
@@ -282,6 +284,8 @@ def choose(scene: Scene, plan: list[str], rng: random.Random, balance: Balance) 
     by_kind = defaultdict(list)
     for question in questions(scene):
         by_kind[question.kind].append(question)
+        if question.kind == "count" and set(SHAPES).intersection(question.about):
+            by_kind[COUNT_OF_A_SHAPE].append(question)
 
     chosen = []
     for kind in plan:

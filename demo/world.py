@@ -8,7 +8,7 @@ This file writes them to OUT:
 
     images/{pretrain,finetune,val,benchmark}/*.png
     pretrain.json                  captions, from which a model learns to see
-    finetune.json                  3 to 6 questions about each picture, with short answers
+    finetune.json                  4 to 7 questions about each picture, with short answers
     relations.json                 how objects of these pictures stand to each other
     val.json  val_*.json           held-out rows of all three sorts, for the validation loss
     tokenizer/                     a byte-level BPE of 512 entries, trained on the rows above
