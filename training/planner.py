@@ -356,8 +356,9 @@ def dry_run(
     print0(f"{path}, dry run")
     with tempfile.TemporaryDirectory() as scratch:
         found, folders = find_files(recipe, Path(scratch), demo_data)
+        width = 1 + max((len(one.key) for one in found), default=0)
         for one in found:
-            print0(f"  {one.key:<28}{one.value:<50} {one.where}")
+            print0(f"  {one.key:<{width}} {one.value:<50} {one.where}")
 
         plan = make_plan(recipe, script, folders, memory)
         if plan is not None:

@@ -168,7 +168,10 @@ def test_dry_run_of_the_demo():
     there = world.exists()
     said = run("train.py", "--dry-run").stdout
     assert world.exists() == there  # it makes nothing
-    assert said.count("found" if there else "train.py makes it") == 7 and "MISSING" not in said
+    where = "found" if there else "train.py makes it"
+    assert said.count(where) == 15 and "MISSING" not in said
+    # The longest key does not run into its value.
+    assert "stage.together.mixture.questions.images out/demo/world/images" in " ".join(said.split())
     assert "\nexports to: barellava (" in said
     assert "not to llama.cpp: --to gguf: image mode square" in said
     r, _ = config.load([], ROOT / "recipes/demo.toml")
@@ -181,7 +184,7 @@ def test_dry_run_of_the_demo():
     )
     for part in (model.language_model, model.vision_tower, model.connector):
         assert f" {count(part):,}" in said
-    assert said.count(f"trains {count(model):,} of {count(model):,} parameters") == 2
+    assert said.count(f"trains {count(model):,} of {count(model):,} parameters") == 4
 
 
 def test_dry_run_counts_parameters_steps_and_tokens(recipe, tmp_path):
