@@ -27,7 +27,8 @@ DIRECTIONS = (("above", "below"), ("left", "right"))  # by axis: of rows, of col
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
-COUNT_OF_A_SHAPE = "count of a shape"  # asked for by itself: shapes are harder to count than colours
+# A kind of its own in the plan of a row, because shapes are harder to count than colours.
+COUNT_OF_A_SHAPE = "count of a shape"
 
 
 @dataclass(frozen=True)
