@@ -5,7 +5,7 @@
 # make test-page   serve.py's page and API, with gradio and openai, in a Chromium if there is one
 # make test-gguf   exported GGUF files in the real llama.cpp, of the package xllamacpp
 # make guide  build the guide as one page to read offline, out/guide.html
-# make test-guide   run every command and every line of code in the guide (ten minutes on two cores)
+# make test-guide   run every command and every line of code in the guide (three minutes on two cores)
 # make lint   check style: ruff, what no formatter forbids, and the floors of the imports
 #
 # PYTHON=python3.12   the Python to use, 3.11 or newer
