@@ -452,6 +452,7 @@ def test_a_full_queue_refuses_and_the_others_are_answered_in_order(jobs, url, mo
 
 def test_a_reader_that_leaves_stops_the_model(jobs, monkeypatch):
     left, real, read = job(jobs, "Hello"), jobs.model.generate, threading.Event()
+    monkeypatch.setattr(jobs, "eos", None)  # no answer ends before the limit
 
     def generate(ids, stream, **options):
         # Slowly until the reader has left: its first piece may be of several tokens, since bytes
