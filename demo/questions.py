@@ -169,10 +169,10 @@ def relation_questions(scene: Scene) -> list[Question]:
     They call an object by its colour, so no other object may have that.
     """
     colours, _ = count_attributes(scene)
-    named = [i for i, thing in enumerate(scene) if colours[thing["colour"]] == 1]
+    unique = [i for i, thing in enumerate(scene) if colours[thing["colour"]] == 1]
 
     found = []
-    for i, j in itertools.permutations(named, 2):
+    for i, j in itertools.permutations(unique, 2):
         for axis in range(2):
             # Two objects of one row are neither above nor below each other.
             if scene[i]["cell"][axis] != scene[j]["cell"][axis]:
