@@ -25,7 +25,7 @@ demo: .venv/installed
 
 moving: .venv/installed
 	test -d out/moving/world || $(PY) -m demo.moving out/moving/world
-	$(PY) -m torch.distributed.run train.py recipes/moving.toml
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 2 train.py recipes/moving.toml
 	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world
 	$(PY) evaluate.py --model out/moving --task moving --data out/moving/world --one-frame
 

@@ -12,7 +12,7 @@ OUT:
 
     videos/{pretrain,finetune,val,benchmark}/*.gif
     pretrain.json                  captions: where both objects are, frame by frame, or notes
-    finetune.json                  three questions about each clip, with short answers
+    finetune.json                  two questions about each clip, with short answers
     val.json  val_pretrain.json    held-out rows of both sorts, for the validation loss
     tokenizer/                     as world.py's, trained on the rows above
     benchmark/moving.jsonl         order (which moved first?), direction (which moved left?),
@@ -35,7 +35,6 @@ with the world of still pictures is in world.py: the writing of files and the co
 
 import itertools
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,21 +242,14 @@ def questions(clip: Clip) -> list[Question]:
 
 
 def interview(clip: Clip, rng: random.Random) -> list[Question]:
-    """Return three questions in random order: the order of the moves, and one about each object.
+    """Return two questions in random order: the order of the moves, and one about one object.
 
-    About one object it is which way it moved. About the other it is which object moved that way,
-    where that has an answer.
+    That is which way it moved or, where it has an answer, which object moved that way. A third
+    question would be answered by the text: who sees a move up and a move left, and reads that the
+    circle moved up, need not look whether it is the square that moved left.
     """
     order, *rest = questions(clip)
-    about = defaultdict(list)  # number of the object -> its way, then its direction if there is one
-    for question in rest:
-        (number,) = question.about
-        about[number].append(question)
-
-    one, other = rng.sample(range(2), 2)
-    way = about[one][0]
-    direction_or_way = about[other][-1]
-    return rng.sample([order, way, direction_or_way], 3)
+    return rng.sample([order, rng.choice(rest)], 2)
 
 
 def write_notes(answered: list[Question]) -> str:
