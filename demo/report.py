@@ -133,9 +133,10 @@ def introduction(run: Run) -> str:
 <h1>A small multimodal model, trained from nothing and asked about pictures it has not seen</h1>
 <p>A vision encoder, a connector and a language model, {millions:.2f} million parameters together,
 learned from {rows["pretrain"]:,} captioned pictures of coloured shapes and then from questions
-about {rows["finetune"]:,} others. The benchmark shows combinations of objects that occur in no
-training picture. Each question comes once with each of its possible answers, so the words alone
-reach exactly the chance level. What is above it was seen.</p>"""
+about {rows["finetune"]:,} others. How objects stand to each other it was asked about all of these.
+The benchmark shows combinations of objects that occur in no training picture. Each question comes
+once with each of its possible answers, so the words alone reach exactly the chance level. What
+is above it was seen.</p>"""
 
 
 def figures(run: Run) -> str:
