@@ -98,10 +98,7 @@ def look(recipe: Recipe, stages: Iterable[str]) -> Contents:
             found[f"{of_source} pictures"] = pictures
         if validation_file(stage):
             rows = open_rows(stage.validation, stage.images, stage.columns)
-            pictures = contents_of_pictures(rows)
-            source = Source(stage.validation, stage.images, stage.columns)
-            check_some_are_there(pictures, f"{label} validation", source)
-            found[label + HELD_OUT] = contents_of_rows(rows) | pictures
+            found[label + HELD_OUT] = contents_of_rows(rows) | contents_of_pictures(rows)
         if stage.lora.adapter:
             found[f"{label} adapter"] = contents_of_model(Path(stage.lora.adapter), False)
 

@@ -287,23 +287,6 @@ def test_a_later_stage_with_a_wrong_folder_of_pictures_does_not_begin(tiny_world
     assert "pretrain 1/" not in text
 
 
-def test_held_out_rows_whose_pictures_lie_elsewhere_are_found_out_at_the_start(
-    tiny_world, tmp_path
-):
-    held_out = json.loads((tiny_world / "val.json").read_text())
-    for row in held_out:
-        row["image"] = f"elsewhere/{row['image']}"
-    (tmp_path / "val.json").write_text(json.dumps(held_out))
-
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(world=tiny_world, out=tmp_path / "out"))
-    wrong = (*STEPS, f"stage.finetune.validation={tmp_path}/val.json")
-    assert launch(str(recipe), tmp_path / "out", 1, wrong) == [1]
-    text = said(tmp_path / "out")
-    assert "stage.finetune validation: none of its pictures is at its place" in error(text)
-    assert "pretrain 1/" not in text
-
-
 # --------------------------------------------------------------------------- what only reports
 
 
