@@ -223,7 +223,6 @@ def questions(clip: Clip) -> list[Question]:
             answer=move.way,
             choices=every_way,
             note=name,
-            about=(move.thing,),
         )
         found.append(way)
 
@@ -235,7 +234,6 @@ def questions(clip: Clip) -> list[Question]:
                 answer=name,
                 choices=names,
                 note=move.way,
-                about=(move.thing,),
             )
             found.append(direction)
     return found
