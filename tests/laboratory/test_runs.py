@@ -190,7 +190,7 @@ def test_three_random_kills(undisturbed, tmp_path, tiny_world):
             command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
         )
         try:
-            process.wait(rng.uniform(5, 40))
+            process.wait(rng.uniform(3, 10))
         except subprocess.TimeoutExpired:
             kills += 1
         else:
