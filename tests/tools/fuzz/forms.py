@@ -163,7 +163,13 @@ def rename(value: Any, rng: random.Random) -> tuple[Any, str]:
 
 def said_by(row: Row) -> list:
     """Return what the row reads as words: a name among them is a word, and names no picture."""
-    return [*(turn["value"] for turn in row["conversations"]), *row.get("answers", ())]
+    said = [turn["value"] for turn in row["conversations"]]
+
+    # Where the answer stands under another key, nobody reads "answers", and it may be anything.
+    answers = row.get("answers")
+    if isinstance(answers, list):
+        said += [answer for answer in answers if isinstance(answer, str)]
+    return said
 
 
 def use(rows: Any, raws: list):
