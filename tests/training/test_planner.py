@@ -19,7 +19,7 @@ import config
 import kernels
 import train
 from checkpoints import layouts, peft
-from config import PARTS, Stage, Tune, UserError
+from config import PARTS, LoRA, Stage, Tune, UserError
 from inputs.rows import open_rows
 from inputs.sample import SampleSpec
 from inputs.templates import byte_tokenizer
@@ -549,7 +549,9 @@ def kept_and_estimated(tune: Tune, bf16: bool) -> tuple[int, int]:
     vocabulary small, so that this is little.
     """
     text = LLM | {"num_hidden_layers": 6, "vocab_size": 64}
-    stage = Stage(tune=tune, global_batch=4, micro_batch_tokens=32)
+    # Adapters are narrower than the model, as in real ones: wide ones make backward's last
+    # operations the most there is.
+    stage = Stage(tune=tune, global_batch=4, micro_batch_tokens=32, lora=LoRA(r=8))
     row = RowSize(1, 15, 17, 8)
 
     def made(device):
