@@ -549,8 +549,7 @@ def kept_and_estimated(tune: Tune, bf16: bool) -> tuple[int, int]:
     vocabulary small, so that this is little.
     """
     text = LLM | {"num_hidden_layers": 6, "vocab_size": 64}
-    # Adapters are narrower than the model, as in real ones: wide ones make backward's last
-    # operations the most there is.
+    # The default rank is twice this model's width: then backward of the adapters takes much, too.
     stage = Stage(tune=tune, global_batch=4, micro_batch_tokens=32, lora=LoRA(r=8))
     row = RowSize(1, 15, 17, 8)
 

@@ -165,7 +165,7 @@ def said_by(row: Row) -> list:
     """Return what the row reads as words: a name among them is a word, and names no picture."""
     said = [turn["value"] for turn in row["conversations"]]
 
-    # Where the answer stands under another key, nobody reads "answers", and it may be anything.
+    # Where the answer stands under another key, "answers" stays as it was and may be anything.
     answers = row.get("answers")
     if isinstance(answers, list):
         said += [answer for answer in answers if isinstance(answer, str)]
