@@ -146,8 +146,13 @@ def save(
         # The rest goes on beside the training: seal.py explains the arguments.
         arguments = [temporary, name, str(keep), keep_best, json.dumps(state)]
         command = [sys.executable, seal.__file__, *arguments]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
         _sealing = Sealing(process, folder)
+
+        # It says a line when it holds its lock. If this run is killed from here on, the next start
+        # waits for the seal, however soon it comes.
+        process.stdout.readline()
 
 
 def wait():

@@ -25,8 +25,8 @@ Steps 2 to 5 take seconds. They run in a process of their own, beside the traini
 It keeps the newest KEEP and, if STAGE is not empty, the best of that stage. STATE is the run's
 state as JSON. This is a process and not a thread because a data worker that is forked while a
 thread ends hangs for good (CPython 3.11 and older leave a lock of the interpreter taken in the
-child). If the run is killed, this process still ends its work; the next start waits for it at
-`.sealing`.
+child). The training goes on when this process has locked `.sealing` and says so. If the run is then
+killed, this process still ends its work, and the next start waits for it at `.sealing`.
 
 This file imports the standard library alone. So it starts at once, without torch, and an edit of
 another file of the project cannot stop a run that is going on from saving.
@@ -34,6 +34,7 @@ another file of the project cannot stop a run that is going on from saving.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -299,6 +300,9 @@ def main(temporary: str, name: str, keep: str, stage: str, state: str):
     folder = unsealed.parent
     try:
         with alone(folder):
+            # The run waits for this line. Nobody reads it if the run has been killed.
+            with contextlib.suppress(BrokenPipeError):
+                print("sealing", flush=True)
             seal(unsealed, name, json.loads(state))
 
             # The checkpoint is whole now. That an old one stays is no reason to stop a run.

@@ -1,13 +1,15 @@
 """Which checkpoint a run goes on from, what a failed write leaves, who may write in a folder."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from checkpoints import resume
+from checkpoints import resume, seal
 from config import UserError
 from tests.tools.environment import ROOT
 
@@ -98,6 +100,30 @@ def test_the_next_start_waits_for_the_seal_of_a_killed_run(two):
     process.stdout.readline()
     assert resume.pick(new.parent) == new
     process.communicate()
+
+
+LATE_SEAL = """
+import os, sys, time
+time.sleep(0.5)
+os.execv(sys.executable, [sys.executable, SEAL, *sys.argv[1:]])
+"""
+
+
+def test_the_next_start_waits_for_a_seal_that_was_slow_to_begin(two, tmp_path, monkeypatch):
+    old, new = two
+    script = tmp_path / "late.py"
+    script.write_text(LATE_SEAL.replace("SEAL", repr(seal.__file__)))
+    monkeypatch.setattr(seal, "__file__", str(script))
+
+    # The run is killed as soon as `save` has come back, and the next start comes at once.
+    child = os.fork()
+    if not child:
+        try:
+            resume.save(new.parent, 2, {"weight.a": torch.zeros(3)}, {"stage": 0, "step": 12})
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert resume.pick(new.parent).name == "00-00000012"
 
 
 def test_a_full_disk_is_found_before_anything_is_written(two, monkeypatch):
