@@ -14,6 +14,8 @@ from config import UserError
 from tests.tools.environment import ROOT
 from tests.tools.run_checkpoints import write_checkpoint
 
+STATE = {"stage": 0, "step": 4}
+
 
 def test_every_flipped_bit_is_found(two):
     old, new = two
@@ -45,17 +47,29 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert [p.name for p in resume.listed(tmp_path)] == ["01-00000004"]
 
 
-def test_sealing_needs_neither_packages_nor_the_project(tmp_path):
-    """So it starts at once, and an edited file of the project cannot stop a run from saving."""
-    temporary = tmp_path / ".00-00000004.tmp"
+def seal_in_a_process(folder, *options: str, **streams) -> subprocess.CompletedProcess:
+    """Seal a checkpoint of stage 0 after four steps, as `resume.save` does."""
+    temporary = folder / ".00-00000004.tmp"
     temporary.mkdir()
     (temporary / resume.TENSORS).write_bytes(b"tensors")
-    script = [sys.executable, "-I", "-S", ROOT / "checkpoints" / "seal.py"]
-    state = {"stage": 0, "step": 4}
-    arguments = [temporary, "00-00000004", "1", "", json.dumps(state)]
-    done = subprocess.run([*script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    script = [sys.executable, *options, ROOT / "checkpoints" / "seal.py"]
+    arguments = [temporary, "00-00000004", "1", "", json.dumps(STATE)]
+    return subprocess.run([*script, *arguments], cwd=folder, text=True, **streams)
+
+
+def test_sealing_needs_neither_packages_nor_the_project(tmp_path):
+    """So it starts at once, and an edited file of the project cannot stop a run from saving."""
+    done = seal_in_a_process(tmp_path, "-I", "-S", capture_output=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert resume.verify(tmp_path / "00-00000004") == state
+    assert resume.verify(tmp_path / "00-00000004") == STATE
+
+
+def test_a_seal_ends_though_the_run_is_killed_before_it_begins(tmp_path):
+    read, write = os.pipe()
+    os.close(read)  # as the kill does
+    seal_in_a_process(tmp_path, stdout=write, stderr=subprocess.DEVNULL)
+    os.close(write)
+    assert resume.verify(tmp_path / "00-00000004") == STATE
 
 
 def test_a_damaged_checkpoint_is_never_the_best_and_stops_no_pruning(tmp_path):
