@@ -16,7 +16,7 @@ Heat maps lie on the picture as the encoder sees it, each scaled to its own maxi
 is shown the picture as a whole, without its tiles, so its answer here may be another one. The maps
 of attention and similarity need a connector with a token per patch. What they are worth was
 measured on 100 scenes with the word that answers a question on a colour or a shape. On the demo
-(tests/test_visualize.py) occlusion peaks inside the object's box in 42 %, and 46 % of its mass lies
+(tests/test_visualize.py) occlusion peaks inside the object's box in 47 %, and 44 % of its mass lies
 there; the box is 5 % of the picture. In a smaller world, of 2 x 2 cells with a token for each, it
 was 86 % and 69 %, and the box 11 %. There attention peaked on the object's patch in 85 %, but 43 %
 of its mass was all that lay there; similarity peaked there in 45 % (chance: 25 %). So occlusion is
