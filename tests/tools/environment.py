@@ -78,7 +78,8 @@ def run_warm(
 
     failed = [code for code in codes if code != 0]
     done = subprocess.CompletedProcess(argv, failed[0] if failed else 0, out, err)
-    assert (done.returncode == 0) == ok, out + err
+    # A process that a signal ended says nothing itself: its code is the signal, negative.
+    assert (done.returncode == 0) == ok, f"exit codes {codes}\n{out}{err}"
     return done
 
 

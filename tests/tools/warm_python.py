@@ -10,6 +10,7 @@ imported here: a script that runs in a fork finds the modules that a fresh Pytho
 is tokenizers, of which transformers 4 wants its own version.
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -62,6 +63,7 @@ def main():
         process = fork(job["processes"])
         if process is not None:
             redirect(process)
+            faulthandler.enable()  # a crash in native code then says where Python was
             sys.argv = job["argv"]
             sys.path[0] = os.getcwd()
             exec(job["code"], {"__name__": "__main__"})
