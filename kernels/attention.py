@@ -199,7 +199,9 @@ def visible(query, first_key, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, 
     """Return which of BN keys exist, (1, BN), and are seen by each query, (BM, BN) where causal."""
     key = first_key + tl.arange(0, BN)[None, :]
     if WINDOW:
-        return (key < keys) & (key <= query[:, None]) & (key > query[:, None] - WINDOW)
+        # Two comparisons with `key` itself would take registers that an sm_100 has not left.
+        behind = query[:, None] - key
+        return (key < keys) & (behind >= 0) & (behind < WINDOW)
     elif CAUSAL:
         return (key < keys) & (key <= query[:, None])
     else:
