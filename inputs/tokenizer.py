@@ -391,26 +391,26 @@ class Tokenizer:
 
         # A mark that adds nothing, so that the loop also takes the text behind the last one.
         end_of_text = Mark(len(text), len(text), None)
-        for start, end, mark_id in [*marks, end_of_text]:
-            # The plain text before the mark.
-            if cursor < start:
-                with failures(self.folder / self.name, "cannot encode a text"):
+        with failures(self.folder / self.name, "cannot encode a text"):
+            for start, end, mark_id in [*marks, end_of_text]:
+                # The plain text before the mark.
+                if cursor < start:
                     plain_ids, spans = self._encode_plain(model, text[cursor:start])
-                ids += plain_ids
-                for first, last in cover(spans, start - cursor):
-                    offsets.append((cursor + first, cursor + last))
+                    ids += plain_ids
+                    for first, last in cover(spans, start - cursor):
+                        offsets.append((cursor + first, cursor + last))
 
-            # The mark itself. Its kind decides whether the text behind it gets a word mark.
-            if mark_id is not None:
-                ids.append(mark_id)
-                offsets.append((start, end))
-            if mark_id is None:
-                model = self._bare
-            elif mark_id < 0:
-                model = self._first
-            else:
-                model = self._later
-            cursor = end
+                # The mark itself. Its kind decides whether the text behind it gets a word mark.
+                if mark_id is not None:
+                    ids.append(mark_id)
+                    offsets.append((start, end))
+                if mark_id is None:
+                    model = self._bare
+                elif mark_id < 0:
+                    model = self._first
+                else:
+                    model = self._later
+                cursor = end
         return ids, offsets
 
     def decode(self, ids) -> str:
