@@ -281,6 +281,23 @@ def test_a_stage_s_model_is_freed_before_the_next_is_built(recipe):
     assert len(losses(out)) == 2
 
 
+COUNTED = """
+import data
+def token_counts(rows, spec, workers, real=data.token_counts):
+    print("counted by", workers)
+    return real(rows, spec, workers)
+data.token_counts = token_counts
+"""
+
+
+@pytest.mark.parametrize("workers, processes", [(0, 2), (3, 3)])
+def test_tokens_are_counted_by_as_many_processes_as_ranks_wait(recipe, workers, processes):
+    file, _ = recipe(f"counted-{workers}")
+    short = ("stage.pretrain.steps=1", "stage.finetune.steps=1", "stage.finetune.validation=")
+    said = on_ranks(2, file, *short, f"train.workers={workers}", code=COUNTED + TRAIN).stdout
+    assert said.count("counted by") == said.count(f"counted by {processes}") == 4
+
+
 MEASURED = """
 import weakref
 import torch
