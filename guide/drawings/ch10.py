@@ -27,4 +27,4 @@ def maps() -> str:
 
 
 FIGURES = {"10-maps.svg": maps}
-TRAINED = ("10-maps.svg",)
+TRAINED = ("10-maps.svg",)  # of the model that the chapter trains, see figures.same_figure
