@@ -492,14 +492,14 @@ def prepare(
     folder = Path(options.output)
 
     # The data. To share the tokens of a step evenly, ranks must know the length of each row. One
-    # of them counts, with as many processes as there are ranks: the others wait for it.
+    # of them counts, with as many processes as this machine has ranks: the others wait for it.
     spec = stage_spec(recipe.model, stage)
     opened = open_stage(stage, f"stage.{name}", options.workers)
     rows = opened.training
     print0(f"{name}: {printable(describe_rows(opened, stage), 1000)}")
     counts = None
     if ranks.size > 1:
-        counts = token_counts(rows, spec, max(options.workers, ranks.size))
+        counts = token_counts(rows, spec, max(options.workers, ranks.size_here))
     steps = Steps(rows, spec, stage, options, ranks.rank, ranks.size, counts=counts)
     if start >= len(steps):
         what = f"after {start} steps of {name}, which has {len(steps)}"

@@ -91,6 +91,11 @@ class Ranks:
         """Whether this is the rank that prints, logs and saves."""
         return self.rank == 0
 
+    @property
+    def size_here(self) -> int:
+        """Return how many of the processes are on this machine, as torchrun says."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     def totals(self, values: list[float]) -> list[float]:
         """Return the sum of each value over all ranks, in float64."""
         if self.size == 1:

@@ -290,9 +290,12 @@ data.token_counts = token_counts
 """
 
 
-@pytest.mark.parametrize("workers, processes", [(0, 2), (3, 3)])
-def test_tokens_are_counted_by_as_many_processes_as_ranks_wait(recipe, workers, processes):
-    file, _ = recipe(f"counted-{workers}")
+@pytest.mark.parametrize("workers, here, processes", [(0, 2, 2), (3, 2, 3), (0, 1, 1)])
+def test_tokens_are_counted_by_as_many_processes_as_ranks_wait_here(
+    recipe, monkeypatch, workers, here, processes
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    file, _ = recipe(f"counted-{workers}-{here}")
     short = ("stage.pretrain.steps=1", "stage.finetune.steps=1", "stage.finetune.validation=")
     said = on_ranks(2, file, *short, f"train.workers={workers}", code=COUNTED + TRAIN).stdout
     assert said.count("counted by") == said.count(f"counted by {processes}") == 4
